@@ -1,0 +1,65 @@
+"""The errors a user can cause, and the exit code of each.
+
+Every command runs inside `report`, so that such an error becomes one line on stderr and the exit code of the table
+below. Whatever else is raised is a defect in lmdist and keeps its traceback. This module knows nothing about what the
+commands do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+EXIT_USAGE = 64  # a wrong flag, key or combination of settings
+EXIT_DATA = 65  # the input is there and cannot be used
+EXIT_MISSING_INPUT = 66  # the input is not there
+EXIT_AGAIN = 75  # stopped on request: run the same command again
+
+
+class UsageError(ValueError):
+    """A wrong flag, key or combination of settings."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(ValueError):
+    """An input that is there and cannot be used."""
+
+    exit_code = EXIT_DATA
+
+
+class MissingInputError(FileNotFoundError):
+    """An input that is not there."""
+
+    exit_code = EXIT_MISSING_INPUT
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, with the project's exit code for wrong usage and one line instead of the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 64."""
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+@contextmanager
+def report(command: str, *, quiet: bool = False) -> Iterator[None]:
+    """Turn a user's mistake into one line on stderr and its exit code; `quiet` (ranks other than 0) leaves it out."""
+    try:
+        yield
+    except (UsageError, DataError, MissingInputError) as error:
+        if not quiet:
+            sys.stderr.write(f"{command}: error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if not quiet:
+            sys.stderr.write(f"{command}: interrupted\n")
+        sys.exit(EXIT_AGAIN)
+    except BrokenPipeError:
+        # `lmdist-generate ... | head` has read enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

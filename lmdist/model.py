@@ -1,0 +1,94 @@
+"""The language model: embedding, a stack of single-layer LSTMs, and the weights of the projection to the vocabulary.
+
+One forward serves training, evaluation and verification: `(tokens, state) -> (hidden, state)`. The logits are made in
+loss.py, or by the exported graph. The model knows nothing of losses, optimizers, ranks or files.
+
+Shapes: B rows, T words, V vocabulary, E embedding, H hidden, S the sum of the layers' sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lmdist.errors import UsageError
+
+State = tuple[Tensor, Tensor]
+"""(h, c), each (B, S): the layers' states side by side, so that row b is everything the model knows about stream b."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The shape of the model."""
+
+    embedding_size: int = 200
+    """Numbers a word is represented by."""
+    hidden_size: int = 200
+    """Numbers in the state of an LSTM layer. With tied weights the last layer has the embedding's size instead."""
+    num_layers: int = 2
+    """LSTM layers, one on top of the other."""
+    dropout: float = 0.2
+    """Probability of zeroing a number between embedding, layers and projection."""
+    tied: bool = True
+    """One matrix is both the embedding and the projection (Press and Wolf 2017, arXiv:1608.05859)."""
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_size", "hidden_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    @property
+    def layer_sizes(self) -> list[int]:
+        """The size of each layer's state, first layer first."""
+        sizes = [self.hidden_size] * self.num_layers
+        if self.tied:
+            sizes[-1] = self.embedding_size
+        return sizes
+
+
+class LanguageModel(nn.Module):
+    """Embedding, LSTM layers with dropout between them, and the projection's parameters."""
+
+    def __init__(self, settings: ModelSettings, vocabulary_size: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.vocabulary_size = vocabulary_size
+        self.layer_sizes = settings.layer_sizes
+        self.embedding = nn.Embedding(vocabulary_size, settings.embedding_size)
+        input_sizes = [settings.embedding_size, *self.layer_sizes[:-1]]
+        # Single layers, not nn.LSTM(num_layers=N): only those can take cuDNN's persistent kernels.
+        self.layers = nn.ModuleList(
+            nn.LSTM(size_in, size, batch_first=True)
+            for size_in, size in zip(input_sizes, self.layer_sizes, strict=True)
+        )
+        self.dropout = nn.Dropout(settings.dropout)
+        self.projection = nn.Linear(self.layer_sizes[-1], vocabulary_size)
+        # Small and uniform, as Zaremba et al. 2014 (arXiv:1409.2329): the first loss is then close to log V.
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.uniform_(self.projection.weight, -0.1, 0.1)
+        nn.init.zeros_(self.projection.bias)
+        if settings.tied:
+            self.projection.weight = self.embedding.weight
+
+    def initial_state(self, rows: int) -> State:
+        """The state before the first word: zeros (rows, S), on the model's device."""
+        zeros = torch.zeros(rows, sum(self.layer_sizes), device=self.embedding.weight.device)
+        return zeros, zeros.clone()
+
+    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read `tokens` (B, T) from `state` on; give the last layer's output (B, T, H) and the state after the last word."""
+        assert tokens.ndim == 2, tokens.shape
+        assert state[0].shape == state[1].shape == (len(tokens), sum(self.layer_sizes)), (tokens.shape, state[0].shape)
+        hidden = self.dropout(self.embedding(tokens))  # (B, T, E)
+        last_h, last_c = [], []
+        states = zip(state[0].split(self.layer_sizes, dim=1), state[1].split(self.layer_sizes, dim=1), strict=True)
+        for layer, (h, c) in zip(self.layers, states, strict=True):
+            hidden, (h, c) = layer(hidden, (h.unsqueeze(0).contiguous(), c.unsqueeze(0).contiguous()))  # (B, T, H)
+            hidden = self.dropout(hidden)
+            last_h.append(h[0])
+            last_c.append(c[0])
+        return hidden, (torch.cat(last_h, dim=1), torch.cat(last_c, dim=1))
