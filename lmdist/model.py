@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         return zeros, zeros.clone()
 
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read `tokens` (B, T) from `state` on; give the last layer's output (B, T, H) and the state after the last word."""
+        """Read `tokens` (B, T) from `state` on; give the last layer's output (B, T, H) and the state after."""
         assert tokens.ndim == 2, tokens.shape
         assert state[0].shape == state[1].shape == (len(tokens), sum(self.layer_sizes)), (tokens.shape, state[0].shape)
         hidden = self.dropout(self.embedding(tokens))  # (B, T, E)

@@ -1,7 +1,7 @@
 """Words and their numbers: `vocab.txt`, one word a line, the line number is the id.
 
-Id 0 is the unknown word, id 1 the end mark, then the words of the train split by falling frequency. This module does not
-know where words come from.
+Id 0 is the unknown word, id 1 the end mark, then the words of the train split by falling frequency. This module does
+not know where words come from.
 """
 
 from __future__ import annotations
