@@ -24,31 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lmdist import __version__
-from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.errors import DataError, MissingInputError
 from lmdist.files import check_sums, read_json, sums, whole_folder, write_json
-from lmdist.model import LanguageModel, ModelSettings, State
+from lmdist.model import LanguageModel, State
+from lmdist.settings import ModelSettings
 from lmdist.vocabulary import Vocabulary
 
 FORMAT = "lmdist checkpoint"
 VERSION = 1
-
-
-@dataclasses.dataclass
-class CheckpointSettings:
-    """When to save, and what to keep."""
-
-    every_steps: int = 0
-    """Save every so many steps; 0 leaves it to every_minutes and to the validations."""
-    every_minutes: float = 10.0
-    """Save when so many minutes have passed since the last time; 0 leaves it to every_steps."""
-    keep: int = 2
-    """Checkpoints kept: the newest ones, and the one with the best validation besides."""
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UsageError(f"checkpoint.keep is {self.keep}; at least 1 must be kept")
-        if self.every_steps < 0 or self.every_minutes < 0:
-            raise UsageError("checkpoint.every_steps and checkpoint.every_minutes must not be negative")
 
 
 @dataclasses.dataclass

@@ -8,46 +8,13 @@ Shapes: B rows, T words, V vocabulary, E embedding, H hidden, S the sum of the l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from lmdist.errors import UsageError
+from lmdist.settings import ModelSettings
 
 State = tuple[Tensor, Tensor]
 """(h, c), each (B, S): the layers' states side by side, so that row b is everything the model knows about stream b."""
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """The shape of the model."""
-
-    embedding_size: int = 200
-    """Numbers a word is represented by."""
-    hidden_size: int = 200
-    """Numbers in the state of an LSTM layer. With tied weights the last layer has the embedding's size instead."""
-    num_layers: int = 2
-    """LSTM layers, one on top of the other."""
-    dropout: float = 0.2
-    """Probability of zeroing a number between embedding, layers and projection."""
-    tied: bool = True
-    """One matrix is both the embedding and the projection (Press and Wolf 2017, arXiv:1608.05859)."""
-
-    def __post_init__(self) -> None:
-        for name in ("embedding_size", "hidden_size", "num_layers"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
-
-    @property
-    def layer_sizes(self) -> list[int]:
-        """The size of each layer's state, first layer first."""
-        sizes = [self.hidden_size] * self.num_layers
-        if self.tied:
-            sizes[-1] = self.embedding_size
-        return sizes
 
 
 class LanguageModel(nn.Module):
@@ -62,8 +29,7 @@ class LanguageModel(nn.Module):
         input_sizes = [settings.embedding_size, *self.layer_sizes[:-1]]
         # Single layers, not nn.LSTM(num_layers=N): only those can take cuDNN's persistent kernels.
         self.layers = nn.ModuleList(
-            nn.LSTM(size_in, size, batch_first=True)
-            for size_in, size in zip(input_sizes, self.layer_sizes, strict=True)
+            nn.LSTM(size_in, size, batch_first=True) for size_in, size in zip(input_sizes, self.layer_sizes, strict=True)
         )
         self.dropout = nn.Dropout(settings.dropout)
         self.projection = nn.Linear(self.layer_sizes[-1], vocabulary_size)

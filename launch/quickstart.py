@@ -1,0 +1,67 @@
+"""The main job on the demo corpus, from CSV to text, by the commands a user would type: `make quickstart`.
+
+Each command is shown before it runs. What is there already is not made again, and a training that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RUN, BUNDLE, TEXT = Path("runs/demo"), Path("bundles/demo"), Path("sample.txt")
+BIN = Path(sys.executable).parent
+
+
+def command(line: str, *, capture: bool = False) -> str:
+    """Show a command and run it; its exit code becomes ours if it fails."""
+    print(f"\n$ {line}", flush=True)
+    program, *arguments = shlex.split(line)
+    done = subprocess.run([BIN / program, *arguments], stdout=subprocess.PIPE if capture else None, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def ranks() -> int:
+    """One rank a GPU; two on a machine without."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        listed = ""
+    return len(listed.splitlines()) or 2
+
+
+def main() -> None:
+    """Prepare, train, evaluate, export, generate, and sum up."""
+    began = time.monotonic()
+    if not Path("data/demo").exists():
+        command("lmdist-prepare --recipe launch/demo.toml -o data/demo")
+    training = "-m lmdist.train --config launch/demo.toml --resume auto"
+    command(f"torchrun --standalone --nproc_per_node={ranks()} {training}")
+    figures = json.loads(command(f"lmdist-evaluate {RUN} --streams 10 --json", capture=True))
+    command(f"lmdist-export {RUN} -o {BUNDLE} --overwrite")
+    command(f"lmdist-generate {BUNDLE} --max-new-tokens 1000 --ignore-eos --seed 1 -o {TEXT}")
+
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    speed = statistics.median(row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row)
+    table = {
+        "test perplexity": f"{figures['perplexity']:,.1f}, where the unigram model has {figures['unigram_perplexity']:,.1f}",
+        "training": f"{speed:,.0f} tokens/s on {ranks()} rank(s); {time.monotonic() - began:.0f} s in all",
+        "text": f"{TEXT}, 1,000 words",
+        "run": str(RUN),
+        "loss curve": str(RUN / "loss.png"),
+        "bundle": str(BUNDLE),
+        "MLflow database": "mlflow.db",
+        "MLflow page": f"{BIN.relative_to(Path.cwd())}/mlflow ui --backend-store-uri sqlite:///mlflow.db",
+    }
+    print("\n" + "\n".join(f"{name:<18}{value}" for name, value in table.items()))
+    print(f"\n{' '.join(TEXT.read_text(encoding='utf-8').split()[:40])} ...")
+
+
+if __name__ == "__main__":
+    main()

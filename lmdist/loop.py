@@ -1,0 +1,275 @@
+"""The training loop, read top to bottom in `train`.
+
+One step is one global batch, whatever the number of ranks: the loss is the sum of nats over the batch's words divided by
+their number. Every rank computes; rank 0 writes. The job around it is train.py's matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lmdist import checkpoint, config, optimizer, tracking
+from lmdist.checkpoint import Progress
+from lmdist.console import Console, duration
+from lmdist.data import IGNORED, Folder, training_batches
+from lmdist.distributed import World
+from lmdist.errors import UsageError
+from lmdist.evaluate import evaluate
+from lmdist.files import write_whole
+from lmdist.loss import summed_nats
+from lmdist.metrics import Nats, perplexity
+from lmdist.model import LanguageModel, State
+from lmdist.plot import draw_losses
+from lmdist.sample import sample
+from lmdist.settings import Recipe
+from lmdist.text import WordTokenizer
+from lmdist.tracking import RunTracker, Tracker
+from lmdist.vocabulary import Vocabulary
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(recipe: Recipe, world: World) -> None:
+    """Train as the recipe says, from the newest checkpoint on or from nothing."""
+    settings = recipe.training
+    if settings.precision != "fp32" and world.device.type == "cpu":
+        raise UsageError(f"training.precision {settings.precision} needs a GPU; on a CPU it must be fp32")
+    torch.set_flush_denormal(True)
+
+    folder = Folder(Path(recipe.data.folder))
+    batches = training_batches(folder, recipe.data, recipe.seed)
+    validation = folder.tokens("valid") if folder.has("valid") else None
+    total_steps = settings.steps or math.ceil(settings.epochs * batches.steps_per_epoch)
+    validate_every = settings.validate_every or batches.steps_per_epoch
+    rows = world.rows(recipe.data.global_batch)
+    checkpoints = Path(recipe.run) / "checkpoints"
+
+    torch.manual_seed(recipe.seed)
+    model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
+    network = world.wrap(model)
+    optimiser = optimizer.build(recipe.optimizer, model)
+    scaler = torch.GradScaler(world.device.type, enabled=settings.precision == "fp16")
+    autocast = torch.autocast(world.device.type, DTYPES[settings.precision], enabled=settings.precision != "fp32")
+
+    progress, streams = resume(recipe, world, folder, model, optimiser)
+    if progress.loss_scale:
+        scaler.load_state_dict(progress.loss_scale)
+    state = model.initial_state(rows.stop - rows.start)
+    if streams is not None:
+        state = (streams[0][rows].to(world.device), streams[1][rows].to(world.device))  # each (R, S)
+    nats, tokens, seconds_since_log, saved = Nats(world), 0, 0.0, time.monotonic()
+
+    with (
+        open_tracker(recipe, world, folder, progress.step) as tracker,
+        Console(total_steps, progress.step, silent=not world.is_main) as console,
+    ):
+        console.say(announcement(recipe, world, folder, model, batches.steps_per_epoch, total_steps, progress.step))
+        while progress.step < total_steps:
+            began = time.perf_counter()
+            # One global batch. Its data, its dropout and its learning rate depend on nothing but its number.
+            batch = batches.batch(progress.step, rows)
+            torch.manual_seed((recipe.seed * 1_000_003 + progress.step) * 65_537 + world.rank)
+            rate = optimizer.learning_rate(
+                recipe.optimizer.learning_rate, recipe.schedule, progress.step, total_steps, progress.divisions
+            )
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            if batch.fresh:
+                state = model.initial_state(rows.stop - rows.start)
+
+            # Forward and backward, part by part. DDP averages gradients over the W ranks, hence the factor W.
+            last_states: list[State] = []
+            split = [tensor.chunk(settings.accumulation) for tensor in (batch.inputs, batch.targets, *state)]
+            for number, (inputs, targets, h, c) in enumerate(zip(*split, strict=True), start=1):
+                with world.accumulating(network, last=number == settings.accumulation):
+                    with autocast:
+                        hidden, last_state = network(inputs.to(world.device), (h, c))
+                        part_nats = summed_nats(hidden, model.projection, targets.to(world.device))
+                    scaler.scale(part_nats * (world.size / batch.tokens)).backward()
+                nats.add(part_nats, int((targets != IGNORED).sum()))
+                last_states.append(last_state)
+            h, c = zip(*last_states, strict=True)
+            state = (torch.cat(h).detach(), torch.cat(c).detach())  # each (R, S)
+
+            # The update, the same on every rank.
+            scaler.unscale_(optimiser)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip or math.inf)
+            scaler.step(optimiser)
+            scaler.update()
+            optimiser.zero_grad(set_to_none=True)
+
+            progress.step += 1
+            progress.tokens += batch.tokens
+            progress.valid_nats = None
+            progress.seconds += time.perf_counter() - began
+            tokens += batch.tokens
+            seconds_since_log += time.perf_counter() - began
+            console.advance()
+
+            # Now and then a line, a validation, a checkpoint: each at the same step on every rank.
+            ended = progress.step == total_steps
+            validating = validation is not None and (ended or at_multiple(progress.step, validate_every))
+            saving = ended or validating or at_multiple(progress.step, recipe.checkpoint.every_steps)
+            if saving or at_multiple(progress.step, settings.log_every):
+                mean = finite(nats.mean(), "training loss", progress.step)
+                if settings.precision != "fp16":  # the scaler leaves out the steps whose gradients are too large for fp16
+                    finite(norm.item(), "norm of the gradient", progress.step)
+                speed, left = tokens / seconds_since_log, (total_steps - progress.step) * progress.seconds / progress.step
+                console.show(progress.step, mean, perplexity(mean), speed, rate, left)
+                tracker.metrics(
+                    progress.step,
+                    {
+                        "train/loss": mean,
+                        "train/perplexity": perplexity(mean),
+                        "train/gradient_norm": norm.item(),
+                        "train/learning_rate": rate,
+                        "train/tokens": progress.tokens,
+                        "train/tokens_per_second": speed,
+                    },
+                )
+                nats, tokens, seconds_since_log = Nats(world), 0, 0.0
+                minutes = (time.monotonic() - saved) / 60
+                saving = saving or world.any(0 < recipe.checkpoint.every_minutes <= minutes)
+            if validating:
+                assert validation is not None
+                progress.valid_nats = finite(
+                    evaluate(model, validation, recipe.data.valid_batch, recipe.data.window, world).mean(),
+                    "validation loss",
+                    progress.step,
+                )
+                if progress.best_valid_nats is None or progress.valid_nats < progress.best_valid_nats:
+                    progress.best_valid_nats = progress.valid_nats
+                elif recipe.schedule.name == "plateau":
+                    progress.divisions += 1
+                show_validation(recipe, folder, model, progress, console, tracker)
+            if saving:
+                progress.loss_scale = scaler.state_dict()
+                streams = (world.gather_rows(state[0]), world.gather_rows(state[1]))  # each (G, S)
+                if world.is_main:
+                    checkpoint.save(checkpoints, progress, model, optimiser, streams, dataclasses.asdict(recipe), folder.path)
+                    checkpoint.prune(checkpoints, recipe.checkpoint.keep)
+                saved = time.monotonic()
+        finish(recipe, folder, model, progress, console, tracker)
+
+
+def resume(
+    recipe: Recipe, world: World, folder: Folder, model: LanguageModel, optimiser: torch.optim.Optimizer
+) -> tuple[Progress, State | None]:
+    """Restore the newest good checkpoint of the run, if there is one; gives the progress and all G streams' state."""
+    checkpoints = Path(recipe.run) / "checkpoints"
+    found = world.agree(str(checkpoint.newest(checkpoints) or "") if world.is_main else "")
+    if not found:
+        return Progress(), None
+    newest = Path(found)
+    if recipe.resume == "never":
+        raise UsageError(
+            f"{recipe.run} holds a run already ({newest.name}): --resume auto goes on with it, --run NAME starts another"
+        )
+    manifest = checkpoint.read_manifest(newest)
+    same = {
+        "the words": (manifest["files"]["vocab.txt"], folder.meta["files"]["vocab.txt"]),
+        "train.bin": (manifest["data"]["files"]["train.bin"], folder.meta["files"]["train.bin"]),
+        "seed": (manifest["recipe"]["seed"], recipe.seed),
+        "optimizer.name": (manifest["recipe"]["optimizer"]["name"], recipe.optimizer.name),
+    }
+    for section, kept in (("model", recipe.model), ("data", recipe.data)):
+        for key, value in dataclasses.asdict(kept).items():
+            if (section, key) not in (("data", "folder"), ("data", "valid_batch")):
+                same[f"{section}.{key}"] = (manifest["recipe"][section][key], value)
+    for name, (before, now) in same.items():
+        if before != now:
+            raise UsageError(f"{newest} was trained with another {name}: {before}, and this recipe has {now}")
+    checkpoint.load_parameters(model, newest)
+    return checkpoint.load_training(newest, optimiser)
+
+
+def open_tracker(recipe: Recipe, world: World, folder: Folder, step: int) -> Tracker:
+    """Rank 0's tracker, with the resolved recipe saved beside it; on the other ranks one that keeps nothing."""
+    if not world.is_main:
+        return Tracker()
+    run = Path(recipe.run)
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / "recipe.toml", config.as_toml(recipe))
+    return RunTracker(run, recipe.tracking, config.flat(recipe), folder.path.name, folder.meta, step)
+
+
+def announcement(
+    recipe: Recipe, world: World, folder: Folder, model: LanguageModel, steps_per_epoch: int, total_steps: int, step: int
+) -> str:
+    """What the job is about to do."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    layers = "-".join(str(size) for size in [recipe.model.embedding_size, *model.layer_sizes])
+    beginning = f"going on after step {step:,}" if step else "starting"
+    return (
+        f"{recipe.run}: {beginning}, to step {total_steps:,} ({steps_per_epoch:,} an epoch)\n"
+        f"  data   {folder.path}: {folder.meta['splits']['train']['tokens']:,} words to train on, "
+        f"vocabulary {folder.vocabulary_size:,}\n"
+        f"  model  LSTM {layers}{' tied' if recipe.model.tied else ''}, {size:,} parameters, {recipe.training.precision}\n"
+        f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} words "
+        f"on {world.size} rank(s), {world.device.type}"
+    )
+
+
+def at_multiple(step: int, every: int) -> bool:
+    """Whether `step` is one of every `every`; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def finite(value: float, name: str, step: int) -> float:
+    """`value`; raises UsageError where it is no finite number, which every rank sees at the same step."""
+    if not math.isfinite(value):
+        raise UsageError(
+            f"the {name} is {value} at step {step}: the training has diverged. Lower --optimizer.learning_rate, "
+            "or clip gradients with --optimizer.clip 0.25; the last checkpoint is from before"
+        )
+    return value
+
+
+def show_validation(
+    recipe: Recipe, folder: Folder, model: LanguageModel, progress: Progress, console: Console, tracker: Tracker
+) -> None:
+    """Show and log a validation; rank 0 adds some words by the model and the picture of the losses so far."""
+    assert progress.valid_nats is not None
+    assert progress.best_valid_nats is not None
+    console.say(
+        f"valid step {progress.step}  loss {progress.valid_nats:.4f}  ppl {perplexity(progress.valid_nats):,.2f}  "
+        f"best {perplexity(progress.best_valid_nats):,.2f}"
+    )
+    tracker.metrics(progress.step, {"valid/loss": progress.valid_nats, "valid/perplexity": perplexity(progress.valid_nats)})
+    if recipe.sample.words and tracker.writes:
+        text = write_words(recipe, folder, model, recipe.sample.words, progress.step)
+        tracker.text(f"samples/step-{progress.step:09d}.txt", text)
+
+
+def write_words(recipe: Recipe, folder: Folder, model: LanguageModel, words: int, step: int) -> str:
+    """Text of so many words by the model."""
+    ids = sample(model, words, recipe.sample.temperature, seed=recipe.seed + step)
+    tokenizer = WordTokenizer.load(folder.path / "text.json")
+    return tokenizer.detokenize(Vocabulary.load(folder.path / "vocab.txt").decode(ids)) + "\n"
+
+
+def finish(
+    recipe: Recipe, folder: Folder, model: LanguageModel, progress: Progress, console: Console, tracker: Tracker
+) -> None:
+    """The last sample, the picture of the losses, and where everything lies."""
+    if not tracker.writes:
+        return
+    run = Path(recipe.run)
+    lines = [f"done: {progress.step:,} steps, {progress.tokens:,} words in {duration(progress.seconds)}", f"  run      {run}"]
+    if recipe.sample.final_words:
+        tracker.text("sample.txt", write_words(recipe, folder, model, recipe.sample.final_words, progress.step))
+        lines.append(f"  sample   {run / 'sample.txt'}")
+    draw_losses(run / "metrics.jsonl", run / "loss.png")
+    tracker.file(run / "loss.png")
+    lines.append(f"  picture  {run / 'loss.png'}")
+    if recipe.tracking.mlflow:
+        lines.append(f"  MLflow   {tracking.page()}")
+    lines.append(f"next: lmdist-evaluate {run}; lmdist-export {run} -o bundles/{run.name}")
+    for line in lines:
+        console.say(line)
