@@ -48,7 +48,7 @@ def train(recipe: Recipe, world: World) -> None:
     total_steps = settings.steps or math.ceil(settings.epochs * batches.steps_per_epoch)
     validate_every = settings.validate_every or batches.steps_per_epoch
     rows = world.rows(recipe.data.global_batch)
-    checkpoints = Path(recipe.run) / "checkpoints"
+    checkpoints = Path(recipe.run_folder) / "checkpoints"
 
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
@@ -162,14 +162,14 @@ def resume(
     recipe: Recipe, world: World, folder: Folder, model: LanguageModel, optimiser: torch.optim.Optimizer
 ) -> tuple[Progress, State | None]:
     """Restore the newest good checkpoint of the run, if there is one; gives the progress and all G streams' state."""
-    checkpoints = Path(recipe.run) / "checkpoints"
+    checkpoints = Path(recipe.run_folder) / "checkpoints"
     found = world.agree(str(checkpoint.newest(checkpoints) or "") if world.is_main else "")
     if not found:
         return Progress(), None
     newest = Path(found)
     if recipe.resume == "never":
         raise UsageError(
-            f"{recipe.run} holds a run already ({newest.name}): --resume auto goes on with it, --run NAME starts another"
+            f"{recipe.run_folder} holds a run already ({newest.name}): --resume auto goes on with it, --run_folder NAME starts another"
         )
     manifest = checkpoint.read_manifest(newest)
     same = {
@@ -193,7 +193,7 @@ def open_tracker(recipe: Recipe, world: World, folder: Folder, step: int) -> Tra
     """Rank 0's tracker, with the resolved recipe saved beside it; on the other ranks one that keeps nothing."""
     if not world.is_main:
         return Tracker()
-    run = Path(recipe.run)
+    run = Path(recipe.run_folder)
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / "recipe.toml", config.as_toml(recipe))
     return RunTracker(run, recipe.tracking, config.flat(recipe), folder.path.name, folder.meta, step)
@@ -207,7 +207,7 @@ def announcement(
     layers = "-".join(str(size) for size in [recipe.model.embedding_size, *model.layer_sizes])
     beginning = f"going on after step {step:,}" if step else "starting"
     return (
-        f"{recipe.run}: {beginning}, to step {total_steps:,} ({steps_per_epoch:,} an epoch)\n"
+        f"{recipe.run_folder}: {beginning}, to step {total_steps:,} ({steps_per_epoch:,} an epoch)\n"
         f"  data   {folder.path}: {folder.meta['splits']['train']['tokens']:,} words to train on, "
         f"vocabulary {folder.vocabulary_size:,}\n"
         f"  model  LSTM {layers}{' tied' if recipe.model.tied else ''}, {size:,} parameters, {recipe.training.precision}\n"
@@ -260,7 +260,7 @@ def finish(
     """The last sample, the picture of the losses, and where everything lies."""
     if not tracker.writes:
         return
-    run = Path(recipe.run)
+    run = Path(recipe.run_folder)
     lines = [f"done: {progress.step:,} steps, {progress.tokens:,} words in {duration(progress.seconds)}", f"  run      {run}"]
     if recipe.sample.final_words:
         tracker.text("sample.txt", write_words(recipe, folder, model, recipe.sample.final_words, progress.step))

@@ -189,7 +189,7 @@ class TrackingSettings:
 class Recipe:
     """Everything a run depends on. The defaults are the demo's, launch/demo.toml."""
 
-    run: str = "runs/demo"
+    run_folder: str = "runs/demo"
     """The folder of the run: recipe, metrics, checkpoints, samples."""
     resume: Literal["auto", "never"] = "never"
     """auto: go on from the newest good checkpoint of the run, or start it; never: refuse a run that is there."""

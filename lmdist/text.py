@@ -100,7 +100,7 @@ class WordTokenizer:
 
     def detokenize(self, words: Iterable[str]) -> str:
         """Readable text; what `words[:n]` give is always the beginning of what `words` give, so text can be streamed."""
-        return "".join(self.pieces(words))
+        return detokenize(words, self.settings.tokenizer)
 
     def pieces(self, words: Iterable[str]) -> Iterator[str]:
         """The readable text word by word, each with the blank before it where there is one: for words still to come."""
@@ -233,6 +233,11 @@ PAIRS = frozenset(
 )
 # What stands after the apostrophe of a word that was cut at it: it's, don't, we'll.
 AFTER_APOSTROPHE = frozenset({"s", "t", "m", "d", "ll", "re", "ve"})
+
+
+def detokenize(words: Iterable[str], tokenizer: str) -> str:
+    """Join words into text."""
+    return "".join(pieces(words, tokenizer))
 
 
 def pieces(words: Iterable[str], tokenizer: str) -> Iterator[str]:

@@ -195,7 +195,7 @@ def test_text_comes_back_readable(english, document):
 @pytest.mark.parametrize(
     "document",
     [
-        'A well-known man\'s "odd idea", (she said) didn\'t work. Why?',
+        "A well-known man's \"odd idea\", (she said) didn't work. Why?",
         '("Not so," he said.) "It\'s 3/4 of $5!" And so on...',
     ],
 )
@@ -206,7 +206,7 @@ def test_the_text_of_wordpunct_comes_back_readable(document):
 
 def test_the_marks_of_wikitext_come_back_readable():
     words = "the 1 @,@ 000 @-@ year war 's end , \" so it is \" . <eos> They don 't <unk> ( yet ) ."
-    expected = 'the 1,000-year war\'s end, "so it is".\nThey don\'t <unk> (yet).'
+    expected = "the 1,000-year war's end, \"so it is\".\nThey don't <unk> (yet)."
     assert WordTokenizer(TextSettings("whitespace")).detokenize(words.split()) == expected
 
 

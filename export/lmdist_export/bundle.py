@@ -84,8 +84,10 @@ class GenerationConfig:
             # In Python true is an int; in this file it is none.
             if not isinstance(value, kinds) or (isinstance(value, bool) and fields[name] is not bool):
                 raise DataError(f"{path}: {name} is {value!r}; a {kinds[-1].__name__} is expected")
+        if "suppress_tokens" in values:
+            values["suppress_tokens"] = tuple(values["suppress_tokens"])
         try:
-            config = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            config = cls(**values)
         except UsageError as error:
             raise DataError(f"{path}: {error}") from None
         for index in (config.bos_token_id, config.eos_token_id, *config.suppress_tokens):

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmdist.model import LanguageModel
 from lmdist.vocabulary import END_ID, UNKNOWN_ID
@@ -66,12 +66,11 @@ def step_graph(model: LanguageModel, run: str) -> onnx.ModelProto:
         helper.make_node("Split", ["c", "state_sizes"], [f"c_{layer}" for layer in layers], axis=1),  # (B, H) each
     ]
     for layer, module in enumerate(model.layers):
-        assert isinstance(module, nn.LSTM), type(module)
+        parameters = {name: input_output_forget_cell(array(value)) for name, value in module.named_parameters()}
         name = f"layer_{layer}"
-        weights[f"{name}.W"] = input_output_forget_cell(array(module.weight_ih_l0))[None]  # (1, 4H, E)
-        weights[f"{name}.R"] = input_output_forget_cell(array(module.weight_hh_l0))[None]  # (1, 4H, H)
-        biases = [input_output_forget_cell(array(bias)) for bias in (module.bias_ih_l0, module.bias_hh_l0)]
-        weights[f"{name}.B"] = np.concatenate(biases)[None]  # (1, 8H)
+        weights[f"{name}.W"] = parameters["weight_ih_l0"][None]  # (1, 4H, E)
+        weights[f"{name}.R"] = parameters["weight_hh_l0"][None]  # (1, 4H, H)
+        weights[f"{name}.B"] = np.concatenate([parameters["bias_ih_l0"], parameters["bias_hh_l0"]])[None]  # (1, 8H)
         nodes += [
             helper.make_node("Unsqueeze", [f"h_{layer}", "axis_0"], [f"{name}.h"]),  # (1, B, H)
             helper.make_node("Unsqueeze", [f"c_{layer}", "axis_0"], [f"{name}.c"]),  # (1, B, H)

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,6 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str, Any]:
     """Write and verify the bundle; give its manifest."""
-    import onnx
     import torch
 
     from lmdist import __version__, checkpoint
@@ -116,7 +116,7 @@ def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str,
             "versions": {
                 "lmdist": __version__,
                 "torch": torch.__version__,
-                "onnx": onnx.__version__,
+                "onnx": version("onnx"),
                 "onnxruntime": runtime_version(),
             },
             # generation_config.json is not among them: it is the user's to edit.

@@ -1,0 +1,92 @@
+"""Small random models as data folders, runs and bundles, for the tests of export and sampling."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lmdist import checkpoint
+from lmdist.files import sums, write_json
+from lmdist.model import LanguageModel
+from lmdist.settings import ModelSettings
+from lmdist.text import TextSettings, WordTokenizer
+from lmdist.vocabulary import Vocabulary
+from lmdist_export import export
+
+WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
+DOCUMENTS = ["The president said that the cat is here. It isn't a dog.", "We said it. The dog's (old) cat said so too."]
+TIED = ModelSettings(embedding_size=8, hidden_size=12, num_layers=3, dropout=0.0, tied=True)
+UNTIED = ModelSettings(embedding_size=6, hidden_size=10, num_layers=2, dropout=0.0, tied=False)
+SINGLE = ModelSettings(embedding_size=7, hidden_size=7, num_layers=1, dropout=0.5, tied=True)
+
+
+def make_model(settings: ModelSettings, vocabulary_size: int) -> LanguageModel:
+    """A model whose probabilities are far from equal."""
+    torch.manual_seed(0)
+    model = LanguageModel(settings, vocabulary_size).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return model
+
+
+def make_data(folder: Path, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS) -> Path:
+    """A data folder with a valid split of 600 random words."""
+    folder.mkdir(parents=True)
+    vocabulary = Vocabulary(["<unk>", "<eos>", *words])
+    vocabulary.save(folder / "vocab.txt")
+    WordTokenizer.train(TextSettings(tokenizer), DOCUMENTS).save(folder / "text.json")
+    tokens = np.random.default_rng(0).integers(0, len(vocabulary), 600)
+    tokens.astype("<u2").tofile(folder / "valid.bin")
+    meta = {
+        "format": "lmdist data",
+        "version": 1,
+        "dtype": "uint16",
+        "vocabulary_size": len(vocabulary),
+        "splits": {"valid": {"tokens": len(tokens)}},
+        "files": sums(folder),
+    }
+    write_json(folder / "meta.json", meta)
+    return folder
+
+
+def make_run(folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize") -> Path:
+    """A run with one checkpoint, beside its data folder."""
+    data = make_data(folder / "data", tokenizer)
+    model = make_model(settings, len(WORDS) + 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = {"data": {"folder": str(data)}}
+    run = folder / "runs" / "small"
+    checkpoint.save(run / "checkpoints", checkpoint.Progress(step=7), model, optimizer, None, recipe, data)
+    return run
+
+
+def make_bundle(folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize") -> Path:
+    """A bundle, exported as a user exports it."""
+    export.main([str(make_run(folder, settings, tokenizer)), "-o", str(folder / "bundle")])
+    return folder / "bundle"
+
+
+def edit_json(path: Path, **values: object) -> None:
+    """Replace values of a JSON object."""
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
+def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ...`, as its installed command does."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )

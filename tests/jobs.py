@@ -1,0 +1,43 @@
+"""Jobs as a user starts them: subprocesses on the CPU, small enough to take seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SMALL = (
+    "--model.embedding_size=16 --model.hidden_size=24 --optimizer.learning_rate=0.02 --data.global_batch=8 --data.window=7 "
+    "--training.log_every=1 --training.device=cpu --tracking.mlflow=false --sample.words=5"
+).split()
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank, as torchrun has it, so that one rank adds up in the same order."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(ranks: int, *flags: str) -> list[str]:
+    """The command line of a training job."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *start, "-m", "lmdist.train", *flags]
+
+
+def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a job to its end and check its exit code."""
+    done = subprocess.run(command(ranks, *flags), cwd=cwd, env=environment(), capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path, key: str = "train/loss") -> list[float]:
+    """The loss curve of a run."""
+    return [row[key] for row in rows(run) if key in row]

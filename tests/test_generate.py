@@ -1,0 +1,215 @@
+"""lmdist-generate: text on stdout, all else on stderr, the same seed the same text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bundles import UNTIED, WORDS, command, edit_json, make_bundle
+
+from lmdist_export import generate
+from lmdist_export.bundle import Bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def by_blanks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose text is its words with blanks between, and `<eos>` a line break: words can be counted."""
+    return make_bundle(tmp_path_factory.mktemp("blanks"), UNTIED, tokenizer="whitespace")
+
+
+@pytest.fixture
+def written(capsys: pytest.CaptureFixture[str]):
+    """What a call of the command writes to stdout and to stderr."""
+
+    def call(*arguments: object) -> tuple[str, str]:
+        generate.main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]):
+    """Exit code and the only line of a call that fails."""
+
+    def call(*arguments: object) -> tuple[int | str | None, str]:
+        with pytest.raises(SystemExit) as stop:
+            generate.main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.count("\n") == 1, output.err
+        return stop.value.code, output.err
+
+    return call
+
+
+def test_the_command(bundle: Path) -> None:
+    arguments = (bundle, "--prompt", "The president said", "--seed", 1, "--max-new-tokens", 30, "--ignore-eos")
+    first, second = (command("lmdist_export.generate", *arguments) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("The president said")
+    assert first.stdout == second.stdout
+    assert "30 words in" in first.stderr
+    assert "warning: not in the vocabulary, and read as <unk>: The; known in small letters: the" in first.stderr
+
+
+def test_the_seed_decides(bundle: Path, written) -> None:
+    def text(*arguments: object) -> str:
+        return written(bundle, "--ignore-eos", "--max-new-tokens", 40, *arguments)[0]
+
+    assert text("--seed", 5) == text("--seed", 5)
+    assert text("--seed", 5) != text("--seed", 6)
+    assert text("--seed", 5, "--temperature", 0) == text("--seed", 6, "--temperature", 0)
+
+
+def test_a_drawn_seed_is_printed_and_repeats_the_text(bundle: Path, written) -> None:
+    out, err = written(bundle, "--ignore-eos")
+    seed = next(line.rpartition(" ")[2] for line in err.splitlines() if ": seed " in line)
+    assert written(bundle, "--ignore-eos", "--seed", seed)[0] == out
+    assert "seed" not in written(bundle, "--seed", seed)[1]
+
+
+@pytest.mark.parametrize("options", [(), ("--ignore-eos", "--prompt", "(the cat said,"), ("--top-k", 3)])
+def test_streamed_text_is_the_text(bundle: Path, written, options: tuple[object, ...]) -> None:
+    for seed in range(5):
+        arguments = (bundle, "--seed", seed, "--max-new-tokens", 50, *options)
+        assert written(*arguments, "--stream")[0] == written(*arguments)[0]
+
+
+def test_streamed_words_come_one_by_one(by_blanks: Path) -> None:
+    arguments = [str(by_blanks), "--stream", "--seed", "1", "--max-new-tokens", "1000000", "--ignore-eos"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lmdist_export.generate", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(20)  # long before the last of a million words
+        process.stdout.close()  # as `| head` does
+        assert process.stderr is not None
+        error = process.stderr.read()
+        assert process.wait(timeout=60) == 0
+    assert b"Traceback" not in error
+
+
+def test_ignoring_the_end_gives_every_word_asked_for(by_blanks: Path, written) -> None:
+    out, _ = written(by_blanks, "--seed", 3, "--max-new-tokens", 300, "--ignore-eos", "--prompt", "the cat")
+    # Each <eos> is a line break; the last one ends the output.
+    words = out.removesuffix("\n").replace("\n", " <eos> ").split(" ")
+    words = [word for word in words if word]
+    assert words[:2] == ["the", "cat"]
+    assert len(words) == 302
+    assert "<eos>" in words
+    assert set(words) == {*WORDS, "<eos>"}  # and no <unk>
+
+
+def test_a_text_stops_at_its_end(by_blanks: Path, written) -> None:
+    whole, _ = written(by_blanks, "--seed", 3, "--max-new-tokens", 300, "--ignore-eos")
+    out, err = written(by_blanks, "--seed", 3, "--max-new-tokens", 300)
+    assert out == whole.partition("\n")[0] + "\n"
+    assert f"{len(out.split())} words in" in err
+
+
+def test_unknown_words_are_written_only_when_allowed(by_blanks: Path, written) -> None:
+    arguments = (by_blanks, "--seed", 1, "--max-new-tokens", 300, "--ignore-eos")
+    assert "<unk>" not in written(*arguments)[0]
+    assert "<unk>" in written(*arguments, "--allow-unk")[0]
+
+
+def test_several_texts(by_blanks: Path, written) -> None:
+    arguments = (by_blanks, "--seed", 2, "--max-new-tokens", 25, "--prompt", "the dog")
+    three, err = written(*arguments, "--n", 3)
+    texts = [part.strip() for part in three.replace("===== 2 of 3 =====", "|").replace("===== 3 of 3 =====", "|").split("|")]
+    assert len(texts) == 3
+    assert len(set(texts)) == 3
+    assert all(text.startswith("the dog") for text in texts)
+    assert written(*arguments)[0].strip() == texts[0]
+    assert f"{sum(len(text.split()) - 2 for text in texts)} words in" in err
+
+
+def test_a_file_in_place_of_stdout(bundle: Path, tmp_path: Path, written) -> None:
+    out, err = written(bundle, "--seed", 1, "-o", tmp_path / "sample.txt")
+    text = (tmp_path / "sample.txt").read_text(encoding="utf-8")
+    assert (out, text) == ("", written(bundle, "--seed", 1)[0])
+    assert str(tmp_path / "sample.txt") in err
+    assert [path.name for path in tmp_path.iterdir()] == ["sample.txt"]
+
+
+def test_values_come_from_the_bundle_and_flags_go_above(bundle: Path, tmp_path_factory, written) -> None:
+    copy = make_bundle(tmp_path_factory.mktemp("edited"))
+    edit_json(copy / "generation_config.json", max_new_tokens=7, do_sample=False)
+    greedy, err = written(copy, "--ignore-eos")
+    assert "7 words in" in err
+    assert "seed" not in err
+    assert greedy == written(bundle, "--ignore-eos", "--temperature", 0, "--max-new-tokens", 7)[0]
+    sampled = written(copy, "--ignore-eos", "--temperature", 1, "--seed", 1, "--max-new-tokens", 40)[0]
+    assert sampled == written(bundle, "--ignore-eos", "--seed", 1, "--max-new-tokens", 40)[0]
+
+
+def test_unknown_words_of_the_prompt(bundle: Path, written) -> None:
+    out, err = written(bundle, "--prompt", "The zebra said Xylophone zebra", "--seed", 1)
+    assert out.startswith("The zebra said Xylophone zebra")
+    assert "read as <unk>: The, zebra, Xylophone; known in small letters: the\n" in err
+    assert "warning" not in written(bundle, "--prompt", "the cat", "--seed", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--temperature", -1), "temperature is -1.0; it must be 0"),
+        (("--temperature", "nan"), "temperature is nan"),
+        (("--temperature", "hot"), "invalid float value: 'hot'"),
+        (("--top-p", 0), "top_p is 0.0; it must be above 0"),
+        (("--top-p", 1.5), "top_p is 1.5"),
+        (("--top-k", -1), "top_k is -1"),
+        (("--max-new-tokens", 0), "max_new_tokens is 0; it must be at least 1"),
+        (("--n", 0), "--n is 0; it must be at least 1"),
+        (("--n", 2, "--stream"), "--stream prints one text"),
+        (("--seed", -1), "--seed is -1"),
+        (("--threads", -1), "threads is -1"),
+        (("--provider", "tpu"), "invalid choice: 'tpu'"),
+        (("-o", "."), "is a folder"),
+        (("-o", "nowhere/sample.txt"), "nowhere is not there"),
+    ],
+)
+def test_wrong_values(bundle: Path, refused, arguments: tuple[object, ...], message: str) -> None:
+    code, line = refused(bundle, *arguments)
+    assert code == 64
+    assert message in line
+
+
+def test_what_is_no_bundle(bundle: Path, tmp_path: Path, refused) -> None:
+    assert refused(tmp_path / "none")[0] == 66
+    assert refused(tmp_path)[0] == 66
+    code, line = refused(bundle.parent / "runs/small/checkpoints/step-000000007")
+    assert (code, "lmdist-export" in line) == (65, True)
+    assert refused()[0] == 64
+
+
+def test_nothing_heavy_is_loaded(bundle: Path) -> None:
+    code = (
+        "import sys; from lmdist_export import generate\n"
+        f"generate.main([{str(bundle)!r}, '--prompt', 'the cat said', '--seed', '1'])\n"
+        "print({'torch', 'pandas', 'mlflow', 'onnx', 'matplotlib'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"
+    assert Bundle.load(bundle).tokenizer.settings.tokenizer == "word_tokenize"
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys; from lmdist_export import generate\n"
+        "try: generate.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'numpy', 'onnxruntime', 'nltk'} & set(sys.modules), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == "set()\n"
+    assert "--top-p" in result.stdout

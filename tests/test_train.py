@@ -1,0 +1,272 @@
+"""The training job as users start it: on 1, 2 and 4 ranks, stopped and resumed, and with mistakes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from corpora import chain, write_data_folder
+from jobs import SMALL, command, environment, losses, rows, train
+from torch.nn import functional
+
+from lmdist import checkpoint, config
+from lmdist.data import IGNORED, Folder, training_batches
+from lmdist.distributed import World
+from lmdist.files import read_json
+from lmdist.loop import train as run_loop
+from lmdist.model import LanguageModel
+from lmdist.settings import Recipe
+
+ONE = World(0, 1, torch.device("cpu"))
+LAUNCH = Path(__file__).parents[1] / "launch"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """451 words in 8 streams of 56 or 57: the last windows are uneven."""
+    splits = {"train": chain(451, 30), "valid": chain(103, 30, seed=1), "test": chain(99, 30, seed=2)}
+    return write_data_folder(tmp_path / "data", splits, 30)
+
+
+def recipe(data: Path, *flags: str) -> Recipe:
+    return config.load([*SMALL, f"--data.folder={data}", f"--run_folder={data.parent / 'run'}", *flags])
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    return checkpoint.read_tensors(newest / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", ["streams", "windows"])
+def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching):
+    flags = [*SMALL, f"--data.folder={data}", f"--data.batching={batching}", "--model.dropout=0", "--training.epochs=2"]
+    for ranks in (1, 2, 4):
+        train(ranks, *flags, f"--run_folder={tmp_path / str(ranks)}", cwd=tmp_path)
+    one = tmp_path / "1"
+    assert len(losses(one)) >= 18
+    assert losses(one)[-1] < losses(one)[0] - 0.3
+    for ranks in (2, 4):
+        many = tmp_path / str(ranks)
+        np.testing.assert_allclose(losses(many), losses(one), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(losses(many, "valid/loss"), losses(one, "valid/loss"), rtol=0, atol=1e-5)
+        for name, value in weights(one).items():
+            torch.testing.assert_close(weights(many)[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_the_same_bit_for_bit(data, tmp_path):
+    flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0.3", "--training.epochs=20", "--checkpoint.every_steps=5"]
+    train(2, *flags, "--run_folder=whole", cwd=tmp_path)
+    broken = tmp_path / "broken"
+    job = subprocess.Popen(
+        command(2, *flags, f"--run_folder={broken}"), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(list((broken / "checkpoints").glob("step-*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert job.wait(timeout=60) != 0
+    newest = checkpoint.newest(broken / "checkpoints")
+    assert newest is not None
+    killed_at = read_json(newest / "manifest.json")["progress"]["step"]
+    assert killed_at < 180, "the job was through before it was killed"
+
+    train(2, *flags, f"--run_folder={broken}", "--resume=auto", cwd=tmp_path)
+    assert losses(broken) == losses(tmp_path / "whole")
+    assert [row["step"] for row in rows(broken)] == [row["step"] for row in rows(tmp_path / "whole")]
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(broken)[name], value), name
+
+
+def test_the_loss_is_the_plain_one(data):
+    """Four steps against the same model trained by hand on all words at once."""
+    asked = recipe(data, "--training.steps=4", "--model.dropout=0", "--optimizer.name=sgd", "--optimizer.clip=0")
+    run_loop(asked, ONE)
+
+    folder = Folder(data)
+    torch.manual_seed(asked.seed)
+    model = LanguageModel(asked.model, folder.vocabulary_size)
+    stochastic = torch.optim.SGD(model.parameters(), 0.02, weight_decay=asked.optimizer.weight_decay)
+    batches, state, expected = training_batches(folder, asked.data, asked.seed), model.initial_state(8), []
+    for step, rate in enumerate(rows_of("train/learning_rate", data.parent / "run")):
+        stochastic.param_groups[0]["lr"] = rate
+        batch = batches.batch(step, slice(0, 8))
+        hidden, (h, c) = model(batch.inputs, state)
+        state = (h.detach(), c.detach())
+        loss = functional.cross_entropy(model.projection(hidden).flatten(0, 1), batch.targets.flatten())
+        stochastic.zero_grad()
+        loss.backward()
+        stochastic.step()
+        expected.append(loss.item())
+    np.testing.assert_allclose(losses(data.parent / "run"), expected, rtol=1e-6)
+
+
+def rows_of(key: str, run: Path) -> list[float]:
+    return [row[key] for row in rows(run) if key in row]
+
+
+def test_accumulation_changes_nothing(data):
+    flags = ("--training.epochs=1", "--model.dropout=0")
+    run_loop(recipe(data, *flags), ONE)
+    run_loop(recipe(data, *flags, "--training.accumulation=4", f"--run_folder={data.parent / 'parts'}"), ONE)
+    np.testing.assert_allclose(losses(data.parent / "parts"), losses(data.parent / "run"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("batching", ["streams", "windows"])
+def test_resumed_is_the_same_bit_for_bit_with_every_optimizer(data, optimizer, batching):
+    flags = (f"--optimizer.name={optimizer}", "--optimizer.momentum=0.9", f"--data.batching={batching}", "--model.dropout=0.3")
+    flags = (*flags, "--schedule.name=plateau", "--training.validate_every=4")
+    run_loop(recipe(data, *flags, "--training.steps=13"), ONE)
+    parts = (*flags, f"--run_folder={data.parent / 'parts'}", "--resume=auto")
+    for steps in (1, 6, 13):
+        run_loop(recipe(data, *parts, f"--training.steps={steps}"), ONE)
+    assert losses(data.parent / "parts") == losses(data.parent / "run")
+    for name, value in weights(data.parent / "run").items():
+        assert torch.equal(weights(data.parent / "parts")[name], value), name
+
+
+def test_plateau_divides_the_rate_when_validation_is_no_better(data):
+    # A rate so small that nothing is learnt beyond the first validations' rounding.
+    run_loop(
+        recipe(
+            data,
+            "--optimizer.learning_rate=1e-30",
+            "--schedule.name=plateau",
+            "--training.validate_every=1",
+            "--training.steps=4",
+            "--optimizer.name=sgd",
+        ),
+        ONE,
+    )
+    np.testing.assert_allclose(rows_of("train/learning_rate", data.parent / "run"), [1e-30, 1e-30, 2.5e-31, 6.25e-32])
+
+
+def test_last_checkpoints_and_the_best_are_kept(data):
+    run_loop(
+        recipe(data, "--training.steps=12", "--training.validate_every=3", "--checkpoint.every_steps=1", "--checkpoint.keep=2"),
+        ONE,
+    )
+    folder = data.parent / "run" / "checkpoints"
+    validated = {row["step"]: row["valid/loss"] for row in rows(data.parent / "run") if "valid/loss" in row}
+    assert sorted(validated) == [3, 6, 9, 12]
+    best = f"step-{min(validated, key=lambda step: validated[step]):09d}"
+    assert {path.name for path in folder.iterdir()} == {"step-000000011", "step-000000012", best}
+    assert checkpoint.find(data.parent / "run").name == best
+
+
+def test_run_folder_holds_what_the_readme_says(data):
+    run_loop(recipe(data, "--training.steps=3", "--sample.final_words=12"), ONE)
+    run = data.parent / "run"
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.toml",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
+        "sample.txt",
+        "loss.png",
+    }
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((run / "sample.txt").read_text().replace("\n", " \n ").split(" ")) >= 12
+    again = config.load(["--config", str(run / "recipe.toml")])
+    assert again == recipe(data, "--training.steps=3", "--sample.final_words=12")
+
+
+def test_without_validation_split_the_newest_checkpoint_is_the_best(tmp_path):
+    data = write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
+    run_loop(recipe(data, "--training.steps=3"), ONE)
+    assert checkpoint.find(tmp_path / "run").name == "step-000000003"
+    assert not losses(tmp_path / "run", "valid/loss")
+
+
+MISTAKES = {
+    "unknown key": (["--model.nhid=3"], 64, "nhid"),
+    "not a number": (["--data.window=many"], 64, "window"),
+    "out of range": (["--model.dropout=1"], 64, "model.dropout is 1"),
+    "no such choice": (["--optimizer.name=lion"], 64, "lion"),
+    "no such recipe": (["--config=nowhere.toml"], 64, "nowhere.toml"),
+    "no such data": (["--data.folder=nowhere"], 66, "lmdist-prepare"),
+    "text too short": (["--data.window=70"], 65, "451 words to train on; 8 row(s) of 70 need 560"),
+    "rows not divisible": (["--training.accumulation=3"], 64, "data.global_batch 8 cannot be shared out evenly"),
+    "half precision on a CPU": (["--training.precision=bf16"], 64, "needs a GPU"),
+    "diverging": (["--optimizer.learning_rate=1e30", "--optimizer.name=sgd", "--optimizer.clip=0"], 64, "diverged"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_with_the_right_exit_code(data, tmp_path, mistake):
+    flags, code, message = MISTAKES[mistake]
+    done = train(1, *SMALL, f"--data.folder={data}", "--run_folder=run", *flags, cwd=tmp_path, code=code)
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("lmdist.train: error: ")
+    assert message in line
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_that_is_not_there_is_an_error(data, tmp_path):
+    done = train(1, *SMALL, f"--data.folder={data}", "--training.device=cuda", cwd=tmp_path, code=64)
+    assert "torch sees no CUDA device" in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_divide_the_batch_are_refused_once(data, tmp_path):
+    done = train(3, *SMALL, f"--data.folder={data}", cwd=tmp_path, code=1)  # torchrun's own exit code
+    assert done.stderr.count("cannot be shared out evenly over 3 ranks") == 1
+    assert "a number of ranks out of [1, 2, 4, 8]" in done.stderr
+
+
+def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_path):
+    flags = [*SMALL, f"--data.folder={data}", "--run_folder=run", "--training.steps=2"]
+    train(1, *flags, cwd=tmp_path)
+    assert "--resume auto goes on with it" in train(1, *flags, cwd=tmp_path, code=64).stderr
+    other = train(1, *flags, "--resume=auto", "--model.hidden_size=25", cwd=tmp_path, code=64)
+    assert "another model.hidden_size: 24, and this recipe has 25" in other.stderr
+
+
+def test_help_comes_at_once_and_explains_the_settings(tmp_path):
+    began = time.perf_counter()
+    done = train(1, "--help", cwd=tmp_path)
+    assert "Numbers in the state of an LSTM layer" in " ".join(done.stdout.split())
+    seen = subprocess.run([sys.executable, "-X", "importtime", "-m", "lmdist.train", "--help"], capture_output=True, text=True)
+    assert " torch\n" not in seen.stderr
+    assert time.perf_counter() - began < 60
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.toml")), ids=lambda path: path.name)
+def test_every_recipe_is_read_and_every_line_has_a_reason(path):
+    asked = config.load(["--config", str(path)])
+    for section, values in tomllib.loads(path.read_text()).items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            assert getattr(getattr(asked, section), key) == value
+
+
+def test_the_demo_recipe_is_the_default():
+    demo = config.load(["--config", str(LAUNCH / "demo.toml")])
+    assert config.as_dict(demo) | {"prepare": None} == config.as_dict(Recipe()) | {"prepare": None}
+
+
+def test_holes_count_for_nothing(data):
+    """A target that is not there changes neither the sum nor the gradient."""
+    from lmdist.loss import summed_nats
+
+    model = LanguageModel(recipe(data).model, 30).eval()
+    tokens = torch.randint(30, (2, 5))
+    hidden, _ = model(tokens, model.initial_state(2))
+    targets = tokens.clone()
+    targets[1, 2:] = IGNORED
+    first = summed_nats(hidden[:1], model.projection, tokens[:1])
+    second = summed_nats(hidden[1:, :2], model.projection, tokens[1:, :2])
+    torch.testing.assert_close(summed_nats(hidden, model.projection, targets), first + second)
