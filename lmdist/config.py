@@ -10,11 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from lmdist.errors import EXIT_USAGE
+from lmdist.errors import EXIT_USAGE, MissingInputError
 from lmdist.settings import Recipe
 
 
@@ -47,6 +49,10 @@ def parser() -> RecipeParser:
 def load(argv: Sequence[str] | None = None, *, quiet: bool = False) -> Recipe:
     """The recipe that the command line asks for; exits where it asks for help or is wrong, which `quiet` does in silence."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for before, word in pairwise(["", *arguments]):
+        file = word if before == "--config" else word.removeprefix("--config=") if word.startswith("--config=") else ""
+        if file and not Path(file).is_file():
+            raise MissingInputError(f"the recipe {file} is not there; launch/ has some to start from")
     made = parser()
     with (
         open(os.devnull, "w") as nowhere,

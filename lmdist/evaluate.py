@@ -99,6 +99,23 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def tokens_of_file(checkpoint: Path, file: str) -> np.ndarray:
+    """The ids of a file's words, found as the model's training text was cut into words; an end mark after each document."""
+    import numpy as np
+
+    from lmdist.documents import Documents, find_files
+    from lmdist.text import WordTokenizer
+    from lmdist.vocabulary import END_ID, Vocabulary
+
+    tokenizer = WordTokenizer.load(checkpoint / "text.json")
+    vocabulary = Vocabulary.load(checkpoint / "vocab.txt")
+    ids: list[int] = []
+    for document in Documents(find_files([file]), lines=tokenizer.settings.tokenizer == "whitespace"):
+        ids += vocabulary.encode(tokenizer.tokenize(document.text))
+        ids.append(END_ID)
+    return np.array(ids, dtype=np.uint32)
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of a model on a text."""
     import numpy as np
@@ -142,3 +159,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         unigram = unigram_nats(folder.tokens("train"), tokens, model.vocabulary_size)
         result["unigram_perplexity"] = perplexity(unigram)
     return result
+
+
+if __name__ == "__main__":
+    main()

@@ -169,7 +169,8 @@ def resume(
     newest = Path(found)
     if recipe.resume == "never":
         raise UsageError(
-            f"{recipe.run_folder} holds a run already ({newest.name}): --resume auto goes on with it, --run_folder NAME starts another"
+            f"{recipe.run_folder} holds a run already ({newest.name}): --resume auto goes on with it, "
+            "--run_folder NAME starts another"
         )
     manifest = checkpoint.read_manifest(newest)
     same = {

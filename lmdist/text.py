@@ -41,7 +41,7 @@ PUNKT_CHUNK = 500_000
 ABBREVIATIONS = """
     mr mrs ms dr prof rev hon sen rep gov pres gen col maj capt lt sgt adm st jr sr
     jan feb aug sept oct nov dec inc corp ltd co vs etc e.g i.e u.s u.k u.n d.c a.m p.m
-""".split()  # noqa: SIM905
+""".split()
 
 
 @dataclasses.dataclass(frozen=True)

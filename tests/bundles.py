@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lmdist_export import export
 
 from lmdist import checkpoint
 from lmdist.files import sums, write_json
@@ -18,9 +19,9 @@ from lmdist.model import LanguageModel
 from lmdist.settings import ModelSettings
 from lmdist.text import TextSettings, WordTokenizer
 from lmdist.vocabulary import Vocabulary
-from lmdist_export import export
 
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
+PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()
 DOCUMENTS = ["The president said that the cat is here. It isn't a dog.", "We said it. The dog's (old) cat said so too."]
 TIED = ModelSettings(embedding_size=8, hidden_size=12, num_layers=3, dropout=0.0, tied=True)
 UNTIED = ModelSettings(embedding_size=6, hidden_size=10, num_layers=2, dropout=0.0, tied=False)
@@ -57,10 +58,12 @@ def make_data(folder: Path, tokenizer: str = "word_tokenize", words: Sequence[st
     return folder
 
 
-def make_run(folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize") -> Path:
+def make_run(
+    folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS
+) -> Path:
     """A run with one checkpoint, beside its data folder."""
-    data = make_data(folder / "data", tokenizer)
-    model = make_model(settings, len(WORDS) + 2)
+    data = make_data(folder / "data", tokenizer, words)
+    model = make_model(settings, len(words) + 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recipe = {"data": {"folder": str(data)}}
     run = folder / "runs" / "small"
@@ -68,9 +71,11 @@ def make_run(folder: Path, settings: ModelSettings = TIED, tokenizer: str = "wor
     return run
 
 
-def make_bundle(folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize") -> Path:
+def make_bundle(
+    folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS
+) -> Path:
     """A bundle, exported as a user exports it."""
-    export.main([str(make_run(folder, settings, tokenizer)), "-o", str(folder / "bundle")])
+    export.main([str(make_run(folder, settings, tokenizer, words)), "-o", str(folder / "bundle")])
     return folder / "bundle"
 
 

@@ -14,6 +14,9 @@ import onnx
 import pytest
 import torch
 from bundles import SINGLE, TIED, UNTIED, WORDS, command, edit_json, make_bundle, make_data, make_model, make_run
+from lmdist_export import convert, export, verify
+from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.sampler import StepGraph
 from numpy.typing import NDArray
 from torch.nn import functional
 
@@ -21,9 +24,6 @@ from lmdist.errors import DataError, MissingInputError
 from lmdist.files import check_sums
 from lmdist.model import LanguageModel
 from lmdist.settings import ModelSettings
-from lmdist_export import convert, export, verify
-from lmdist_export.bundle import Bundle, GenerationConfig
-from lmdist_export.sampler import StepGraph
 
 VOCABULARY_SIZE = 23
 
@@ -310,7 +310,7 @@ def test_a_changed_file_is_refused(bundle: Path, tmp_path: Path) -> None:
         ({"format": "lmdist checkpoint"}, "lmdist-export"),
         ({"files": {}}, "must name model.onnx"),
         ({"files": None}, "names no files"),
-        ({"files": dict.fromkeys(("model.onnx", "vocab.txt", "text.json"), {})}, "no size or no sha256"),
+        ({"files": {name: {} for name in ("model.onnx", "vocab.txt", "text.json")}}, "no size or no sha256"),
     ],
 )
 def test_a_changed_manifest_is_refused(bundle: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:

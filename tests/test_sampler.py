@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import shutil
+import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +17,12 @@ import pytest
 from bundles import TIED, WORDS, make_bundle
 from hypothesis import given
 from hypothesis import strategies as st
-
-from lmdist.errors import DataError, UsageError
 from lmdist_export import sampler
 from lmdist_export.bundle import Bundle, GenerationConfig
 from lmdist_export.sampler import PREFILL_WORDS, Sampler, StepGraph
 from lmdist_export.sampling import Draw, candidates, draw_word
+
+from lmdist.errors import DataError, UsageError
 
 LOGITS = np.array([0.5, 2.0, -1.0, 1.0, 0.0, -9.0], np.float32)
 
@@ -76,19 +78,18 @@ def test_candidates_are_those_of_the_reference(
 @given(logits=st.lists(a_logit, min_size=2, max_size=40), seed=st.integers(0, 2**32))
 def test_one_candidate_is_the_greedy_one(logits: list[float], seed: int) -> None:
     row = np.array(logits, np.float32)
-    config = {"suppress_tokens": (0,)}
     likeliest = 1 + int(np.argmax(row[1:]))
     generator = np.random.default_rng(seed)
-    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 0.0}, {"do_sample": False}, {"temperature": 1e-310}):
-        drawn = draw_word(row, GenerationConfig(**config, **narrow), generator)
-        assert row[drawn] == row[likeliest]
-        if "temperature" not in narrow or narrow["temperature"] == 0:
-            assert drawn == likeliest
+    without_first = GenerationConfig(suppress_tokens=(0,))
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 0.0}, {"do_sample": False}):
+        assert draw_word(row, replace(without_first, **narrow), generator) == likeliest
+    # Almost no temperature: one of those that are equally likely.
+    assert row[draw_word(row, replace(without_first, temperature=1e-310), generator)] == row[likeliest]
 
 
 def test_frequencies_are_the_probabilities() -> None:
     config = GenerationConfig(temperature=0.8, suppress_tokens=(0,))
-    rows = 20_000
+    rows = 8_000
     drawn = Draw(config, seed=3, rows=rows)(np.tile(LOGITS, (rows, 1)))
     expected = np.zeros(len(LOGITS))
     for index, probability in reference(LOGITS.tolist(), config).items():
@@ -102,10 +103,10 @@ def test_frequencies_are_the_probabilities() -> None:
 def test_frequencies_of_one_row_are_the_probabilities_too() -> None:
     config = GenerationConfig(top_k=4, top_p=0.95, suppress_tokens=())
     draw = Draw(config, seed=5, rows=1)
-    drawn = np.concatenate([draw(LOGITS[None]) for _ in range(20_000)])
+    drawn = np.concatenate([draw(LOGITS[None]) for _ in range(8_000)])
     probabilities = reference(LOGITS.tolist(), config)
     for index in range(len(LOGITS)):
-        assert np.mean(drawn == index) == pytest.approx(probabilities.get(index, 0), abs=0.015)
+        assert np.mean(drawn == index) == pytest.approx(probabilities.get(index, 0), abs=0.02)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
@@ -191,7 +192,7 @@ class FakeRuntime(SimpleNamespace):
         super().__init__(
             get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
             set_default_logger_severity=lambda level: None,
-            preload_dlls=lambda: print("something was not found"),
+            preload_dlls=lambda: sys.stdout.write("something was not found"),
             SessionOptions=SimpleNamespace,
             InferenceSession=make_session,
         )
@@ -237,7 +238,7 @@ def test_onnxruntime_that_is_not_there_or_twice(monkeypatch: pytest.MonkeyPatch)
     # What uninstalling one of the two leaves: a module with nothing in it.
     monkeypatch.setattr(sampler.importlib, "import_module", lambda name: SimpleNamespace())
     wheels.remove("onnxruntime-gpu")
-    with pytest.raises(UsageError, match="pip install --force-reinstall onnxruntime$"):
+    with pytest.raises(UsageError, match=r"pip install --force-reinstall onnxruntime$"):
         sampler.import_onnxruntime()
     wheels.clear()
 

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +76,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str, Any]:
     """Write and verify the bundle; give its manifest."""
+    from importlib.metadata import version
+
     import torch
 
     from lmdist import __version__, checkpoint

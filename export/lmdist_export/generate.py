@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     bundle = Bundle.load(arguments.bundle)
     config = generation_config(bundle.generation, arguments)
     sampler = Sampler(bundle, arguments.provider, arguments.threads)
-    prompt = bundle.tokenizer.tokenize(arguments.prompt)
+    prompt = bundle.tokenizer.tokenize(arguments.prompt) if arguments.prompt else []  # NLTK is slow to import
     warn_of_unknown(prompt, bundle.vocabulary)
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     if arguments.seed is None and not config.greedy:

@@ -1,0 +1,102 @@
+"""What a recipe reaches: trains it by torchrun, measures perplexity beside the unigram model's, writes rows of data.
+
+    python benchmarks/quality.py launch/demo.toml --json benchmarks/results/quality-MACHINE-DATE.json
+    python benchmarks/quality.py launch/wikitext2-small.toml --epochs 1
+    python benchmarks/quality.py launch/demo.toml --quick          # 60 steps: does it run?
+
+The data folder that the recipe names must be there, but for the demo's, which is made. The value of a row is a perplexity;
+`ratio` is that of the unigram model, the baseline, over it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("lmdist", "torch", "numpy", "nltk")
+
+
+def main() -> None:
+    """Train each recipe, measure, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", type=Path)
+    parser.add_argument("--epochs", type=float, help="in place of the recipe's")
+    parser.add_argument("--quick", action="store_true", help="60 steps")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="write the loss curve of the last recipe here")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for recipe in arguments.recipes:
+            run = Path(scratch) / recipe.stem
+            rows += measure(recipe, run, arguments)
+            if arguments.plot:
+                shutil.copyfile(run / "loss.png", arguments.plot)
+    for row in rows:
+        print(f"{row['case']:<34}{row['variant']:<12}{row['value']:>10,.2f}  ratio {row['ratio']:.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one recipe."""
+    length = [f"--training.epochs={arguments.epochs}"] if arguments.epochs else []
+    length = ["--training.steps=60"] if arguments.quick else length
+    train = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}", "-m", "lmdist.train"]
+    train += [f"--config={recipe}", f"--run_folder={run}", f"--training.device={arguments.device}", *length]
+    subprocess.run([sys.executable, *train, "--tracking.mlflow=false"], check=True)
+    speeds = [
+        row["train/tokens_per_second"]
+        for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "train/tokens_per_second" in row
+    ]
+    rows = []
+    for split in ("valid", "test"):
+        evaluate = ["-m", "lmdist.evaluate", str(run), f"--split={split}", "--json", f"--device={arguments.device}"]
+        done = subprocess.run([sys.executable, *evaluate], check=True, stdout=subprocess.PIPE, text=True)
+        figures = json.loads(done.stdout)
+        facts = {
+            "case": f"{recipe.stem} {split}" + (f", {arguments.epochs:g} epoch(s)" if arguments.epochs else ""),
+            "unit": "perplexity",
+            "spread": None,
+            "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+            "words": figures["words"],
+            "unknown_rate": figures["unknown_rate"],
+            "training_tokens_per_second": statistics.median(speeds),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.ranks} ranks, {processor()}",
+            "versions": {name: version(name) for name in PACKAGES},
+            "commit": subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True).stdout.strip(),
+            "command": " ".join(["python", *sys.argv]),
+            "date": date.today().isoformat(),
+        }
+        baseline = figures["unigram_perplexity"]
+        rows.append({**facts, "variant": "baseline", "value": baseline, "ratio": 1.0})
+        rows.append({**facts, "variant": "lmdist", "value": figures["perplexity"], "ratio": baseline / figures["perplexity"]})
+    return rows
+
+
+def processor() -> str:
+    """The processor's name, as Linux has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()

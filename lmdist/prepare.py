@@ -1,0 +1,402 @@
+"""From text to a data folder: `lmdist-prepare articles1.csv [MORE ...] -o data/news`.
+
+    data/news/
+        train.bin  valid.bin  test.bin   words as ids, little-endian uint16 or uint32, an end mark after each document
+        vocab.txt                        the words of the train split by falling frequency: line number = id
+        text.json                        how words were found, for prompts to be read the same way
+        meta.json                        counts, rates of unknown words, settings, sources, sha256 sums
+
+Documents are read by documents.py, words found by text.py, numbered and split by corpus.py; here are the settings, the
+command and the folder. This module does not know about models. Its imports are light: training reads the settings too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import errno
+import inspect
+import os
+import signal
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lmdist import __version__
+from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, report
+from lmdist.files import sums, whole_folder, write_json
+from lmdist.text import TextSettings, WordTokenizer
+
+if TYPE_CHECKING:
+    from lmdist.documents import Documents
+
+FORMAT = "lmdist data"
+VERSION = 1
+DEMO = "demo"
+SPLITS = ("train", "valid", "test")
+
+# Less than this is tokenised before worker processes have started and imported NLTK. The other tokenizers are 15 times as
+# fast.
+ONE_PROCESS_BYTES = {"word_tokenize": 4_000_000, "wordpunct": 60_000_000, "whitespace": 60_000_000}
+
+
+@dataclass
+class PrepareSettings:
+    """What to read, how words are found in it, and how it is split."""
+
+    inputs: list[str] = field(default_factory=list)
+    """Files or globs: CSV, TSV, JSON Lines, Parquet or plain text, also as gz, bz2, xz or zst; "demo" is the demo corpus."""
+    train: str = ""
+    """A file or glob to train on, in place of inputs that are split."""
+    valid: str = ""
+    """A file or glob to validate on, beside train."""
+    test: str = ""
+    """A file or glob to test on, beside train."""
+    text_column: str = ""
+    """The column with the text; without it content, text, article or body, whichever is there first."""
+    group_by: str = ""
+    """A column: rows with the same value go to the same split."""
+    rows: int = 0
+    """Read the first so many rows only; 0 reads all."""
+    encoding: str = ""
+    """The encoding of the files; without it UTF-8, or UTF-16 with its mark, and odd bytes are taken for Windows-1252."""
+    tokenizer: str = "word_tokenize"
+    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of other marks) or whitespace (a line at a time)."""
+    clean: str = "none"
+    """none, or tutorial: hyphens become blanks, all other ASCII punctuation goes, letters become small."""
+    lowercase: bool = False
+    """Make the letters of all words small."""
+    valid_fraction: float = 0.05
+    """Share of the documents or groups that validates; at least one, none with 0."""
+    test_fraction: float = 0.05
+    """Share of the documents or groups that tests; at least one, none with 0."""
+    seed: int = 1
+    """Chooses which documents validate and test."""
+    min_count: int = 2
+    """Words that come less often in the train split become <unk>."""
+    vocabulary_size: int = 0
+    """Keep only so many words, the most frequent, <unk> and <eos> among them; 0 keeps all."""
+    unknown: str = "add"
+    """add: rare words become <unk>; file: the text marks its unknown words as <unk> itself (PTB, WikiText), all others stay."""
+    workers: int = 0
+    """Processes that find words; 0 takes one a core."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 0), ("min_count", 1), ("vocabulary_size", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if 0 < self.vocabulary_size < 3:
+            raise UsageError(f"vocabulary_size is {self.vocabulary_size}; <unk>, <eos> and one word make 3")
+        for name in ("valid_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be from 0 to less than 1")
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise UsageError("valid_fraction and test_fraction leave nothing to train on")
+        if self.unknown not in ("add", "file"):
+            raise UsageError(f"unknown is {self.unknown!r}; expected add or file")
+        if self.unknown == "file" and self.vocabulary_size:
+            raise UsageError("vocabulary_size makes unknown words, and unknown is file: give one or the other")
+        if self.inputs and (self.train or self.valid or self.test):
+            raise UsageError("inputs are split, and train, valid and test are splits: give one or the other")
+        if (self.valid or self.test) and not self.train:
+            raise UsageError("valid and test need train beside them")
+        if self.train and self.group_by:
+            raise UsageError("group_by says how inputs are split, and train, valid and test are splits: leave it out")
+        _ = self.text
+
+    @property
+    def text(self) -> TextSettings:
+        """How a document becomes words; raises UsageError where that is wrong."""
+        return TextSettings(self.tokenizer, self.clean, self.lowercase)
+
+
+def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False) -> None:
+    """Make the data folder `output`, whole or not at all."""
+    check_output(output, overwrite=overwrite)
+    sources = open_sources(settings, output)
+    files = [file for documents in sources.values() for file in documents.files]
+    say(f"reading {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} into {output}")
+    try:
+        with whole_folder(output) as folder:
+            meta = fill(folder, settings, sources)
+    except MissingInputError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DataError(f"the disk that holds {output} is full: {error.strerror}; nothing was kept") from None
+        raise DataError(f"{output} cannot be written: {error}") from None
+    for documents in sources.values():
+        for note in documents.notes:
+            say(f"note: {note}")
+    sys.stdout.write(summary(meta, output))
+    sys.stdout.flush()
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise UsageError where `output` must not be written."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise UsageError(f"{output} is there already: give --overwrite to replace it, or another -o")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "meta.json").is_file()):
+        raise UsageError(f"{output} is not a data folder, so --overwrite does not replace it: give another -o")
+
+
+def open_sources(settings: PrepareSettings, output: Path) -> dict[str, Documents]:
+    """The documents to read: of the given splits, or of the inputs under the name ""."""
+    from lmdist.documents import Documents, find_files
+
+    inputs, group_by = settings.inputs, settings.group_by
+    if inputs == [DEMO] and not Path(DEMO).is_file():
+        demo = output.parent / "demo.csv"
+        if not demo.exists():
+            from lmdist.demo import write_demo
+
+            say(f"writing the demo corpus to {demo}")
+            write_demo(demo)
+        inputs, group_by = [str(demo)], group_by or "title"
+    given = {split: [getattr(settings, split)] for split in SPLITS if getattr(settings, split)} or {"": inputs}
+    if not any(given.values()):
+        raise UsageError("nothing to read: name a file (articles1.csv), give --train, or take the demo corpus: demo")
+    return {
+        split: Documents(
+            find_files(patterns),
+            text_column=settings.text_column,
+            group_by=group_by,
+            lines=settings.tokenizer == "whitespace",
+            rows=settings.rows,
+            encoding=settings.encoding,
+        )
+        for split, patterns in given.items()
+    }
+
+
+def fill(folder: Path, settings: PrepareSettings, sources: dict[str, Documents]) -> dict[str, Any]:
+    """Write the files of a data folder; gives what meta.json says."""
+    from lmdist.corpus import Corpus
+
+    if settings.text.needs_sentences:
+        say("learning where sentences end")
+    tokenizer = WordTokenizer.train(settings.text, (document.text for document in next(iter(sources.values()))))
+    tokenizer.save(folder / "text.json")
+
+    corpus = Corpus(folder / "words.spool", settings.seed)
+    read_all(corpus, settings, sources, folder / "text.json")
+    splits = corpus.given_splits() if settings.train else corpus.split_by_key(settings.valid_fraction, settings.test_fraction)
+
+    say("numbering the words")
+    own_unknown = settings.unknown == "file"
+    min_count = 1 if own_unknown else settings.min_count
+    vocabulary = corpus.vocabulary(splits, min_count, settings.vocabulary_size, own_unknown=own_unknown)
+    if len(vocabulary) < 3:
+        raise DataError(f"no word comes {min_count} times in the text to train on: take more text, or a lower --min-count")
+    vocabulary.save(folder / "vocab.txt")
+    dtype = "<u2" if len(vocabulary) <= 1 << 16 else "<u4"
+    facts = {}
+    for index, split in enumerate(SPLITS):
+        documents = splits == index
+        if documents.any():
+            facts[split] = corpus.write(folder / f"{split}.bin", documents, vocabulary, dtype)
+    for split in sources:
+        if split and split not in facts:
+            raise DataError(f"{getattr(settings, split)} has no text for {split}")
+    corpus.spool.unlink()
+
+    skipped = sum((documents.skipped for documents in sources.values()), corpus.skipped)
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "lmdist": __version__,
+        "dtype": "uint16" if dtype == "<u2" else "uint32",
+        "vocabulary_size": len(vocabulary),
+        "splits": facts,
+        "skipped": dict(sorted(skipped.items())),
+        "text": dataclasses.asdict(settings.text),
+        "prepare": dataclasses.asdict(settings),
+        "sources": [
+            {"name": str(file), "bytes": file.stat().st_size} for documents in sources.values() for file in documents.files
+        ],
+        "files": sums(folder),
+    }
+    write_json(folder / "meta.json", meta)
+    return meta
+
+
+def read_all(corpus: Any, settings: PrepareSettings, sources: dict[str, Documents], text_json: Path) -> None:
+    """Put the words of all sources into the corpus; raises DataError where there are none."""
+    size = sum(documents.bytes for documents in sources.values())
+    workers = (settings.workers or cores()) if size > ONE_PROCESS_BYTES[settings.tokenizer] else 1
+    with progress(size) as tell:
+        done = 0
+        for split, documents in sources.items():
+            corpus.read(
+                documents,
+                split,
+                text_json,
+                workers,
+                keep_empty=settings.tokenizer == "whitespace",
+                tell=lambda before=done, now=documents: tell(before + now.bytes_read, len(corpus.lengths), corpus.tokens),
+            )
+            done += documents.bytes
+    if not corpus.tokens:
+        skipped = sum((documents.skipped for documents in sources.values()), corpus.skipped)
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        raise DataError(f"there is no text in what was read{f': rows skipped: {counts}' if counts else ''}")
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- what a person sees --------------------------------------------------------------------------------------------
+
+
+def say(line: str) -> None:
+    """Print a line."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+class Tell(Protocol):
+    """Takes how far the work is."""
+
+    def __call__(self, bytes_read: int, documents: int, words: int) -> None:
+        """Show it, if it is time to."""
+
+
+@contextmanager
+def progress(size: int) -> Iterator[Tell]:
+    """Shows how far the reading of `size` bytes is: a bar on a terminal, a line every 5 seconds elsewhere."""
+    from tqdm import tqdm
+
+    from lmdist.console import duration
+
+    began = shown = time.perf_counter()
+    terminal = sys.stderr.isatty()
+    bar = tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, disable=not terminal)
+
+    def tell(bytes_read: int, documents: int, words: int) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        rate = words / (now - began)
+        if terminal:
+            bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} words/s", refresh=False)
+            bar.update(bytes_read - bar.n)
+        elif now - shown >= 5:
+            shown = now
+            left = (now - began) * (size - bytes_read) / max(1, bytes_read)
+            say(
+                f"{bytes_read / 1e6:,.1f} of {size / 1e6:,.1f} MB  {documents:,} documents  {words:,} words  "
+                f"{rate:,.0f} words/s  {duration(left)} left"
+            )
+
+    with bar:
+        yield tell
+
+
+def summary(meta: dict[str, Any], output: Path) -> str:
+    """The table at the end."""
+    lines = [f"{'':<8}{'documents':>12}{'words':>16}{'unknown':>10}"]
+    lines += [
+        f"{split:<8}{fact['documents']:>12,}{fact['tokens']:>16,}{fact['unknown_rate']:>10.2%}"
+        for split, fact in meta["splits"].items()
+    ]
+    lines.append(f"vocabulary: {meta['vocabulary_size']:,} words, <unk> and <eos> among them")
+    if meta["skipped"]:
+        lines.append("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items()))
+    lines.append(f"written to {output}")
+    lines.append(f"next: torchrun --nproc_per_node=2 -m lmdist.train --data.folder {output}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def field_help() -> dict[str, str]:
+    """What stands under each field of PrepareSettings."""
+    [definition] = ast.parse(inspect.getsource(PrepareSettings)).body
+    assert isinstance(definition, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for node, after in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            texts[node.target.id] = ast.literal_eval(after.value)
+    return texts
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of lmdist-prepare: a flag for each field of PrepareSettings."""
+    made = CommandParser(
+        prog="lmdist-prepare",
+        usage="lmdist-prepare INPUT [INPUT ...] -o FOLDER [--flag VALUE ...]",
+        description="Turn text into a data folder that lmdist.train reads: words, split into train, valid and test, as ids.",
+        epilog="Examples: lmdist-prepare demo -o data/demo;  lmdist-prepare 'news/*.csv.gz' -o data/news --lowercase;  "
+        "lmdist-prepare --train wiki.train.tokens --valid wiki.valid.tokens --test wiki.test.tokens "
+        "--tokenizer whitespace --unknown file -o data/wikitext2",
+        argument_default=argparse.SUPPRESS,
+    )
+    texts = field_help()
+    made.add_argument("inputs", nargs="*", metavar="INPUT", help=texts["inputs"])
+    made.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the data folder to make")
+    made.add_argument("--overwrite", action="store_true", default=False, help="replace a data folder that is there")
+    made.add_argument("--recipe", type=Path, default=None, metavar="FILE.toml", help="take [prepare] of a recipe; flags win")
+    for setting in dataclasses.fields(PrepareSettings)[1:]:
+        flag, text = f"--{setting.name.replace('_', '-')}", texts[setting.name].rstrip(".")
+        if isinstance(setting.default, bool):
+            made.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"{text} (default: {setting.default})")
+        else:
+            shown = f" (default: {setting.default})" if setting.default else ""
+            made.add_argument(flag, type=type(setting.default), metavar="VALUE", help=(text + shown).replace("%", "%%"))
+    return made
+
+
+def from_recipe(path: Path) -> dict[str, Any]:
+    """The section [prepare] of a recipe; raises an error naming the file and what is wrong in it."""
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingInputError(f"the recipe {path} is not there") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path} is not a recipe: {error}") from None
+    section = recipe.get("prepare", {})
+    if not isinstance(section, dict):
+        raise UsageError(f"{path}: [prepare] is expected to be a section")
+    defaults = dataclasses.asdict(PrepareSettings())
+    for key, value in section.items():
+        if key not in defaults:
+            raise UsageError(f"{path}: [prepare] has no {key}; it has {', '.join(defaults)}")
+        if isinstance(defaults[key], float) and type(value) is int:
+            section[key] = float(value)
+        elif type(value) is not type(defaults[key]) or (key == "inputs" and not all(isinstance(name, str) for name in value)):
+            raise UsageError(f"{path}: prepare.{key} is {value!r}; a {type(defaults[key]).__name__} is expected")
+    return section
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make a data folder."""
+    arguments = vars(parser().parse_args(argv))
+    output, overwrite, recipe = (arguments.pop(name) for name in ("output", "overwrite", "recipe"))
+    with report("lmdist-prepare"):
+        # As Ctrl-C does: half a folder and the workers go away.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if not arguments.get("inputs"):
+            arguments.pop("inputs", None)
+        values = from_recipe(recipe) if recipe else {}
+        if "inputs" in arguments:
+            values = {key: value for key, value in values.items() if key not in SPLITS}
+        elif "train" in arguments:
+            values.pop("inputs", None)
+        values |= arguments
+        if values.get("unknown") == "file" and values.get("min_count", 1) > 1:
+            raise UsageError("min_count makes unknown words, and unknown is file: leave one out")
+        prepare(PrepareSettings(**values), output, overwrite=overwrite)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Figures arrive in metrics.jsonl and in MLflow: a real store, and a real server over HTTP."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import pytest
+from corpora import chain, write_data_folder
+from jobs import SMALL, environment, losses, rows, train
+
+from lmdist.files import read_json
+from lmdist.settings import TrackingSettings
+from lmdist.tracking import RunTracker, read_metrics
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data_folder(tmp_path / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+
+
+def history(client: mlflow.MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+
+
+def expected(run: Path, key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows(run) if key in row]
+
+
+@pytest.mark.slow
+def test_a_run_and_its_second_half_are_one_mlflow_run_without_a_point_twice(data, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    flags = [
+        *SMALL,
+        f"--data.folder={data}",
+        "--run_folder=runs/one",
+        "--tracking.mlflow=true",
+        "--schedule.name=constant",
+        "--checkpoint.every_steps=4",
+        "--checkpoint.keep=9",
+    ]
+    train(2, *flags, "--training.steps=9", cwd=tmp_path)
+    # The way a killed run looks to the next one: the points of steps 5 to 9 are in MLflow, its checkpoint is step 4.
+    for name in ("step-000000008", "step-000000009"):
+        shutil.rmtree(tmp_path / "runs/one/checkpoints" / name)
+    train(2, *flags, "--training.steps=14", "--resume=auto", cwd=tmp_path)
+
+    run = tmp_path / "runs/one"
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("lmdist")
+    assert experiment
+    (found,) = client.search_runs([experiment.experiment_id])
+    run_id = found.info.run_id
+    assert run_id == read_json(run / "mlflow.json")["run_id"]
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "one"
+    assert found.data.params["model.hidden_size"] == "24"
+    for key in ("train/loss", "train/tokens_per_second", "valid/loss", "valid/perplexity"):
+        assert [step for step, _ in history(client, run_id, key)] == [step for step, _ in expected(run, key)], key
+    assert history(client, run_id, "train/loss") == expected(run, "train/loss")
+    assert {dataset.tags[0].value for dataset in found.inputs.dataset_inputs} == {"train", "valid"}
+    assert {item.path for item in client.list_artifacts(run_id)} == {"loss.png", "recipe.toml", "samples"}
+
+
+@pytest.mark.slow
+def test_a_real_server_over_http_gets_every_point_and_a_failure_is_marked(data, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    store = f"sqlite:///{tmp_path}/server.db"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port), "--workers", "1"],
+        cwd=tmp_path,
+        env={**environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=1)
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.3)
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        flags = [*SMALL, f"--data.folder={data}", "--tracking.mlflow=true"]
+        train(1, *flags, "--run_folder=runs/one", "--training.steps=5", cwd=tmp_path)
+        bad = ["--run_folder=runs/bad", "--optimizer.name=sgd", "--optimizer.learning_rate=1e30", "--optimizer.clip=0"]
+        train(1, *flags, *bad, cwd=tmp_path, code=64)
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    client = mlflow.MlflowClient(store)
+    good = client.get_run(read_json(tmp_path / "runs/one/mlflow.json")["run_id"])
+    assert good.info.status == "FINISHED"
+    assert history(client, good.info.run_id, "train/loss") == expected(tmp_path / "runs/one", "train/loss")
+    bad_run = client.get_run(read_json(tmp_path / "runs/bad/mlflow.json")["run_id"])
+    assert bad_run.info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_costs_a_warning(data, tmp_path):
+    os.environ["MLFLOW_TRACKING_URI"] = "http://user:secret@127.0.0.1:9"
+    try:
+        done = train(1, *SMALL, f"--data.folder={data}", "--tracking.mlflow=true", "--training.steps=5", cwd=tmp_path)
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+    assert "warning: MLflow does not take this run's points" in done.stderr
+    assert "secret" not in done.stderr + done.stdout
+    assert len(losses(tmp_path / "runs/demo")) == 5
+
+
+def test_metrics_beyond_the_checkpoint_are_written_once(tmp_path):
+    settings = TrackingSettings(mlflow=False)
+    with RunTracker(tmp_path, settings, {}, "data", {}, 0) as tracker:
+        for step in range(1, 6):
+            tracker.metrics(step, {"train/loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')  # a kill in the middle of a line
+    with RunTracker(tmp_path, settings, {}, "data", {}, 3) as tracker:
+        tracker.metrics(4, {"train/loss": 2.0})
+    assert [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 2.0),
+    ]
