@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmdist.documents import EMPTY, Document
+from lmdist.documents import EMPTY, Document, Documents
 from lmdist.errors import DataError
 from lmdist.text import WordTokenizer
 from lmdist.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID, Vocabulary
@@ -132,17 +132,20 @@ class Corpus:
 
     def read(
         self,
-        documents: Iterable[Document],
+        documents: Documents,
         split: str,
         text_json: Path,
         workers: int,
         *,
         keep_empty: bool,
-        tell: Callable[[], None],
+        tell: Callable[[int], None],
     ) -> None:
-        """Append the words of documents; `split` is the one they are for, or "" where `split_by_key` chooses."""
+        """Append the words of documents; `split` is the one they are for, or "" where `split_by_key` chooses.
+
+        `tell` is called from time to time with the bytes whose words are there.
+        """
         with self.spool.open("ab") as spool:
-            for keys, chunk in in_order(self.chunks(documents, split), text_json, workers):
+            for (keys, bytes_read), chunk in in_order(self.chunks(documents, split), text_json, workers):
                 numbers = [self.ids.setdefault(word, len(self.ids)) for word in chunk.words]
                 spool.write(np.array(numbers, dtype="<u4")[chunk.ids].tobytes())
                 self.tokens += len(chunk.ids)
@@ -152,10 +155,10 @@ class Corpus:
                         self.keys.append(key)
                     else:
                         self.skipped[EMPTY if length == 0 else UNTOKENIZABLE] += 1
-                tell()
+                tell(bytes_read)
 
-    def chunks(self, documents: Iterable[Document], split: str) -> Iterator[tuple[list[int], list[str]]]:
-        """Keys and texts of some documents at a time."""
+    def chunks(self, documents: Documents, split: str) -> Iterator[tuple[tuple[list[int], int], list[str]]]:
+        """Some documents at a time: their keys, the bytes read so far, their texts."""
         keys: list[int] = []
         texts: list[str] = []
         characters = 0
@@ -164,10 +167,10 @@ class Corpus:
             texts.append(document.text)
             characters += len(document.text) + 1
             if characters >= CHUNK_CHARACTERS:
-                yield keys, texts
+                yield (keys, documents.bytes_read), texts
                 keys, texts, characters = [], [], 0
         if texts:
-            yield keys, texts
+            yield (keys, documents.bytes_read), texts
 
     def key(self, document: Document) -> int:
         """A hash of the seed and of the group; a document without one is its own group."""

@@ -24,6 +24,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import zlib
@@ -53,6 +54,19 @@ class Document(NamedTuple):
 
     text: str
     group: str | None
+
+
+class OddBytes:
+    """Takes what is not UTF-8, byte by byte, for Windows-1252, as browsers do, and counts it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, error: UnicodeError) -> tuple[str, int]:
+        """What the bytes of an error mean, and where to go on (the protocol of codecs.register_error)."""
+        assert isinstance(error, UnicodeDecodeError)
+        self.count += error.end - error.start
+        return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
 
 
 class Documents:
@@ -126,16 +140,24 @@ class Documents:
                 return
             begin = self.bytes_read
             with path.open("rb") as raw, unpacked(raw, path) as stream:
-                decoded = self._decoded(stream, path, newline="\n" if kind == "text" else "")
-                if kind == "text":
-                    rows = self._text(decoded)
-                elif kind == "jsonl":
-                    rows = self._jsonl(decoded, path)
-                else:
-                    rows = self._table(decoded, path, "\t" if kind == "tsv" else ",")
-                for row in rows:
-                    self.bytes_read = begin + raw.tell()
-                    yield row
+                odd_bytes = OddBytes()
+                decoded = self._decoded(stream, odd_bytes, newline="\n" if kind == "text" else "")
+                try:
+                    if kind == "text":
+                        rows = self._text(decoded)
+                    elif kind == "jsonl":
+                        rows = self._jsonl(decoded, path)
+                    else:
+                        rows = self._table(decoded, path, "\t" if kind == "tsv" else ",")
+                    for row in rows:
+                        self.bytes_read = begin + raw.tell()
+                        yield row
+                finally:
+                    decoded.detach()  # else it closes the file when it likes
+                if odd_bytes.count:
+                    self.notes.append(
+                        f"{path}: {odd_bytes.count:,} bytes are not UTF-8 and were read as Windows-1252 (or name --encoding)"
+                    )
         except UnicodeError as error:
             raise DataError(f"{path} is not {self.encoding or 'UTF-16'}: {error}") from None
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -143,25 +165,15 @@ class Documents:
                 raise
             raise DataError(f"{path} cannot be read: {error}") from None
 
-    def _decoded(self, stream: IO[bytes], path: Path, newline: str) -> Iterator[str]:
-        """The lines of a file. Where it is not UTF-8, byte by byte, it is taken for Windows-1252, as browsers do."""
-        peek = stream.peek(2)[:2]  # pyright: ignore[reportAttributeAccessIssue]
-        encoding = self.encoding or ("utf-16" if peek in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
-        odd_bytes = 0
-
-        def as_windows_1252(error: UnicodeError) -> tuple[str, int]:
-            assert isinstance(error, UnicodeDecodeError)
-            nonlocal odd_bytes
-            odd_bytes += error.end - error.start
-            return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
-
-        errors = "strict"
-        if encoding == "utf-8-sig":
-            errors = f"lmdist-{id(self)}"
-            codecs.register_error(errors, as_windows_1252)
-        yield from io.TextIOWrapper(stream, encoding, errors, newline=newline)
-        if odd_bytes:
-            self.notes.append(f"{path}: {odd_bytes:,} bytes are not UTF-8 and were read as Windows-1252 (or name --encoding)")
+    def _decoded(self, stream: IO[bytes], odd_bytes: OddBytes, newline: str) -> io.TextIOWrapper:
+        """The lines of a file."""
+        if self.encoding:
+            return io.TextIOWrapper(stream, self.encoding, newline=newline)
+        mark = stream.peek(2)[:2]  # pyright: ignore[reportAttributeAccessIssue]
+        if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return io.TextIOWrapper(stream, "utf-16", newline=newline)
+        codecs.register_error("lmdist", odd_bytes)
+        return io.TextIOWrapper(stream, "utf-8-sig", "lmdist", newline=newline)
 
     def _text(self, decoded: Iterator[str]) -> Iterator[Document]:
         block: list[str] = []
@@ -180,13 +192,13 @@ class Documents:
     def _table(self, decoded: Iterator[str], path: Path, delimiter: str) -> Iterator[Document | str]:
         ended = False
 
-        def watched() -> Iterator[str]:
+        def at_the_end() -> Iterator[str]:
             nonlocal ended
-            yield from decoded
             ended = True
+            yield from ()
 
         csv.field_size_limit(LONGEST_CELL)
-        reader = csv.reader(watched(), delimiter=delimiter)
+        reader = csv.reader(itertools.chain(decoded, at_the_end()), delimiter=delimiter)
         try:
             header = next(reader, None)
             if not header:

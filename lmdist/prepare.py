@@ -241,7 +241,7 @@ def read_all(corpus: Any, settings: PrepareSettings, sources: dict[str, Document
                 text_json,
                 workers,
                 keep_empty=settings.tokenizer == "whitespace",
-                tell=lambda before=done, now=documents: tell(before + now.bytes_read, len(corpus.lengths), corpus.tokens),
+                tell=lambda position, before=done: tell(before + position, len(corpus.lengths), corpus.tokens),
             )
             done += documents.bytes
     if not corpus.tokens:
@@ -278,20 +278,25 @@ def progress(size: int) -> Iterator[Tell]:
 
     from lmdist.console import duration
 
-    began = shown = time.perf_counter()
+    began = shown = 0.0
+    first_words = first_bytes = 0
     terminal = sys.stderr.isatty()
     bar = tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True, disable=not terminal)
 
     def tell(bytes_read: int, documents: int, words: int) -> None:
-        nonlocal shown
+        nonlocal began, shown, first_words, first_bytes
         now = time.perf_counter()
-        rate = words / (now - began)
+        if not began:  # What came before were imports.
+            began = shown = now
+            first_words, first_bytes = words, bytes_read
+        seconds = max(1e-9, now - began)
+        rate = (words - first_words) / seconds
         if terminal:
             bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} words/s", refresh=False)
             bar.update(bytes_read - bar.n)
         elif now - shown >= 5:
             shown = now
-            left = (now - began) * (size - bytes_read) / max(1, bytes_read)
+            left = seconds * (size - bytes_read) / max(1, bytes_read - first_bytes)
             say(
                 f"{bytes_read / 1e6:,.1f} of {size / 1e6:,.1f} MB  {documents:,} documents  {words:,} words  "
                 f"{rate:,.0f} words/s  {duration(left)} left"

@@ -171,8 +171,9 @@ def test_unknown_words_of_the_prompt(bundle: Path, written) -> None:
         (("--seed", -1), "--seed is -1"),
         (("--threads", -1), "threads is -1"),
         (("--provider", "tpu"), "invalid choice: 'tpu'"),
-        (("-o", "."), "is a folder"),
-        (("-o", "nowhere/sample.txt"), "nowhere is not there"),
+        (("-o", "."), "is not a file"),
+        (("-o", "/dev/null"), "is not a file"),
+        (("-o", "nowhere/sample.txt"), "nothing can be written in nowhere"),
     ],
 )
 def test_wrong_values(bundle: Path, refused, arguments: tuple[object, ...], message: str) -> None:

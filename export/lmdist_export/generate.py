@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import secrets
 import sys
 import time
@@ -114,10 +115,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--stream prints one text as it comes, and --n is {arguments.n}: give one or the other")
     if arguments.seed is not None and arguments.seed < 0:
         raise UsageError(f"--seed is {arguments.seed}; it must not be negative")
-    if arguments.output and arguments.output.is_dir():
-        raise UsageError(f"-o {arguments.output} is a folder; the name of a file is expected")
-    if arguments.output and not arguments.output.parent.is_dir():
-        raise UsageError(f"-o {arguments.output}: the folder {arguments.output.parent} is not there; make it first")
+    output = arguments.output
+    if output and output.exists() and not output.is_file():
+        # Not a device either: the file is written aside and renamed, which would replace it.
+        raise UsageError(f"-o {output} is not a file; a file's name is expected")
+    if output and not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
+        raise UsageError(f"-o {output}: nothing can be written in {output.parent}; make it first, or give another name")
 
 
 def generation_config(config: GenerationConfig, arguments: argparse.Namespace) -> GenerationConfig:
