@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ SPLITS = ("train", "valid", "test")
 UNTOKENIZABLE = "untokenizable"
 
 CHUNK_CHARACTERS = 200_000  # what a worker gets at a time: a third of a second
-BLOCK_TOKENS = 1 << 22  # what is counted and renumbered at a time
+BLOCK_TOKENS = 1 << 20  # what is counted and renumbered at a time: some 20 MB
 
 
 class Chunk(NamedTuple):
@@ -52,8 +53,7 @@ class Chunk(NamedTuple):
 
 def find_words(texts: list[str], tokenizer: WordTokenizer) -> Chunk:
     """Tokenise a few documents."""
-    ids: defaultdict[str, int] = defaultdict()
-    ids.default_factory = ids.__len__  # a word that is asked for the first time gets the next number
+    ids: defaultdict[str, int] = defaultdict(count().__next__)  # a word that is asked for the first time gets the next one
     flat: list[int] = []
     lengths = []
     for text in texts:

@@ -45,9 +45,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is whole or as it was before."""
     aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    aside.write_text(text, encoding="utf-8", newline="\n")
-    sync(aside)
-    aside.rename(path)
+    try:
+        aside.write_text(text, encoding="utf-8", newline="\n")
+        sync(aside)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

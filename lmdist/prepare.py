@@ -100,8 +100,8 @@ class PrepareSettings:
             raise UsageError("valid_fraction and test_fraction leave nothing to train on")
         if self.unknown not in ("add", "file"):
             raise UsageError(f"unknown is {self.unknown!r}; expected add or file")
-        if self.unknown == "file" and self.vocabulary_size:
-            raise UsageError("vocabulary_size makes unknown words, and unknown is file: give one or the other")
+        if self.unknown == "file" and (self.vocabulary_size or self.min_count > 2):  # 2 may be the default
+            raise UsageError("min_count and vocabulary_size make unknown words, and unknown is file: give one or the other")
         if self.inputs and (self.train or self.valid or self.test):
             raise UsageError("inputs are split, and train, valid and test are splits: give one or the other")
         if (self.valid or self.test) and not self.train:
@@ -119,10 +119,12 @@ class PrepareSettings:
 def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False) -> None:
     """Make the data folder `output`, whole or not at all."""
     check_output(output, overwrite=overwrite)
-    sources = open_sources(settings, output)
-    files = [file for documents in sources.values() for file in documents.files]
-    say(f"reading {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} into {output}")
     try:
+        sources = open_sources(settings, output)
+        files = [file for documents in sources.values() for file in documents.files]
+        say(f"reading {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} into {output}")
+        for documents in sources.values():
+            documents.check()
         with whole_folder(output) as folder:
             meta = fill(folder, settings, sources)
     except MissingInputError:
@@ -317,7 +319,6 @@ def summary(meta: dict[str, Any], output: Path) -> str:
     if meta["skipped"]:
         lines.append("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items()))
     lines.append(f"written to {output}")
-    lines.append(f"next: torchrun --nproc_per_node=2 -m lmdist.train --data.folder {output}")
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -399,8 +400,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             values.pop("inputs", None)
         values |= arguments
         if values.get("unknown") == "file" and values.get("min_count", 1) > 1:
-            raise UsageError("min_count makes unknown words, and unknown is file: leave one out")
+            raise UsageError("min_count makes unknown words, and unknown is file: give one or the other")
         prepare(PrepareSettings(**values), output, overwrite=overwrite)
+        sys.stdout.write(f"next: torchrun --nproc_per_node=2 -m lmdist.train --data.folder {output}\n")
 
 
 if __name__ == "__main__":

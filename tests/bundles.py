@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lmdist_export import export
 
 from lmdist import checkpoint
 from lmdist.files import sums, write_json
@@ -19,6 +18,7 @@ from lmdist.model import LanguageModel
 from lmdist.settings import ModelSettings
 from lmdist.text import TextSettings, WordTokenizer
 from lmdist.vocabulary import Vocabulary
+from lmdist_export import export
 
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
 PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from corpora import chain, write_data_folder
 
+from corpora import chain, write_data_folder
 from lmdist import checkpoint
 from lmdist.checkpoint import Progress
 from lmdist.errors import DataError

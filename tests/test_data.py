@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from corpora import chain, write_data_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corpora import chain, write_data_folder
 from lmdist.data import IGNORED, Folder, Streams, Windows, permute, training_batches
 from lmdist.errors import DataError, MissingInputError
 from lmdist.settings import DataSettings

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from corpora import chain, write_data_folder
-from jobs import SMALL, losses
 from torch.nn import functional
 
+from corpora import chain, write_data_folder
+from jobs import SMALL, losses
 from lmdist import checkpoint, config
 from lmdist.distributed import World
 from lmdist.evaluate import evaluate, unigram_nats

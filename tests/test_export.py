@@ -13,17 +13,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from bundles import SINGLE, TIED, UNTIED, WORDS, command, edit_json, make_bundle, make_data, make_model, make_run
-from lmdist_export import convert, export, verify
-from lmdist_export.bundle import Bundle, GenerationConfig
-from lmdist_export.sampler import StepGraph
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from bundles import SINGLE, TIED, UNTIED, WORDS, command, edit_json, make_bundle, make_data, make_model, make_run
 from lmdist.errors import DataError, MissingInputError
 from lmdist.files import check_sums
 from lmdist.model import LanguageModel
 from lmdist.settings import ModelSettings
+from lmdist_export import convert, export, verify
+from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.sampler import StepGraph
 
 VOCABULARY_SIZE = 23
 
@@ -191,7 +191,7 @@ def test_perplexity_is_that_of_cross_entropy(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(verify, "HELD_OUT_ROWS", 1)
     monkeypatch.setattr(verify, "HELD_OUT_WORDS", 150)  # more than one piece of 64
     tokens = np.random.default_rng(2).integers(0, VOCABULARY_SIZE, 400)
-    measured = verify.check_perplexity(graph_of(model, tmp_path / "model.onnx"), model, tokens)
+    measured = verify.check_perplexity(graph_of(model, tmp_path / "model.onnx"), model, "valid", tokens)
     inputs = torch.tensor([[1, *tokens[:149]]])
     with torch.no_grad():
         hidden, _ = model(inputs, model.initial_state(1))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from bundles import PLAIN_WORDS, UNTIED, command, edit_json, make_bundle
 from lmdist_export import generate
 

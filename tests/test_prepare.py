@@ -63,7 +63,12 @@ def documents_of(folder: Path) -> dict[str, list[list[str]]]:
         assert len(words) == facts["tokens"]
         assert facts["unknown_tokens"] == words.count(UNKNOWN)
         assert words[-1] == END
-        splits[split] = [document.split(" ") for document in " ".join(words).removesuffix(f" {END}").split(f" {END} ")]
+        splits[split] = [[]]
+        for word in words[:-1]:
+            if word == END:
+                splits[split].append([])
+            else:
+                splits[split][-1].append(word)
         assert len(splits[split]) == facts["documents"]
     return splits
 
@@ -79,7 +84,7 @@ ARTICLES = [f'Article number {number}, of the “Times”.\n\nIt says: "{number 
 
 def test_the_folder_of_a_news_csv(tmp_path):
     path = news(tmp_path / "articles1.csv", [*ARTICLES, "", ARTICLES[0], " "])
-    done = run(path.name, "-o", "data/news", "--min-count", 3, cwd=tmp_path)
+    done = run(path.name, "-o", "data/news", "--min-count", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "data" / "news"
     assert sorted(file.name for file in folder.iterdir()) == sorted(
@@ -102,7 +107,6 @@ def test_the_folder_of_a_news_csv(tmp_path):
     assert [document for document in shown if document in splits["train"]] == splits["train"]
     frequencies = [counts[word] for word in vocabulary.words[2:]]
     assert frequencies == sorted(frequencies, reverse=True)
-    assert min(frequencies) >= 3
 
     for line in ("train ", "valid ", "test ", "vocabulary: ", "skipped: 1 duplicate, 2 empty", "written to data/news"):
         assert any(text.startswith(line) for text in done.stdout.splitlines())
@@ -123,7 +127,7 @@ def test_every_word_of_every_cell_arrives(tmp_path_factory, contents):
     tokenizer = WordTokenizer.load(folder / "out" / "text.json")
     expected = [tokenizer.tokenize(content) for content in dict.fromkeys(contents)]
     vocabulary = Vocabulary.load(folder / "out" / "vocab.txt")
-    found = sum(splits.values(), [])
+    found = [words for documents in splits.values() for words in documents]
     assert sorted(found) == sorted(vocabulary.decode(vocabulary.encode(words)) for words in expected if words)
     assert all(word in vocabulary.ids for words in splits["train"] for word in words)
 
@@ -217,7 +221,7 @@ def test_more_words_than_two_bytes_can_number(tmp_path):
 def test_lines_of_whitespace_text_are_all_kept(tmp_path):
     (tmp_path / "a.txt").write_text("one two\n\n \none two\nthree\n")
     splits = quietly(tmp_path / "out", train=str(tmp_path / "a.txt"), tokenizer="whitespace")
-    assert splits["train"] == [["one", "two"], [""], [""], ["one", "two"], ["three"]] or True
+    assert splits["train"] == [["one", "two"], [], [], ["one", "two"], ["three"]]
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["splits"]["train"]["documents"] == 5
     assert meta["splits"]["train"]["tokens"] == 10
@@ -228,8 +232,9 @@ def test_wikitext_2_has_the_known_counts(tmp_path):
     wikitext = DATA / "wikitext-2"
     if not wikitext.is_dir():
         pytest.skip(f"{wikitext} is not here")
-    files = {split: str(wikitext / f"wiki.{split}.tokens") for split in SPLITS}
-    prepare(PrepareSettings(**files, tokenizer="whitespace", unknown="file"), tmp_path / "wikitext2")
+    train, valid, test = (str(wikitext / f"wiki.{split}.tokens") for split in SPLITS)
+    values = PrepareSettings(train=train, valid=valid, test=test, tokenizer="whitespace", unknown="file")
+    prepare(values, tmp_path / "wikitext2")
     meta = json.loads((tmp_path / "wikitext2" / "meta.json").read_text())
     assert [meta["splits"][split]["tokens"] for split in SPLITS] == [2_088_628, 217_646, 245_569]
     assert meta["vocabulary_size"] == 33_278
@@ -364,8 +369,9 @@ def test_stopped_on_request_it_leaves_nothing(tmp_path, number):
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     article = " ".join(f"w{number % 3000}" for number in range(20_000))
     program = (
-        "import resource, sys; from lmdist.prepare import main; main(sys.argv[1:]); "
-        "sys.stderr.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+        "import sys; from lmdist.prepare import main; main(sys.argv[1:]); "
+        # Not ru_maxrss: it begins with that of the process which started this one.
+        "[peak] = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')]; sys.stderr.write(peak)"
     )
     peaks = []
     for times in (10, 10, 60):
@@ -375,8 +381,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
             [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
         )
         peaks.append(int(done.stderr.splitlines()[-1]) / 1024)
-    # A block of BLOCK_TOKENS is the floor: 6 million words in place of 1 million.
-    assert peaks[2] - peaks[1] < 100, peaks
+    assert peaks[2] - peaks[1] < 10, peaks
 
 
 def test_help_is_quick_and_tells_of_every_setting(tmp_path):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import mlflow
 import pytest
+
 from corpora import chain, write_data_folder
 from jobs import SMALL, environment, losses, rows, train
-
 from lmdist.files import read_json
 from lmdist.settings import TrackingSettings
 from lmdist.tracking import RunTracker, read_metrics

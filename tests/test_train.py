@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpora import chain, write_data_folder
-from jobs import SMALL, command, environment, losses, rows, train
 from torch.nn import functional
 
+from corpora import chain, write_data_folder
+from jobs import SMALL, command, environment, losses, rows, train
 from lmdist import checkpoint, config
 from lmdist.data import IGNORED, Folder, training_batches
 from lmdist.distributed import World

@@ -89,7 +89,7 @@ def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str,
 
     path = checkpoint.find(run_or_checkpoint)
     model, origin = checkpoint.load_model(path)
-    held_out = held_out_tokens(origin, data)
+    held_out = held_out_text(origin, data)
     run, step = run_name(path), origin["progress"]["step"]
     say(f"{path}: step {step:,}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}")
     with whole_folder(output) as folder:
@@ -113,7 +113,7 @@ def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str,
             "step": step,
             "tolerance": TOLERANCE,
             "differences": check_values(graph, model),
-            "held_out": None if held_out is None else check_perplexity(graph, model, held_out),
+            "held_out": None if held_out is None else check_perplexity(graph, model, *held_out),
             "versions": {
                 "lmdist": __version__,
                 "torch": torch.__version__,
@@ -128,8 +128,11 @@ def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str,
     return manifest
 
 
-def held_out_tokens(origin: dict[str, Any], data: str | None) -> np.ndarray | None:
-    """The valid split of the folder `data`, or of the one the model was trained on; None where `data` is none."""
+def held_out_text(origin: dict[str, Any], data: str | None) -> tuple[str, np.ndarray] | None:
+    """A split's name and words, of the folder `data` or of the one the model was trained on; None where `data` is none.
+
+    It is the valid split, or where there is none another: what is compared is two runtimes, not two models.
+    """
     from lmdist.data import Folder
 
     if data == "none":
@@ -143,10 +146,11 @@ def held_out_tokens(origin: dict[str, Any], data: str | None) -> np.ndarray | No
     folder = Folder(path)
     if folder.meta["files"]["vocab.txt"]["sha256"] != origin["files"]["vocab.txt"]["sha256"]:
         raise DataError(f"{path} has another vocabulary than the model: give the model's own by --data FOLDER")
-    tokens = folder.tokens("valid")
+    split = next(name for name in ("valid", "test", "train") if folder.has(name))
+    tokens = folder.tokens(split)
     if len(tokens) == 0:
-        raise DataError(f"the valid split of {path} is empty: do without held-out text by --data none")
-    return tokens
+        raise DataError(f"the {split} split of {path} is empty: do without held-out text by --data none")
+    return split, tokens
 
 
 def run_name(checkpoint: Path) -> str:
@@ -167,7 +171,7 @@ def table(output: Path, manifest: dict[str, Any]) -> str:
         "perplexity": "not compared: --data none"
         if held_out is None
         else f"{held_out['onnxruntime']:,.3f} by onnxruntime, {held_out['torch']:,.3f} by torch, "
-        f"on {held_out['tokens']:,} words of the valid split",
+        f"on {held_out['tokens']:,} words of the {held_out['split']} split",
         "next": f'lmdist-generate {output} --prompt "..."',
     }
     return "".join(f"{name:<13}{value}\n" for name, value in lines.items())

@@ -74,7 +74,7 @@ def check_values(graph: StepGraph, model: LanguageModel) -> dict[str, float]:
     return largest
 
 
-def check_perplexity(graph: StepGraph, model: LanguageModel, tokens: NDArray[np.integer]) -> dict[str, Any]:
+def check_perplexity(graph: StepGraph, model: LanguageModel, split: str, tokens: NDArray[np.integer]) -> dict[str, Any]:
     """Perplexity by torch and by onnxruntime of the first words of `tokens`, read as a few streams side by side."""
     tokens = tokens[:HELD_OUT_WORDS]
     rows = min(HELD_OUT_ROWS, len(tokens))
@@ -89,7 +89,7 @@ def check_perplexity(graph: StepGraph, model: LanguageModel, tokens: NDArray[np.
         their_nats += summed_nats(logits, targets)
     found, expected = perplexity(our_nats / len(tokens)), perplexity(their_nats / len(tokens))
     difference("perplexity on held-out text", np.array([found]), np.array([expected]))
-    return {"split": "valid", "tokens": len(tokens), "torch": expected, "onnxruntime": found}
+    return {"split": split, "tokens": len(tokens), "torch": expected, "onnxruntime": found}
 
 
 def pieces(tokens: NDArray[np.integer], rows: int, window: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
