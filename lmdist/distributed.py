@@ -105,7 +105,7 @@ def start(device: str, global_batch: int, accumulation: int) -> World:
                 f"start torchrun with --nproc_per_node={torch.cuda.device_count()}, or with --training.device cpu"
             )
         torch.cuda.set_device(local_rank)
-    place = torch.device(device, local_rank if device == "cuda" else None)
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if size > 1:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=place if device == "cuda" else None)

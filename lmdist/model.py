@@ -33,8 +33,9 @@ class LanguageModel(nn.Module):
         )
         self.dropout = nn.Dropout(settings.dropout)
         self.projection = nn.Linear(self.layer_sizes[-1], vocabulary_size)
-        # Small and uniform, as Zaremba et al. 2014 (arXiv:1409.2329): the first loss is then close to log V.
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        # An embedding of the usual 0.1 gives the LSTM inputs so small that it stays at the unigram model for hundreds of
+        # steps; the projection is small, so that the first loss is close to log V.
+        nn.init.uniform_(self.embedding.weight, -0.5, 0.5)
         nn.init.uniform_(self.projection.weight, -0.1, 0.1)
         nn.init.zeros_(self.projection.bias)
         if settings.tied:

@@ -43,13 +43,13 @@ class DataSettings:
 class ModelSettings:
     """The shape of the model."""
 
-    embedding_size: int = 200
+    embedding_size: int = 128
     """Numbers a word is represented by."""
-    hidden_size: int = 200
+    hidden_size: int = 256
     """Numbers in the state of an LSTM layer. With tied weights the last layer has the embedding's size instead."""
     num_layers: int = 2
     """LSTM layers, one on top of the other."""
-    dropout: float = 0.2
+    dropout: float = 0.15
     """Probability of zeroing a number between embedding, layers and projection."""
     tied: bool = True
     """One matrix is both the embedding and the projection (Press and Wolf 2017, arXiv:1608.05859)."""
@@ -76,7 +76,7 @@ class OptimizerSettings:
 
     name: Literal["sgd", "adam", "adamw"] = "adamw"
     """The rule by which gradients change the parameters."""
-    learning_rate: float = 0.003
+    learning_rate: float = 0.007
     """The highest learning rate; the schedule says when."""
     momentum: float = 0.0
     """sgd: share of the last change that is kept."""
@@ -115,7 +115,7 @@ class ScheduleSettings:
 class TrainingSettings:
     """How long, how precisely and where."""
 
-    epochs: float = 4.0
+    epochs: float = 2.0
     """Times the training text is read."""
     steps: int = 0
     """Steps to train for, in place of epochs; 0 leaves it to epochs."""

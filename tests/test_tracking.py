@@ -66,6 +66,7 @@ def test_a_run_and_its_second_half_are_one_mlflow_run_without_a_point_twice(data
     for key in ("train/loss", "train/tokens_per_second", "valid/loss", "valid/perplexity"):
         assert [step for step, _ in history(client, run_id, key)] == [step for step, _ in expected(run, key)], key
     assert history(client, run_id, "train/loss") == expected(run, "train/loss")
+    assert found.inputs
     assert {dataset.tags[0].value for dataset in found.inputs.dataset_inputs} == {"train", "valid"}
     assert {item.path for item in client.list_artifacts(run_id)} == {"loss.png", "recipe.toml", "samples"}
 
