@@ -36,7 +36,7 @@ def main() -> None:
     command("launch/one-node.sh --config launch/demo.toml --resume auto")
     figures = json.loads(command(f"lmdist-evaluate {RUN} --streams 10 --json", capture=True))
     command(f"lmdist-export {RUN} -o {BUNDLE} --overwrite")
-    command(f"lmdist-generate {BUNDLE} --max-new-tokens 1000 --ignore-eos --seed 1 -o {TEXT}")
+    command(f"lmdist-generate {BUNDLE} --max-new-tokens 1000 --ignore-eos --temperature 0.8 --seed 1 -o {TEXT}")
 
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row)

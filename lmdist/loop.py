@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lmdist import checkpoint, config, optimizer, tracking
+from lmdist import checkpoint, config, optimizer
 from lmdist.checkpoint import Progress
 from lmdist.console import Console, duration
 from lmdist.data import IGNORED, Folder, training_batches
@@ -269,8 +269,8 @@ def finish(
     draw_losses(run / "metrics.jsonl", run / "loss.png")
     tracker.file(run / "loss.png")
     lines.append(f"  picture  {run / 'loss.png'}")
-    if recipe.tracking.mlflow:
-        lines.append(f"  MLflow   {tracking.page()}")
+    if tracker.page:
+        lines.append(f"  MLflow   {tracker.page}")
     lines.append(f"next: lmdist-evaluate {run}; lmdist-export {run} -o bundles/{run.name}")
     for line in lines:
         console.say(line)

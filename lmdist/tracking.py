@@ -39,6 +39,8 @@ class Tracker:
 
     writes = False
     """Whether anything comes of what it is given."""
+    page = ""
+    """How to open the run's page, where it has one."""
 
     def __enter__(self) -> Tracker:
         return self
@@ -81,6 +83,7 @@ class RunTracker(Tracker):
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.lines: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
         self.mlflow = MlflowThread(run, settings.experiment, parameters, data_name, data) if settings.mlflow else None
+        self.page = self.mlflow.page if self.mlflow else ""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line."""
@@ -120,13 +123,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def page() -> str:
-    """How to open MLflow's page."""
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        return "on the server of MLFLOW_TRACKING_URI"  # not the address itself: it may hold a password
-    return f"mlflow ui --backend-store-uri {DEFAULT_STORE}"
-
-
 Item = dict[str, Any] | Callable[["MlflowClient", str], Any]
 """A line of metrics, or something to do with the run."""
 
@@ -149,6 +145,13 @@ class MlflowThread:
         self.warned = False
         self.thread = threading.Thread(target=self.work, name="mlflow", daemon=True)
         self.thread.start()
+
+    @property
+    def page(self) -> str:
+        """How to open MLflow's page; the address of a server may hold a password, so it is not shown."""
+        if self.store == DEFAULT_STORE:
+            return f"mlflow ui --backend-store-uri {DEFAULT_STORE}"
+        return "on the server that MLFLOW_TRACKING_URI names"
 
     def send(self, item: Item) -> None:
         """Queue a line of metrics, or something to do; never waits."""
@@ -175,7 +178,7 @@ class MlflowThread:
         """The thread: start or find the run, then take what the queue holds until the end."""
         try:
             client, run_id, logged = self.begin()
-            monitor = start_system_metrics(run_id)
+            monitor = start_system_metrics(run_id, self.store)
         except Exception as error:  # whatever MLflow raises: tracking never hurts training
             self.warn(error)
             return
@@ -204,13 +207,12 @@ class MlflowThread:
 
     def begin(self) -> tuple[MlflowClient, str, int]:
         """The client, the id of the run, and the last step that MLflow has already: 0 for a new run."""
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         import mlflow
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-        mlflow.set_tracking_uri(self.store)
-        client = mlflow.MlflowClient()
+        for name in ("alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        client = mlflow.MlflowClient(self.store)
         note = self.run / "mlflow.json"
         with contextlib.suppress(FileNotFoundError, DataError, KeyError, mlflow.MlflowException):
             # A run that goes on is the same run on MLflow's page.
@@ -251,10 +253,10 @@ def as_metrics(lines: list[dict[str, Any]]) -> list[Any]:
     ]
 
 
-def start_system_metrics(run_id: str) -> Any:
+def start_system_metrics(run_id: str, store: str) -> Any:
     """MLflow's own watch over CPU, memory, disk, network and GPUs."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True)
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=store)
     monitor.start()
     return monitor
