@@ -58,7 +58,8 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
     length = ["--training.steps=60"] if arguments.quick else length
     train = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}", "-m", "lmdist.train"]
     train += [f"--config={recipe}", f"--run_folder={run}", f"--training.device={arguments.device}", *length]
-    subprocess.run([sys.executable, *train, "--tracking.mlflow=false"], check=True)
+    huge_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as launch/one-node.sh has it
+    subprocess.run([sys.executable, *train, "--tracking.mlflow=false"], check=True, env=huge_pages)
     speeds = [
         row["train/tokens_per_second"]
         for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -79,7 +80,7 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
             "training_tokens_per_second": statistics.median(speeds),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.ranks} ranks, {processor()}",
             "versions": {name: version(name) for name in PACKAGES},
-            "commit": subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True).stdout.strip(),
+            "commit": git("rev-parse", "HEAD"),
             "command": " ".join(["python", *sys.argv]),
             "date": date.today().isoformat(),
         }
@@ -87,6 +88,12 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
         rows.append({**facts, "variant": "baseline", "value": baseline, "ratio": 1.0})
         rows.append({**facts, "variant": "lmdist", "value": figures["perplexity"], "ratio": baseline / figures["perplexity"]})
     return rows
+
+
+def git(*arguments: str) -> str:
+    """What git says of this repository."""
+    where = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=where, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def processor() -> str:
