@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -270,3 +271,65 @@ def test_holes_count_for_nothing(data):
     first = summed_nats(hidden[:1], model.projection, tokens[:1])
     second = summed_nats(hidden[1:, :2], model.projection, tokens[1:, :2])
     torch.testing.assert_close(summed_nats(hidden, model.projection, targets), first + second)
+
+
+def test_minutes_between_checkpoints_are_agreed_on_at_the_next_line(data):
+    run_loop(recipe(data, "--training.steps=8", "--training.log_every=3", "--checkpoint.every_minutes=1e-9"), ONE)
+    saved = {path.name for path in (data.parent / "run" / "checkpoints").iterdir()}
+    assert saved == {"step-000000006", "step-000000008"}
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_job(data, tmp_path):
+    """launch/node.sh twice on this machine, one rank each, against one rank alone."""
+    flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0", "--training.steps=6"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    nodes = [
+        subprocess.Popen(
+            [LAUNCH / "node.sh", *flags, "--run_folder=two"],
+            cwd=tmp_path,
+            env={
+                **environment(),
+                "PATH": path,
+                "NNODES": "2",
+                "NODE_RANK": str(number),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "RANKS": "1",
+            },
+            stderr=subprocess.DEVNULL,
+        )
+        for number in range(2)
+    ]
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    train(1, *flags, "--run_folder=one", cwd=tmp_path)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_with_no_data_named_the_demo_corpus_is_made_and_trained_on(tmp_path):
+    flags = ["--training.steps=2", "--prepare.tokenizer=wordpunct", "--tracking.mlflow=false", "--sample.words=5"]
+    done = train(2, *flags, "--data.valid_batch=500", cwd=tmp_path)
+    assert "starting, to step 2" in done.stderr
+    meta = read_json(tmp_path / "data/demo/meta.json")
+    assert meta["splits"]["train"]["tokens"] > 400_000
+    assert len(rows(tmp_path / "runs/demo")) == 2
+
+
+def test_the_tutorial_is_one_recipe(tmp_path):
+    """The first 4 articles, cleaned; windows of 20 at every word; 1,000 words to a file. With a smaller LSTM."""
+    articles = [f'{n},"Article {n}: the cat-flap, said Mr. {n}, is number {n}! {"It is. " * 30}"' for n in range(6)]
+    (tmp_path / "articles1.csv").write_text("id,content\n" + "\n".join(articles) + "\n")
+    tutorial = ["--config", str(LAUNCH / "tutorial.toml"), "--prepare.inputs", '["articles1.csv"]', "--model.hidden_size=8"]
+    train(1, *tutorial, "--training.steps=3", "--tracking.mlflow=false", cwd=tmp_path)
+    meta = read_json(tmp_path / "data/tutorial/meta.json")
+    assert meta["splits"].keys() == {"train"}
+    assert meta["splits"]["train"]["documents"] == 4
+    words = (tmp_path / "data/tutorial/vocab.txt").read_text().split()
+    assert {"article", "cat", "flap", "mr", "3"} <= set(words)
+    assert not {"4", "Mr", "mr.", ",", "cat-flap"} & set(words)
+    assert len((tmp_path / "runs/tutorial/sample.txt").read_text().split()) > 900
+    assert (tmp_path / "runs/tutorial/loss.png").exists()

@@ -1,0 +1,40 @@
+"""What the pages say is so: the README's table, its links, its flags."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_readme_has_the_committed_figures():
+    done = subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_names_every_command_and_no_flag_that_is_not_there():
+    text = (ROOT / "README.md").read_text()
+    helps = {"--nproc_per_node", "--standalone", "--backend-store-uri"}  # torchrun's and mlflow's
+    for module in ("lmdist.prepare", "lmdist.evaluate", "lmdist.train", "lmdist_export.export", "lmdist_export.generate"):
+        done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+        helps.update(re.findall(r"--[\w.-]+", done.stdout))
+    for flag in re.findall(r"(?<![\w-])(--[a-z][\w.-]*\w)", text):
+        assert flag in helps, flag
+
+
+def test_commands_of_the_package_are_named_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    for command in re.findall(r"^(lmdist-\w+) =", (ROOT / "pyproject.toml").read_text(), re.MULTILINE):
+        assert command in text
