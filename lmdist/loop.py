@@ -197,7 +197,9 @@ def open_tracker(recipe: Recipe, world: World, folder: Folder, step: int) -> Tra
     run = Path(recipe.run_folder)
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / "recipe.toml", config.as_toml(recipe))
-    return RunTracker(run, recipe.tracking, config.flat(recipe), folder.path.name, folder.meta, step)
+    return RunTracker(
+        run, recipe.tracking, config.flat(recipe), folder.path.name, folder.meta, step, going_on=recipe.resume == "auto"
+    )
 
 
 def announcement(

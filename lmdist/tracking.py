@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
+MLFLOW_NOTE = "mlflow.json"
+"""In the run's folder: the id of its MLflow run."""
 LINES_A_BATCH = 200
 """Lines of metrics.jsonl in one request; MLflow takes 1,000 values."""
 
@@ -75,8 +77,13 @@ class RunTracker(Tracker):
         data_name: str,
         data: dict[str, Any],
         step: int,
+        *,
+        going_on: bool,
     ) -> None:
+        """Track a run that is at `step`; `going_on` says whether a run that was here before is the same one."""
         self.run = run
+        if not going_on:
+            (run / MLFLOW_NOTE).unlink(missing_ok=True)
         self.path = run / "metrics.jsonl"
         # What a killed run wrote beyond its last checkpoint is about to be written again.
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if step else []
@@ -213,7 +220,7 @@ class MlflowThread:
         for name in ("alembic", "mlflow"):
             logging.getLogger(name).setLevel(logging.WARNING)
         client = mlflow.MlflowClient(self.store)
-        note = self.run / "mlflow.json"
+        note = self.run / MLFLOW_NOTE
         with contextlib.suppress(FileNotFoundError, DataError, KeyError, mlflow.MlflowException):
             # A run that goes on is the same run on MLflow's page.
             run_id = read_json(note)["run_id"]
@@ -238,7 +245,10 @@ class MlflowThread:
     def experiment_id(self, client: MlflowClient) -> str:
         """The experiment's id; made where it is not there."""
         found = client.get_experiment_by_name(self.experiment)
-        return found.experiment_id if found else client.create_experiment(self.experiment)
+        if found:
+            return found.experiment_id
+        # With this tag the page opens on runs and their curves, not on traces of chat models.
+        return client.create_experiment(self.experiment, tags={"mlflow.experimentKind": "custom_model_development"})
 
 
 def as_metrics(lines: list[dict[str, Any]]) -> list[Any]:

@@ -126,12 +126,12 @@ def test_a_server_that_is_not_there_costs_a_warning(data, tmp_path):
 
 def test_metrics_beyond_the_checkpoint_are_written_once(tmp_path):
     settings = TrackingSettings(mlflow=False)
-    with RunTracker(tmp_path, settings, {}, "data", {}, 0) as tracker:
+    with RunTracker(tmp_path, settings, {}, "data", {}, 0, going_on=False) as tracker:
         for step in range(1, 6):
             tracker.metrics(step, {"train/loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/lo')  # a kill in the middle of a line
-    with RunTracker(tmp_path, settings, {}, "data", {}, 3) as tracker:
+    with RunTracker(tmp_path, settings, {}, "data", {}, 3, going_on=True) as tracker:
         tracker.metrics(4, {"train/loss": 2.0})
     assert [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
         (1, 1.0),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import tomllib
 from pathlib import Path
@@ -249,9 +252,28 @@ def test_help_comes_at_once_and_explains_the_settings(tmp_path):
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.toml")), ids=lambda path: path.name)
 def test_every_recipe_is_read_and_every_line_has_a_reason(path):
     asked = config.load(["--config", str(path)])
+    for line in path.read_text().splitlines():
+        assert "=" not in line.split("#")[0] or "# " in line, f"a reason is missing: {line}"
     for section, values in tomllib.loads(path.read_text()).items():
         for key, value in values.items() if isinstance(values, dict) else ():
             assert getattr(getattr(asked, section), key) == value
+
+
+def test_a_terminal_gets_a_bar(data, tmp_path):
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    flags = [*SMALL, f"--data.folder={data}", "--training.steps=5"]
+    job = subprocess.Popen(command(1, *flags), cwd=tmp_path, env=environment(), stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the way a terminal ends
+        while part := os.read(screen, 4096):
+            shown += part
+    os.close(screen)
+    assert job.wait() == 0
+    assert b"100%|" in shown
+    assert b"tokens/s" in shown
+    assert b"valid step 5" in shown
 
 
 def test_the_demo_recipe_is_the_default():
