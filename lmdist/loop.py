@@ -245,9 +245,18 @@ def show_validation(
         f"best {perplexity(progress.best_valid_nats):,.2f}"
     )
     tracker.metrics(progress.step, {"valid/loss": progress.valid_nats, "valid/perplexity": perplexity(progress.valid_nats)})
-    if recipe.sample.words and tracker.writes:
+    if not tracker.writes:
+        return
+    draw(Path(recipe.run_folder), tracker)
+    if recipe.sample.words:
         text = write_words(recipe, folder, model, recipe.sample.words, progress.step)
         tracker.text(f"samples/step-{progress.step:09d}.txt", text)
+
+
+def draw(run: Path, tracker: Tracker) -> None:
+    """Draw the losses so far into the run's folder."""
+    draw_losses(run / "metrics.jsonl", run / "loss.png")
+    tracker.file(run / "loss.png")
 
 
 def write_words(recipe: Recipe, folder: Folder, model: LanguageModel, words: int, step: int) -> str:
@@ -268,8 +277,7 @@ def finish(
     if recipe.sample.final_words:
         tracker.text("sample.txt", write_words(recipe, folder, model, recipe.sample.final_words, progress.step))
         lines.append(f"  sample   {run / 'sample.txt'}")
-    draw_losses(run / "metrics.jsonl", run / "loss.png")
-    tracker.file(run / "loss.png")
+    draw(run, tracker)
     lines.append(f"  picture  {run / 'loss.png'}")
     if tracker.page:
         lines.append(f"  MLflow   {tracker.page}")
