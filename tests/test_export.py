@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from bundles import SINGLE, TIED, UNTIED, WORDS, command, edit_json, make_bundle, make_data, make_model, make_run
 from lmdist.errors import DataError, MissingInputError
 from lmdist.files import check_sums
 from lmdist.model import LanguageModel
@@ -24,6 +23,7 @@ from lmdist.settings import ModelSettings
 from lmdist_export import convert, export, verify
 from lmdist_export.bundle import Bundle, GenerationConfig
 from lmdist_export.sampler import StepGraph
+from small_bundles import SINGLE, TIED, UNTIED, WORDS, command, edit_json, make_bundle, make_data, make_model, make_run
 
 VOCABULARY_SIZE = 23
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bundles import PLAIN_WORDS, UNTIED, command, edit_json, make_bundle
 from lmdist_export import generate
+from small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, make_bundle
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bundles import TIED, WORDS, make_bundle
 from lmdist.errors import DataError, UsageError
 from lmdist_export import sampler
 from lmdist_export.bundle import Bundle, GenerationConfig
 from lmdist_export.sampler import PREFILL_WORDS, Sampler, StepGraph
 from lmdist_export.sampling import Draw, candidates, draw_word
+from small_bundles import TIED, WORDS, make_bundle
 
 LOGITS = np.array([0.5, 2.0, -1.0, 1.0, 0.0, -9.0], np.float32)
 
