@@ -16,7 +16,6 @@ import os
 import platform
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,11 +59,6 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
     train += [f"--config={recipe}", f"--run_folder={run}", f"--training.device={arguments.device}", *length]
     huge_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as launch/one-node.sh has it
     subprocess.run([sys.executable, *train, "--tracking.mlflow=false"], check=True, env=huge_pages)
-    speeds = [
-        row["train/tokens_per_second"]
-        for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        if "train/tokens_per_second" in row
-    ]
     rows = []
     for split in ("valid", "test"):
         evaluate = ["-m", "lmdist.evaluate", str(run), f"--split={split}", "--json", f"--device={arguments.device}"]
@@ -77,7 +71,6 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
             "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
             "words": figures["words"],
             "unknown_rate": figures["unknown_rate"],
-            "training_tokens_per_second": statistics.median(speeds),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.ranks} ranks, {processor()}",
             "versions": {name: version(name) for name in PACKAGES},
             "commit": git("rev-parse", "HEAD"),

@@ -17,15 +17,15 @@ BLOCK = re.compile(r"(<!-- quality: .*? -->\n).*?(<!-- /quality -->)", re.DOTALL
 def table() -> str:
     """The rows of all committed quality runs as a Markdown table."""
     lines = [
-        "| recipe, split | unknown words | unigram | **lmdist** | trained at | on |",
-        "|---|---|---|---|---|---|",
+        "| recipe, split | unknown words | perplexity of the unigram model | of lmdist | on |",
+        "|---|---|---|---|---|",
     ]
     for path in sorted((ROOT / "benchmarks" / "results").glob("quality-*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))
         for baseline, ours in zip(rows[::2], rows[1::2], strict=True):
             lines.append(
                 f"| {ours['case']} | {ours['unknown_rate']:.1%} | {baseline['value']:,.1f} | **{ours['value']:,.1f}** "
-                f"| {ours['training_tokens_per_second']:,.0f} tokens/s | {ours['machine']} |"
+                f"| {ours['machine']} |"
             )
     return "\n".join(lines) + "\n"
 
