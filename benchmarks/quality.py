@@ -65,7 +65,7 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
         done = subprocess.run([sys.executable, *evaluate], check=True, stdout=subprocess.PIPE, text=True)
         figures = json.loads(done.stdout)
         facts = {
-            "case": f"{recipe.stem} {split}" + (f", {arguments.epochs:g} epoch(s)" if arguments.epochs else ""),
+            "case": f"{recipe.stem} {split}" + (f", epoch {arguments.epochs:g}" if arguments.epochs else ""),
             "unit": "perplexity",
             "spread": None,
             "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
@@ -74,7 +74,8 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.ranks} ranks, {processor()}",
             "versions": {name: version(name) for name in PACKAGES},
             "commit": git("rev-parse", "HEAD"),
-            "command": " ".join(["python", *sys.argv]),
+            "command": f"python benchmarks/quality.py {recipe}"
+            + (f" --epochs {arguments.epochs:g}" if arguments.epochs else ""),
             "date": date.today().isoformat(),
         }
         baseline = figures["unigram_perplexity"]
