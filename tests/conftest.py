@@ -1,5 +1,11 @@
-"""One thread a process: the models are tiny, and two cores are shared with the jobs that the tests start."""
+"""One thread a process: the models are tiny, and two cores are shared with the jobs that the tests start.
+
+No test measures time: Hypothesis' deadline for an example would fail on a busy machine and say nothing of the law.
+"""
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("lmdist", deadline=None)
+settings.load_profile("lmdist")
