@@ -35,14 +35,12 @@ from torch import Tensor
 
 from lmdist.errors import DataError, MissingInputError
 from lmdist.files import read_json
+from lmdist.prepare import FORMAT, VERSION
 from lmdist.settings import DataSettings
 from lmdist.vocabulary import END_ID
 
 IGNORED = -100
 """The target of a hole in a batch: counts for nothing. torch's own `ignore_index`."""
-
-FORMAT = "lmdist data"
-VERSION = 1
 
 
 class Batch(NamedTuple):
@@ -73,6 +71,11 @@ class Folder:
     def has(self, split: str) -> bool:
         """Whether the folder has this split."""
         return split in self.meta["splits"]
+
+    def check_vocabulary(self, manifest: dict[str, Any]) -> None:
+        """Raise DataError unless the folder has the words of the checkpoint whose manifest this is."""
+        if self.meta["files"]["vocab.txt"]["sha256"] != manifest["files"]["vocab.txt"]["sha256"]:
+            raise DataError(f"{self.path} has another vocabulary than the model: give the model's own by --data FOLDER")
 
     def tokens(self, split: str) -> np.ndarray:
         """The words of a split as ids, (tokens,) uint16 or uint32, read from the disk as they are asked for."""

@@ -136,8 +136,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         name = arguments.file
     else:
         folder = Folder(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
-        if folder.meta["files"]["vocab.txt"]["sha256"] != manifest["files"]["vocab.txt"]["sha256"]:
-            raise DataError(f"{folder.path} has another vocabulary than the model: prepare it anew, or give --data")
+        folder.check_vocabulary(manifest)
         name = arguments.split or "test"
         tokens = folder.tokens(name)
     if len(tokens) < arguments.streams:

@@ -152,7 +152,7 @@ def train(recipe: Recipe, world: World) -> None:
                 progress.loss_scale = scaler.state_dict()
                 streams = (world.gather_rows(state[0]), world.gather_rows(state[1]))  # each (G, S)
                 if world.is_main:
-                    checkpoint.save(checkpoints, progress, model, optimiser, streams, dataclasses.asdict(recipe), folder.path)
+                    checkpoint.save(checkpoints, progress, model, optimiser, streams, config.as_dict(recipe), folder.path)
                     checkpoint.prune(checkpoints, recipe.checkpoint.keep)
                 saved = time.monotonic()
         finish(recipe, folder, model, progress, console, tracker)

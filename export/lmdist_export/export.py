@@ -144,8 +144,7 @@ def held_out_text(origin: dict[str, Any], data: str | None) -> tuple[str, np.nda
             "or do without by --data none"
         )
     folder = Folder(path)
-    if folder.meta["files"]["vocab.txt"]["sha256"] != origin["files"]["vocab.txt"]["sha256"]:
-        raise DataError(f"{path} has another vocabulary than the model: give the model's own by --data FOLDER")
+    folder.check_vocabulary(origin)
     split = next(name for name in ("valid", "test", "train") if folder.has(name))
     tokens = folder.tokens(split)
     if len(tokens) == 0:
