@@ -57,7 +57,7 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
     length = ["--training.steps=60"] if arguments.quick else length
     train = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}", "-m", "lmdist.train"]
     train += [f"--config={recipe}", f"--run_folder={run}", f"--training.device={arguments.device}", *length]
-    huge_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as launch/one-node.sh has it
+    huge_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as lmdist-train has it
     subprocess.run([sys.executable, *train, "--tracking.mlflow=false"], check=True, env=huge_pages)
     rows = []
     for split in ("valid", "test"):

@@ -33,7 +33,7 @@ def main() -> None:
     began = time.monotonic()
     if not Path("data/demo").exists():
         command("lmdist-prepare --recipe launch/demo.toml -o data/demo")
-    command("launch/one-node.sh --config launch/demo.toml --resume auto")
+    command("lmdist-train --config launch/demo.toml --resume auto --restarts 2")
     figures = json.loads(command(f"lmdist-evaluate {RUN} --streams 10 --json", capture=True))
     command(f"lmdist-export {RUN} -o {BUNDLE} --overwrite")
     command(f"lmdist-generate {BUNDLE} --max-new-tokens 1000 --ignore-eos --temperature 0.8 --seed 1 -o {TEXT}")

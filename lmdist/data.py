@@ -27,20 +27,36 @@ run.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lmdist.errors import DataError, MissingInputError
-from lmdist.files import read_json
-from lmdist.prepare import FORMAT, VERSION
+from lmdist.files import FileFacts, check_folder, check_shape, check_sums, check_version, read_json, size_of
+from lmdist.prepare import FORMAT, SPLITS, VERSION
 from lmdist.settings import DataSettings
-from lmdist.vocabulary import END_ID
+from lmdist.text import WordTokenizer
+from lmdist.vocabulary import END_ID, Vocabulary
 
 IGNORED = -100
 """The target of a hole in a batch: counts for nothing. torch's own `ignore_index`."""
+
+
+class SplitFacts(TypedDict):
+    """What meta.json says of a split, among other things."""
+
+    tokens: int
+
+
+META = {
+    "dtype": Literal["uint16", "uint32"],
+    "vocabulary_size": int,
+    "splits": dict[str, SplitFacts],
+    "files": dict[str, FileFacts],
+}
+"""What whoever reads meta.json may count on."""
 
 
 class Batch(NamedTuple):
@@ -60,13 +76,21 @@ class Folder:
     """A data folder: its facts, and its token files as memory-mapped arrays."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_dir():
-            raise MissingInputError(f"the data folder {path} is not there: lmdist-prepare YOUR.csv -o {path} makes it")
+        """Read all but the token files: a job must not learn after hours that the words are not there to be written."""
+        check_folder(path, f"a data folder is expected: lmdist-prepare YOUR.csv -o {path} makes it")
+        meta_json = path / "meta.json"
         self.path = path
-        self.meta: dict[str, Any] = read_json(path / "meta.json")
-        if self.meta.get("format") != FORMAT or self.meta.get("version") != VERSION:
-            raise DataError(f"{path} is not a data folder of this lmdist: prepare it anew with lmdist-prepare")
-        self.vocabulary_size: int = self.meta["vocabulary_size"]
+        self.meta: dict[str, Any] = read_json(meta_json)
+        check_version(self.meta, (FORMAT, VERSION), meta_json)
+        check_shape(self.meta, META, meta_json)
+        files, words = self.meta["files"], ("vocab.txt", "text.json")
+        if not all(split in SPLITS and f"{split}.bin" in files for split in self.meta["splits"]):
+            raise DataError(f"{meta_json} is damaged: its splits are not its files")
+        check_sums(path, {name: files[name] for name in words if name in files}, words)
+        WordTokenizer.load(path / "text.json")
+        self.vocabulary_size = len(Vocabulary.load(path / "vocab.txt"))
+        if self.meta["vocabulary_size"] != self.vocabulary_size:
+            raise DataError(f"{path}: vocab.txt has {self.vocabulary_size} words, meta.json {self.meta['vocabulary_size']}")
 
     def has(self, split: str) -> bool:
         """Whether the folder has this split."""
@@ -82,13 +106,24 @@ class Folder:
         if not self.has(split):
             raise MissingInputError(f"{self.path} has no {split} split; it has {', '.join(self.meta['splits'])}")
         path = self.path / f"{split}.bin"
-        if not path.is_file():
-            raise DataError(f"{path} is missing: the folder is damaged, prepare it anew")
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        expected = self.meta["splits"][split]["tokens"]
-        if path.stat().st_size != expected * dtype.itemsize:
-            raise DataError(f"{path} has {path.stat().st_size} bytes; {expected} words of {dtype.itemsize} are expected")
-        return np.memmap(path, dtype=dtype, mode="r")
+        expected, size = self.meta["splits"][split]["tokens"], size_of(path)
+        if size != expected * dtype.itemsize:
+            raise DataError(f"{path} has {size} bytes; {expected} words of {dtype.itemsize} are expected")
+        if not size:
+            raise DataError(f"{path} is empty: prepare the folder anew from more text")
+        try:
+            tokens = np.memmap(path, dtype=dtype, mode="r")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+        # The whole file is read for this, as fast as the disk gives it, and stays in memory for the first epoch. Without it
+        # an id that no word has would end a job on a GPU hours later, and in words that say nothing of the file.
+        largest = int(tokens.max())
+        if largest >= self.vocabulary_size:
+            raise DataError(
+                f"{path} is damaged: it has a word {largest}, and the vocabulary ends at {self.vocabulary_size - 1}"
+            )
+        return tokens
 
 
 class Streams:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -18,17 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lmdist.errors import UsageError
 
-TIMEOUT = timedelta(seconds=120)
-"""How long a rank waits for its peers before it takes them for dead."""
 
-
-@dataclass(frozen=True)
+@dataclass
 class World:
     """All the ranks of a job, seen from this one."""
 
     rank: int
     size: int
     device: torch.device
+    question: tuple[dist.Work, Tensor] | None = field(default=None, repr=False)
+    """What the ranks were asked last, and are answering in the background."""
 
     @property
     def is_main(self) -> bool:
@@ -55,13 +54,24 @@ class World:
         """The sum of each value over the ranks, in fp64."""
         if self.size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
     def any(self, here: bool) -> bool:
         """Whether it holds on some rank."""
         return self.sum([float(here)])[0] > 0
+
+    def any_before(self, here: bool) -> bool:
+        """Whether it held on some rank when this was called last: known without waiting, and to all ranks alike."""
+        if self.size == 1:
+            return here
+        flag = torch.tensor([float(here)])
+        before, self.question = self.question, (dist.all_reduce(flag, async_op=True), flag)  # type: ignore[assignment]
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows of all ranks one below the other: (G / W, ...) -> (G, ...), the same on each rank."""
@@ -75,16 +85,24 @@ class World:
         """What rank 0 says, on every rank."""
         said = [text]
         if self.size > 1:
-            dist.broadcast_object_list(said, device=self.device)
+            dist.broadcast_object_list(said, device=torch.device("cpu"))
         return said[0]
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, when all ranks have come this far."""
         if self.size > 1:
+            if self.question:
+                self.question[0].wait()
+            self.sum([0.0])
             dist.destroy_process_group()
 
 
-def start(device: str, global_batch: int, accumulation: int) -> World:
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a rank fails because another one went away, or did not answer in time."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def start(device: str, global_batch: int, accumulation: int, timeout_seconds: float) -> World:
     """Join the job that torchrun has started; raises UsageError where the device or the number of ranks does not fit."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if global_batch % (size * accumulation):
@@ -107,6 +125,10 @@ def start(device: str, global_batch: int, accumulation: int) -> World:
         torch.cuda.set_device(local_rank)
     place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if size > 1:
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=place if device == "cuda" else None)
+        # gloo beside NCCL: what the ranks tell each other about the job is in the CPU's memory, and waits for no GPU.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=place if device == "cuda" else None,
+        )
     return World(rank, size, place)

@@ -24,9 +24,9 @@ import glob
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import lzma
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.files import one_line
 
 TEXT_COLUMNS = ("content", "text", "article", "body")
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet"}
@@ -42,8 +43,8 @@ FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl")
 OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PACKED = (*OPENERS, ".zst")
 
-# Longer than any novel: past it, a quote was left open.
-LONGEST_CELL = 1 << 27
+# Longer than any novel: past it, a quote was left open, or the file is one line of zeros that gzip made small.
+LONGEST_ROW = 1 << 27
 
 # Why a row gives no document.
 EMPTY, MISSING, DUPLICATE, MALFORMED = "empty", "missing", "duplicate", "malformed"
@@ -97,8 +98,8 @@ class Documents:
         self.notes: list[str] = []
         """What a person should know of the files."""
         try:
-            codecs.lookup(encoding or "utf-8")
-        except LookupError:
+            "".encode(encoding or "utf-8")
+        except (LookupError, UnicodeError):
             raise UsageError(f"encoding is {encoding!r}, which Python does not know; utf-16 and gb18030 are such") from None
 
     def check(self) -> None:
@@ -117,8 +118,10 @@ class Documents:
             for found in self._read(file):
                 if isinstance(found, str):
                     self.skipped[found] += 1
-                elif whole or self._is_new(found.text, seen):
-                    yield found
+                else:
+                    document = Document(well_formed(found.text), found.group and well_formed(found.group))
+                    if whole or self._is_new(document.text, seen):
+                        yield document
                 rows += 1
                 if rows == self.rows:
                     return
@@ -149,7 +152,7 @@ class Documents:
                 decoded = self._decoded(stream, odd_bytes, newline="\n" if kind == "text" else "")
                 try:
                     if kind == "text":
-                        rows = self._text(decoded)
+                        rows = self._text(decoded, path)
                     elif kind == "jsonl":
                         rows = self._jsonl(decoded, path)
                     else:
@@ -168,7 +171,7 @@ class Documents:
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             if isinstance(error, MissingInputError):
                 raise
-            raise DataError(f"{path} cannot be read: {error}") from None
+            raise DataError(f"{path} cannot be read: {one_line(error)}") from None
 
     def _decoded(self, stream: IO[bytes], odd_bytes: OddBytes, newline: str) -> io.TextIOWrapper:
         """The lines of a file."""
@@ -180,10 +183,17 @@ class Documents:
         codecs.register_error("lmdist", odd_bytes)
         return io.TextIOWrapper(stream, "utf-8-sig", "lmdist", newline=newline)
 
-    def _text(self, decoded: Iterator[str]) -> Iterator[Document]:
+    def _text(self, decoded: IO[str], path: Path) -> Iterator[Document]:
         block: list[str] = []
-        for line in decoded:
+        length = 0
+        for line in lines_of(decoded, path):
             text = line.rstrip("\r\n")
+            length = length + len(line) if block else 0
+            if length > LONGEST_ROW:
+                raise DataError(
+                    f"{path} has no blank line in {length:,} characters, and documents are what stands between blank lines: "
+                    "put some in, or take each line for a document by --tokenizer whitespace"
+                )
             if self.lines:
                 yield Document(text, None)
             elif text.strip():
@@ -194,16 +204,21 @@ class Documents:
         if block:
             yield Document("\n".join(block), None)
 
-    def _table(self, decoded: Iterator[str], path: Path, delimiter: str) -> Iterator[Document | str]:
+    def _table(self, decoded: IO[str], path: Path, delimiter: str) -> Iterator[Document | str]:
         ended = False
+        length = 0
 
-        def at_the_end() -> Iterator[str]:
-            nonlocal ended
+        def lines() -> Iterator[str]:
+            nonlocal ended, length
+            for line in lines_of(decoded, path):
+                length += len(line)
+                if length > LONGEST_ROW:
+                    raise csv.Error(f"the row has more than {LONGEST_ROW:,} characters")
+                yield line
             ended = True
-            yield from ()
 
-        csv.field_size_limit(LONGEST_CELL)
-        reader = csv.reader(itertools.chain(decoded, at_the_end()), delimiter=delimiter)
+        csv.field_size_limit(LONGEST_ROW)
+        reader = csv.reader(lines(), delimiter=delimiter)
         try:
             header = next(reader, None)
             if not header:
@@ -211,6 +226,7 @@ class Documents:
             text_column, group_column = self._columns(header, path)
             begin = reader.line_num + 1
             for row in reader:
+                length = 0
                 if ended:  # The reader asked for a line after the last: the row is not complete.
                     self.notes.append(
                         f"{path}: a quote opened in the row at line {begin:,} is never closed; the row is skipped"
@@ -227,9 +243,9 @@ class Documents:
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num:,}: {error}; is a quote left open?") from None
 
-    def _jsonl(self, decoded: Iterator[str], path: Path) -> Iterator[Document | str]:
+    def _jsonl(self, decoded: IO[str], path: Path) -> Iterator[Document | str]:
         names: tuple[str, str | None] | None = None
-        for number, line in enumerate(decoded, 1):
+        for number, line in enumerate(lines_of(decoded, path), 1):
             if not line.strip():
                 continue
             try:
@@ -260,8 +276,10 @@ class Documents:
                     for index, value in enumerate(cells[wanted[0]]):
                         yield document_of(value, cells[wanted[-1]][index] if group is not None else None)
                 self.bytes_read = begin + path.stat().st_size * (number + 1) // file.num_row_groups
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
+        except DataError:
+            raise
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: values that Python has no type for
+            raise DataError(f"{path} cannot be read: {one_line(error)}") from None
 
     def _columns(self, names: Sequence[str], path: Path) -> tuple[int, int | None]:
         """Where the text is and where the group, if it is asked for; raises DataError naming the columns that exist."""
@@ -273,7 +291,8 @@ class Documents:
                     return names.index(name)
                 if name.casefold() in folded:
                     return folded.index(name.casefold())
-            there = ", ".join(name if len(name) < 40 else f"{name[:40]}..." for name in names[:20])
+            printable = [name if name.isprintable() else repr(name) for name in names[:20]]
+            there = ", ".join(name if len(name) < 40 else f"{name[:40]}..." for name in printable)
             raise DataError(f"{path} has no column {' or '.join(wanted)}; it has: {there}. Name one with {flag}")
 
         text = find([self.text_column] if self.text_column else TEXT_COLUMNS, "--text-column")
@@ -286,10 +305,22 @@ def document_of(value: Any, group: Any) -> Document | str:
         return MISSING
     if not isinstance(value, str):
         return MALFORMED
-    if not value.isascii():
-        # JSON can write half a surrogate pair, which no file can hold.
-        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Document(value, None if group in (None, "") else str(group))
+
+
+def well_formed(text: str) -> str:
+    """A text without halves of surrogate pairs, which JSON and some encodings can write, and no file can hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def lines_of(decoded: IO[str], path: Path) -> Iterator[str]:
+    """The lines of a file, one at a time; raises DataError for one that is too long to be held in memory."""
+    while line := decoded.readline(LONGEST_ROW):
+        if len(line) == LONGEST_ROW:
+            raise DataError(f"{path} has a line of more than {LONGEST_ROW:,} characters: text has line breaks")
+        yield line
 
 
 def kind_of(path: Path) -> str:
@@ -315,7 +346,7 @@ def unpacked(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
         try:
             yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
         except zstandard.ZstdError as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
+            raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     else:
         yield raw
 
@@ -325,9 +356,9 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_file():
+        if os.path.isfile(path):  # not Path.is_file(), which raises where it may not look
             files[path] = None
-        elif path.is_dir():
+        elif os.path.isdir(path):
             raise UsageError(f"{pattern} is a folder; name files in it, like {path / '*.csv'}")
         elif any(mark in pattern for mark in "*?["):
             found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
@@ -341,8 +372,10 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
 
 def near(path: Path) -> str:
     """What else lies where a missing file was looked for."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f", nor is the folder {path.parent}"
+    if not os.access(path.parent, os.R_OK | os.X_OK):
+        return f"; {path.parent} may not be looked into"
     names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
     close = difflib.get_close_matches(path.name, names, 5, 0.5) or sorted(names)[:5]
     return f"; {path.parent} has: {', '.join(close)}" if close else f"; {path.parent} has no files"

@@ -38,6 +38,12 @@ class MissingInputError(FileNotFoundError):
     exit_code = EXIT_MISSING_INPUT
 
 
+class Stopped(Exception):
+    """Not an error: the job ends before its end, on request or for want of a peer, and can be run again."""
+
+    exit_code = EXIT_AGAIN
+
+
 class CommandParser(argparse.ArgumentParser):
     """argparse, with the project's exit code for wrong usage and one line instead of the usage text."""
 
@@ -55,6 +61,10 @@ def report(command: str, *, quiet: bool = False) -> Iterator[None]:
         if not quiet:
             sys.stderr.write(f"{command}: error: {error}\n")
         sys.exit(error.exit_code)
+    except Stopped as stop:
+        if not quiet:
+            sys.stderr.write(f"{command}: {stop}\n")
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         if not quiet:
             sys.stderr.write(f"{command}: interrupted\n")

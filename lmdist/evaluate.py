@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
     from lmdist.distributed import World
     from lmdist.metrics import Nats
     from lmdist.model import LanguageModel
+    from lmdist.signals import StopRequest
 
 
-def evaluate(model: LanguageModel, tokens: np.ndarray, streams: int, window: int, world: World) -> Nats:
-    """Summed nats of `tokens` read as `streams` streams side by side, shared out over the ranks."""
+def evaluate(
+    model: LanguageModel, tokens: np.ndarray, streams: int, window: int, world: World, stop: StopRequest | None = None
+) -> Nats:
+    """Summed nats of `tokens` read as `streams` streams side by side, shared out over the ranks; a `stop` cuts it short."""
     import torch
 
     from lmdist.data import IGNORED, Streams
@@ -42,6 +46,8 @@ def evaluate(model: LanguageModel, tokens: np.ndarray, streams: int, window: int
     with torch.no_grad():
         state = model.initial_state(rows.stop - rows.start)
         for step in range(batches.steps_per_epoch if rows.stop > rows.start else 0):
+            if stop and stop.requested:
+                break
             batch = batches.batch(step, rows)
             hidden, state = model(batch.inputs.to(world.device), state)
             nats.add(
@@ -128,7 +134,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     path = checkpoint.find(arguments.checkpoint)
     model, manifest = checkpoint.load_model(path)
-    world = start(arguments.device, global_batch=1, accumulation=1)
+    world = start(arguments.device, global_batch=1, accumulation=1, timeout_seconds=120)
     model.to(world.device)
     folder = None
     if arguments.file:
@@ -144,6 +150,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     nats = evaluate(model, tokens, arguments.streams, 256, world).mean()
     seconds = time.perf_counter() - began
+    if not math.isfinite(nats):
+        raise DataError(f"{path}: the loss on {name} is {nats}, so its weights are too large to be of a trained model")
     result: dict[str, Any] = {
         "checkpoint": str(path),
         "text": name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from lmdist.checkpoint import Progress
 from lmdist.console import Console, duration
 from lmdist.data import IGNORED, Folder, training_batches
 from lmdist.distributed import World
-from lmdist.errors import UsageError
+from lmdist.errors import Stopped, UsageError
 from lmdist.evaluate import evaluate
 from lmdist.files import write_whole
 from lmdist.loss import summed_nats
@@ -28,6 +29,7 @@ from lmdist.model import LanguageModel, State
 from lmdist.plot import draw_losses
 from lmdist.sample import sample
 from lmdist.settings import Recipe
+from lmdist.signals import StopRequest
 from lmdist.text import WordTokenizer
 from lmdist.tracking import RunTracker, Tracker
 from lmdist.vocabulary import Vocabulary
@@ -35,8 +37,8 @@ from lmdist.vocabulary import Vocabulary
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(recipe: Recipe, world: World) -> None:
-    """Train as the recipe says, from the newest checkpoint on or from nothing."""
+def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
+    """Train as the recipe says, from the newest checkpoint on or from nothing; raises Stopped where `stop` asks for it."""
     settings = recipe.training
     if settings.precision != "fp32" and world.device.type == "cpu":
         raise UsageError(f"training.precision {settings.precision} needs a GPU; on a CPU it must be fp32")
@@ -47,6 +49,11 @@ def train(recipe: Recipe, world: World) -> None:
     validation = folder.tokens("valid") if folder.has("valid") else None
     total_steps = settings.steps or math.ceil(settings.epochs * batches.steps_per_epoch)
     validate_every = settings.validate_every or batches.steps_per_epoch
+
+    def due(step: int) -> bool:
+        """Whether the model is validated after `step` steps."""
+        return validation is not None and step > 0 and (step == total_steps or step % validate_every == 0)
+
     rows = world.rows(recipe.data.global_batch)
     checkpoints = Path(recipe.run_folder) / "checkpoints"
 
@@ -56,6 +63,7 @@ def train(recipe: Recipe, world: World) -> None:
     optimiser = optimizer.build(recipe.optimizer, model)
     scaler = torch.GradScaler(world.device.type, enabled=settings.precision == "fp16")
     autocast = torch.autocast(world.device.type, DTYPES[settings.precision], enabled=settings.precision != "fp32")
+    rehearse(network, model, rows.stop - rows.start, recipe, world)
 
     progress, streams = resume(recipe, world, folder, model, optimiser)
     if progress.loss_scale:
@@ -63,14 +71,39 @@ def train(recipe: Recipe, world: World) -> None:
     state = model.initial_state(rows.stop - rows.start)
     if streams is not None:
         state = (streams[0][rows].to(world.device), streams[1][rows].to(world.device))  # each (R, S)
-    nats, tokens, seconds_since_log, saved = Nats(world), 0, 0.0, time.monotonic()
+    nats, tokens, seconds_since_log, saved = Nats(world, progress.nats, progress.counted), 0, 0.0, time.monotonic()
+    saving = stopping = False
+    stop.patient = True  # from here on a request to stop waits for the end of a step
 
     with (
         open_tracker(recipe, world, folder, progress.step) as tracker,
         Console(total_steps, progress.step, silent=not world.is_main) as console,
+        closing(checkpoint.Saver(checkpoints, config.as_dict(recipe), folder.path, recipe.checkpoint.keep)) as saver,
     ):
         console.say(announcement(recipe, world, folder, model, batches.steps_per_epoch, total_steps, progress.step))
-        while progress.step < total_steps:
+        while True:
+            # Between two steps: a validation where one is due and was not cut short by a stop, a checkpoint, the end.
+            if due(progress.step) and progress.valid_nats is None and not stopping:
+                assert validation is not None
+                valid = evaluate(model, validation, recipe.data.valid_batch, recipe.data.window, world, stop)
+                stopping = world.any(stop.requested)
+                if not stopping:
+                    progress.valid_nats = finite(valid.mean(), "validation loss", progress.step)
+                    if progress.best_valid_nats is None or progress.valid_nats < progress.best_valid_nats:
+                        progress.best_valid_nats = progress.valid_nats
+                    elif recipe.schedule.name == "plateau":
+                        progress.divisions += 1
+                    show_validation(recipe, folder, model, progress, console, tracker)
+                saving = True
+            if saving:
+                progress.loss_scale = scaler.state_dict()
+                streams = (world.gather_rows(state[0]), world.gather_rows(state[1]))  # each (G, S)
+                if world.is_main:
+                    saver.save(checkpoint.snapshot(progress, model, optimiser, streams))
+                saved = time.monotonic()
+            if stopping or progress.step == total_steps:
+                break
+
             began = time.perf_counter()
             # One global batch. Its data, its dropout and its learning rate depend on nothing but its number.
             batch = batches.batch(progress.step, rows)
@@ -112,50 +145,54 @@ def train(recipe: Recipe, world: World) -> None:
             seconds_since_log += time.perf_counter() - began
             console.advance()
 
-            # Now and then a line, a validation, a checkpoint: each at the same step on every rank.
+            # Now and then a line, and a checkpoint to come: at the same step on every rank.
+            stopping = world.any_before(stop.requested)
             ended = progress.step == total_steps
-            validating = validation is not None and (ended or at_multiple(progress.step, validate_every))
-            saving = ended or validating or at_multiple(progress.step, recipe.checkpoint.every_steps)
-            if saving or at_multiple(progress.step, settings.log_every):
-                mean = finite(nats.mean(), "training loss", progress.step)
+            logging = ended or due(progress.step) or at_multiple(progress.step, settings.log_every)
+            saving = ended or stopping or at_multiple(progress.step, recipe.checkpoint.every_steps)
+            if saving or logging:
+                progress.nats, progress.counted = nats.totals()
+                mean = finite(progress.nats / progress.counted, "training loss", progress.step)
                 if settings.precision != "fp16":  # the scaler leaves out the steps whose gradients are too large for fp16
                     finite(norm.item(), "norm of the gradient", progress.step)
-                speed, left = tokens / seconds_since_log, (total_steps - progress.step) * progress.seconds / progress.step
-                console.show(progress.step, mean, perplexity(mean), speed, rate, left)
-                tracker.metrics(
-                    progress.step,
-                    {
-                        "train/loss": mean,
-                        "train/perplexity": perplexity(mean),
-                        "train/gradient_norm": norm.item(),
-                        "train/learning_rate": rate,
-                        "train/tokens": progress.tokens,
-                        "train/tokens_per_second": speed,
-                    },
-                )
-                nats, tokens, seconds_since_log = Nats(world), 0, 0.0
-                minutes = (time.monotonic() - saved) / 60
-                saving = saving or world.any(0 < recipe.checkpoint.every_minutes <= minutes)
-            if validating:
-                assert validation is not None
-                progress.valid_nats = finite(
-                    evaluate(model, validation, recipe.data.valid_batch, recipe.data.window, world).mean(),
-                    "validation loss",
-                    progress.step,
-                )
-                if progress.best_valid_nats is None or progress.valid_nats < progress.best_valid_nats:
-                    progress.best_valid_nats = progress.valid_nats
-                elif recipe.schedule.name == "plateau":
-                    progress.divisions += 1
-                show_validation(recipe, folder, model, progress, console, tracker)
-            if saving:
-                progress.loss_scale = scaler.state_dict()
-                streams = (world.gather_rows(state[0]), world.gather_rows(state[1]))  # each (G, S)
-                if world.is_main:
-                    checkpoint.save(checkpoints, progress, model, optimiser, streams, config.as_dict(recipe), folder.path)
-                    checkpoint.prune(checkpoints, recipe.checkpoint.keep)
-                saved = time.monotonic()
+                if logging:
+                    speed, left = tokens / seconds_since_log, (total_steps - progress.step) * progress.seconds / progress.step
+                    console.show(progress.step, mean, perplexity(mean), speed, rate, left)
+                    tracker.metrics(
+                        progress.step,
+                        {
+                            "train/loss": mean,
+                            "train/perplexity": perplexity(mean),
+                            "train/gradient_norm": norm.item(),
+                            "train/learning_rate": rate,
+                            "train/tokens": progress.tokens,
+                            "train/tokens_per_second": speed,
+                        },
+                    )
+                    nats, tokens, seconds_since_log = Nats(world), 0, 0.0
+                    progress.nats, progress.counted = 0.0, 0
+                    minutes = (time.monotonic() - saved) / 60
+                    saving = saving or world.any(0 < recipe.checkpoint.every_minutes <= minutes)
+
+        saver.close()
+        world.close()  # no rank ends before the last checkpoint is on the disk: torchrun would end the one that writes it
+        if stopping:
+            raise Stopped(f"stopped on request after step {progress.step:,}, which is saved; --resume auto goes on from there")
         finish(recipe, folder, model, progress, console, tracker)
+
+
+def rehearse(network: nn.Module, model: LanguageModel, rows: int, recipe: Recipe, world: World) -> None:
+    """Go through DDP once before the first step, with words that nobody learns from.
+
+    After its first backward DDP lays out the gradients anew, and on more than two ranks sums of another layout are rounded
+    differently. With the rehearsal a run that is resumed adds up as one that was never stopped.
+    """
+    if world.size == 1:
+        return
+    tokens = torch.zeros(rows // recipe.training.accumulation, recipe.data.window, dtype=torch.long, device=world.device)
+    hidden, _ = network(tokens, model.initial_state(len(tokens)))
+    summed_nats(hidden, model.projection, tokens).backward()
+    model.zero_grad(set_to_none=True)
 
 
 def resume(
@@ -163,6 +200,8 @@ def resume(
 ) -> tuple[Progress, State | None]:
     """Restore the newest good checkpoint of the run, if there is one; gives the progress and all G streams' state."""
     checkpoints = Path(recipe.run_folder) / "checkpoints"
+    if world.is_main:
+        checkpoint.tidy(checkpoints)
     found = world.agree(str(checkpoint.newest(checkpoints) or "") if world.is_main else "")
     if not found:
         return Progress(), None
@@ -247,10 +286,13 @@ def show_validation(
     tracker.metrics(progress.step, {"valid/loss": progress.valid_nats, "valid/perplexity": perplexity(progress.valid_nats)})
     if not tracker.writes:
         return
-    draw(Path(recipe.run_folder), tracker)
-    if recipe.sample.words:
-        text = write_words(recipe, folder, model, recipe.sample.words, progress.step)
-        tracker.text(f"samples/step-{progress.step:09d}.txt", text)
+    try:
+        draw(Path(recipe.run_folder), tracker)
+        if recipe.sample.words:
+            text = write_words(recipe, folder, model, recipe.sample.words, progress.step)
+            tracker.text(f"samples/step-{progress.step:09d}.txt", text)
+    except OSError as error:  # a full disk costs the picture, not the run
+        console.say(f"warning: the picture and the sample could not be written: {error}")
 
 
 def draw(run: Path, tracker: Tracker) -> None:

@@ -368,7 +368,7 @@ def from_recipe(path: Path) -> dict[str, Any]:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingInputError(f"the recipe {path} is not there") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise UsageError(f"{path} is not a recipe: {error}") from None
     section = recipe.get("prepare", {})
     if not isinstance(section, dict):
@@ -402,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if values.get("unknown") == "file" and values.get("min_count", 1) > 1:
             raise UsageError("min_count makes unknown words, and unknown is file: give one or the other")
         prepare(PrepareSettings(**values), output, overwrite=overwrite)
-        sys.stdout.write(f"next: torchrun --nproc_per_node=2 -m lmdist.train --data.folder {output}\n")
+        sys.stdout.write(f"next: lmdist-train --data.folder {output}\n")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ class TrainingSettings:
     """Steps between two lines."""
     validate_every: int = 0
     """Steps between two validations; 0 means once an epoch. The last step is always validated."""
+    timeout_seconds: float = 120.0
+    """Time that a rank waits for the others before it takes them for dead, and ends with exit code 75."""
 
     def __post_init__(self) -> None:
         for name, least in (("accumulation", 1), ("log_every", 1), ("steps", 0), ("validate_every", 0)):
@@ -136,6 +138,8 @@ class TrainingSettings:
                 raise UsageError(f"training.{name} is {getattr(self, name)}; it must be at least {least}")
         if not self.steps and not self.epochs > 0:
             raise UsageError(f"training.epochs is {self.epochs}; it must be above 0")
+        if not self.timeout_seconds > 0:
+            raise UsageError(f"training.timeout_seconds is {self.timeout_seconds}; it must be above 0")
 
 
 @dataclass
@@ -150,8 +154,8 @@ class CheckpointSettings:
     """Checkpoints kept: the newest ones, and the one with the best validation besides."""
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UsageError(f"checkpoint.keep is {self.keep}; at least 1 must be kept")
+        if self.keep < 2:
+            raise UsageError(f"checkpoint.keep is {self.keep}; at least 2 must be kept, for the newest one may be damaged")
         if self.every_steps < 0 or self.every_minutes < 0:
             raise UsageError("checkpoint.every_steps and checkpoint.every_minutes must not be negative")
 

@@ -20,14 +20,26 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lmdist.errors import DataError, UsageError
-from lmdist.files import read_json, write_json
+from lmdist.files import build, check_shape, check_version, read_json, write_json
 from lmdist.vocabulary import END
 
 FORMAT = "lmdist text"
 VERSION = 1
+
+
+class Punkt(TypedDict):
+    """What Punkt has learnt."""
+
+    abbreviations: list[str]
+    collocations: list[list[str]]
+    sentence_starters: list[str]
+    contexts: dict[str, int]
+
+
+SAVED = {"settings": {}, "nltk": str, "punkt": Punkt | None}
 
 TOKENIZERS = ("word_tokenize", "wordpunct", "whitespace")
 CLEANINGS = ("none", "tutorial")
@@ -123,14 +135,12 @@ class WordTokenizer:
     def load(cls, path: Path) -> WordTokenizer:
         """Read text.json; raises MissingInputError or DataError, each naming the file."""
         value = read_json(path)
-        if value.get("format") != FORMAT or value.get("version") != VERSION:
-            raise DataError(
-                f"{path} says it is {value.get('format')!r}, version {value.get('version')!r}; "
-                f"this lmdist reads {FORMAT!r}, version {VERSION}"
-            )
+        check_version(value, (FORMAT, VERSION), path)
+        check_shape(value, SAVED, path)
+        settings = build(TextSettings, value["settings"], path, "settings")
         try:
-            return cls(TextSettings(**value["settings"]), value["punkt"], value["nltk"])
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(settings, value["punkt"], value["nltk"])
+        except DataError as error:
             raise DataError(f"{path} is damaged: {error}") from None
 
     @cached_property

@@ -1,8 +1,10 @@
-"""Where a run's figures go: metrics.jsonl always, MLflow beside it.
+"""Where a run's figures go: metrics.jsonl always, and from there to MLflow.
 
-MLflow has a thread of its own, fed by a queue, so that a slow or dead server costs the training nothing; a failure is one
-warning, and the points are in metrics.jsonl all the same. Only rank 0 has a tracker that writes; the others have a `Tracker`,
-which takes everything and keeps nothing. This is the one file in which mlflow is said.
+The run's folder is the truth. A process beside rank 0, the follower (sync.py), copies it to MLflow, so that a slow or dead
+server costs the training nothing: no request, no import, no thread. Rank 0 tells the follower one thing, how the run ended;
+the rest it sees in the folder. What it cannot bring in while the job runs, `lmdist-sync RUN` brings in later. Only rank 0
+has a tracker that writes; the others have a `Tracker`, which takes everything and keeps nothing. This module does not know
+how MLflow is spoken to, only what must be noted for it.
 
     mlflow ui --backend-store-uri sqlite:///mlflow.db      # the page, for the default store
 """
@@ -11,29 +13,31 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import queue
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any, Self
 
-from lmdist.errors import DataError
-from lmdist.files import read_json, write_json, write_whole
+from lmdist.errors import EXIT_AGAIN, DataError, Stopped
+from lmdist.files import only_one, read_json, write_whole
 from lmdist.settings import TrackingSettings
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
 DEFAULT_STORE = "sqlite:///mlflow.db"
+METRICS = "metrics.jsonl"
 MLFLOW_NOTE = "mlflow.json"
-"""In the run's folder: the id of its MLflow run."""
-LINES_A_BATCH = 200
-"""Lines of metrics.jsonl in one request; MLflow takes 1,000 values."""
+"""In the run's folder: what it takes to find the run in MLflow or to make it there, and how the run ended. No address."""
+MLFLOW_LOCK = ".mlflow.lock"
+"""In the run's folder: held by the one process that copies the folder to MLflow and writes the note."""
+LOCK_PATIENCE = 6.0
+"""Seconds that a new job waits for the follower of one that was killed a moment ago; it lives for 4."""
+SERVER_PATIENCE = 9.0
+"""Seconds that the end of a job waits for a server; a killed follower and the rest of the exit stay below 10."""
+FILE_PATIENCE = 120.0
+"""The same for a file, which is only slow when many jobs share it."""
 
 
 class Tracker:
@@ -44,11 +48,13 @@ class Tracker:
     page = ""
     """How to open the run's page, where it has one."""
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        stopped = kind is not None and (
+            issubclass(kind, KeyboardInterrupt | SystemExit) or getattr(kind, "exit_code", None) == EXIT_AGAIN
+        )
         self.close("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -65,7 +71,7 @@ class Tracker:
 
 
 class RunTracker(Tracker):
-    """Writes metrics.jsonl, and hands everything on to MLflow if the settings say so."""
+    """Writes the run's folder, and has a follower copy it to MLflow if the settings say so."""
 
     writes = True
 
@@ -82,41 +88,106 @@ class RunTracker(Tracker):
     ) -> None:
         """Track a run that is at `step`; `going_on` says whether a run that was here before is the same one."""
         self.run = run
-        if not going_on:
-            (run / MLFLOW_NOTE).unlink(missing_ok=True)
-        self.path = run / "metrics.jsonl"
-        # What a killed run wrote beyond its last checkpoint is about to be written again.
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step] if step else []
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.lines: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
-        self.mlflow = MlflowThread(run, settings.experiment, parameters, data_name, data) if settings.mlflow else None
-        self.page = self.mlflow.page if self.mlflow else ""
+        self.unwritten = b""
+        self.warned = False
+        with contextlib.ExitStack() as held:
+            if (run / MLFLOW_NOTE).exists():
+                with contextlib.suppress(Stopped):  # a long lmdist-sync: it reads the file as it was when it began
+                    held.enter_context(only_one(run / MLFLOW_LOCK, LOCK_PATIENCE))
+            if not going_on:
+                (run / MLFLOW_NOTE).unlink(missing_ok=True)
+            # What a killed run wrote beyond its last checkpoint is about to be written again.
+            kept = [row for row in read_metrics(run / METRICS) if row["step"] <= step] if step else []
+            write_whole(run / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+            before = read_note(run)
+            if settings.mlflow or before:
+                # What has been noted stays: MLflow refuses a parameter that changes.
+                made = new_note(run, settings.experiment, parameters, datasets(data_name, data), int(time.time() * 1000))
+                write_note(run, {**made, **before, "status": "RUNNING"})
+        self.lines = (run / METRICS).open("ab", buffering=0)
+        store = store_address()
+        self.follower = Follower(run, FILE_PATIENCE if is_file(store) else SERVER_PATIENCE) if settings.mlflow else None
+        if settings.mlflow:  # the address of a server may hold a password, so it is not shown
+            ours = f"mlflow ui --backend-store-uri {DEFAULT_STORE}"
+            self.page = ours if store == DEFAULT_STORE else "on the server that MLFLOW_TRACKING_URI names"
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line."""
         row = {"step": step, "time": round(time.time(), 3), **values}
-        self.lines.write(json.dumps(row) + "\n")
-        if self.mlflow:
-            self.mlflow.send(row)
+        self.unwritten += (json.dumps(row) + "\n").encode()
+        self.write()
+
+    def write(self) -> None:
+        """Write what has not been written; on a full disk it is kept for the next time."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.lines.write(self.unwritten) :]
+            self.warned = False
+        except OSError as error:
+            if not self.warned:
+                warn(f"{self.run / METRICS} cannot be written ({error.strerror}); its lines are kept and tried again")
+            self.warned = True
 
     def text(self, name: str, text: str) -> None:
         """Write the text into the run's folder."""
         path = self.run / name
         path.parent.mkdir(exist_ok=True)
         write_whole(path, text)
-        if self.mlflow:
-            self.mlflow.send(lambda client, run_id: client.log_text(run_id, text, name))
-
-    def file(self, path: Path) -> None:
-        """Show the file on MLflow's page."""
-        if self.mlflow:
-            self.mlflow.send(lambda client, run_id: client.log_artifact(run_id, str(path)))
 
     def close(self, status: str) -> None:
-        """Close the file, and wait for MLflow as long as it gets on."""
+        """Close the file, and wait for the follower within its patience."""
+        self.write()
         self.lines.close()
-        if self.mlflow:
-            self.mlflow.close(status)
+        try:
+            if self.follower and not self.follower.end(status):
+                warn(f"MLflow has not got all of this run; lmdist-sync {self.run} brings in the rest")
+        finally:
+            # The follower has written it, unless it was stuck; then it is dead by now, and does not write at the same time.
+            with contextlib.suppress(OSError):
+                if read_note(self.run).get("status", status) != status:
+                    change_note(self.run, status=status)
+
+
+class Follower:
+    """The process that copies a run's folder to MLflow while the job runs; whatever becomes of it, nothing is raised here."""
+
+    def __init__(self, run: Path, patience: float) -> None:
+        """Start it; it ends when it is told to, and within 4 seconds when this process is gone."""
+        self.patience = patience
+        self.child: subprocess.Popen[bytes] | None = None
+        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+        with contextlib.suppress(OSError):  # no memory, no process to be had: the end of the job says that points are missing
+            self.child = subprocess.Popen(
+                [sys.executable, "-m", "lmdist.sync", "--follow", str(run)],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, **one_thread},
+                start_new_session=True,  # Ctrl-C and the signals to a process group are for the job, which tells it
+            )
+
+    def end(self, status: str) -> bool:
+        """Tell it how the run ended and wait for it; gives whether MLflow has all of the run."""
+        if self.child is None:
+            return False
+        assert self.child.stdin
+        try:
+            with contextlib.suppress(OSError):  # it died before
+                self.child.stdin.write(f"{status}\n".encode())
+            return self.child.wait(self.patience) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            self.child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in a file system cannot be killed
+                self.child.wait(1)
+            self.child.stdin.close()
+
+
+def warn(line: str) -> None:
+    """Say something that a person should know and the training does not care about."""
+    sys.stderr.write(f"warning: {line}\n")
+    sys.stderr.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -130,143 +201,61 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-Item = dict[str, Any] | Callable[["MlflowClient", str], Any]
-"""A line of metrics, or something to do with the run."""
+def store_address() -> str:
+    """Where MLflow's runs are kept; it may hold a password."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
 
 
-class MlflowThread:
-    """One MLflow run, written by a thread of its own."""
-
-    def __init__(self, run: Path, experiment: str, parameters: dict[str, Any], data_name: str, data: dict[str, Any]) -> None:
-        self.run = run
-        self.experiment = experiment
-        self.parameters = parameters
-        self.data_name = data_name
-        self.data = data
-        self.store = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
-        # MLflow's own retries would hold on to a dead server for minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        self.queue: queue.Queue[Item | None] = queue.Queue()
-        self.status = "FINISHED"
-        self.warned = False
-        self.thread = threading.Thread(target=self.work, name="mlflow", daemon=True)
-        self.thread.start()
-
-    @property
-    def page(self) -> str:
-        """How to open MLflow's page; the address of a server may hold a password, so it is not shown."""
-        if self.store == DEFAULT_STORE:
-            return f"mlflow ui --backend-store-uri {DEFAULT_STORE}"
-        return "on the server that MLFLOW_TRACKING_URI names"
-
-    def send(self, item: Item) -> None:
-        """Queue a line of metrics, or something to do; never waits."""
-        self.queue.put(item)
-
-    def close(self, status: str) -> None:
-        """End the run with `status`; waits for a file as long as it takes, for a server 10 seconds."""
-        self.status = status
-        self.queue.put(None)
-        self.thread.join(timeout=10 if self.store.startswith("http") else 120)
-        if self.thread.is_alive():
-            self.warn(TimeoutError("it did not take the last points in time"))
-
-    def warn(self, error: Exception) -> None:
-        """Say once that MLflow does not work; an address may hold a password, so neither it nor the error's text is shown."""
-        if not self.warned:
-            self.warned = True
-            sys.stderr.write(
-                f"warning: MLflow does not take this run's points ({type(error).__name__}); "
-                f"they are in {self.run}/metrics.jsonl\n"
-            )
-
-    def work(self) -> None:
-        """The thread: start or find the run, then take what the queue holds until the end."""
-        try:
-            client, run_id, logged = self.begin()
-            monitor = start_system_metrics(run_id, self.store)
-        except Exception as error:  # whatever MLflow raises: tracking never hurts training
-            self.warn(error)
-            return
-        ended = False
-        while not ended:
-            items = [self.queue.get()]
-            while len(items) < LINES_A_BATCH and not self.queue.empty():
-                items.append(self.queue.get())
-            ended = None in items
-            lines = [item for item in items if isinstance(item, dict) and item["step"] > logged]
-            if lines:
-                self.attempt(lambda lines=lines: client.log_batch(run_id, metrics=as_metrics(lines)))
-            for item in items:
-                if callable(item):
-                    self.attempt(lambda item=item: item(client, run_id))
-        if monitor:
-            self.attempt(monitor.finish)
-        self.attempt(lambda: client.set_terminated(run_id, self.status))
-
-    def attempt(self, action: Callable[[], Any]) -> None:
-        """Do it, or warn."""
-        try:
-            action()
-        except Exception as error:  # as above
-            self.warn(error)
-
-    def begin(self) -> tuple[MlflowClient, str, int]:
-        """The client, the id of the run, and the last step that MLflow has already: 0 for a new run."""
-        import mlflow
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
-
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        client = mlflow.MlflowClient(self.store)
-        note = self.run / MLFLOW_NOTE
-        with contextlib.suppress(FileNotFoundError, DataError, KeyError, mlflow.MlflowException):
-            # A run that goes on is the same run on MLflow's page.
-            run_id = read_json(note)["run_id"]
-            client.update_run(run_id, status="RUNNING")
-            history = client.get_metric_history(run_id, "train/loss")
-            return client, run_id, max((point.step for point in history), default=0)
-        run_id = client.create_run(self.experiment_id(client), run_name=self.run.name).info.run_id
-        write_json(note, {"run_id": run_id})
-        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in self.parameters.items()])
-        for split, facts in self.data["splits"].items():
-            dataset = Dataset(
-                name=self.data_name,
-                digest=self.data["files"][f"{split}.bin"]["sha256"][:36],
-                source_type="lmdist-prepare",
-                source=json.dumps({"sources": self.data["sources"]}),
-                profile=json.dumps(facts),
-            )
-            client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", split)])])
-        client.log_artifact(run_id, str(self.run / "recipe.toml"))
-        return client, run_id, 0
-
-    def experiment_id(self, client: MlflowClient) -> str:
-        """The experiment's id; made where it is not there."""
-        found = client.get_experiment_by_name(self.experiment)
-        if found:
-            return found.experiment_id
-        # With this tag the page opens on runs and their curves, not on traces of chat models.
-        return client.create_experiment(self.experiment, tags={"mlflow.experimentKind": "custom_model_development"})
+def is_file(store: str) -> bool:
+    """Whether a store is a file on this machine, and no server."""
+    return store.startswith(("sqlite:", "file:", "/", "."))
 
 
-def as_metrics(lines: list[dict[str, Any]]) -> list[Any]:
-    """Lines of metrics.jsonl as MLflow's points."""
-    from mlflow.entities import Metric
+def new_note(
+    run: Path, experiment: str, parameters: dict[str, Any], inputs: list[dict[str, str]], start_time: int
+) -> dict[str, Any]:
+    """What is noted of a run that MLflow has not got yet; `start_time` is in milliseconds since 1970."""
+    return {
+        "run_key": uuid.uuid4().hex,  # a tag of the run: it is found again where the answer to its making was lost
+        "experiment": experiment,
+        "name": run.absolute().name,
+        "start_time": start_time,
+        "status": "RUNNING",
+        "parameters": parameters,
+        "datasets": inputs,
+        "files": {},  # name and sha256 of what MLflow has
+    }
 
+
+def datasets(name: str, data: dict[str, Any]) -> list[dict[str, str]]:
+    """The splits of a data folder, as MLflow shows a run's inputs; `data` is the folder's meta.json."""
     return [
-        Metric(key, float(value), int(line["time"] * 1000), line["step"])
-        for line in lines
-        for key, value in line.items()
-        if key not in ("step", "time")
+        {
+            "name": name,
+            "context": split,
+            "digest": data["files"][f"{split}.bin"]["sha256"][:36],
+            "source": json.dumps({"sources": data["sources"]}),
+            "profile": json.dumps(facts),
+        }
+        for split, facts in data.get("splits", {}).items()
     ]
 
 
-def start_system_metrics(run_id: str, store: str) -> Any:
-    """MLflow's own watch over CPU, memory, disk, network and GPUs."""
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+def read_note(run: Path) -> dict[str, Any]:
+    """The note; empty where there is none that can be read."""
+    try:
+        return read_json(run / MLFLOW_NOTE)
+    except (FileNotFoundError, DataError):
+        return {}
 
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=store)
-    monitor.start()
-    return monitor
+
+def write_note(run: Path, note: dict[str, Any]) -> None:
+    """Write the note, whole or not at all."""
+    write_whole(run / MLFLOW_NOTE, json.dumps(note, indent=1, ensure_ascii=False) + "\n")
+
+
+def change_note(run: Path, **changes: Any) -> dict[str, Any]:
+    """Change some entries of the note as it is now; gives all of it."""
+    note = {**read_note(run), **changes}
+    write_note(run, note)
+    return note

@@ -10,28 +10,48 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from lmdist import config
-from lmdist.errors import report
+from lmdist.errors import Stopped, report
+from lmdist.files import only_one
 from lmdist.prepare import prepare
 from lmdist.settings import DataSettings, Recipe
+from lmdist.signals import AGENT, StopRequest, die_with_parent
+
+LOCK = ".lock"
+"""In the run's folder: held by the job that trains there."""
+LOCK_PATIENCE = 20.0
+"""Seconds to wait for a job that is just ending, such as the one before a restart."""
+PEERS_FIRST = 2.0
+"""Seconds that a rank which lost a peer waits, so that torchrun sees first what ended the peer."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the recipe, join the job, train."""
     is_main = os.environ.get("RANK", "0") == "0"
+    if "RANK" in os.environ:
+        die_with_parent(int(os.environ.get(AGENT, 0)) or None)
     with report("lmdist.train", quiet=not is_main):
+        stop = StopRequest().listen()
         recipe = config.load(argv, quiet=not is_main)
         prepare_if_absent(recipe, is_main=is_main)
 
         from lmdist import distributed, loop
 
-        world = distributed.start(recipe.training.device, recipe.data.global_batch, recipe.training.accumulation)
-        try:
-            loop.train(recipe, world)
-        finally:
-            world.close()
+        with only_one(Path(recipe.run_folder) / LOCK, LOCK_PATIENCE) if is_main else nullcontext():
+            settings = recipe.training
+            world = distributed.start(
+                settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
+            )
+            try:
+                loop.train(recipe, world, stop)
+            except RuntimeError as error:
+                if not distributed.lost_peer(error):
+                    raise
+                time.sleep(PEERS_FIRST)
+                raise Stopped(f"rank {world.rank} lost another one; --resume auto goes on from the last checkpoint") from None
 
 
 def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:

@@ -6,11 +6,16 @@ not know where words come from.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from lmdist.errors import DataError, MissingInputError
+from lmdist.errors import DataError
+from lmdist.files import read_whole
+
+# Some 25 million words: as many as a model of this kind could ever number.
+LARGEST = 256 << 20
 
 UNKNOWN = "<unk>"
 END = "<eos>"
@@ -24,9 +29,13 @@ class Vocabulary:
     def __init__(self, words: Iterable[str]) -> None:
         self.words = list(words)
         if self.words[:2] != [UNKNOWN, END]:
-            raise DataError(f"a vocabulary begins with {UNKNOWN} and {END}; this one begins with {self.words[:2]}")
+            raise DataError(
+                f"a vocabulary begins with {UNKNOWN} and {END}; this one begins with {reprlib.repr(self.words[:2])}"
+            )
         if len(self.ids) != len(self.words):
             raise DataError(f"a vocabulary holds each word once; {len(self.words) - len(self.ids)} of these come again")
+        if "" in self.ids:
+            raise DataError(f"a vocabulary holds words; line {self.ids[''] + 1} of this one is empty")
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -53,9 +62,7 @@ class Vocabulary:
     def load(cls, path: Path) -> Vocabulary:
         """Read one word a line; raises MissingInputError or DataError, each naming the file."""
         try:
-            text = path.read_bytes().decode("utf-8")
-        except FileNotFoundError:
-            raise MissingInputError(f"{path} is not there") from None
+            text = read_whole(path, LARGEST).decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8: {error}") from None
         try:

@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lmdist import config, loop
+from lmdist.distributed import World
+from lmdist.signals import StopRequest
+
 SMALL = (
     "--model.embedding_size=16 --model.hidden_size=24 --optimizer.learning_rate=0.02 --data.global_batch=8 --data.window=7 "
     "--training.log_every=1 --training.device=cpu --tracking.mlflow=false --sample.words=5"
@@ -31,6 +37,11 @@ def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.Compl
     done = subprocess.run(command(ranks, *flags), cwd=cwd, env=environment(), capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return done
+
+
+def train_here(*flags: str) -> None:
+    """Run the loop of a small job in this process, on one rank."""
+    loop.train(config.load([*SMALL, *flags]), World(0, 1, torch.device("cpu")), StopRequest())
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lmdist import checkpoint
+from lmdist import checkpoint, config
 from lmdist.files import sums, write_json
 from lmdist.model import LanguageModel
-from lmdist.settings import ModelSettings
+from lmdist.settings import DataSettings, ModelSettings, Recipe
 from lmdist.text import TextSettings, WordTokenizer
 from lmdist.vocabulary import Vocabulary
 from lmdist_export import export
@@ -39,19 +39,20 @@ def make_model(settings: ModelSettings, vocabulary_size: int) -> LanguageModel:
 
 
 def make_data(folder: Path, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS) -> Path:
-    """A data folder with a valid split of 600 random words."""
+    """A data folder with a train and a valid split of 600 random words."""
     folder.mkdir(parents=True)
     vocabulary = Vocabulary(["<unk>", "<eos>", *words])
     vocabulary.save(folder / "vocab.txt")
     WordTokenizer.train(TextSettings(tokenizer), DOCUMENTS).save(folder / "text.json")
     tokens = np.random.default_rng(0).integers(0, len(vocabulary), 600)
-    tokens.astype("<u2").tofile(folder / "valid.bin")
+    for split in ("train", "valid"):
+        tokens.astype("<u2").tofile(folder / f"{split}.bin")
     meta = {
         "format": "lmdist data",
         "version": 1,
         "dtype": "uint16",
         "vocabulary_size": len(vocabulary),
-        "splits": {"valid": {"tokens": len(tokens)}},
+        "splits": {split: {"tokens": len(tokens)} for split in ("train", "valid")},
         "files": sums(folder),
     }
     write_json(folder / "meta.json", meta)
@@ -65,9 +66,10 @@ def make_run(
     data = make_data(folder / "data", tokenizer, words)
     model = make_model(settings, len(words) + 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recipe = {"data": {"folder": str(data)}}
+    recipe = config.as_dict(Recipe(data=DataSettings(folder=str(data)), model=settings))
     run = folder / "runs" / "small"
-    checkpoint.save(run / "checkpoints", checkpoint.Progress(step=7), model, optimizer, None, recipe, data)
+    taken = checkpoint.snapshot(checkpoint.Progress(step=7), model, optimizer, None)
+    checkpoint.save(run / "checkpoints", taken, recipe, data)
     return run
 
 

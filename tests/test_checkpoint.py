@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from corpora import chain, write_data_folder
-from lmdist import checkpoint
+from lmdist import checkpoint, config
 from lmdist.checkpoint import Progress
 from lmdist.errors import DataError
 from lmdist.files import whole_folder
 from lmdist.model import LanguageModel
-from lmdist.settings import ModelSettings
+from lmdist.settings import DataSettings, ModelSettings, Recipe
 
 
 @pytest.fixture
@@ -24,8 +24,10 @@ def saved(tmp_path):
     hidden.sum().backward()
     optimizer.step()
     streams = (state[0].detach(), state[1].detach())
+    recipe = config.as_dict(Recipe(model=model.settings, data=DataSettings(global_batch=3)))
     for step, nats in ((10, 2.0), (20, 1.5), (30, 1.9)):
-        checkpoint.save(tmp_path / "run" / "checkpoints", Progress(step, valid_nats=nats), model, optimizer, streams, {}, data)
+        taken = checkpoint.snapshot(Progress(step, valid_nats=nats), model, optimizer, streams)
+        checkpoint.save(tmp_path / "run" / "checkpoints", taken, recipe, data)
     return tmp_path / "run", model, optimizer, streams
 
 
@@ -68,7 +70,7 @@ def test_the_best_one_is_found_and_kept(saved):
     run, *_ = saved
     assert checkpoint.find(run).name == "step-000000020"
     checkpoint.prune(run / "checkpoints", keep=1)
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000000020", "step-000000030"}
+    assert {path.name for path in (run / "checkpoints").glob("step-*")} == {"step-000000020", "step-000000030"}
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):

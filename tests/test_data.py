@@ -107,3 +107,24 @@ def test_missing_and_damaged_folders_are_named(tmp_path):
     (path / "train.bin").write_bytes(b"\0\0")
     with pytest.raises(DataError, match=r"train\.bin has 2 bytes"):
         Folder(path).tokens("train")
+
+
+@pytest.mark.parametrize("batching", ["streams", "windows"])
+def test_the_order_of_the_data_is_the_same_file_on_1_2_and_4_ranks(tmp_path, batching):
+    """A file a number of ranks, of every position read and predicted in three epochs, compared byte for byte."""
+    write_data_folder(tmp_path / "data", {"train": POSITIONS[:1003]}, 1003)
+    settings = DataSettings(folder="", batching=batching, global_batch=8, window=7, stride=5 if batching == "windows" else 0)
+    files = []
+    for world in (1, 2, 4):
+        batches = training_batches(Folder(tmp_path / "data"), settings, seed=3)
+        share = settings.global_batch // world
+        path = tmp_path / f"order-{world}"
+        with path.open("wb") as file:
+            for step in range(3 * batches.steps_per_epoch):
+                parts = [batches.batch(step, slice(rank * share, (rank + 1) * share)) for rank in range(world)]
+                for tensors in ([part.inputs for part in parts], [part.targets for part in parts]):
+                    file.write(torch.cat(tensors).numpy().tobytes())
+                file.write(f"{parts[0].tokens} {parts[0].fresh}\n".encode())
+        files.append(path.read_bytes())
+    assert len(files[0]) > 3 * 1003 * 8
+    assert files[0] == files[1] == files[2]

@@ -80,7 +80,7 @@ def test_a_file_cut_off_inside_a_quote_loses_only_that_row(tmp_path):
 
 
 def test_a_cell_longer_than_any_text_is_an_open_quote(tmp_path, monkeypatch):
-    monkeypatch.setattr("lmdist.documents.LONGEST_CELL", 1000)
+    monkeypatch.setattr("lmdist.documents.LONGEST_ROW", 1000)
     path = write(tmp_path / "a.csv", 'id,content\n1,"open\n' + "2,more\n" * 1000)
     with pytest.raises(DataError, match="is a quote left open"):
         texts(path)

@@ -11,11 +11,10 @@ import torch
 from torch.nn import functional
 
 from corpora import chain, write_data_folder
-from jobs import SMALL, losses
-from lmdist import checkpoint, config
+from jobs import losses, train_here
+from lmdist import checkpoint
 from lmdist.distributed import World
 from lmdist.evaluate import evaluate, unigram_nats
-from lmdist.loop import train
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -27,7 +26,7 @@ def trained(tmp_path_factory):
     splits = {"train": chain(1503, 30), "valid": chain(103, 30, seed=1), "test": chain(99, 30, seed=2)}
     data = write_data_folder(folder / "data", splits, 30)
     run = folder / "run"
-    train(config.load([*SMALL, f"--data.folder={data}", f"--run_folder={run}", "--training.epochs=4"]), ONE)
+    train_here(f"--data.folder={data}", f"--run_folder={run}", "--training.epochs=4")
     return run, data
 
 

@@ -27,7 +27,8 @@ def test_links_lead_somewhere(page):
 def test_the_readme_names_every_command_and_no_flag_that_is_not_there():
     text = (ROOT / "README.md").read_text()
     helps = {"--nproc_per_node", "--standalone", "--backend-store-uri"}  # torchrun's and mlflow's
-    for module in ("lmdist.prepare", "lmdist.evaluate", "lmdist.train", "lmdist_export.export", "lmdist_export.generate"):
+    commands = ("prepare", "launcher", "evaluate", "sync")
+    for module in (*(f"lmdist.{name}" for name in commands), "lmdist_export.export", "lmdist_export.generate"):
         done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
         helps.update(re.findall(r"--[\w.-]+", done.stdout))
     for flag in re.findall(r"(?<![\w-])(--[a-z][\w.-]*\w)", text):

@@ -110,7 +110,7 @@ def test_the_folder_of_a_news_csv(tmp_path):
 
     for line in ("train ", "valid ", "test ", "vocabulary: ", "skipped: 1 duplicate, 2 empty", "written to data/news"):
         assert any(text.startswith(line) for text in done.stdout.splitlines())
-    assert done.stdout.splitlines()[-1] == "next: torchrun --nproc_per_node=2 -m lmdist.train --data.folder data/news"
+    assert done.stdout.splitlines()[-1] == "next: lmdist-train --data.folder data/news"
     assert str(tmp_path) not in (folder / "meta.json").read_text()
 
 

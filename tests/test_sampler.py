@@ -159,11 +159,19 @@ def test_a_graph_that_is_not_ours(bundle: Bundle, tmp_path: Path) -> None:
     graph = onnx.load(bundle.model)
     del graph.metadata_props[:]
     onnx.save_model(graph, tmp_path / "other.onnx")
-    with pytest.raises(DataError, match="not a step graph"):
+    with pytest.raises(DataError, match="says it is None"):
         StepGraph(tmp_path / "other.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"no graph at all")
-    with pytest.raises(DataError, match="cannot be opened by onnxruntime"):
+    with pytest.raises(DataError, match="not a step graph"):
         StepGraph(tmp_path / "broken.onnx")
+
+
+def test_wrong_names_and_axes(bundle: Bundle, tmp_path: Path) -> None:
+    graph = onnx.load(bundle.model)
+    graph.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4
+    onnx.save_model(graph, tmp_path / "fixed.onnx")
+    with pytest.raises(DataError, match=r"its inputs and outputs are .* expected are .*'time'"):
+        StepGraph(tmp_path / "fixed.onnx")
 
 
 def test_a_vocabulary_of_another_size(bundle: Bundle, tmp_path: Path) -> None:

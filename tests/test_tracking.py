@@ -1,25 +1,20 @@
-"""Figures arrive in metrics.jsonl and in MLflow: a real store, and a real server over HTTP."""
+"""Figures arrive in metrics.jsonl and in MLflow's own file; what happens when MLflow is away is test_sync.py's matter."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 import pytest
 
 from corpora import chain, write_data_folder
-from jobs import SMALL, environment, losses, rows, train
+from jobs import SMALL, rows, train
+from lmdist.errors import Stopped, UsageError
 from lmdist.files import read_json
 from lmdist.settings import TrackingSettings
-from lmdist.tracking import RunTracker, read_metrics
+from lmdist.tracking import RunTracker, read_metrics, read_note, write_note
 
 
 @pytest.fixture
@@ -71,57 +66,24 @@ def test_a_run_and_its_second_half_are_one_mlflow_run_without_a_point_twice(data
     assert {item.path for item in client.list_artifacts(run_id)} == {"loss.png", "recipe.toml", "samples"}
 
 
-@pytest.mark.slow
-def test_a_real_server_over_http_gets_every_point_and_a_failure_is_marked(data, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    store = f"sqlite:///{tmp_path}/server.db"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port), "--workers", "1"],
-        cwd=tmp_path,
-        env={**environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1)
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.3)
-        os.environ["MLFLOW_TRACKING_URI"] = uri
-        flags = [*SMALL, f"--data.folder={data}", "--tracking.mlflow=true"]
-        train(1, *flags, "--run_folder=runs/one", "--training.steps=5", cwd=tmp_path)
-        bad = ["--run_folder=runs/bad", "--optimizer.name=sgd", "--optimizer.learning_rate=1e30", "--optimizer.clip=0"]
-        train(1, *flags, *bad, cwd=tmp_path, code=64)
-    finally:
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-    client = mlflow.MlflowClient(store)
-    good = client.get_run(read_json(tmp_path / "runs/one/mlflow.json")["run_id"])
-    assert good.info.status == "FINISHED"
-    assert history(client, good.info.run_id, "train/loss") == expected(tmp_path / "runs/one", "train/loss")
-    bad_run = client.get_run(read_json(tmp_path / "runs/bad/mlflow.json")["run_id"])
-    assert bad_run.info.status == "FAILED"
-
-
-@pytest.mark.slow
-def test_a_server_that_is_not_there_costs_a_warning(data, tmp_path):
-    os.environ["MLFLOW_TRACKING_URI"] = "http://user:secret@127.0.0.1:9"
-    try:
-        done = train(1, *SMALL, f"--data.folder={data}", "--tracking.mlflow=true", "--training.steps=5", cwd=tmp_path)
-    finally:
-        del os.environ["MLFLOW_TRACKING_URI"]
-    assert "warning: MLflow does not take this run's points" in done.stderr
-    assert "secret" not in done.stderr + done.stdout
-    assert len(losses(tmp_path / "runs/demo")) == 5
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (UsageError("diverged"), "FAILED"),
+        (RuntimeError(), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(1), "KILLED"),
+        (Stopped("on request"), "KILLED"),
+    ],
+)
+def test_how_a_run_ended(tmp_path, error, status):
+    write_note(tmp_path, {"status": "RUNNING"})
+    with suppress(BaseException), RunTracker(tmp_path, TrackingSettings(mlflow=False), {}, "data", {}, 0, going_on=True):
+        assert read_note(tmp_path)["status"] == "RUNNING"
+        if error:
+            raise error
+    assert read_note(tmp_path)["status"] == status
 
 
 def test_metrics_beyond_the_checkpoint_are_written_once(tmp_path):

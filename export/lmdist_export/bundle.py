@@ -12,28 +12,27 @@ broken bundle is known within milliseconds. docs/bundle.md is the description fo
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.files import check_sums, read_json
+from lmdist.files import FileFacts, build, check_folder, check_shape, check_sums, check_version, read_json
 from lmdist.text import WordTokenizer
 from lmdist.vocabulary import END_ID, UNKNOWN_ID, Vocabulary
 
 FORMAT = "lmdist bundle"
 VERSION = 1
-# What the metadata inside model.onnx say, so that the file can be told from others on its own.
-GRAPH_FORMAT = "lmdist step graph"
-GRAPH_VERSION = 1
 PROVIDERS = ("cpu", "cuda")
 
 MODEL = "model.onnx"
+MODEL_DATA = "model.onnx.data"
 GENERATION_CONFIG = "generation_config.json"
 SUMMED = (MODEL, "vocab.txt", "text.json")  # what a bundle cannot be without, and nobody changes
+MOST_NEW_TOKENS = 1_000_000  # a file may ask for so many; a person may ask for more
 
 
 @dataclass(frozen=True)
@@ -75,24 +74,12 @@ class GenerationConfig:
     @classmethod
     def load(cls, path: Path, vocabulary_size: int) -> GenerationConfig:
         """Read generation_config.json; raises DataError, naming the field, where a value has the wrong type or range."""
-        values = read_json(path)
-        fields = {field.name: type(field.default) for field in dataclasses.fields(cls)}
-        for name, value in values.items():
-            if name not in fields:
-                raise DataError(f"{path}: {name!r} is not known here; known are {', '.join(fields)}")
-            kinds = {float: (int, float), tuple: (list,)}.get(fields[name], (fields[name],))
-            # In Python true is an int; in this file it is none.
-            if not isinstance(value, kinds) or (isinstance(value, bool) and fields[name] is not bool):
-                raise DataError(f"{path}: {name} is {value!r}; a {kinds[-1].__name__} is expected")
-        if "suppress_tokens" in values:
-            values["suppress_tokens"] = tuple(values["suppress_tokens"])
-        try:
-            config = cls(**values)
-        except UsageError as error:
-            raise DataError(f"{path}: {error}") from None
+        config = build(cls, read_json(path), path)
         for index in (config.bos_token_id, config.eos_token_id, *config.suppress_tokens):
-            if type(index) is not int or not 0 <= index < vocabulary_size:
-                raise DataError(f"{path}: {index!r} is no word's id; the vocabulary has {vocabulary_size} words")
+            if not 0 <= index < vocabulary_size:
+                raise DataError(f"{path}: {index} is no word's id; the vocabulary has {vocabulary_size} words")
+        if config.max_new_tokens > MOST_NEW_TOKENS:
+            raise DataError(f"{path}: max_new_tokens is {config.max_new_tokens}; it must be at most {MOST_NEW_TOKENS:,}")
         if len(set(config.suppress_tokens)) == vocabulary_size:
             raise DataError(f"{path}: suppress_tokens leaves no word to draw")
         return config
@@ -111,12 +98,8 @@ class Bundle:
     def load(cls, folder: Path) -> Bundle:
         """Read and check a bundle; raises MissingInputError or DataError."""
         manifest = read_manifest(folder)
-        if not all(isinstance(manifest["files"].get(name), dict) for name in SUMMED):
-            raise DataError(f"{folder}/manifest.json is damaged: it must name {', '.join(SUMMED)}")
-        try:
-            check_sums(folder, manifest["files"])
-        except (KeyError, TypeError):
-            raise DataError(f"{folder}/manifest.json is damaged: a file has no size or no sha256 there") from None
+        beside = (MODEL_DATA,) if os.path.lexists(folder / MODEL_DATA) else ()
+        check_sums(folder, manifest["files"], (*SUMMED, *beside))
         vocabulary = Vocabulary.load(folder / "vocab.txt")
         return cls(folder, manifest, vocabulary, GenerationConfig.load(folder / GENERATION_CONFIG, len(vocabulary)))
 
@@ -133,18 +116,13 @@ class Bundle:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder that says it is a bundle; its files are not looked at."""
-    if not folder.is_dir():
-        raise MissingInputError(f"{folder} is not there; a bundle made by lmdist-export is expected")
-    if not (folder / "manifest.json").is_file():
+    check_folder(folder, "a bundle made by lmdist-export is expected")
+    path = folder / "manifest.json"
+    if not os.path.lexists(path):
         raise MissingInputError(f"{folder} is not a bundle: it has no manifest.json; lmdist-export RUN -o BUNDLE makes one")
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(path)
     if manifest.get("format") == "lmdist checkpoint":
         raise DataError(f"{folder} is a checkpoint; make a bundle of it first: lmdist-export {folder} -o BUNDLE")
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise DataError(
-            f"{folder} says it is {manifest.get('format')!r}, version {manifest.get('version')!r}; "
-            f"this lmdist reads {FORMAT!r}, version {VERSION}"
-        )
-    if not isinstance(manifest.get("files"), dict):
-        raise DataError(f"{folder}/manifest.json is damaged: it names no files")
+    check_version(manifest, (FORMAT, VERSION), path)
+    check_shape(manifest, {"files": dict[str, FileFacts]}, path)
     return manifest

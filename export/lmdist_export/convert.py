@@ -1,17 +1,14 @@
 """A checkpoint's weights become the ONNX step graph: words and state in, logits and state out.
 
-    tokens (B, T) --Gather--> LSTM --> LSTM --> ... --> Gemm --> logits (B, T, V)
-                               ^ |      ^ |
-    h, c (B, S) ----Split------' |------' |----Concat--> next_h, next_c (B, S)
+The graph is built straight from the weights, by the table of graph.py, because torch's exporters freeze its length or are
+deprecated. It does not know whether it is right: verify.py finds out. `lmdist-export` (export.py) runs it.
 
-The graph is built straight from the weights, because torch's exporters freeze its length or are deprecated. It does
-not know whether it is right: verify.py finds out. `lmdist-export` (export.py) runs it.
-
-Shapes: B rows, T words, V vocabulary, E embedding, H a layer's size, S the sum of the layers' sizes.
+Shapes: V vocabulary, E embedding, H a layer's size, S the sum of the layers' sizes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,9 +20,8 @@ from torch import Tensor
 
 from lmdist.model import LanguageModel
 from lmdist.vocabulary import END_ID, UNKNOWN_ID
-from lmdist_export.bundle import GRAPH_FORMAT, GRAPH_VERSION
+from lmdist_export.graph import FORMAT, OPSET, VERSION, Sizes, constants, data_file, step_nodes, weight_shapes
 
-OPSET = 17  # has all that the graph needs; every onnxruntime since 1.12 reads it
 IR_VERSION = 8  # the file format that came with that opset
 PROTOBUF_LIMIT = 2**31 - 2**24  # protobuf ends at 2 GiB; 16 MiB are left for the nodes
 
@@ -35,68 +31,31 @@ def write_step_graph(model: LanguageModel, path: Path, run: str) -> None:
     graph = step_graph(model, run)
     # Not ByteSize(): it fails beyond the limit.
     weights = sum(len(initializer.raw_data) for initializer in graph.graph.initializer)
-    data = f"{path.name}.data"
-    onnx.save_model(graph, path, save_as_external_data=weights > PROTOBUF_LIMIT, location=data)
+    onnx.save_model(graph, path, save_as_external_data=weights > PROTOBUF_LIMIT, location=data_file(path).name)
     onnx.checker.check_model(path, full_check=True)
 
 
 def step_graph(model: LanguageModel, run: str) -> onnx.ModelProto:
     """The step graph of `model` with all that a runtime must know in its metadata; `run` is the name to remember."""
-    sizes = model.layer_sizes
-    state_size = sum(sizes)
+    sizes = Sizes(model.layer_sizes, model.vocabulary_size, model.settings.embedding_size, model.settings.tied)
     weights = {
         "embedding": array(model.embedding.weight),  # (V, E)
         "projection_bias": array(model.projection.bias),  # (V)
-        "state_sizes": np.array(sizes, dtype=np.int64),
-        "vocabulary_size": np.array([model.vocabulary_size], dtype=np.int64),
-        "rows_of_hidden": np.array([-1, sizes[-1]], dtype=np.int64),
-        "axis_0": np.array([0], dtype=np.int64),
-        "axis_1": np.array([1], dtype=np.int64),
     }
-    projection = "embedding"
-    if not model.settings.tied:
-        projection = "projection"
-        weights[projection] = array(model.projection.weight)  # (V, H)
-
-    layers = range(len(sizes))
-    nodes = [
-        helper.make_node("Gather", ["embedding", "tokens"], ["embedded"]),  # (B, T, E)
-        helper.make_node("Transpose", ["embedded"], ["inputs_0"], perm=[1, 0, 2]),  # (T, B, E)
-        helper.make_node("Split", ["h", "state_sizes"], [f"h_{layer}" for layer in layers], axis=1),  # (B, H) each
-        helper.make_node("Split", ["c", "state_sizes"], [f"c_{layer}" for layer in layers], axis=1),  # (B, H) each
-    ]
+    if not sizes.tied:
+        weights["projection"] = array(model.projection.weight)  # (V, H)
     for layer, module in enumerate(model.layers):
         parameters = {name: input_output_forget_cell(array(value)) for name, value in module.named_parameters()}
-        name = f"layer_{layer}"
-        weights[f"{name}.W"] = parameters["weight_ih_l0"][None]  # (1, 4H, E)
-        weights[f"{name}.R"] = parameters["weight_hh_l0"][None]  # (1, 4H, H)
-        weights[f"{name}.B"] = np.concatenate([parameters["bias_ih_l0"], parameters["bias_hh_l0"]])[None]  # (1, 8H)
-        nodes += [
-            helper.make_node("Unsqueeze", [f"h_{layer}", "axis_0"], [f"{name}.h"]),  # (1, B, H)
-            helper.make_node("Unsqueeze", [f"c_{layer}", "axis_0"], [f"{name}.c"]),  # (1, B, H)
-            helper.make_node(
-                "LSTM",
-                [f"inputs_{layer}", f"{name}.W", f"{name}.R", f"{name}.B", "", f"{name}.h", f"{name}.c"],
-                [f"{name}.Y", f"{name}.Y_h", f"{name}.Y_c"],  # (T, 1, B, H), (1, B, H), (1, B, H)
-                name=name,
-                hidden_size=sizes[layer],
-            ),
-            helper.make_node("Squeeze", [f"{name}.Y", "axis_1"], [f"inputs_{layer + 1}"]),  # (T, B, H)
-            helper.make_node("Squeeze", [f"{name}.Y_h", "axis_0"], [f"next_h_{layer}"]),  # (B, H)
-            helper.make_node("Squeeze", [f"{name}.Y_c", "axis_0"], [f"next_c_{layer}"]),  # (B, H)
-        ]
-    nodes += [
-        helper.make_node("Concat", [f"next_h_{layer}" for layer in layers], ["next_h"], axis=1),  # (B, S)
-        helper.make_node("Concat", [f"next_c_{layer}" for layer in layers], ["next_c"], axis=1),  # (B, S)
-        helper.make_node("Transpose", [f"inputs_{len(sizes)}"], ["hidden"], perm=[1, 0, 2]),  # (B, T, H)
-        # Gemm reads the tied matrix as it lies. MatMul would need a second, transposed copy of it.
-        helper.make_node("Reshape", ["hidden", "rows_of_hidden"], ["hidden_rows"]),  # (B*T, H)
-        helper.make_node("Gemm", ["hidden_rows", projection, "projection_bias"], ["logits_rows"], transB=1),  # (B*T, V)
-        helper.make_node("Shape", ["tokens"], ["rows_and_words"]),
-        helper.make_node("Concat", ["rows_and_words", "vocabulary_size"], ["logits_shape"], axis=0),
-        helper.make_node("Reshape", ["logits_rows", "logits_shape"], ["logits"]),  # (B, T, V)
+        weights[f"layer_{layer}.W"] = parameters["weight_ih_l0"][None]  # (1, 4H, E)
+        weights[f"layer_{layer}.R"] = parameters["weight_hh_l0"][None]  # (1, 4H, H)
+        weights[f"layer_{layer}.B"] = np.concatenate([parameters["bias_ih_l0"], parameters["bias_hh_l0"]])[None]  # (1, 8H)
+    shapes = {name: value.shape for name, value in weights.items()}
+    assert shapes == weight_shapes(sizes), shapes
+    numbers = {name: np.array(value, np.int64) for name, value in constants(sizes).items()}
+    nodes = [
+        helper.make_node(node.operator, node.inputs, node.outputs, node.name, **node.attributes) for node in step_nodes(sizes)
     ]
-    state = ["batch", state_size]
+    state = ["batch", sum(sizes.layer_sizes)]
     graph = helper.make_graph(
         nodes,
         "lmdist_step",
@@ -110,18 +69,15 @@ def step_graph(model: LanguageModel, run: str) -> onnx.ModelProto:
             helper.make_tensor_value_info("next_h", TensorProto.FLOAT, state),
             helper.make_tensor_value_info("next_c", TensorProto.FLOAT, state),
         ],
-        initializer=[numpy_helper.from_array(value, name) for name, value in weights.items()],
+        initializer=[numpy_helper.from_array(value, name) for name, value in (weights | numbers).items()],
     )
     result = helper.make_model(
         graph, producer_name="lmdist", opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
     )
     metadata = {
-        "format": GRAPH_FORMAT,
-        "version": GRAPH_VERSION,
-        "layer_sizes": sizes,
-        "vocabulary_size": model.vocabulary_size,
-        "embedding_size": model.settings.embedding_size,
-        "tied": model.settings.tied,
+        "format": FORMAT,
+        "version": VERSION,
+        **dataclasses.asdict(sizes),
         "eos_id": END_ID,
         "unknown_id": UNKNOWN_ID,
         "run": run,

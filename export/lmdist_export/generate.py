@@ -72,9 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
     from lmdist_export.sampling import Draw
 
     bundle = Bundle.load(arguments.bundle)
+    tokenizer = bundle.tokenizer
     config = generation_config(bundle.generation, arguments)
     sampler = Sampler(bundle, arguments.provider, arguments.threads)
-    prompt = bundle.tokenizer.tokenize(arguments.prompt) if arguments.prompt else []  # NLTK is slow to import
+    prompt = tokenizer.tokenize(arguments.prompt) if arguments.prompt else []  # NLTK is slow to import
     warn_of_unknown(prompt, bundle.vocabulary)
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     if arguments.seed is None and not config.greedy:
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     words = continuations(sampler, config, prompt, Draw(config, seed, arguments.n), arguments.n, arguments.ignore_eos)
     if arguments.stream:
         pieces = []
-        for piece in bundle.tokenizer.pieces(chain(prompt, (word for _, word in words))):
+        for piece in tokenizer.pieces(chain(prompt, (word for _, word in words))):
             pieces.append(piece)
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         texts = [list(prompt) for _ in range(arguments.n)]
         for row, word in words:
             texts[row].append(word)
-        text = separated([bundle.tokenizer.detokenize(text) for text in texts])
+        text = separated([tokenizer.detokenize(text) for text in texts])
         made = sum(len(text) - len(prompt) for text in texts)
     seconds = time.perf_counter() - began
 

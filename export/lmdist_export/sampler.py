@@ -17,8 +17,8 @@ import ctypes
 import importlib
 import importlib.metadata
 import io
-import json
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdist.errors import DataError, UsageError
-from lmdist_export.bundle import GRAPH_FORMAT, GRAPH_VERSION, PROVIDERS, Bundle
+from lmdist.files import one_line
+from lmdist_export.bundle import PROVIDERS, Bundle
+from lmdist_export.graph import read_step_graph
 
 State = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(h, c), each (B, S): the layers' states side by side. Row b is all that the model knows of text b."""
@@ -39,16 +41,24 @@ class StepGraph:
     """The step graph in an onnxruntime session: words and state in, logits and state out."""
 
     def __init__(self, path: Path, provider: str = "cpu", threads: int = 0) -> None:
+        """Open a graph that is lmdist's own, whoever made it; raises DataError for any other."""
+        sizes = read_step_graph(path)
+        self.vocabulary_size = sizes.vocabulary_size
+        self.state_size = sum(sizes.layer_sizes)
         self.session = open_session(path, provider, threads)
-        try:
-            properties = self.session.get_modelmeta().custom_metadata_map
-            self.metadata: dict[str, Any] = {name: json.loads(value) for name, value in properties.items()}
-        except ValueError:
-            self.metadata = {}
-        if (self.metadata.get("format"), self.metadata.get("version")) != (GRAPH_FORMAT, GRAPH_VERSION):
-            raise DataError(f"{path} is not a step graph of this lmdist: its metadata are {self.metadata}")
-        self.vocabulary_size: int = self.metadata["vocabulary_size"]
-        self.state_size = sum(self.metadata["layer_sizes"])
+        state = ["batch", self.state_size]
+        expected = [
+            ("tokens", "tensor(int64)", ["batch", "time"]),
+            ("h", "tensor(float)", state),
+            ("c", "tensor(float)", state),
+            ("logits", "tensor(float)", ["batch", "time", self.vocabulary_size]),
+            ("next_h", "tensor(float)", state),
+            ("next_c", "tensor(float)", state),
+        ]
+        values = (*self.session.get_inputs(), *self.session.get_outputs())
+        found = [(value.name, value.type, value.shape) for value in values]
+        if found != expected:
+            raise DataError(f"{path}: its inputs and outputs are {reprlib.repr(found)}; expected are {expected}")
 
     def initial_state(self, rows: int) -> State:
         """The state before the first word: zeros, (rows, S) each."""
@@ -81,7 +91,7 @@ class Sampler:
         for start in range(0, len(context), PREFILL_WORDS):
             tokens = np.array([context[start : start + PREFILL_WORDS]], np.int64)  # (1, T)
             logits, state = self.graph.step(tokens, state)
-        return logits[:, -1], state  # (1, V)
+        return self.finite(logits[:, -1]), state  # (1, V)
 
     def generate(
         self, context: Sequence[int], draw: Callable[[NDArray[np.float32]], NDArray[np.int64]], rows: int
@@ -97,7 +107,16 @@ class Sampler:
             ids = draw(logits)
             yield ids
             step_logits, state = self.graph.step(ids[:, None], state)  # (B, 1, V)
-            logits = step_logits[:, -1]  # (B, V)
+            logits = self.finite(step_logits[:, -1])  # (B, V)
+
+    def finite(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The same logits; raises DataError where they are no numbers to draw from.
+
+        Seen here and not when the weights are read, for that would take longer than the first words do.
+        """
+        if not np.isfinite(logits).all():
+            raise DataError(f"{self.bundle.model} gives logits that are not finite: its weights are of no trained model")
+        return logits
 
 
 def open_session(path: Path, provider: str, threads: int) -> Any:
@@ -184,8 +203,3 @@ def load_cuda(onnxruntime: Any) -> None:
 def default_threads() -> int:
     """Threads for one step: the cores this process may use, at most 4, since a step is too small for more."""
     return min(4, len(os.sched_getaffinity(0)))
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error without its line breaks."""
-    return " ".join(str(error).split())

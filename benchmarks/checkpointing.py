@@ -1,0 +1,132 @@
+"""How long a checkpoint holds up the training: written while the ranks wait, against copied and written in the background.
+
+    python benchmarks/checkpointing.py [--quick] [--json benchmarks/results/checkpointing-MACHINE-DATE.json]
+
+Each round saves once either way and once in the middle of training steps, which shows what the writing thread takes from
+them. The pause is what the ranks wait for; AdamW keeps two more numbers a parameter, so a checkpoint is 12 bytes a parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality import git, processor
+
+from lmdist import checkpoint, config
+from lmdist.checkpoint import Progress
+from lmdist.files import write_json
+from lmdist.loss import summed_nats
+from lmdist.model import LanguageModel
+from lmdist.settings import ModelSettings, Recipe
+from lmdist.text import TextSettings, WordTokenizer
+from lmdist.vocabulary import END, UNKNOWN, Vocabulary
+
+CASES = {
+    "demo, 128-256-128 tied, V 10k": (ModelSettings(), 10_000),
+    "2x1024, V 33k": (ModelSettings(embedding_size=1024, hidden_size=1024, tied=False), 33_278),
+}
+
+
+def main() -> None:
+    """Measure each case, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="3 rounds of the small case")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    cases = dict(list(CASES.items())[:1]) if arguments.quick else CASES
+    rows = []
+    for case, (settings, vocabulary_size) in cases.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            rows += measure(case, settings, vocabulary_size, Path(scratch), 3 if arguments.quick else arguments.rounds)
+    for row in rows:
+        print(f"{row['case']:<32}{row['variant']:<44}{row['value']:>9.1f} {row['unit']} {row['ratio']:>8.2f}")
+    if arguments.json:
+        facts = {
+            "machine": f"{os.cpu_count()} cores, {processor()}",
+            "versions": {name: version(name) for name in ("lmdist", "torch", "safetensors")},
+            "commit": git("rev-parse", "HEAD"),
+            "command": "python benchmarks/checkpointing.py",
+            "date": date.today().isoformat(),
+        }
+        arguments.json.write_text(json.dumps([{**row, **facts} for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: Path, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one size of model."""
+    data = scratch / "data"
+    data.mkdir()
+    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(data / "vocab.txt")
+    WordTokenizer.train(TextSettings(tokenizer="whitespace"), []).save(data / "text.json")
+    write_json(data / "meta.json", {"files": {"train.bin": {"bytes": 0, "sha256": "0" * 64}}})
+    model = LanguageModel(settings, vocabulary_size)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.randint(vocabulary_size, (20, 35))
+    state = model.initial_state(20)
+
+    def step() -> None:
+        hidden, _ = model(tokens, state)
+        (summed_nats(hidden, model.projection, tokens) / tokens.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def taken(number: int) -> checkpoint.Snapshot:
+        return checkpoint.snapshot(Progress(number), model, optimizer, state)
+
+    step()
+    recipe = config.as_dict(Recipe(model=settings))
+    saver = checkpoint.Saver(scratch / "background", recipe, data, keep=2)
+    pauses: dict[str, list[float]] = {"written while the ranks wait": [], "copied, written in the background": []}
+    alone, beside = [], []
+    for number in range(rounds):
+        pauses["written while the ranks wait"].append(
+            seconds(lambda number=number: checkpoint.save(scratch / "waiting", taken(number), recipe, data))
+        )
+        alone += [seconds(step) for _ in range(3)]
+        pauses["copied, written in the background"].append(seconds(lambda number=number: saver.save(taken(number))))
+        while saver.thread and saver.thread.is_alive():
+            beside.append(seconds(step))
+        checkpoint.prune(scratch / "waiting", 1)
+    size = sum(parameter.numel() for parameter in model.parameters()) * 12 / 2**20
+    rows = [
+        row(f"{case}: pause", variant, values, pauses["written while the ranks wait"]) for variant, values in pauses.items()
+    ]
+    rows += [
+        row(f"{case}: a step", variant, values, alone)
+        for variant, values in {"nothing being written": alone, "beside the writing": beside}.items()
+    ]
+    return [{**made, "checkpoint_mib": round(size, 1)} for made in rows]
+
+
+def row(case: str, variant: str, values: list[float], baseline: list[float]) -> dict[str, Any]:
+    """A row of the table: medians, in milliseconds."""
+    return {
+        "case": case,
+        "variant": "baseline: " + variant if values is baseline else variant,
+        "value": round(1000 * statistics.median(values), 2),
+        "unit": "ms",
+        "spread": round(1000 * (max(values) - min(values)), 2),
+        "ratio": round(statistics.median(baseline) / statistics.median(values), 3),
+    }
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

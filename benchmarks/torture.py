@@ -1,0 +1,334 @@
+"""A job that is killed again and again ends as one that was left alone: the same sha256 of the parameters, or this fails.
+
+    python benchmarks/torture.py                                    # 3 kills on one host
+    python benchmarks/torture.py --kills 20 --seed 7 --json benchmarks/results/torture-MACHINE-DATE.json
+    sudo python benchmarks/torture.py --hosts 2 --kills 10          # two hosts: network namespaces on this machine
+
+Kinds of a kill, drawn at random, each at a random step:
+
+    rank       SIGKILL to a random rank
+    launcher   SIGKILL to a random launcher, whose ranks must be gone within 5 seconds
+    stop       SIGTERM to a random launcher: a clean stop
+    freeze     SIGSTOP to a random rank: its peers must notice it
+    host       SIGKILL to everything on a random host at once, the rendezvous host as likely as the other
+    partition  the link between the hosts is down for 25 seconds
+
+Like a Job controller, this script starts a launcher anew whenever one ends with another code than 0; it does nothing else.
+Recovery is the time from the kill to the first step that is done after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from quality import git, processor
+
+STEPS = 400
+JOB = (
+    "--model.embedding_size=64 --model.hidden_size=128 --model.dropout=0.3 --data.global_batch=8 --data.window=20 "
+    "--training.device=cpu --training.log_every=1 --training.validate_every=90 --training.timeout_seconds=10 "
+    "--checkpoint.every_steps=20 --sample.words=0 --tracking.mlflow=false --resume=auto"
+).split()
+ONE_HOST = ("rank", "launcher", "stop", "freeze")
+TWO_HOSTS = ("rank", "launcher", "stop", "host", "partition")
+PARTITION = 25.0
+LINK = "lmdist-link"
+
+
+def main() -> None:
+    """Run the job undisturbed and tortured, compare, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--kinds", help="kinds to draw from, with commas between (default: all that the hosts allow)")
+    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="2 needs root, iproute2 and util-linux")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks on each host (default: 2)")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="2 kills in 120 steps")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.kills, arguments.steps = 2, 120
+    kinds = arguments.kinds.split(",") if arguments.kinds else list(TWO_HOSTS if arguments.hosts == 2 else ONE_HOST)
+
+    with tempfile.TemporaryDirectory(prefix="torture-") as scratch, hosts(arguments.hosts, scratch) as prefixes:
+        prepare(Path(scratch))
+        flags = [*JOB, "--data.folder=data", f"--training.steps={arguments.steps}"]
+        quiet = Job(Path(scratch), "quiet", prefixes, arguments.ranks, flags)
+        quiet.run(kills=[])
+        expected = quiet.fingerprint()
+        print(f"undisturbed: {arguments.steps} steps, parameters {expected[:16]}")
+        generator = random.Random(arguments.seed)
+        steps = sorted(generator.sample(range(5, arguments.steps - 15), arguments.kills))
+        # Every kind comes once before one comes twice.
+        drawn = [kind for _ in range(arguments.kills) for kind in generator.sample(kinds, len(kinds))][: arguments.kills]
+        tortured = Job(Path(scratch), "tortured", prefixes, arguments.ranks, flags, generator)
+        tortured.run(kills=list(zip(steps, drawn, strict=True)))
+        same = tortured.fingerprint() == expected and tortured.losses() == quiet.losses()
+
+    rows = table(tortured, arguments, same)
+    for row in rows:
+        print(f"{row['case']:<22}{row['variant']:<10}{row['value']:>6} {row['unit']:<8} {row['note']}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if not same:
+        sys.exit("the tortured job did not end as the undisturbed one")
+
+
+def table(job: Job, arguments: argparse.Namespace, same: bool) -> list[dict[str, Any]]:
+    """A row a kill, and one for the whole."""
+    facts = {
+        "ratio": None,
+        "spread": None,
+        "machine": f"{platform_name()}, {arguments.hosts} host(s) x {arguments.ranks} ranks",
+        "versions": {name: version(name) for name in ("lmdist", "torch")},
+        "commit": git("rev-parse", "HEAD"),
+        "command": f"python benchmarks/torture.py --hosts {arguments.hosts} --kills {arguments.kills} --seed {arguments.seed}",
+        "date": date.today().isoformat(),
+    }
+    rows = [
+        {"case": f"kill at step {step}", "variant": kind, "value": round(seconds, 1), "unit": "s", "note": note, **facts}
+        for step, kind, seconds, note in job.recoveries
+    ]
+    seconds = [row["value"] for row in rows] or [0.0]
+    summary = {
+        "case": f"seed {arguments.seed}",
+        "variant": "all",
+        "value": len(job.recoveries),
+        "unit": "kills",
+        "note": f"parameters and losses {'the same' if same else 'DIFFER'}; recovery median "
+        f"{statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s; {job.starts} launcher starts",
+        "same": same,
+    }
+    return [*rows, {**summary, **facts}]
+
+
+def platform_name() -> str:
+    """The machine in words."""
+    return f"{os.cpu_count()} cores, {processor()}"
+
+
+def prepare(scratch: Path) -> None:
+    """A data folder of a text in which every second word follows from the one before."""
+    generator = random.Random(0)
+    words = []
+    for _ in range(40_000):
+        word = min(int(generator.paretovariate(0.8)), 199)
+        words += [f"w{word}", f"w{(word * 7 + 1) % 200}"]
+    lines = [" ".join(words[start : start + 20]) for start in range(0, len(words), 20)]
+    (scratch / "train.txt").write_text("\n".join(lines[:-100]) + "\n")
+    (scratch / "valid.txt").write_text("\n".join(lines[-100:]) + "\n")
+    files = ["--train", "train.txt", "--valid", "valid.txt", "--tokenizer", "whitespace", "--min-count", "1"]
+    subprocess.run([sys.executable, "-m", "lmdist.prepare", *files, "-o", "data"], cwd=scratch, check=True, capture_output=True)
+
+
+@dataclass
+class Job:
+    """One run, by a launcher on each host, and what is done to it."""
+
+    scratch: Path
+    name: str
+    prefixes: list[list[str]]
+    """For each host the command that puts a process there."""
+    ranks: int
+    flags: list[str]
+    generator: random.Random = field(default_factory=random.Random)
+    launchers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    recoveries: list[tuple[int, str, float, str]] = field(default_factory=list)
+    starts: int = 0
+
+    def start(self, host: int) -> subprocess.Popen[bytes]:
+        """Start the launcher of a host."""
+        self.starts += 1
+        two = ["--nnodes=2", f"--node-rank={host}", "--master-addr=10.77.0.1", "--master-port=29511"]
+        command = ["lmdist.launcher", f"--nproc-per-node={self.ranks}", "--restarts=20", *(two if self.prefixes[0] else [])]
+        log = (self.scratch / f"{self.name}-{host}.log").open("ab")
+        return subprocess.Popen(
+            [*self.prefixes[host], sys.executable, "-m", *command, *self.flags, f"--run_folder={self.name}"],
+            cwd=self.scratch,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        )
+
+    def run(self, kills: list[tuple[int, str]]) -> None:
+        """Run the job to its end through all the kills."""
+        self.launchers = [self.start(host) for host in range(len(self.prefixes))]
+        try:
+            for step, kind in kills:
+                self.wait_for(lambda step=step: self.last_line().get("step", 0) >= step, 300)
+                at, killed = self.last_line()["step"], time.time()
+                note = getattr(self, kind)()
+                # A rank may just be writing a line when the kill comes. Nobody recovers within a second.
+                self.wait_for(lambda killed=killed: self.last_line().get("time", 0) > killed + 1, 300)
+                self.recoveries.append((at, kind, self.last_line()["time"] - killed, note))
+                print(f"step {at}: {kind}, {note}; going on after {self.recoveries[-1][2]:.1f} s", flush=True)
+            self.wait_for(lambda: all(launcher.poll() == 0 for launcher in self.launchers), 600)
+        finally:
+            for launcher in self.launchers:
+                launcher.kill()
+
+    def wait_for(self, condition: Any, seconds: float) -> None:
+        """Wait, and start launchers anew as they end."""
+        until = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > until:
+                logs = [(self.scratch / f"{self.name}-{host}.log").read_text()[-2000:] for host in range(len(self.prefixes))]
+                raise TimeoutError(f"the job does not get on for {seconds} s\n" + "\n".join(logs))
+            for host, launcher in enumerate(self.launchers):
+                if launcher.poll() is not None and not self.finished():
+                    self.launchers[host] = self.start(host)
+            time.sleep(0.05)
+
+    def finished(self) -> bool:
+        """Whether a launcher has ended well: the job is done, and nobody has to come back."""
+        return any(launcher.poll() == 0 for launcher in self.launchers)
+
+    def last_line(self) -> dict[str, Any]:
+        """The last whole line of the run's metrics."""
+        try:
+            lines = (self.scratch / self.name / "metrics.jsonl").read_bytes().splitlines()
+            return json.loads(lines[-1])
+        except (OSError, IndexError, ValueError):
+            return {}
+
+    def losses(self) -> dict[tuple[int, str], float]:
+        """Every loss that was logged; a step that is logged twice is an error."""
+        found: dict[tuple[int, str], float] = {}
+        for line in (self.scratch / self.name / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            for key in ("train/loss", "valid/loss"):
+                if key in row:
+                    assert (row["step"], key) not in found, row
+                    found[row["step"], key] = row[key]
+        return found
+
+    def fingerprint(self) -> str:
+        """The sha256 of the last checkpoint's parameters and of the training state."""
+        newest = max((self.scratch / self.name / "checkpoints").glob("step-*"))
+        digest = hashlib.sha256(newest.name.encode())
+        for name in ("model.safetensors", "training.safetensors"):
+            digest.update((newest / name).read_bytes())
+        return digest.hexdigest()
+
+    def below(self, launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """A launcher's agent and ranks."""
+        try:
+            return psutil.Process(launcher.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def pick_rank(self) -> psutil.Process:
+        """A random rank."""
+        found = [
+            process
+            for launcher in self.launchers
+            for process in self.below(launcher)
+            if "lmdist.train" in process.cmdline() and "lmdist.agent" not in process.cmdline()
+        ]
+        return self.generator.choice(sorted(found, key=lambda process: process.pid))
+
+    def rank(self) -> str:
+        """Kill a rank."""
+        process = self.pick_rank()
+        number = process_rank(process)
+        process.kill()
+        return f"rank {number}"
+
+    def freeze(self) -> str:
+        """Stop a rank, as a machine that swaps does."""
+        process = self.pick_rank()
+        number = process_rank(process)
+        process.suspend()
+        return f"rank {number}"
+
+    def launcher(self) -> str:
+        """Kill a launcher; what hung below it must be gone soon."""
+        host = self.generator.randrange(len(self.launchers))
+        below = self.below(self.launchers[host])
+        self.launchers[host].kill()
+        _, alive = psutil.wait_procs(below, timeout=5)
+        assert not alive, f"orphans after 5 s: {alive}"
+        return f"host {host}, {len(below)} processes gone with it"
+
+    def stop(self) -> str:
+        """Ask for a stop, as Kubernetes and Slurm do."""
+        host = self.generator.randrange(len(self.launchers))
+        self.launchers[host].terminate()
+        code = self.launchers[host].wait(timeout=60)
+        assert code == 75, f"a clean stop ends with 75, not {code}"
+        return f"host {host}"
+
+    def host(self) -> str:
+        """Kill everything on a host at once."""
+        host = self.generator.randrange(len(self.launchers))
+        for process in [psutil.Process(self.launchers[host].pid), *self.below(self.launchers[host])]:
+            process.kill()
+        return f"host {host}" + (", the rendezvous host" if host == 0 else "")
+
+    def partition(self) -> str:
+        """Take the link between the hosts down for a while."""
+        ip("netns", "exec", f"{LINK}-0", "ip", "link", "set", "eth0", "down")
+        time.sleep(PARTITION)
+        ip("netns", "exec", f"{LINK}-0", "ip", "link", "set", "eth0", "up")
+        return f"{PARTITION:.0f} s long, included"
+
+
+def process_rank(process: psutil.Process) -> str:
+    """The number of a rank."""
+    return process.environ().get("RANK", "?")
+
+
+class hosts:
+    """Two network namespaces with a link between them, each with a host name of its own; or this host as it is."""
+
+    def __init__(self, number: int, scratch: str) -> None:
+        self.number = number
+
+    def __enter__(self) -> list[list[str]]:
+        if self.number == 1:
+            return [[]]
+        self.remove()
+        for host in range(2):
+            ip("netns", "add", f"{LINK}-{host}")
+        ip("link", "add", "eth0", "netns", f"{LINK}-0", "type", "veth", "peer", "name", "eth0", "netns", f"{LINK}-1")
+        for host in range(2):
+            inside = ("-n", f"{LINK}-{host}")
+            ip(*inside, "addr", "add", f"10.77.0.{host + 1}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                ip(*inside, "link", "set", device, "up")
+        named = ["env", "GLOO_SOCKET_IFNAME=eth0", "sh", "-c", 'hostname "$0" && exec "$@"']
+        return [["ip", "netns", "exec", f"{LINK}-{host}", "unshare", "--uts", *named, f"host-{host}"] for host in range(2)]
+
+    def __exit__(self, *_: object) -> None:
+        if self.number == 2:
+            self.remove()
+
+    def remove(self) -> None:
+        """Remove what an earlier run has left."""
+        for host in range(2):
+            subprocess.run(["ip", "netns", "delete", f"{LINK}-{host}"], capture_output=True)
+
+
+def ip(*arguments: str) -> None:
+    """Run iproute2's ip."""
+    subprocess.run(["ip", *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()

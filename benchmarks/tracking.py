@@ -1,0 +1,259 @@
+"""What tracking costs a training while the MLflow server is fine, slow, failing, stopped or dead: the outage table.
+
+    python benchmarks/tracking.py --json benchmarks/results/tracking-MACHINE-DATE.json
+    python benchmarks/tracking.py --quick          # one round, 120 steps: does it run?
+
+    off        --tracking.mlflow=false, twice a round: the baseline
+    fine       a real `mlflow server` on this machine
+    dead       killed before the job starts
+    killed     SIGKILL when half of the steps are done
+    stopped    SIGSTOP when half of the steps are done
+    slow       by way of a proxy that answers a second late
+    error      by way of a proxy that answers 500
+
+Each round runs a real training in each state, one rank with one thread. A step is the time between two calls of
+`RunTracker.metrics`, which is all that tracking does in the training's process; a stopwatch around that call is the one thing
+added to the job. The follower imports MLflow in the first seconds, on the core beside the job's; so the steps after the first
+10 seconds are shown by themselves. The exit is the time from the last call to the end of the process, with checkpoint and
+picture; its delay is the difference to the baseline's in the same round.
+After each job the server is brought back, `lmdist-sync` runs, and the points of metrics.jsonl are looked up in MLflow. Values
+are medians over the rounds, spread is their range; ratio is the median over the rounds of the state's value over the
+baseline's in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(1, str(ROOT))
+
+from quality import git, processor  # noqa: E402
+
+from tests.corpora import chain, write_data_folder  # noqa: E402
+from tests.servers import Proxy, Server  # noqa: E402
+
+STATES = ("off", "fine", "dead", "killed", "off", "stopped", "slow", "error")
+PACKAGES = ("lmdist", "torch", "mlflow")
+VOCABULARY = 2000
+JOB = (
+    "--model.embedding_size=128 --model.hidden_size=128 --data.global_batch=16 --data.window=35 --training.device=cpu "
+    "--training.log_every=1 --checkpoint.every_steps=0 --checkpoint.every_minutes=0 --sample.words=5"
+).split()
+STOPWATCH = """
+import sys, time
+from lmdist import tracking, train
+times, metrics = [], tracking.RunTracker.metrics
+def timed(self, step, values):
+    if "train/loss" in values:
+        times.append(time.monotonic())
+    metrics(self, step, values)
+tracking.RunTracker.metrics = timed
+train.main(sys.argv[2:])
+open(sys.argv[1], "w").write(repr(times))
+"""
+FIRST_SECONDS = 10.0
+UNITS = {
+    "step median": "ms",
+    "step p99": "ms",
+    "step p99 after 10 s": "ms",
+    "exit": "s",
+    "exit delay": "s",
+    "points in metrics.jsonl": "of those expected",
+    "points in MLflow when the job ended": "of those expected",
+    "missing after lmdist-sync": "points",
+    "twice after lmdist-sync": "points",
+    "status as it was": "runs",
+}
+
+
+def main() -> None:
+    """Run the rounds, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--states", help="some of the states, with commas between; off is always among them")
+    parser.add_argument("--quick", action="store_true", help="one round of 120 steps")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    command = " ".join(["python", "benchmarks/tracking.py", *sys.argv[1:]])
+    if arguments.quick:
+        arguments.rounds, arguments.steps = 1, 120
+    states = [state for state in STATES if not arguments.states or state in ("off", *arguments.states.split(","))]
+
+    measured: list[tuple[int, str, dict[str, float]]] = []
+    with tempfile.TemporaryDirectory(prefix="tracking-") as scratch:
+        os.chdir(scratch)
+        words = {"train": chain(60_000, VOCABULARY), "valid": chain(1_000, VOCABULARY, seed=1)}
+        write_data_folder(Path("data"), words, VOCABULARY)
+        server = Server(Path(scratch))
+        try:
+            server.start()
+            for number in range(arguments.rounds):
+                for place, state in enumerate(states):
+                    figures = measure(Path(f"runs/{number}-{place}-{state}"), state, server, arguments.steps)
+                    measured.append((number, state, figures))
+                    print(f"round {number + 1}  {state:<9}" + "  ".join(f"{name} {x:.4g}" for name, x in figures.items()))
+        finally:
+            server.kill()
+    rows = table(measured, command)
+    print(f"\n{'':<37}" + "".join(f"{state:>16}" for state in dict.fromkeys(states)))
+    for case in UNITS:
+        cells = {row["variant"]: row for row in rows if row["case"] == case}
+        print(f"{case:<37}" + "".join(f"{cell(cells.get(state)):>16}" for state in dict.fromkeys(states)))
+    if arguments.json:
+        (ROOT / arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """A row's place in the printed table."""
+    if row is None:
+        return "-"
+    ratio = f" ({row['ratio']:.3f})" if row["ratio"] and row["unit"] == "ms" else ""
+    return f"{row['value']:.4g}{ratio}"
+
+
+def measure(run: Path, state: str, server: Server, steps: int) -> dict[str, float]:
+    """One job in one state of the server; leaves the server running."""
+    proxy = Proxy(server.port)
+    proxy.mode = state
+    if state == "dead":
+        server.kill()
+    times = Path(f"{run.name}.times")
+    flags = [*JOB, "--data.folder=data", f"--run_folder={run}", f"--training.steps={steps}"]
+    flags += [f"--training.validate_every={steps}", f"--tracking.mlflow={str(state != 'off').lower()}"]
+    with Path(f"{run.name}.log").open("w") as log:
+        job = subprocess.Popen(
+            [sys.executable, "-c", STOPWATCH, str(times), *flags],
+            stderr=log,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "MLFLOW_TRACKING_URI": proxy.uri if state in ("slow", "error") else server.uri,
+            },
+        )
+        if state in ("killed", "stopped"):
+            while len(lines(run)) < steps / 2 and job.poll() is None:
+                time.sleep(0.1)
+            if state == "killed":
+                server.kill()
+            else:
+                server.signal(signal.SIGSTOP)
+        code = job.wait()
+        ended = time.monotonic()
+    if state == "stopped":
+        server.signal(signal.SIGCONT)
+    if code:
+        sys.exit(f"the job ended with code {code}:\n{Path(log.name).read_text()}")
+    if state in ("killed", "dead"):
+        server.start()
+    marks: list[float] = json.loads(times.read_text())
+    milliseconds = [1000 * (after - before) for before, after in pairwise(marks)]
+    later = [1000 * (after - before) for before, after in pairwise(marks) if before - marks[0] > FIRST_SECONDS]
+    expected = 6 * steps + 2  # six figures a step, and two of the validation
+    figures = {
+        "step median": statistics.median(milliseconds),
+        "step p99": p99(milliseconds),
+        "step p99 after 10 s": p99(later or milliseconds),
+        "exit": ended - marks[-1],
+        "points in metrics.jsonl": len(points(run)) / expected,
+    }
+    if state != "off":
+        figures |= compare(run, server.uri, expected)
+    proxy.shutdown()
+    proxy.server_close()
+    return figures
+
+
+def p99(values: list[float]) -> float:
+    """The 99th percentile."""
+    return statistics.quantiles(values, n=100, method="inclusive")[98]
+
+
+def compare(run: Path, uri: str, expected: int) -> dict[str, float]:
+    """What MLflow has of a run as its job left it, and after lmdist-sync."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+
+    def there() -> Counter[tuple[str, int]]:
+        run_id = json.loads((run / "mlflow.json").read_text()).get("run_id")
+        keys = {key for key, _ in points(run)}
+        return Counter((key, point.step) for key in keys if run_id for point in client.get_metric_history(run_id, key))
+
+    at_exit = there()
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    subprocess.run([sys.executable, "-m", "lmdist.sync", str(run)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    after = there()
+    found = client.get_run(json.loads((run / "mlflow.json").read_text())["run_id"])
+    return {
+        "points in MLflow when the job ended": len(at_exit) / expected,
+        "missing after lmdist-sync": len(points(run) - after.keys()),
+        "twice after lmdist-sync": after.total() - len(after),
+        "status as it was": found.info.status == "FINISHED",
+    }
+
+
+def lines(run: Path) -> list[str]:
+    """The lines of a run's metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def points(run: Path) -> set[tuple[str, int]]:
+    """The points of a run's metrics.jsonl."""
+    rows = [json.loads(line) for line in lines(run)]
+    return {(key, row["step"]) for row in rows for key in row if key not in ("step", "time")}
+
+
+def table(measured: list[tuple[int, str, dict[str, float]]], command: str) -> list[dict[str, Any]]:
+    """A row for each figure in each state."""
+    facts = {
+        "machine": f"{os.uname().machine}, {os.cpu_count()} cores, 1 rank, 1 thread, server beside it, {processor()}",
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": git("rev-parse", "HEAD"),
+        "command": command,
+        "date": date.today().isoformat(),
+    }
+    rows = []
+    usual = {
+        number: statistics.mean(figures["exit"] for other, state, figures in measured if state == "off" and other == number)
+        for number, _, _ in measured
+    }
+    for number, state, figures in measured:
+        if state != "off":
+            figures["exit delay"] = figures["exit"] - usual[number]
+    for case, unit in UNITS.items():
+        baseline: dict[int, list[float]] = {}
+        for number, state, figures in measured:
+            if state == "off" and case in figures:
+                baseline.setdefault(number, []).append(figures[case])
+        for state in dict.fromkeys(state for _, state, _ in measured):
+            here = [(number, figures[case]) for number, name, figures in measured if name == state and case in figures]
+            values = [value for _, value in here]
+            if not values:
+                continue
+            ratios = [value / statistics.mean(baseline[number]) for number, value in here if baseline.get(number)]
+            spread = max(values) - min(values)
+            row = {"case": case, "variant": state, "value": round(statistics.median(values), 4), "unit": unit}
+            row |= {"spread": round(spread, 4), "ratio": round(statistics.median(ratios), 4) if ratios else None}
+            rows.append({**row, **facts})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""torchrun as the launcher starts it: `python -m lmdist.agent TORCHRUN_ARGUMENTS`, one for each attempt at a job.
+
+The agent starts the ranks of this machine and watches them. It adds to torchrun what the launcher needs: it ends with its
+launcher, leaves the signals to it, and says by its exit code how the ranks ended. It does not know what they compute.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE
+from lmdist.signals import AGENT, die_with_parent
+
+
+def main() -> None:
+    """Run the ranks to their end."""
+    die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the launcher passes a stop on to the ranks; the agent waits for them
+    os.environ[AGENT] = str(os.getpid())
+
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what there is to say is said below
+    try:
+        run(parse_args(sys.argv[1:]))
+    except ChildFailedError as failed:
+        codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+        for rank, code in sorted(codes.items()):
+            if code < 0:
+                sys.stderr.write(f"lmdist-train: rank {rank} was ended by {signal.Signals(-code).name}\n")
+        sys.exit(exit_code(list(codes.values())))
+    except (DistError, TimeoutError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        sys.stderr.write(f"lmdist-train: the machines of the job did not find each other: {reason}\n")
+        sys.exit(EXIT_AGAIN)
+
+
+def exit_code(codes: list[int]) -> int:
+    """One exit code for all ranks: a user's mistake before a killed rank, a killed rank before what became of its peers."""
+    for mistake in (EXIT_USAGE, EXIT_DATA, EXIT_MISSING_INPUT):
+        if mistake in codes:
+            return mistake
+    return EXIT_AGAIN if min(codes) < 0 else min(codes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""A real MLflow server that can be killed and stopped, and a proxy that makes it slow, failing or forgetful."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Server:
+    """`mlflow server` over a database in `folder`, on one port for all its lives."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = f"sqlite:///{folder}/server.db"
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        options = ["--backend-store-uri", self.store, "--port", str(self.port), "--workers", "1"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *options],
+            cwd=self.folder,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, "the MLflow server does not come up"
+                time.sleep(0.2)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all its processes."""
+        assert self.process
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End it without warning."""
+        if self.process:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on to a server as `mode` says."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), Passage)
+        self.port_behind = port
+        self.mode = "fine"
+        """fine, slow (a second an answer), error (500 to everything), lost (done, and answered with 500)"""
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Passage(BaseHTTPRequestHandler):
+    """One connection through the proxy."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        """Pass one request on, or not."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        assert isinstance(self.server, Proxy)
+        mode = self.server.mode
+        status, headers, content = 500, {}, b"no"
+        if mode == "slow":
+            time.sleep(1)
+        if mode != "error":
+            behind = http.client.HTTPConnection("127.0.0.1", self.server.port_behind, timeout=60)
+            behind.request(self.command, self.path, body, dict(self.headers))
+            response = behind.getresponse()
+            answered = response.read()
+            if mode != "lost":
+                status, headers, content = response.status, dict(response.headers), answered
+            behind.close()
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        with suppress(OSError):  # nobody waits for it any more
+            self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

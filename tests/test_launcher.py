@@ -1,0 +1,212 @@
+"""lmdist-train as an operator meets it: real torchrun, real signals, real kills."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from corpora import chain, write_data_folder
+from jobs import SMALL, environment, losses, rows, train_here
+from lmdist import launcher
+from lmdist.agent import exit_code
+from lmdist.config import load
+from lmdist.files import read_json
+from lmdist.signals import StopRequest
+
+LONG = [*SMALL, "--model.dropout=0.3", "--training.epochs=40", "--checkpoint.every_steps=5", "--training.timeout_seconds=10"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data_folder(tmp_path / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+
+
+def start(tmp_path: Path, *flags: str, ranks: int = 2, **variables: str) -> subprocess.Popen[str]:
+    """lmdist-train on the small data folder, writing stderr to a file beside it."""
+    command = [sys.executable, "-m", "lmdist.launcher", f"--nproc-per-node={ranks}", "--data.folder=data", *flags]
+    with (tmp_path / "stderr").open("w") as stderr:
+        return subprocess.Popen(command, cwd=tmp_path, env={**environment(), **variables}, stderr=stderr, text=True)
+
+
+def said(tmp_path: Path) -> str:
+    return (tmp_path / "stderr").read_text()
+
+
+def below(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(job.pid).children(recursive=True)
+
+
+def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = [process for process in below(job) if process.ppid() != job.pid]
+    return sorted((process for process in found if "RANK" in process.environ()), key=lambda process: process.environ()["RANK"])
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < steps:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def fingerprint(run: Path) -> tuple[str, dict[str, dict[str, str]]]:
+    """The name of the newest checkpoint and the sums of its files."""
+    newest = (run / "checkpoints" / "newest").read_text().strip()
+    return newest, read_json(run / "checkpoints" / newest / "manifest.json")["files"]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_and_two_clean_stops_end_as_an_undisturbed_run(data, tmp_path):
+    assert start(tmp_path, *LONG, "--run_folder=whole").wait(timeout=120) == 0
+
+    run = tmp_path / "disturbed"
+    flags = [*LONG, "--run_folder=disturbed", "--resume=auto", "--restarts=1"]
+    job = start(tmp_path, *flags)
+    wait_for_steps(run, 30)
+    ranks_of(job)[1].kill()
+    wait_for_steps(run, 60)  # the launcher has brought it back
+    job.terminate()
+    assert job.wait(timeout=60) == 75
+    assert "rank 1 was ended by SIGKILL" in said(tmp_path)
+    assert "starting anew from step-" in said(tmp_path)
+    assert f"stopped on request after step {rows(run)[-1]['step']}" in said(tmp_path)
+    assert fingerprint(run)[0] == f"step-{rows(run)[-1]['step']:09d}", "the step of the stop is the one that was saved"
+
+    job = start(tmp_path, *flags)
+    wait_for_steps(run, 100)
+    ranks_of(job)[1].send_signal(signal.SIGTERM)  # one rank alone is asked, as on a node that is drained
+    assert job.wait(timeout=60) == 0, "what another asked for is a restart to this launcher"
+    assert losses(run) == losses(tmp_path / "whole")
+    assert losses(run, "valid/loss") == losses(tmp_path / "whole", "valid/loss")
+    assert fingerprint(run) == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_no_orphan_and_one_that_gives_up_says_75(data, tmp_path):
+    job = start(tmp_path, *LONG, "--run_folder=run")
+    wait_for_steps(tmp_path / "run", 5)
+    processes = below(job)
+    assert len(processes) >= 3
+    job.kill()
+    job.wait()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive
+
+    job = start(tmp_path, *LONG, "--run_folder=run", "--resume=auto")
+    wait_for_steps(tmp_path / "run", len(rows(tmp_path / "run")) + 5)
+    ranks_of(job)[0].kill()
+    assert job.wait(timeout=60) == 75
+    assert "rank 0 was ended by SIGKILL" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+
+
+MISTAKES = {
+    "a flag of nobody's": (["--nproc=2", "--model.nhid=3"], 64, "nhid"),
+    "ranks that do not divide": (["--nproc-per-node=3"], 64, "a number of ranks out of [1, 2, 4, 8]"),
+    "a text too short": (["--data.window=70"], 65, "451 words to train on"),
+    "no such data": (["--data.folder=nowhere"], 66, "nowhere is not there"),
+    "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_said_once_and_its_exit_code_comes_through(data, tmp_path, mistake):
+    flags, code, message = MISTAKES[mistake]
+    job = start(tmp_path, *SMALL, "--restarts=3", *flags)
+    assert job.wait(timeout=60) == code
+    assert said(tmp_path).count(message) == 1
+    assert "Traceback" not in said(tmp_path)
+    assert "starting anew" not in said(tmp_path), "another attempt would only repeat it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5])
+def test_a_stop_before_the_first_step_is_a_stop(data, tmp_path, seconds):
+    job = start(tmp_path, *LONG, "--run_folder=run")
+    time.sleep(seconds)
+    processes = below(job)
+    job.terminate()
+    assert job.wait(timeout=60) == 75
+    assert not psutil.wait_procs(processes, timeout=5)[1]
+    assert "stop" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+
+
+def can_unshare() -> bool:
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_unshare(), reason="no right to make a PID namespace")
+def test_as_process_1_it_hears_a_stop(data, tmp_path):
+    flags = ["--nproc-per-node=1", "--data.folder=data", *LONG, "--run_folder=run"]
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m", "lmdist.launcher", *flags]
+    with (tmp_path / "stderr").open("w") as stderr:
+        container = subprocess.Popen(inside, cwd=tmp_path, env=environment(), stderr=stderr)
+    wait_for_steps(tmp_path / "run", 5)
+    (first,) = psutil.Process(container.pid).children()
+    first.terminate()
+    assert container.wait(timeout=60) == 75
+    assert "stopped on request after step" in said(tmp_path)
+
+
+@pytest.mark.slow
+def test_torchruns_variables_make_two_nodes_one_job(data, tmp_path):
+    """One launcher with flags, the other with the variables that Kubeflow's trainer sets."""
+    flags = [*SMALL, "--model.dropout=0", "--training.steps=6"]
+    port = str(29600 + os.getpid() % 1000)
+    first = start(tmp_path, *flags, "--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}", ranks=1)
+    names = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+    second = subprocess.Popen(
+        [sys.executable, "-m", "lmdist.launcher", "--data.folder=data", "--run_folder=two", *flags],
+        cwd=tmp_path,
+        env={**environment(), **names, "PET_NPROC_PER_NODE": "1", "PET_MAX_RESTARTS": "5"},
+    )
+    assert first.wait(timeout=120) == 0
+    assert second.wait(timeout=60) == 0
+    assert "on 2 rank(s)" in said(tmp_path)
+    train_here(*flags, f"--data.folder={data}", f"--run_folder={tmp_path / 'one'}")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
+
+
+def test_help_shows_the_launchers_options_and_the_recipes(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "lmdist.launcher", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    shown = " ".join(done.stdout.split())
+    assert "--restarts" in shown
+    assert "Numbers in the state of an LSTM layer" in shown
+
+
+def test_an_agent_that_outlives_its_ranks_is_ended(monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "AGENT_GRACE", 0.3)
+    script = "import subprocess, time; subprocess.run(['sleep', '0.5']); time.sleep(600)"
+    agent = subprocess.Popen([sys.executable, "-c", script])
+    assert launcher.watch(agent, StopRequest()) == 75
+    assert agent.returncode == -signal.SIGKILL
+    assert "does not end after its ranks" in capsys.readouterr().err
+
+
+def test_ranks_are_chosen_so_that_they_divide_the_batch(monkeypatch):
+    monkeypatch.setattr(launcher, "gpus", lambda: 8)
+    assert launcher.ranks_here(load(["--data.global_batch=20"]), None) == 5
+    assert launcher.ranks_here(load(["--data.global_batch=20"]), "2") == 5
+    assert launcher.ranks_here(load(["--data.global_batch=20", "--training.accumulation=4"]), "1") == 5
+    monkeypatch.setattr(launcher, "cores", lambda: 64)
+    assert launcher.ranks_here(load(["--data.global_batch=20", "--training.device=cpu"]), None) == 4
+
+
+def test_a_users_mistake_counts_before_a_killed_rank_before_its_peers():
+    assert exit_code([75, 65]) == 65
+    assert exit_code([-9, 1, 75]) == 75
+    assert exit_code([1, 75]) == 1
+    assert exit_code([75]) == 75

@@ -1,0 +1,50 @@
+"""benchmarks/torture.py with three kills, and with two hosts where the machine lets us make them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TORTURE = Path(__file__).parents[1] / "benchmarks" / "torture.py"
+
+
+def torture(tmp_path: Path, *flags: str) -> list[dict]:
+    """The rows of a run that went well."""
+    file = tmp_path / "rows.json"
+    done = subprocess.run([sys.executable, TORTURE, *flags, "--json", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_three_kills_and_the_same_end(tmp_path):
+    *kills, whole = torture(tmp_path, "--kills=3", "--steps=90", "--seed=3", "--kinds=rank,launcher,stop")
+    assert {row["variant"] for row in kills} == {"rank", "launcher", "stop"}
+    assert whole["same"]
+
+
+def can_make_hosts() -> bool:
+    """Root, iproute2, and a kernel with network namespaces and veth."""
+    if os.getuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
+        return False
+    name = f"lmdist-{os.getpid()}"
+    try:
+        made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+        link = ["ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]
+        return made and subprocess.run(link, capture_output=True).returncode == 0
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_make_hosts(), reason="no right to make network namespaces")
+def test_the_rendezvous_host_dies_and_comes_back(tmp_path):
+    *kills, whole = torture(tmp_path, "--hosts=2", "--ranks=1", "--kills=1", "--steps=60", "--seed=4", "--kinds=host")
+    assert kills[0]["note"] == "host 0, the rendezvous host"
+    assert whole["same"]
