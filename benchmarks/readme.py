@@ -1,6 +1,7 @@
-"""Writes the README's table of results from benchmarks/results, so that neither can differ: `python benchmarks/readme.py`.
+"""Writes the pages' tables of results from benchmarks/results, so that neither can differ: `python benchmarks/readme.py`.
 
-With --check it writes nothing and fails where the README is not what it would write; a test does that.
+A table stands between two comments, `<!-- NAME: ... -->` and `<!-- /NAME -->`; NAME is a function below. With --check nothing
+is written, and it fails where a page is not what it would write; a test does that.
 """
 
 from __future__ import annotations
@@ -9,35 +10,127 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(<!-- quality: .*? -->\n).*?(<!-- /quality -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "reliability.md")
+BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
-def table() -> str:
-    """The rows of all committed quality runs as a Markdown table."""
-    lines = [
-        "| recipe, split | unknown words | perplexity of the unigram model | of lmdist | on |",
-        "|---|---|---|---|---|",
+def results(benchmark: str) -> list[list[dict[str, Any]]]:
+    """The rows of each committed run of a benchmark."""
+    found = sorted((ROOT / "benchmarks" / "results").glob(f"{benchmark}-*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def quality() -> str:
+    """The perplexities of all recipes."""
+    rows = [
+        [
+            ours["case"],
+            f"{ours['unknown_rate']:.1%}",
+            f"{baseline['value']:,.1f}",
+            f"**{ours['value']:,.1f}**",
+            ours["machine"],
+        ]
+        for run in results("quality")
+        for baseline, ours in zip(run[::2], run[1::2], strict=True)
     ]
-    for path in sorted((ROOT / "benchmarks" / "results").glob("quality-*.json")):
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        for baseline, ours in zip(rows[::2], rows[1::2], strict=True):
-            lines.append(
-                f"| {ours['case']} | {ours['unknown_rate']:.1%} | {baseline['value']:,.1f} | **{ours['value']:,.1f}** "
-                f"| {ours['machine']} |"
+    return markdown(["recipe, split", "unknown words", "perplexity of the unigram model", "of lmdist", "on"], rows)
+
+
+def reliability() -> str:
+    """A line for each thing that was done to jobs."""
+    rows = []
+    for *kills, whole in results("torture"):
+        kinds = ", ".join(dict.fromkeys(row["variant"] for row in kills))
+        rows.append([f"{len(kills)} kills of one job ({kinds}), {whole['machine'].split(', ')[-1]}", whole["note"]])
+    for run in results("tracking"):
+        states = [row["variant"] for row in run if row["case"] == "exit delay"]
+        figures = {case: [row for row in run if row["case"] == case] for case in {row["case"] for row in run}}
+        lost = sum(row["value"] for case in LOST for row in figures[case])
+        p99 = max(row["ratio"] for row in figures[STEP] if row["ratio"])
+        rows.append(
+            [
+                f"an MLflow server that is {', '.join(states)}",
+                f"step p99 at most {p99:.2f} of that without MLflow, exit delayed by "
+                f"{max(row['value'] for row in figures['exit delay']):.1f} s at most; {lost:.0f} points missing or twice after "
+                "`lmdist-sync`",
+            ]
+        )
+    for run in results("checkpointing"):
+        for case in dict.fromkeys(row["case"] for row in run if row["case"].endswith("pause")):
+            waiting, copied = (row for row in run if row["case"] == case)
+            rows.append(
+                [
+                    f"a checkpoint of {copied['checkpoint_mib']:,.0f} MiB ({case.removesuffix(': pause')})",
+                    f"holds up the training for {copied['value']:,.0f} ms in place of {waiting['value']:,.0f} "
+                    f"({copied['ratio']:.1f}x less)",
+                ]
             )
-    return "\n".join(lines) + "\n"
+    for run in results("large"):
+        for quarter, row in zip(run[:2], run[2:], strict=True):
+            rows.append(
+                [
+                    f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} words",
+                    f"{row['value']:,.0f} s; memory {row['peak_mib']:,} MiB, for a quarter of the text {quarter['peak_mib']:,}",
+                ]
+            )
+    return markdown(["what was done", "what came of it"], rows)
+
+
+LOST = ("missing after lmdist-sync", "twice after lmdist-sync")
+STEP = "step p99 after 10 s"
+
+
+def kills() -> str:
+    """Every kill of every torture run."""
+    rows = [
+        [
+            f"{whole['case']}, {whole['machine'].split(', ')[-1]}",
+            row["case"],
+            row["variant"],
+            row["note"],
+            f"{row['value']:.1f} s",
+        ]
+        for *kills, whole in results("torture")
+        for row in kills
+    ]
+    return markdown(["run", "when", "kind", "what", "to the next step"], rows)
+
+
+def outages() -> str:
+    """The figures of the tracking benchmark, a line a state."""
+    rows = []
+    cases: list[str] = []
+    for run in results("tracking"):
+        cases = list(dict.fromkeys(row["case"] for row in run))
+        for state in dict.fromkeys(row["variant"] for row in run):
+            here = {row["case"]: row for row in run if row["variant"] == state}
+            rows.append([state, *(shown(here[case]) if case in here else "" for case in cases)])
+    return markdown(["state", *cases], rows)
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A figure with its unit, and its ratio to the baseline."""
+    ratio = f" ({row['ratio']:.2f})" if row["ratio"] and row["unit"] == "ms" else ""
+    return f"{row['value']:g} {row['unit']}{ratio}"
 
 
 def main() -> None:
-    """Rewrite the README, or check it."""
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = BLOCK.sub(lambda match: match[1] + table() + match[2], before)
-    if "--check" in sys.argv:
-        sys.exit(0 if after == before else "README.md differs from benchmarks/results: run python benchmarks/readme.py")
-    path.write_text(after, encoding="utf-8")
+    """Rewrite the pages, or check them."""
+    tables = {function.__name__: function for function in (quality, reliability, kills, outages)}
+    for path in PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = BLOCK.sub(lambda match: match[1] + tables[match[2]]() + match[3], before)
+        if "--check" in sys.argv and after != before:
+            sys.exit(f"{path.name} differs from benchmarks/results: run python benchmarks/readme.py")
+        path.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

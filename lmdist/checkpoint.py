@@ -363,7 +363,7 @@ def best(checkpoints: Path) -> Path | None:
 def readable(checkpoints: Path, read: Callable[[Path], dict[str, Any]]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The checkpoints of a run and their manifests, newest first; one that is damaged is named in a warning."""
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
-        if folder.name.removeprefix("step-").isdigit():  # else it is somebody's copy
+        if is_numbered(folder):
             try:
                 yield folder, read(folder)
             except (DataError, MissingInputError) as error:
@@ -389,7 +389,13 @@ def tidy(checkpoints: Path) -> None:
 
 def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the best one."""
-    kept = {*sorted(checkpoints.glob("step-*"))[-keep:], best(checkpoints)}
-    for folder in checkpoints.glob("step-*"):
+    numbered = [folder for folder in sorted(checkpoints.glob("step-*")) if is_numbered(folder)]
+    kept = {*numbered[-keep:], best(checkpoints)}
+    for folder in numbered:
         if folder not in kept:
             shutil.rmtree(folder)
+
+
+def is_numbered(folder: Path) -> bool:
+    """Whether the name is one that `save` gives; what is called `step-old` is somebody's own."""
+    return folder.is_dir() and folder.name.removeprefix("step-").isdigit()

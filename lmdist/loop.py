@@ -284,21 +284,23 @@ def show_validation(
         f"best {perplexity(progress.best_valid_nats):,.2f}"
     )
     tracker.metrics(progress.step, {"valid/loss": progress.valid_nats, "valid/perplexity": perplexity(progress.valid_nats)})
+    name = f"samples/step-{progress.step:09d}.txt"
+    show_text_and_picture(recipe, folder, model, recipe.sample.words, name, progress.step, console, tracker)
+
+
+def show_text_and_picture(
+    recipe: Recipe, folder: Folder, model: LanguageModel, words: int, name: str, step: int, console: Console, tracker: Tracker
+) -> None:
+    """Some words by the model under a name in the run's folder, and the picture of the losses so far: rank 0's matter."""
     if not tracker.writes:
         return
+    run = Path(recipe.run_folder)
     try:
-        draw(Path(recipe.run_folder), tracker)
-        if recipe.sample.words:
-            text = write_words(recipe, folder, model, recipe.sample.words, progress.step)
-            tracker.text(f"samples/step-{progress.step:09d}.txt", text)
-    except OSError as error:  # a full disk costs the picture, not the run
+        draw_losses(run / "metrics.jsonl", run / "loss.png")
+        if words:
+            tracker.text(name, write_words(recipe, folder, model, words, step))
+    except OSError as error:  # a full disk costs these, not the run
         console.say(f"warning: the picture and the sample could not be written: {error}")
-
-
-def draw(run: Path, tracker: Tracker) -> None:
-    """Draw the losses so far into the run's folder."""
-    draw_losses(run / "metrics.jsonl", run / "loss.png")
-    tracker.file(run / "loss.png")
 
 
 def write_words(recipe: Recipe, folder: Folder, model: LanguageModel, words: int, step: int) -> str:
@@ -315,14 +317,15 @@ def finish(
     if not tracker.writes:
         return
     run = Path(recipe.run_folder)
-    lines = [f"done: {progress.step:,} steps, {progress.tokens:,} words in {duration(progress.seconds)}", f"  run      {run}"]
-    if recipe.sample.final_words:
-        tracker.text("sample.txt", write_words(recipe, folder, model, recipe.sample.final_words, progress.step))
-        lines.append(f"  sample   {run / 'sample.txt'}")
-    draw(run, tracker)
-    lines.append(f"  picture  {run / 'loss.png'}")
-    if tracker.page:
-        lines.append(f"  MLflow   {tracker.page}")
-    lines.append(f"next: lmdist-evaluate {run}; lmdist-export {run} -o bundles/{run.name}")
+    words = recipe.sample.final_words
+    show_text_and_picture(recipe, folder, model, words, "sample.txt", progress.step, console, tracker)
+    lines = [
+        f"done: {progress.step:,} steps, {progress.tokens:,} words in {duration(progress.seconds)}",
+        f"  run      {run}",
+        *([f"  sample   {run / 'sample.txt'}"] if words else []),
+        f"  picture  {run / 'loss.png'}",
+        *([f"  MLflow   {tracker.page}"] if tracker.page else []),
+        f"next: lmdist-evaluate {run}; lmdist-export {run} -o bundles/{run.name}",
+    ]
     for line in lines:
         console.say(line)

@@ -30,6 +30,6 @@ def learning_rate(peak: float, schedule: ScheduleSettings, step: int, total_step
     if schedule.name == "constant":
         return peak
     if schedule.name == "plateau":
-        return peak / schedule.divide_by**divisions
+        return peak * schedule.divide_by**-divisions
     done = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))

@@ -20,6 +20,7 @@ import threading
 import time
 import tomllib
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from itertools import islice
@@ -30,6 +31,7 @@ from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputErro
 from lmdist.files import only_one, read_json, sha256
 from lmdist.tracking import (
     DEFAULT_STORE,
+    JOB_LOCK,
     METRICS,
     MLFLOW_LOCK,
     MLFLOW_NOTE,
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-JOB_LOCK = ".lock"
-"""In the run's folder: held by the job that trains there (train.py)."""
 DEFAULT_FILE = DEFAULT_STORE.removeprefix("sqlite:///")
 KEY_TAG = "lmdist.run_key"
 CONTEXT_TAG = "mlflow.data.context"
@@ -105,7 +105,7 @@ def parser() -> CommandParser:
         "65 not the folder of a run, 66 a folder that is not there, 75 MLflow does not answer or a job is at it: run me again.",
     )
     made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, such as runs/demo")
-    made.add_argument("--follow", action="store_true", help="==SUPPRESS==")  # how a job starts it
+    made.add_argument("--follow", action="store_true", help=SUPPRESS)  # how a job starts it
     return made
 
 
@@ -169,7 +169,7 @@ def noted(run: Path) -> dict[str, Any]:
     try:
         recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
         parameters = {key: value for key, value in recipe.items() if not isinstance(value, dict)}
-        for section in recipe.keys() - parameters:
+        for section in [key for key in recipe if key not in parameters]:
             parameters |= {f"{section}.{key}": value for key, value in recipe[section].items()}
         experiment, data = recipe["tracking"]["experiment"], Path(recipe["data"]["folder"])
     except FileNotFoundError:
@@ -197,7 +197,7 @@ def follow(run: Path, voice: IO[str]) -> int:
     """Bring a run into MLflow while its job goes on, at the other end of stdin; gives the exit code. `voice` is heard."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # whoever ends a job may signal all its processes; there is work to do then
-    os.nice(10)
+    os.nice(19)  # at 10 it still takes a tenth of a core from a training that has them all
     job = Job(sys.stdin)
     with silence(), ExitStack() as held:
         while True:

@@ -30,6 +30,8 @@ DEFAULT_STORE = "sqlite:///mlflow.db"
 METRICS = "metrics.jsonl"
 MLFLOW_NOTE = "mlflow.json"
 """In the run's folder: what it takes to find the run in MLflow or to make it there, and how the run ended. No address."""
+JOB_LOCK = ".lock"
+"""In the run's folder: held by the job that trains there."""
 MLFLOW_LOCK = ".mlflow.lock"
 """In the run's folder: held by the one process that copies the folder to MLflow and writes the note."""
 LOCK_PATIENCE = 6.0
@@ -62,9 +64,6 @@ class Tracker:
 
     def text(self, name: str, text: str) -> None:
         """A text, such as a sample, under a file name."""
-
-    def file(self, path: Path) -> None:
-        """A file as it is now, such as a picture."""
 
     def close(self, status: str) -> None:
         """The end of the run: FINISHED, FAILED or KILLED."""
@@ -163,7 +162,7 @@ class Follower:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, **one_thread},
-                start_new_session=True,  # Ctrl-C and the signals to a process group are for the job, which tells it
+                process_group=0,  # Ctrl-C and the signals to a process group are for the job, which tells it
             )
 
     def end(self, status: str) -> bool:

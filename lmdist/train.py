@@ -19,9 +19,8 @@ from lmdist.files import only_one
 from lmdist.prepare import prepare
 from lmdist.settings import DataSettings, Recipe
 from lmdist.signals import AGENT, StopRequest, die_with_parent
+from lmdist.tracking import JOB_LOCK
 
-LOCK = ".lock"
-"""In the run's folder: held by the job that trains there."""
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just ending, such as the one before a restart."""
 PEERS_FIRST = 2.0
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from lmdist import distributed, loop
 
-        with only_one(Path(recipe.run_folder) / LOCK, LOCK_PATIENCE) if is_main else nullcontext():
+        with only_one(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext():
             settings = recipe.training
             world = distributed.start(
                 settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds

@@ -510,11 +510,13 @@ def weight(graph: onnx.ModelProto, name: str) -> TensorProto:
     "location",
     ["../secret", "/dev/zero", "secret", "model.onnx", "*/_ORT_MEM_ADDR_/*", "model.onnx.data", "../bundle/model.onnx"],
 )
-def test_weights_from_other_files(spoiled: Path, location: str) -> None:
+@pytest.mark.parametrize("name", ["embedding", "axis_0"])
+def test_weights_from_other_files(spoiled: Path, name: str, location: str) -> None:
     def change(graph: onnx.ModelProto) -> None:
-        value = weight(graph, "embedding")
+        value = weight(graph, name)
         size = len(value.raw_data)
-        value.ClearField("raw_data")
+        if name == "embedding":
+            value.ClearField("raw_data")
         value.data_location = TensorProto.EXTERNAL
         for key, text in {"location": location, "offset": "0", "length": str(size)}.items():
             value.external_data.add(key=key, value=text)
@@ -522,7 +524,10 @@ def test_weights_from_other_files(spoiled: Path, location: str) -> None:
     for place in (spoiled.parent / "secret", spoiled / "secret"):
         place.write_bytes(bytes(10_000))
     edit_graph(spoiled, change)
-    with pytest.raises((DataError, MissingInputError), match=r"asks for weights from|model\.onnx\.data is not there"):
+    with pytest.raises(
+        (DataError, MissingInputError),
+        match=r"asks for weights from|is not what the metadata say|model\.onnx\.data is not there",
+    ):
         use_bundle(spoiled)
 
 
@@ -543,6 +548,20 @@ def test_weights_beside_the_graph_have_a_sum(bundle_with_data: Path, tmp_path: P
     edit_json(folder / "manifest.json", files=files | {data.name: {}})
     with_right_sums(folder, "manifest.json")
     with pytest.raises(DataError, match="is not what the metadata say, or not as large"):
+        use_bundle(folder)
+
+
+def test_a_place_that_is_said_twice(bundle_with_data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle_with_data, tmp_path / "bundle"))
+
+    def change(graph: onnx.ModelProto) -> None:
+        value = weight(graph, "layer_0.W")
+        place = next(entry for entry in value.external_data if entry.key == "location")
+        value.external_data.add(key="location", value=place.value)
+        place.value = "../secret"
+
+    edit_graph(folder, change)
+    with pytest.raises(DataError, match="says a thing twice"):
         use_bundle(folder)
 
 

@@ -191,3 +191,17 @@ def test_a_full_disk_costs_warnings_and_the_last_checkpoint_and_nothing_before(t
     for name in ("model.safetensors", "training.safetensors"):
         one, two = (run / "checkpoints" / "step-000000060" / name for run in (kept, tmp_path / "whole"))
         assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+def test_a_full_disk_while_preparing_leaves_no_half_folder(tmp_path):
+    words = " ".join(f"word{number % 5000}" for number in range(60_000))
+    (tmp_path / "text.txt").write_text("\n\n".join([words] * 20))
+    (tmp_path / "disk").mkdir()
+    prepare = f"{sys.executable} -m lmdist.prepare text.txt -o disk/data --tokenizer wordpunct --min-count 1"
+    script = f"mount -t tmpfs -o size=1m none disk; {prepare}; echo code $?; ls -A disk"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split()[-2:] == ["code", "65"], done.stdout + done.stderr
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

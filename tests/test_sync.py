@@ -228,7 +228,7 @@ def test_no_secret_gets_anywhere(server, proxy, here, monkeypatch):
     flags = [*SMALL, f"--data.folder={data}", "--tracking.mlflow=true", "--training.steps=5", "--run_folder=runs/one"]
     said = train(1, *flags, cwd=here)
     said = said.stdout + said.stderr
-    assert "(HTTPError)" in said or "(RetryError)" in said or "(MlflowException INTERNAL_ERROR)" in said
+    assert "warning: MLflow has not got all of this run" in said
     proxy.mode = "fine"
     said += sync("runs/one")
     run_id = check(server.uri, "one", "FINISHED")

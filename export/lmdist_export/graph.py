@@ -206,12 +206,13 @@ def checked(data: memoryview, path: Path) -> Sizes:
     for tensor in tensors:
         name = text(tensor["name"])
         if name in numbers:
-            kind, shape = INT64, (len(numbers[name]),)
+            kind, shape, size = INT64, (len(numbers[name]),), 8 * len(numbers[name])
             right = [bytes(part) for part in tensor["data"]] == [np.array(numbers[name], "<i8").tobytes()]
         else:
-            kind, shape = FLOAT, shapes[name]
-            right = is_backed(tensor, 4 * math.prod(shape), path)
-        if not right or tensor["type"] != [kind] or tensor["shape"] != list(shape):
+            kind, shape, size = FLOAT, shapes[name], 4 * math.prod(shapes[name])
+            right = True
+        right = right and tensor["type"] == [kind] and tensor["shape"] == list(shape)
+        if not is_backed(tensor, size, path) or not right:
             raise OtherGraphError(f"{name} is not what the metadata say, or not as large")
     return sizes
 
@@ -291,4 +292,7 @@ def text(parts: list[memoryview]) -> str:
 def pairs(parts: list[memoryview]) -> dict[str, str]:
     """Texts by their keys."""
     found = [fields(part, PAIR) for part in parts]
-    return {text(pair["key"]): text(pair["value"]) for pair in found}
+    result = {text(pair["key"]): text(pair["value"]) for pair in found}
+    if len(result) < len(found):
+        raise OtherGraphError("it says a thing twice, which others might read in another way")
+    return result

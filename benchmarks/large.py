@@ -1,0 +1,120 @@
+"""Does memory grow with the text? A CSV of 250 MB and a quarter of it, prepared and trained on, with the peaks of memory.
+
+    python benchmarks/large.py [--megabytes 250] [--json benchmarks/results/large-MACHINE-DATE.json]
+    python benchmarks/large.py --quick          # 12 MB, and whether all of it works
+
+The CSV is the demo corpus again and again, each time with some of its words replaced by others and some by new ones. Memory is
+that of a command and all its processes, without what is only a view of a file (USS), sampled four times a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from quality import git, processor
+
+from lmdist.demo import COLUMNS, articles
+
+TRAIN = "--training.steps=150 --training.device=cpu --training.log_every=10 --tracking.mlflow=false --sample.words=0"
+
+
+def main() -> None:
+    """Make, prepare and train on both sizes, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=250)
+    parser.add_argument("--tokenizer", default="word_tokenize")
+    parser.add_argument("--quick", action="store_true", help="12 megabytes")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    whole = 12 if arguments.quick else arguments.megabytes
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        for megabytes in (whole // 4, whole):
+            file = scratch / f"{megabytes}.csv"
+            words = write_csv(file, megabytes * 1_000_000)
+            prepare = ["-m", "lmdist.prepare", str(file), "-o", f"data-{megabytes}", "--tokenizer", arguments.tokenizer]
+            seconds, peak = watch([*prepare, "--vocabulary-size", "10000"], scratch)
+            case = {"megabytes": megabytes, "words": words}
+            rows.append({"case": "prepare", "variant": f"{megabytes} MB", "value": round(seconds, 1), **case, "peak_mib": peak})
+            # Validation is not what is measured here, and a large text has a large split to validate on.
+            job = ["-m", "lmdist.train", f"--data.folder=data-{megabytes}", f"--run_folder=run-{megabytes}", *TRAIN.split()]
+            seconds, peak = watch([*job, "--data.valid_batch=50"], scratch)
+            rows.append({"case": "train", "variant": f"{megabytes} MB", "value": round(seconds, 1), **case, "peak_mib": peak})
+            file.unlink()
+    for row in rows:
+        quarter = next(other for other in rows if other["case"] == row["case"])
+        row["unit"], row["spread"] = "s", None
+        row["ratio"] = round(quarter["value"] / row["value"], 3)
+        row["peak_ratio"] = round(row["peak_mib"] / quarter["peak_mib"], 3)
+        print(
+            f"{row['case']:<10}{row['variant']:<9}{row['words']:>12,} words{row['value']:>8.1f} s   "
+            f"peak {row['peak_mib']:>5} MiB, {row['peak_ratio']:.2f} of the quarter's"
+        )
+    if arguments.json:
+        facts = {
+            "machine": f"{os.cpu_count()} cores, {processor()}",
+            "versions": {name: version(name) for name in ("lmdist", "torch", "nltk")},
+            "commit": git("rev-parse", "HEAD"),
+            "command": f"python benchmarks/large.py --megabytes {whole} --tokenizer {arguments.tokenizer}",
+            "date": date.today().isoformat(),
+        }
+        arguments.json.write_text(json.dumps([{**row, **facts} for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, size: int) -> int:
+    """Write a CSV of `size` bytes; gives its words, counted at blanks."""
+    generator = random.Random(1)
+    source = list(articles())
+    vocabulary = [word for row in source for word in row[-1].split()]
+    words, copy = 0, 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        while file.tell() < size:
+            copy += 1
+            for number, row in enumerate(source):
+                if file.tell() >= size:
+                    break
+                text = row[-1].split(" ")
+                for place in generator.sample(range(len(text)), len(text) // 20):
+                    text[place] = generator.choice(vocabulary)
+                text[generator.randrange(len(text))] = f"name{generator.randrange(10**9)}"
+                writer.writerow([number, copy * 10_000 + number, f"{row[2]}, copy {copy}", *row[3:-1], " ".join(text)])
+                words += sum(len(line.split()) for line in text)
+    return words
+
+
+def watch(command: list[str], cwd: Path) -> tuple[float, int]:
+    """Run a command; gives its seconds and the highest memory of all its processes together, in MiB."""
+    began, peak = time.perf_counter(), 0
+    with (cwd / "log").open("w") as log:
+        child = subprocess.Popen([sys.executable, *command], cwd=cwd, stdout=log, stderr=log)
+    while child.poll() is None:
+        used = 0
+        try:
+            for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
+                used += process.memory_full_info().uss
+        except psutil.Error:
+            pass  # one of them has just ended
+        peak = max(peak, used)
+        time.sleep(0.25)
+    assert child.returncode == 0, (cwd / "log").read_text()[-2000:]
+    return time.perf_counter() - began, peak >> 20
+
+
+if __name__ == "__main__":
+    main()
