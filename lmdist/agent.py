@@ -6,13 +6,22 @@ launcher, leaves the signals to it, and says by its exit code how the ranks ende
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 
 from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE
 from lmdist.signals import AGENT, die_with_parent
+
+JOIN_SECONDS = 600.0
+"""Time that a machine waits for machine 0; torchrun's own."""
+LAST_SECONDS = 5.0
+"""Time that an agent has to end by itself when machine 0 has ended."""
 
 
 def main() -> None:
@@ -27,8 +36,11 @@ def main() -> None:
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what there is to say is said below
+    arguments = parse_args(sys.argv[1:])
     try:
-        run(parse_args(sys.argv[1:]))
+        if arguments.rdzv_backend == "static" and arguments.nnodes != "1" and arguments.node_rank > 0:
+            hold_on_to_machine_0(arguments)
+        run(arguments)
     except ChildFailedError as failed:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         for rank, code in sorted(codes.items()):
@@ -39,6 +51,37 @@ def main() -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         sys.stderr.write(f"lmdist-train: the machines of the job did not find each other: {reason}\n")
         sys.exit(EXIT_AGAIN)
+
+
+def hold_on_to_machine_0(arguments: argparse.Namespace) -> None:
+    """Keep a connection to the agent of machine 0, and end this attempt when that one ends.
+
+    All ranks meet in a store that lives in that agent. An agent which comes back quickly may still find the store of the
+    attempt before, and its ranks that of the next one: then either side waits for the other until a timeout.
+    """
+    place = (arguments.master_addr, arguments.master_port or 29500)
+    until = time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            connection = socket.create_connection(place, timeout=10)
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{place[0]}:{place[1]} does not answer ({error})") from None
+            time.sleep(0.2)
+
+    def wait() -> None:
+        connection.settimeout(None)
+        try:
+            while connection.recv(1024):
+                pass
+        except OSError:
+            pass
+        time.sleep(LAST_SECONDS)
+        sys.stderr.write("lmdist-train: machine 0 has ended its attempt\n")
+        os._exit(EXIT_AGAIN)  # and the ranks with it
+
+    threading.Thread(target=wait, name="machine 0", daemon=True).start()
 
 
 def exit_code(codes: list[int]) -> int:

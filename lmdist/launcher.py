@@ -38,6 +38,8 @@ AGENT_GRACE = 30.0
 """Seconds that an agent may outlive its ranks; after a partition it may wait for its peers for minutes, or for ever."""
 CPU_RANKS = 4
 """Ranks on a machine without GPUs, at most."""
+LOOK_SECONDS = 1.0
+"""Between two looks at the agent's children: each reads all processes of the machine."""
 LONGEST_PAUSE = 60.0
 """Seconds between two attempts, at most; the pause doubles from one second on."""
 
@@ -137,9 +139,13 @@ def watch(agent: subprocess.Popen[bytes], stop: StopRequest) -> int:
     ranks: set[int] = set()
     told: set[int] | None = None
     without_ranks_since = None
+    looked = 0.0
     try:
         while agent.poll() is None:
-            time.sleep(0.1)
+            time.sleep(0.05)
+            if time.monotonic() - looked < (0.2 if stop.requested else LOOK_SECONDS):
+                continue
+            looked = time.monotonic()
             try:
                 now = {child.pid for child in psutil.Process(agent.pid).children() if child.status() != psutil.STATUS_ZOMBIE}
             except psutil.Error:
@@ -185,7 +191,7 @@ def gpus() -> int:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    found = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    found = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if visible is None else min(found, len([device for device in visible.split(",") if device.strip()]))
 

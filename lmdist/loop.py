@@ -34,6 +34,8 @@ from lmdist.text import WordTokenizer
 from lmdist.tracking import RunTracker, Tracker
 from lmdist.vocabulary import Vocabulary
 
+FINAL_SAMPLE = "sample.txt"
+SECONDS_A_PICTURE = 60.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -294,9 +296,12 @@ def show_text_and_picture(
     """Some words by the model under a name in the run's folder, and the picture of the losses so far: rank 0's matter."""
     if not tracker.writes:
         return
-    run = Path(recipe.run_folder)
+    picture = Path(recipe.run_folder) / "loss.png"
+    ended = name == FINAL_SAMPLE
     try:
-        draw_losses(run / "metrics.jsonl", run / "loss.png")
+        # All ranks wait for the picture, and a long run has many points: at most one a minute, and one at the end.
+        if ended or not picture.exists() or time.time() - picture.stat().st_mtime > SECONDS_A_PICTURE:
+            draw_losses(picture.with_name("metrics.jsonl"), picture)
         if words:
             tracker.text(name, write_words(recipe, folder, model, words, step))
     except OSError as error:  # a full disk costs these, not the run
@@ -318,11 +323,11 @@ def finish(
         return
     run = Path(recipe.run_folder)
     words = recipe.sample.final_words
-    show_text_and_picture(recipe, folder, model, words, "sample.txt", progress.step, console, tracker)
+    show_text_and_picture(recipe, folder, model, words, FINAL_SAMPLE, progress.step, console, tracker)
     lines = [
         f"done: {progress.step:,} steps, {progress.tokens:,} words in {duration(progress.seconds)}",
         f"  run      {run}",
-        *([f"  sample   {run / 'sample.txt'}"] if words else []),
+        *([f"  sample   {run / FINAL_SAMPLE}"] if words else []),
         f"  picture  {run / 'loss.png'}",
         *([f"  MLflow   {tracker.page}"] if tracker.page else []),
         f"next: lmdist-evaluate {run}; lmdist-export {run} -o bundles/{run.name}",

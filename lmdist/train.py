@@ -41,16 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         with only_one(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext():
             settings = recipe.training
-            world = distributed.start(
-                settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
-            )
             try:
+                world = distributed.start(
+                    settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
+                )
                 loop.train(recipe, world, stop)
             except RuntimeError as error:
                 if not distributed.lost_peer(error):
                     raise
                 time.sleep(PEERS_FIRST)
-                raise Stopped(f"rank {world.rank} lost another one; --resume auto goes on from the last checkpoint") from None
+                raise Stopped("a rank is not there any more; --resume auto goes on from the last checkpoint") from None
 
 
 def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:

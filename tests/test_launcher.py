@@ -73,7 +73,7 @@ def test_a_killed_rank_and_two_clean_stops_end_as_an_undisturbed_run(data, tmp_p
     wait_for_steps(run, 30)
     ranks_of(job)[1].kill()
     wait_for_steps(run, 60)  # the launcher has brought it back
-    job.terminate()
+    job.send_signal(signal.SIGINT)  # Ctrl-C is a stop like any other
     assert job.wait(timeout=60) == 75
     assert "rank 1 was ended by SIGKILL" in said(tmp_path)
     assert "starting anew from step-" in said(tmp_path)
