@@ -4,7 +4,8 @@
     python benchmarks/large.py --quick          # 12 MB, and whether all of it works
 
 The CSV is the demo corpus again and again, each time with some of its words replaced by others and some by new ones. Memory is
-that of a command and all its processes, without what is only a view of a file (USS), sampled four times a second.
+that of a command and all its processes (USS), sampled four times a second. The pages of the token file that a training has
+looked at count as its own, though the system takes them back when it needs them: 2 bytes a word.
 """
 
 from __future__ import annotations
