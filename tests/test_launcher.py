@@ -165,7 +165,16 @@ def test_torchruns_variables_make_two_nodes_one_job(data, tmp_path):
     """One launcher with flags, the other with the variables that Kubeflow's trainer sets."""
     flags = [*SMALL, "--model.dropout=0", "--training.steps=6"]
     port = str(29600 + os.getpid() % 1000)
-    first = start(tmp_path, *flags, "--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}", ranks=1)
+    first = start(
+        tmp_path,
+        *flags,
+        "--run_folder=two",
+        "--nnodes=2",
+        "--node-rank=0",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+        ranks=1,
+    )
     names = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
     second = subprocess.Popen(
         [sys.executable, "-m", "lmdist.launcher", "--data.folder=data", "--run_folder=two", *flags],
