@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality import git, processor
+from origin import facts
 
 from lmdist import checkpoint, config
 from lmdist.checkpoint import Progress
@@ -53,14 +50,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['case']:<32}{row['variant']:<44}{row['value']:>9.1f} {row['unit']} {row['ratio']:>8.2f}")
     if arguments.json:
-        facts = {
-            "machine": f"{os.cpu_count()} cores, {processor()}",
-            "versions": {name: version(name) for name in ("lmdist", "torch", "safetensors")},
-            "commit": git("rev-parse", "HEAD"),
-            "command": "python benchmarks/checkpointing.py",
-            "date": date.today().isoformat(),
-        }
-        arguments.json.write_text(json.dumps([{**row, **facts} for row in rows], indent=1) + "\n", encoding="utf-8")
+        beside = facts(("lmdist", "torch", "safetensors"), "python benchmarks/checkpointing.py")
+        arguments.json.write_text(json.dumps([{**row, **beside} for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: Path, rounds: int) -> list[dict[str, Any]]:

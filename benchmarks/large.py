@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
-from quality import git, processor
+from origin import facts
 
 from lmdist.demo import COLUMNS, articles
 
@@ -67,14 +64,9 @@ def main() -> None:
             f"peak {row['peak_mib']:>5} MiB, {row['peak_ratio']:.2f} of the quarter's"
         )
     if arguments.json:
-        facts = {
-            "machine": f"{os.cpu_count()} cores, {processor()}",
-            "versions": {name: version(name) for name in ("lmdist", "torch", "nltk")},
-            "commit": git("rev-parse", "HEAD"),
-            "command": f"python benchmarks/large.py --megabytes {whole} --tokenizer {arguments.tokenizer}",
-            "date": date.today().isoformat(),
-        }
-        arguments.json.write_text(json.dumps([{**row, **facts} for row in rows], indent=1) + "\n", encoding="utf-8")
+        command = f"python benchmarks/large.py --megabytes {whole} --tokenizer {arguments.tokenizer}"
+        beside = facts(("lmdist", "torch", "nltk"), command)
+        arguments.json.write_text(json.dumps([{**row, **beside} for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, size: int) -> int:

@@ -19,10 +19,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from origin import facts, processor
 
 PACKAGES = ("lmdist", "torch", "numpy", "nltk")
 
@@ -59,44 +59,26 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
     train += [f"--config={recipe}", f"--run_folder={run}", f"--training.device={arguments.device}", *length]
     huge_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as lmdist-train has it
     subprocess.run([sys.executable, *train, "--tracking.mlflow=false"], check=True, env=huge_pages)
+    command = f"python benchmarks/quality.py {recipe}" + (f" --epochs {arguments.epochs:g}" if arguments.epochs else "")
     rows = []
     for split in ("valid", "test"):
         evaluate = ["-m", "lmdist.evaluate", str(run), f"--split={split}", "--json", f"--device={arguments.device}"]
         done = subprocess.run([sys.executable, *evaluate], check=True, stdout=subprocess.PIPE, text=True)
         figures = json.loads(done.stdout)
-        facts = {
+        beside = {
             "case": f"{recipe.stem} {split}" + (f", epoch {arguments.epochs:g}" if arguments.epochs else ""),
             "unit": "perplexity",
             "spread": None,
             "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
             "words": figures["words"],
             "unknown_rate": figures["unknown_rate"],
+            **facts(PACKAGES, command),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.ranks} ranks, {processor()}",
-            "versions": {name: version(name) for name in PACKAGES},
-            "commit": git("rev-parse", "HEAD"),
-            "command": f"python benchmarks/quality.py {recipe}"
-            + (f" --epochs {arguments.epochs:g}" if arguments.epochs else ""),
-            "date": date.today().isoformat(),
         }
         baseline = figures["unigram_perplexity"]
-        rows.append({**facts, "variant": "baseline", "value": baseline, "ratio": 1.0})
-        rows.append({**facts, "variant": "lmdist", "value": figures["perplexity"], "ratio": baseline / figures["perplexity"]})
+        rows.append({**beside, "variant": "baseline", "value": baseline, "ratio": 1.0})
+        rows.append({**beside, "variant": "lmdist", "value": figures["perplexity"], "ratio": baseline / figures["perplexity"]})
     return rows
-
-
-def git(*arguments: str) -> str:
-    """What git says of this repository."""
-    where = Path(__file__).parent
-    return subprocess.run(["git", *arguments], cwd=where, stdout=subprocess.PIPE, text=True).stdout.strip()
-
-
-def processor() -> str:
-    """The processor's name, as Linux has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

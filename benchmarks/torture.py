@@ -30,13 +30,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
-from quality import git, processor
+from origin import facts
 
 STEPS = 400
 JOB = (
@@ -92,17 +90,11 @@ def main() -> None:
 
 def table(job: Job, arguments: argparse.Namespace, same: bool) -> list[dict[str, Any]]:
     """A row a kill, and one for the whole."""
-    facts = {
-        "ratio": None,
-        "spread": None,
-        "machine": f"{platform_name()}, {arguments.hosts} host(s) x {arguments.ranks} ranks",
-        "versions": {name: version(name) for name in ("lmdist", "torch")},
-        "commit": git("rev-parse", "HEAD"),
-        "command": f"python benchmarks/torture.py --hosts {arguments.hosts} --kills {arguments.kills} --seed {arguments.seed}",
-        "date": date.today().isoformat(),
-    }
+    command = f"python benchmarks/torture.py --hosts {arguments.hosts} --kills {arguments.kills} --seed {arguments.seed}"
+    beside = {"ratio": None, "spread": None, **facts(("lmdist", "torch"), command)}
+    beside["machine"] += f", {arguments.hosts} host(s) x {arguments.ranks} ranks"
     rows = [
-        {"case": f"kill at step {step}", "variant": kind, "value": round(seconds, 1), "unit": "s", "note": note, **facts}
+        {"case": f"kill at step {step}", "variant": kind, "value": round(seconds, 1), "unit": "s", "note": note, **beside}
         for step, kind, seconds, note in job.recoveries
     ]
     seconds = [row["value"] for row in rows] or [0.0]
@@ -115,12 +107,7 @@ def table(job: Job, arguments: argparse.Namespace, same: bool) -> list[dict[str,
         f"{statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s; {job.starts} launcher starts",
         "same": same,
     }
-    return [*rows, {**summary, **facts}]
-
-
-def platform_name() -> str:
-    """The machine in words."""
-    return f"{os.cpu_count()} cores, {processor()}"
+    return [*rows, {**summary, **beside}]
 
 
 def prepare(scratch: Path) -> None:

@@ -33,8 +33,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import date
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(1, str(ROOT))
 
-from quality import git, processor  # noqa: E402
+from origin import facts, processor  # noqa: E402
 
 from tests.corpora import chain, write_data_folder  # noqa: E402
 from tests.servers import Proxy, Server  # noqa: E402
@@ -222,13 +220,8 @@ def points(run: Path) -> set[tuple[str, int]]:
 
 def table(measured: list[tuple[int, str, dict[str, float]]], command: str) -> list[dict[str, Any]]:
     """A row for each figure in each state."""
-    facts = {
-        "machine": f"{os.uname().machine}, {os.cpu_count()} cores, 1 rank, 1 thread, server beside it, {processor()}",
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": git("rev-parse", "HEAD"),
-        "command": command,
-        "date": date.today().isoformat(),
-    }
+    machine = f"{os.uname().machine}, {os.cpu_count()} cores, 1 rank, 1 thread, server beside it, {processor()}"
+    beside = {**facts(PACKAGES, command), "machine": machine}
     rows = []
     usual = {
         number: statistics.mean(figures["exit"] for other, state, figures in measured if state == "off" and other == number)
@@ -251,7 +244,7 @@ def table(measured: list[tuple[int, str, dict[str, float]]], command: str) -> li
             spread = max(values) - min(values)
             row = {"case": case, "variant": state, "value": round(statistics.median(values), 4), "unit": unit}
             row |= {"spread": round(spread, 4), "ratio": round(statistics.median(ratios), 4) if ratios else None}
-            rows.append({**row, **facts})
+            rows.append({**row, **beside})
     return rows
 
 

@@ -1,0 +1,41 @@
+"""Where and of what a figure was measured: the machine, the versions, the commit, the command and the day.
+
+rows = [{**row, **facts(("lmdist", "torch"), "python benchmarks/NAME.py")} for row in rows]
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def facts(packages: Sequence[str], command: str) -> dict[str, Any]:
+    """What stands beside the figures of a run that used these packages and was started by this command."""
+    return {
+        "machine": f"{os.cpu_count()} cores, {processor()}",
+        "versions": {name: version(name) for name in packages},
+        "commit": git("rev-parse", "HEAD"),
+        "command": command,
+        "date": date.today().isoformat(),
+    }
+
+
+def git(*arguments: str) -> str:
+    """What git says of this repository."""
+    where = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=where, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def processor() -> str:
+    """The processor's name, as Linux has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
