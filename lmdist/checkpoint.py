@@ -48,7 +48,7 @@ from lmdist.files import (
     write_whole,
 )
 from lmdist.model import LanguageModel, State
-from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings
+from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings, TrainingSettings
 from lmdist.text import WordTokenizer
 from lmdist.vocabulary import Vocabulary
 
@@ -64,7 +64,13 @@ MANIFEST = {
     "model": {},
     "vocabulary_size": int,
     "progress": {"step": int},
-    "recipe": {"seed": int, "optimizer": {"name": get_type_hints(OptimizerSettings)["name"]}, "model": {}, "data": {}},
+    "recipe": {
+        "seed": int,
+        "optimizer": {"name": get_type_hints(OptimizerSettings)["name"]},
+        "model": {},
+        "data": {},
+        "training": {},
+    },
     "data": {"files": {"train.bin": FileFacts}},
     "files": dict[str, FileFacts],
 }
@@ -227,6 +233,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
         ("progress", manifest, "progress", Progress),
         ("recipe.model", recipe, "model", ModelSettings),
         ("recipe.data", recipe, "data", DataSettings),
+        ("recipe.training", recipe, "training", TrainingSettings),
     ):
         holder[name] = dataclasses.asdict(build(kind, holder[name], path, place))
     if manifest["model"] != recipe["model"]:

@@ -71,6 +71,13 @@ class Batch(NamedTuple):
     fresh: bool
     """The state before this batch is zero."""
 
+    def words(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets on a device; a GPU fetches them while it still computes the batch before."""
+        if device.type == "cpu":
+            return self.inputs, self.targets
+        inputs, targets = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.inputs, self.targets))
+        return inputs, targets
+
 
 class Folder:
     """A data folder: its facts, and its token files as memory-mapped arrays."""

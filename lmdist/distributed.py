@@ -39,12 +39,19 @@ class World:
         share = global_batch // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over the ranks in each backward."""
+    def wrap(self, model: nn.Module, compression: str) -> nn.Module:
+        """The model with gradients averaged over the ranks in each backward; by `compression` bf16 they travel rounded."""
+        if compression == "bf16" and self.device.type != "cuda":
+            raise UsageError("training.gradient_compression bf16 needs GPUs; on CPUs it must be none")  # gloo has no bf16
         if self.size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        if compression == "bf16":
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            network.register_comm_hook(None, bf16_compress_hook)
+        return network
 
     def accumulating(self, network: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Keep the ranks' gradients apart until the last part of a batch."""

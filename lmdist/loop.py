@@ -11,22 +11,25 @@ import math
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmdist import checkpoint, config, optimizer
 from lmdist.checkpoint import Progress
 from lmdist.console import Console, duration
+from lmdist.cuda_graph import Function, Graphed
 from lmdist.data import IGNORED, Folder, training_batches
 from lmdist.distributed import World
 from lmdist.errors import Stopped, UsageError
 from lmdist.evaluate import evaluate
 from lmdist.files import write_whole
-from lmdist.loss import summed_nats
+from lmdist.loss import activation_penalty, summed_nats
 from lmdist.metrics import Nats, perplexity
 from lmdist.model import LanguageModel, State
 from lmdist.plot import draw_losses
+from lmdist.precision import Precision, choose, prepare_for
 from lmdist.sample import sample
 from lmdist.settings import Recipe
 from lmdist.signals import StopRequest
@@ -36,15 +39,20 @@ from lmdist.vocabulary import Vocabulary
 
 FINAL_SAMPLE = "sample.txt"
 SECONDS_A_PICTURE = 60.0
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGE_VOCABULARY = 100_000
+
+Checkpoint = tuple[Path, dict[str, Any]]
+"""A checkpoint's folder and its manifest."""
 
 
 def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     """Train as the recipe says, from the newest checkpoint on or from nothing; raises Stopped where `stop` asks for it."""
-    settings = recipe.training
-    if settings.precision != "fp32" and world.device.type == "cpu":
-        raise UsageError(f"training.precision {settings.precision} needs a GPU; on a CPU it must be fp32")
     torch.set_flush_denormal(True)
+    checkpoints = Path(recipe.run_folder) / "checkpoints"
+    newest = newest_checkpoint(recipe, world)
+    precision = agreed_precision(recipe, world, newest)
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision.name))
+    settings = recipe.training
 
     folder = Folder(Path(recipe.data.folder))
     batches = training_batches(folder, recipe.data, recipe.seed)
@@ -52,27 +60,46 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     total_steps = settings.steps or math.ceil(settings.epochs * batches.steps_per_epoch)
     validate_every = settings.validate_every or batches.steps_per_epoch
 
+    rows = world.rows(recipe.data.global_batch)
+    rows_at_once = (rows.stop - rows.start) // settings.accumulation
+
     def due(step: int) -> bool:
         """Whether the model is validated after `step` steps."""
         return validation is not None and step > 0 and (step == total_steps or step % validate_every == 0)
 
-    rows = world.rows(recipe.data.global_batch)
-    checkpoints = Path(recipe.run_folder) / "checkpoints"
-
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
-    network = world.wrap(model)
+    network = world.wrap(model, settings.gradient_compression)
     optimiser = optimizer.build(recipe.optimizer, model)
-    scaler = torch.GradScaler(world.device.type, enabled=settings.precision == "fp16")
-    autocast = torch.autocast(world.device.type, DTYPES[settings.precision], enabled=settings.precision != "fp32")
-    rehearse(network, model, rows.stop - rows.start, recipe, world)
-
-    progress, streams = resume(recipe, world, folder, model, optimiser)
+    scaler = torch.GradScaler(world.device.type, enabled=precision.name == "fp16")
+    told = prepare_for(precision, model, world.device, rows_at_once, recipe.data.row_length)
+    progress, streams = restore(newest, recipe, folder, model, optimiser)
     if progress.loss_scale:
         scaler.load_state_dict(progress.loss_scale)
     state = model.initial_state(rows.stop - rows.start)
     if streams is not None:
         state = (streams[0][rows].to(world.device), streams[1][rows].to(world.device))  # each (R, S)
+
+    def forward_backward(inputs: Tensor, targets: Tensor, h: Tensor, c: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+        """One part of a batch: adds its gradients, gives its nats and the state after; `share` is a word's in the loss.
+
+        DDP averages gradients over the W ranks, hence the factor W.
+        """
+        with precision.autocast(world.device):
+            raw, (h, c) = network(inputs, (h, c))  # (B, T, H), (B, S)
+            hidden = model.dropout(raw)
+            part_nats = summed_nats(hidden, model.projection, targets)
+            loss = part_nats * share
+            if penalties != (0, 0):
+                loss = loss + activation_penalty(raw, hidden, *penalties) * (len(inputs) / recipe.data.global_batch)
+        scaler.scale(loss * world.size).backward()
+        return part_nats.detach(), h.detach(), c.detach()
+
+    penalties = recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty
+    rehearse(forward_backward, model, recipe, world)
+    # DDP, sums over parts and the adaptive head, which asks how many words are rare, do not fit into a CUDA graph.
+    fits = world.device.type == "cuda" and world.size == settings.accumulation == 1 and recipe.model.head == "full"
+    part: Function = Graphed(forward_backward, model) if fits else forward_backward
     nats, tokens, seconds_since_log, saved = Nats(world, progress.nats, progress.counted), 0, 0.0, time.monotonic()
     saving = stopping = False
     stop.patient = True  # from here on a request to stop waits for the end of a step
@@ -82,7 +109,9 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
         Console(total_steps, progress.step, silent=not world.is_main) as console,
         closing(checkpoint.Saver(checkpoints, config.as_dict(recipe), folder.path, recipe.checkpoint.keep)) as saver,
     ):
-        console.say(announcement(recipe, world, folder, model, batches.steps_per_epoch, total_steps, progress.step))
+        console.say(announcement(recipe, world, folder, model, precision, batches.steps_per_epoch, total_steps, progress.step))
+        for line in told:
+            console.say(line)
         while True:
             # Between two steps: a validation where one is due and was not cut short by a stop, a checkpoint, the end.
             if due(progress.step) and progress.valid_nats is None and not stopping:
@@ -118,19 +147,19 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             if batch.fresh:
                 state = model.initial_state(rows.stop - rows.start)
 
-            # Forward and backward, part by part. DDP averages gradients over the W ranks, hence the factor W.
+            # Forward and backward, part by part.
             last_states: list[State] = []
-            split = [tensor.chunk(settings.accumulation) for tensor in (batch.inputs, batch.targets, *state)]
-            for number, (inputs, targets, h, c) in enumerate(zip(*split, strict=True), start=1):
+            split = [
+                tensor.chunk(settings.accumulation) for tensor in (*batch.words(world.device), *state, batch.targets != IGNORED)
+            ]
+            share = torch.full((), 1 / batch.tokens, device=world.device)  # torch.tensor would wait for the GPU
+            for number, (inputs, targets, h, c, there) in enumerate(zip(*split, strict=True), start=1):
                 with world.accumulating(network, last=number == settings.accumulation):
-                    with autocast:
-                        hidden, last_state = network(inputs.to(world.device), (h, c))
-                        part_nats = summed_nats(hidden, model.projection, targets.to(world.device))
-                    scaler.scale(part_nats * (world.size / batch.tokens)).backward()
-                nats.add(part_nats, int((targets != IGNORED).sum()))
-                last_states.append(last_state)
+                    part_nats, h, c = part(inputs, targets, h, c, share)
+                nats.add(part_nats, int(there.sum()))
+                last_states.append((h, c))
             h, c = zip(*last_states, strict=True)
-            state = (torch.cat(h).detach(), torch.cat(c).detach())  # each (R, S)
+            state = (torch.cat(h), torch.cat(c))  # each (R, S)
 
             # The update, the same on every rank.
             scaler.unscale_(optimiser)
@@ -183,7 +212,33 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
         finish(recipe, folder, model, progress, console, tracker)
 
 
-def rehearse(network: nn.Module, model: LanguageModel, rows: int, recipe: Recipe, world: World) -> None:
+def newest_checkpoint(recipe: Recipe, world: World) -> Checkpoint | None:
+    """The newest good checkpoint of the run and its manifest, if there is one and the recipe wants to go on from it."""
+    checkpoints = Path(recipe.run_folder) / "checkpoints"
+    if world.is_main:
+        checkpoint.tidy(checkpoints)
+    found = world.agree(str(checkpoint.newest(checkpoints) or "") if world.is_main else "")
+    if not found:
+        return None
+    newest = Path(found)
+    if recipe.resume == "never":
+        raise UsageError(
+            f"{recipe.run_folder} holds a run already ({newest.name}): --resume auto goes on with it, "
+            "--run_folder NAME starts another"
+        )
+    return newest, checkpoint.read_manifest(newest)
+
+
+def agreed_precision(recipe: Recipe, world: World, newest: Checkpoint | None) -> Precision:
+    """The precision that rank 0 chooses; all ranks have one, though they may be of several kinds."""
+    rows = recipe.data.global_batch // (world.size * recipe.training.accumulation)
+    before = newest[1]["recipe"]["training"]["precision"] if newest else ""
+    chosen = choose(recipe.training.precision, before, world.device, recipe.model, rows)
+    name, _, why = str(world.agree(f"{chosen.name} {chosen.why}")).partition(" ")
+    return Precision(name, why)
+
+
+def rehearse(forward_backward: Function, model: LanguageModel, recipe: Recipe, world: World) -> None:
     """Go through DDP once before the first step, with words that nobody learns from.
 
     After its first backward DDP lays out the gradients anew, and on more than two ranks sums of another layout are rounded
@@ -191,29 +246,19 @@ def rehearse(network: nn.Module, model: LanguageModel, rows: int, recipe: Recipe
     """
     if world.size == 1:
         return
-    tokens = torch.zeros(rows // recipe.training.accumulation, recipe.data.window, dtype=torch.long, device=world.device)
-    hidden, _ = network(tokens, model.initial_state(len(tokens)))
-    summed_nats(hidden, model.projection, tokens).backward()
+    rows = recipe.data.global_batch // (world.size * recipe.training.accumulation)
+    tokens = torch.zeros(rows, recipe.data.row_length, dtype=torch.long, device=world.device)
+    forward_backward(tokens, tokens, *model.initial_state(rows), torch.ones((), device=world.device))
     model.zero_grad(set_to_none=True)
 
 
-def resume(
-    recipe: Recipe, world: World, folder: Folder, model: LanguageModel, optimiser: torch.optim.Optimizer
+def restore(
+    newest: Checkpoint | None, recipe: Recipe, folder: Folder, model: LanguageModel, optimiser: torch.optim.Optimizer
 ) -> tuple[Progress, State | None]:
-    """Restore the newest good checkpoint of the run, if there is one; gives the progress and all G streams' state."""
-    checkpoints = Path(recipe.run_folder) / "checkpoints"
-    if world.is_main:
-        checkpoint.tidy(checkpoints)
-    found = world.agree(str(checkpoint.newest(checkpoints) or "") if world.is_main else "")
-    if not found:
+    """Restore what the checkpoint holds, if there is one; gives the progress and all G streams' state."""
+    if newest is None:
         return Progress(), None
-    newest = Path(found)
-    if recipe.resume == "never":
-        raise UsageError(
-            f"{recipe.run_folder} holds a run already ({newest.name}): --resume auto goes on with it, "
-            "--run_folder NAME starts another"
-        )
-    manifest = checkpoint.read_manifest(newest)
+    path, manifest = newest
     same = {
         "the words": (manifest["files"]["vocab.txt"], folder.meta["files"]["vocab.txt"]),
         "train.bin": (manifest["data"]["files"]["train.bin"], folder.meta["files"]["train.bin"]),
@@ -226,9 +271,9 @@ def resume(
                 same[f"{section}.{key}"] = (manifest["recipe"][section][key], value)
     for name, (before, now) in same.items():
         if before != now:
-            raise UsageError(f"{newest} was trained with another {name}: {before}, and this recipe has {now}")
-    checkpoint.load_parameters(model, newest)
-    return checkpoint.load_training(newest, optimiser)
+            raise UsageError(f"{path} was trained with another {name}: {before}, and this recipe has {now}")
+    checkpoint.load_parameters(model, path)
+    return checkpoint.load_training(path, optimiser)
 
 
 def open_tracker(recipe: Recipe, world: World, folder: Folder, step: int) -> Tracker:
@@ -244,19 +289,31 @@ def open_tracker(recipe: Recipe, world: World, folder: Folder, step: int) -> Tra
 
 
 def announcement(
-    recipe: Recipe, world: World, folder: Folder, model: LanguageModel, steps_per_epoch: int, total_steps: int, step: int
+    recipe: Recipe,
+    world: World,
+    folder: Folder,
+    model: LanguageModel,
+    precision: Precision,
+    steps_per_epoch: int,
+    total_steps: int,
+    step: int,
 ) -> str:
     """What the job is about to do."""
     size = sum(parameter.numel() for parameter in model.parameters())
     layers = "-".join(str(size) for size in [recipe.model.embedding_size, *model.layer_sizes])
+    head = ", adaptive head" if recipe.model.head == "adaptive" else " tied" if recipe.model.tied else ""
+    hint = ""
+    if folder.vocabulary_size > LARGE_VOCABULARY and recipe.model.head == "full":
+        hint = "\n  hint   with so many words --model.head adaptive --model.tied false trains several times as fast"
     beginning = f"going on after step {step:,}" if step else "starting"
     return (
         f"{recipe.run_folder}: {beginning}, to step {total_steps:,} ({steps_per_epoch:,} an epoch)\n"
         f"  data   {folder.path}: {folder.meta['splits']['train']['tokens']:,} words to train on, "
         f"vocabulary {folder.vocabulary_size:,}\n"
-        f"  model  LSTM {layers}{' tied' if recipe.model.tied else ''}, {size:,} parameters, {recipe.training.precision}\n"
+        f"  model  LSTM {layers}{head}, {size:,} parameters\n"
         f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} words "
-        f"on {world.size} rank(s), {world.device.type}"
+        f"on {world.size} rank(s), {world.device.type}\n"
+        f"  speed  {precision.name}{f' ({precision.why})' if precision.why else ''}{hint}"
     )
 
 

@@ -24,7 +24,7 @@ def sample(model: LanguageModel, words: int, temperature: float, seed: int) -> l
     drawn = []
     for _ in range(words):
         hidden, state = model(token, state)
-        logits = model.projection(hidden[:, -1]).float() / temperature  # (1, V)
+        logits = model.logits(hidden[:, -1]).float() / temperature  # (1, V)
         logits[:, UNKNOWN_ID] = -torch.inf
         token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)  # (1, 1)
         drawn.append(token)

@@ -13,6 +13,9 @@ from typing import Literal
 from lmdist.errors import UsageError
 from lmdist.prepare import PrepareSettings
 
+ADAPTIVE_HIDDEN_SIZE = 16
+"""Each cluster of rare words has rows a quarter as long as the one before; there are two."""
+
 
 @dataclass
 class DataSettings:
@@ -38,6 +41,11 @@ class DataSettings:
         if self.batching == "windows" and self.window < 2:
             raise UsageError("data.window is 1; a window to predict a word in has at least 2")
 
+    @property
+    def row_length(self) -> int:
+        """Words predicted in a row of a step."""
+        return self.window if self.batching == "streams" else self.window - 1
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -51,15 +59,27 @@ class ModelSettings:
     """LSTM layers, one on top of the other."""
     dropout: float = 0.15
     """Probability of zeroing a number between embedding, layers and projection."""
+    weight_dropout: float = 0.0
+    """Probability of zeroing a recurrent weight of a layer for a step (AWD-LSTM, Merity et al. 2018, arXiv:1708.02182)."""
     tied: bool = True
     """One matrix is both the embedding and the projection (Press and Wolf 2017, arXiv:1608.05859)."""
+    head: Literal["full", "adaptive"] = "full"
+    """full: every word has a whole row in the projection; adaptive: rare words have short rows (Grave et al. 2017,
+    arXiv:1609.04309), much faster above 100,000 words; needs tied false."""
 
     def __post_init__(self) -> None:
         for name in ("embedding_size", "hidden_size", "num_layers"):
             if getattr(self, name) < 1:
                 raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
+        for name in ("dropout", "weight_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.head == "adaptive" and self.tied:
+            raise UsageError("model.head adaptive has rows of several sizes and cannot be tied: give model.tied false as well")
+        if self.head == "adaptive" and self.hidden_size < ADAPTIVE_HIDDEN_SIZE:
+            raise UsageError(
+                f"model.hidden_size is {self.hidden_size}; with model.head adaptive it must be at least {ADAPTIVE_HIDDEN_SIZE}"
+            )
 
     @property
     def layer_sizes(self) -> list[int]:
@@ -84,11 +104,15 @@ class OptimizerSettings:
     """Share of a parameter that is taken away, times the learning rate."""
     clip: float = 0.5
     """Largest norm of the gradient of a step; 0 leaves it as it is."""
+    activation_penalty: float = 0.0
+    """Weight in the loss of the mean square of the last layer's output (AR in AWD-LSTM, there 2)."""
+    temporal_penalty: float = 0.0
+    """Weight in the loss of the mean square of its change from word to word (TAR in AWD-LSTM, there 1)."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise UsageError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
-        for name in ("momentum", "weight_decay", "clip"):
+        for name in ("momentum", "weight_decay", "clip", "activation_penalty", "temporal_penalty"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
 
@@ -121,8 +145,11 @@ class TrainingSettings:
     """Steps to train for, in place of epochs; 0 leaves it to epochs."""
     accumulation: int = 1
     """Parts that a rank's rows are split into, one after the other; saves memory, changes no result."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32; bf16 and fp16 are autocast, on GPUs only."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """auto: the fastest that this machine computes rightly, and a line says which and why. fp32; bf16: autocast; tf32 and
+    fp16 (autocast, with a scaled loss): GPUs only."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """bf16: GPUs send each other half as many bytes; the sums are a little less exact."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where torch sees it, else the CPU."""
     log_every: int = 50

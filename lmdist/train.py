@@ -14,8 +14,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from lmdist import config
-from lmdist.errors import Stopped, report
-from lmdist.files import only_one
+from lmdist.errors import Stopped, UsageError, report
+from lmdist.files import one_line, only_one
 from lmdist.prepare import prepare
 from lmdist.settings import DataSettings, Recipe
 from lmdist.signals import AGENT, StopRequest, die_with_parent
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = config.load(argv, quiet=not is_main)
         prepare_if_absent(recipe, is_main=is_main)
 
+        import torch
+
         from lmdist import distributed, loop
 
         with only_one(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext():
@@ -46,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
                 )
                 loop.train(recipe, world, stop)
+            except torch.OutOfMemoryError as error:
+                raise UsageError(
+                    "the GPU's memory is full: lower data.global_batch or data.window, or raise training.accumulation "
+                    f"({one_line(error)})"
+                ) from None
             except RuntimeError as error:
                 if not distributed.lost_peer(error):
                     raise

@@ -17,7 +17,7 @@ from lmdist.signals import StopRequest
 
 SMALL = (
     "--model.embedding_size=16 --model.hidden_size=24 --optimizer.learning_rate=0.02 --data.global_batch=8 --data.window=7 "
-    "--training.log_every=1 --training.device=cpu --tracking.mlflow=false --sample.words=5"
+    "--training.log_every=1 --training.device=cpu --training.precision=fp32 --tracking.mlflow=false --sample.words=5"
 ).split()
 
 

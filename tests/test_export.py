@@ -67,7 +67,7 @@ def test_the_graph_answers_as_torch_does(settings: ModelSettings, tmp_path: Path
         logits, state = graph.step(tokens, (h, c))
         with torch.no_grad():
             hidden, expected_state = model(torch.from_numpy(tokens), (torch.from_numpy(h), torch.from_numpy(c)))
-            expected = functional.linear(hidden, model.projection.weight, model.projection.bias)
+            expected = model.logits(hidden)
         np.testing.assert_allclose(logits, expected.numpy(), atol=1e-5)
         np.testing.assert_allclose(state[0], expected_state[0].numpy(), atol=1e-5)
         np.testing.assert_allclose(state[1], expected_state[1].numpy(), atol=1e-5)
@@ -176,7 +176,7 @@ def test_a_difference_that_is_no_number_is_a_mismatch() -> None:
 def test_a_model_whose_logits_are_no_numbers_is_refused(tmp_path: Path) -> None:
     model = make_model(SINGLE, VOCABULARY_SIZE)
     with torch.no_grad():
-        model.projection.weight.fill_(3e38)
+        model.get_parameter("projection.weight").fill_(3e38)
     with pytest.raises(DataError, match="the logits of the model are not finite"):
         verify.check_values(graph_of(model, tmp_path / "model.onnx"), model)
 
@@ -190,7 +190,7 @@ def test_perplexity_is_that_of_cross_entropy(tmp_path: Path, monkeypatch: pytest
     inputs = torch.tensor([[1, *tokens[:149]]])
     with torch.no_grad():
         hidden, _ = model(inputs, model.initial_state(1))
-        logits = functional.linear(hidden, model.projection.weight, model.projection.bias)
+        logits = model.logits(hidden)
         expected = functional.cross_entropy(logits[0], torch.from_numpy(tokens[:150])).exp().item()
     assert measured["tokens"] == 150
     assert measured["torch"] == pytest.approx(expected, rel=1e-5)

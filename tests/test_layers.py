@@ -28,8 +28,8 @@ HOMES = {
 # The rooms in the order of the data: a file imports only from rooms before its own.
 ORDER = [
     *("errors", "files", "signals", "console", "vocabulary", "text", "documents", "demo", "corpus", "prepare"),
-    *("settings", "config", "data", "model", "distributed", "loss", "metrics", "optimizer", "sample"),
-    *("tracking", "sync", "plot", "checkpoint", "evaluate", "loop", "train", "agent", "launcher"),
+    *("settings", "config", "data", "lstm", "model", "precision", "distributed", "loss", "metrics", "optimizer", "sample"),
+    *("cuda_graph", "tracking", "sync", "plot", "checkpoint", "evaluate", "loop", "train", "agent", "launcher"),
 ]
 
 

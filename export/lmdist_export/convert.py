@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmdist.model import LanguageModel
 from lmdist.vocabulary import END_ID, UNKNOWN_ID
@@ -37,6 +37,7 @@ def write_step_graph(model: LanguageModel, path: Path, run: str) -> None:
 
 def step_graph(model: LanguageModel, run: str) -> onnx.ModelProto:
     """The step graph of `model` with all that a runtime must know in its metadata; `run` is the name to remember."""
+    assert isinstance(model.projection, nn.Linear), model.projection
     sizes = Sizes(model.layer_sizes, model.vocabulary_size, model.settings.embedding_size, model.settings.tied)
     weights = {
         "embedding": array(model.embedding.weight),  # (V, E)

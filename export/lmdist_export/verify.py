@@ -92,8 +92,7 @@ def torch_step(model: LanguageModel, tokens: NDArray[np.int64], state: State) ->
     with torch.inference_mode():
         h, c = (torch.from_numpy(np.ascontiguousarray(part)) for part in state)
         hidden, (h, c) = model(torch.from_numpy(tokens), (h, c))  # (B, T, H)
-        logits = functional.linear(hidden, model.projection.weight, model.projection.bias)  # (B, T, V)
-        return logits.numpy(), (h.numpy(), c.numpy())
+        return model.logits(hidden).numpy(), (h.numpy(), c.numpy())
 
 
 def word_by_word(graph: StepGraph, tokens: NDArray[np.int64], state: State) -> NDArray[np.float32]:
