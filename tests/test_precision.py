@@ -66,8 +66,9 @@ def test_weight_drop_is_one_mask_over_the_recurrent_weights(kernel):
     plain.load_state_dict(layer.state_dict())
     torch.manual_seed(3)
     with torch.no_grad():
-        plain.weight_hh_l0.copy_(nn.functional.dropout(layer.weight_hh_l0, 0.5))
-    assert (plain.weight_hh_l0 == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+        dropped = nn.functional.dropout(layer.get_parameter("weight_hh_l0"), 0.5)
+        plain.get_parameter("weight_hh_l0").copy_(dropped)
+    assert torch.count_nonzero(dropped).item() / dropped.numel() == pytest.approx(0.5, abs=0.05)
     torch.testing.assert_close(found.float(), plain(inputs)[0], atol=0.02, rtol=0.02)
     layer.eval()
     plain.load_state_dict(layer.state_dict())
@@ -79,7 +80,7 @@ def test_a_backward_that_is_wrong_is_found_and_passed_over(monkeypatch):
     right = lstm.GatedLSTM.backward
 
     def wrong(ctx, *gradients):  # as oneDNN's for sizes of 1024 and more on AMX
-        return tuple(torch.rand_like(gradient) for gradient in right(ctx, *gradients))
+        return tuple(gradient if gradient is None else torch.rand_like(gradient) for gradient in right(ctx, *gradients))
 
     monkeypatch.setattr(precision, "LARGE_LAYER", 1)
     assert choose_kernels(model, 4, 5) == []
@@ -204,7 +205,7 @@ def test_an_adaptive_model_trains_resumes_and_is_evaluated_exactly(data, capsys)
 def test_clusters_fit_every_vocabulary(vocabulary_size):
     cuts = cutoffs(vocabulary_size)
     assert cuts == sorted(set(cuts))
-    assert 0 < cuts[0]
+    assert cuts[0] > 0
     assert cuts[-1] < vocabulary_size
 
 
