@@ -84,8 +84,8 @@ class LanguageModel(nn.Module):
 def cutoffs(vocabulary_size: int) -> list[int]:
     """Where the words of the adaptive softmax become rare, and where very rare.
 
-    The frequent words are ten times the vocabulary's square root, 1,820 of 33,000 and 4,470 of 200,000: nine words in ten of
-    an English text. The second cut divides the rest evenly on a logarithmic scale.
+    The frequent words are ten times the vocabulary's square root: of WikiText-2's 33,278 the first 1,820, which are 76 % of
+    its text. The second cut divides the rest evenly on a logarithmic scale.
     """
     first = min(10 * math.isqrt(vocabulary_size), vocabulary_size // 2)
     return sorted({first, math.isqrt(first * vocabulary_size)})

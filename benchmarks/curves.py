@@ -1,0 +1,155 @@
+"""Do the fast paths learn the same? The loss of each on real text, against plain PyTorch in fp32.
+
+    python benchmarks/curves.py [--steps 300] [--json benchmarks/results/curves-MACHINE-DATE.json] [--plot FILE]
+
+The demo's model on the demo's text: the baseline (PlainModel of training.py: all logits, nn.LSTM, fp32), the same with two
+other seeds, which is the noise, and each path of lmdist from the baseline's first weights, in its order of the text and with
+its dropout. The adaptive head is another model, and shown for its own sake. The figure is the mean distance from the baseline
+over the second half of the steps, in nats a word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from origin import facts
+from training import BASELINE, Case, Job, PlainJob
+
+from lmdist import precision
+from lmdist.data import Folder, training_batches
+from lmdist.precision import Precision
+from lmdist.prepare import PrepareSettings, prepare
+from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings
+
+OTHER_SEEDS = ("baseline, seed 2", "baseline, seed 3")
+SMOOTH = 20
+
+
+def main() -> None:
+    """Train each, print a table, write rows and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="12 steps")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="draw the curves here")
+    arguments = parser.parse_args()
+    steps = 12 if arguments.quick else arguments.steps
+    device = torch.device(arguments.device)
+    curves: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        data = DataSettings(folder=str(Path(scratch) / "demo"))
+        prepare(PrepareSettings(inputs=["demo"], group_by="title", lowercase=True, min_count=3), Path(data.folder))
+        folder = Folder(Path(data.folder))
+        case = Case("demo", ModelSettings(), folder.vocabulary_size, data.global_batch, data.window, OptimizerSettings())
+        for seed, variant in enumerate((BASELINE, *OTHER_SEEDS), start=1):
+            torch.manual_seed(seed)
+            curves[variant] = train(PlainJob(case), folder, data, steps, seed, device)
+        for variant, name in paths(device).items():
+            curves[variant] = train(started(case, name, variant, device), folder, data, steps, 1, device)
+    rows = [row(variant, curve, curves[BASELINE]) for variant, curve in curves.items()]
+    for made in rows:
+        print(f"{made['variant']:<28}loss {made['loss']:>7.4f}{made['value']:>10.4f} {made['unit']}")
+    command = f"python benchmarks/curves.py --steps {steps}"
+    if arguments.json:
+        rows = [{**made, **facts(("lmdist", "torch"), command)} for made in rows]
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if arguments.plot:
+        draw(curves, arguments.plot)
+
+
+def paths(device: torch.device) -> dict[str, str]:
+    """The fast paths of a device, and the precision of each."""
+    if device.type == "cuda":
+        names = ("fp32", "tf32", "bf16", "fp16")
+        return {f"lmdist {name}": name for name in names} | {"lmdist fp32, adaptive head": "fp32"}
+    return {
+        "lmdist fp32": "fp32",
+        "lmdist bf16, oneDNN": "bf16",
+        "lmdist bf16, products": "bf16",
+        "lmdist fp32, adaptive head": "fp32",
+    }
+
+
+def started(case: Case, name: str, variant: str, device: torch.device) -> Job:
+    """A job of lmdist with the baseline's first weights."""
+    precision.LARGE_LAYER = 1 if "products" in variant else 1 << 30  # take this kernel, whatever the size
+    torch.manual_seed(1)
+    plain = PlainJob(case)
+    if "adaptive" in variant:
+        case = replace(case, model=replace(case.model, tied=False, head="adaptive"))
+        return Job(case, Precision(name, ""), device)
+    job = Job(case, Precision(name, ""), device)
+    with torch.no_grad():
+        for ours, theirs in zip(job.model.parameters(), plain.model.parameters(), strict=True):
+            ours.copy_(theirs)
+    return job
+
+
+def train(job: PlainJob | Job, folder: Folder, data: DataSettings, steps: int, seed: int, device: torch.device) -> list[float]:
+    """The nats a word of each step."""
+    where = device if isinstance(job, Job) else torch.device("cpu")
+    batches = training_batches(folder, data, seed)
+    curve = []
+    for step in range(steps):
+        torch.manual_seed(seed * 1_000_003 + step)
+        curve.append(job.step(*batches.batch(step, slice(0, data.global_batch)).words(where)))
+    return torch.stack(curve).tolist()
+
+
+def row(variant: str, curve: list[float], baseline: list[float]) -> dict[str, Any]:
+    """A row: the mean distance from the baseline in the second half, and the loss in the last tenth."""
+    half, tail = len(curve) // 2, max(1, len(curve) // 10)
+    distances = [ours - theirs for ours, theirs in zip(curve[half:], baseline[half:], strict=True)]
+    return {
+        "case": f"demo text, {len(curve)} steps of 20 x 35 words",
+        "variant": variant,
+        "value": round(statistics.mean(distances), 4),
+        "unit": "nats a word from the baseline",
+        "spread": round(max(distances) - min(distances), 4),
+        "ratio": round(statistics.mean(curve[-tail:]) / statistics.mean(baseline[-tail:]), 4),
+        "peak_mib": None,
+        "loss": round(statistics.mean(curve[-tail:]), 4),
+        "curve": [round(value, 4) for value in curve],
+    }
+
+
+def draw(curves: dict[str, list[float]], picture: Path) -> None:
+    """The curves, and their distance from the baseline's."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for variant, curve in curves.items():
+        style: dict[str, Any] = {"color": "0.75", "linewidth": 3} if variant in OTHER_SEEDS else {"linewidth": 1.3}
+        style = {"color": "black", "linewidth": 1.3} if variant == BASELINE else style
+        left.plot(smooth(curve), label=variant, **style)
+        if variant != BASELINE:
+            difference = [ours - theirs for ours, theirs in zip(curve, curves[BASELINE], strict=True)]
+            right.plot(smooth(difference), label=variant, **style)
+    left.set_ylabel(f"nats a word, mean of {SMOOTH} steps")
+    left.legend(fontsize=8)
+    right.axhline(0, color="black", linewidth=1.3)
+    right.set_ylabel("distance from plain PyTorch in fp32 (grey: other seeds of it)")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=110)
+
+
+def smooth(values: list[float]) -> list[float]:
+    """The mean of the last SMOOTH values, at each step."""
+    return [statistics.mean(values[max(0, end - SMOOTH) : end]) for end in range(1, len(values) + 1)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,530 @@
+"""How fast a step of training is, and in how much memory: lmdist against the plain PyTorch that people write.
+
+    python benchmarks/training.py [--json benchmarks/results/training-MACHINE-DATE.json] [--plot FILE]     # one CPU core
+    python benchmarks/training.py --quick
+    python benchmarks/training.py --device cuda --json benchmarks/results/training-MACHINE-DATE.json       # 10 minutes
+
+On a CPU: the tutorial's model, that of pytorch/examples and AWD-LSTM, each with three vocabularies. The baseline stands below,
+labelled as such; it does the same work on the same words. Every variant is a process of its own on one core, and they take
+turns, a step or some each; so a machine that slows down slows all of them. lmdist's processes have the environment that
+lmdist-train gives them, the baseline's has none. Peak memory is that of the process less what it had before the model was made.
+The words are drawn by Zipf's law, so the adaptive head has about as many rare words as in English.
+
+`parts` times the pieces of a step alone, against a floor: the time that its matrix products take at the speed of a large one.
+
+On a GPU: a 3x1024 LSTM in all precisions with batches of 32 to 512 rows, the time of a step against its floor (5 us for each
+layer and word, FlashRNN's figure for a persistent kernel, or the matrix products at the speed of a large one, whichever is
+longer), and whether cuDNN's kernels were the persistent ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from origin import facts
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lmdist import optimizer
+from lmdist.cuda_graph import Graphed
+from lmdist.loss import activation_penalty, summed_nats
+from lmdist.model import LanguageModel
+from lmdist.precision import Precision, choose, prepare_for
+from lmdist.settings import ModelSettings, OptimizerSettings
+
+BASELINE = "baseline"
+PERSISTENT_SECONDS = 5e-6
+
+
+@dataclass
+class Case:
+    """A model, its batches and its optimizer."""
+
+    name: str
+    model: ModelSettings
+    vocabulary_size: int
+    rows: int
+    length: int
+    optimizer: OptimizerSettings
+
+    @property
+    def floating_point_operations(self) -> dict[str, float]:
+        """Of a step's matrix products, forward and backward, by part."""
+        words = self.rows * self.length
+        sizes = [self.model.embedding_size, *self.model.layer_sizes]
+        layers = sum(8 * size * (size_in + size) for size_in, size in pairwise(sizes))
+        return {"LSTM": 3 * words * layers, "head": 6 * words * sizes[-1] * self.vocabulary_size}
+
+
+def cases(quick: bool) -> list[Case]:
+    """The three models with each vocabulary."""
+    plain_sgd = OptimizerSettings("sgd", 0.1, weight_decay=0, clip=0)
+    clipped = OptimizerSettings("sgd", 20.0, weight_decay=0, clip=0.25)
+    awd = OptimizerSettings("sgd", 30.0, weight_decay=1.2e-6, clip=0.25, activation_penalty=2, temporal_penalty=1)
+    models = {
+        "tutorial 2x1024, 30 x 19": (ModelSettings(100, 1024, 2, 0.0, tied=False), 30, 19, plain_sgd),
+        "pytorch/examples 2x200, 20 x 35": (ModelSettings(200, 200, 2, 0.2, tied=True), 20, 35, clipped),
+        "AWD-LSTM 3x1150, 80 x 70": (ModelSettings(400, 1150, 3, 0.4, weight_dropout=0.5, tied=True), 80, 70, awd),
+    }
+    return [
+        Case(f"{name}, V {size // 1000}k", model, size, rows, length, settings)
+        for name, (model, rows, length, settings) in list(models.items())[: 2 if quick else 3]
+        for size in ((10_000,) if quick else (10_000, 33_278, 200_000))
+    ]
+
+
+# --- the baseline: what people write ---------------------------------------------------------------------------------
+
+
+class PlainModel(nn.Module):
+    """Embedding, one nn.LSTM where the layers allow it, and a linear layer to the logits of all words."""
+
+    def __init__(self, settings: ModelSettings, vocabulary_size: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.embedding = nn.Embedding(vocabulary_size, settings.embedding_size)
+        sizes = [settings.embedding_size, *settings.layer_sizes]
+        if len(set(settings.layer_sizes)) == 1 and not settings.weight_dropout:
+            stack = [nn.LSTM(sizes[0], sizes[1], settings.num_layers, dropout=settings.dropout, batch_first=True)]
+        else:
+            stack = [nn.LSTM(*pair, batch_first=True) for pair in pairwise(sizes)]
+        self.stack = nn.ModuleList(stack)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.projection = nn.Linear(sizes[-1], vocabulary_size)
+        if settings.tied:
+            self.projection.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, states: list[tuple[Tensor, Tensor]] | None) -> tuple[Tensor, ...]:
+        """Logits (B, T, V), the last layer's outputs before and after dropout, and the states."""
+        hidden, new_states = self.dropout(self.embedding(tokens)), []
+        for number, layer in enumerate(self.stack):
+            if number:
+                hidden = self.dropout(hidden)
+            if self.settings.weight_dropout:
+                first, recurrent, *biases = layer.parameters()
+                dropped = functional.dropout(recurrent, self.settings.weight_dropout, self.training)
+                weights = [first, dropped, *biases]
+                zeros = hidden.new_zeros(1, len(tokens), layer.hidden_size)  # type: ignore[arg-type]
+                state = states[number] if states else (zeros, zeros)
+                hidden, *state = torch._VF.lstm(hidden, state, weights, True, 1, 0.0, self.training, False, True)  # type: ignore[attr-defined]
+            else:
+                hidden, state = layer(hidden, states[number] if states else None)
+            new_states.append(tuple(part.detach() for part in state))
+        dropped = self.dropout(hidden)
+        return self.projection(dropped), hidden, dropped, new_states  # type: ignore[return-value]
+
+
+class PlainJob:
+    """The loop's inside as people write it."""
+
+    def __init__(self, case: Case) -> None:
+        self.settings = case.optimizer
+        self.model = PlainModel(case.model, case.vocabulary_size)
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.settings.name]
+        self.optimiser = kind(self.model.parameters(), self.settings.learning_rate, weight_decay=self.settings.weight_decay)
+        self.states: Any = None
+
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """A step; gives the nats a word."""
+        logits, raw, dropped, self.states = self.model(inputs, self.states)
+        nats = loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if self.settings.activation_penalty:
+            loss = loss + self.settings.activation_penalty * dropped.pow(2).mean()
+            loss = loss + self.settings.temporal_penalty * (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
+        self.optimiser.zero_grad()
+        loss.backward()
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimiser.step()
+        return nats.detach()
+
+
+# --- lmdist ----------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """The pieces of lmdist's loop, put together as loop.py does."""
+
+    def __init__(self, case: Case, precision: Precision, device: torch.device) -> None:
+        torch.set_flush_denormal(True)
+        self.case = case
+        self.precision = precision
+        self.device = device
+        self.model = LanguageModel(case.model, case.vocabulary_size).to(device)
+        self.optimiser = optimizer.build(case.optimizer, self.model)
+        self.scaler = torch.GradScaler(device.type, enabled=precision.name == "fp16")
+        self.told = prepare_for(precision, self.model, device, case.rows, case.length)
+        self.state = self.model.initial_state(case.rows)
+        fits = device.type == "cuda" and case.model.head == "full"
+        self.part = Graphed(self.forward_backward, self.model) if fits else self.forward_backward
+
+    def forward_backward(self, inputs: Tensor, targets: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        """Loss and gradients."""
+        settings = self.case.optimizer
+        with self.precision.autocast(self.device):
+            raw, (h, c) = self.model(inputs, (h, c))
+            hidden = self.model.dropout(raw)
+            nats = summed_nats(hidden, self.model.projection, targets)
+            loss = nats / targets.numel()
+            if settings.activation_penalty:
+                loss = loss + activation_penalty(raw, hidden, settings.activation_penalty, settings.temporal_penalty)
+        self.scaler.scale(loss).backward()
+        return nats.detach(), h.detach(), c.detach()
+
+    def update(self) -> None:
+        """The optimizer's step."""
+        self.scaler.unscale_(self.optimiser)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.case.optimizer.clip or torch.inf)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """A step; gives the nats a word."""
+        nats, *state = self.part(inputs, targets, *self.state)
+        self.state = state[0], state[1]
+        self.update()
+        return nats / targets.numel()
+
+
+# --- a process for each variant --------------------------------------------------------------------------------------
+
+
+def words(case: Case, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of words drawn by Zipf's law, with Mandelbrot's 2.7."""
+    frequency = 1 / (torch.arange(case.vocabulary_size, dtype=torch.float64) + 2.7)
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        tokens = torch.multinomial(frequency, case.rows * (case.length + 1), replacement=True, generator=generator)
+        tokens = tokens.view(case.rows, -1).to(device)
+        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def worker(case: Case, variant: str) -> None:
+    """Answers each line on stdin, a number of steps, by the seconds they took; `parts` by the pieces' seconds."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    job = PlainJob(case) if variant == BASELINE else Job(case, choose("auto", "", cpu, case.model, case.rows), cpu)
+    batches = words(case, cpu)
+    for line in sys.stdin:
+        if line.strip() == "parts":
+            assert isinstance(job, Job)
+            answer: Any = parts(job, *next(batches))
+        else:
+            ready = [next(batches) for _ in range(int(line))]
+            began = time.perf_counter()
+            for batch in ready:
+                job.step(*batch)
+            answer = {
+                "seconds": time.perf_counter() - began,
+                "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
+                "precision": job.precision.name if isinstance(job, Job) else "fp32",
+            }
+        print(json.dumps(answer), flush=True)
+
+
+def parts(job: Job, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+    """The median seconds of the pieces of a step, each alone."""
+
+    def lstm() -> None:
+        with job.precision.autocast(job.device):
+            raw, _ = job.model(inputs, job.state)
+        raw.backward(torch.ones_like(raw))
+
+    hidden = torch.rand(*targets.shape, job.model.layer_sizes[-1]).sub_(0.5).requires_grad_()
+
+    def head() -> None:
+        with job.precision.autocast(job.device):
+            nats = summed_nats(hidden, job.model.projection, targets)
+        nats.backward()
+
+    def update() -> None:
+        for parameter in job.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        began.append(time.perf_counter())
+        job.update()
+
+    began: list[float] = []
+    found = {}
+    for piece in (lstm, head, update):
+        seconds = []
+        for _ in range(3):
+            began.append(time.perf_counter())
+            piece()
+            seconds.append(time.perf_counter() - began[-1])
+            job.optimiser.zero_grad(set_to_none=True)
+        found[piece.__name__] = statistics.median(seconds)
+    left, right = torch.rand(1024, 1024), torch.rand(1024, 8192)
+    found["operations a second"] = 2 * 1024 * 1024 * 8192 / min(seconds_of(lambda: left @ right) for _ in range(5))
+    return found
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+class Worker:
+    """A worker process, held on one core."""
+
+    def __init__(self, case: Case, variant: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("THP_MEM_ALLOC_ENABLE", None)
+        if variant != BASELINE:
+            environment["THP_MEM_ALLOC_ENABLE"] = "1"
+        core = min(os.sched_getaffinity(0))
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", json.dumps([asdict(case), variant])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        )
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """Its answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{question}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()
+
+
+def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[str, Any]]:
+    """The rows of a case."""
+    adaptive = ModelSettings(**{**asdict(case.model), "tied": False, "head": "adaptive"})
+    variants = {
+        BASELINE: case,
+        "lmdist": case,
+        "lmdist, adaptive head": Case(**{**vars(case), "model": adaptive}),
+    }
+    workers = {variant: Worker(changed, variant) for variant, changed in variants.items()}
+    try:
+        first = {variant: workers[variant].ask("1") for variant in variants}
+        counts = {name: max(1, round(seconds_a_turn / answer["seconds"])) for name, answer in first.items()}
+        taken: dict[str, list[float]] = {variant: [] for variant in variants}
+        last = first
+        for _ in range(rounds):
+            for variant, count in counts.items():
+                last[variant] = workers[variant].ask(str(count))
+                taken[variant].append(case.rows * case.length * count / last[variant]["seconds"])
+        pieces = workers["lmdist"].ask("parts")
+    finally:
+        for worker_ in workers.values():
+            worker_.close()
+    rows = []
+    for variant, speeds in taken.items():
+        value = statistics.median(speeds)
+        rows.append(
+            {
+                "case": case.name,
+                "variant": variant,
+                "value": round(value, 1),
+                "unit": "words/s",
+                "spread": round(max(speeds) - min(speeds), 1),
+                "ratio": round(value / statistics.median(taken[BASELINE]), 2),
+                "peak_mib": last[variant]["peak_mib"],
+                "precision": last[variant]["precision"],
+            }
+        )
+    step = case.rows * case.length / statistics.median(taken["lmdist"])
+    floors = {name: operations / pieces["operations a second"] for name, operations in case.floating_point_operations.items()}
+    for piece, name in (("lstm", "LSTM"), ("head", "head"), ("update", "clipping and update")):
+        floor = floors.get(name)
+        rows.append(
+            {
+                "case": case.name,
+                "variant": f"part: {name}",
+                "value": round(pieces[piece] / step, 3),
+                "unit": "of a step",
+                "spread": None,
+                "ratio": round(pieces[piece] / floor, 2) if floor else None,  # 1 is the floor
+                "peak_mib": None,
+                "precision": last["lmdist"]["precision"],
+            }
+        )
+    return rows
+
+
+def corpus_words(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Words of the corpus a second: stride-1 windows read each of them 19 times, streams once."""
+    found = {(row["case"], row["variant"]): row for row in rows if row["unit"] == "words/s"}
+    made = []
+    for case in sorted({row["case"] for row in rows if row["case"].startswith("tutorial")}):
+        baseline, ours = found[case, BASELINE], found[case, "lmdist"]
+        made.append({**baseline, "value": round(baseline["value"] / 19, 1), "spread": round(baseline["spread"] / 19, 1)})
+        made.append({**ours, "variant": "lmdist, streams", "ratio": round(ours["value"] / made[-1]["value"], 1)})
+        for row in made[-2:]:
+            row.update({"case": f"{case}, a word of the corpus", "unit": "corpus words/s"})
+        made[-2]["variant"] = f"{BASELINE}, windows of stride 1"
+    return made
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def measure_on_gpu(rows: int, name: str, quick: bool) -> dict[str, Any]:
+    """The row of one batch size and precision, for a 3x1024 LSTM of AWD's class."""
+    settings = ModelSettings(1024, 1024, 3, 0.4, tied=True)
+    case = Case("3x1024 tied, V 33k", settings, 33_278, rows, 70, OptimizerSettings("adamw", 1e-3, clip=0.25))
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    job = Job(case, Precision(name, ""), device)
+    batches = [batch for batch, _ in zip(words(case, device), range(4), strict=False)]
+
+    def steps(count: int) -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for number in range(count):
+            job.step(*batches[number % 4])
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / count
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        steps(1)
+    kernels = [event.key for event in profile.key_averages()]
+    steps(5)  # the recording of the graph among them
+    once = steps(3)
+    seconds = [steps(max(2, round((0.2 if quick else 1.0) / once))) for _ in range(3 if quick else 5)]
+    dtype = Precision(name, "").dtype
+    left, right = torch.rand(4096, 4096, device=device).to(dtype), torch.rand(4096, 32768, device=device).to(dtype)
+    torch.mm(left, right)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(10):
+        torch.mm(left, right)
+    torch.cuda.synchronize()
+    rate = 10 * 2 * 4096 * 4096 * 32768 / (time.perf_counter() - began)
+    floor = max(2 * PERSISTENT_SECONDS * 3 * case.length, sum(case.floating_point_operations.values()) / rate)
+    speeds = [rows * case.length / value for value in seconds]
+    return {
+        "case": case.name,
+        "variant": f"{name}, {rows} rows x {case.length}",
+        "value": round(statistics.median(speeds)),
+        "unit": "words/s",
+        "spread": round(max(speeds) - min(speeds)),
+        "ratio": None,
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20),
+        "precision": name,
+        "share_of_floor": round(floor / statistics.median(seconds), 3),
+        "persistent_kernel": any("persist" in kernel.lower() for kernel in kernels),
+        "cuda_graph": isinstance(job.part, Graphed) and job.part.replay is not None,
+        "lstm_kernels": sorted(kernel for kernel in kernels if "lstm" in kernel.lower() or "rnn" in kernel.lower())[:4],
+    }
+
+
+def gpu_rows(quick: bool) -> Iterator[dict[str, Any]]:
+    """All rows of a GPU; the ratio is to fp32 with as many rows."""
+    for rows in (64,) if quick else (32, 64, 128, 256, 512):
+        baseline = None
+        for name in ("fp32", "tf32", "bf16", "fp16"):
+            row = measure_on_gpu(rows, name, quick)
+            baseline = baseline or row["value"]
+            yield {**row, "ratio": round(row["value"] / baseline, 2)}
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="two small cases, or one batch size on a GPU")
+    parser.add_argument("--only", default="", help="the cases with this in their name")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="draw speeds and memory here")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        case, variant = json.loads(arguments.worker)
+        case["model"], case["optimizer"] = ModelSettings(**case["model"]), OptimizerSettings(**case["optimizer"])
+        worker(Case(**case), variant)
+        return
+    rows: list[dict[str, Any]] = []
+    if arguments.device == "cuda":
+        for row in gpu_rows(arguments.quick):
+            rows.append(row)
+            show(row)
+    else:
+        for case in cases(arguments.quick):
+            if arguments.only in case.name:
+                rows += measure_on_cpu(case, 3 if arguments.quick else arguments.rounds, 2.0)
+                for row in rows[-6:]:
+                    show(row)
+        for row in corpus_words(rows):
+            rows.append(row)
+            show(row)
+    command = f"python benchmarks/training.py{' --device cuda' if arguments.device == 'cuda' else ''}"
+    rows = [{**row, **facts(("lmdist", "torch"), command)} for row in rows]
+    if arguments.device == "cuda":
+        rows = [{**row, "machine": f"{torch.cuda.get_device_name()}, {row['machine']}"} for row in rows]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if arguments.plot:
+        draw(rows, arguments.plot)
+
+
+def show(row: dict[str, Any]) -> None:
+    """A line of the table."""
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:>8.2f}x"
+    memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:>8,} MiB"
+    more = f"  {row['share_of_floor']:.0%} of the floor" if "share_of_floor" in row else ""
+    print(f"{row['case']:<62}{row['variant']:<32}{row['value']:>12,.6g} {row['unit']:<10}{ratio}{memory}{more}", flush=True)
+
+
+def draw(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Speeds and memory of the variants of each case, against the baseline's."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in rows if row["unit"] == "words/s"]
+    names = list(dict.fromkeys(row["case"] for row in measured))
+    variants = list(dict.fromkeys(row["variant"] for row in measured))
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 0.55 * len(names) + 1.6), sharey=True, layout="constrained")
+    for number, variant in enumerate(variants):
+        found = {row["case"]: row for row in measured if row["variant"] == variant}
+        base = {row["case"]: row for row in measured if row["variant"] == BASELINE}
+        places = [place + 0.26 * (1 - number) for place in range(len(names))]
+        speed.barh(places, [found[name]["ratio"] for name in names], 0.24, label=variant)
+        memory.barh(places, [found[name]["peak_mib"] / base[name]["peak_mib"] for name in names], 0.24)
+    speed.set_yticks(range(len(names)), names)
+    speed.invert_yaxis()
+    speed.set_xlabel("words a second, plain PyTorch = 1")
+    memory.set_xlabel("peak memory, plain PyTorch = 1")
+    for axes in (speed, memory):
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.grid(axis="x", alpha=0.3)
+    speed.legend(fontsize=8)
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
