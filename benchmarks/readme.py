@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "reliability.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "reliability.md", ROOT / "docs" / "training.md")
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -125,9 +125,64 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['value']:g} {row['unit']}{ratio}"
 
 
+def training() -> str:
+    """Speed and memory of all cases on a CPU."""
+    rows = []
+    for run in results("training"):
+        measured = [row for row in run if row["unit"].endswith("words/s") and "persistent_kernel" not in row]
+        for case in dict.fromkeys(row["case"] for row in measured):
+            baseline, *others = (row for row in measured if row["case"] == case)
+            rows.append([case, *speeds(baseline, others)])
+    head = [
+        "model, rows x words, vocabulary",
+        "plain PyTorch",
+        "lmdist",
+        "lmdist, adaptive head",
+        "memory: plain, lmdist, adaptive",
+    ]
+    return markdown(head, rows)
+
+
+def speed() -> str:
+    """The cases of training with the vocabulary of WikiText-2."""
+    head, rule, *lines = training().splitlines(keepends=True)
+    return "".join([head, rule, *(line for line in lines if "V 33k" in line)])
+
+
+def speeds(baseline: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
+    """Words a second of each variant, and memory."""
+    cells = [f"{row['value']:,.0f} words/s (**{row['ratio']:.1f}x**)" for row in others]
+    cells += [""] * (2 - len(others))
+    return [
+        f"{baseline['value']:,.0f} words/s",
+        *cells,
+        ", ".join(f"{row['peak_mib']:,}" for row in (baseline, *others)) + " MiB",
+    ]
+
+
+def parts() -> str:
+    """What a step is made of, and how far each part is from its floor."""
+    rows = []
+    for run in results("training"):
+        pieces = [row for row in run if row["variant"].startswith("part: ")]
+        for case in dict.fromkeys(row["case"] for row in pieces):
+            here = [row for row in pieces if row["case"] == case]
+            cells = [f"{row['value']:.0%}" + (f" ({row['ratio']:.1f})" if row["ratio"] else "") for row in here]
+            rows.append([case, *cells])
+    return markdown(["case", "LSTM (of its floor)", "head (of its floor)", "clipping and update"], rows)
+
+
+def curves() -> str:
+    """The distance of each path's losses from the plain ones."""
+    rows = [[row["variant"], f"{row['loss']:.3f}", f"{row['value']:+.4f}"] for run in results("curves") for row in run]
+    return markdown(["path", "loss at the end, nats a word", "mean distance in the second half"], rows)
+
+
 def main() -> None:
     """Rewrite the pages, or check them."""
-    tables = {function.__name__: function for function in (quality, reliability, kills, outages)}
+    tables = {
+        function.__name__: function for function in (quality, reliability, kills, outages, training, speed, parts, curves)
+    }
     for path in PAGES:
         before = path.read_text(encoding="utf-8")
         after = BLOCK.sub(lambda match: match[1] + tables[match[2]]() + match[3], before)
