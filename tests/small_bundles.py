@@ -25,6 +25,7 @@ PLAIN_WORDS = "the cat dog president said that it is not so here we old too and 
 DOCUMENTS = ["The president said that the cat is here. It isn't a dog.", "We said it. The dog's (old) cat said so too."]
 TIED = ModelSettings(embedding_size=8, hidden_size=12, num_layers=3, dropout=0.0, tied=True)
 UNTIED = ModelSettings(embedding_size=6, hidden_size=10, num_layers=2, dropout=0.0, tied=False)
+ADAPTIVE = ModelSettings(embedding_size=6, hidden_size=20, num_layers=2, dropout=0.0, tied=False, head="adaptive")
 SINGLE = ModelSettings(embedding_size=7, hidden_size=7, num_layers=1, dropout=0.5, tied=True)
 
 

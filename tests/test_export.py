@@ -23,7 +23,19 @@ from lmdist.settings import ModelSettings
 from lmdist_export import convert, export, verify
 from lmdist_export.bundle import Bundle, GenerationConfig
 from lmdist_export.sampler import StepGraph
-from small_bundles import SINGLE, TIED, UNTIED, WORDS, command, edit_json, make_bundle, make_data, make_model, make_run
+from small_bundles import (
+    ADAPTIVE,
+    SINGLE,
+    TIED,
+    UNTIED,
+    WORDS,
+    command,
+    edit_json,
+    make_bundle,
+    make_data,
+    make_model,
+    make_run,
+)
 
 VOCABULARY_SIZE = 23
 
@@ -56,7 +68,7 @@ def failure(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tupl
 # --- the graph -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [TIED, UNTIED, SINGLE], ids=["tied", "untied", "single"])
+@pytest.mark.parametrize("settings", [TIED, UNTIED, SINGLE, ADAPTIVE], ids=["tied", "untied", "single", "adaptive"])
 def test_the_graph_answers_as_torch_does(settings: ModelSettings, tmp_path: Path) -> None:
     model = make_model(settings, VOCABULARY_SIZE)
     graph = graph_of(model, tmp_path / "model.onnx")
@@ -104,11 +116,25 @@ def test_names_types_axes_and_metadata_are_those_of_the_document(tmp_path: Path)
         "vocabulary_size": VOCABULARY_SIZE,
         "embedding_size": 8,
         "tied": True,
+        "cutoffs": [],
         "eos_id": 1,
         "unknown_id": 0,
         "run": "small",
     }
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
+
+
+@pytest.mark.parametrize("cutoffs", [[0], [5, 5], [9, 5], [5, 23], [5, 9, 12], [-1, 5]])
+def test_clusters_that_no_model_has_are_refused(tmp_path: Path, cutoffs: list[int]) -> None:
+    path = tmp_path / "model.onnx"
+    graph_of(make_model(ADAPTIVE, VOCABULARY_SIZE), path)
+    model = onnx.load(path)
+    for entry in model.metadata_props:
+        if entry.key == "cutoffs":
+            entry.value = json.dumps(cutoffs)
+    onnx.save(model, path)
+    with pytest.raises(DataError, match=r"clusters that no model has|its nodes are others"):
+        StepGraph(path)
 
 
 @pytest.mark.parametrize(("settings", "matrices"), [(SINGLE, 1), (UNTIED, 2)], ids=["tied", "untied"])

@@ -37,14 +37,18 @@ def write_step_graph(model: LanguageModel, path: Path, run: str) -> None:
 
 def step_graph(model: LanguageModel, run: str) -> onnx.ModelProto:
     """The step graph of `model` with all that a runtime must know in its metadata; `run` is the name to remember."""
-    assert isinstance(model.projection, nn.Linear), model.projection
-    sizes = Sizes(model.layer_sizes, model.vocabulary_size, model.settings.embedding_size, model.settings.tied)
-    weights = {
-        "embedding": array(model.embedding.weight),  # (V, E)
-        "projection_bias": array(model.projection.bias),  # (V)
-    }
+    projection, cutoffs = model.projection, []
+    weights = {"embedding": array(model.embedding.weight)}  # (V, E)
+    if isinstance(projection, nn.AdaptiveLogSoftmaxWithLoss):
+        cutoffs = projection.cutoffs[:-1]
+        for number, (narrow, words) in enumerate(projection.tail):  # type: ignore[misc]
+            weights[f"cluster_{number}.narrow"] = array(narrow.weight)
+            weights[f"cluster_{number}.words"] = array(words.weight)
+        projection = projection.head
+    sizes = Sizes(model.layer_sizes, model.vocabulary_size, model.settings.embedding_size, model.settings.tied, cutoffs)
+    weights["projection_bias"] = array(projection.bias)  # (V)
     if not sizes.tied:
-        weights["projection"] = array(model.projection.weight)  # (V, H)
+        weights["projection"] = array(projection.weight)  # (V, H)
     for layer, module in enumerate(model.layers):
         parameters = {name: input_output_forget_cell(array(value)) for name, value in module.named_parameters()}
         weights[f"layer_{layer}.W"] = parameters["weight_ih_l0"][None]  # (1, 4H, E)

@@ -89,8 +89,6 @@ def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str,
 
     path = checkpoint.find(run_or_checkpoint)
     model, origin = checkpoint.load_model(path)
-    if model.settings.head == "adaptive":
-        raise UsageError(f"{path} has an adaptive head; models with model.head full can be exported")
     held_out = held_out_text(origin, data)
     run, step = run_name(path), origin["progress"]["step"]
     say(f"{path}: step {step:,}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}")

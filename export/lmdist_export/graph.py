@@ -43,6 +43,14 @@ class Sizes:
     vocabulary_size: int
     embedding_size: int
     tied: bool
+    cutoffs: list[int] = field(default_factory=list)
+    """Of an adaptive head: the ids at which a cluster of rarer words begins."""
+
+    @property
+    def clusters(self) -> list[tuple[int, int]]:
+        """Of each cluster the length of its rows, a quarter of those before, and the number of its words."""
+        ends = [*self.cutoffs, self.vocabulary_size]
+        return [(self.layer_sizes[-1] // 4 ** (number + 1), end - start) for number, (start, end) in enumerate(pairwise(ends))]
 
 
 @dataclass(frozen=True)
@@ -82,14 +90,12 @@ def step_nodes(sizes: Sizes) -> list[Node]:
             Node("Squeeze", [f"{name}.Y_h", "axis_0"], [f"next_h_{layer}"]),  # (B, H)
             Node("Squeeze", [f"{name}.Y_c", "axis_0"], [f"next_c_{layer}"]),  # (B, H)
         ]
-    # Gemm reads the tied matrix as it lies. MatMul would need a second, transposed copy of it.
-    projection = ["hidden_rows", "embedding" if sizes.tied else "projection", "projection_bias"]
     nodes += [
         Node("Concat", [f"next_h_{layer}" for layer in layers], ["next_h"], {"axis": 1}),  # (B, S)
         Node("Concat", [f"next_c_{layer}" for layer in layers], ["next_c"], {"axis": 1}),  # (B, S)
         Node("Transpose", [f"inputs_{len(layers)}"], ["hidden"], {"perm": [1, 0, 2]}),  # (B, T, H)
         Node("Reshape", ["hidden", "rows_of_hidden"], ["hidden_rows"]),  # (B*T, H)
-        Node("Gemm", projection, ["logits_rows"], {"transB": 1}),  # (B*T, V)
+        *(adaptive_nodes(sizes) if sizes.cutoffs else full_nodes(sizes)),
         Node("Shape", ["tokens"], ["rows_and_words"]),
         Node("Concat", ["rows_and_words", "vocabulary_size"], ["logits_shape"], {"axis": 0}),
         Node("Reshape", ["logits_rows", "logits_shape"], ["logits"]),  # (B, T, V)
@@ -97,25 +103,58 @@ def step_nodes(sizes: Sizes) -> list[Node]:
     return nodes
 
 
+def full_nodes(sizes: Sizes) -> list[Node]:
+    """From the last layer's output to logits, by one row a word."""
+    # Gemm reads the tied matrix as it lies. MatMul would need a second, transposed copy of it.
+    projection = ["hidden_rows", "embedding" if sizes.tied else "projection", "projection_bias"]
+    return [Node("Gemm", projection, ["logits_rows"], {"transB": 1})]  # (B*T, V)
+
+
+def adaptive_nodes(sizes: Sizes) -> list[Node]:
+    """From the last layer's output to logarithms of probabilities: of frequent words and clusters, then inside each cluster."""
+    numbers = range(len(sizes.clusters))
+    nodes = [
+        Node("Gemm", ["hidden_rows", "projection", "projection_bias"], ["first_scores"], {"transB": 1}),
+        Node("LogSoftmax", ["first_scores"], ["first"], {"axis": 1}),  # (B*T, frequent words + clusters)
+        Node("Split", ["first", "first_sizes"], ["frequent", *(f"cluster_{number}" for number in numbers)], {"axis": 1}),
+    ]
+    for number in numbers:
+        name = f"cluster_{number}"
+        nodes += [
+            Node("Gemm", ["hidden_rows", f"{name}.narrow"], [f"{name}.rows"], {"transB": 1}),
+            Node("Gemm", [f"{name}.rows", f"{name}.words"], [f"{name}.scores"], {"transB": 1}),
+            Node("LogSoftmax", [f"{name}.scores"], [f"{name}.inside"], {"axis": 1}),
+            Node("Add", [f"{name}.inside", name], [f"rare_{number}"]),  # (B*T, words of the cluster)
+        ]
+    return [*nodes, Node("Concat", ["frequent", *(f"rare_{number}" for number in numbers)], ["logits_rows"], {"axis": 1})]
+
+
 def constants(sizes: Sizes) -> dict[str, list[int]]:
     """The numbers in the graph that are no weights, int64."""
-    return {
+    numbers = {
         "state_sizes": sizes.layer_sizes,
         "vocabulary_size": [sizes.vocabulary_size],
         "rows_of_hidden": [-1, sizes.layer_sizes[-1]],
         "axis_0": [0],
         "axis_1": [1],
     }
+    if sizes.cutoffs:
+        numbers["first_sizes"] = [sizes.cutoffs[0], *(1 for _ in sizes.clusters)]
+    return numbers
 
 
 def weight_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """The shape of each weight, float32."""
+    rows, last = sizes.cutoffs[0] + len(sizes.clusters) if sizes.cutoffs else sizes.vocabulary_size, sizes.layer_sizes[-1]
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (sizes.vocabulary_size, sizes.embedding_size),
-        "projection_bias": (sizes.vocabulary_size,),
+        "projection_bias": (rows,),
     }
     if not sizes.tied:
-        shapes["projection"] = (sizes.vocabulary_size, sizes.layer_sizes[-1])
+        shapes["projection"] = (rows, last)
+    for number, (length, words) in enumerate(sizes.clusters):
+        shapes[f"cluster_{number}.narrow"] = (length, last)
+        shapes[f"cluster_{number}.words"] = (words, length)
     for layer, (before, size) in enumerate(pairwise([sizes.embedding_size, *sizes.layer_sizes])):
         shapes[f"layer_{layer}.W"] = (1, 4 * size, before)
         shapes[f"layer_{layer}.R"] = (1, 4 * size, size)
@@ -188,16 +227,21 @@ def checked(data: memoryview, path: Path) -> Sizes:
     except (ValueError, RecursionError):
         raise OtherGraphError("its metadata are not JSON") from None
     check_version(metadata, (FORMAT, VERSION), path)
+    metadata.setdefault("cutoffs", [])  # younger than the first bundles
     check_shape(metadata, Sizes, path)
     sizes = Sizes(**{name: metadata[name] for name in Sizes.__annotations__})
     if not sizes.layer_sizes or min(*sizes.layer_sizes, sizes.vocabulary_size, sizes.embedding_size) < 1:
         raise OtherGraphError("its metadata name sizes below 1")
+    cuts = [0, *sizes.cutoffs, sizes.vocabulary_size]
+    if cuts != sorted(set(cuts)) or (sizes.cutoffs and (sizes.tied or min(length for length, _ in sizes.clusters) < 1)):
+        raise OtherGraphError("its metadata name clusters that no model has")
     operators = [fields(part, OPERATORS) for part in model["opset"]]
     if len(model["graph"]) != 1 or [(text(one["domain"]), one["version"]) for one in operators] != [("", [OPSET])]:
         raise OtherGraphError(f"it is not of opset {OPSET}")
     graph = fields(model["graph"][0], GRAPH)
     # A layer has several nodes: the table is not made where it is too long to be the graph's.
-    if len(sizes.layer_sizes) > len(graph["nodes"]) or [node_of(node) for node in graph["nodes"]] != step_nodes(sizes):
+    longest = max(len(sizes.layer_sizes), len(sizes.cutoffs))
+    if longest > len(graph["nodes"]) or [node_of(node) for node in graph["nodes"]] != step_nodes(sizes):
         raise OtherGraphError("its nodes are others")
     numbers, shapes = constants(sizes), weight_shapes(sizes)
     tensors = [fields(tensor, TENSOR) for tensor in graph["weights"]]
