@@ -410,6 +410,7 @@ def measure_on_gpu(rows: int, name: str, quick: bool) -> dict[str, Any]:
     steps(5)  # the recording of the graph among them
     once = steps(3)
     seconds = [steps(max(2, round((0.2 if quick else 1.0) / once))) for _ in range(3 if quick else 5)]
+    peak = torch.cuda.max_memory_allocated()
     dtype = Precision(name, "").dtype
     left, right = torch.rand(4096, 4096, device=device).to(dtype), torch.rand(4096, 32768, device=device).to(dtype)
     torch.mm(left, right)
@@ -428,7 +429,7 @@ def measure_on_gpu(rows: int, name: str, quick: bool) -> dict[str, Any]:
         "unit": "words/s",
         "spread": round(max(speeds) - min(speeds)),
         "ratio": None,
-        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20),
+        "peak_mib": round(peak / 2**20),
         "precision": name,
         "share_of_floor": round(floor / statistics.median(seconds), 3),
         "persistent_kernel": any("persist" in kernel.lower() for kernel in kernels),

@@ -400,7 +400,9 @@ def prune(checkpoints: Path, keep: int) -> None:
     kept = {*numbered[-keep:], best(checkpoints)}
     for folder in numbered:
         if folder not in kept:
-            shutil.rmtree(folder)
+            # Renamed first, so that a kill leaves no half of it under a checkpoint's name; `tidy` removes what is left.
+            removed = folder.rename(folder.with_name(f".{folder.name}.removed"))
+            shutil.rmtree(removed)
 
 
 def is_numbered(folder: Path) -> bool:

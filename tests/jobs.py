@@ -13,6 +13,8 @@ import torch
 
 from lmdist import config, loop
 from lmdist.distributed import World
+from lmdist.model import LanguageModel, State
+from lmdist.settings import DataSettings, ModelSettings, Recipe
 from lmdist.signals import StopRequest
 
 SMALL = (
@@ -42,6 +44,19 @@ def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.Compl
 def train_here(*flags: str) -> None:
     """Run the loop of a small job in this process, on one rank."""
     loop.train(config.load([*SMALL, *flags]), World(0, 1, torch.device("cpu")), StopRequest())
+
+
+def after_one_step(
+    settings: ModelSettings, vocabulary_size: int, rows: int
+) -> tuple[LanguageModel, torch.optim.Optimizer, State, dict[str, Any]]:
+    """A model, its optimizer after one step, the state of its streams, and the recipe of such a run."""
+    model = LanguageModel(settings, vocabulary_size)
+    optimizer = torch.optim.AdamW(model.parameters())
+    hidden, (h, c) = model(torch.randint(vocabulary_size, (rows, 5)), model.initial_state(rows))
+    hidden.sum().backward()
+    optimizer.step()
+    recipe = Recipe(model=settings, data=DataSettings(global_batch=rows))
+    return model, optimizer, (h.detach(), c.detach()), config.as_dict(recipe)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

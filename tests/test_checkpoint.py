@@ -6,25 +6,19 @@ import pytest
 import torch
 
 from corpora import chain, write_data_folder
-from lmdist import checkpoint, config
+from jobs import after_one_step
+from lmdist import checkpoint
 from lmdist.checkpoint import Progress
 from lmdist.errors import DataError
 from lmdist.files import whole_folder
-from lmdist.model import LanguageModel
-from lmdist.settings import DataSettings, ModelSettings, Recipe
+from lmdist.settings import ModelSettings
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A folder of three checkpoints of one model."""
     data = write_data_folder(tmp_path / "data", {"train": chain(100, 20)}, 20)
-    model = LanguageModel(ModelSettings(embedding_size=6, hidden_size=8), 20)
-    optimizer = torch.optim.AdamW(model.parameters())
-    hidden, state = model(torch.randint(20, (3, 4)), model.initial_state(3))
-    hidden.sum().backward()
-    optimizer.step()
-    streams = (state[0].detach(), state[1].detach())
-    recipe = config.as_dict(Recipe(model=model.settings, data=DataSettings(global_batch=3)))
+    model, optimizer, streams, recipe = after_one_step(ModelSettings(embedding_size=6, hidden_size=8), 20, rows=3)
     for step, nats in ((10, 2.0), (20, 1.5), (30, 1.9)):
         taken = checkpoint.snapshot(Progress(step, valid_nats=nats), model, optimizer, streams)
         checkpoint.save(tmp_path / "run" / "checkpoints", taken, recipe, data)

@@ -15,37 +15,24 @@ import pytest
 import torch
 
 from corpora import chain, write_data_folder
-from jobs import SMALL, environment, losses, rows, train, train_here
+from jobs import SMALL, after_one_step, environment, losses, rows, train, train_here
 from lmdist import checkpoint
 from lmdist.checkpoint import Progress
 from lmdist.errors import Stopped
-from lmdist.model import LanguageModel
 from lmdist.settings import ModelSettings
 
 
 @pytest.fixture
 def state(tmp_path):
-    """A data folder, a small model, and its optimizer after one step."""
+    """A data folder, a small model, its optimizer after one step, the streams' state and the recipe."""
     data = write_data_folder(tmp_path / "data", {"train": chain(400, 50)}, 50)
-    model = LanguageModel(ModelSettings(embedding_size=32, hidden_size=64), 50)
-    optimizer = torch.optim.AdamW(model.parameters())
-    hidden, streams = model(torch.randint(50, (4, 7)), model.initial_state(4))
-    hidden.sum().backward()
-    optimizer.step()
-    return data, model, optimizer, (streams[0].detach(), streams[1].detach())
-
-
-RECIPE = {"seed": 1, "optimizer": {"name": "adamw"}, "data": {"global_batch": 4}}
-
-
-def recipe_of(model: LanguageModel) -> dict:
-    return {**RECIPE, "model": {"embedding_size": 32, "hidden_size": 64}}
+    return data, *after_one_step(ModelSettings(embedding_size=32, hidden_size=64), 50, rows=4)
 
 
 @pytest.mark.slow
 def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_path):
     """A child saves step after step, each with the step's number in its parameters, and is killed at a random moment."""
-    data, model, optimizer, streams = state
+    data, model, optimizer, streams, recipe = state
     checkpoints = tmp_path / "checkpoints"
     generator = random.Random(5)
     step, in_the_middle = 0, 0
@@ -58,7 +45,7 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
                 with torch.no_grad():
                     model.projection.bias.fill_(step)
                 taken = checkpoint.snapshot(Progress(step), model, optimizer, streams)
-                checkpoint.save(checkpoints, taken, recipe_of(model), data)
+                checkpoint.save(checkpoints, taken, recipe, data)
                 checkpoint.prune(checkpoints, keep=2)
         time.sleep(generator.uniform(0.005, 0.12))
         os.kill(child, signal.SIGKILL)
@@ -81,9 +68,9 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
 
 
 def test_a_write_that_fails_is_a_warning_and_the_last_one_a_stop(state, tmp_path, capsys):
-    data, model, optimizer, streams = state
+    data, model, optimizer, streams, recipe = state
     checkpoints = tmp_path / "checkpoints"
-    saver = checkpoint.Saver(checkpoints, recipe_of(model), data, keep=2)
+    saver = checkpoint.Saver(checkpoints, recipe, data, keep=2)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(step: int, largest_file: int) -> None:
@@ -109,7 +96,7 @@ def test_a_write_that_fails_is_a_warning_and_the_last_one_a_stop(state, tmp_path
 
 
 def test_what_the_training_does_next_does_not_change_a_snapshot(state):
-    _, model, optimizer, streams = state
+    _, model, optimizer, streams, _ = state
     taken = checkpoint.snapshot(Progress(1), model, optimizer, streams)
     kept = {name: value.clone() for name, value in {**taken.parameters, **taken.training}.items()}
     with torch.no_grad():
@@ -123,10 +110,10 @@ def test_what_the_training_does_next_does_not_change_a_snapshot(state):
 
 
 def test_a_newest_one_that_is_missing_is_named(state, tmp_path, capsys):
-    data, model, optimizer, streams = state
+    data, model, optimizer, streams, recipe = state
     for step in (1, 2):
         taken = checkpoint.snapshot(Progress(step), model, optimizer, streams)
-        checkpoint.save(tmp_path / "checkpoints", taken, recipe_of(model), data)
+        checkpoint.save(tmp_path / "checkpoints", taken, recipe, data)
     shutil.rmtree(tmp_path / "checkpoints" / "step-000000002")
     found = checkpoint.newest(tmp_path / "checkpoints")
     assert found is not None
