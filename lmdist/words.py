@@ -55,8 +55,8 @@ ACROSS = re.compile(r"""[^\S ]["']|'[^\S ]""")
 AFTER_FULL_STOP = "])}>\"'»”’"
 FULL_STOP = re.compile(r"(.*[^.])\.([\])}>\"»”’]*)", re.DOTALL)
 
-# What plain text consists of: characters that no rule touches, clitics, marks that are always cut off. A quote opens where it is
-# the first character, and closes elsewhere, but not after a mark that opens: around some of these NLTK puts blanks first.
+# What plain text consists of: characters that no rule touches, clitics, and marks that are always cut off. A quote opens where
+# it is the first character and closes elsewhere, but not after a mark that opens: around some of these NLTK puts blanks first.
 OPENERS = "(\\[{<«“‘„"
 ALWAYS_CUT = rf"{OPENERS}\])}}>»”’;@#$%&*?!\u2012-\u2015"
 LETTER = rf"(?:[^\s\"'`:,.{ALWAYS_CUT}-]|(?<!\.)\.(?!\.)|(?<!-)-(?!-)|[,:](?=[0-9]))"
