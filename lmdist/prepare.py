@@ -42,7 +42,7 @@ DEMO = "demo"
 SPLITS = ("train", "valid", "test")
 
 # Less than this is tokenised before worker processes have started, and have asked NLTK for what they do not know.
-ONE_PROCESS_BYTES = {"word_tokenize": 20_000_000, "wordpunct": 60_000_000, "whitespace": 60_000_000}
+ONE_PROCESS_BYTES = {"word_tokenize": 40_000_000, "wordpunct": 60_000_000, "whitespace": 60_000_000}
 
 
 @dataclass
