@@ -62,7 +62,7 @@ ALWAYS_CUT = rf"{OPENERS}\])}}>»”’;@#$%&*?!\u2012-\u2015"
 LETTER = rf"(?:[^\s\"'`:,.{ALWAYS_CUT}-]|(?<!\.)\.(?!\.)|(?<!-)-(?!-)|[,:](?=[0-9]))"
 CLITIC = rf"(?:n't|N'T|'(?:[sSmMdD]|ll|LL|re|RE|ve|VE))(?=[\"{ALWAYS_CUT}]|[,:](?!\d)|\.\.|--|\Z)"
 CUT = rf"[{ALWAYS_CUT}]|[,:](?![\d,:])|\.{{2,}}|(?<!-)--(?!-)|\A\"(?!\")|(?<![{OPENERS}])(?<!\A)\""
-PIECE = re.compile(rf"{LETTER}+?(?={CLITIC})|{CLITIC}|{LETTER}+|{CUT}")
+PIECE = re.compile(rf"(?=.*'){LETTER}+?(?={CLITIC})|{CLITIC}|{LETTER}+|{CUT}")
 # These are cut in two.
 CONTRACTED = re.compile("cannot|gimme|gonna|gotta|lemme|wanna", re.IGNORECASE)
 
@@ -101,6 +101,8 @@ class WordFinder:
         """... and begins a sentence."""
         self.last = Answers(self._last)
         """... and ends a sentence."""
+        self.whole = Answers(lambda sentence: tuple(self.nltk_words(sentence)))
+        """The words of a sentence that cannot be cut at its blanks."""
 
     def __call__(self, document: str) -> list[str]:
         """The words of a document; raises TimeoutError where NLTK gives up."""
@@ -147,11 +149,11 @@ class WordFinder:
         """The words of a sentence without SEPARATOR and with no blank at its end, as NLTKWordTokenizer.tokenize gives them."""
         *chunks, last = sentence.split() or [""]
         if not last.strip(AFTER_FULL_STOP) or (not sentence.isprintable() and ACROSS.search(sentence)):
-            return self.nltk_words(sentence)
+            return [*self.whole[sentence]]
         words: list[str] = []
         if sentence[0] in "\"'.":  # on what else a sentence begins with, no rule does what it would not do after " "
             if not chunks:
-                return self.nltk_words(sentence)
+                return [*self.whole[sentence]]
             words += self.first[chunks.pop(0)]
         words += chain.from_iterable(map(self.inner.__getitem__, chunks))
         words += self.last[last]
@@ -180,8 +182,8 @@ class WordFinder:
 
 
 def plain(chunk: str) -> tuple[str, ...]:
-    """The words in what stands between blanks, where it consists of PIECEs; else none."""
-    words: list[str] = PIECE.findall(chunk)
+    """The words in what stands between blanks, where it is not long and consists of PIECEs; else none."""
+    words: list[str] = PIECE.findall(chunk[:LONGEST])
     if "".join(words) != chunk or CONTRACTED.search(chunk):
         return ()
     if words[0] == '"':

@@ -129,7 +129,7 @@ def test_what_it_has_kept_is_forgotten_in_time(finder, nltk, monkeypatch):
     for _ in range(2):
         same(small, nltk, f"{TEXT[0]} 'Twas so. {' '.join(TOKENS)}")
     assert small.inner
-    assert all(len(kept) <= 3 for kept in (small.breaks, small.inner, small.first, small.last))
+    assert all(len(kept) <= 3 for kept in (small.breaks, small.inner, small.first, small.last, small.whole))
 
 
 def test_another_nltk_finds_all_the_words_itself(finder, nltk, monkeypatch):
