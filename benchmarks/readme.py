@@ -125,6 +125,19 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['value']:g} {row['unit']}{ratio}"
 
 
+def preparing() -> str:
+    """Words a second, of the finding and of the whole command."""
+    rows = []
+    for row in (row for run in results("preparing") for row in run):
+        memory = f"{row['peak_mib']:,} MiB" if row["peak_mib"] else ""
+        variant = row["variant"]
+        if variant == "baseline":
+            variant = "1 process" if "workers" in row else "NLTK"
+        speed = f"{row['words'] / row['seconds']:,.0f}"
+        rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.1f}x", memory])
+    return markdown(["what", "how", "time", "words a second", "ratio", "peak memory"], rows)
+
+
 def training() -> str:
     """Speed and memory of all cases on a CPU."""
     rows = []
@@ -181,7 +194,8 @@ def curves() -> str:
 def main() -> None:
     """Rewrite the pages, or check them."""
     tables = {
-        function.__name__: function for function in (quality, reliability, kills, outages, training, speed, parts, curves)
+        function.__name__: function
+        for function in (quality, reliability, kills, outages, preparing, training, speed, parts, curves)
     }
     for path in PAGES:
         before = path.read_text(encoding="utf-8")

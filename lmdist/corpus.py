@@ -36,7 +36,7 @@ from lmdist.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID, Vocabulary
 SPLITS = ("train", "valid", "test")
 UNTOKENIZABLE = "untokenizable"
 
-CHUNK_CHARACTERS = 200_000  # what a worker gets at a time: a third of a second
+CHUNK_CHARACTERS = 200_000  # what a worker gets at a time: a twentieth of a second
 BLOCK_TOKENS = 1 << 20  # what is counted and renumbered at a time: some 20 MB
 
 

@@ -6,7 +6,7 @@
 
 `word_tokenize` is NLTK's own result, sentences and all. NLTK's sentence splitter, Punkt, wants a download of what others
 learnt from news; it is unsupervised, so it learns from the corpus itself instead, and what it learnt lies in text.json.
-This module does not know about ids, files of documents or splits. It imports NLTK only where a word must be found by it.
+This module does not know about ids, files of documents or splits. How NLTK's words are found, words.py knows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import dataclasses
 import re
 import string
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from typing import Any, TypedDict
 from lmdist.errors import DataError, UsageError
 from lmdist.files import build, check_shape, check_version, read_json, write_json
 from lmdist.vocabulary import END
+from lmdist.words import WordFinder
 
 FORMAT = "lmdist text"
 VERSION = 1
@@ -150,19 +150,11 @@ class WordTokenizer:
             return split_lines
         if self.settings.tokenizer == "wordpunct":
             return WORDPUNCT.findall
-        # 1.5 seconds of import, so only here.
-        from nltk.tokenize.destructive import NLTKWordTokenizer
-        from nltk.tokenize.punkt import PunktSentenceTokenizer
-
         if self.nltk_version.split(".")[:2] != version("nltk").split(".")[:2]:
             sys.stderr.write(
                 f"warning: the words were found by NLTK {self.nltk_version}; this is {version('nltk')}, which may find others\n"
             )
-        find_words = NLTKWordTokenizer().tokenize
-        if self.punkt is None:
-            return find_words
-        find_sentences = PunktSentenceTokenizer(punkt_parameters(self.punkt)).tokenize
-        return lambda document: [word for sentence in find_sentences(document) for word in find_words(sentence)]
+        return WordFinder(self.punkt)
 
 
 # nltk.tokenize.wordpunct_tokenize, without NLTK.
@@ -216,19 +208,6 @@ def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
         "sentence_starters": sorted(parameters.sent_starters),
         "contexts": dict(sorted(parameters.ortho_context.items())),
     }
-
-
-def punkt_parameters(punkt: dict[str, Any]) -> Any:
-    """NLTK's PunktParameters from the JSON of `train_punkt`."""
-    from nltk.tokenize.punkt import PunktParameters
-
-    parameters = PunktParameters()
-    parameters.abbrev_types = set(punkt["abbreviations"])
-    parameters.collocations = set(map(tuple, punkt["collocations"]))
-    parameters.sent_starters = set(punkt["sentence_starters"])
-    # Not the defaultdict that NLTK has: that one grows by every word it is asked for and does not know.
-    parameters.ortho_context = Counter(punkt["contexts"])  # pyright: ignore[reportAttributeAccessIssue]
-    return parameters
 
 
 # --- and back ------------------------------------------------------------------------------------------------------

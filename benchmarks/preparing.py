@@ -1,0 +1,167 @@
+"""How fast words are found, and text becomes a data folder: words a second against NLTK's own, memory against the text's size.
+
+    python benchmarks/preparing.py [--csv NEWS.csv] [--json benchmarks/results/preparing-MACHINE-DATE.json] [--plot FILE.png]
+    python benchmarks/preparing.py --quick          # less text, of two sizes
+
+First the words of one text are found on one core: by NLTK, which is the baseline, by a WordFinder that knows nothing yet, and
+by the same one again, in turns; that all find the same is asserted. The text is the demo corpus, or what the CSV holds. Then
+lmdist-prepare runs with one process and with one a core on CSVs of growing size, made as those of large.py. Words are counted
+at blanks. Memory is that of a command and all its processes (USS), sampled four times a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from large import watch, write_csv
+from nltk.tokenize.destructive import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktSentenceTokenizer
+from origin import facts
+
+from lmdist.demo import articles
+from lmdist.documents import Documents, find_files
+from lmdist.prepare import ONE_PROCESS_BYTES, cores
+from lmdist.text import train_punkt
+from lmdist.words import WordFinder, punkt_parameters
+
+MEGABYTES = (12, 56, 220)  # 2, 9 and 35 million words
+QUICK_MEGABYTES = (3, 42)
+
+
+def main() -> None:
+    """Measure, print a table, write the rows and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", help="find the words of this, in place of the demo corpus")
+    parser.add_argument("--words", type=int, default=200_000, help="so many of them at most (default: 200,000)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="2 rounds with 40,000 words, and CSVs of 3 and 42 MB")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="write the picture here")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds, arguments.words = 2, 40_000
+    rows = find(arguments.csv, arguments.words, arguments.rounds)
+    rows += prepare(QUICK_MEGABYTES if arguments.quick else MEGABYTES)
+    for row in rows:
+        peak = f"peak {row['peak_mib']:>5,} MiB" if row["peak_mib"] else ""
+        print(
+            f"{row['case']:<42}{row['variant']:<26}{row['value']:>10,} {row['unit']:<8}{row['ratio']:>7.2f}"
+            f"{row['words'] / row['seconds']:>12,.0f} words/s   {peak}"
+        )
+    if arguments.json:
+        command = f"python benchmarks/preparing.py --rounds {arguments.rounds} --words {arguments.words}"
+        command += " --csv FILE" if arguments.csv else ""
+        beside = facts(("lmdist", "nltk", "regex"), command)
+        arguments.json.write_text(json.dumps([{**row, **beside} for row in rows], indent=1) + "\n", encoding="utf-8")
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+def find(csv: str | None, most: int, rounds: int) -> list[dict[str, Any]]:
+    """The rows of the words found on one core."""
+    texts = [document.text for document in Documents(find_files([csv]))] if csv else [row[-1] for row in articles()]
+    punkt = train_punkt(texts)
+    words = count = 0
+    while count < len(texts) and words < most:
+        words += len(texts[count].split())
+        count += 1
+    texts = texts[:count]
+    find_sentences = PunktSentenceTokenizer(punkt_parameters(punkt)).tokenize
+    find_words = NLTKWordTokenizer().tokenize
+
+    def nltk(text: str) -> list[str]:
+        return [word for sentence in find_sentences(text) for word in find_words(sentence)]
+
+    seconds: dict[str, list[float]] = {"baseline": [], "lmdist, all of it new": [], "lmdist, once more": []}
+    for _ in range(rounds):
+        finder = WordFinder(punkt)
+        found = []
+        for values, function in zip(seconds.values(), (nltk, finder, finder), strict=True):
+            began = time.perf_counter()
+            found.append(each(function, texts))
+            values.append(time.perf_counter() - began)
+        assert found[0] == found[1] == found[2]
+    baseline = statistics.median(seconds["baseline"])
+    return [
+        {
+            "case": f"finding the words of {'news' if csv else 'the demo corpus'}",
+            "variant": variant,
+            "value": round(words / statistics.median(values)),
+            "unit": "words/s",
+            "spread": round(words / min(values) - words / max(values)),
+            "ratio": round(baseline / statistics.median(values), 2),
+            "peak_mib": None,
+            "words": words,
+            "seconds": round(statistics.median(values), 3),
+        }
+        for variant, values in seconds.items()
+    ]
+
+
+def each(function: Callable[[str], list[str]], texts: list[str]) -> list[int]:
+    """A hash of the words of each text: millions of words held in memory would slow down whoever comes second."""
+    return [hash(tuple(function(text))) for text in texts]
+
+
+def prepare(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The rows of lmdist-prepare."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        for megabytes in sizes:
+            file = Path(name) / f"{megabytes}.csv"
+            words = write_csv(file, megabytes * 1_000_000)
+            several = megabytes * 1_000_000 > ONE_PROCESS_BYTES["word_tokenize"] and cores() > 1
+            baseline = 0.0
+            for workers in (1, cores()) if several else (1,):
+                command = ["-m", "lmdist.prepare", str(file), "-o", "data", "--overwrite", "--workers", str(workers)]
+                seconds, peak = watch(command, Path(name))
+                baseline = baseline or seconds
+                rows.append(
+                    {
+                        "case": f"lmdist-prepare, {words / 1e6:.1f} million words",
+                        "variant": "baseline" if workers == 1 else f"{workers} worker processes",
+                        "value": round(seconds, 1),
+                        "unit": "s",
+                        "spread": None,
+                        "ratio": round(baseline / seconds, 2),
+                        "peak_mib": peak,
+                        "words": words,
+                        "seconds": round(seconds, 3),
+                        "megabytes": megabytes,
+                        "workers": workers,
+                    }
+                )
+            file.unlink()
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw words a second and memory against the size of the text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    prepared = [row for row in rows if "workers" in row]
+    for workers in sorted({row["workers"] for row in prepared}):
+        of_these = [row for row in prepared if row["workers"] == workers]
+        millions = [row["words"] / 1e6 for row in of_these]
+        label = f"{workers} worker process{'es' if workers > 1 else ''}"
+        speed.plot(millions, [row["words"] / row["seconds"] for row in of_these], "o-", label=label)
+        memory.plot(millions, [row["peak_mib"] for row in of_these], "o-", label=label)
+    for axes, title in ((speed, "lmdist-prepare: words a second"), (memory, "peak of memory, MiB")):
+        axes.set(title=title, xlabel="million words", xlim=0, ylim=0)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
