@@ -50,7 +50,9 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     torch.set_flush_denormal(True)
     checkpoints = Path(recipe.run_folder) / "checkpoints"
     newest = newest_checkpoint(recipe, world)
-    precision = agreed_precision(recipe, world, newest)
+    rows = world.rows(recipe.data.global_batch)
+    rows_at_once = (rows.stop - rows.start) // recipe.training.accumulation
+    precision = agreed_precision(recipe, world, newest, rows_at_once)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision.name))
     settings = recipe.training
 
@@ -59,9 +61,6 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     validation = folder.tokens("valid") if folder.has("valid") else None
     total_steps = settings.steps or math.ceil(settings.epochs * batches.steps_per_epoch)
     validate_every = settings.validate_every or batches.steps_per_epoch
-
-    rows = world.rows(recipe.data.global_batch)
-    rows_at_once = (rows.stop - rows.start) // settings.accumulation
 
     def due(step: int) -> bool:
         """Whether the model is validated after `step` steps."""
@@ -80,6 +79,8 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     if streams is not None:
         state = (streams[0][rows].to(world.device), streams[1][rows].to(world.device))  # each (R, S)
 
+    penalties = recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty
+
     def forward_backward(inputs: Tensor, targets: Tensor, h: Tensor, c: Tensor, share: Tensor) -> tuple[Tensor, ...]:
         """One part of a batch: adds its gradients, gives its nats and the state after; `share` is a word's in the loss.
 
@@ -95,8 +96,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
         scaler.scale(loss * world.size).backward()
         return part_nats.detach(), h.detach(), c.detach()
 
-    penalties = recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty
-    rehearse(forward_backward, model, recipe, world)
+    rehearse(forward_backward, model, rows_at_once, recipe.data.row_length, world)
     # DDP, sums over parts and the adaptive head, which asks how many words are rare, do not fit into a CUDA graph.
     fits = world.device.type == "cuda" and world.size == settings.accumulation == 1 and recipe.model.head == "full"
     part: Function = Graphed(forward_backward, model) if fits else forward_backward
@@ -171,9 +171,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             progress.step += 1
             progress.tokens += batch.tokens
             progress.valid_nats = None
-            progress.seconds += time.perf_counter() - began
             tokens += batch.tokens
-            seconds_since_log += time.perf_counter() - began
             console.advance()
 
             # Now and then a line, and a checkpoint to come: at the same step on every rank.
@@ -182,7 +180,12 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             logging = ended or due(progress.step) or at_multiple(progress.step, settings.log_every)
             saving = ended or stopping or at_multiple(progress.step, recipe.checkpoint.every_steps)
             if saving or logging:
-                progress.nats, progress.counted = nats.totals()
+                progress.nats, progress.counted = (
+                    nats.totals()
+                )  # a GPU is waited for only here: time is right from line to line
+            progress.seconds += time.perf_counter() - began
+            seconds_since_log += time.perf_counter() - began
+            if saving or logging:
                 mean = finite(progress.nats / progress.counted, "training loss", progress.step)
                 if settings.precision != "fp16":  # the scaler leaves out the steps whose gradients are too large for fp16
                     finite(norm.item(), "norm of the gradient", progress.step)
@@ -229,16 +232,15 @@ def newest_checkpoint(recipe: Recipe, world: World) -> Checkpoint | None:
     return newest, checkpoint.read_manifest(newest)
 
 
-def agreed_precision(recipe: Recipe, world: World, newest: Checkpoint | None) -> Precision:
-    """The precision that rank 0 chooses; all ranks have one, though they may be of several kinds."""
-    rows = recipe.data.global_batch // (world.size * recipe.training.accumulation)
+def agreed_precision(recipe: Recipe, world: World, newest: Checkpoint | None, rows: int) -> Precision:
+    """The precision that rank 0 chooses for `rows` at once; all ranks have one, though they may be of several kinds."""
     before = newest[1]["recipe"]["training"]["precision"] if newest else ""
     chosen = choose(recipe.training.precision, before, world.device, recipe.model, rows)
     name, _, why = str(world.agree(f"{chosen.name} {chosen.why}")).partition(" ")
     return Precision(name, why)
 
 
-def rehearse(forward_backward: Function, model: LanguageModel, recipe: Recipe, world: World) -> None:
+def rehearse(forward_backward: Function, model: LanguageModel, rows: int, length: int, world: World) -> None:
     """Go through DDP once before the first step, with words that nobody learns from.
 
     After its first backward DDP lays out the gradients anew, and on more than two ranks sums of another layout are rounded
@@ -246,8 +248,7 @@ def rehearse(forward_backward: Function, model: LanguageModel, recipe: Recipe, w
     """
     if world.size == 1:
         return
-    rows = recipe.data.global_batch // (world.size * recipe.training.accumulation)
-    tokens = torch.zeros(rows, recipe.data.row_length, dtype=torch.long, device=world.device)
+    tokens = torch.zeros(rows, length, dtype=torch.long, device=world.device)
     forward_backward(tokens, tokens, *model.initial_state(rows), torch.ones((), device=world.device))
     model.zero_grad(set_to_none=True)
 
