@@ -455,7 +455,7 @@ def main() -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two small cases, or one batch size on a GPU")
     parser.add_argument("--only", default="", help="the cases with this in their name")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -475,7 +475,7 @@ def main() -> None:
     else:
         for case in cases(arguments.quick):
             if arguments.only in case.name:
-                rows += measure_on_cpu(case, 3 if arguments.quick else arguments.rounds, 2.0)
+                rows += measure_on_cpu(case, arguments.rounds, 2.0)
                 for row in rows[-6:]:
                     show(row)
         for row in corpus_words(rows):
