@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "reliability.md", ROOT / "docs" / "training.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("reliability", "training", "scaling")))
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -191,11 +191,108 @@ def curves() -> str:
     return markdown(["path", "loss at the end, nats a word", "mean distance in the second half"], rows)
 
 
+def scaling() -> str:
+    """The measured steps, a line a number of ranks."""
+    head = [
+        "model and batch",
+        "ranks",
+        "step",
+        "efficiency",
+        "compute",
+        "of one rank's",
+        "all-reduce alone",
+        "exposed",
+        "overlap",
+    ]
+    rows = [
+        [
+            *(row["case"], row["variant"].removeprefix("baseline: "), milliseconds(row["value"], row["spread"])),
+            *(f"**{row['ratio']:.0%}**", milliseconds(row["compute_ms"], row["compute_spread"]), f"{row['contention']:.2f}"),
+            *(milliseconds(row["all_reduce_ms"]), milliseconds(row["exposed_ms"], row["exposed_spread"])),
+            "" if row["overlap"] is None else f"{row['overlap']:.0%}",
+            *(row["precision"], machine(row)),
+        ]
+        for row in of_kind("step")
+    ]
+    return markdown([*head, "precision", "on"], rows)
+
+
+def scaling_fit() -> str:
+    """What was fitted, and how well it fits."""
+    rows = [[row["variant"], f"{row['value']:g} {row['unit']}", machine(row)] for row in of_kind("fit")]
+    return markdown(["fitted", "value", "to measurements on"], rows)
+
+
+def scaling_errors() -> str:
+    """Each measurement that the model was fitted to, beside what the model says of it."""
+    rows = [
+        [
+            *(row["case"], f"{row['kind']}, {row['variant']}", f"{row['value']:,.4g} ms", f"{row['predicted_ms']:,.4g} ms"),
+            *(f"{row['predicted_ms'] / row['value'] - 1:+.0%}", machine(row)),
+        ]
+        for kind in ("step", "all-reduce")
+        for row in of_kind(kind)
+        if "predicted_ms" in row
+    ]
+    return markdown(["model and batch", "what", "measured", "the model says", "error", "on"], rows)
+
+
+def scaling_bytes() -> str:
+    """The gradients' bytes by the kind of head."""
+    rows = [
+        [
+            *(row["case"], row["variant"].removeprefix("baseline: "), f"{row['reduced_mb']:.1f} MB"),
+            *(f"{row['vocabulary_share']:.0%}", f"{row['late_mb']:.1f} MB"),
+        ]
+        for row in of_kind("gradients")
+    ]
+    rows = list(map(list, dict.fromkeys(map(tuple, rows))))  # each run has counted the same
+    return markdown(["model", "head", "reduced a step", "of it embedding and projection", "complete last"], rows)
+
+
+def scaling_predictions() -> str:
+    """The picture, and some points of its curves."""
+    shown = (2, 8, 32, 128)
+    rows = [
+        [
+            *(row["case"], f"{row['compute_ms']:,.4g} ms", row["network"]),
+            *(" to ".join(f"{curve[row['ranks'].index(ranks)]:.0%}" for curve in row["curves"]) for ranks in shown),
+        ]
+        for row in of_kind("prediction")
+    ]
+    picture = "![Predicted efficiency of weak scaling to 128 GPUs on three networks](images/scaling.svg)\n\n" if rows else ""
+    head = ["predicted for", "compute a step", "network", *(f"{ranks} GPUs" for ranks in shown)]
+    return picture + markdown(head, rows)
+
+
+def scaling_assumptions() -> str:
+    """What the predictions take for granted."""
+    return markdown(["assumed", ""], [[row["variant"], row["note"]] for row in of_kind("assumption")])
+
+
+def of_kind(kind: str) -> list[dict[str, Any]]:
+    """The rows of a kind, of all runs of the scaling benchmark."""
+    return [row for run in results("scaling") for row in run if row["kind"] == kind]
+
+
+def milliseconds(value: float | None, spread: float | None = None) -> str:
+    """A time, with half its spread where there is one."""
+    if value is None:
+        return ""
+    return f"{value:,.4g} ms" + ("" if spread is None else f" ± {spread / 2:,.2g}")
+
+
+def machine(row: dict[str, Any]) -> str:
+    """The GPU, or the machine."""
+    return row["device"] if row.get("device", "CPU") != "CPU" else row["machine"]
+
+
 def main() -> None:
     """Rewrite the pages, or check them."""
+    scalings = (scaling, scaling_fit, scaling_errors, scaling_bytes, scaling_predictions, scaling_assumptions)
     tables = {
         function.__name__: function
-        for function in (quality, reliability, kills, outages, preparing, training, speed, parts, curves)
+        for function in (quality, reliability, kills, outages, preparing, training, speed, parts, curves, *scalings)
     }
     for path in PAGES:
         before = path.read_text(encoding="utf-8")
