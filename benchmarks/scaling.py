@@ -11,7 +11,7 @@ other before each thing that is timed, and the slowest rank's time counts.
     compute     the same by ranks that exchange nothing (DDP's no_sync): W independent jobs side by side. What these lose
                 against one rank they lose to contention for the machine, its memory above all, and not to communication
     all-reduce  as many bytes as the step reduces, alone and in one tensor; and fractions of them, for the fit
-    exposed     step - compute, in each round: all that DDP adds, the copies into its buckets included
+    exposed     step - compute, turn by turn: all that DDP adds, the copies into its buckets included
     overlap     1 - exposed / all-reduce, from 0 to 1: the share of the communication that the computation hides
 
 Weak scaling gives each rank as many rows as the one had, strong scaling shares out the rows of the one. The model of a step,
@@ -186,10 +186,10 @@ def started(case: str, ranks: int, precision: str, arguments: argparse.Namespace
 
 def step_row(case: str, ranks: int, scaling: str, rounds: list[Answer], messages: list[Row], alone: Row | None) -> Row:
     """What was measured of a step: medians of the rounds' medians, and how far these lie apart; `alone` is one rank's."""
-    milliseconds = {key: [1e3 * answer["steps"][scaling][key] for answer in rounds] for key in ("step", "compute", "backward")}
-    step, compute, backward = (median(values) for values in milliseconds.values())
-    differences = [step - compute for step, compute in zip(milliseconds["step"], milliseconds["compute"], strict=True)]
-    exposed = median(differences) if messages else None
+    milliseconds = {
+        key: [1e3 * answer["steps"][scaling][key] for answer in rounds] for key in ("step", "compute", "backward", "exposed")
+    }
+    step, compute, backward, exposed = (median(values) for values in milliseconds.values())
     all_reduce = max((row["value"] for row in messages), default=None)
     share = 1 / ranks if scaling == "strong" else 1.0
     return {
@@ -207,9 +207,9 @@ def step_row(case: str, ranks: int, scaling: str, rounds: list[Answer], messages
         "backward_ms": round(backward, 2),
         "contention": round(compute / (share * alone["compute_ms"]), 3) if alone else 1.0,
         "all_reduce_ms": all_reduce,
-        "exposed_ms": None if exposed is None else round(exposed, 2),
-        "exposed_spread": None if exposed is None else spread(differences),
-        "overlap": None if exposed is None or all_reduce is None else round(min(max(1 - exposed / all_reduce, 0.0), 1.0), 3),
+        "exposed_ms": round(exposed, 2) if all_reduce else None,
+        "exposed_spread": spread(milliseconds["exposed"]) if all_reduce else None,
+        "overlap": round(min(max(1 - exposed / all_reduce, 0.0), 1.0), 3) if all_reduce else None,
         **rounds[0]["facts"],
     }
 
@@ -271,7 +271,7 @@ def work(arguments: argparse.Namespace) -> None:
             message = torch.zeros(size, dtype=dtype, device=world.device)
             ready = {"message": lambda message=message: partial(distributed.all_reduce, message)}
             timed(world, ready, WARM_UP)
-            messages[message.nbytes] = timed(world, ready, MESSAGES)["message"]
+            messages[message.nbytes] = median(timed(world, ready, MESSAGES)["message"])
     on_gpu = world.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     peaks = world.gather_rows(torch.tensor([peak]))
@@ -299,7 +299,10 @@ class Training:
         prepare_for(precision, self.model, world.device, case.rows, case.window)
 
     def measure(self, rows: int, seconds: float) -> Figures:
-        """Median seconds of a step, of one that exchanges nothing, and of a backward alone, on so many rows of a rank."""
+        """Median seconds of a step, of one that exchanges nothing, of what lies between the two, and of a backward alone.
+
+        This rank reads `rows` rows; all of it takes about `seconds`.
+        """
         torch.manual_seed(self.world.rank)
         frequencies = 1 / torch.arange(1, self.case.vocabulary_size + 1)
         words = frequencies.multinomial(rows * (self.case.window + 1), replacement=True)  # Zipf's law
@@ -309,8 +312,10 @@ class Training:
             "compute": lambda: partial(self.step, words, together=False),
             "backward": lambda: self.forward_apart(words).backward,
         }
-        turn = sum(timed(self.world, ready, WARM_UP).values())
-        return timed(self.world, ready, min(max(int(seconds / turn), LEAST), MOST))
+        turn = sum(map(median, timed(self.world, ready, WARM_UP).values()))
+        found = timed(self.world, ready, min(max(int(seconds / turn), LEAST), MOST))
+        exposed = [step - compute for step, compute in zip(found["step"], found["compute"], strict=True)]
+        return {name: median(values) for name, values in {**found, "exposed": exposed}.items()}
 
     def step(self, words: Tensor, *, together: bool) -> None:
         """A step of the loop, in which the ranks' gradients are averaged or stay apart."""
@@ -335,8 +340,8 @@ class Training:
             return summed_nats(self.model.dropout(hidden), self.model.projection, words[:, 1:]) / words[:, 1:].numel()
 
 
-def timed(world: World, ready: Mapping[str, Callable[[], Callable[[], object]]], times: int) -> Figures:
-    """Median seconds of what each entry makes ready, which take turns; of each time the slowest rank's counts."""
+def timed(world: World, ready: Mapping[str, Callable[[], Callable[[], object]]], times: int) -> dict[str, list[float]]:
+    """Seconds of what each entry makes ready, which take turns; of each time the slowest rank's counts."""
     seconds = torch.zeros(1, len(ready), times, dtype=torch.float64)
     for number in range(times):
         for place, make in enumerate(ready.values()):
@@ -346,7 +351,7 @@ def timed(world: World, ready: Mapping[str, Callable[[], Callable[[], object]]],
             action()
             seconds[0, place, number] = clock(world) - began
     slowest = world.gather_rows(seconds).amax(0)  # (entries, times)
-    return dict(zip(ready, slowest.median(1).values.tolist(), strict=True))
+    return dict(zip(ready, slowest.tolist(), strict=True))
 
 
 def clock(world: World) -> float:

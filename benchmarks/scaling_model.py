@@ -154,7 +154,7 @@ def draw(rows: Sequence[Row], picture: Path) -> None:
     predictions = [row for row in rows if row["kind"] == "prediction"]
     assumed = [f"{row['variant']}: {row['note']}" for row in rows if row["kind"] == "assumption"]
     cases = list(dict.fromkeys(row["case"] for row in predictions))
-    figure, panels = pyplot.subplots(1, len(cases), figsize=(4 * len(cases), 5.4), sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(1, len(cases), figsize=(12, 5.4), sharey=True, squeeze=False)
     for axes, case in zip(panels[0], cases, strict=True):
         here = [row for row in predictions if row["case"] == case]
         for number, row in enumerate(here):
