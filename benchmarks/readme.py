@@ -209,12 +209,18 @@ def scaling() -> str:
             *(row["case"], row["variant"].removeprefix("baseline: "), milliseconds(row["value"], row["spread"])),
             *(f"**{row['ratio']:.0%}**", milliseconds(row["compute_ms"], row["compute_spread"]), f"{row['contention']:.2f}"),
             *(milliseconds(row["all_reduce_ms"]), milliseconds(row["exposed_ms"], row["exposed_spread"])),
-            "" if row["overlap"] is None else f"{row['overlap']:.0%}",
-            *(row["precision"], machine(row)),
+            *(overlap(row), row["precision"], machine(row)),
         ]
         for row in of_kind("step")
     ]
     return markdown([*head, "precision", "on"], rows)
+
+
+def overlap(row: dict[str, Any]) -> str:
+    """The overlap of a step, where what is exposed is known more exactly than to an all-reduce."""
+    if row["overlap"] is None:
+        return ""
+    return f"{row['overlap']:.0%}" if row["exposed_spread"] / 2 < row["all_reduce_ms"] else "lost in noise"
 
 
 def scaling_fit() -> str:
@@ -260,7 +266,7 @@ def scaling_predictions() -> str:
         ]
         for row in of_kind("prediction")
     ]
-    picture = "![Predicted efficiency of weak scaling to 128 GPUs on three networks](images/scaling.svg)\n\n" if rows else ""
+    picture = "![Predicted efficiency of weak scaling to 128 GPUs](images/scaling.svg)\n\n" if rows else ""
     head = ["predicted for", "compute a step", "network", *(f"{ranks} GPUs" for ranks in shown)]
     return picture + markdown(head, rows)
 
