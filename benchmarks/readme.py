@@ -180,7 +180,8 @@ def parts() -> str:
         pieces = [row for row in run if row["variant"].startswith("part: ")]
         for case in dict.fromkeys(row["case"] for row in pieces):
             here = [row for row in pieces if row["case"] == case]
-            cells = [f"{row['value']:.0%}" + (f" ({row['ratio']:.1f})" if row["ratio"] else "") for row in here]
+            whole = sum(row["value"] for row in here)
+            cells = [f"{row['value'] / whole:.0%}" + (f" ({row['ratio']:.1f})" if row["ratio"] else "") for row in here]
             rows.append([case, *cells])
     return markdown(["case", "LSTM (of its floor)", "head (of its floor)", "clipping and update"], rows)
 
