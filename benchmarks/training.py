@@ -513,7 +513,7 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     for number, variant in enumerate(variants):
         found = {row["case"]: row for row in measured if row["variant"] == variant}
         base = {row["case"]: row for row in measured if row["variant"] == BASELINE}
-        places = [place + 0.26 * (1 - number) for place in range(len(names))]
+        places = [place + 0.26 * (number - 1) for place in range(len(names))]
         speed.barh(places, [found[name]["ratio"] for name in names], 0.24, label=variant)
         memory.barh(places, [found[name]["peak_mib"] / base[name]["peak_mib"] for name in names], 0.24)
     speed.set_yticks(range(len(names)), names)
