@@ -44,6 +44,7 @@ def main() -> None:
     steps = 12 if arguments.quick else arguments.steps
     device = torch.device(arguments.device)
     curves: dict[str, list[float]] = {}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         data = DataSettings(folder=str(Path(scratch) / "demo"))
         prepare(PrepareSettings(inputs=["demo"], group_by="title", lowercase=True, min_count=3), Path(data.folder))
@@ -52,11 +53,10 @@ def main() -> None:
         for seed, variant in enumerate((BASELINE, *OTHER_SEEDS), start=1):
             torch.manual_seed(seed)
             curves[variant] = train(PlainJob(case), folder, data, steps, seed, device)
+            rows.append(row(variant, curves[variant], curves[BASELINE]))
         for variant, name in paths(device).items():
             curves[variant] = train(started(case, name, variant, device), folder, data, steps, 1, device)
-    rows = [row(variant, curve, curves[BASELINE]) for variant, curve in curves.items()]
-    for made in rows:
-        print(f"{made['variant']:<28}loss {made['loss']:>7.4f}{made['value']:>10.4f} {made['unit']}")
+            rows.append(row(variant, curves[variant], curves[BASELINE]))
     command = f"python benchmarks/curves.py --steps {steps}"
     if arguments.json:
         rows = [{**made, **facts(("lmdist", "torch"), command)} for made in rows]
@@ -105,10 +105,10 @@ def train(job: PlainJob | Job, folder: Folder, data: DataSettings, steps: int, s
 
 
 def row(variant: str, curve: list[float], baseline: list[float]) -> dict[str, Any]:
-    """A row: the mean distance from the baseline in the second half, and the loss in the last tenth."""
+    """A row, shown at once: the mean distance from the baseline in the second half, and the loss in the last tenth."""
     half, tail = len(curve) // 2, max(1, len(curve) // 10)
     distances = [ours - theirs for ours, theirs in zip(curve[half:], baseline[half:], strict=True)]
-    return {
+    made = {
         "case": f"demo text, {len(curve)} steps of 20 x 35 words",
         "variant": variant,
         "value": round(statistics.mean(distances), 4),
@@ -119,6 +119,8 @@ def row(variant: str, curve: list[float], baseline: list[float]) -> dict[str, An
         "loss": round(statistics.mean(curve[-tail:]), 4),
         "curve": [round(value, 4) for value in curve],
     }
+    print(f"{variant:<28}loss {made['loss']:>7.4f}{made['value']:>10.4f} {made['unit']}", flush=True)
+    return made
 
 
 def draw(curves: dict[str, list[float]], picture: Path) -> None:
