@@ -59,7 +59,8 @@ def main() -> None:
             rows.append(row(variant, curves[variant], curves[BASELINE]))
     command = f"python benchmarks/curves.py --steps {steps}"
     if arguments.json:
-        rows = [{**made, **facts(("lmdist", "torch"), command)} for made in rows]
+        beside = facts(("lmdist", "torch"), command)
+        rows = [{**made, **beside} for made in rows]
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
         draw(curves, arguments.plot)

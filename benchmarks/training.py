@@ -373,12 +373,11 @@ def corpus_words(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = {(row["case"], row["variant"]): row for row in rows if row["unit"] == "words/s"}
     made = []
     for case in sorted({row["case"] for row in rows if row["case"].startswith("tutorial")}):
-        baseline, ours = found[case, BASELINE], found[case, "lmdist"]
-        made.append({**baseline, "value": round(baseline["value"] / 19, 1), "spread": round(baseline["spread"] / 19, 1)})
-        made.append({**ours, "variant": "lmdist, streams", "ratio": round(ours["value"] / made[-1]["value"], 1)})
-        for row in made[-2:]:
-            row.update({"case": f"{case}, a word of the corpus", "unit": "corpus words/s"})
-        made[-2]["variant"] = f"{BASELINE}, windows of stride 1"
+        same = {"case": f"{case}, a word of the corpus", "unit": "corpus words/s"}
+        windows, streams = found[case, BASELINE], found[case, "lmdist"]
+        speed, spread = (round(windows[name] / 19, 1) for name in ("value", "spread"))
+        made.append({**windows, **same, "variant": f"{BASELINE}, windows of stride 1", "value": speed, "spread": spread})
+        made.append({**streams, **same, "variant": "lmdist, streams", "ratio": round(streams["value"] / speed, 1)})
     return made
 
 
@@ -482,9 +481,10 @@ def main() -> None:
             rows.append(row)
             show(row)
     command = f"python benchmarks/training.py{' --device cuda' if arguments.device == 'cuda' else ''}"
-    rows = [{**row, **facts(("lmdist", "torch"), command)} for row in rows]
+    beside = facts(("lmdist", "torch"), command)
     if arguments.device == "cuda":
-        rows = [{**row, "machine": f"{torch.cuda.get_device_name()}, {row['machine']}"} for row in rows]
+        beside["machine"] = f"{torch.cuda.get_device_name()}, {beside['machine']}"
+    rows = [{**row, **beside} for row in rows]
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:

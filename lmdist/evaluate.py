@@ -49,11 +49,9 @@ def evaluate(
             if stop and stop.requested:
                 break
             batch = batches.batch(step, rows)
-            hidden, state = model(batch.inputs.to(world.device), state)
-            nats.add(
-                summed_nats(hidden, model.projection, batch.targets.to(world.device)),
-                int((batch.targets != IGNORED).sum()),
-            )
+            inputs, targets = batch.words(world.device)
+            hidden, state = model(inputs, state)
+            nats.add(summed_nats(hidden, model.projection, targets), int((batch.targets != IGNORED).sum()))
     model.train(was_training)
     return nats
 

@@ -120,28 +120,31 @@ def choose_kernels(model: LanguageModel, rows: int, length: int) -> list[str]:
 
     The layers of one size are alike, so one of them is tried, on batches of `rows` x `length` words.
     """
-    warnings: dict[tuple[int, int], str] = {}
+    warnings: list[str] = []
     found: dict[tuple[int, int], str] = {}
     for layer in model.layers:
         assert isinstance(layer, Layer)
         sizes = layer.input_size, layer.hidden_size
         if sizes not in found:
-            kernels = KERNELS[::-1] if layer.hidden_size >= LARGE_LAYER else KERNELS
-            errors = {}
-            for kernel in kernels:
-                errors[kernel] = gradient_error(layer, kernel, rows, length)
-                if errors[kernel] <= WRONG:
-                    found[sizes] = kernel
-                    break
-            else:
-                found[sizes] = "fp32"
+            found[sizes], errors = right_kernel(layer, rows, length)
+            if found[sizes] == "fp32":
                 shown = ", ".join(f"{kernel} {error:.2g}" for kernel, error in errors.items())
-                warnings[sizes] = (
+                warnings.append(
                     f"warning: bf16 gradients of an LSTM layer {sizes[0]} -> {sizes[1]} are wrong on this processor "
                     f"(relative error: {shown}); the layer stays in fp32"
                 )
         layer.kernel = found[sizes]
-    return list(warnings.values())
+    return warnings
+
+
+def right_kernel(layer: Layer, rows: int, length: int) -> tuple[str, dict[str, float]]:
+    """The fastest kernel whose gradients are right in bf16, else fp32; and the errors of those that were tried."""
+    errors: dict[str, float] = {}
+    for kernel in KERNELS[::-1] if layer.hidden_size >= LARGE_LAYER else KERNELS:
+        errors[kernel] = gradient_error(layer, kernel, rows, length)
+        if errors[kernel] <= WRONG:
+            return kernel, errors
+    return "fp32", errors
 
 
 def gradient_error(layer: Layer, kernel: str, rows: int, length: int) -> float:
