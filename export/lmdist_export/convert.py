@@ -103,8 +103,8 @@ def eight_bits(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.
 def four_bits(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Each row (N, K) as MatMulNBits stores it: two numbers a byte, in blocks of K, and the scale of each block.
 
-    A number is from 0 to 15 and 8 means zero. The scale has the sign that turns a block's largest number into 0, since there is one
-    more below 8 than above.
+    A number is from 0 to 15 and 8 means zero. The scale has the sign that turns a block's largest number into 0, since there
+    is one more below 8 than above.
     """
     count = len(rows)
     blocks = math.ceil(rows.shape[1] / NBITS_BLOCK)
@@ -112,7 +112,7 @@ def four_bits(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.
     largest = np.take_along_axis(padded, np.abs(padded).argmax(axis=2, keepdims=True), axis=2)  # with its sign
     scale = np.where(largest == 0, 1, largest / -8).astype(np.float32)
     whole = np.clip(np.round(padded / scale) + 8, 0, 15).astype(np.uint8)
-    return whole[..., 0::2] | whole[..., 1::2] << 4, scale.reshape(-1)
+    return whole[..., 0::2] | np.left_shift(whole[..., 1::2], np.uint8(4)), scale.reshape(-1)
 
 
 def array(parameter: Tensor) -> NDArray[np.float32]:

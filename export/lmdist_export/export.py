@@ -1,7 +1,8 @@
 """A trained model becomes a bundle: `lmdist-export RUN_OR_CHECKPOINT -o BUNDLE`.
 
-The graph is written, opened by onnxruntime and compared with torch (verify.py) before the bundle appears under its name; a
-graph that differs leaves nothing behind, nor does a precision that costs too much. What the bundle is made of is said in bundle.py and docs/bundle.md.
+The graphs are written, opened by onnxruntime and compared with torch (verify.py) before the bundle appears under its name: one
+that differs leaves nothing behind, nor does a precision that costs too much. What the bundle is made of is said in bundle.py
+and docs/bundle.md.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         choices=(*PRECISIONS, "auto"),
         default="fp32",
-        help="of the weights. fp16: half as large, as fast on a CPU; int8: a quarter, several times as fast, on a CPU only; int4: "
-        "an int8 model with a projection of 4 bits, faster for one text at a time; auto: the fastest here of those that cost "
+        help="of the weights. fp16: half as large, as fast on a CPU; int8: a quarter, several times as fast, on a CPU only; "
+        "int4: int8 with a projection of 4 bits, faster for one text at a time; auto: the fastest here of those that cost "
         "little enough (default: fp32)",
     )
     made.add_argument(

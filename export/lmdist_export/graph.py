@@ -326,9 +326,9 @@ class Network:
         return hidden, h, c
 
     def logits(self, g: Graph, hidden: str, bias: str = "", scale: str = "") -> str:
-        """Scores (R, V') of all words after the last layer's outputs (R, H), times `scale`; `bias` (V') stands in for their own.
+        """Scores (R, V') of all words after the last layer's outputs (R, H), times `scale`.
 
-        Of an adaptive head logarithms of probabilities, to which `bias` is added.
+        `bias` (V') stands in for the model's own. An adaptive head gives logarithms of probabilities, to which it is added.
         """
         rows = self.whole(g, "projection", hidden)
         if not self.sizes.cutoffs:

@@ -6,8 +6,8 @@
     words, state = sampler.make(state, config, 100)             # 100 words of each, (100, 4),
     words, state = sampler.make(state, config, 100)             # and 100 more
 
-The only file that imports onnxruntime. A graph is made for what is asked of it (graph.py), when it is first needed. This module does not
-know when a text ends (generation.py). No torch and no onnx: a machine that samples has neither.
+The only file that imports onnxruntime. A graph is made for what is asked of it (graph.py), when it is first needed. This
+module does not know when a text ends (generation.py). No torch and no onnx: a machine that samples has neither.
 
 Shapes: B rows, T words, P words of a prompt, N new words, V vocabulary (V' rounded up to whole blocks), S the sum of the
 layers' sizes.
@@ -104,7 +104,7 @@ class State:
         try:
             with np.load(path, allow_pickle=False) as file:
                 generators = tuple(restored(state) for state in json.loads(str(file["generators"])))
-                counts = file["counts"] if "counts" in file else None
+                counts = file.get("counts")
                 return cls(file["words"], file["lengths"], file["h"], file["c"], generators, counts)
         except FileNotFoundError:
             raise MissingInputError(f"{path} is not there; a state written by State.save is expected") from None
@@ -162,8 +162,8 @@ class Sampler:
         """The generation graph that has these features."""
         if features not in self.generation:
 
-            def graph(sizes: Sizes, location: str, **runtime: bool) -> bytes:
-                return generation_graph(sizes, features, location, **runtime)
+            def graph(sizes: Sizes, location: str, *, cuda: bool, saturates: bool) -> bytes:
+                return generation_graph(sizes, features, location, cuda=cuda, saturates=saturates)
 
             self.generation[features] = self.runtime.open(graph)
         return self.generation[features]
@@ -215,7 +215,7 @@ class Sampler:
     def start(self, prompts: Sequence[Sequence[int]]) -> State:
         """The state of texts that begin with `prompts`, of which nothing was read yet; none may be empty."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-        assert len(prompts) > 0 and lengths.min() > 0, "there is no word after nothing: a text begins with the end mark"
+        assert all(lengths), "there is no word after nothing: a text begins with the end mark"
         words = np.zeros((len(prompts), lengths.max()), np.int64)
         for row, prompt in enumerate(prompts):
             words[row, : len(prompt)] = prompt
@@ -238,10 +238,10 @@ class Sampler:
         row_bias: NDArray[np.float32] | None = None,
         in_prompt: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.int64], State]:
-        """Make `words` words of each text in one run, (N, B); fewer where all have made one of `stops`. And the state after them.
+        """Make N = `words` words of each text in one run, (N, B), fewer where all have made one of `stops`; and the state then.
 
-        A text goes on after its stop where others have not come to theirs. `bias` (V) is added to all logits, `row_bias` (B, V) to each
-        row's; `in_prompt` (B, V) says which words a repetition penalty finds in the prompts.
+        A text goes on after its stop where others have not come to theirs. `bias` (V) is added to all logits, `row_bias`
+        (B, V) to each row's; `in_prompt` (B, V) says which words a repetition penalty finds in the prompts.
         """
         features = features_of(config, row_bias is not None)
         session = self.generation_session(features)
@@ -358,7 +358,7 @@ def products_saturate(threads: int) -> bool:
 
 
 def open_session(graph: bytes, folder: Path, provider: str, threads: int) -> Any:
-    """A session of `graph`, whose weights lie in `folder`, on `provider` and nothing else; raises UsageError where it cannot."""
+    """A session of `graph`, with weights in `folder`, on `provider` and nothing else; raises UsageError where it cannot."""
     if provider not in PROVIDERS:
         raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
     if threads < 0:
