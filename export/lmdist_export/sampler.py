@@ -41,6 +41,7 @@ ModelState = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(h, c), each (B, S): the layers' states side by side. Row b is all that the model knows of text b."""
 
 PREFILL_WORDS = 64  # a context is read in pieces of so many words: their logits are (1, 64, V), and only the last count
+READ_AT_ONCE = 512  # words of a prompt in one run: they take room for their gates, (512, B, 4H)
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one run: 32 MiB
 
 
@@ -226,7 +227,18 @@ class Sampler:
 
         With the `config` of the words to be made their graph serves for it.
         """
-        return self.make(state.seeded(0), config or GenerationConfig(), 0)[1]
+        config = config or GenerationConfig()
+        while True:
+            piece = replace(
+                state.seeded(0), words=state.words[:, :READ_AT_ONCE], lengths=np.minimum(state.lengths, READ_AT_ONCE)
+            )
+            after = self.make(piece, config, 0)[1]
+            rest = state.words[:, READ_AT_ONCE:]
+            if not rest.size:
+                return replace(after, generators=state.generators)
+            # The last word of a piece is still to be read; of a row that is at its end it is the only one.
+            words = np.concatenate([after.words, rest], axis=1)
+            state = replace(state, words=words, lengths=np.maximum(1, state.lengths - READ_AT_ONCE + 1), h=after.h, c=after.c)
 
     def make(
         self,
