@@ -1,0 +1,600 @@
+"""How many words a second a model makes: lmdist against the PyTorch and onnxruntime that people write.
+
+    python benchmarks/sampling.py [--json benchmarks/results/sampling-MACHINE-DATE.json] [--plot FILE]     # one CPU core
+    python benchmarks/sampling.py --quick
+    python benchmarks/sampling.py --device cuda --json benchmarks/results/sampling-MACHINE-DATE.json
+
+Three models with random weights, and one, 16 or 64 texts at a time. Every variant draws each word from the whole
+distribution, at temperature 1. The baseline is a step of `nn.LSTM` a word, softmax and `torch.multinomial`. Beside it stand:
+the same with all words so far read again for each new one, as tutorials do it, of a text that grows to 30 words; the step by
+`torch.compile`, with frozen weights; lmdist's step graph called word by word, with numpy to draw; and lmdist's own way, the
+loop in the graph, in each precision. What options cost is measured with the model M in int8 (fp16 on a GPU).
+
+Every variant is a process of its own on one core, and they take turns, every round in another order; so a machine that slows
+down slows all of them. The value is the median of the rounds. Peak memory is that of the process less what it had before the
+model was made.
+
+`share` rows say how much of what the machine can do is used. With one text each weight is read once a word: its bytes, against
+the fastest of four ways to read 256 MiB of fp32 numbers by numpy, or torch on a GPU. With 64 texts the multiplications count,
+against onnxruntime's product of 64 x 1024 numbers with M's projection in the same precision. Both are measured before and after
+all else, on the same core, and the best counts.
+
+The time to the first word is that of a whole process: `lmdist-generate` with a prompt, against `import torch` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from origin import facts
+
+from lmdist.files import sums, write_json
+from lmdist.settings import ModelSettings
+from lmdist.text import TextSettings, WordTokenizer
+from lmdist.vocabulary import END, END_ID, UNKNOWN, Vocabulary
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
+from lmdist_export.graph import Network, Sizes, column_of, length_of, weights
+from lmdist_export.onnx_file import FLOAT, Graph, model_bytes
+from lmdist_export.sampler import Runtime, Sampler, import_onnxruntime
+
+BASELINE = "baseline"
+AGAIN = "torch, all words again"
+COMPILED = "torch.compile"
+STEPS = "onnxruntime, word by word"
+PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp32", "fp16")}
+OPTIONS = {"greedy": {"do_sample": False}, "top-k 40": {"top_k": 40}, "top-p 0.9": {"top_p": 0.9}}
+OPTIONS_MODEL, OPTIONS_BATCHES, OPTIONS_PRECISION = "M", (1, 64), {"cpu": "int8", "cuda": "fp16"}
+AGAIN_LENGTHS = (8, 23)  # as long in the mean as all from 1 to 30
+COMPILE_SECONDS = 240  # a step that takes longer to compile has no row
+BYTES_READ = 2**28  # far more than any cache holds
+FIRST_WORD = ["--prompt", "w7 w77 w777", "--max-new-tokens", "1", "--seed", "1"]
+
+STYLES: dict[str, dict[str, Any]] = {
+    AGAIN: {"label": "torch, all words again", "color": "#c7c7c7", "marker": "v"},
+    BASELINE: {"label": "torch, a step a word", "color": "#7f7f7f", "marker": "s"},
+    COMPILED: {"label": "torch.compile", "color": "#3f3f3f", "marker": "D"},
+    STEPS: {"label": "onnxruntime, word by word", "color": "#e69f00", "marker": "^"},
+    "lmdist fp32": {"label": "lmdist fp32", "color": "#9ecae1", "marker": "o", "linewidth": 2},
+    "lmdist fp16": {"label": "lmdist fp16", "color": "#2171b5", "marker": "o", "linewidth": 2},
+    "lmdist int8": {"label": "lmdist int8", "color": "#2171b5", "marker": "o", "linewidth": 2},
+    "lmdist int4": {"label": "lmdist int4", "color": "#54278f", "marker": "o", "linewidth": 2, "linestyle": "--"},
+}
+"""Of the lines in the picture."""
+
+Run = Callable[[int], int]
+"""Makes about so many words of each text; gives how many it made."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its name."""
+
+    name: str
+    settings: ModelSettings
+    vocabulary_size: int
+
+    @property
+    def case(self) -> str:
+        """The name and the sizes."""
+        sizes = "-".join(map(str, self.settings.layer_sizes))
+        return f"{self.name}: {self.settings.embedding_size}, {sizes}, V {self.vocabulary_size:,}"
+
+
+MODELS = (
+    Model("S", ModelSettings(100, 256, 2, 0.0, tied=False), 10_000),
+    Model("M", ModelSettings(100, 1024, 2, 0.0, tied=False), 33_278),
+    Model("L", ModelSettings(400, 1150, 3, 0.0, tied=True), 33_278),
+)
+
+
+# --- models and bundles with random weights --------------------------------------------------------------------------
+
+
+def random_model(kind: Callable[[ModelSettings, int], Any], model: Model) -> Any:
+    """A model of torch whose words come about as often as English ones: by Zipf's law, with Mandelbrot's 2.7."""
+    import torch
+
+    torch.manual_seed(0)
+    made = kind(model.settings, model.vocabulary_size).eval()
+    with torch.no_grad():
+        made.projection.bias.copy_(-torch.log(torch.arange(model.vocabulary_size) + 2.7))
+    return made
+
+
+def write_bundle(model: Model, folder: Path, precision: str) -> None:
+    """A bundle of a model that nobody trained, so that there is nothing to compare."""
+    from lmdist.model import LanguageModel
+    from lmdist_export.convert import write_graphs
+
+    folder.mkdir()
+    sizes = write_graphs(random_model(LanguageModel, model), folder, model.name, precision)
+    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, model.vocabulary_size))]).save(folder / "vocab.txt")
+    WordTokenizer.train(TextSettings("whitespace"), []).save(folder / "text.json")
+    manifest = {"format": FORMAT, "version": VERSION, "sizes": asdict(sizes), "files": sums(folder)}
+    write_json(folder / GENERATION_CONFIG, asdict(GenerationConfig()))
+    write_json(folder / "manifest.json", manifest)
+
+
+# --- the variants ----------------------------------------------------------------------------------------------------
+
+
+def torch_steps(model: Model, device: str, batch: int, *, again: bool) -> Run:
+    """The PyTorch that people write: a step a word with the state kept, or all words so far read `again` for each."""
+    import torch
+    from training import PlainModel
+
+    plain = random_model(PlainModel, model).to(device)
+
+    @torch.inference_mode()
+    def run(words: int) -> int:
+        tokens, states, made = torch.full((batch, 1), END_ID, device=device), None, []
+        for number in range(words):
+            if again:
+                text = tokens[:, -1:].expand(-1, AGAIN_LENGTHS[number % len(AGAIN_LENGTHS)])  # (B, T)
+                logits = plain(text, None)[0]
+            else:
+                logits, _, _, states = plain(tokens, states)
+            tokens = torch.multinomial(logits[:, -1].softmax(dim=-1), 1)  # (B, 1)
+            made.append(tokens)
+        return torch.cat(made, dim=1).cpu().shape[1]
+
+    return run
+
+
+def compiled_steps(model: Model, device: str, batch: int) -> Run:
+    """The step by torch.compile: plain products, since it cannot take `nn.LSTM`, and weights that it may rearrange."""
+    import torch
+    from torch import Tensor, nn
+    from torch._inductor import config
+
+    class Step(nn.Module):
+        def __init__(self, settings: ModelSettings, vocabulary_size: int) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(vocabulary_size, settings.embedding_size)
+            pairs = list(pairwise([settings.embedding_size, *settings.layer_sizes]))
+            self.inputs = nn.ModuleList(nn.Linear(before, 4 * size) for before, size in pairs)
+            self.hiddens = nn.ModuleList(nn.Linear(size, 4 * size) for _, size in pairs)
+            self.projection = nn.Linear(settings.layer_sizes[-1], vocabulary_size)
+
+        def forward(self, tokens: Tensor, h: list[Tensor], c: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+            values, new_h, new_c = self.embedding(tokens), [], []
+            for layer, (of_input, of_hidden) in enumerate(zip(self.inputs, self.hiddens, strict=True)):
+                gates = of_input(values) + of_hidden(h[layer])  # (B, 4H)
+                input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=1)
+                cell = forget_gate.sigmoid() * c[layer] + input_gate.sigmoid() * candidate.tanh()
+                values = output_gate.sigmoid() * cell.tanh()  # (B, H)
+                new_h.append(values)
+                new_c.append(cell)
+            return torch.multinomial(self.projection(values).softmax(dim=1), 1).squeeze(1), new_h, new_c
+
+    config.freezing = True
+    torch.compiler.reset()  # of another number of texts
+    step = torch.compile(random_model(Step, model).to(device), fullgraph=True, dynamic=False)
+
+    @torch.inference_mode()
+    def run(words: int) -> int:
+        tokens, made = torch.full((batch,), END_ID, device=device), []
+        h = [torch.zeros(batch, size, device=device) for size in model.settings.layer_sizes]
+        c = [torch.zeros(batch, size, device=device) for size in model.settings.layer_sizes]
+        for _ in range(words):
+            tokens, h, c = step(tokens, h, c)
+            made.append(tokens)
+        return len(torch.stack(made).cpu())
+
+    return run
+
+
+def onnxruntime_steps(folder: Path, device: str, batch: int) -> Run:
+    """The step graph called word by word, with numpy to draw."""
+    sampler = Sampler(Bundle.load(folder), device, threads=1)
+    session, random = sampler.step_session, np.random.default_rng(0)
+
+    def run(words: int) -> int:
+        (h, c), made = sampler.initial_state(batch), []
+        tokens = np.full((batch, 1), END_ID)
+        for _ in range(words):
+            logits, h, c = session.run(["logits", "next_h", "next_c"], {"tokens": tokens, "h": h, "c": c})
+            logits = logits[:, -1]  # (B, V)
+            up_to = np.exp(logits - logits.max(axis=1, keepdims=True)).cumsum(axis=1)
+            drawn = random.random((batch, 1), np.float32) * up_to[:, -1:]
+            tokens = np.minimum((up_to <= drawn).sum(axis=1, keepdims=True), logits.shape[1] - 1)  # (B, 1)
+            made.append(tokens)
+        return len(made)
+
+    return run
+
+
+def loop(folder: Path, device: str, batch: int, option: str) -> Run:
+    """lmdist: the loop in the graph."""
+    sampler = Sampler(Bundle.load(folder), device, threads=1)
+    config = GenerationConfig(**OPTIONS.get(option, {}))  # type: ignore[arg-type]
+    state = sampler.start([[END_ID]] * batch).seeded(0)
+
+    def run(words: int) -> int:
+        return len(sampler.make(state, config, words)[0])
+
+    return run
+
+
+# --- a process for each variant --------------------------------------------------------------------------------------
+
+
+def worker(model: Model, variant: str, device: str, place: Path) -> None:
+    """Answers each line on stdin, texts at a time and words of each, by the words made, the seconds and the peak of memory."""
+    on_torch = variant in (BASELINE, AGAIN, COMPILED)
+    if on_torch:
+        import torch
+
+        torch.set_num_threads(1)
+    else:
+        import_onnxruntime()
+    before = peak()
+    runs: dict[int, Run] = {}
+    for line in sys.stdin:
+        batch, words = map(int, line.split())
+        if batch not in runs:
+            runs.clear()
+            if variant == COMPILED:
+                runs[batch] = compiled_steps(model, device, batch)
+            elif on_torch:
+                runs[batch] = torch_steps(model, device, batch, again=variant == AGAIN)
+            elif variant == STEPS:
+                runs[batch] = onnxruntime_steps(place / f"{model.name}-fp32", device, batch)
+            else:
+                precision, _, option = variant.removeprefix("lmdist ").partition(", ")
+                runs[batch] = loop(place / f"{model.name}-{precision}", device, batch, option)
+        began = time.perf_counter()
+        made = batch * runs[batch](words)
+        seconds = time.perf_counter() - began
+        print(json.dumps({"words": made, "seconds": seconds, "peak_mib": (peak() - before) // 1024}), flush=True)
+
+
+def peak() -> int:
+    """The most memory that this process has had, KiB; of getrusage it would inherit what its parent had."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def limits(device: str, place: Path) -> dict[str, float]:
+    """What the machine can do: bytes read a second, and of each precision multiplications a second."""
+    if device == "cuda":
+        import torch
+
+        ones = torch.ones(BYTES_READ // 4, device=device)
+        found = {"bytes": BYTES_READ / min(seconds_of(lambda: ones.sum().item()) for _ in range(10))}
+    else:
+        rows, column = np.ones((BYTES_READ // 4096, 1024), np.float32), np.ones(1024, np.float32)
+        ways = (rows.sum, rows.max, lambda: rows @ column, lambda: np.dot(rows.reshape(-1), rows.reshape(-1)))
+        found = {"bytes": BYTES_READ / min(seconds_of(way) for way in ways for _ in range(4))}
+    for precision in PRECISIONS[device]:
+        folder = place / f"{OPTIONS_MODEL}-{precision}"
+        sizes = Bundle.load(folder).sizes
+        session = Runtime(folder, sizes, device, 1).open(projection_graph)
+        hidden = {"hidden": np.random.default_rng(0).uniform(-1, 1, (64, sizes.layer_sizes[-1])).astype(np.float32)}
+        seconds = min(seconds_of(lambda session=session, hidden=hidden: session.run(None, hidden)) for _ in range(10))
+        found[precision] = 64 * sizes.layer_sizes[-1] * sizes.padded / seconds
+    return found
+
+
+def projection_graph(sizes: Sizes, location: str, *, cuda: bool, saturates: bool) -> bytes:
+    """The product with the projection alone; of its result one column comes out."""
+    g = Graph("projection")
+    network = Network(sizes, g, location, cuda=cuda, saturates=saturates)
+    logits = network.logits(g, g.input("hidden", FLOAT, ["batch", sizes.layer_sizes[-1]]))
+    g.output(column_of(g, logits, 0), "first", FLOAT, ["batch", 1])
+    return model_bytes(g, {})
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+CORE = min(os.sched_getaffinity(0))
+
+
+def hold() -> None:
+    """Hold this process on one core."""
+    os.sched_setaffinity(0, {CORE})
+
+
+class Worker:
+    """A worker process, held on one core."""
+
+    def __init__(self, *what: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", json.dumps(what)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            preexec_fn=hold,
+        )
+
+    def ask(self, question: str, seconds: float = 3600) -> dict[str, Any] | None:
+        """Its answer; None where it fails or takes longer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        alarm = threading.Timer(seconds, self.process.kill)
+        alarm.start()
+        try:
+            self.process.stdin.write(f"{question}\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        alarm.cancel()
+        return json.loads(answer) if answer else None
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    model: Model, batches: tuple[int, ...], device: str, place: Path, rounds: int, seconds_a_turn: float, *, compiled: bool
+) -> list[dict[str, Any]]:
+    """The rows of a model."""
+    plain = [AGAIN, BASELINE, *([COMPILED] if compiled else []), STEPS, *(f"lmdist {name}" for name in PRECISIONS[device])]
+    options = [f"lmdist {OPTIONS_PRECISION[device]}, {name}" for name in OPTIONS] if model.name == OPTIONS_MODEL else []
+    workers = {variant: Worker(model.name, variant, device, str(place)) for variant in [*plain, *options]}
+    rows = []
+    try:
+        for batch in batches:
+            counts = {}
+            for variant in [*plain, *(options if batch in OPTIONS_BATCHES else [])]:
+                ready = workers[variant].ask(f"{batch} 2", COMPILE_SECONDS)  # the graph is made, or compiled
+                answer = ready and workers[variant].ask(f"{batch} 4")
+                if answer is None:
+                    assert variant == COMPILED, f"{variant} failed"
+                    print(f"{variant} failed, or took more than {COMPILE_SECONDS} s: no row of it", flush=True)
+                    continue
+                counts[variant] = max(1, round(seconds_a_turn * 2 / answer["seconds"])) * 2
+            taken: dict[str, list[dict[str, Any]]] = {variant: [] for variant in counts}
+            for turn in range(rounds):
+                order = list(counts)
+                for variant in order[turn % len(order) :] + order[: turn % len(order)]:
+                    answer = workers[variant].ask(f"{batch} {counts[variant]}")
+                    assert answer is not None, f"{variant} failed"
+                    taken[variant].append(answer)
+            rows += of_batch(model, batch, device, taken)
+            for row in rows[-len(taken) :]:
+                show(row)
+    finally:
+        for each in workers.values():
+            each.close()
+    return rows
+
+
+def of_batch(model: Model, batch: int, device: str, taken: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of all variants with so many texts at a time."""
+    speeds = {name: [answer["words"] / answer["seconds"] for answer in answers] for name, answers in taken.items()}
+    baseline = statistics.median(speeds[BASELINE])
+    return [
+        {
+            "case": f"{model.case}, batch {batch}",
+            "variant": variant,
+            "value": round(statistics.median(values), 1),
+            "unit": "words/s",
+            "spread": round(max(values) - min(values), 1),
+            "ratio": round(statistics.median(values) / baseline, 2),
+            "peak_mib": taken[variant][-1]["peak_mib"] if device == "cpu" else None,
+            "model": model.name,
+            "batch": batch,
+        }
+        for variant, values in speeds.items()
+    ]
+
+
+def shares(rows: list[dict[str, Any]], limit: dict[str, float], place: Path) -> list[dict[str, Any]]:
+    """What is used of what the machine can do: of memory with one text at a time, of its multiplications with 64."""
+    found = []
+    for row in rows:
+        if row["batch"] not in (1, 64) or (row["variant"] != BASELINE and ", " in row["variant"]) or row["variant"] == COMPILED:
+            continue
+        precision = "fp32" if row["variant"] == BASELINE else row["variant"].removeprefix("lmdist ")
+        sizes = Bundle.load(place / f"{row['model']}-{precision}").sizes
+        if row["batch"] == 1:
+            read = sum(
+                length_of(weight.kind, weight.shape)
+                for name, weight in weights(sizes).items()
+                if not name.startswith("embedding")
+            )
+            seconds, of = read / limit["bytes"], "reading memory"
+        else:
+            # Of int4 only the projection has 4 bits.
+            rates = {"projection": limit[precision]}
+            others = limit["int8" if precision == "int4" else precision]
+            seconds = sum(count / rates.get(name, others) for name, count in multiplications(sizes).items())
+            of = "multiplying"
+        found.append(
+            {
+                **row,
+                "value": round(row["value"] * seconds, 3),
+                "unit": "share",
+                "spread": None,
+                "ratio": None,
+                "peak_mib": None,
+                "of": of,
+            }
+        )
+    return found
+
+
+def multiplications(sizes: Sizes) -> dict[str, int]:
+    """Of each matrix, to make a word."""
+    plain = weights(Sizes(sizes.layer_sizes, sizes.vocabulary_size, sizes.embedding_size, sizes.tied))
+    return {
+        name: weight.shape[0] * weight.shape[1]
+        for name, weight in plain.items()
+        if len(weight.shape) == 2 and name != "embedding"
+    }
+
+
+def limit_rows(limit: dict[str, float]) -> list[dict[str, Any]]:
+    """What the machine can do, as rows."""
+    nothing = {"spread": None, "ratio": None, "peak_mib": None}
+    return [
+        {
+            "case": "limit",
+            "variant": "reading memory" if name == "bytes" else f"multiplying, {name}",
+            "value": round(value / 1e9, 2),
+            "unit": "GB/s" if name == "bytes" else "GMAC/s",
+            **nothing,
+        }
+        for name, value in limit.items()
+    ]
+
+
+def start_up(device: str, place: Path, rounds: int) -> list[dict[str, Any]]:
+    """How long whole processes take, in turns."""
+    generate = [sys.executable, "-m", "lmdist_export.generate"]
+    commands = {
+        BASELINE: [sys.executable, "-c", "import torch"],
+        "lmdist-generate --help": [*generate, "--help"],
+    } | {
+        f"first word of S, {precision}": [*generate, str(place / f"S-{precision}"), *FIRST_WORD, "--provider", device]
+        for precision in PRECISIONS[device]
+    }
+    taken: dict[str, list[float]] = {variant: [] for variant in commands}
+    for _ in range(rounds):
+        for variant, command in commands.items():
+            began = time.perf_counter()
+            done = subprocess.run(command, env=ENVIRONMENT, preexec_fn=hold, capture_output=True, text=True)
+            taken[variant].append(time.perf_counter() - began)
+            assert done.returncode == 0, f"{variant}: {done.stderr}"
+    baseline = statistics.median(taken[BASELINE])
+    return [
+        {
+            "case": "start",
+            "variant": variant,
+            "value": round(statistics.median(seconds), 3),
+            "unit": "s",
+            "spread": round(max(seconds) - min(seconds), 3),
+            "ratio": round(baseline / statistics.median(seconds), 2),
+            "peak_mib": None,
+        }
+        for variant, seconds in taken.items()
+    ]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="S, and M with one text, 2 rounds, no torch.compile")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="draw words a second here")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        name, variant, device, place = json.loads(arguments.worker)
+        if variant == "limits":
+            print(json.dumps(limits(device, Path(place))))
+        else:
+            worker(next(model for model in MODELS if model.name == name), variant, device, Path(place))
+        return
+    rows = measure_all(arguments.device, arguments.rounds, quick=arguments.quick)
+    options = "".join(
+        f" {flag}" for flag, given in (("--quick", arguments.quick), ("--device cuda", arguments.device == "cuda")) if given
+    )
+    runtime = "onnxruntime" if arguments.device == "cpu" else "onnxruntime-gpu"
+    beside = facts(("lmdist", "torch", "numpy", runtime), f"python benchmarks/sampling.py{options}")
+    if arguments.device == "cuda":
+        import torch
+
+        beside["machine"] = f"{torch.cuda.get_device_name()}, {beside['machine']}"
+    rows = [{**row, **beside} for row in rows]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if arguments.plot:
+        draw(rows, arguments.plot)
+
+
+def measure_all(device: str, rounds: int, *, quick: bool) -> list[dict[str, Any]]:
+    """All rows."""
+    models = MODELS[:2] if quick else MODELS
+    rounds = 2 if quick else rounds
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        for model in models:
+            for precision in PRECISIONS[device]:
+                write_bundle(model, place / f"{model.name}-{precision}", precision)
+        measured = []
+        before = Worker("", "limits", device, name).ask("")
+        for model in models:
+            batches = (1,) if quick and model.name != "S" else (1, 16, 64)
+            measured += measure(model, batches, device, place, rounds, 0.25 if quick else 0.5, compiled=not quick)
+        after = Worker("", "limits", device, name).ask("")
+        assert before is not None, "the limits cannot be measured"
+        assert after is not None, "the limits cannot be measured"
+        limit = {name: max(before[name], after[name]) for name in before}
+        others = limit_rows(limit) + shares(measured, limit, place) + start_up(device, place, 3 if quick else 5)
+    for row in others:
+        show(row)
+    return measured + others
+
+
+def show(row: dict[str, Any]) -> None:
+    """A line of the table."""
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:>8.2f}x"
+    memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:>8,} MiB"
+    unit = f"{row['unit']} of {row['of']}" if "of" in row else row["unit"]
+    print(f"{row['case']:<44}{row['variant']:<28}{row['value']:>12,.6g} {unit:<10}{ratio}{memory}", flush=True)
+
+
+def draw(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Words a second against texts at a time, a panel a model, a line a variant."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    measured = [row for row in rows if row["unit"] == "words/s" and row["variant"] in STYLES]
+    models = list(dict.fromkeys(row["model"] for row in measured))
+    figure, panels = pyplot.subplots(
+        1, len(models), figsize=(4 * len(models) + 1, 4.4), sharey=True, layout="constrained", squeeze=False
+    )
+    for axes, model in zip(panels[0], models, strict=True):
+        here = [row for row in measured if row["model"] == model]
+        for variant in dict.fromkeys(row["variant"] for row in here):
+            points = [row for row in here if row["variant"] == variant]
+            axes.plot([row["batch"] for row in points], [row["value"] for row in points], **STYLES[variant], markersize=5)
+        axes.set(title=here[0]["case"].rpartition(", batch")[0], xlabel="texts at a time", xscale="log", yscale="log")
+        axes.set_xticks([1, 16, 64], ["1", "16", "64"])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("words a second")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
