@@ -35,6 +35,7 @@ State = tuple[NDArray[np.float32], NDArray[np.float32]]
 """(h, c), each (B, S): the layers' states side by side. Row b is all that the model knows of text b."""
 
 PREFILL_WORDS = 64  # a prompt is read in pieces of so many words: their logits are (1, 64, V), and only the last count
+LOGITS_AT_ONCE = 2**23  # numbers in the logits of what is scored at a time: 32 MiB
 
 
 class StepGraph:
@@ -92,6 +93,33 @@ class Sampler:
             tokens = np.array([context[start : start + PREFILL_WORDS]], np.int64)  # (1, T)
             logits, state = self.graph.step(tokens, state)
         return self.finite(logits[:, -1]), state  # (1, V)
+
+    def score(
+        self, tokens: NDArray[np.int64], targets: NDArray[np.int64], state: State | None = None
+    ) -> tuple[NDArray[np.float32], State]:
+        """The log-probability, in nats, of each of `targets` (B, T) after `tokens` (B, T) up to its place; and the state.
+
+        Read from `state` on, from the state before the first word where there is none. The logits of LOGITS_AT_ONCE places
+        are held at a time, whatever B and T. Raises DataError where they are no numbers.
+        """
+        assert tokens.shape == targets.shape, (tokens.shape, targets.shape)
+        rows, length = tokens.shape
+        h, c = state or self.graph.initial_state(rows)
+        next_h, next_c = np.empty_like(h), np.empty_like(c)
+        result = np.empty((rows, length), np.float32)
+        places = max(1, LOGITS_AT_ONCE // self.graph.vocabulary_size)
+        window = max(1, places // rows)
+        for top in range(0, rows, places):
+            part = slice(top, top + places)
+            after = h[part], c[part]
+            for start in range(0, length, window):
+                piece = part, slice(start, start + window)
+                logits, after = self.graph.step(tokens[piece], after)
+                logits = self.finite(logits) - logits.max(axis=-1, keepdims=True)
+                chosen = np.take_along_axis(logits, targets[piece][..., None], axis=-1)[..., 0]
+                result[piece] = chosen - np.log(np.exp(logits, out=logits).sum(axis=-1))
+            next_h[part], next_c[part] = after
+        return result, (next_h, next_c)
 
     def generate(
         self, context: Sequence[int], draw: Callable[[NDArray[np.float32]], NDArray[np.int64]], rows: int
