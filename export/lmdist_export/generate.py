@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdist.errors import CommandParser, UsageError, report
 from lmdist.vocabulary import UNKNOWN, UNKNOWN_ID, Vocabulary
+from lmdist_export.lines import Lines
 
 if TYPE_CHECKING:
     from lmdist_export.bundle import Bundle, GenerationConfig
@@ -157,7 +158,6 @@ def run(arguments: argparse.Namespace) -> None:
     from lmdist_export.beam import beam_search
     from lmdist_export.bundle import Bundle
     from lmdist_export.generation import continuations
-    from lmdist_export.lines import Lines
     from lmdist_export.sampler import Sampler
 
     bundle = Bundle.load(arguments.bundle)

@@ -196,20 +196,28 @@ class Sampler:
     def score(
         self, tokens: NDArray[np.int64], targets: NDArray[np.int64], state: ModelState | None = None
     ) -> tuple[NDArray[np.float32], ModelState]:
-        """Log-probabilities (B, T) of `targets` (B, T), each after `tokens` (B, T) up to its place, and the state after all.
+        """The log-probability, in nats, of each of `targets` (B, T) after `tokens` (B, T) up to its place; and the state.
 
-        Rows may be padded on the right by any words: what belongs to them means nothing, nor does the state of such a row.
+        Read from `state` on, from the state before the first word where there is none. The logits of LOGITS_AT_ONCE places
+        are held at a time, whatever B and T. Rows may be padded on the right: what belongs to the padding means nothing.
         """
         assert tokens.shape == targets.shape, (tokens.shape, targets.shape)
-        h, c = state or self.initial_state(len(tokens))
-        at_once = max(1, LOGITS_AT_ONCE // (len(tokens) * self.sizes.padded))
-        found = []
-        for start in range(0, tokens.shape[1], at_once):
-            piece = slice(start, start + at_once)
-            feed = {"tokens": tokens[:, piece], "targets": targets[:, piece], "h": h, "c": c}
-            scores, h, c = self.score_session.run(["log_probabilities", "next_h", "next_c"], feed)
-            found.append(self.finite(scores))
-        return np.concatenate(found, axis=1), (h, c)
+        rows, length = tokens.shape
+        h, c = state or self.initial_state(rows)
+        next_h, next_c = np.empty_like(h), np.empty_like(c)
+        result = np.empty((rows, length), np.float32)
+        places = max(1, LOGITS_AT_ONCE // self.sizes.padded)
+        window = max(1, places // rows)
+        for top in range(0, rows, places):
+            part = slice(top, top + places)
+            after = h[part], c[part]
+            for start in range(0, length, window):
+                piece = part, slice(start, start + window)
+                feed = {"tokens": tokens[piece], "targets": targets[piece], "h": after[0], "c": after[1]}
+                found, *after = self.score_session.run(["log_probabilities", "next_h", "next_c"], feed)
+                result[piece] = self.finite(found)
+            next_h[part], next_c[part] = after
+        return result, (next_h, next_c)
 
     # --- making words
 
@@ -345,6 +353,15 @@ class Runtime:
     """Opens graphs over one file of weights."""
 
     def __init__(self, folder: Path, sizes: Sizes, provider: str, threads: int) -> None:
+        """Raises UsageError for a provider that cannot run here or not in the precision of the weights."""
+        if provider not in PROVIDERS:
+            raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
+        if threads < 0:
+            raise UsageError(f"threads is {threads}; it must be at least 1, or 0 to choose by the machine")
+        onnxruntime = import_onnxruntime()
+        onnxruntime.set_default_logger_severity(4)
+        if provider == "cuda":
+            load_cuda(onnxruntime)
         if provider == "cuda" and sizes.whole:
             raise UsageError(
                 f"precision {sizes.precision} runs on a CPU only: use --provider cpu, or export with --precision fp16"
@@ -371,14 +388,7 @@ def products_saturate(threads: int) -> bool:
 
 def open_session(graph: bytes, folder: Path, provider: str, threads: int) -> Any:
     """A session of `graph`, with weights in `folder`, on `provider` and nothing else; raises UsageError where it cannot."""
-    if provider not in PROVIDERS:
-        raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
-    if threads < 0:
-        raise UsageError(f"threads is {threads}; it must be at least 1, or 0 to choose by the machine")
     onnxruntime = import_onnxruntime()
-    onnxruntime.set_default_logger_severity(4)
-    if provider == "cuda":
-        load_cuda(onnxruntime)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or default_threads()
