@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("reliability", "training", "scaling")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("reliability", "training", "scaling", "sampling")))
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -186,6 +186,93 @@ def parts() -> str:
     return markdown(["case", "LSTM (of its floor)", "head (of its floor)", "clipping and update"], rows)
 
 
+def sampling() -> str:
+    """Words a second of the baseline, and how many times as many the other ways make."""
+    ways = [name for name in SAMPLING if any(row["variant"] == name for row in words_made())]
+    rows = []
+    for case in dict.fromkeys(row["case"] for row in words_made()):
+        here = {row["variant"]: row for row in words_made() if row["case"] == case}
+        cells = [faster(here[name]) if name in here else "" for name in ways]
+        rows.append([*case.split(", batch "), *cells])
+    return markdown(["model", "texts at a time", *(SAMPLING[name] for name in ways)], rows)
+
+
+SAMPLING = {
+    "torch, all words again": "torch, all words again for each",
+    "baseline": "torch, a step a word",
+    "torch.compile": "torch.compile",
+    "onnxruntime, word by word": "onnxruntime, word by word",
+    **{f"lmdist {precision}": f"lmdist {precision}" for precision in ("fp32", "fp16", "int8", "int4")},
+}
+"""How words are made, and how the tables call it."""
+
+
+def faster(row: dict[str, Any]) -> str:
+    """The words a second of a baseline, or the ratio of another way to it."""
+    if row["variant"] == "baseline":
+        return f"{row['value']:,.0f} words/s"
+    return f"**{row['ratio']:.1f}x**" if row["variant"].startswith("lmdist") else f"{row['ratio']:.1f}x"
+
+
+def sampling_speeds() -> str:
+    """Words a second and memory of every way, with the spread of the rounds."""
+    rows = [
+        [
+            *(*row["case"].split(", batch "), SAMPLING[row["variant"]], f"{row['value']:,.0f} ± {row['spread'] / 2:,.0f}"),
+            *(f"{row['ratio']:.1f}x", f"{row['peak_mib']:,} MiB"),
+        ]
+        for row in words_made()
+        if row["variant"] in SAMPLING
+    ]
+    return markdown(["model", "texts at a time", "how", "words a second", "ratio", "peak memory"], rows)
+
+
+def sampling_options() -> str:
+    """What the options of a draw cost."""
+    rows = []
+    for row in words_made():
+        way, comma, option = row["variant"].partition(", ")
+        if way.startswith("lmdist") and comma:
+            (without,) = (other for other in words_made() if other["case"] == row["case"] and other["variant"] == way)
+            of_it = f"{row['value'] / without['value']:.0%}"
+            rows.append([*row["case"].split(", batch "), way, option, f"{row['value']:,.0f} words/s", of_it])
+    return markdown(["model", "texts at a time", "", "option", "speed", "of that without"], rows)
+
+
+def sampling_shares() -> str:
+    """How much of what the machine can do is used."""
+    found = [row for row in newest_sampling() if row["unit"] == "share"]
+    rows = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        here = {row["variant"]: row for row in found if row["case"] == case}
+        cells = [f"{here[name]['value']:.0%}" if name in here else "" for name in SHARES]
+        rows.append([*case.split(", batch "), next(iter(here.values()))["of"], *cells])
+    return markdown(["model", "texts at a time", "of what can be done by", *(SAMPLING[name] for name in SHARES)], rows)
+
+
+SHARES = ("baseline", "lmdist fp32", "lmdist int8", "lmdist int4")
+
+
+def sampling_limits() -> str:
+    """What the machine can do, and how long whole processes take."""
+    rows = [
+        ["`import torch`" if row["variant"] == "baseline" else row["variant"], f"{row['value']:g} {row['unit']}"]
+        for row in newest_sampling()
+        if row["case"] in ("limit", "start")
+    ]
+    return markdown(["what", "measured"], rows)
+
+
+def newest_sampling() -> list[dict[str, Any]]:
+    """The rows of the newest run of the benchmark of sampling on a CPU."""
+    return next(reversed(results("sampling-cpu2")), [])
+
+
+def words_made() -> list[dict[str, Any]]:
+    """Those of its rows that are words a second."""
+    return [row for row in newest_sampling() if row["unit"] == "words/s"]
+
+
 def curves() -> str:
     """The distance of each path's losses from the plain ones."""
     rows = [[row["variant"], f"{row['loss']:.3f}", f"{row['value']:+.4f}"] for run in results("curves") for row in run]
@@ -296,10 +383,11 @@ def machine(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrite the pages, or check them."""
+    samplings = (sampling, sampling_speeds, sampling_options, sampling_shares, sampling_limits)
     scalings = (scaling, scaling_fit, scaling_errors, scaling_bytes, scaling_predictions, scaling_assumptions)
     tables = {
         function.__name__: function
-        for function in (quality, reliability, kills, outages, preparing, training, speed, parts, curves, *scalings)
+        for function in (quality, reliability, kills, outages, preparing, training, speed, parts, curves, *samplings, *scalings)
     }
     for path in PAGES:
         before = path.read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ the same with all words so far read again for each new one, as tutorials do it, 
 loop in the graph, in each precision. What options cost is measured with the model M in int8 (fp16 on a GPU).
 
 Every variant is a process of its own on one core, and they take turns, every round in another order; so a machine that slows
-down slows all of them. The value is the median of the rounds. Peak memory is that of the process less what it had before the
-model was made.
+down slows all of them. The value is the median of the rounds. Peak memory is that of the process, less what it had before the
+model was made; of torch.compile, compiling is in it.
 
 `share` rows say how much of what the machine can do is used. With one text each weight is read once a word: its bytes, against
 the fastest of four ways to read 256 MiB of fp32 numbers by numpy, or torch on a GPU. With 64 texts the multiplications count,
@@ -55,6 +55,7 @@ BASELINE = "baseline"
 AGAIN = "torch, all words again"
 COMPILED = "torch.compile"
 STEPS = "onnxruntime, word by word"
+LIMITS = "limits"
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp32", "fp16")}
 OPTIONS = {"greedy": {"do_sample": False}, "top-k 40": {"top_k": 40}, "top-p 0.9": {"top_p": 0.9}}
 OPTIONS_MODEL, OPTIONS_BATCHES, OPTIONS_PRECISION = "M", (1, 64), {"cpu": "int8", "cuda": "fp16"}
@@ -70,8 +71,8 @@ STYLES: dict[str, dict[str, Any]] = {
     STEPS: {"label": "onnxruntime, word by word", "color": "#e69f00", "marker": "^"},
     "lmdist fp32": {"label": "lmdist fp32", "color": "#9ecae1", "marker": "o", "linewidth": 2},
     "lmdist fp16": {"label": "lmdist fp16", "color": "#2171b5", "marker": "o", "linewidth": 2},
-    "lmdist int8": {"label": "lmdist int8", "color": "#2171b5", "marker": "o", "linewidth": 2},
     "lmdist int4": {"label": "lmdist int4", "color": "#54278f", "marker": "o", "linewidth": 2, "linestyle": "--"},
+    "lmdist int8": {"label": "lmdist int8", "color": "#2171b5", "marker": "o", "linewidth": 2},
 }
 """Of the lines in the picture."""
 
@@ -182,7 +183,6 @@ def compiled_steps(model: Model, device: str, batch: int) -> Run:
             return torch.multinomial(self.projection(values).softmax(dim=1), 1).squeeze(1), new_h, new_c
 
     config.freezing = True
-    torch.compiler.reset()  # of another number of texts
     step = torch.compile(random_model(Step, model).to(device), fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
@@ -233,8 +233,8 @@ def loop(folder: Path, device: str, batch: int, option: str) -> Run:
 # --- a process for each variant --------------------------------------------------------------------------------------
 
 
-def worker(model: Model, variant: str, device: str, place: Path) -> None:
-    """Answers each line on stdin, texts at a time and words of each, by the words made, the seconds and the peak of memory."""
+def worker(model: Model, variant: str, batch: int, device: str, place: Path) -> None:
+    """Answers each line on stdin, a number of words, by the words made of all texts, the seconds and the peak of memory."""
     on_torch = variant in (BASELINE, AGAIN, COMPILED)
     if on_torch:
         import torch
@@ -243,22 +243,18 @@ def worker(model: Model, variant: str, device: str, place: Path) -> None:
     else:
         import_onnxruntime()
     before = peak()
-    runs: dict[int, Run] = {}
+    if variant == COMPILED:
+        run = compiled_steps(model, device, batch)
+    elif on_torch:
+        run = torch_steps(model, device, batch, again=variant == AGAIN)
+    elif variant == STEPS:
+        run = onnxruntime_steps(place / f"{model.name}-fp32", device, batch)
+    else:
+        precision, _, option = variant.removeprefix("lmdist ").partition(", ")
+        run = loop(place / f"{model.name}-{precision}", device, batch, option)
     for line in sys.stdin:
-        batch, words = map(int, line.split())
-        if batch not in runs:
-            runs.clear()
-            if variant == COMPILED:
-                runs[batch] = compiled_steps(model, device, batch)
-            elif on_torch:
-                runs[batch] = torch_steps(model, device, batch, again=variant == AGAIN)
-            elif variant == STEPS:
-                runs[batch] = onnxruntime_steps(place / f"{model.name}-fp32", device, batch)
-            else:
-                precision, _, option = variant.removeprefix("lmdist ").partition(", ")
-                runs[batch] = loop(place / f"{model.name}-{precision}", device, batch, option)
         began = time.perf_counter()
-        made = batch * runs[batch](words)
+        made = batch * run(int(line))
         seconds = time.perf_counter() - began
         print(json.dumps({"words": made, "seconds": seconds, "peak_mib": (peak() - before) // 1024}), flush=True)
 
@@ -351,39 +347,45 @@ class Worker:
 # --- the rows --------------------------------------------------------------------------------------------------------
 
 
+def limits_of_core(device: str, place: Path) -> dict[str, float]:
+    """What a process held on the core finds that it can do."""
+    one = Worker("", LIMITS, 0, device, str(place))
+    answer = one.ask("")
+    one.close()
+    assert answer is not None, "the limits cannot be measured"
+    return answer
+
+
 def measure(
-    model: Model, batches: tuple[int, ...], device: str, place: Path, rounds: int, seconds_a_turn: float, *, compiled: bool
+    model: Model, batch: int, device: str, place: Path, rounds: int, seconds_a_turn: float, *, compiled: bool
 ) -> list[dict[str, Any]]:
-    """The rows of a model."""
-    plain = [AGAIN, BASELINE, *([COMPILED] if compiled else []), STEPS, *(f"lmdist {name}" for name in PRECISIONS[device])]
-    options = [f"lmdist {OPTIONS_PRECISION[device]}, {name}" for name in OPTIONS] if model.name == OPTIONS_MODEL else []
-    workers = {variant: Worker(model.name, variant, device, str(place)) for variant in [*plain, *options]}
-    rows = []
+    """The rows of a model with so many texts at a time."""
+    variants = [AGAIN, BASELINE, *([COMPILED] if compiled else []), STEPS, *(f"lmdist {name}" for name in PRECISIONS[device])]
+    if model.name == OPTIONS_MODEL and batch in OPTIONS_BATCHES:
+        variants += [f"lmdist {OPTIONS_PRECISION[device]}, {name}" for name in OPTIONS]
+    workers = {variant: Worker(model.name, variant, batch, device, str(place)) for variant in variants}
+    counts: dict[str, int] = {}
     try:
-        for batch in batches:
-            counts = {}
-            for variant in [*plain, *(options if batch in OPTIONS_BATCHES else [])]:
-                ready = workers[variant].ask(f"{batch} 2", COMPILE_SECONDS)  # the graph is made, or compiled
-                answer = ready and workers[variant].ask(f"{batch} 4")
-                if answer is None:
-                    assert variant == COMPILED, f"{variant} failed"
-                    print(f"{variant} failed, or took more than {COMPILE_SECONDS} s: no row of it", flush=True)
-                    continue
+        for variant, each in workers.items():
+            ready = each.ask("2", COMPILE_SECONDS)  # the graph is made, or compiled
+            answer = ready and each.ask("4")
+            if answer is None:
+                assert variant == COMPILED, f"{variant} failed"
+                print(f"{variant} failed, or took more than {COMPILE_SECONDS} s: no row of it", flush=True)
+            else:
                 counts[variant] = max(1, round(seconds_a_turn * 2 / answer["seconds"])) * 2
-            taken: dict[str, list[dict[str, Any]]] = {variant: [] for variant in counts}
-            for turn in range(rounds):
-                order = list(counts)
-                for variant in order[turn % len(order) :] + order[: turn % len(order)]:
-                    answer = workers[variant].ask(f"{batch} {counts[variant]}")
-                    assert answer is not None, f"{variant} failed"
-                    taken[variant].append(answer)
-            rows += of_batch(model, batch, device, taken)
-            for row in rows[-len(taken) :]:
-                show(row)
+        taken: dict[str, list[dict[str, Any]]] = {variant: [] for variant in counts}
+        order = list(counts)
+        for _ in range(rounds):
+            for variant in order:
+                answer = workers[variant].ask(str(counts[variant]))
+                assert answer is not None, f"{variant} failed"
+                taken[variant].append(answer)
+            order = order[1:] + order[:1]
     finally:
         for each in workers.values():
             each.close()
-    return rows
+    return of_batch(model, batch, device, taken)
 
 
 def of_batch(model: Model, batch: int, device: str, taken: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -512,11 +514,11 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        name, variant, device, place = json.loads(arguments.worker)
-        if variant == "limits":
+        name, variant, batch, device, place = json.loads(arguments.worker)
+        if variant == LIMITS:
             print(json.dumps(limits(device, Path(place))))
         else:
-            worker(next(model for model in MODELS if model.name == name), variant, device, Path(place))
+            worker(next(model for model in MODELS if model.name == name), variant, batch, device, Path(place))
         return
     rows = measure_all(arguments.device, arguments.rounds, quick=arguments.quick)
     options = "".join(
@@ -545,14 +547,15 @@ def measure_all(device: str, rounds: int, *, quick: bool) -> list[dict[str, Any]
             for precision in PRECISIONS[device]:
                 write_bundle(model, place / f"{model.name}-{precision}", precision)
         measured = []
-        before = Worker("", "limits", device, name).ask("")
+        before = limits_of_core(device, place)
         for model in models:
-            batches = (1,) if quick and model.name != "S" else (1, 16, 64)
-            measured += measure(model, batches, device, place, rounds, 0.25 if quick else 0.5, compiled=not quick)
-        after = Worker("", "limits", device, name).ask("")
-        assert before is not None, "the limits cannot be measured"
-        assert after is not None, "the limits cannot be measured"
-        limit = {name: max(before[name], after[name]) for name in before}
+            for batch in (1,) if quick and model.name != "S" else (1, 16, 64):
+                rows = measure(model, batch, device, place, rounds, 0.25 if quick else 0.5, compiled=not quick)
+                for row in rows:
+                    show(row)
+                measured += rows
+        after = limits_of_core(device, place)
+        limit = {what: max(before[what], after[what]) for what in before}
         others = limit_rows(limit) + shares(measured, limit, place) + start_up(device, place, 3 if quick else 5)
     for row in others:
         show(row)
@@ -586,13 +589,15 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
             points = [row for row in here if row["variant"] == variant]
             axes.plot([row["batch"] for row in points], [row["value"] for row in points], **STYLES[variant], markersize=5)
         axes.set(title=here[0]["case"].rpartition(", batch")[0], xlabel="texts at a time", xscale="log", yscale="log")
+        axes.set_xlim(0.8, 80)
         axes.set_xticks([1, 16, 64], ["1", "16", "64"])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("words a second")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=9)
+    lines = dict(zip(*panels[0][0].get_legend_handles_labels()[::-1], strict=True))
+    labels = [str(style["label"]) for style in reversed(STYLES.values()) if style["label"] in lines]
+    figure.legend([lines[label] for label in labels], labels, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(picture, dpi=110)
 
 
