@@ -194,17 +194,18 @@ def sampling() -> str:
         here = {row["variant"]: row for row in words_made() if row["case"] == case}
         cells = [faster(here[name]) if name in here else "" for name in ways]
         rows.append([*case.split(", batch "), *cells])
-    return markdown(["model", "texts at a time", *(SAMPLING[name] for name in ways)], rows)
+    return markdown([MODEL, "texts at a time", *(SAMPLING[name] for name in ways)], rows)
 
 
 SAMPLING = {
-    "torch, all words again": "torch, all words again for each",
     "baseline": "torch, a step a word",
+    "torch, all words again": "torch, all words again for each",
     "torch.compile": "torch.compile",
     "onnxruntime, word by word": "onnxruntime, word by word",
     **{f"lmdist {precision}": f"lmdist {precision}" for precision in ("fp32", "fp16", "int8", "int4")},
 }
 """How words are made, and how the tables call it."""
+MODEL = "model: embedding, layers, vocabulary"
 
 
 def faster(row: dict[str, Any]) -> str:
@@ -218,13 +219,15 @@ def sampling_speeds() -> str:
     """Words a second and memory of every way, with the spread of the rounds."""
     rows = [
         [
-            *(*row["case"].split(", batch "), SAMPLING[row["variant"]], f"{row['value']:,.0f} ± {row['spread'] / 2:,.0f}"),
+            *row["case"].split(", batch "),
+            SAMPLING[row["variant"]],
+            f"{row['value']:,.0f} ± {row['spread'] / 2:,.0f}",
             *(f"{row['ratio']:.1f}x", f"{row['peak_mib']:,} MiB"),
         ]
         for row in words_made()
         if row["variant"] in SAMPLING
     ]
-    return markdown(["model", "texts at a time", "how", "words a second", "ratio", "peak memory"], rows)
+    return markdown([MODEL, "texts at a time", "how", "words a second", "ratio", "peak memory"], rows)
 
 
 def sampling_options() -> str:
@@ -236,7 +239,7 @@ def sampling_options() -> str:
             (without,) = (other for other in words_made() if other["case"] == row["case"] and other["variant"] == way)
             of_it = f"{row['value'] / without['value']:.0%}"
             rows.append([*row["case"].split(", batch "), way, option, f"{row['value']:,.0f} words/s", of_it])
-    return markdown(["model", "texts at a time", "", "option", "speed", "of that without"], rows)
+    return markdown([MODEL, "texts at a time", "", "option", "speed", "of that without"], rows)
 
 
 def sampling_shares() -> str:
@@ -247,7 +250,7 @@ def sampling_shares() -> str:
         here = {row["variant"]: row for row in found if row["case"] == case}
         cells = [f"{here[name]['value']:.0%}" if name in here else "" for name in SHARES]
         rows.append([*case.split(", batch "), next(iter(here.values()))["of"], *cells])
-    return markdown(["model", "texts at a time", "of what can be done by", *(SAMPLING[name] for name in SHARES)], rows)
+    return markdown([MODEL, "texts at a time", "of what can be done by", *(SAMPLING[name] for name in SHARES)], rows)
 
 
 SHARES = ("baseline", "lmdist fp32", "lmdist int8", "lmdist int4")
