@@ -3,6 +3,7 @@
     bundle/
         model.onnx              the step graph and its weights (those beyond 2 GB in model.onnx.data)
         vocab.txt  text.json    how words become ids, and text becomes words
+        tokenizer.json          the same for Hugging Face's tokenizers, where its format can say it; not read here
         generation_config.json  how text is made where a command does not say; yours to edit
         manifest.json           sizes, measured differences from torch, origin, and a sha256 for each file above but that
 

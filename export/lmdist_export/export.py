@@ -85,6 +85,7 @@ def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str,
     from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MODEL, VERSION, GenerationConfig
     from lmdist_export.convert import write_step_graph
     from lmdist_export.sampler import StepGraph, runtime_version
+    from lmdist_export.tokenizer_json import TOKENIZER, write_tokenizer
     from lmdist_export.verify import TOLERANCE, check_perplexity, check_values
 
     path = checkpoint.find(run_or_checkpoint)
@@ -96,6 +97,8 @@ def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str,
         write_step_graph(model, folder / MODEL, run)
         for name in ("vocab.txt", "text.json"):
             shutil.copyfile(path / name, folder / name)
+        if reason := write_tokenizer(folder):
+            say(f"without {TOKENIZER}: {reason}")
         files = sums(folder)
         say("comparing with torch" + ("" if held_out is None else ", on held-out text too"))
         graph = StepGraph(folder / MODEL)
