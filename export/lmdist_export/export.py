@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 DEFECT = 1
+LAYOUTS = ("bundle", "sherpa-onnx")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,17 +29,24 @@ def parser() -> argparse.ArgumentParser:
     made = CommandParser(
         prog="lmdist-export",
         description="Turn a trained model into an ONNX bundle that onnxruntime samples without torch. "
-        "The bundle is compared with torch first: one that differs is not written.",
+        "It is compared with torch first: one that differs is not written.",
     )
     made.add_argument("checkpoint", type=Path, help="a run (runs/NAME: its best checkpoint is taken) or a checkpoint")
     made.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="the folder to write")
+    made.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="bundle",
+        help="bundle: for lmdist-generate and any onnxruntime; sherpa-onnx: as the language model of a speech recogniser "
+        "(default: bundle)",
+    )
     made.add_argument(
         "--data",
         metavar="FOLDER",
         help="the data folder whose valid split is the held-out text (default: the one the model was trained on); "
         "none: do without",
     )
-    made.add_argument("--overwrite", action="store_true", help="replace the bundle that lies there")
+    made.add_argument("--overwrite", action="store_true", help="replace what lies there, if it is of the same layout")
     return made
 
 
@@ -46,19 +54,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export, or say in one line why not."""
     arguments = parser().parse_args(argv)
     with report("lmdist-export"):
-        check_output(arguments.output, overwrite=arguments.overwrite)
+        check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
         from lmdist_export.verify import MismatchError
 
         try:
-            manifest = export(arguments.checkpoint, arguments.output, arguments.data)
+            if arguments.layout == "bundle":
+                lines = table(arguments.output, export(arguments.checkpoint, arguments.output, arguments.data))
+            else:
+                lines = export_sherpa(arguments.checkpoint, arguments.output, arguments.data)
         except MismatchError as error:
             sys.stderr.write(f"lmdist-export: the graph does not answer as torch does, and nothing was written: {error}\n")
             sys.exit(DEFECT)
-        sys.stdout.write(table(arguments.output, manifest))
+        sys.stdout.write(lines)
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise UsageError unless `output` is free, or is a bundle that may be replaced."""
+def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
+    """Raise UsageError unless `output` is free, or is of this layout and may be replaced."""
     from lmdist_export.bundle import read_manifest
 
     if not os.path.lexists(output):
@@ -68,6 +79,15 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{output} is there already: give another name, or --overwrite to replace it")
+    if layout == "sherpa-onnx":
+        from lmdist_export import sherpa
+
+        if not sherpa.is_layout(output):
+            raise UsageError(
+                f"{output} is there and holds other things than {sherpa.MODEL} and {sherpa.TOKENS}; "
+                "--overwrite replaces only a folder of these"
+            )
+        return
     try:
         read_manifest(output)
     except (DataError, MissingInputError):
@@ -128,6 +148,22 @@ def export(run_or_checkpoint: Path, output: Path, data: str | None) -> dict[str,
         write_json(folder / GENERATION_CONFIG, dataclasses.asdict(GenerationConfig()))
         write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def export_sherpa(run_or_checkpoint: Path, output: Path, data: str | None) -> str:
+    """Write and verify the model as sherpa-onnx takes it; give the lines that say so."""
+    from lmdist import checkpoint
+    from lmdist.vocabulary import Vocabulary
+    from lmdist_export import sherpa
+
+    if data not in (None, "none"):
+        raise UsageError(f"--data {data}: with --layout sherpa-onnx no held-out text is read; leave it out")
+    path = checkpoint.find(run_or_checkpoint)
+    model, origin = checkpoint.load_model(path)
+    made_of = f"{run_name(path)}, step {origin['progress']['step']:,}"
+    say(f"{path}: {made_of}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}")
+    differences = sherpa.write(model, Vocabulary.load(path / "vocab.txt"), output, made_of)
+    return sherpa.table(output, differences, made_of)
 
 
 def held_out_text(origin: dict[str, Any], data: str | None) -> tuple[str, np.ndarray] | None:
