@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TextIO, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lmdist.errors import DataError, MissingInputError, Stopped, UsageError
 
@@ -113,15 +113,32 @@ def only_one(path: Path, patience: float) -> Iterator[None]:
         yield
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is whole or as it was before."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """Give a text file to write: on success it replaces `path`, on any error it vanishes."""
     aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8", newline="\n")
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
         sync(aside)
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is whole or as it was before."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def check_output_file(output: Path) -> None:
+    """Raise UsageError where `whole_file` could not write what -o names."""
+    if output.exists() and not output.is_file():
+        # Not a device either: the file is written aside and renamed, which would replace it.
+        raise UsageError(f"-o {output} is not a file; a file's name is expected")
+    if not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
+        raise UsageError(f"-o {output}: nothing can be written in {output.parent}; make it first, or give another name")
 
 
 def sync(path: Path) -> None:

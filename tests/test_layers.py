@@ -69,6 +69,6 @@ def test_rooms_import_from_rooms_before_them(path):
 
 
 def test_the_sampler_takes_no_torch():
-    code = "import sys, lmdist_export.generate, lmdist_export.sampler; print(*sys.modules)"
+    code = "import sys, lmdist_export.generate, lmdist_export.score, lmdist_export.scoring; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & {"torch", "pandas", "mlflow", "onnx", "matplotlib"}

@@ -28,7 +28,8 @@ def test_the_readme_names_every_command_and_no_flag_that_is_not_there():
     text = (ROOT / "README.md").read_text()
     helps = {"--nproc_per_node", "--standalone", "--backend-store-uri"}  # torchrun's and mlflow's
     commands = ("prepare", "launcher", "evaluate", "sync")
-    for module in (*(f"lmdist.{name}" for name in commands), "lmdist_export.export", "lmdist_export.generate"):
+    export_commands = ("export", "generate", "score")
+    for module in (*(f"lmdist.{name}" for name in commands), *(f"lmdist_export.{name}" for name in export_commands)):
         done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
         helps.update(re.findall(r"--[\w.-]+", done.stdout))
     for flag in re.findall(r"(?<![\w-])(--[a-z][\w.-]*\w)", text):

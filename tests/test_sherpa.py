@@ -61,7 +61,7 @@ def failure(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tupl
 @EVERY_SHAPE
 def test_word_by_word_it_gives_torchs_log_probabilities(settings: ModelSettings, tmp_path: Path) -> None:
     folder, model = export_sherpa(tmp_path, settings)
-    session = open_session(folder / "with-state-rnnlm.onnx", "cpu", 1)
+    session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
     metadata = session.get_modelmeta().custom_metadata_map
     words = [int(word) for word in np.random.default_rng(3).integers(0, model.vocabulary_size, 30)]
     # What sherpa-onnx does: zeros by the metadata's sizes, the word of sos_id, then word by word with the state fed back.
@@ -76,7 +76,7 @@ def test_word_by_word_it_gives_torchs_log_probabilities(settings: ModelSettings,
 
 def test_names_types_axes_and_metadata_are_icefalls(tmp_path: Path) -> None:
     folder, _ = export_sherpa(tmp_path, TIED)
-    session = open_session(folder / "with-state-rnnlm.onnx", "cpu", 1)
+    session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
     state, size = ["N", 12], len(WORDS) + 2
     assert [(value.name, value.type, value.shape) for value in session.get_inputs()] == [
         ("x", "tensor(int64)", ["N", 1]),
@@ -105,7 +105,7 @@ def test_names_types_axes_and_metadata_are_icefalls(tmp_path: Path) -> None:
 
 def test_rows_do_not_mix(tmp_path: Path) -> None:
     folder, _ = export_sherpa(tmp_path, TIED)
-    session = open_session(folder / "with-state-rnnlm.onnx", "cpu", 1)
+    session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
     h, c = np.random.default_rng(4).normal(size=(2, 3, 5, 12)).astype(np.float32)
     words = np.array([[3], [1], [4], [1], [5]])
     together = session.run(None, {"x": words, "h0": h, "c0": c})
@@ -300,9 +300,16 @@ def test_a_word_with_a_blank_cannot_be_written(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "sherpa").exists()
 
 
-def test_held_out_text_is_not_ignored_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flag", [("--data", "data"), ("--precision", "int8"), ("--max-perplexity-loss", "2.0")])
+def test_a_flag_of_bundles_is_not_ignored_in_silence(
+    flag: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = failure([tmp_path / "run", "-o", tmp_path / "sherpa", *flag], capsys)
+    assert (code, " ".join(flag) in message, "leave it out" in message) == (64, True, True)
+
+
+def test_held_out_text_is_not_needed(tmp_path: Path) -> None:
     run = make_run(tmp_path, SINGLE)
-    code, message = failure([run, "-o", tmp_path / "sherpa", "--data", tmp_path / "data"], capsys)
-    assert (code, "--data" in message and "leave it out" in message) == (64, True)
-    shutil.rmtree(tmp_path / "data")  # nor is it needed
-    export.main([str(run), "-o", str(tmp_path / "sherpa"), "--layout", "sherpa-onnx", "--data", "none"])
+    shutil.rmtree(tmp_path / "data")
+    export.main([str(run), "-o", str(tmp_path / "sherpa"), "--layout", "sherpa-onnx"])
+    assert sherpa.is_layout(tmp_path / "sherpa")

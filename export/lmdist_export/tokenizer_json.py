@@ -1,6 +1,6 @@
 """`tokenizer.json`: the words of `wordpunct` and `whitespace` in the format of Hugging Face's `tokenizers`, id for id the same.
 
-    reason = write_tokenizer(folder)    # of text.json and vocab.txt; a reason, where it wrote nothing
+    write_tokenizer(folder)     # beside text.json and vocab.txt; nothing, where `obstacle` gives a reason
 
     tokenizers.Tokenizer.from_file("bundle/tokenizer.json").encode("The president said").ids
 
@@ -36,14 +36,16 @@ CHARACTERS = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
 Replacement = dict[str, Any]
 
 
-def write_tokenizer(folder: Path) -> str:
-    """Write tokenizer.json beside text.json and vocab.txt; where it could not be exact, write nothing and give the reason."""
-    settings = WordTokenizer.load(folder / "text.json").settings
-    vocabulary = Vocabulary.load(folder / "vocab.txt")
-    reason = obstacle(settings, vocabulary)
-    if not reason:
-        write_json(folder / TOKENIZER, tokenizer_json(settings, vocabulary))
-    return reason
+def write_tokenizer(folder: Path) -> None:
+    """Write tokenizer.json beside text.json and vocab.txt, where it can be exact."""
+    text = text_of(folder)
+    if not obstacle(*text):
+        write_json(folder / TOKENIZER, tokenizer_json(*text))
+
+
+def text_of(folder: Path) -> tuple[TextSettings, Vocabulary]:
+    """How the texts of a checkpoint or a bundle become words, and the words that it knows."""
+    return WordTokenizer.load(folder / "text.json").settings, Vocabulary.load(folder / "vocab.txt")
 
 
 def obstacle(settings: TextSettings, vocabulary: Vocabulary) -> str:

@@ -1,0 +1,221 @@
+"""How many hypotheses of n-best lists are scored a second: lmdist's Scorer against torch, one by one and in padded batches.
+
+    python benchmarks/scoring.py [--json benchmarks/results/scoring-MACHINE-DATE.json]
+    python benchmarks/scoring.py --quick          # 2 rounds of one list of 20, by a small model
+
+The model has an embedding of 100, two layers of 1,024 and 33,278 words, and weights as they are before training. A list is a
+sentence of 5 to 40 words with one to four words changed, left out or put in, as recognisers and translators make them; a second
+case has sentences that have nothing in common. Words are drawn by Zipf's law. Both ways of torch get ids; lmdist gets text.
+
+Each variant is a process of its own on one core, with the same weights, and they take turns; that all give the same scores is
+asserted. The first turn is not counted. Peak memory is that of the process less what it had before the model was read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from origin import facts
+
+VARIANTS = {"baseline": "torch, one by one", "torch": "torch, padded batches of 64", "lmdist": "lmdist"}
+ROWS = 64
+
+
+def main() -> None:
+    """Measure, print a table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lists", type=int, default=3, help="n-best lists a round (default: 3)")
+    parser.add_argument("--hypotheses", type=int, default=100, help="a list (default: 100)")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of one list of 20, by a small model")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--worker", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker[0], Path(arguments.worker[1]))
+        return
+    if arguments.quick:
+        arguments.rounds, arguments.lists, arguments.hypotheses = 2, 1, 20
+    hidden_size, vocabulary_size = (128, 2_000) if arguments.quick else (1024, 33_278)
+    case = f"2x{hidden_size}, V {vocabulary_size / 1000:.0f}k"
+    texts = {
+        f"{case}, {arguments.hypotheses}-best lists": nbest(arguments.lists, arguments.hypotheses, vocabulary_size),
+        f"{case}, unrelated sentences": nbest(arguments.lists * arguments.hypotheses, 1, vocabulary_size),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        make_bundle(Path(name), hidden_size, vocabulary_size)
+        rows = [row for case, lines in texts.items() for row in measure(case, lines, Path(name), arguments.rounds)]
+    for row in rows:
+        print(
+            f"{row['case']:<40}{VARIANTS[row['variant']]:<30}{row['value']:>8,.1f} {row['unit']:<14}{row['ratio']:>7.2f}"
+            f"{row['words'] / row['seconds']:>10,.0f} words/s   peak {row['peak_mib']:>5,} MiB"
+        )
+    if arguments.json:
+        command = f"python benchmarks/scoring.py --rounds {arguments.rounds} --lists {arguments.lists}"
+        command += f" --hypotheses {arguments.hypotheses}" + (" --quick" if arguments.quick else "")
+        beside = facts(("lmdist", "torch", "onnxruntime", "numpy"), command)
+        arguments.json.write_text(json.dumps([{**row, **beside} for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def nbest(lists: int, hypotheses: int, vocabulary_size: int) -> list[list[int]]:
+    """The ids of the words of all hypotheses, list after list, without the end."""
+    generator = random.Random(lists)
+    words = range(2, vocabulary_size)
+    frequency = [1 / (word + 2.7) for word in words]
+
+    def draw(count: int) -> list[int]:
+        return generator.choices(words, frequency, k=count)
+
+    made = []
+    for _ in range(lists):
+        sentence = draw(generator.randint(5, 40))
+        made.append(sentence)
+        for _ in range(hypotheses - 1):
+            changed = list(sentence)
+            for _ in range(generator.randint(1, 4)):
+                place = generator.randrange(len(changed))
+                changed[place : place + generator.randint(0, 1)] = draw(generator.randint(0, 1))
+            made.append(changed or draw(1))
+    return made
+
+
+def make_bundle(folder: Path, hidden_size: int, vocabulary_size: int) -> None:
+    """Write a checkpoint, runs/random, and its bundle."""
+    import torch
+
+    from lmdist import checkpoint, config
+    from lmdist.files import write_json
+    from lmdist.model import LanguageModel
+    from lmdist.settings import ModelSettings, Recipe
+    from lmdist.text import TextSettings, WordTokenizer
+    from lmdist.vocabulary import END, UNKNOWN, Vocabulary
+
+    data = folder / "data"
+    data.mkdir()
+    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(data / "vocab.txt")
+    WordTokenizer.train(TextSettings(tokenizer="whitespace"), []).save(data / "text.json")
+    write_json(data / "meta.json", {"files": {"train.bin": {"bytes": 0, "sha256": "0" * 64}}})
+    torch.manual_seed(0)
+    settings = ModelSettings(embedding_size=100, hidden_size=hidden_size, num_layers=2, dropout=0.0, tied=False)
+    model = LanguageModel(settings, vocabulary_size)
+    taken = checkpoint.snapshot(checkpoint.Progress(1), model, torch.optim.SGD(model.parameters()), None)
+    saved = checkpoint.save(folder / "runs" / "random" / "checkpoints", taken, config.as_dict(Recipe(model=settings)), data)
+    command = [sys.executable, "-m", "lmdist_export.export", str(saved), "-o", str(folder / "bundle"), "--data", "none"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def measure(case: str, texts: list[list[int]], folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one case: the variants in turns."""
+    workers = {
+        variant: subprocess.Popen(
+            [sys.executable, __file__, "--worker", variant, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for variant in VARIANTS
+    }
+    answers: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    for turn in range(rounds + 1):
+        for variant, process in workers.items():
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(json.dumps(texts[:ROWS] if turn == 0 else texts) + "\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            if turn:
+                answers[variant].append(answer)
+    for process in workers.values():
+        process.communicate()
+    expected = answers["baseline"][0]["scores"]
+    for given in answers.values():
+        largest = max(abs(one - other) for answer in given for one, other in zip(answer["scores"], expected, strict=True))
+        assert largest < 1e-2, f"the scores of {case} differ by {largest}"
+    seconds = {variant: [answer["seconds"] for answer in given] for variant, given in answers.items()}
+    baseline = statistics.median(seconds["baseline"])
+    return [
+        {
+            "case": case,
+            "variant": variant,
+            "value": round(len(texts) / statistics.median(values), 1),
+            "unit": "hypotheses/s",
+            "spread": round(len(texts) / min(values) - len(texts) / max(values), 1),
+            "ratio": round(baseline / statistics.median(values), 2),
+            "peak_mib": answers[variant][-1]["peak_mib"],
+            "words": sum(len(text) + 1 for text in texts),
+            "seconds": round(statistics.median(values), 3),
+        }
+        for variant, values in seconds.items()
+    ]
+
+
+# --- a process for each variant --------------------------------------------------------------------------------------
+
+
+def worker(variant: str, folder: Path) -> None:
+    """Answers each line on stdin, the ids of hypotheses, by their scores, the seconds these took, and the peak of memory."""
+    before, score = by_lmdist(folder) if variant == "lmdist" else by_torch(folder, 1 if variant == "baseline" else ROWS)
+    for line in sys.stdin:
+        texts = json.loads(line)
+        given: list[Any] = [" ".join(f"w{word}" for word in text) for text in texts] if variant == "lmdist" else texts
+        began = time.perf_counter()
+        scores = score(given)
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "scores": scores, "peak_mib": (peak() - before) // 1024}), flush=True)
+
+
+def peak() -> int:
+    """The largest memory of this process so far, in KiB; not getrusage's, which begins with that of the parent."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+def by_lmdist(folder: Path) -> tuple[int, Callable[[list[str]], list[float]]]:
+    """The memory before the model was read, and what scores text by lmdist."""
+    from lmdist_export.bundle import Bundle
+    from lmdist_export.sampler import Sampler
+    from lmdist_export.scoring import Scorer
+
+    before = peak()
+    scorer = Scorer(Sampler(Bundle.load(folder / "bundle"), threads=1))
+    return before, lambda sentences: [one.log_probability for one in scorer.score(sentences)]
+
+
+def by_torch(folder: Path, rows: int) -> tuple[int, Callable[[list[list[int]]], list[float]]]:
+    """The memory before the model was read, and what scores ids by torch, so many rows at a time, padded on the right."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    from lmdist import checkpoint
+
+    torch.set_num_threads(1)
+    before = peak()
+    model, _ = checkpoint.load_model(checkpoint.find(folder / "runs" / "random"))
+
+    @torch.inference_mode()
+    def score(texts: list[list[int]]) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(texts), rows):
+            batch = [torch.tensor([1, *text, 1]) for text in texts[start : start + rows]]
+            words = pad_sequence(batch, batch_first=True, padding_value=-1)  # (B, T + 1)
+            targets = words[:, 1:]
+            hidden, _ = model(words[:, :-1].clamp(min=0), model.initial_state(len(batch)))
+            found = model.logits(hidden).log_softmax(dim=-1)  # (B, T, V)
+            chosen = found.gather(2, targets.clamp(min=0)[..., None])[..., 0]  # (B, T)
+            scores += chosen.masked_fill(targets < 0, 0).double().sum(dim=1).tolist()
+        return scores
+
+    return before, score
+
+
+if __name__ == "__main__":
+    main()

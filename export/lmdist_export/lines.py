@@ -1,0 +1,64 @@
+"""Lines of text from files and from stdin: what commands read, one after the other and never all at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO
+
+from lmdist.errors import DataError, MissingInputError, UsageError
+
+STDIN = "-"
+PROGRESS_SECONDS = 10
+
+
+class Lines:
+    """The lines of files, one after the other, without their line breaks; says now and then how many there were."""
+
+    def __init__(self, files: Sequence[str], say: Callable[[str], None]) -> None:
+        """`say` takes a line of progress; raises MissingInputError or UsageError for what is no file."""
+        self.files = files
+        self.say = say
+        self.count = 0
+        self.place = ""
+        """Where the line that was read last stands."""
+        self.began = time.perf_counter()
+        for name in files:
+            if name != STDIN and not os.path.exists(name):
+                raise MissingInputError(f"{name} is not there; a text file is expected, or {STDIN} for stdin")
+            if os.path.isdir(name):
+                raise UsageError(f"{name} is a folder; a text file is expected, or {STDIN} for stdin")
+
+    def __iter__(self) -> Iterator[str]:
+        self.began = said = time.perf_counter()
+        for name in self.files:
+            with opened(name) as file:
+                for number, line in enumerate(file, start=1):
+                    self.count += 1
+                    self.place = f"{'stdin' if name == STDIN else name}, line {number:,}"
+                    if time.perf_counter() - said > PROGRESS_SECONDS:
+                        said = time.perf_counter()
+                        self.say(f"{self.count:,} lines, {self.count / (said - self.began):,.0f} lines/s")
+                    try:
+                        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    except UnicodeDecodeError as error:
+                        raise DataError(
+                            f"{self.place}: byte {error.start + 1} is not UTF-8, which is expected; iconv -t UTF-8 makes it so"
+                        ) from None
+                    yield text.rstrip("\r\n")
+
+
+@contextmanager
+def opened(name: str) -> Iterator[IO[bytes]]:
+    """A file, or stdin; raises DataError where it cannot be read."""
+    if name == STDIN:
+        yield sys.stdin.buffer
+        return
+    try:
+        with open(name, "rb") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}") from None

@@ -1,0 +1,193 @@
+"""Writes ONNX's own file format: a graph is put together node by node and becomes the bytes that any runtime reads.
+
+    graph = Graph("double")
+    graph.input("x", FLOAT, ["batch", 3])
+    graph.output(graph("Mul", "x", graph.constant(np.float32(2))), "y", FLOAT, ["batch", 3])
+    model_bytes(graph, {"format": "an example"})
+
+A machine that samples has no onnx, and makes the graphs it needs from this (graph.py); lmdist-export writes the same bytes to
+files and has onnx check them. It knows protobuf and no model. The fields' numbers are those of onnx.proto3 of
+https://github.com/onnx/onnx; weights lie outside, in a file beside the graph.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16 = 1, 2, 3, 6, 7, 9, 10  # types of numbers
+TYPES = {
+    FLOAT: np.dtype("<f4"),
+    UINT8: np.dtype("u1"),
+    INT8: np.dtype("i1"),
+    INT32: np.dtype("<i4"),
+    INT64: np.dtype("<i8"),
+    BOOL: np.dtype("?"),
+    FLOAT16: np.dtype("<f2"),
+}
+IR_VERSION = 8  # the file format that came with opset 17
+OPSET = 17  # has all that the graphs need; every onnxruntime since 1.12 reads it
+MICROSOFT = "com.microsoft"  # where onnxruntime keeps its own operators
+MICROSOFT_OPERATORS = ("MatMulIntegerToFloat", "MatMulNBits")
+
+Shape = Sequence[int | str]
+"""Of each axis its length, or the name of a length that is free."""
+
+
+class Graph:
+    """A graph that grows: `graph("Add", a, b)` adds a node and gives the name of its output.
+
+    A graph inside another one (the body of a Loop or a Scan) sees all names of the outer one; its constants lie there too.
+    """
+
+    def __init__(self, name: str, outer: Graph | None = None) -> None:
+        self.name = name
+        self.outer = outer
+        self.nodes: list[bytes] = []
+        self.inputs: list[bytes] = []
+        self.outputs: list[bytes] = []
+        self.tensors: list[bytes] = outer.tensors if outer else []
+        self.constants: dict[tuple[Any, ...], str] = outer.constants if outer else {}
+        self.numbers: count[int] = outer.numbers if outer else count()
+
+    def body(self, name: str) -> Graph:
+        """A graph inside this one."""
+        return Graph(name, self)
+
+    def input(self, name: str, kind: int, shape: Shape) -> str:
+        """Declare what goes in."""
+        self.inputs.append(value_info(name, kind, shape))
+        return name
+
+    def output(self, value: str, name: str, kind: int, shape: Shape) -> None:
+        """Give `value` out under `name`."""
+        self.nodes.append(node("Identity", [value], [name], {}))
+        self.outputs.append(value_info(name, kind, shape))
+
+    def weight(self, name: str, kind: int, shape: Sequence[int], location: str, offset: int) -> str:
+        """Declare a tensor that lies in the file `location` beside the graph."""
+        length = int(np.prod(shape, dtype=np.int64)) * TYPES[kind].itemsize
+        where = {"location": location, "offset": str(offset), "length": str(length)}
+        outside = [(13, pair(key, value)) for key, value in where.items()]
+        self.tensors.append(message([*((1, size) for size in shape), (2, kind), (8, name), *outside, (14, 1)]))
+        return name
+
+    def constant(self, value: Any) -> str:
+        """The name of a tensor of these numbers: whole ones int64, others float32 unless they are an array of a type."""
+        array = np.asarray(value)
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.constants:
+            name = f"constant_{len(self.constants)}"
+            kind = next(kind for kind, dtype in TYPES.items() if dtype == array.dtype)
+            self.tensors.append(message([*((1, size) for size in array.shape), (2, kind), (8, name), (9, array.tobytes())]))
+            self.constants[key] = name
+        return self.constants[key]
+
+    def __call__(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node of one output; give its name. An input that is left out is ""."""
+        return self.several(operator, 1, *inputs, **attributes)[0]
+
+    def several(self, operator: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
+        """Add a node of several outputs; give their names."""
+        names = [f"{operator}_{next(self.numbers)}" for _ in range(outputs)]
+        self.nodes.append(node(operator, inputs, names, attributes))
+        return names
+
+    def encoded(self) -> bytes:
+        """The graph as protobuf has it."""
+        return message(
+            [
+                *((1, part) for part in self.nodes),
+                (2, self.name),
+                *((5, part) for part in (self.tensors if self.outer is None else [])),
+                *((11, part) for part in self.inputs),
+                *((12, part) for part in self.outputs),
+            ]
+        )
+
+
+def model_bytes(graph: Graph, metadata: Mapping[str, str]) -> bytes:
+    """The file of a graph, with metadata that a runtime can ask it for."""
+    return message(
+        [
+            (1, IR_VERSION),
+            (2, "lmdist"),
+            (7, graph.encoded()),
+            (8, message([(1, ""), (2, OPSET)])),
+            (8, message([(1, MICROSOFT), (2, 1)])),
+            *((14, pair(key, value)) for key, value in metadata.items()),
+        ]
+    )
+
+
+def node(operator: str, inputs: Iterable[str], outputs: Iterable[str], attributes: Mapping[str, Any]) -> bytes:
+    """A node."""
+    outputs = list(outputs)
+    return message(
+        [
+            *((1, name) for name in inputs),
+            *((2, name) for name in outputs),
+            (3, f"{operator}:{outputs[0]}"),
+            (4, operator),
+            *((5, attribute(name, value)) for name, value in attributes.items()),
+            (7, MICROSOFT if operator in MICROSOFT_OPERATORS else ""),
+        ]
+    )
+
+
+def attribute(name: str, value: float | Sequence[int] | Graph) -> bytes:
+    """An attribute of a node: a number, whole numbers, or a graph."""
+    if isinstance(value, Graph):
+        return message([(1, name), (6, value.encoded()), (20, 5)])
+    if isinstance(value, float):
+        return message([(1, name), (2, value), (20, 1)])
+    if isinstance(value, int):
+        return message([(1, name), (3, value), (20, 2)])
+    return message([(1, name), *((8, number) for number in value), (20, 7)])
+
+
+def value_info(name: str, kind: int, shape: Shape) -> bytes:
+    """The name, type and axes of what goes in or out."""
+    axes = message([(1, message([(1 if isinstance(axis, int) else 2, axis)])) for axis in shape])
+    return message([(1, name), (2, message([(1, message([(1, kind), (2, axes)]))]))])
+
+
+def pair(key: str, value: str) -> bytes:
+    """A text under a key."""
+    return message([(1, key), (2, value)])
+
+
+def message(fields: Iterable[tuple[int, int | float | str | bytes]]) -> bytes:
+    """Fields by their numbers, as protobuf writes them: a whole number, a 32-bit one, or bytes of a length."""
+    parts: list[bytes] = []
+    for number, value in fields:
+        if isinstance(value, float):
+            parts += [whole_number(number << 3 | 5), struct.pack("<f", value)]
+        elif isinstance(value, int):
+            parts += [whole_number(number << 3), whole_number(value & (1 << 64) - 1)]
+        else:
+            data = value.encode() if isinstance(value, str) else value
+            parts += [whole_number(number << 3 | 2), whole_number(len(data)), data]
+    return b"".join(parts)
+
+
+def whole_number(value: int) -> bytes:
+    """A number of 7 bits a byte, the lowest first."""
+    result = bytearray()
+    while value > 127:
+        result.append(value & 127 | 128)
+        value >>= 7
+    result.append(value)
+    return bytes(result)
+
+
+def array_bytes(array: NDArray[Any], kind: int) -> memoryview:
+    """The bytes of an array as a file of weights has them."""
+    return np.ascontiguousarray(array, TYPES[kind]).reshape(-1).view(np.uint8).data
