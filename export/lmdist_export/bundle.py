@@ -5,6 +5,7 @@
         generate.onnx           the generation graph: prompts in, words out
         weights.bin             the weights of both
         vocab.txt  text.json    how words become ids, and text becomes words
+        tokenizer.json          the same for Hugging Face's tokenizers, where its format can say it; not read here
         generation_config.json  how text is made where a command does not say; yours to edit
         manifest.json           sizes, precision and what it costs, origin, and a sha256 for each file above but the last
 

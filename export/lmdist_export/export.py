@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lmdist.model import LanguageModel
 
 DEFECT = 1
+LAYOUTS = ("bundle", "sherpa-onnx")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")  # those of graph.py, which takes longer to import than --help may
 SPEED_WORDS = 30
 
@@ -35,10 +36,17 @@ def parser() -> argparse.ArgumentParser:
     made = CommandParser(
         prog="lmdist-export",
         description="Turn a trained model into an ONNX bundle that onnxruntime samples without torch. "
-        "The bundle is compared with torch first: one that differs is not written.",
+        "It is compared with torch first: one that differs is not written.",
     )
     made.add_argument("checkpoint", type=Path, help="a run (runs/NAME: its best checkpoint is taken) or a checkpoint")
     made.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="the folder to write")
+    made.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="bundle",
+        help="bundle: for lmdist-generate and any onnxruntime; sherpa-onnx: as the language model of a speech recogniser "
+        "(default: bundle)",
+    )
     made.add_argument(
         "--data",
         metavar="FOLDER",
@@ -59,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PERCENT",
         help="what a precision may cost on the held-out text, or nothing is written (default: int8 1, int4 3)",
     )
-    made.add_argument("--overwrite", action="store_true", help="replace the bundle that lies there")
+    made.add_argument("--overwrite", action="store_true", help="replace what lies there, if it is of the same layout")
     return made
 
 
@@ -67,21 +75,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export, or say in one line why not."""
     arguments = parser().parse_args(argv)
     with report("lmdist-export"):
-        check_output(arguments.output, overwrite=arguments.overwrite)
+        if arguments.layout == "sherpa-onnx":
+            check_flags(arguments)
+        check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
         from lmdist_export.verify import MismatchError
 
         try:
-            manifest = export(
-                arguments.checkpoint, arguments.output, arguments.data, arguments.precision, arguments.max_perplexity_loss
-            )
+            if arguments.layout == "bundle":
+                manifest = export(
+                    arguments.checkpoint, arguments.output, arguments.data, arguments.precision, arguments.max_perplexity_loss
+                )
+                lines = table(arguments.output, manifest)
+            else:
+                lines = export_sherpa(arguments.checkpoint, arguments.output)
         except MismatchError as error:
             sys.stderr.write(f"lmdist-export: the graph does not answer as torch does, and nothing was written: {error}\n")
             sys.exit(DEFECT)
-        sys.stdout.write(table(arguments.output, manifest))
+        sys.stdout.write(lines)
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise UsageError unless `output` is free, or is a bundle that may be replaced."""
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for a flag that means nothing to the layout sherpa-onnx."""
+    for flag, value, taken in (
+        ("--data", arguments.data, (None, "none")),
+        ("--precision", arguments.precision, ("fp32",)),
+        ("--max-perplexity-loss", arguments.max_perplexity_loss, (None,)),
+    ):
+        if value not in taken:
+            raise UsageError(
+                f"{flag} {value}: --layout sherpa-onnx is written in fp32 and reads no held-out text; leave it out"
+            )
+
+
+def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
+    """Raise UsageError unless `output` is free, or is of this layout and may be replaced."""
     from lmdist_export.bundle import read_manifest
 
     if not os.path.lexists(output):
@@ -91,6 +118,15 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{output} is there already: give another name, or --overwrite to replace it")
+    if layout == "sherpa-onnx":
+        from lmdist_export import sherpa
+
+        if not sherpa.is_layout(output):
+            raise UsageError(
+                f"{output} is there and holds other things than {sherpa.MODEL} and {sherpa.TOKENS}; "
+                "--overwrite replaces only a folder of these"
+            )
+        return
     try:
         read_manifest(output)
     except (DataError, MissingInputError):
@@ -103,6 +139,7 @@ def export(
     """Write and verify the bundle; give its manifest."""
     from lmdist import checkpoint
     from lmdist.files import whole_folder
+    from lmdist_export.tokenizer_json import TOKENIZER, obstacle, text_of
 
     path = checkpoint.find(run_or_checkpoint)
     model, origin = checkpoint.load_model(path)
@@ -110,6 +147,8 @@ def export(
     if held_out is None and precision not in ("fp32", "fp16"):
         raise UsageError(f"--precision {precision} needs held-out text to know what it costs: give its folder by --data")
     say(f"{path}: step {origin['progress']['step']:,}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}")
+    if reason := obstacle(*text_of(path)):
+        say(f"without {TOKENIZER}: {reason}")
     made = partial(write_bundle, path, model, origin, held_out, most_loss)
     with whole_folder(output) as folder:
         return made(folder, precision) if precision != "auto" else write_fastest(folder, made)
@@ -173,6 +212,7 @@ def write_bundle(
     from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
     from lmdist_export.convert import write_graphs
     from lmdist_export.sampler import Sampler, runtime_version
+    from lmdist_export.tokenizer_json import write_tokenizer
     from lmdist_export.verify import MOST_LOSS, TOLERANCES, check_perplexity, check_values
 
     if precision == "int4" and model.settings.head == "adaptive":
@@ -183,6 +223,7 @@ def write_bundle(
     sizes = write_graphs(model, folder, run, precision)
     for name in ("vocab.txt", "text.json"):
         shutil.copyfile(path / name, folder / name)
+    write_tokenizer(folder)
     files = sums(folder)
     say(f"comparing {precision} with torch" + ("" if held_out is None else ", on held-out text too"))
     generation = GenerationConfig()
@@ -210,6 +251,20 @@ def write_bundle(
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def export_sherpa(run_or_checkpoint: Path, output: Path) -> str:
+    """Write and verify the model as sherpa-onnx takes it; give the lines that say so."""
+    from lmdist import checkpoint
+    from lmdist.vocabulary import Vocabulary
+    from lmdist_export import sherpa
+
+    path = checkpoint.find(run_or_checkpoint)
+    model, origin = checkpoint.load_model(path)
+    made_of = f"{run_name(path)}, step {origin['progress']['step']:,}"
+    say(f"{path}: {made_of}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}")
+    differences = sherpa.write(model, Vocabulary.load(path / "vocab.txt"), output, made_of)
+    return sherpa.table(output, differences, made_of)
 
 
 def held_out_text(origin: dict[str, Any], data: str | None) -> tuple[str, np.ndarray] | None:
