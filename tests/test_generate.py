@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,134 @@ def test_wrong_values(bundle: Path, refused, arguments: tuple[object, ...], mess
     code, line = refused(bundle, *arguments)
     assert code == 64
     assert message in line
+
+
+WRONG_TOGETHER = [
+    (("--prompt", "the", "--prompts-file", "-"), "--prompt and --prompts-file are both given"),
+    (("--logprobs", 2), "give --json as well"),
+    (("--json", "--logprobs", -1), "--logprobs is -1"),
+    (("--stream", "--json"), "--stream prints one text"),
+    (("--num-beams", 2, "--top-k", 3), "--top-k does not go with it"),
+    (("--num-beams", 2, "--seed", 3), "--seed does not go with it"),
+    (("--num-beams", 2, "--stream"), "--stream does not go with it"),
+    (("--num-beams", 2, "--n", 3), "at most so many texts"),
+    (("--length-penalty", 2), "give --num-beams as well"),
+    (("--min-new-tokens", 9, "--max-new-tokens", 8), "min_new_tokens is 9; it must be from 0 to max_new_tokens, 8"),
+    (("--logit-bias", "the"), "WORD=X is expected"),
+    (("--logit-bias", "the=much"), "WORD=X is expected"),
+    (("--logit-bias", "=3"), "WORD=X is expected"),
+    (("--logit-bias", "zebra=3"), "'zebra' is not in the vocabulary"),
+    (("--stop", "the zebra"), "'zebra' is not in the vocabulary"),
+    (("--bad-words", " "), "has no words"),
+    (("--batch-size", 0), "--batch-size is 0"),
+    *((("--min-p", value), "min_p is") for value in (-0.1, 1.1)),
+    *((("--typical-p", value), "typical_p is") for value in (0, 1.1)),
+    (("--repetition-penalty", 0), "repetition_penalty is 0"),
+    (("--presence-penalty", "nan"), "presence_penalty is nan"),
+    (("--no-repeat-ngram-size", -1), "no_repeat_ngram_size is -1"),
+    (("--num-beams", 0), "num_beams is 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG_TOGETHER, ids=[" ".join(map(str, flags)) for flags, _ in WRONG_TOGETHER]
+)
+def test_wrong_values_of_options(by_blanks: Path, refused, arguments: tuple[object, ...], message: str) -> None:
+    code, line = refused(by_blanks, *arguments)
+    assert code == 64
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--top-k", 3),
+        ("--top-p", 0.6),
+        ("--min-p", 0.3),
+        ("--typical-p", 0.5),
+        ("--repetition-penalty", 3),
+        ("--presence-penalty", 3),
+        ("--frequency-penalty", 3),
+        ("--no-repeat-ngram-size", 2),
+        ("--min-new-tokens", 20),
+        ("--logit-bias", "cat=4"),
+        ("--bad-words", "the"),
+        ("--stop", "the"),
+        ("--temperature", 0.3),
+    ],
+    ids=lambda options: options[0],
+)
+def test_each_option_changes_the_text_and_not_by_how_it_is_written(
+    by_blanks: Path, written, options: tuple[object, ...]
+) -> None:
+    arguments = (by_blanks, "--prompt", "the cat", "--max-new-tokens", 40)
+    if options[0] != "--min-new-tokens":
+        arguments = (*arguments, "--ignore-eos")  # most texts of this model are too short to have anything twice
+    changed = 0
+    for seed in range(4):
+        text, _ = written(*arguments, *options, "--seed", seed)
+        assert written(*arguments, *options, "--seed", seed, "--stream")[0] == text
+        as_json = json.loads(written(*arguments, *options, "--seed", seed, "--json")[0])
+        assert as_json["text"] + "\n" == text
+        changed += text != written(*arguments, "--seed", seed)[0]
+    assert changed
+
+
+def test_lines_of_json(by_blanks: Path, tmp_path: Path, written) -> None:
+    prompts = ["the cat", "", "zebra said", "is not it"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    arguments = (by_blanks, "--seed", 4, "--n", 3, "--max-new-tokens", 12, "--json", "--logprobs", 2)
+    out, err = written(*arguments, "--prompts-file", tmp_path / "prompts.txt", "--batch-size", 5)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["prompt_number"], line["index"]) for line in lines] == [(prompt, n) for prompt in range(4) for n in range(3)]
+    assert "read as <unk>: zebra" in err
+    assert {line["finish_reason"] for line in lines} == {"stop", "length"}
+    for line in lines:
+        alone, _ = written(*arguments, "--prompt", prompts[line["prompt_number"]])
+        same = json.loads(alone.splitlines()[line["index"]])
+        # Another batch size is another order of sums: in log-probabilities that shows.
+        for found, expected in zip(line["logprobs"]["token_logprobs"], same["logprobs"]["token_logprobs"], strict=True):
+            assert found == pytest.approx(expected, abs=1e-4)
+        assert {**line, "prompt_number": 0, "logprobs": None} == {**same, "logprobs": None}
+        assert line["text"] == " ".join([*prompts[line["prompt_number"]].split(), *line["words"]])
+        assert (len(line["words"]) == 12) == (line["finish_reason"] == "length")
+        assert line["logprobs"]["tokens"] == line["words"]
+        for best in line["logprobs"]["top_logprobs"]:
+            assert len(best) == 2
+            assert list(best.values()) == sorted(best.values(), reverse=True)
+    without, _ = written(*arguments[:-2], "--no-echo", "--prompt", "the cat")
+    assert [json.loads(line)["text"] for line in without.splitlines()] == [" ".join(line["words"]) for line in lines[:3]]
+
+
+def test_prompts_from_stdin_are_answered_in_order(by_blanks: Path) -> None:
+    arguments = ["--prompts-file", "-", "--seed", "1", "--json", "--max-new-tokens", "5"]
+    prompts = [" ".join(PLAIN_WORDS[: number % 7]) for number in range(40)]
+    found = subprocess.run(
+        [sys.executable, "-m", "lmdist_export.generate", str(by_blanks), *arguments],
+        input="\n".join(prompts).encode(),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [line["prompt_number"] for line in lines] == list(range(40))
+    assert all(line["text"].startswith(prompt) for line, prompt in zip(lines, prompts, strict=True))
+
+
+def test_prompts_that_cannot_be_read(by_blanks: Path, tmp_path: Path, refused) -> None:
+    assert refused(by_blanks, "--prompts-file", tmp_path / "none")[0] == 66
+    assert refused(by_blanks, "--prompts-file", tmp_path)[0] == 64
+
+
+def test_a_search(by_blanks: Path, written) -> None:
+    arguments = (by_blanks, "--prompt", "the cat", "--num-beams", 5, "--max-new-tokens", 6, "--json", "--logprobs", 0)
+    texts = [json.loads(line) for line in written(*arguments, "--n", 3, "--ignore-eos")[0].splitlines()]
+    scores = [sum(text["logprobs"]["token_logprobs"]) for text in texts]
+    assert scores == sorted(scores, reverse=True)
+    assert len({text["text"] for text in texts}) == 3
+    assert [text["index"] for text in texts] == [0, 1, 2]
+    greedy = json.loads(written(by_blanks, *arguments[1:3], *arguments[5:], "--temperature", 0, "--ignore-eos")[0])
+    assert scores[0] >= sum(greedy["logprobs"]["token_logprobs"])
+    assert written(*arguments, "--ignore-eos")[0] == written(*arguments, "--ignore-eos")[0]
 
 
 def test_what_is_no_bundle(bundle: Path, tmp_path: Path, refused) -> None:
