@@ -1,8 +1,9 @@
-"""The graphs of a bundle, made of the sizes in its manifest: one that reads, one that scores, one that makes words.
+"""The graphs of a bundle, made of the sizes in its manifest: one that reads, one that scores, two that make words.
 
     step_graph        tokens (B, T), h, c              -> logits (B, T, V), next_h, next_c
     score_graph       tokens (B, T), targets, h, c     -> log_probabilities (B, T), next_h, next_c
     generation_graph  prompt (B, P), uniform (N, B, A) -> words (N, B), next_h, next_c: N words in one run
+    word_graph        word (B), uniform (B, A), state  -> next_word (B), next state: one word a run, for a GPU
 
 All are made of the same two rooms: `Network` holds what the model computes, in the precision of its weights, and `draw` turns
 logits into words. A graph is written anew wherever it is needed, by lmdist-export into files for every runtime, and by the
@@ -274,8 +275,12 @@ class Network:
         size = self.sizes.layer_sizes[layer]
         name = f"layer_{layer}.hidden"
         gates = g("Add", inputs, self.product(g, name, self.whole(g, name, hidden)))  # (B, 4H)
-        three, candidate = g.several("Split", 2, gates, g.constant(np.array([3 * size, size])), axis=1)
-        input_gate, output_gate, forget_gate = g.several("Split", 3, g("Sigmoid", three), axis=1)
+        if self.cuda:  # parts of equal length alone can be cut in a CUDA graph (word_graph)
+            *three, candidate = g.several("Split", 4, gates, axis=1)
+            input_gate, output_gate, forget_gate = (g("Sigmoid", gate) for gate in three)
+        else:
+            three, candidate = g.several("Split", 2, gates, g.constant(np.array([3 * size, size])), axis=1)
+            input_gate, output_gate, forget_gate = g.several("Split", 3, g("Sigmoid", three), axis=1)
         kept, added = g("Mul", forget_gate, cell), g("Mul", input_gate, g("Tanh", candidate))
         cell = g("Add", kept, added)
         return g("Mul", output_gate, g("Tanh", cell)), cell
@@ -410,10 +415,7 @@ def generation_graph(
     _, h, c = network.read(g, by_time, h, c, last)
     word = g("GatherElements", prompt, g("Unsqueeze", last, g.constant(np.array([1]))), axis=1)  # (B, 1)
     word = g("Squeeze", word, g.constant(np.array([1])))
-    scale = options.get("inverse_temperature", "")
-    if not sizes.cutoffs:
-        bias = g("Add", bias, network.weight("projection.bias"))
-        bias = g("Mul", bias, scale) if scale else bias
+    bias = bias_after_scale(g, network, bias, options)
 
     layers = range(len(sizes.layer_sizes))
     body = g.body("word")
@@ -427,14 +429,8 @@ def generation_graph(
     place = body.input("place", INT64, [])
     body.input("condition", BOOL, [])
     names = {name: body.input(f"{name}_before", kind, shape) for name, kind, shape, _ in carried}
-    new_h, new_c = network.step(
-        body, names["word"], [names[f"h_{layer}"] for layer in layers], [names[f"c_{layer}"] for layer in layers]
-    )
-    logits = network.logits(body, new_h[-1], bias, scale)
-    if features.adjusted:
-        logits = adjusted(body, logits, names["counts"], options)
     numbers = body("Gather", uniform, place, axis=0)  # (B, A)
-    drawn, mass = draw(body, sizes, features, logits, numbers, options)  # (B, 1), (B, 1)
+    drawn, mass, new_h, new_c, counts = word_after(body, network, features, names, bias, numbers, options)
     column = body.constant(np.array([1]))
     new_word = body("Squeeze", drawn, column)
     stopped = body("ReduceMax", body("Cast", body("Equal", drawn, stops), to=INT32), axes=[1], keepdims=0)
@@ -443,8 +439,7 @@ def generation_graph(
     after = {"word": new_word, "going": new_going}
     after |= {f"h_{layer}": new_h[layer] for layer in layers} | {f"c_{layer}": new_c[layer] for layer in layers}
     if features.adjusted:
-        one_more = body("Add", body("GatherElements", names["counts"], drawn, axis=1), body.constant(np.float32(1)))
-        after["counts"] = body("ScatterElements", names["counts"], drawn, one_more, axis=1)
+        after["counts"] = counts
     body.output(any_going, "go_on", BOOL, [])
     for name, kind, shape, _ in carried:
         body.output(after[name], f"{name}_after", kind, shape)
@@ -462,6 +457,68 @@ def generation_graph(
     if features.adjusted:
         g.output(result["counts"], "next_counts", FLOAT, ["batch", sizes.padded])
     return model_bytes(g, metadata("lmdist generation graph", sizes, run) | {"features": json.dumps(asdict(features))})
+
+
+def word_graph(sizes: Sizes, features: Features, location: str, *, cuda: bool = False, saturates: bool = False) -> bytes:
+    """The graph that makes one word a row, for a device where a Loop would come back to the host for each of its nodes.
+
+    What goes from word to word has an input NAME and an output next_NAME of the same shape, the layers' states one by one:
+    onnxruntime cuts and joins parts of unequal lengths by tables that it copies from the host, and a CUDA graph replays the
+    copy and not the table. For the same reason nothing here asks for a shape, unless an option needs it (`capturable`).
+    """
+    g = Graph("lmdist_word")
+    network = Network(sizes, g, location, cuda=cuda, saturates=saturates)
+    states = {name: [f"{name}_{layer}" for layer in range(len(sizes.layer_sizes))] for name in ("h", "c")}
+    before = {"word": g.input("word", INT64, ["batch"])}
+    for names in states.values():
+        before |= {name: g.input(name, FLOAT, ["batch", size]) for name, size in zip(names, sizes.layer_sizes, strict=True)}
+    mass = g.input("mass", FLOAT, ["batch", 1])
+    uniform = g.input("uniform", FLOAT, ["batch", features.attempts])
+    bias = g.input("bias", FLOAT, [sizes.padded])
+    options = draw_inputs(g, sizes, features)
+    before |= {"counts": options["counts"]} if features.adjusted else {}
+    bias = bias_after_scale(g, network, bias, options)
+    drawn, of_word, h, c, counts = word_after(g, network, features, before, bias, uniform, options)
+    g.output(g("Squeeze", drawn, g.constant(np.array([1]))), "next_word", INT64, ["batch"])
+    for names, parts in ((states["h"], h), (states["c"], c)):
+        for name, part, size in zip(names, parts, sizes.layer_sizes, strict=True):
+            g.output(part, f"next_{name}", FLOAT, ["batch", size])
+    # Added up, for what is not finite stays so: it is looked at once, after the last word.
+    g.output(g("Add", mass, of_word), "next_mass", FLOAT, ["batch", 1])
+    if features.adjusted:
+        g.output(counts, "next_counts", FLOAT, ["batch", sizes.padded])
+    return model_bytes(g, metadata("lmdist word graph", sizes, ""))
+
+
+def capturable(sizes: Sizes, features: Features) -> bool:
+    """Whether all of a word graph runs as a CUDA graph: no Loop, no shape, and no table that is copied from the host."""
+    return not (features.sorted or features.attempts > 1 or sizes.cutoffs)
+
+
+def bias_after_scale(g: Graph, network: Network, bias: str, options: dict[str, str]) -> str:
+    """What `Network.logits` is to add: `bias` (V') and the model's own, over the temperature as the logits are."""
+    if network.sizes.cutoffs:
+        return bias
+    bias = g("Add", bias, network.weight("projection.bias"))
+    return g("Mul", bias, options["inverse_temperature"]) if "inverse_temperature" in options else bias
+
+
+def word_after(
+    g: Graph, network: Network, features: Features, before: dict[str, str], bias: str, uniform: str, options: dict[str, str]
+) -> tuple[str, str, list[str], list[str], str]:
+    """The word after `before`: drawn (B, 1) and its `draw` mass (B, 1), then the layers' new h and c, and the new counts."""
+    layers = range(len(network.sizes.layer_sizes))
+    h, c = network.step(
+        g, before["word"], [before[f"h_{layer}"] for layer in layers], [before[f"c_{layer}"] for layer in layers]
+    )
+    logits = network.logits(g, h[-1], bias, options.get("inverse_temperature", ""))
+    if features.adjusted:
+        logits = adjusted(g, logits, before["counts"], options)
+    drawn, mass = draw(g, network.sizes, features, logits, uniform, options, cuda=network.cuda)
+    if not features.adjusted:
+        return drawn, mass, h, c, ""
+    one_more = g("Add", g("GatherElements", before["counts"], drawn, axis=1), g.constant(np.float32(1)))
+    return drawn, mass, h, c, g("ScatterElements", before["counts"], drawn, one_more, axis=1)
 
 
 def metadata(what: str, sizes: Sizes, run: str) -> dict[str, str]:
@@ -530,7 +587,9 @@ def adjusted(g: Graph, logits: str, counts: str, options: dict[str, str]) -> str
     return g("Add", g("Sub", logits, price), options["row_bias"])
 
 
-def draw(g: Graph, sizes: Sizes, features: Features, logits: str, uniform: str, options: dict[str, str]) -> tuple[str, str]:
+def draw(
+    g: Graph, sizes: Sizes, features: Features, logits: str, uniform: str, options: dict[str, str], *, cuda: bool = False
+) -> tuple[str, str]:
     """The next words (B, 1) of `logits` (B, V') by `uniform` (B, A); and a sum (B, 1) that is finite where the logits are."""
     if features.greedy:
         return g("ArgMax", logits, axis=1), g("ReduceMax", logits, axes=[1])
@@ -539,13 +598,13 @@ def draw(g: Graph, sizes: Sizes, features: Features, logits: str, uniform: str, 
     probabilities = g("Reshape", g("Softmax", logits, axis=1), g.constant(np.array([-1, sizes.padded // BLOCK, BLOCK])))
     sums = g("ReduceSum", probabilities, g.constant(np.array([2])), keepdims=0)  # (B, V'/256)
     first = column_of(g, uniform, 0)
-    drawn = two_level(g, sizes, probabilities, sums, first)
+    drawn = two_level(g, sizes, probabilities, sums, first, cuda=cuda)
     if not (features.top_p or features.min_p):
         return drawn[0], drawn[2]
-    return accepted(g, sizes, features, probabilities, drawn, uniform, options), drawn[2]
+    return accepted(g, sizes, features, probabilities, drawn, uniform, options, cuda=cuda), drawn[2]
 
 
-def two_level(g: Graph, sizes: Sizes, weights: str, sums: str, uniform: str) -> tuple[str, str, str]:
+def two_level(g: Graph, sizes: Sizes, weights: str, sums: str, uniform: str, *, cuda: bool) -> tuple[str, str, str]:
     """A word (B, 1) of `weights` (B, V'/256, 256) with `sums` (B, V'/256) by `uniform` (B, 1), its weight, and the sum of all.
 
     The inverse of the distribution function, first of blocks, then inside one. A uniform number is at most 1 - 2**-24, and
@@ -559,7 +618,11 @@ def two_level(g: Graph, sizes: Sizes, weights: str, sums: str, uniform: str) -> 
     below = g("ReduceMax", g("Mul", up_to, g("Cast", before, to=FLOAT)), axes=[1])
     # Never beyond the last, whatever numbers a row has that is not asked for.
     block = g("Min", g("ReduceSum", g("Cast", before, to=INT64), column), g.constant(np.int64(blocks - 1)))  # (B, 1)
-    inside = g("GatherND", weights, block, batch_dims=1)  # (B, 256)
+    if cuda:  # GatherND copies a table from the host (word_graph)
+        index = g("Add", g("Unsqueeze", block, column), g.constant(np.zeros((1, 1, BLOCK), np.int64)))  # (B, 1, 256)
+        inside = g("Squeeze", g("GatherElements", weights, index, axis=1), column)  # (B, 256)
+    else:
+        inside = g("GatherND", weights, block, batch_dims=1)  # (B, 256)
     up_to = g("CumSum", inside, g.constant(np.int64(1)))
     most = g("Mul", column_of(g, up_to, BLOCK - 1), g.constant(np.float32(1 - 2**-24)))
     target = g("Min", g("Sub", target, below), most)
@@ -577,6 +640,8 @@ def accepted(
     drawn: tuple[str, str, str],
     uniform: str,
     options: dict[str, str],
+    *,
+    cuda: bool,
 ) -> str:
     """Words (B, 1) that top-p and min-p allow: what `two_level` has `drawn`, or where that is not allowed, of likelier ones.
 
@@ -626,7 +691,7 @@ def accepted(
         body("Unsqueeze", body("Add", attempt, body.constant(np.int64(1))), body.constant(np.array([0]))),
         axis=1,
     )
-    word, of_word, _ = two_level(body, sizes, before["likelier"], before["sums"], number)
+    word, of_word, _ = two_level(body, sizes, before["likelier"], before["sums"], number, cuda=cuda)
     refused, *others = judge(body, before["likelier"], of_word, before["unit"])
     refused = body("And", before["refused"], refused)
     after = [body("Where", before["refused"], word, before["word"]), refused, *others]
