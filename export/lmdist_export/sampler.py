@@ -25,6 +25,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from numpy.typing import NDArray
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.files import one_line
 from lmdist_export.bundle import PROVIDERS, WEIGHTS, Bundle, GenerationConfig
-from lmdist_export.graph import Features, Sizes, generation_graph, score_graph, step_graph
+from lmdist_export.graph import Features, Sizes, capturable, generation_graph, score_graph, step_graph, word_graph
 from lmdist_export.onnx_file import FLOAT, UINT8, Graph, model_bytes
 
 ModelState = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -148,6 +149,9 @@ class Sampler:
         self.sizes = bundle.sizes
         self.runtime = Runtime(bundle.folder, bundle.sizes, provider, threads)
         self.generation: dict[Features, Any] = {}
+        self.words: dict[Features, WordSession] = {}
+        self.by_word = provider == "cuda"
+        """Whether words are made one a run, with the state on the device: a Loop waits for a GPU at each of its words."""
 
     @cached_property
     def step_session(self) -> Any:
@@ -168,6 +172,12 @@ class Sampler:
 
             self.generation[features] = self.runtime.open(graph)
         return self.generation[features]
+
+    def word_session(self, features: Features) -> WordSession:
+        """The word graph that has these features."""
+        if features not in self.words:
+            self.words[features] = WordSession(self.runtime, features)
+        return self.words[features]
 
     # --- reading
 
@@ -264,7 +274,6 @@ class Sampler:
         (B, V) to each row's; `in_prompt` (B, V) says which words a repetition penalty finds in the prompts.
         """
         features = features_of(config, row_bias is not None)
-        session = self.generation_session(features)
         rows, wanted = len(state), features.attempts
         assert len(state.generators) == rows, "a text draws no words before it is seeded"
         inverse = np.float32(1 if config.greedy else 1 / config.temperature)
@@ -298,8 +307,12 @@ class Sampler:
         before = [generator.bit_generator.state for generator in state.generators]
         generators = tuple(restored(at) for at in before)
         feed["uniform"] = uniform_numbers(generators, words, wanted)
-        names = ["words", "mass", "next_h", "next_c", *(["next_counts"] if features.adjusted else [])]
-        found = session.run(names, {value.name: np.asarray(feed[value.name]) for value in session.get_inputs()})
+        if self.by_word and words:
+            if state.words.shape[1] > 1:
+                _, _, feed["h"], feed["c"], *_ = self.run_generation(features, feed | {"uniform": feed["uniform"][:0]})
+            found = self.word_session(features).make(feed)
+        else:
+            found = self.run_generation(features, feed)
         made, mass, h, c = found[:4]
         self.finite(mass)
         if len(made) < words:  # what was not used is still to come
@@ -308,6 +321,12 @@ class Sampler:
         last = made[-1] if len(made) else np.take_along_axis(state.words, state.lengths[:, None] - 1, axis=1)[:, 0]
         after = State(last[:, None], np.ones(rows, np.int64), h, c, generators, found[4] if features.adjusted else state.counts)
         return made, after
+
+    def run_generation(self, features: Features, feed: dict[str, Any]) -> list[NDArray[Any]]:
+        """Run the generation graph: words (N, B), mass, next_h, next_c and, if there are any, counts."""
+        session = self.generation_session(features)
+        names = ["words", "mass", "next_h", "next_c", *(["next_counts"] if features.adjusted else [])]
+        return session.run(names, {value.name: np.asarray(feed[value.name]) for value in session.get_inputs()})
 
     def padded(self, values: NDArray[Any]) -> NDArray[Any]:
         """(..., V) as (..., V')."""
@@ -369,10 +388,122 @@ class Runtime:
         self.folder, self.sizes, self.provider, self.threads = folder, sizes, provider, threads
         self.saturates = sizes.whole and products_saturate(threads)
 
-    def open(self, graph: Callable[..., bytes]) -> Any:
-        """A session of the graph that `graph` makes of the sizes."""
+    def open(self, graph: Callable[..., bytes], captured: bool = False) -> Any:
+        """A session of the graph that `graph` makes of the sizes, `captured` as a CUDA graph at its first run."""
         data = graph(self.sizes, WEIGHTS, cuda=self.provider == "cuda", saturates=self.saturates)
-        return open_session(data, self.folder, self.provider, self.threads)
+        return open_session(data, self.folder, self.provider, self.threads, captured)
+
+
+class WordSession:
+    """The word graph, run once a word by I/O binding: what goes from word to word stays on the device.
+
+    It lies there twice. A run reads one set of values and writes the other, and the next run the other way round. Not in
+    place: the run that captures a CUDA graph is three runs (two to find room, then the captured one), each thread that comes
+    captures anew, and what was captured is bound to its addresses. So a run must leave what it has read, and values stay
+    where they are while their shapes do.
+    """
+
+    def __init__(self, runtime: Runtime, features: Features) -> None:
+        self.runtime = runtime
+        self.features = features
+        self.captured = runtime.provider == "cuda" and capturable(runtime.sizes, features)
+        self.session = self.opened()
+        self.carried = [value.name.removeprefix("next_") for value in self.session.get_outputs()]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.values: list[dict[str, Any]] = []
+        """Before even words and before odd ones: an OrtValue for each input, the same for one that is not carried on."""
+        self.bindings: list[tuple[Any, Any]] = []
+        """To make even words and odd ones: what is bound, and the options of the run."""
+        self.graph_ids = count(1)
+
+    def opened(self) -> Any:
+        """A session, without a CUDA graph if onnxruntime finds that it cannot be: it saves time, and nobody asked for it."""
+
+        def graph(sizes: Sizes, location: str, *, cuda: bool, saturates: bool) -> bytes:
+            return word_graph(sizes, self.features, location, cuda=cuda, saturates=saturates)
+
+        try:
+            return self.runtime.open(graph, self.captured)
+        except UsageError:
+            if not self.captured:
+                raise
+            self.captured = False
+            return self.opened()
+
+    def make(self, feed: dict[str, Any]) -> list[NDArray[Any]]:
+        """What `run_generation` gives for the same feed, whose prompts were read but for the last word of each row."""
+        self.write(feed)
+        made: list[NDArray[np.int64]] = []
+        going = feed["going"]
+        for numbers in feed["uniform"]:
+            self.values[0]["uniform"].update_inplace(numbers)
+            self.run(len(made) % 2)
+            made.append(self.read("word", len(made) + 1))
+            going = going & ~np.isin(made[-1], feed["stops"])
+            if not going.any():
+                break
+        layers = range(len(self.runtime.sizes.layer_sizes))
+        after = [np.concatenate([self.read(f"{name}_{layer}", len(made)) for layer in layers], axis=1) for name in "hc"]
+        counts = [self.read("counts", len(made))] if self.features.adjusted else []
+        return [np.array(made), self.read("mass", len(made)), *after, *counts]
+
+    def write(self, feed: dict[str, Any]) -> None:
+        """Set all inputs before the first word."""
+        ends = list(accumulate(self.runtime.sizes.layer_sizes))[:-1]
+        parts = {f"{name}_{layer}": part for name in "hc" for layer, part in enumerate(np.split(feed[name], ends, axis=1))}
+        rows = np.arange(len(feed["lengths"]))
+        first = {
+            "word": feed["prompt"][rows, feed["lengths"] - 1],
+            "mass": np.zeros((len(rows), 1), np.float32),
+            "uniform": feed["uniform"][0],
+        }
+        every = feed | parts | first
+        # Copies: on a CPU an OrtValue is the array that it was made of.
+        arrays = {value.name: np.array(every[value.name]) for value in self.session.get_inputs()}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if shapes == self.shapes:
+            for name, array in arrays.items():
+                self.values[0][name].update_inplace(array)
+            return
+        even = {name: self.value(name, array) for name, array in arrays.items()}
+        self.values = [even, even | {name: self.value(name, arrays[name].copy()) for name in self.carried}]
+        self.shapes = shapes
+        self.bind()
+
+    def value(self, name: str, array: NDArray[Any]) -> Any:
+        """An OrtValue of `array` where the input `name` is read; TopK reads its k on the host."""
+        device = "cpu" if name == "top_k" else self.runtime.provider
+        return import_onnxruntime().OrtValue.ortvalue_from_numpy(array, device, 0)
+
+    def bind(self) -> None:
+        """Bind the values to the session, each of the two ways for a CUDA graph of its own."""
+        self.bindings = []
+        for before, after in (self.values, self.values[::-1]):
+            binding = self.session.io_binding()
+            for name, value in before.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self.carried:
+                binding.bind_ortvalue_output(f"next_{name}", after[name])
+            options = import_onnxruntime().RunOptions()
+            options.log_severity_level = 4
+            options.add_run_config_entry("gpu_graph_id", str(next(self.graph_ids)))
+            self.bindings.append((binding, options))
+
+    def run(self, number: int) -> None:
+        """Make an even word (0) or an odd one (1)."""
+        try:
+            self.session.run_with_iobinding(*self.bindings[number])
+        except Exception:  # onnxruntime's errors have no common class of their own
+            if not self.captured:
+                raise
+            self.captured = False
+            self.session = self.opened()
+            self.bind()
+            self.run(number)
+
+    def read(self, name: str, made: int) -> NDArray[Any]:
+        """What is carried on under `name` after so many words."""
+        return np.array(self.values[made % 2][name].numpy())
 
 
 def products_saturate(threads: int) -> bool:
@@ -386,7 +517,7 @@ def products_saturate(threads: int) -> bool:
     return session.run(None, {"left": np.full((1, 64), 255, np.uint8)})[0][0, 0] != 64 * 255 * 127
 
 
-def open_session(graph: bytes, folder: Path, provider: str, threads: int) -> Any:
+def open_session(graph: bytes, folder: Path, provider: str, threads: int, captured: bool = False) -> Any:
     """A session of `graph`, with weights in `folder`, on `provider` and nothing else; raises UsageError where it cannot."""
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
@@ -399,7 +530,8 @@ def open_session(graph: bytes, folder: Path, provider: str, threads: int) -> Any
     reason = "onnxruntime fell back to the CPU"
     try:
         # Without enable_fallback=0 a provider that fails is printed to stdout, in the midst of the text, and replaced.
-        session = onnxruntime.InferenceSession(graph, options, providers=[name], enable_fallback=0)
+        providers = [(name, {"enable_cuda_graph": "1"})] if captured else [name]
+        session = onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)
         # get_available_providers() says what was compiled in. This says what runs.
         if session.get_providers()[0] == name:
             return session
