@@ -54,7 +54,7 @@ class Sizes:
     def clusters(self) -> list[tuple[int, int]]:
         """Of each cluster the length of its rows, a quarter of those before, and the number of its words."""
         ends = [*self.cutoffs, self.vocabulary_size]
-        return [(self.layer_sizes[-1] // 4 ** (number + 1), end - start) for number, (start, end) in enumerate(pairwise(ends))]
+        return [(self.layer_sizes[-1] >> 2 * number, end - start) for number, (start, end) in enumerate(pairwise(ends), 1)]
 
     @property
     def state_size(self) -> int:
