@@ -104,7 +104,8 @@ class State:
     def load(cls, path: Path) -> State:
         """Read a state; raises MissingInputError, or DataError where the file holds none."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here: numpy leaves a file open that it finds to be damaged.
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 generators = tuple(restored(state) for state in json.loads(str(file["generators"])))
                 counts = file.get("counts")
                 return cls(file["words"], file["lengths"], file["h"], file["c"], generators, counts)
