@@ -22,8 +22,8 @@ from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import ModelSettings
 from lmdist_export import sampler
 from lmdist_export.bundle import GENERATION, Bundle, GenerationConfig
-from lmdist_export.graph import EVERY_FEATURE
-from lmdist_export.sampler import PREFILL_WORDS, Sampler, State, features_of, joined, restored, uniform_numbers
+from lmdist_export.graph import EVERY_FEATURE, Sizes, step_graph
+from lmdist_export.sampler import PREFILL_WORDS, Runtime, Sampler, State, features_of, joined, restored, uniform_numbers
 from mutations import damaged
 from small_bundles import ADAPTIVE, TIED, UNTIED, bare_bundle, make_model
 from test_draw import check_frequencies
@@ -345,8 +345,8 @@ def test_scores_are_those_of_steps_and_of_torch(kind: str, opened: Opened, monke
     allowed = {"fp32": 1e-4, "fp16": 0.02, "int8": 0.2, "int4": 1.0}[made.sizes.precision]
     assert np.abs(scores - right).max() < allowed
 
-    for at_once in (1, 4 * 3 * made.sizes.padded, 10 * 3 * made.sizes.padded):
-        monkeypatch.setattr(sampler, "LOGITS_AT_ONCE", at_once)
+    for places in (1, 2, 12, 30):
+        monkeypatch.setattr(sampler, "LOGITS_AT_ONCE", places * made.sizes.padded)
         in_pieces, end = made.score(tokens, targets, (h, c))
         np.testing.assert_allclose(in_pieces, scores, atol=1e-4)
         np.testing.assert_allclose(end, after, atol=1e-5)
@@ -475,7 +475,7 @@ def test_weights_of_whole_numbers_do_not_run_on_cuda(opened: Opened) -> None:
 @pytest.mark.parametrize(("arguments", "message"), [(("tpu", 0), "'tpu'"), (("cpu", -1), "threads is -1")])
 def test_wrong_arguments(bundle: Bundle, arguments: tuple[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        _ = Sampler(bundle, *arguments).step_session
+        Sampler(bundle, *arguments)
 
 
 class FakeRuntime(SimpleNamespace):
@@ -497,10 +497,15 @@ class FakeRuntime(SimpleNamespace):
         )
 
 
+def on_cuda() -> Any:
+    """A session of any graph on CUDA."""
+    return Runtime(Path(), Sizes([8], 300, 8, tied=True), "cuda", 1).open(step_graph)
+
+
 def test_cuda_that_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(sampler, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
-    assert sampler.open_session(b"graph", Path(), "cuda", 1).get_providers() == ["CUDAExecutionProvider"]
+    assert on_cuda().get_providers() == ["CUDAExecutionProvider"]
     assert capfd.readouterr().out == ""
 
 
@@ -509,7 +514,7 @@ def test_cuda_that_does_not_run(monkeypatch: pytest.MonkeyPatch, running: str | 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(sampler, "import_onnxruntime", lambda: FakeRuntime(running))
     with pytest.raises(UsageError, match=f"{message}.*--provider cpu"):
-        sampler.open_session(b"graph", Path(), "cuda", 1)
+        on_cuda()
 
 
 def test_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,14 +524,14 @@ def test_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", no_driver)
     monkeypatch.setattr(sampler, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
     with pytest.raises(UsageError, match="no NVIDIA driver"):
-        sampler.open_session(b"graph", Path(), "cuda", 1)
+        on_cuda()
 
 
 def test_cuda_with_the_wheel_for_cpus(bundle: Bundle) -> None:
     if "CUDAExecutionProvider" in sampler.import_onnxruntime().get_available_providers():
         pytest.skip("this onnxruntime is built with CUDA")
     with pytest.raises(UsageError, match=r"built without CUDA.*lmdist\[gpu\]"):
-        _ = Sampler(bundle, provider="cuda").step_session
+        Sampler(bundle, provider="cuda")
 
 
 def test_onnxruntime_that_is_not_there_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -360,14 +360,14 @@ class Runtime:
             raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
         if threads < 0:
             raise UsageError(f"threads is {threads}; it must be at least 1, or 0 to choose by the machine")
-        onnxruntime = import_onnxruntime()
-        onnxruntime.set_default_logger_severity(4)
-        if provider == "cuda":
-            load_cuda(onnxruntime)
         if provider == "cuda" and sizes.whole:
             raise UsageError(
                 f"precision {sizes.precision} runs on a CPU only: use --provider cpu, or export with --precision fp16"
             )
+        onnxruntime = import_onnxruntime()
+        onnxruntime.set_default_logger_severity(4)
+        if provider == "cuda":
+            load_cuda(onnxruntime)
         self.folder, self.sizes, self.provider, self.threads = folder, sizes, provider, threads
         self.saturates = sizes.whole and products_saturate(threads)
 
