@@ -266,6 +266,24 @@ def sampling_limits() -> str:
     return markdown(["what", "measured"], rows)
 
 
+def precisions() -> str:
+    """What each precision costs a trained model."""
+    rows = []
+    for run in results("precisions"):
+        for variant in dict.fromkeys(row["variant"] for row in run):
+            figures = {row["unit"]: row["value"] for row in run if row["variant"] == variant}
+            rows.append(
+                [
+                    "fp32" if variant == "baseline" else variant,
+                    f"{figures['perplexity']:,.2f} ({figures['% lost']:+.2f} %)",
+                    f"{figures['same likeliest word']:.1%}",
+                    f"{figures['largest logit difference']:.2g}",
+                    f"{figures['MB']:.1f}",
+                ]
+            )
+    return markdown(["precision", "perplexity", "the likeliest word is torch's", "largest difference of a logit", "MB"], rows)
+
+
 def newest_sampling() -> list[dict[str, Any]]:
     """The rows of the newest run of the benchmark of sampling on a CPU."""
     return next(reversed(results("sampling-cpu2")), [])
@@ -386,7 +404,7 @@ def machine(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrite the pages, or check them."""
-    samplings = (sampling, sampling_speeds, sampling_options, sampling_shares, sampling_limits)
+    samplings = (precisions, sampling, sampling_speeds, sampling_options, sampling_shares, sampling_limits)
     scalings = (scaling, scaling_fit, scaling_errors, scaling_bytes, scaling_predictions, scaling_assumptions)
     tables = {
         function.__name__: function

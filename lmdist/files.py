@@ -20,6 +20,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TextIO, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -213,9 +214,9 @@ def check_version(value: dict[str, Any], expected: tuple[str, int], path: Path) 
 def check_shape(value: Any, shape: Any, path: Path, place: str = "") -> None:
     """Raise DataError, naming the file and the place in it, unless a value of JSON has a shape.
 
-    A shape is a type, as annotations have it: int, float, str, bool, Literal[...], list[...], tuple[..., ...],
-    dict[str, ...] or a union; or an object with at least certain keys: a dict of their shapes, a TypedDict or a dataclass.
-    Numbers are finite and fit into 64 bits.
+    A shape is a type, as annotations have it: int, float, str, bool, Literal[...], list[...], tuple[..., ...], a tuple of
+    certain length, dict[str, ...] or a union; or an object with at least certain keys: a dict of their shapes, a TypedDict or
+    a dataclass. Numbers are finite and fit into 64 bits.
     """
     problem = misfit(value, shape)
     if problem:
@@ -236,8 +237,11 @@ def misfit(value: Any, shape: Any) -> str:
     if kind in (list, tuple):
         if not isinstance(value, list):
             return unlike(value, "a list")
-        for number, item in enumerate(value):
-            if problem := misfit(item, choices[0]):
+        each = kind is tuple and choices[-1] is not Ellipsis  # a shape for each item
+        if each and len(value) != len(choices):
+            return unlike(value, f"a list of {len(choices)}")
+        for number, (item, choice) in enumerate(zip(value, choices if each else repeat(choices[0]), strict=False)):
+            if problem := misfit(item, choice):
                 return f"[{number}]{problem}"
         return ""
     if not isinstance(value, dict):

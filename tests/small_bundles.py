@@ -19,6 +19,8 @@ from lmdist.settings import DataSettings, ModelSettings, Recipe
 from lmdist.text import TextSettings, WordTokenizer
 from lmdist.vocabulary import Vocabulary
 from lmdist_export import export
+from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.convert import write_graphs
 
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
 PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()
@@ -80,6 +82,14 @@ def make_bundle(
     """A bundle, exported as a user exports it."""
     export.main([str(make_run(folder, settings, tokenizer, words)), "-o", str(folder / "bundle")])
     return folder / "bundle"
+
+
+def bare_bundle(folder: Path, settings: ModelSettings = TIED, precision: str = "fp32", vocabulary_size: int = 300) -> Bundle:
+    """A bundle of `make_model` that nothing has compared with torch, which is much faster than to export it."""
+    folder.mkdir(parents=True)
+    sizes = write_graphs(make_model(settings, vocabulary_size), folder, "small", precision)
+    words = Vocabulary(["<unk>", "<eos>", *(f"word{number}" for number in range(2, vocabulary_size))])
+    return Bundle(folder, {}, sizes, words, GenerationConfig())
 
 
 def edit_json(path: Path, **values: object) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.files import FileFacts, build, check_folder, check_shape, check_sums, check_version, read_json, size_of
 from lmdist.text import WordTokenizer
 from lmdist.vocabulary import END_ID, UNKNOWN_ID, Vocabulary
-from lmdist_export.graph import PRECISIONS, Sizes, file_length
+from lmdist_export.graph import ALIGNMENT, PRECISIONS, Sizes, file_length
 
 FORMAT = "lmdist bundle"
 VERSION = 2
@@ -179,7 +179,7 @@ def read_sizes(manifest: dict[str, Any], folder: Path) -> Sizes:
     """The sizes that a manifest names; raises DataError unless there are weights of just these sizes."""
     path = folder / "manifest.json"
     check_shape(manifest, {"sizes": Sizes}, path)
-    sizes = Sizes(**manifest["sizes"])
+    sizes = Sizes(**{field.name: manifest["sizes"][field.name] for field in fields(Sizes)})
     length = size_of(folder / WEIGHTS)
     cuts = [0, *sizes.cutoffs, sizes.vocabulary_size]
     wrong = (
@@ -187,7 +187,8 @@ def read_sizes(manifest: dict[str, Any], folder: Path) -> Sizes:
         or not sizes.layer_sizes
         or min(*sizes.layer_sizes, sizes.vocabulary_size, sizes.embedding_size) < 1
         # As many layers or words as that have more weights than there are bytes: nothing is made of such a number.
-        or max(len(sizes.layer_sizes), len(sizes.cutoffs), *sizes.layer_sizes, *cuts, sizes.embedding_size) > length
+        or max(*sizes.layer_sizes, *cuts, sizes.embedding_size) > length
+        or ALIGNMENT * (len(sizes.layer_sizes) + len(sizes.cutoffs)) > length
         or cuts != sorted(set(cuts))
         or (sizes.cutoffs and (sizes.tied or min(rows for rows, _ in sizes.clusters) < 1))
         or (sizes.tied and sizes.embedding_size != sizes.layer_sizes[-1])

@@ -55,7 +55,7 @@ class Sizes:
     def clusters(self) -> list[tuple[int, int]]:
         """Of each cluster the length of its rows, a quarter of those before, and the number of its words."""
         ends = [*self.cutoffs, self.vocabulary_size]
-        return [(self.layer_sizes[-1] // 4 ** (number + 1), end - start) for number, (start, end) in enumerate(pairwise(ends))]
+        return [(self.layer_sizes[-1] >> 2 * number, end - start) for number, (start, end) in enumerate(pairwise(ends), 1)]
 
     @property
     def state_size(self) -> int:
@@ -515,6 +515,8 @@ def word_after(
     if features.adjusted:
         logits = adjusted(g, logits, before["counts"], options)
     drawn, mass = draw(g, network.sizes, features, logits, uniform, options, cuda=network.cuda)
+    # Weights of a stranger may make words likely that are beyond the vocabulary, where nothing can be read.
+    drawn = g("Min", drawn, g.constant(np.int64(network.sizes.vocabulary_size - 1)))
     if not features.adjusted:
         return drawn, mass, h, c, ""
     one_more = g("Add", g("GatherElements", before["counts"], drawn, axis=1), g.constant(np.float32(1)))
@@ -651,6 +653,7 @@ def accepted(
     """
     column = g.constant(np.array([1]))
     word, of_word, mass = drawn
+    of_word = g("Max", of_word, g.constant(np.float32(1e-30)))  # what is divided by it is finite
     most = g("Mul", options["top_p"], mass) if features.top_p else ""
     least = ""
     if features.min_p:
@@ -662,12 +665,15 @@ def accepted(
         by = g("Unsqueeze", of_word, g.constant(np.array([2])))
         likelier = g("ThresholdedRelu", g("Div", weights, by), alpha=1.0)  # (B, V'/256, 256)
         sums = g("ReduceSum", likelier, g.constant(np.array([2])), keepdims=0)  # (B, V'/256)
+        above = g("ReduceSum", sums, column)
         reasons = []
         if most:
-            reasons.append(g("GreaterOrEqual", g("Mul", g("ReduceSum", sums, column), unit), most))
+            reasons.append(g("GreaterOrEqual", g("Mul", above, unit), most))
         if least:
             reasons.append(g("Less", unit, least))
-        return g("Or", *reasons) if len(reasons) == 2 else reasons[0], likelier, sums, unit
+        reason = g("Or", *reasons) if len(reasons) == 2 else reasons[0]
+        # The likeliest word is never refused, whatever its product of units is rounded to: none would be left to draw.
+        return g("And", reason, g("Greater", above, g.constant(np.float32(0)))), likelier, sums, unit
 
     def any_of(g: Graph, flags: str) -> str:
         return g("Cast", g("ReduceMax", g("Cast", flags, to=INT32), keepdims=0), to=BOOL)

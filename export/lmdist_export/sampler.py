@@ -44,6 +44,7 @@ ModelState = tuple[NDArray[np.float32], NDArray[np.float32]]
 PREFILL_WORDS = 64  # a context is read in pieces of so many words: their logits are (1, 64, V), and only the last count
 READ_AT_ONCE = 512  # words of a prompt in one run: they take room for their gates, (512, B, 4H)
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one run: 32 MiB
+FARTHEST = 1e30  # a temperature is not beyond it nor below 1 / it, nor a share of probability: fp32 has no such products
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class State:
     def load(cls, path: Path) -> State:
         """Read a state; raises MissingInputError, or DataError where the file holds none."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here: numpy leaves a file open that it finds to be damaged.
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 generators = tuple(restored(state) for state in json.loads(str(file["generators"])))
                 counts = file.get("counts")
                 return cls(file["words"], file["lengths"], file["h"], file["c"], generators, counts)
@@ -276,7 +278,7 @@ class Sampler:
         features = features_of(config, row_bias is not None)
         rows, wanted = len(state), features.attempts
         assert len(state.generators) == rows, "a text draws no words before it is seeded"
-        inverse = np.float32(1 if config.greedy else 1 / config.temperature)
+        inverse = np.float32(1 if config.greedy else np.clip(1 / config.temperature, 1 / FARTHEST, FARTHEST))
         feed: dict[str, Any] = {
             "prompt": state.words,
             "lengths": state.lengths,
@@ -288,9 +290,9 @@ class Sampler:
             "inverse_temperature": inverse,
             # With a feature that sorts, but without top-k, all words are candidates.
             "top_k": np.array([min(config.top_k or self.sizes.vocabulary_size, self.sizes.vocabulary_size)], np.int64),
-            "top_p": np.float32(config.top_p),
+            "top_p": np.float32(max(config.top_p, 1 / FARTHEST)),
             "min_p": np.float32(config.min_p),
-            "typical_p": np.float32(config.typical_p),
+            "typical_p": np.float32(max(config.typical_p, 1 / FARTHEST)),
         }
         if features.adjusted:
             empty = np.zeros((rows, self.sizes.padded), np.float32)
@@ -313,7 +315,7 @@ class Sampler:
             found = self.word_session(features).make(feed)
         else:
             found = self.run_generation(features, feed)
-        made, mass, h, c = found[:4]
+        made, mass, h, c = found[0].reshape(-1, rows), *found[1:4]  # of no words at all onnxruntime forgets the rows
         self.finite(mass)
         if len(made) < words:  # what was not used is still to come
             generators = tuple(restored(at) for at in before)
@@ -377,14 +379,14 @@ class Runtime:
             raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
         if threads < 0:
             raise UsageError(f"threads is {threads}; it must be at least 1, or 0 to choose by the machine")
-        onnxruntime = import_onnxruntime()
-        onnxruntime.set_default_logger_severity(4)
-        if provider == "cuda":
-            load_cuda(onnxruntime)
         if provider == "cuda" and sizes.whole:
             raise UsageError(
                 f"precision {sizes.precision} runs on a CPU only: use --provider cpu, or export with --precision fp16"
             )
+        onnxruntime = import_onnxruntime()
+        onnxruntime.set_default_logger_severity(4)
+        if provider == "cuda":
+            load_cuda(onnxruntime)
         self.folder, self.sizes, self.provider, self.threads = folder, sizes, provider, threads
         self.saturates = sizes.whole and products_saturate(threads)
 

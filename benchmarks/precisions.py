@@ -1,0 +1,56 @@
+"""What each precision of a bundle costs: a trained run is exported in all of them, and each says what it lost.
+
+    python benchmarks/precisions.py runs/demo [--json FILE]
+
+Perplexity on held-out text, how often the likeliest word is that of torch, the largest difference of a logit, and megabytes:
+the figures of each bundle's manifest. The baseline is fp32. `make quickstart` trains runs/demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from origin import facts
+
+from lmdist_export.export import export
+
+NAMES = ("fp32", "fp16", "int8", "int4")
+ANY_LOSS = 1e9
+
+
+def main() -> None:
+    """Export, print the table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run with its data folder where the training had it")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in NAMES:
+            manifest = export(arguments.run, Path(folder) / precision, None, precision, ANY_LOSS)
+            held_out = manifest["held_out"]
+            figures = {
+                "perplexity": held_out["onnxruntime"],
+                "% lost": held_out["loss_percent"],
+                "same likeliest word": held_out["top_1_agreement"],
+                "largest logit difference": held_out["largest_logit_difference"],
+                "MB": manifest["files"]["weights.bin"]["bytes"] / 1e6,
+            }
+            variant = "baseline" if precision == "fp32" else precision
+            rows += [{"case": arguments.run.name, "variant": variant, "value": figures[unit], "unit": unit} for unit in figures]
+            print(f"{precision:<6}" + "  ".join(f"{unit} {value:,.4g}" for unit, value in figures.items()))
+    baseline = {row["unit"]: row["value"] for row in rows if row["variant"] == "baseline"}
+    beside = facts(("lmdist", "torch", "onnxruntime"), f"python benchmarks/precisions.py {arguments.run}")
+    for row in rows:
+        ratio = row["value"] / baseline[row["unit"]] if row["unit"] in ("perplexity", "MB") else None
+        row |= {"spread": 0.0, "ratio": ratio, "peak_mib": None} | beside
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
