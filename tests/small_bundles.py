@@ -77,10 +77,14 @@ def make_run(
 
 
 def make_bundle(
-    folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS
+    folder: Path,
+    settings: ModelSettings = TIED,
+    tokenizer: str = "word_tokenize",
+    words: Sequence[str] = WORDS,
+    precision: str = "fp32",
 ) -> Path:
     """A bundle, exported as a user exports it."""
-    export.main([str(make_run(folder, settings, tokenizer, words)), "-o", str(folder / "bundle")])
+    export.main([str(make_run(folder, settings, tokenizer, words)), "-o", str(folder / "bundle"), "--precision", precision])
     return folder / "bundle"
 
 

@@ -22,16 +22,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import safetensors.numpy
 import torch
-from onnx import TensorProto, helper, numpy_helper
 
 from corpora import chain, write_data_folder
 from jobs import SMALL, environment
@@ -45,12 +42,14 @@ from lmdist.prepare import PrepareSettings, prepare
 from lmdist.prepare import main as prepare_main
 from lmdist.settings import DataSettings, ModelSettings, Recipe
 from lmdist.text import WordTokenizer
-from lmdist_export import convert, export, generate
-from lmdist_export.bundle import Bundle
+from lmdist_export import export, generate, graph
+from lmdist_export.beam import beam_search
+from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationConfig
+from lmdist_export.generation import continuations
+from lmdist_export.onnx_file import FLOAT, INT64, Graph, model_bytes
 from lmdist_export.sampler import Sampler
-from lmdist_export.sampling import Draw
-from mutations import Random, damaged, mutated, one, other_graph, other_lines, other_tensors, with_right_sums
-from small_bundles import SINGLE, TIED, edit_json, make_bundle
+from mutations import Random, damaged, mutated, one, other_lines, other_tensors, other_weights, with_right_sums
+from small_bundles import ADAPTIVE, SINGLE, edit_json, make_bundle
 
 TIMES = 1_000
 SETTINGS = ModelSettings(embedding_size=6, hidden_size=8)
@@ -58,15 +57,24 @@ WORDS = 20
 ROWS = 3
 
 
-@pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
-    """At most 3 GiB more than there is already: what asks for more fails at once, and not the machine."""
+@contextlib.contextmanager
+def at_most(mebibytes: int) -> Iterator[None]:
+    """So much more memory than there is already: what asks for more fails at once, and not the machine."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (3 << 30), before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (mebibytes << 20), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    """At most 3 GiB more."""
+    with at_most(3 << 10):
+        yield
 
 
 def make_checkpoint(folder: Path) -> Path:
@@ -106,10 +114,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle_with_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "PROTOBUF_LIMIT", 100)
-        return make_bundle(tmp_path_factory.mktemp("bundle_with_data"), TIED)
+def bundle_of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ["the", "cat", "said", *(f"word{number}" for number in range(300))]
+    return make_bundle(tmp_path_factory.mktemp("bundle_of_bytes"), ADAPTIVE, "whitespace", words, "int8")
 
 
 # --- what a reader must do with whatever it is given ---------------------------------------------------------------
@@ -136,15 +143,27 @@ def use_checkpoint(folder: Path) -> None:
     step(model, optimizer, model.initial_state(ROWS) if state is None else state)
 
 
-def use_bundle(folder: Path) -> None:
-    """Write a few words, drawn and not drawn."""
+def use_bundle(folder: Path, every_option: bool = True) -> None:
+    """Write a few words, drawn and not drawn, as the bundle says and with all options; score some."""
     bundle = Bundle.load(folder)
     sampler = Sampler(bundle, threads=1)
-    context = [bundle.generation.bos_token_id, *bundle.vocabulary.encode(bundle.tokenizer.tokenize("the cat said"))]
-    for generation in (bundle.generation, dataclasses.replace(bundle.generation, do_sample=False)):
-        ids = np.array(list(islice(sampler.generate(context, Draw(generation, 1, 2), 2), 5)))  # (5, 2)
-        assert ids.shape == (5, 2)
-        assert bundle.tokenizer.detokenize(bundle.vocabulary.decode(ids[:, 0])).isprintable
+    words = bundle.vocabulary.encode(bundle.tokenizer.tokenize("the cat said"))
+    generation = dataclasses.replace(
+        bundle.generation, max_new_tokens=5, min_new_tokens=min(5, bundle.generation.min_new_tokens)
+    )
+    options = {"temperature": 0.9, "top_k": 10, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.2}
+    every = dataclasses.replace(GenerationConfig(**options), max_new_tokens=5)
+    for way in (generation, dataclasses.replace(generation, do_sample=False), *([every] if every_option else [])):
+        if way.num_beams > 1:
+            texts = beam_search(sampler, words, way, 1)
+        else:
+            texts = [text for text, _ in continuations(sampler, [words], way, seed=1, n=2) if text.finish_reason]
+        for text in texts:
+            assert len(text.words) <= 5
+            assert bundle.tokenizer.detokenize(bundle.vocabulary.decode(text.words)) is not None
+    tokens = np.array([[bundle.generation.bos_token_id, *words]])
+    scores, _ = sampler.score(tokens[:, :-1], tokens[:, 1:])
+    assert scores.shape == (1, len(words))
 
 
 def use_data(folder: Path) -> None:
@@ -182,7 +201,7 @@ def change_checkpoint(folder: Path, random: Random) -> str:
 
 
 def change_bundle(folder: Path, random: Random) -> str:
-    return mutated(folder, "manifest.json", {".onnx": other_graph, ".txt": other_lines}, random)
+    return mutated(folder, "manifest.json", {".bin": other_weights, ".txt": other_lines}, random)
 
 
 def change_data(folder: Path, random: Random) -> str:
@@ -239,7 +258,7 @@ def write_table(folder: Path) -> Path:
 KINDS: dict[str, tuple[Callable[[Path, Random], str], Callable[[Path], None]]] = {
     "saved": (change_checkpoint, use_checkpoint),
     "bundle": (change_bundle, use_bundle),
-    "bundle_with_data": (change_bundle, use_bundle),
+    "bundle_of_bytes": (change_bundle, partial(use_bundle, every_option=False)),
     "data": (change_data, use_data),
     "table": (change_table, partial(use_table, every=5)),
 }
@@ -267,8 +286,9 @@ def test_a_thousand_mutations_give_a_result_or_one_line(kind: str, request: pyte
             refused += 1
             message = str(error)
             assert "\n" not in message, f"seed {seed} ({done}): {message}"
-            # What is wrong with a table may be how little there is in it.
-            assert kind == "table" or str(folder) in message, f"seed {seed} ({done}): {message}"
+            # What is wrong with a table may be how little there is in it, and with options that they leave no word.
+            named = kind == "table" or "no word is left to draw" in message or str(folder) in message
+            assert named, f"seed {seed} ({done}): {message}"
             assert len(message) < 2_000, f"seed {seed} ({done}): {message}"
         except BaseException as error:
             raise AssertionError(f"seed {seed} ({done})") from error
@@ -493,152 +513,178 @@ def spoiled(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "bundle"))
 
 
-def edit_graph(folder: Path, change: Callable[[onnx.ModelProto], object]) -> None:
-    """Change the graph of a bundle, and make its sums right again."""
-    graph = onnx.load(folder / "model.onnx", load_external_data=False)
-    change(graph)
-    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+def edit_sizes(folder: Path, **values: object) -> None:
+    """Change what a manifest says of the sizes."""
+    edit_json(folder / "manifest.json", sizes=read_json(folder / "manifest.json")["sizes"] | values)
+
+
+def edit_weights(folder: Path, value: float, *names: str, beyond: int = 0) -> None:
+    """Make weights of a bundle all `value`, from row `beyond` on, and make its sums right again."""
+    table = graph.weights(Bundle.load(folder).sizes)
+    with (folder / WEIGHTS).open("r+b") as file:
+        for name in names:
+            assert table[name].kind == FLOAT
+            file.seek(table[name].offset + 4 * int(np.prod((beyond, *table[name].shape[1:]))))
+            file.write(np.full((table[name].shape[0] - beyond, *table[name].shape[1:]), value, np.float32).tobytes())
     with_right_sums(folder, "manifest.json")
 
 
-def weight(graph: onnx.ModelProto, name: str) -> TensorProto:
-    """A weight of a graph."""
-    return next(value for value in graph.graph.initializer if value.name == name)
+SIZES_OF_NOTHING: list[dict[str, object]] = [
+    *({"layer_sizes": sizes} for sizes in ([], [0], [-7], [8], [7, 7], [10**12], [2**62, 2**62], [7] * 11)),
+    *({"layer_sizes": sizes} for sizes in ([1] * 1_000_000, [7] * 100_000, [10**12] * 100_000)),
+    *({"vocabulary_size": size} for size in (0, -1, 10**12, 2**63 - 1, 18, 257)),
+    *({"embedding_size": size} for size in (0, -7, 8, 10**12)),
+    *({"precision": precision} for precision in ("fp16", "int8", "int4", "fp64", "", "x" * 100_000)),
+    *({"cutoffs": cutoffs} for cutoffs in ([5], [0], [-1], [5, 5], [9, 5], [19], [10**12], list(range(1, 100_000)))),
+    {"tied": False},
+    {"tied": False, "cutoffs": list(range(1, 40_000)), "vocabulary_size": 40_000},
+    {"layer_sizes": [10**9], "embedding_size": 10**9, "vocabulary_size": 10**9},
+]
 
 
-@pytest.mark.parametrize(
-    "location",
-    ["../secret", "/dev/zero", "secret", "model.onnx", "*/_ORT_MEM_ADDR_/*", "model.onnx.data", "../bundle/model.onnx"],
-)
-@pytest.mark.parametrize("name", ["embedding", "axis_0"])
-def test_weights_from_other_files(spoiled: Path, name: str, location: str) -> None:
-    def change(graph: onnx.ModelProto) -> None:
-        value = weight(graph, name)
-        size = len(value.raw_data)
-        if name == "embedding":
-            value.ClearField("raw_data")
-        value.data_location = TensorProto.EXTERNAL
-        for key, text in {"location": location, "offset": "0", "length": str(size)}.items():
-            value.external_data.add(key=key, value=text)
-
-    for place in (spoiled.parent / "secret", spoiled / "secret"):
-        place.write_bytes(bytes(10_000))
-    edit_graph(spoiled, change)
-    with pytest.raises(
-        (DataError, MissingInputError),
-        match=r"asks for weights from|is not what the metadata say|model\.onnx\.data is not there",
-    ):
-        use_bundle(spoiled)
-
-
-def test_weights_beside_the_graph_have_a_sum(bundle_with_data: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundle_with_data, tmp_path / "bundle"))
-    use_bundle(folder)
-    data = folder / "model.onnx.data"
-    content = data.read_bytes()
-    data.write_bytes(bytes(len(content)))
-    with pytest.raises(DataError, match=r"model\.onnx\.data is damaged"):
-        use_bundle(folder)
-    files = read_json(folder / "manifest.json")["files"]
-    del files["model.onnx.data"]
-    edit_json(folder / "manifest.json", files=files)
-    with pytest.raises(DataError, match=r"names no sha256 for its model\.onnx\.data"):
-        use_bundle(folder)
-    data.write_bytes(content[:-1])
-    edit_json(folder / "manifest.json", files=files | {data.name: {}})
-    with_right_sums(folder, "manifest.json")
-    with pytest.raises(DataError, match="is not what the metadata say, or not as large"):
-        use_bundle(folder)
-
-
-def test_a_place_that_is_said_twice(bundle_with_data: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundle_with_data, tmp_path / "bundle"))
-
-    def change(graph: onnx.ModelProto) -> None:
-        value = weight(graph, "layer_0.W")
-        place = next(entry for entry in value.external_data if entry.key == "location")
-        value.external_data.add(key="location", value=place.value)
-        place.value = "../secret"
-
-    edit_graph(folder, change)
-    with pytest.raises(DataError, match="says a thing twice"):
-        use_bundle(folder)
-
-
-def bomb(graph: onnx.ModelProto) -> None:
-    size = numpy_helper.from_array(np.array([10**6, 10**6]), "size")
-    graph.graph.initializer.append(size)
-    graph.graph.node.insert(0, helper.make_node("ConstantOfShape", ["size"], ["huge"]))
-
-
-def endless(graph: onnx.ModelProto) -> None:
-    graph.graph.node[0].op_type = "Loop"
-
-
-def foreign(graph: onnx.ModelProto) -> None:
-    graph.graph.node[0].domain = "stranger"
-
-
-def own_function(graph: onnx.ModelProto) -> None:
-    node = helper.make_node("Identity", ["x"], ["y"])
-    graph.functions.append(helper.make_function("", "Gather", ["x", "i"], ["y"], [node], [helper.make_opsetid("", 17)]))
-
-
-def wide(graph: onnx.ModelProto) -> None:
-    weight(graph, "embedding").dims[0] = 10**12
-
-
-def absurd_sizes(graph: onnx.ModelProto) -> None:
-    for entry in graph.metadata_props:
-        if entry.key == "layer_sizes":
-            entry.value = f"[{10**12}]"
-
-
-def many_layers(graph: onnx.ModelProto) -> None:
-    for entry in graph.metadata_props:
-        if entry.key == "layer_sizes":
-            entry.value = json.dumps([1] * 300_000)
-
-
-def twice(graph: onnx.ModelProto) -> None:
-    graph.graph.initializer.append(weight(graph, "embedding"))
-
-
-def other_opset(graph: onnx.ModelProto) -> None:
-    graph.opset_import[0].version = 9
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("values", SIZES_OF_NOTHING, ids=lambda values: repr(values)[:40])
+def test_sizes_that_no_weights_have(spoiled: Path, values: dict[str, object]) -> None:
+    edit_sizes(spoiled, **values)
+    refuse_within_little_memory(spoiled, r"names sizes that no model with [\d,]+ bytes of weights\.bin has|words, the model")
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
-    "change",
-    [bomb, endless, foreign, own_function, wide, absurd_sizes, many_layers, twice, other_opset],
-    ids=lambda x: x.__name__,
+    "values",
+    [
+        {"layer_sizes": [20, 20], "cutoffs": list(range(1, 12))},  # clusters without any numbers in their rows
+        {"cutoffs": list(range(1, 300))},
+        {"cutoffs": [1], "layer_sizes": [1]},
+        {"cutoffs": [152, 215, 300]},
+        {"cutoffs": [152, 152]},
+        {"cutoffs": []},
+        {"cutoffs": [151]},
+        {"tied": True},
+        {"tied": True, "embedding_size": 20},
+        {"precision": "int4"},
+        {"precision": "fp32"},
+    ],
+    ids=lambda values: repr(values)[:40],
 )
-def test_a_graph_that_is_not_ours(spoiled: Path, change: Callable[[onnx.ModelProto], None]) -> None:
-    edit_graph(spoiled, change)
-    with pytest.raises(DataError, match=r"model\.onnx is not a step graph as this lmdist writes it"):
+def test_clusters_that_no_weights_have(bundle_of_bytes: Path, tmp_path: Path, values: dict[str, object]) -> None:
+    folder = Path(shutil.copytree(bundle_of_bytes, tmp_path / "bundle"))
+    edit_sizes(folder, **values)
+    refuse_within_little_memory(folder, "names sizes that no model with")
+
+
+def refuse_within_little_memory(folder: Path, message: str) -> None:
+    """A bundle is refused in one line, before anything is made of what it says: a list takes no more than to read it."""
+    with at_most(250), pytest.raises(DataError, match=message) as raised:
+        Bundle.load(folder)
+    assert len(str(raised.value)) < 500
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layer_sizes": None}, r"sizes\.layer_sizes is None; a list is expected"),
+        ({"layer_sizes": "7"}, "a list is expected"),
+        ({"layer_sizes": [7.0]}, r"layer_sizes\[0\] is 7\.0; a whole number is expected"),
+        ({"layer_sizes": [10**30]}, "a whole number is expected"),
+        ({"layer_sizes": [[7]]}, "a whole number is expected"),
+        ({"layer_sizes": [True]}, "a whole number is expected"),
+        ({"vocabulary_size": "many"}, "a whole number is expected"),
+        ({"vocabulary_size": 10**400}, "a whole number is expected"),
+        ({"tied": 1}, "tied is 1; true or false is expected"),
+        ({"precision": 32}, "precision is 32; a text is expected"),
+        ({"cutoffs": {}}, "cutoffs is {}; a list is expected"),
+    ],
+)
+def test_sizes_that_are_none(spoiled: Path, values: dict[str, object], message: str) -> None:
+    edit_sizes(spoiled, **values)
+    with pytest.raises(DataError, match=message):
+        Bundle.load(spoiled)
+
+
+@pytest.mark.parametrize("name", ["layer_sizes", "vocabulary_size", "embedding_size", "tied", "precision", "cutoffs"])
+def test_sizes_that_are_missing_or_too_many(spoiled: Path, name: str) -> None:
+    sizes = read_json(spoiled / "manifest.json")["sizes"]
+    edit_sizes(spoiled, **{f"{name}_too": 1, "location": "/etc/passwd"})
+    use_bundle(spoiled)
+    del sizes[name]
+    edit_json(spoiled / "manifest.json", sizes=sizes)
+    with pytest.raises(DataError, match=f"sizes.{name} is missing"):
+        Bundle.load(spoiled)
+
+
+@pytest.mark.parametrize("length", [0, 1, -1, -4096, 4096, 10**7])
+def test_weights_of_another_length(spoiled: Path, length: int) -> None:
+    """Negative: so many bytes less; otherwise up to there, or so many more."""
+    size = (spoiled / WEIGHTS).stat().st_size
+    os.truncate(spoiled / WEIGHTS, size + length if length else 0)
+    with_right_sums(spoiled, "manifest.json")
+    with pytest.raises(DataError, match=r"names sizes that no model with [\d,]+ bytes of weights\.bin has"):
         use_bundle(spoiled)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--temperature", "0"], ["--stream"]], ids=["drawn", "greedy", "streamed"])
+def other_words() -> bytes:
+    """A graph with the names of the generation graph that gives the same word always."""
+    g = Graph("other")
+    g.input("prompt", INT64, ["batch", "prompt_words"])
+    g.output(g.constant(np.full((5, 2), 3)), "words", INT64, ["made_words", "batch"])
+    for name in ("mass", "next_h", "next_c"):
+        g.output(g.constant(np.zeros((2, 7), np.float32)), name, FLOAT, ["batch", 7])
+    return model_bytes(g, {})
+
+
+def bomb() -> bytes:
+    """A graph that asks for a terabyte."""
+    g = Graph("bomb")
+    g.output(g("ConstantOfShape", g.constant(np.array([10**6, 10**6]))), "logits", FLOAT, ["huge", "huger"])
+    return model_bytes(g, {})
+
+
+@pytest.mark.parametrize("content", [other_words(), bomb(), b"", b"\x3a\x00" * 5_000_000, b"no graph"], ids=range(5))
+def test_a_graph_of_a_stranger_never_runs(bundle: Path, spoiled: Path, content: bytes) -> None:
+    """Whatever the files of the graphs hold, with right sums, the same words come out."""
+    for name in (MODEL, GENERATION):
+        (spoiled / name).write_bytes(content)
+    with_right_sums(spoiled, "manifest.json")
+    found = []
+    for folder in (bundle, spoiled):
+        sampler = Sampler(Bundle.load(folder), threads=1)
+        words, _ = sampler.make(sampler.start([[1, 5], [1]]).seeded(1), GenerationConfig(), 20)
+        tokens = np.arange(8).reshape(2, 4)
+        found.append((words, sampler.step(tokens, sampler.initial_state(2))[0], sampler.score(tokens, tokens)[0]))
+    for ours, theirs in zip(*found, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+WAYS = [[], ["--temperature", "0"], ["--stream"], ["--top-k", "3"], ["--top-p", "0.5"], ["--num-beams", "2"]]
+WAYS += [["--repetition-penalty", "1.2"], ["--min-p", "0.1", "--n", "3"], ["--typical-p", "0.5", "--json", "--logprobs", "2"]]
+
+
+@pytest.mark.parametrize("arguments", WAYS, ids=" ".join)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 def test_weights_that_are_no_numbers(
     spoiled: Path, value: float, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def change(graph: onnx.ModelProto) -> None:
-        for name in ("embedding", "projection_bias"):
-            found = weight(graph, name)
-            found.CopyFrom(numpy_helper.from_array(np.full(found.dims, value, np.float32), name))
-
-    edit_graph(spoiled, change)
-    assert "logits that are not finite" in refused(generate.main, capsys, 65, spoiled, "--seed", 1, *arguments)
+    edit_weights(spoiled, value, "projection", "projection.bias")
+    seed = [] if "--num-beams" in arguments else ["--seed", 1]
+    assert "logits that are not finite" in refused(generate.main, capsys, 65, spoiled, *seed, *arguments)
 
 
-def test_a_million_nodes(spoiled: Path) -> None:
-    (spoiled / "model.onnx").write_bytes(b"\x3a\x00" * 5_000_000)
-    with_right_sums(spoiled, "manifest.json")
-    with pytest.raises(DataError, match="is not a step graph"):
-        use_bundle(spoiled)
+@pytest.mark.parametrize("arguments", WAYS, ids=" ".join)
+@pytest.mark.parametrize("value", [5.0, 3e38, np.inf, np.nan])
+def test_weights_of_words_that_no_vocabulary_has(
+    spoiled: Path, value: float, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies between the last word and the end of its block: whatever it says, words come out or one line."""
+    edit_weights(spoiled, value, "projection.bias", beyond=19)
+    seed = [] if "--num-beams" in arguments else ["--seed", "1"]
+    try:
+        generate.main([str(spoiled), *seed, "--max-new-tokens", "9", "--ignore-eos", *arguments])
+        assert " words in " in capsys.readouterr().err
+    except SystemExit as stop:
+        assert stop.code == 65  # noqa: PT017
+        assert "logits that are not finite" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_words_that_no_vocabulary_has(spoiled: Path) -> None:
@@ -830,6 +876,6 @@ def test_a_secret_in_the_environment_gets_into_no_file(data: Path, tmp_path: Pat
     assert run("lmdist.train", *flags, cwd=tmp_path, **variables).returncode == 0
     assert run("lmdist_export.export", "run", "-o", "bundle", cwd=tmp_path, **variables).returncode == 0
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"recipe.toml", "model.safetensors", "model.onnx", "metrics.jsonl"} <= {path.name for path in written}
+    assert {"recipe.toml", "model.safetensors", "model.onnx", "weights.bin", "metrics.jsonl"} <= {path.name for path in written}
     for path in written:
         assert secret.encode() not in path.read_bytes(), path

@@ -17,10 +17,7 @@ HOMES = {
     "torch.distributed": {"lmdist/distributed.py", "lmdist/agent.py"},
     "mlflow": {"lmdist/sync.py"},
     "onnxruntime": {"export/lmdist_export/sampler.py"},
-    "onnx": {
-        *("export/lmdist_export/convert.py", "export/lmdist_export/verify.py", "export/lmdist_export/bundle.py"),
-        "export/lmdist_export/sherpa.py",
-    },
+    "onnx": {"export/lmdist_export/convert.py", "export/lmdist_export/sherpa.py"},
     "pandas": set(),
     "nltk": {"lmdist/text.py", "lmdist/words.py"},
     "jsonargparse": {"lmdist/config.py"},
@@ -37,6 +34,12 @@ ORDER = [
     *("cuda_graph", "tracking", "sync", "plot", "checkpoint", "evaluate", "loop", "train", "agent", "launcher"),
 ]
 
+# Those of the bundle: what samples comes first, and needs neither torch nor onnx; what exports knows all of it.
+EXPORT_ORDER = [
+    *("onnx_file", "graph", "bundle", "sampler", "generation", "beam", "scoring", "lines", "generate", "score"),
+    *("tokenizer_json", "convert", "verify", "sherpa", "export"),
+]
+
 
 def imports(path: Path) -> set[str]:
     names: set[str] = set()
@@ -49,26 +52,49 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_packages_are_imported_in_their_homes_only(path):
+def test_packages_are_imported_in_their_homes_only(path: Path) -> None:
     here = path.relative_to(ROOT).as_posix()
     for package, homes in HOMES.items():
         used = any(name == package or name.startswith(f"{package}.") for name in imports(path))
         assert not used or here in homes, f"{here} imports {package}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lmdist").glob("*.py")), ids=lambda path: path.name)
-def test_rooms_import_from_rooms_before_them(path):
+def check_order(path: Path, package: str, order: list[str]) -> None:
+    """A room of a package imports from rooms before its own only."""
     if path.stem == "__init__":
         return
-    position = ORDER.index(path.stem)
+    position = order.index(path.stem)
     for name in imports(path):
         parts = name.split(".")
-        assert parts[0] != "lmdist_export"
-        if parts[0] == "lmdist" and len(parts) > 1 and parts[1] in ORDER:
-            assert ORDER.index(parts[1]) < position, f"{path.name} imports {parts[1]}"
+        if parts[0] == package and len(parts) > 1 and parts[1] in order:
+            assert order.index(parts[1]) < position, f"{path.name} imports {parts[1]}"
 
 
-def test_the_sampler_takes_no_torch():
+@pytest.mark.parametrize("path", sorted((ROOT / "lmdist").glob("*.py")), ids=lambda path: path.name)
+def test_rooms_import_from_rooms_before_them(path: Path) -> None:
+    check_order(path, "lmdist", ORDER)
+    assert not any(name.split(".")[0] == "lmdist_export" for name in imports(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "export" / "lmdist_export").glob("*.py")), ids=lambda path: path.name)
+def test_rooms_of_the_bundle_import_from_rooms_before_them(path: Path) -> None:
+    check_order(path, "lmdist_export", EXPORT_ORDER)
+
+
+def test_what_makes_graphs_knows_little() -> None:
+    """The writer of ONNX's format knows no model, and the graphs no bundle, no file and no runtime."""
+    of_ours = {
+        name: {found for found in imports(ROOT / "export" / "lmdist_export" / f"{name}.py") if found.startswith("lmdist")}
+        for name in ("onnx_file", "graph")
+    }
+    assert of_ours["onnx_file"] == set()
+    assert {found.rsplit(".", 1)[0] for found in of_ours["graph"] if found.count(".") > 1} == {
+        "lmdist.vocabulary",
+        "lmdist_export.onnx_file",
+    }
+
+
+def test_the_sampler_takes_no_torch() -> None:
     code = "import sys, lmdist_export.generate, lmdist_export.score, lmdist_export.scoring; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & {"torch", "pandas", "mlflow", "onnx", "matplotlib"}
