@@ -39,6 +39,7 @@ GENERATION_CONFIG = "generation_config.json"
 SUMMED = (MODEL, GENERATION, WEIGHTS, "vocab.txt", "text.json")  # what a bundle cannot be without, and nobody changes
 MOST_NEW_TOKENS = 1_000_000  # a file may ask for so many; a person may ask for more
 MOST_BEAMS = 1_000
+MOST_ADDED = 1_000_000  # to a logit, or times it: beyond that fp32 has no numbers for what comes of it
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,13 @@ class GenerationConfig:
         expect("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (all words)")
         expect("min_p", 0 <= self.min_p <= 1, "from 0 (all words) to 1")
         expect("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1 (all words)")
-        expect("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is none")
-        expect("presence_penalty", math.isfinite(self.presence_penalty), "a number; 0 is none")
-        expect("frequency_penalty", math.isfinite(self.frequency_penalty), "a number; 0 is none")
+        expect(
+            "repetition_penalty",
+            1 / MOST_ADDED <= self.repetition_penalty <= MOST_ADDED,
+            f"above 0, from {1 / MOST_ADDED:g} to {MOST_ADDED:,}; 1 is none",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            expect(name, abs(getattr(self, name)) <= MOST_ADDED, f"a number, at most {MOST_ADDED:,}; 0 is none")
         expect("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (anything may come again) or above")
         expect("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         expect(
@@ -111,6 +116,11 @@ class GenerationConfig:
             "sequence_bias",
             all(len(words) == 1 for words, _ in self.sequence_bias),
             "words one by one, each in a list of its own",
+        )
+        expect(
+            "sequence_bias",
+            all(value == -math.inf or abs(value) <= MOST_ADDED for _, value in self.sequence_bias),
+            f"words and numbers, at most {MOST_ADDED:,}",
         )
 
     @property
