@@ -25,7 +25,7 @@ SWEEP = np.array([*np.linspace(0, 1, 1_998, endpoint=False), 2**-24, LAST], np.f
 
 
 @cache
-def session(padded: int, features: Features) -> Any:
+def session(padded: int, features: Features, cuda: bool) -> Any:
     """The draw alone, from logits that are an input."""
     g = Graph("draw")
     sizes = Sizes([8], padded, 8, tied=True)
@@ -34,14 +34,18 @@ def session(padded: int, features: Features) -> Any:
     options = draw_inputs(g, sizes, features)
     if features.adjusted:
         logits = adjusted(g, logits, options["counts"], options)
-    word, mass = draw(g, sizes, features, logits, uniform, options)
+    word, mass = draw(g, sizes, features, logits, uniform, options, cuda=cuda)
     g.output(word, "word", INT64, ["batch", 1])
     g.output(mass, "mass", FLOAT, ["batch", 1])
     return open_session(model_bytes(g, {}), Path(), "cpu", 1)
 
 
 def drawn(
-    logits: Sequence[float], config: GenerationConfig, uniform: NDArray[np.floating], past: Past | None = None
+    logits: Sequence[float],
+    config: GenerationConfig,
+    uniform: NDArray[np.floating],
+    past: Past | None = None,
+    cuda: bool = False,
 ) -> NDArray[np.int64]:
     """The words that the graph draws, one for each row of `uniform` (B, A); a column of numbers has others put beside it."""
     features = replace(features_of(config, False), adjusted=past is not None)
@@ -71,7 +75,7 @@ def drawn(
             "presence_penalty": config.presence_penalty * inverse,
             "frequency_penalty": config.frequency_penalty * inverse,
         }
-    made = session(padded, features)
+    made = session(padded, features, cuda)
     types = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
     words, mass = made.run(None, {value.name: np.asarray(feed[value.name], types[value.type]) for value in made.get_inputs()})
     assert np.isfinite(mass).all()
@@ -213,6 +217,14 @@ def test_of_equals_top_k_keeps_those_of_lower_ids() -> None:
     logits = [0.0] * 600
     for top_k in (1, 2, 255, 300, 599):
         assert set(drawn(logits, GenerationConfig(top_k=top_k), SWEEP[:, None]).tolist()) == set(range(top_k))
+
+
+@settings(max_examples=40)
+@given(logits=some_logits, config=configs)
+def test_the_graph_for_cuda_draws_the_same_words(logits: list[float], config: GenerationConfig) -> None:
+    """Its nodes are others, and run here too."""
+    uniform = SWEEP[:, None]
+    assert np.array_equal(drawn(logits, config, uniform), drawn(logits, config, uniform, cuda=True))
 
 
 # --- the law, by many draws ----------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from lmdist_export.graph import (
     score_graph,
     step_graph,
     weights,
+    word_graph,
 )
 from lmdist_export.onnx_file import Graph, attribute, message, model_bytes
 from lmdist_export.sampler import Sampler
@@ -307,6 +308,7 @@ def test_graphs_are_what_onnx_expects(precision: str, tmp_path: Path) -> None:
         for where in ({"cuda": False}, {"saturates": True} if sizes.whole else {"cuda": True}):
             graphs = [step_graph(sizes, WEIGHTS, "small", **where), score_graph(sizes, WEIGHTS, **where)]
             graphs += [generation_graph(sizes, features, WEIGHTS, "small", **where) for features in SOME_FEATURES]
+            graphs += [word_graph(sizes, features, WEIGHTS, **where) for features in SOME_FEATURES]
             for graph in graphs:
                 path.write_bytes(graph)
                 onnx.checker.check_model(path, full_check=True)
@@ -744,6 +746,10 @@ def test_generation_config_may_be_edited(bundle: Path, tmp_path: Path) -> None:
         ({"min_p": 1.5}, "min_p is 1.5; it must be from 0"),
         ({"typical_p": 0.0}, "typical_p is 0.0; it must be above 0"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
+        ({"repetition_penalty": 1e-7}, "repetition_penalty is 1e-07; it must be above 0, from 1e-06 to 1,000,000"),
+        ({"presence_penalty": 1e7}, "presence_penalty is 10000000.0; it must be a number, at most 1,000,000"),
+        ({"frequency_penalty": -1e18}, "it must be a number, at most 1,000,000"),
+        ({"sequence_bias": [[[5], 1e7]]}, "it must be words and numbers, at most 1,000,000"),
         ({"min_new_tokens": 201}, "min_new_tokens is 201; it must be from 0 to max_new_tokens, 200"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
         ({"num_beams": 0}, "num_beams is 0"),

@@ -231,6 +231,10 @@ def test_options_that_fp32_does_not_know(opened: Opened) -> None:
     ]
     for narrow in narrowest:
         assert np.array_equal(made.make(start, GenerationConfig(**narrow), 5)[0], likeliest), narrow
+    largest: dict[str, Any] = {"repetition_penalty": 1e6, "presence_penalty": 1e6, "frequency_penalty": -1e6}
+    for temperature in (1e-45, 1.0, 1e60):
+        words, _ = made.make(start, GenerationConfig(temperature=temperature, **largest), 40)
+        assert words.max() < V
     words, _ = made.make(start, GenerationConfig(temperature=1e60), 100)
     assert len(np.unique(words)) > 100  # all words are equally likely
     words, _ = made.make(start, GenerationConfig(typical_p=1e-50), 20)
