@@ -266,6 +266,22 @@ def sampling_limits() -> str:
     return markdown(["what", "measured"], rows)
 
 
+def scoring() -> str:
+    """Hypotheses a second, and how many times as many as the baseline."""
+    rows = [
+        [
+            row["case"],
+            {"baseline": "torch, one by one", "torch": "torch, padded batches of 64"}.get(row["variant"], row["variant"]),
+            f"{row['value']:,.1f}",
+            f"{row['ratio']:.1f}x",
+            f"{row['peak_mib']:,} MiB",
+        ]
+        for run in results("scoring")
+        for row in run
+    ]
+    return markdown(["model, text", "how", "hypotheses a second", "ratio", "peak memory"], rows)
+
+
 def precisions() -> str:
     """What each precision costs a trained model."""
     rows = []
@@ -404,7 +420,7 @@ def machine(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrite the pages, or check them."""
-    samplings = (precisions, sampling, sampling_speeds, sampling_options, sampling_shares, sampling_limits)
+    samplings = (scoring, precisions, sampling, sampling_speeds, sampling_options, sampling_shares, sampling_limits)
     scalings = (scaling, scaling_fit, scaling_errors, scaling_bytes, scaling_predictions, scaling_assumptions)
     tables = {
         function.__name__: function

@@ -83,6 +83,18 @@ def test_texts_are_the_same_alone_and_in_batches_at_once_and_word_by_word(
     assert words_of(grown(sampler, PROMPTS, config, n=2, seed=4)) != expected or config.greedy
 
 
+def test_a_process_that_takes_denormal_numbers_for_zero_draws_the_same_words(sampler: Sampler) -> None:
+    config = CONFIGS["typical_p"]
+    expected = words_of(grown(sampler, PROMPTS, config, ignore_end=True))
+    torch.set_flush_denormal(False)
+    kept = words_of(grown(sampler, PROMPTS, config, ignore_end=True))
+    torch.set_flush_denormal(True)  # as each training does
+    try:
+        assert words_of(grown(sampler, PROMPTS, config, ignore_end=True)) == kept == expected
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_texts_of_one_prompt_differ_and_equal_prompts_do_not(sampler: Sampler) -> None:
     texts = words_of(grown(sampler, PROMPTS, CONFIGS["plain"], n=3, ignore_end=True))
     assert len({tuple(texts[1, number]) for number in range(3)}) == 3

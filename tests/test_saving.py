@@ -37,8 +37,10 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
     generator = random.Random(5)
     step, in_the_middle = 0, 0
     for kill in range(200):
+        reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(writing, b"!")  # to copy a process that has run many tests takes longer than some of these waits
             checkpoint.tidy(checkpoints)
             while True:
                 step += 1
@@ -47,9 +49,12 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
                 taken = checkpoint.snapshot(Progress(step), model, optimizer, streams)
                 checkpoint.save(checkpoints, taken, recipe, data)
                 checkpoint.prune(checkpoints, keep=2)
+        os.read(reading, 1)
         time.sleep(generator.uniform(0.005, 0.12))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
         in_the_middle += any(path.name.startswith(".") for path in checkpoints.glob(".*"))
         found = checkpoint.newest(checkpoints)
         if found is None:

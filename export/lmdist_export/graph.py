@@ -731,7 +731,8 @@ def draw_of_candidates(g: Graph, features: Features, logits: str, uniform: str, 
         weights = g("Where", enough, weights, zero)
     if features.typical_p:
         shares = g("Div", weights, g("ReduceSum", weights, one))
-        surprise = g("Neg", g("Log", g("Max", shares, g.constant(np.float32(1e-38)))))  # in nats
+        # Where a process takes denormal numbers for 0, as training does, a floor below 1.2e-38 is none.
+        surprise = g("Neg", g("Log", g("Max", shares, g.constant(np.float32(1e-30)))))  # in nats
         entropy = g("ReduceSum", g("Mul", shares, surprise), one)
         there = g("Greater", shares, zero)
         strange = g("Where", there, g("Abs", g("Sub", surprise, entropy)), g.constant(np.float32(np.inf)))
