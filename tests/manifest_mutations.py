@@ -122,6 +122,7 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("a wrong field in a runtime's pod", "trainjob TrainingRuntime pod gpus", 4),
     ],
     "trainer_models": [
+        ("a list for a name", "trainjob TrainJob spec runtimeRef name", ["lmdist"]),
         ("a field that JobSet does not know", "jobset JobSet spec network dnsHostnames", True),
         ("processes a node as a word", "trainjob TrainJob spec trainer numProcPerNode", "gpu"),
         ("processes a node in the runtime", "trainjob TrainingRuntime spec mlPolicy torch numProcPerNode", 4),
@@ -129,6 +130,7 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("an old version of JobSet", "jobset JobSet apiVersion", "jobset.x-k8s.io/v1alpha1"),
     ],
     "job_set_failures": [
+        ("an action that is none", "jobset JobSet spec failurePolicy rules 0 action", "Fail"),
         ("hyphens in a failure rule's name", "jobset JobSet spec failurePolicy rules 0 name", "no-more"),
         ("an unknown reason", "jobset JobSet spec failurePolicy rules 0 onJobFailureReasons", also("Bored")),
         (
@@ -167,6 +169,7 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("a pod before its account", "shell", lambda documents: [*documents, *rendered("base").documents]),
     ],
     "labels_agree": [
+        ("pods of no part", "export Job spec template metadata labels app.kubernetes.io/component", GONE),
         ("another component on the Job", "base Job metadata labels app.kubernetes.io/component", "training"),
         ("pods that are not lmdist's", "mlflow Deployment spec template metadata labels app.kubernetes.io/name", "mlflow"),
     ],
@@ -179,6 +182,7 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
     ],
     # manifest_pods.py
     "pods_are_restricted": [
+        ("settings of the kernel", "base Job pod securityContext sysctls", [{"name": "net.core.somaxconn", "value": "1024"}]),
         ("a pod that may be root", "mlflow Deployment pod securityContext runAsNonRoot", GONE),
         ("a user that is root", "base Job main securityContext runAsUser", 0),
         ("privileges that can be gained", "serve Deployment main securityContext allowPrivilegeEscalation", GONE),
@@ -193,6 +197,7 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ),
     ],
     "pods_need_no_cluster": [
+        ("an account with tokens", "base ServiceAccount automountServiceAccountToken", True),
         ("a token", "export Job pod automountServiceAccountToken", GONE),
         ("variables of all Services", "base Job pod enableServiceLinks", GONE),
     ],
@@ -271,6 +276,8 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("a working directory in the image", "base Job main workingDir", "/home/lmdist"),
     ],
     "probes_reach_a_port": [
+        ("a probe of no path", "serve Deployment main readinessProbe httpGet path", "health"),
+        ("a liveness that has to be shown twice", "mlflow Deployment main livenessProbe successThreshold", 2),
         ("a probe of no port", "serve Deployment main ports http name", "web"),
         ("no readiness probe", "mlflow Deployment main readinessProbe", GONE),
     ],
@@ -298,6 +305,7 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("a flag that wins over a variable", "base Job main args", also("--nproc-per-node=2")),
     ],
     "all_find_the_first_node": [
+        ("a subdomain that is not the JobSet's", "jobset JobSet pod subdomain", "lmdist"),
         ("the address of another job", "cpu-smoke Job main env PET_MASTER_ADDR value", "lmdist-train-0.lmdist-train"),
         ("the address of another Service", "base Job main env PET_MASTER_ADDR value", "$(JOB_NAME)-0.lmdist"),
         ("no subdomain", "base Job pod subdomain", GONE),
@@ -318,6 +326,8 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("a rank for each of no GPUs", "cpu-smoke Job main env PET_NPROC_PER_NODE value", "gpu"),
     ],
     "train_jobs_fit_their_runtimes": [
+        ("a TrainJob without a trainer", "trainjob TrainJob spec trainer", GONE),
+        ("a runtime for another framework", "trainjob TrainingRuntime spec mlPolicy", {"numNodes": 2, "jax": {}}),
         ("a runtime that is not there", "trainjob TrainJob spec runtimeRef name", "torch"),
         ("a runtime of the cluster", "trainjob TrainJob spec runtimeRef kind", GONE),
         ("other nodes in the runtime", "trainjob TrainingRuntime spec mlPolicy numNodes", 1),
@@ -333,6 +343,7 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("two Jobs in a JobSet", "jobset JobSet spec replicatedJobs node replicas", 2),
     ],
     "jobs_end": [
+        ("a Job that stays for ever", "export Job spec ttlSecondsAfterFinished", GONE),
         ("pods that start anew by themselves", "base Job pod restartPolicy", "OnFailure"),
         ("a successor too early", "base Job spec podReplacementPolicy", "TerminatingOrFailed"),
         ("no end of trying", "export Job spec activeDeadlineSeconds", GONE),
@@ -340,6 +351,7 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("a Job that goes before its TrainJob", "trainjob TrainingRuntime job ttlSecondsAfterFinished", 60),
     ],
     "exit_codes_are_the_launchers": [
+        ("all exit codes but these", "base Job spec podFailurePolicy rules 1 onExitCodes operator", "NotIn"),
         ("wrong usage, again and again", "base Job spec podFailurePolicy rules 1 onExitCodes values", [65, 66]),
         ("a stop that counts as failure", "trainjob TrainingRuntime job podFailurePolicy rules 2", GONE),
         ("exit codes out of order", "base Job spec podFailurePolicy rules 1 onExitCodes values", [66, 65, 64]),
@@ -357,10 +369,12 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("a drained node that comes second", "export Job spec podFailurePolicy rules", lambda rules: rules[::-1]),
     ],
     "there_is_time_to_save": [
+        ("a timeout that cannot be read", "base", recipe("timeout_seconds = 120", "timeout_seconds = 'long'")),
         ("no time to save", "base Job pod terminationGracePeriodSeconds", 30),
         ("a timeout longer than the grace", "jobset", recipe("timeout_seconds = 120", "timeout_seconds = 300")),
     ],
     "recipes_are_read": [
+        ("a recipe of another name", "base Job main args 0", "--config=/etc/lmdist/training.toml"),
         ("a setting that is none", "base", recipe("hidden_size", "hidden_sizes")),
         ("a flag that is none", "multi-node Job main args", also("--epochs=2")),
         ("a recipe elsewhere", "base Job main args 0", "--config=/etc/recipe.toml"),
@@ -385,6 +399,7 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
         ("shared memory on a disk", "multi-node Job pod volumes shared-memory emptyDir medium", GONE),
     ],
     "exports_take_a_run": [
+        ("an export to nowhere", "export Job main args", ["/runs/lmdist-train"]),
         ("the run of another job", "export Job main args 0", "/runs/demo"),
         ("a flag that the export does not know", "export Job main args", also("--quantize=int8")),
         ("a bundle that goes with its pod", "export Job main args 1", "--output=/tmp/lmdist"),
@@ -486,6 +501,15 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
 MUTATIONS = [Mutation(rule, *entry) for rule, entries in CORPUS.items() for entry in entries]
 
 FILES = [
+    (
+        "lines of any node",
+        "k8s/overlays/kueue/kustomization.yaml",
+        "-l batch.kubernetes.io/job-completion-index=0,batch.kubernetes.io/job-name=lmdist-train",
+        "job/lmdist-train",
+        "any",
+    ),
+    ("a Job that is not there", "k8s/base/job.yaml", "logs -f job/lmdist-train", "logs -f job/train", "job/train"),
+    ("a pod that is not there", "k8s/base/service.yaml", "exec lmdist-train-0-XXXXX", "exec lmdist-0-XXXXX", "no pod lmdist-0"),
     ("no line for logs", "k8s/base/job.yaml", "# Logs: ", "# Log:  ", "no line Logs"),
     ("a comment further down", "k8s/namespace.yaml", "# The namespace", "\n# The namespace", "no line Apply"),
     (

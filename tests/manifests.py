@@ -94,7 +94,7 @@ class Pod:
     @property
     def gpus(self) -> int:
         """GPUs of all of its containers."""
-        return sum(int(look(container, "resources", "limits", GPU) or 0) for container in self.containers)
+        return sum(int(amount(look(container, "resources", "limits", GPU) or 0)) for container in self.containers)
 
     @property
     def trains(self) -> bool:

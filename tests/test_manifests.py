@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import manifest_jobs
+import manifest_objects
 import manifest_pods
 import manifest_schemas
 import manifest_services
@@ -17,12 +18,8 @@ from manifest_mutations import FILES, LINT, MUTATIONS, Mutation
 from manifest_objects import comment_faults, lint_faults, yaml_files
 from manifests import K8S, KUBECTL, OVERLAYS, ROOT, RULES, Render, before, documents, faults, namespace, rendered
 
-RULE_MODULES = [
-    manifest_jobs,
-    manifest_pods,
-    manifest_schemas,
-    manifest_services,
-]  # to import one is to have its rules in RULES
+# To import a module of rules is to have them in RULES.
+RULE_MODULES = [manifest_schemas, manifest_objects, manifest_pods, manifest_jobs, manifest_services]
 
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl, whose kustomize renders the manifests, is not here")
 
@@ -37,6 +34,14 @@ def test_an_overlay_breaks_no_rule(name: str) -> None:
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.rule}: {mutation.what}")
 def test_a_wrong_change_is_found_by_its_rule(mutation: Mutation) -> None:
     assert faults(mutation.apply(), [mutation.rule])
+
+
+@needs_kubectl
+def test_a_namespace_has_to_hold_pods_to_the_standard() -> None:
+    render = rendered("base")
+    render.others[0]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] = "baseline"
+    (fault,) = faults(render)
+    assert fault == "namespaces_agree: the namespace lmdist does not enforce the Pod Security Standard restricted"
 
 
 def test_every_rule_has_something_to_find() -> None:
