@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import UsageError
 from lmdist_export.bundle import GenerationConfig
-from lmdist_export.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, State, joined
+from lmdist_export.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, State, joined, log_softmax
 
 BATCH_SIZE = 16
 WORDS_AT_ONCE = 32  # in one run of the graph: a text that ends inside it is made on for nothing
@@ -169,10 +169,8 @@ def log_probabilities(sampler: Sampler, text: Text, likeliest: int) -> tuple[lis
     for start in range(0, len(text.words), PREFILL_WORDS):
         words = np.array(text.words[start : start + PREFILL_WORDS])
         after, state = sampler.step(words[None], state)  # (1, T, V)
-        before = np.concatenate([logits, after[0, :-1]]).astype(np.float64)  # (T, V)
+        scores = log_softmax(np.concatenate([logits, after[0, :-1]]))  # (T, V)
         logits = after[:, -1]
-        largest = before.max(axis=1, keepdims=True)
-        scores = before - largest - np.log(np.exp(before - largest).sum(axis=1, keepdims=True))
         of_words += scores[np.arange(len(words)), words].tolist()
         order = np.argsort(-scores, axis=1, kind="stable")[:, :likeliest]
         tops += [[(index, float(row[index])) for index in best] for row, best in zip(scores, order.tolist(), strict=True)]

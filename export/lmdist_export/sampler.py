@@ -361,6 +361,12 @@ def features_of(config: GenerationConfig, row_bias: bool) -> Features:
     )
 
 
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The logarithms of the probabilities (..., V) that logits (..., V) stand for."""
+    below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return below - np.log(np.exp(below).sum(axis=-1, keepdims=True))
+
+
 def uniform_numbers(generators: Sequence[np.random.Generator], words: int, attempts: int) -> NDArray[np.float32]:
     """The next uniform numbers of each row, (N, B, A)."""
     rows = [generator.random((words, attempts), np.float32) for generator in generators]
