@@ -24,7 +24,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,7 @@ class Sampler:
     def generation_session(self, features: Features) -> Any:
         """The generation graph that has these features."""
         if features not in self.generation:
-
-            def graph(sizes: Sizes, location: str, *, cuda: bool, saturates: bool) -> bytes:
-                return generation_graph(sizes, features, location, cuda=cuda, saturates=saturates)
-
-            self.generation[features] = self.runtime.open(graph)
+            self.generation[features] = self.runtime.open(partial(generation_graph, features=features))
         return self.generation[features]
 
     def word_session(self, features: Features) -> WordSession:
@@ -398,7 +394,7 @@ class Runtime:
 
     def open(self, graph: Callable[..., bytes], captured: bool = False) -> Any:
         """A session of the graph that `graph` makes of the sizes, `captured` as a CUDA graph at its first run."""
-        data = graph(self.sizes, WEIGHTS, cuda=self.provider == "cuda", saturates=self.saturates)
+        data = graph(sizes=self.sizes, location=WEIGHTS, cuda=self.provider == "cuda", saturates=self.saturates)
         return open_session(data, self.folder, self.provider, self.threads, captured)
 
 
@@ -426,12 +422,8 @@ class WordSession:
 
     def opened(self) -> Any:
         """A session, without a CUDA graph if onnxruntime finds that it cannot be: it saves time, and nobody asked for it."""
-
-        def graph(sizes: Sizes, location: str, *, cuda: bool, saturates: bool) -> bytes:
-            return word_graph(sizes, self.features, location, cuda=cuda, saturates=saturates)
-
         try:
-            return self.runtime.open(graph, self.captured)
+            return self.runtime.open(partial(word_graph, features=self.features), self.captured)
         except UsageError:
             if not self.captured:
                 raise
