@@ -60,7 +60,7 @@ class State:
     c: NDArray[np.float32]
     """(B, S)"""
     generators: tuple[np.random.Generator, ...] = ()
-    """Of each row; none where no word was to be drawn yet."""
+    """Of each row; none where no word was to be drawn yet. States share them: who draws takes copies."""
     counts: NDArray[np.float32] | None = None
     """(B, V'): how often each word was made; None where nothing asked for it."""
 
@@ -84,7 +84,7 @@ class State:
             self.lengths[index],
             self.h[index],
             self.c[index],
-            tuple(copied(self.generators[row]) for row in index) if self.generators else (),
+            tuple(self.generators[row] for row in index) if self.generators else (),
             None if self.counts is None else self.counts[index],
         )
 
@@ -302,8 +302,7 @@ class Sampler:
                 "presence_penalty": np.float32(config.presence_penalty) * inverse,
                 "frequency_penalty": np.float32(config.frequency_penalty) * inverse,
             }
-        before = [generator.bit_generator.state for generator in state.generators]
-        generators = tuple(restored(at) for at in before)
+        generators = tuple(map(copied, state.generators))
         feed["uniform"] = uniform_numbers(generators, words, wanted)
         if self.by_word and words:
             if state.words.shape[1] > 1:
@@ -314,7 +313,7 @@ class Sampler:
         made, mass, h, c = found[0].reshape(-1, rows), *found[1:4]  # of no words at all onnxruntime forgets the rows
         self.finite(mass)
         if len(made) < words:  # what was not used is still to come
-            generators = tuple(restored(at) for at in before)
+            generators = tuple(map(copied, state.generators))
             uniform_numbers(generators, len(made), wanted)
         last = made[-1] if len(made) else np.take_along_axis(state.words, state.lengths[:, None] - 1, axis=1)[:, 0]
         after = State(last[:, None], np.ones(rows, np.int64), h, c, generators, found[4] if features.adjusted else state.counts)
