@@ -91,8 +91,9 @@ def continuations(
             row_bias=row_bias(texts, config, bias, end, rule) if with_row_bias else None,
             in_prompt=words_of_prompts(texts, sampler.sizes.vocabulary_size) if config.repetition_penalty != 1 else None,
         )
-        seconds = (time.perf_counter() - began) / len(made)
-        words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds))) if stream else WORDS_AT_ONCE
+        if stream:
+            seconds = (time.perf_counter() - began) / len(made)
+            words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds)))
         for text, words in zip(texts, made.T.tolist(), strict=True):
             yield text, add(text, words, config, end, stops)
         going = [row for row, text in enumerate(texts) if not text.finish_reason]
@@ -121,8 +122,7 @@ def add(
 
     Words that may turn out to be the beginning of a stop wait until it is known.
     """
-    kept = len(text.words)
-    shown = kept - waiting_words(text.words, stops)
+    shown = len(text.words) - waiting_words(text.words, stops)
     for word in words:
         if word in end:
             text.finish_reason = "stop"
