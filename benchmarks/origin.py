@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any
 
 
-def facts(packages: Sequence[str], command: str) -> dict[str, Any]:
-    """What stands beside the figures of a run that used these packages and was started by this command."""
+def facts(packages: Sequence[str], command: str, device: str = "cpu") -> dict[str, Any]:
+    """What stands beside the figures of a run on `device` that used these packages and was started by this command."""
+    machine = f"{os.cpu_count()} cores, {processor()}"
+    if device == "cuda":
+        import torch
+
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
     return {
-        "machine": f"{os.cpu_count()} cores, {processor()}",
+        "machine": machine,
         "versions": {name: version(name) for name in packages},
         "commit": git("rev-parse", "HEAD"),
         "command": command,
