@@ -1,10 +1,12 @@
 """Where and of what a figure was measured: the machine, the versions, the commit, the command and the day.
 
-rows = [{**row, **facts(("lmdist", "torch"), "python benchmarks/NAME.py")} for row in rows]
+beside = facts(("lmdist", "torch"), "python benchmarks/NAME.py")
+write_rows(Path("NAME.json"), [{**row, **beside} for row in rows])
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -29,6 +31,11 @@ def facts(packages: Sequence[str], command: str, device: str = "cpu") -> dict[st
         "command": command,
         "date": date.today().isoformat(),
     }
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as benchmarks/results/ has them."""
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def git(*arguments: str) -> str:

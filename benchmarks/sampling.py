@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from origin import facts
+from origin import facts, write_rows
 
 from lmdist.files import sums, write_json
 from lmdist.settings import ModelSettings
@@ -528,7 +528,7 @@ def main() -> None:
     beside = facts(("lmdist", "torch", "numpy", runtime), f"python benchmarks/sampling.py{options}", arguments.device)
     rows = [{**row, **beside} for row in rows]
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows)
     if arguments.plot:
         draw(rows, arguments.plot)
 
