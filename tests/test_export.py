@@ -54,6 +54,7 @@ from small_bundles import (
     bare_bundle,
     command,
     edit_json,
+    in_fresh_process,
     make_bundle,
     make_data,
     make_model,
@@ -824,12 +825,6 @@ def test_the_document_names_all_metadata_and_all_fields(bundle: Path) -> None:
 
 
 def test_help_is_light() -> None:
-    code = (
-        "import sys; from lmdist_export import export\n"
-        "try: export.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print({'torch', 'onnx', 'numpy', 'onnxruntime', 'nltk'} & set(sys.modules), file=sys.stderr)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = in_fresh_process("export", ["--help"], {"torch", "onnx", "numpy", "onnxruntime", "nltk"})
     assert result.stderr == "set()\n"
     assert "--overwrite" in result.stdout

@@ -234,8 +234,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def generation_config(bundle: Bundle, arguments: argparse.Namespace) -> GenerationConfig:
     """The bundle's values, and above them those of the command line; raises UsageError for what does not go together."""
-    given = {name: getattr(arguments, name) for name in NUMBERS if getattr(arguments, name) is not None}
-    values: dict[str, Any] = dict(given)
+    values: dict[str, Any] = {name: getattr(arguments, name) for name in NUMBERS if getattr(arguments, name) is not None}
     if "temperature" in values:
         values["do_sample"] = values["temperature"] > 0
     if arguments.allow_unk:
@@ -246,7 +245,7 @@ def generation_config(bundle: Bundle, arguments: argparse.Namespace) -> Generati
     if arguments.logit_bias:
         values["sequence_bias"] = (*bundle.generation.sequence_bias, *(logit_bias(bundle, one) for one in arguments.logit_bias))
     least = values.get("min_new_tokens", 0)
-    if least > values.get("max_new_tokens", bundle.generation.max_new_tokens) and "max_new_tokens" not in given:
+    if least > bundle.generation.max_new_tokens and "max_new_tokens" not in values:
         values["max_new_tokens"] = least  # asked for so many, it may have them
     config = dataclasses.replace(bundle.generation, **values)
     if config.num_beams > 1:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import UsageError
 from lmdist_export.bundle import GenerationConfig
-from lmdist_export.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, State, joined
+from lmdist_export.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, State, joined, log_softmax
 
 BATCH_SIZE = 16
 WORDS_AT_ONCE = 32  # in one run of the graph: a text that ends inside it is made on for nothing
@@ -91,8 +91,9 @@ def continuations(
             row_bias=row_bias(texts, config, bias, end, rule) if with_row_bias else None,
             in_prompt=words_of_prompts(texts, sampler.sizes.vocabulary_size) if config.repetition_penalty != 1 else None,
         )
-        seconds = (time.perf_counter() - began) / len(made)
-        words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds))) if stream else WORDS_AT_ONCE
+        if stream:
+            seconds = (time.perf_counter() - began) / len(made)
+            words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds)))
         for text, words in zip(texts, made.T.tolist(), strict=True):
             yield text, add(text, words, config, end, stops)
         going = [row for row, text in enumerate(texts) if not text.finish_reason]
@@ -121,8 +122,7 @@ def add(
 
     Words that may turn out to be the beginning of a stop wait until it is known.
     """
-    kept = len(text.words)
-    shown = kept - waiting_words(text.words, stops)
+    shown = len(text.words) - waiting_words(text.words, stops)
     for word in words:
         if word in end:
             text.finish_reason = "stop"
@@ -169,10 +169,8 @@ def log_probabilities(sampler: Sampler, text: Text, likeliest: int) -> tuple[lis
     for start in range(0, len(text.words), PREFILL_WORDS):
         words = np.array(text.words[start : start + PREFILL_WORDS])
         after, state = sampler.step(words[None], state)  # (1, T, V)
-        before = np.concatenate([logits, after[0, :-1]]).astype(np.float64)  # (T, V)
+        scores = log_softmax(np.concatenate([logits, after[0, :-1]]))  # (T, V)
         logits = after[:, -1]
-        largest = before.max(axis=1, keepdims=True)
-        scores = before - largest - np.log(np.exp(before - largest).sum(axis=1, keepdims=True))
         of_words += scores[np.arange(len(words)), words].tolist()
         order = np.argsort(-scores, axis=1, kind="stable")[:, :likeliest]
         tops += [[(index, float(row[index])) for index in best] for row, best in zip(scores, order.tolist(), strict=True)]
