@@ -166,7 +166,6 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
     ],
     "what_is_needed_comes_first": [
         ("a TrainJob before its runtime", "trainjob", lambda documents: documents[::-1]),
-        ("a pod before its account", "shell", lambda documents: [*documents, *rendered("base").documents]),
     ],
     "labels_agree": [
         ("pods of no part", "export Job spec template metadata labels app.kubernetes.io/component", GONE),

@@ -110,9 +110,8 @@ def namespaces_agree(render: Render) -> Iterator[str]:
 def what_is_needed_comes_first(render: Render) -> Iterator[str]:
     """What the API server asks for when it takes an object comes before it: it is applied in the order of the render."""
     order = {title(document): number for number, document in enumerate(render.documents)}
-    for document in of_kind(render.documents, "TrainJob", "Pod"):
-        account = {"kind": "ServiceAccount", "name": look(document, "spec", "serviceAccountName")}
-        reference = look(document, "spec", "runtimeRef") or account
+    for document in of_kind(render.documents, "TrainJob"):
+        reference = look(document, "spec", "runtimeRef") or {}
         needed = f"{reference.get('kind')}/{reference.get('name')}"
         if order.get(needed, -1) > order[title(document)]:
             yield f"{title(document)} comes before {needed}, and is refused without it"
