@@ -1,6 +1,6 @@
 """What lmdist needs with some of its extras, a line each, so that an image installs it in a layer below lmdist's own.
 
-    python requirements.py train demo < pyproject.toml > requirements.txt
+python requirements.py train demo < pyproject.toml > requirements.txt
 """
 
 import sys
