@@ -120,7 +120,7 @@ def start_agent(arguments: argparse.Namespace, ranks: str, logs: str, flags: lis
     given = {name: getattr(arguments, name) for name in ("nnodes", "node_rank", "master_addr", "master_port")}
     options += [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     environment = dict(os.environ)
-    if ranks.isdigit():  # torchrun's own words for it, such as gpu, are its own business
+    if ranks.isdigit() and int(ranks):  # torchrun's own words for it, such as gpu, are its own business
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(ranks))))
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors: up to a third faster
     launcher = os.getpid()
