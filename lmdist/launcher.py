@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, CommandParser, Stopped, UsageError, report
+from lmdist.machine import cores
 from lmdist.signals import StopRequest, die_with_parent
 
 if TYPE_CHECKING:
@@ -194,11 +195,6 @@ def gpus() -> int:
     found = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if visible is None else min(found, len([device for device in visible.split(",") if device.strip()]))
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def newest_name(checkpoints: Path) -> str:
