@@ -27,14 +27,17 @@ from namespaces import Host, can_make_hosts, hosts
 __all__ = ["Host", "Pod", "can_make_hosts", "can_make_pods", "first_process", "hosts", "needs_hosts", "needs_pods"]
 
 ROOT = Path(__file__).parents[1]
-IMAGE = [Path(folder) for folder in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")]
+IMAGE = [
+    *(Path(folder) for folder in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")),
+    *(Path("/etc") / name for name in ("alternatives", "group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd", "ssl")),
+]
 """What a pod sees of this machine, beside Python's environment and this repository: what an image would bring."""
 can_make_hosts = cache(can_make_hosts)
 
 
 @dataclass(frozen=True)
 class Pod:
-    """A container on a host of its own: read-only but for its mounts, /tmp and /dev/shm, and without any privilege."""
+    """A container on a host of its own: read-only but for its mounts and its empty folders, and without any privilege."""
 
     host: Host
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -43,6 +46,8 @@ class Pod:
     """Folders that can be written to, by their place in the pod. Whose they are is not changed, as without an fsGroup."""
     configuration: Mapping[str, Path] = field(default_factory=dict)
     """Files and folders that can only be read, by their place in the pod."""
+    empty: Mapping[str, int] = field(default_factory=lambda: {"/dev/shm": 0, "/tmp": 0})
+    """Empty folders in memory that anybody may write to, by their place, with their size in bytes; 0: as large as memory."""
     user: int = 10001
     group: int = 10001
     folder: str = "/"
@@ -55,8 +60,8 @@ class Pod:
         """
         box = ["bwrap", "--unshare-pid", "--unshare-ipc", "--as-pid-1", "--die-with-parent", "--clearenv"]
         box += ["--proc", "/proc", "--dev", "/dev"]
-        for place in ("/dev/shm", "/tmp"):
-            box += ["--perms", "1777", "--tmpfs", place]
+        for place, size in self.empty.items():
+            box += ["--perms", "1777", *(["--size", str(size)] if size else []), "--tmpfs", place]
         # What is mounted later is seen: Python lies in /tmp now and then.
         for path in self.image:
             if path.is_symlink():
@@ -88,15 +93,15 @@ def mount(how: str, path: Path, place: str) -> list[str]:
 
 
 def first_process(pod: subprocess.Popen[str] | subprocess.Popen[bytes]) -> psutil.Process:
-    """Process 1 of a pod that was just started; who kills it kills the pod."""
+    """Process 1 of a pod that was just started; who kills it kills the pod. ProcessLookupError where the pod has ended."""
     until = time.monotonic() + 10
-    while True:
-        children = psutil.Process(pod.pid).children()
-        if children:
+    while pod.poll() is None:
+        shell = psutil.Process(pod.pid)  # it sets up the host first, and becomes bubblewrap then
+        if shell.name() == "bwrap" and (children := shell.children()):
             return children[0]
-        assert pod.poll() is None, f"the pod ended with {pod.returncode}"
         assert time.monotonic() < until
         time.sleep(0.01)
+    raise ProcessLookupError(f"the pod has ended with {pod.returncode}")
 
 
 @cache
