@@ -26,7 +26,8 @@ from origin import facts, write_rows
 
 from lmdist.demo import articles
 from lmdist.documents import Documents, find_files
-from lmdist.prepare import ONE_PROCESS_BYTES, cores
+from lmdist.machine import cores
+from lmdist.prepare import ONE_PROCESS_BYTES
 from lmdist.text import train_punkt
 from lmdist.words import WordFinder, punkt_parameters
 

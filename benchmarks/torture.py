@@ -11,7 +11,7 @@ Kinds of a kill, drawn at random, each at a random step:
     stop       SIGTERM to a random launcher: a clean stop
     freeze     SIGSTOP to a random rank: its peers must notice it
     host       SIGKILL to everything on a random host at once, the rendezvous host as likely as the other
-    partition  the link between the hosts is down for 25 seconds
+    partition  nothing passes between the hosts for 25 seconds
 
 Like a Job controller, this script starts a launcher anew whenever one ends with another code than 0; it does nothing else.
 Recovery is the time from the kill to the first step that is done after it.
@@ -29,11 +29,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+from namespaces import Host, hosts
 from origin import facts, write_rows
 
 STEPS = 400
@@ -43,9 +46,9 @@ JOB = (
     "--checkpoint.every_steps=20 --sample.words=0 --tracking.mlflow=false --resume=auto"
 ).split()
 ONE_HOST = ("rank", "launcher", "stop", "freeze")
+HOSTS = ("host-0", "host-1")
 TWO_HOSTS = ("rank", "launcher", "stop", "host", "partition")
 PARTITION = 25.0
-LINK = "lmdist-link"
 
 
 def main() -> None:
@@ -64,10 +67,10 @@ def main() -> None:
         arguments.kills, arguments.steps = 2, 120
     kinds = arguments.kinds.split(",") if arguments.kinds else list(TWO_HOSTS if arguments.hosts == 2 else ONE_HOST)
 
-    with tempfile.TemporaryDirectory(prefix="torture-") as scratch, hosts(arguments.hosts, scratch) as prefixes:
+    with tempfile.TemporaryDirectory(prefix="torture-") as scratch, machines(arguments.hosts) as made:
         prepare(Path(scratch))
         flags = [*JOB, "--data.folder=data", f"--training.steps={arguments.steps}"]
-        quiet = Job(Path(scratch), "quiet", prefixes, arguments.ranks, flags)
+        quiet = Job(Path(scratch), "quiet", made, arguments.ranks, flags)
         quiet.run(kills=[])
         expected = quiet.fingerprint()
         print(f"undisturbed: {arguments.steps} steps, parameters {expected[:16]}")
@@ -75,7 +78,7 @@ def main() -> None:
         steps = sorted(generator.sample(range(5, arguments.steps - 15), arguments.kills))
         # Every kind comes once before one comes twice.
         drawn = [kind for _ in range(arguments.kills) for kind in generator.sample(kinds, len(kinds))][: arguments.kills]
-        tortured = Job(Path(scratch), "tortured", prefixes, arguments.ranks, flags, generator)
+        tortured = Job(Path(scratch), "tortured", made, arguments.ranks, flags, generator)
         tortured.run(kills=list(zip(steps, drawn, strict=True)))
         same = tortured.fingerprint() == expected and tortured.losses() == quiet.losses()
 
@@ -130,8 +133,8 @@ class Job:
 
     scratch: Path
     name: str
-    prefixes: list[list[str]]
-    """For each host the command that puts a process there."""
+    hosts: Sequence[Host | None]
+    """Where the launchers run; None is this machine as it is."""
     ranks: int
     flags: list[str]
     generator: random.Random = field(default_factory=random.Random)
@@ -142,11 +145,13 @@ class Job:
     def start(self, host: int) -> subprocess.Popen[bytes]:
         """Start the launcher of a host."""
         self.starts += 1
-        two = ["--nnodes=2", f"--node-rank={host}", "--master-addr=10.77.0.1", "--master-port=29511"]
-        command = ["lmdist.launcher", f"--nproc-per-node={self.ranks}", "--restarts=20", *(two if self.prefixes[0] else [])]
+        command = [sys.executable, "-m", "lmdist.launcher", f"--nproc-per-node={self.ranks}", "--restarts=20"]
+        command += [*self.flags, f"--run_folder={self.name}"]
+        if (on := self.hosts[host]) is not None:
+            command = on.command(*command, "--nnodes=2", f"--node-rank={host}", f"--master-addr={HOSTS[0]}")
         log = (self.scratch / f"{self.name}-{host}.log").open("ab")
         return subprocess.Popen(
-            [*self.prefixes[host], sys.executable, "-m", *command, *self.flags, f"--run_folder={self.name}"],
+            command,
             cwd=self.scratch,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=log,
@@ -155,7 +160,7 @@ class Job:
 
     def run(self, kills: list[tuple[int, str]]) -> None:
         """Run the job to its end through all the kills."""
-        self.launchers = [self.start(host) for host in range(len(self.prefixes))]
+        self.launchers = [self.start(host) for host in range(len(self.hosts))]
         try:
             for step, kind in kills:
                 self.wait_for(lambda step=step: self.last_line().get("step", 0) >= step, 300)
@@ -175,7 +180,7 @@ class Job:
         until = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > until:
-                logs = [(self.scratch / f"{self.name}-{host}.log").read_text()[-2000:] for host in range(len(self.prefixes))]
+                logs = [(self.scratch / f"{self.name}-{host}.log").read_text()[-2000:] for host in range(len(self.hosts))]
                 raise TimeoutError(f"the job does not get on for {seconds} s\n" + "\n".join(logs))
             for host, launcher in enumerate(self.launchers):
                 if launcher.poll() is not None and not self.finished():
@@ -269,52 +274,28 @@ class Job:
         return f"host {host}" + (", the rendezvous host" if host == 0 else "")
 
     def partition(self) -> str:
-        """Take the link between the hosts down for a while."""
-        ip("netns", "exec", f"{LINK}-0", "ip", "link", "set", "eth0", "down")
+        """Let nothing pass between the hosts for a while."""
+        host = self.hosts[0]
+        assert host is not None, "a partition takes two hosts"
+        host.unplug()
         time.sleep(PARTITION)
-        ip("netns", "exec", f"{LINK}-0", "ip", "link", "set", "eth0", "up")
+        host.plug()
         return f"{PARTITION:.0f} s long, included"
+
+
+@contextmanager
+def machines(number: int) -> Iterator[Sequence[Host | None]]:
+    """This machine as it is, or two hosts on it."""
+    if number == 1:
+        yield [None]
+        return
+    with hosts(*HOSTS) as made:
+        yield made
 
 
 def process_rank(process: psutil.Process) -> str:
     """The number of a rank."""
     return process.environ().get("RANK", "?")
-
-
-class hosts:
-    """Two network namespaces with a link between them, each with a host name of its own; or this host as it is."""
-
-    def __init__(self, number: int, scratch: str) -> None:
-        self.number = number
-
-    def __enter__(self) -> list[list[str]]:
-        if self.number == 1:
-            return [[]]
-        self.remove()
-        for host in range(2):
-            ip("netns", "add", f"{LINK}-{host}")
-        ip("link", "add", "eth0", "netns", f"{LINK}-0", "type", "veth", "peer", "name", "eth0", "netns", f"{LINK}-1")
-        for host in range(2):
-            inside = ("-n", f"{LINK}-{host}")
-            ip(*inside, "addr", "add", f"10.77.0.{host + 1}/24", "dev", "eth0")
-            for device in ("lo", "eth0"):
-                ip(*inside, "link", "set", device, "up")
-        named = ["env", "GLOO_SOCKET_IFNAME=eth0", "sh", "-c", 'hostname "$0" && exec "$@"']
-        return [["ip", "netns", "exec", f"{LINK}-{host}", "unshare", "--uts", *named, f"host-{host}"] for host in range(2)]
-
-    def __exit__(self, *_: object) -> None:
-        if self.number == 2:
-            self.remove()
-
-    def remove(self) -> None:
-        """Remove what an earlier run has left."""
-        for host in range(2):
-            subprocess.run(["ip", "netns", "delete", f"{LINK}-{host}"], capture_output=True)
-
-
-def ip(*arguments: str) -> None:
-    """Run iproute2's ip."""
-    subprocess.run(["ip", *arguments], check=True)
 
 
 if __name__ == "__main__":

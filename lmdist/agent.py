@@ -14,8 +14,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from typing import NoReturn
 
-from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE
+from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, UsageError, report
+from lmdist.files import one_line
 from lmdist.signals import AGENT, die_with_parent
 
 JOIN_SECONDS = 600.0
@@ -33,10 +36,11 @@ def main() -> None:
 
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import run
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what there is to say is said below
-    arguments = parse_args(sys.argv[1:])
+    with report("lmdist-train"):
+        arguments = read_arguments(sys.argv[1:])
     try:
         if arguments.rdzv_backend == "static" and arguments.nnodes != "1" and arguments.node_rank > 0:
             hold_on_to_machine_0(arguments)
@@ -51,6 +55,30 @@ def main() -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         sys.stderr.write(f"lmdist-train: the machines of the job did not find each other: {reason}\n")
         sys.exit(EXIT_AGAIN)
+
+
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """torchrun's arguments, also those in PET_ variables; raises UsageError for one that means nothing on this machine."""
+    from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"torchrun takes no such thing, from a flag or a PET_ variable: {message}")
+
+    parser = get_args_parser()
+    parser.error = refuse  # its own would print all of torchrun's options
+    arguments = parser.parse_args(argv)
+    for name, read in (("nnodes", parse_min_max_nnodes), ("nproc_per_node", determine_local_world_size)):
+        given = getattr(arguments, name)
+        try:
+            numbers = read(given)
+        except (ValueError, RuntimeError) as error:
+            refuse(f"{name} is {given} ({one_line(error)})")
+        if min(numbers if isinstance(numbers, tuple) else (numbers,)) < 1:
+            refuse(f"{name} is {given}, and must be at least 1")
+    _, nodes = parse_min_max_nnodes(arguments.nnodes)
+    if not 0 <= arguments.node_rank < nodes:
+        refuse(f"node_rank is {arguments.node_rank}, and of {nodes} machines it must be at most {nodes - 1}")
+    return arguments
 
 
 def hold_on_to_machine_0(arguments: argparse.Namespace) -> None:

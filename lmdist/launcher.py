@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, CommandParser, Stopped, UsageError, report
+from lmdist.machine import cores
 from lmdist.signals import StopRequest, die_with_parent
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def start_agent(arguments: argparse.Namespace, ranks: str, logs: str, flags: lis
     given = {name: getattr(arguments, name) for name in ("nnodes", "node_rank", "master_addr", "master_port")}
     options += [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     environment = dict(os.environ)
-    if ranks.isdigit():  # torchrun's own words for it, such as gpu, are its own business
+    if ranks.isdigit() and int(ranks):  # torchrun's own words for it, such as gpu, are its own business
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(ranks))))
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors: up to a third faster
     launcher = os.getpid()
@@ -194,11 +195,6 @@ def gpus() -> int:
     found = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if visible is None else min(found, len([device for device in visible.split(",") if device.strip()]))
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def newest_name(checkpoints: Path) -> str:

@@ -17,7 +17,6 @@ import ast
 import dataclasses
 import errno
 import inspect
-import os
 import signal
 import sys
 import time
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lmdist import __version__
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, report
 from lmdist.files import sums, whole_folder, write_json
+from lmdist.machine import cores
 from lmdist.text import TextSettings, WordTokenizer
 
 if TYPE_CHECKING:
@@ -249,11 +249,6 @@ def read_all(corpus: Any, settings: PrepareSettings, sources: dict[str, Document
         skipped = sum((documents.skipped for documents in sources.values()), corpus.skipped)
         counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
         raise DataError(f"there is no text in what was read{f': rows skipped: {counts}' if counts else ''}")
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- what a person sees --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 
 from lmdist import config, loop
 from lmdist.distributed import World
+from lmdist.files import read_json
 from lmdist.model import LanguageModel, State
 from lmdist.settings import DataSettings, ModelSettings, Recipe
 from lmdist.signals import StopRequest
@@ -67,3 +68,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def losses(run: Path, key: str = "train/loss") -> list[float]:
     """The loss curve of a run."""
     return [row[key] for row in rows(run) if key in row]
+
+
+def fingerprint(run: Path) -> tuple[str, dict[str, dict[str, str]]]:
+    """The name of the newest checkpoint and the sums of its files."""
+    newest = (run / "checkpoints" / "newest").read_text().strip()
+    return newest, read_json(run / "checkpoints" / newest / "manifest.json")["files"]

@@ -15,11 +15,10 @@ import psutil
 import pytest
 
 from corpora import chain, write_data_folder
-from jobs import SMALL, environment, losses, rows, train_here
+from jobs import SMALL, environment, fingerprint, losses, rows, train_here
 from lmdist import launcher
 from lmdist.agent import exit_code
 from lmdist.config import load
-from lmdist.files import read_json
 from lmdist.signals import StopRequest
 
 LONG = [*SMALL, "--model.dropout=0.3", "--training.epochs=40", "--checkpoint.every_steps=5", "--training.timeout_seconds=10"]
@@ -55,12 +54,6 @@ def wait_for_steps(run: Path, steps: int) -> None:
     while not (run / "metrics.jsonl").exists() or len(rows(run)) < steps:
         assert time.monotonic() < until
         time.sleep(0.02)
-
-
-def fingerprint(run: Path) -> tuple[str, dict[str, dict[str, str]]]:
-    """The name of the newest checkpoint and the sums of its files."""
-    newest = (run / "checkpoints" / "newest").read_text().strip()
-    return newest, read_json(run / "checkpoints" / newest / "manifest.json")["files"]
 
 
 @pytest.mark.slow
@@ -111,6 +104,11 @@ def test_a_launcher_that_is_killed_leaves_no_orphan_and_one_that_gives_up_says_7
 MISTAKES = {
     "a flag of nobody's": (["--nproc=2", "--model.nhid=3"], 64, "nhid"),
     "ranks that do not divide": (["--nproc-per-node=3"], 64, "a number of ranks out of [1, 2, 4, 8]"),
+    "ranks of no kind": (["--nproc-per-node=gpus"], 64, "Unsupported nproc_per_node value: gpus"),
+    "no ranks": (["--nproc-per-node=0"], 64, "nproc_per_node is 0, and must be at least 1"),
+    "machines in words": (["--nnodes=two"], 64, "nnodes is two"),
+    "a machine too many": (["--nnodes=2", "--node-rank=2"], 64, "node_rank is 2, and of 2 machines it must be at most 1"),
+    "a machine in words": (["--node-rank=first"], 64, "invalid int value: 'first'"),
     "a text too short": (["--data.window=70"], 65, "451 words to train on"),
     "no such data": (["--data.folder=nowhere"], 66, "nowhere is not there"),
     "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
@@ -198,6 +196,7 @@ def test_help_shows_the_launchers_options_and_the_recipes(tmp_path):
 
 def test_an_agent_that_outlives_its_ranks_is_ended(monkeypatch, capsys):
     monkeypatch.setattr(launcher, "AGENT_GRACE", 0.3)
+    monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)  # or the rank below comes and goes unseen, on a busy machine
     script = "import subprocess, time; subprocess.run(['sleep', '0.5']); time.sleep(600)"
     agent = subprocess.Popen([sys.executable, "-c", script])
     assert launcher.watch(agent, StopRequest()) == 75

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hosts import needs_hosts
 
 TORTURE = Path(__file__).parents[1] / "benchmarks" / "torture.py"
 
@@ -29,21 +29,8 @@ def test_three_kills_and_the_same_end(tmp_path):
     assert whole["same"]
 
 
-def can_make_hosts() -> bool:
-    """Root, iproute2, and a kernel with network namespaces and veth."""
-    if os.getuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
-        return False
-    name = f"lmdist-{os.getpid()}"
-    try:
-        made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-        link = ["ip", "-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]
-        return made and subprocess.run(link, capture_output=True).returncode == 0
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not can_make_hosts(), reason="no right to make network namespaces")
+@needs_hosts
 def test_each_of_two_hosts_dies_and_comes_back(tmp_path):
     *kills, whole = torture(tmp_path, "--hosts=2", "--ranks=1", "--kills=2", "--steps=60", "--seed=4", "--kinds=host")
     assert [row["note"] for row in kills] == ["host 1", "host 0, the rendezvous host"]

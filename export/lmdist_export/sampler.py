@@ -21,7 +21,6 @@ import importlib
 import importlib.metadata
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.files import one_line
+from lmdist.machine import cores
 from lmdist_export.bundle import PROVIDERS, WEIGHTS, Bundle, GenerationConfig
 from lmdist_export.graph import Features, Sizes, capturable, generation_graph, score_graph, step_graph, word_graph
 from lmdist_export.onnx_file import FLOAT, UINT8, Graph, model_bytes
@@ -596,4 +596,4 @@ def load_cuda(onnxruntime: Any) -> None:
 
 def default_threads() -> int:
     """Threads for one step: the cores this process may use, at most 4, since a step is too small for more."""
-    return min(4, len(os.sched_getaffinity(0)))
+    return min(4, cores())
