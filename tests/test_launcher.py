@@ -15,11 +15,10 @@ import psutil
 import pytest
 
 from corpora import chain, write_data_folder
-from jobs import SMALL, environment, losses, rows, train_here
+from jobs import SMALL, environment, fingerprint, losses, rows, train_here, wait_for_steps
 from lmdist import launcher
 from lmdist.agent import exit_code
 from lmdist.config import load
-from lmdist.files import read_json
 from lmdist.signals import StopRequest
 
 LONG = [*SMALL, "--model.dropout=0.3", "--training.epochs=40", "--checkpoint.every_steps=5", "--training.timeout_seconds=10"]
@@ -48,19 +47,6 @@ def below(job: subprocess.Popen[str]) -> list[psutil.Process]:
 def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
     found = [process for process in below(job) if process.ppid() != job.pid]
     return sorted((process for process in found if "RANK" in process.environ()), key=lambda process: process.environ()["RANK"])
-
-
-def wait_for_steps(run: Path, steps: int) -> None:
-    until = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len(rows(run)) < steps:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def fingerprint(run: Path) -> tuple[str, dict[str, dict[str, str]]]:
-    """The name of the newest checkpoint and the sums of its files."""
-    newest = (run / "checkpoints" / "newest").read_text().strip()
-    return newest, read_json(run / "checkpoints" / newest / "manifest.json")["files"]
 
 
 @pytest.mark.slow
