@@ -182,6 +182,21 @@ def test_help_shows_the_launchers_options_and_the_recipes(tmp_path):
     assert "Numbers in the state of an LSTM layer" in shown
 
 
+def test_a_second_stop_does_not_change_the_exit_code():
+    """As when Slurm or Kubernetes asks the launcher of one machine twice: Python's handlers are gone when it ends."""
+    script = """if True:
+        import os
+        from lmdist import launcher
+        class Late:
+            def __init__(self): self.kill, self.process = os.kill, os.getpid()
+            def __del__(self): self.kill(self.process, 15)
+        late = Late()
+        launcher.attempts = lambda *_: 75
+        launcher.main([])
+    """
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 75
+
+
 def test_an_agent_that_outlives_its_ranks_is_ended(monkeypatch, capsys):
     monkeypatch.setattr(launcher, "AGENT_GRACE", 0.3)
     script = "import subprocess, time; subprocess.run(['sleep', '0.5']); time.sleep(600)"
