@@ -15,7 +15,7 @@ FILES = [*sorted((ROOT / "lmdist").glob("*.py")), *sorted((ROOT / "export" / "lm
 # A package, and the only files that may import it.
 HOMES = {
     "torch.distributed": {"lmdist/distributed.py", "lmdist/agent.py"},
-    "mlflow": {"lmdist/sync.py"},
+    "mlflow": {"lmdist/sync.py", "export/lmdist_export/served_model.py", "export/lmdist_export/registry.py"},
     "onnxruntime": {"export/lmdist_export/sampler.py"},
     "onnx": {"export/lmdist_export/convert.py", "export/lmdist_export/sherpa.py"},
     "pandas": set(),
@@ -36,8 +36,8 @@ ORDER = [
 
 # Those of the bundle: what samples comes first, and needs neither torch nor onnx; what exports knows all of it.
 EXPORT_ORDER = [
-    *("onnx_file", "graph", "bundle", "sampler", "generation", "beam", "scoring", "lines", "generate", "score"),
-    *("tokenizer_json", "convert", "verify", "sherpa", "export"),
+    *("onnx_file", "graph", "bundle", "sampler", "generation", "beam", "scoring", "lines", "completion", "generate", "score"),
+    *("batching", "served_model", "registry", "tokenizer_json", "convert", "verify", "sherpa", "export"),
 ]
 
 
