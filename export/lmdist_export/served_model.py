@@ -40,7 +40,8 @@ with warnings.catch_warnings():
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model, ModelSignature
     from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
-    from mlflow.pyfunc import PythonModel, PythonModelContext, add_to_model
+    from mlflow.pyfunc import add_to_model
+    from mlflow.pyfunc.model import PythonModel, PythonModelContext
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array, DataType
     from mlflow.version import VERSION as MLFLOW_VERSION
@@ -83,14 +84,13 @@ class ServedModel(PythonModel):
         self.seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
         self.batcher.make(self.request([[]], Options(max_new_tokens=1, min_new_tokens=0, seed=0)), self.seconds)
         logging.getLogger("mlflow.models.utils").addFilter(refuse_unknown)
-        # MLflow answers each request in a thread of the loop's pool, which has six on two cores: others would wait there and
-        # never meet in a batch.
+        # MLflow answers each request in a thread of the loop's pool, which has six on two cores: behind six long requests a
+        # short one would wait for all of one, and it would not share a batch.
         with suppress(RuntimeError):  # loaded by a program without a loop
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MOST_REQUESTS))
 
-    def predict(
-        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+    # Not list[str]: of a predict with such an annotation MLflow makes the signature, and drops the params.
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """The texts that go on from the column `prompt`, as objects of JSON; raises Refused."""
         try:
             options = Options(**{name: value for name, value in (params or {}).items() if value is not None})
@@ -163,7 +163,7 @@ def signature() -> ModelSignature:
         listed = getattr(kind, "__origin__", None) is Sequence
         params.append(ParamSpec(name, KINDS[of], [] if listed else None, (-1,) if listed else None))
     answer = {"prompt_number": int, "index": int, "text": str, "words": None, "finish_reason": str, "seed": int}
-    outputs = [ColSpec(KINDS[of] if of else Array(DataType.string), name) for name, of in answer.items()]
+    outputs: list[Any] = [ColSpec(KINDS[of] if of else Array(DataType.string), name) for name, of in answer.items()]
     return ModelSignature(Schema([ColSpec(DataType.string, "prompt")]), Schema(outputs), ParamSchema(params))
 
 
