@@ -3,7 +3,7 @@
     mlflow models serve -m bundles/demo --env-manager local
     mlflow models serve -m models:/NAME@champion --env-manager local
 
-The bundle's folder holds `MLmodel` and a file of two lines that names this module, so the code that serves is that of the
+The bundle's folder holds `MLmodel` and a file of three lines that names this module, so the code that serves is that of the
 lmdist that is installed. MLflow calls `predict` in a thread for each request; batching.py makes the texts of all of them.
 No torch: the environment has lmdist[serve].
 """
