@@ -63,17 +63,39 @@ def continuations(
     Text i of a prompt depends on the prompt, the seed and i, not on what is made beside it. It ends with its end mark, or
     before any of the sequences `stops`. With `stream` words come as soon as they are made.
     """
+    waiting = beginnings(sampler, prompts, config, seed, n)
+    for made in runs(
+        sampler, lambda room: list(islice(waiting, room)), config, stops, ignore_end, batch_size, stream=stream, rule=rule
+    ):
+        yield from made
+
+
+def runs(
+    sampler: Sampler,
+    begin: Callable[[int], list[tuple[Text, State]]],
+    config: GenerationConfig,
+    stops: Sequence[Sequence[int]] = (),
+    ignore_end: bool = False,
+    batch_size: int = BATCH_SIZE,
+    *,
+    stream: bool = False,
+    rule: Rule | None = None,
+) -> Iterator[list[tuple[Text, list[int]]]]:
+    """Yield what each run of the graph has added to its texts, (text, new words), until no text is left.
+
+    Before each run `begin` gives texts that are to be made as well, at most as many as there is room for. A text is left out
+    of the next run when it has a finish_reason, whoever gave it one.
+    """
     end = () if ignore_end else (config.eos_token_id,)
     single = [stop[0] for stop in stops if len(stop) == 1]
     step_by_step = bool(config.no_repeat_ngram_size or any(len(words) > 1 for words in config.bad_words_ids) or rule)
     with_row_bias = step_by_step or (config.min_new_tokens > 0 and not ignore_end)
     bias = bias_of(config, sampler.sizes.vocabulary_size)
-    waiting = beginnings(sampler, prompts, config, seed, n)
     texts: list[Text] = []
     state: State | None = None
     words_at_once = 1 if stream else WORDS_AT_ONCE
     while True:
-        begun = list(islice(waiting, batch_size - len(texts)))
+        begun = begin(batch_size - len(texts))
         texts += [text for text, _ in begun]
         if not texts:
             return
@@ -94,8 +116,7 @@ def continuations(
         if stream:
             seconds = (time.perf_counter() - began) / len(made)
             words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds)))
-        for text, words in zip(texts, made.T.tolist(), strict=True):
-            yield text, add(text, words, config, end, stops)
+        yield [(text, add(text, words, config, end, stops)) for text, words in zip(texts, made.T.tolist(), strict=True)]
         going = [row for row, text in enumerate(texts) if not text.finish_reason]
         texts = [texts[row] for row in going]
         state = state.rows(going) if going else None
