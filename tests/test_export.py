@@ -62,7 +62,8 @@ from small_bundles import (
 )
 
 VOCABULARY_SIZE = 23
-FILES = {MODEL, GENERATION, WEIGHTS, "vocab.txt", "text.json", "generation_config.json", "manifest.json"}
+OF_MLFLOW = {"MLmodel", "served_model.py", "requirements.txt", "python_env.yaml"}
+FILES = {MODEL, GENERATION, WEIGHTS, "vocab.txt", "text.json", "generation_config.json", "manifest.json", *OF_MLFLOW}
 
 
 @pytest.fixture(scope="module")
@@ -511,7 +512,7 @@ def test_the_manifest_says_what_the_bundle_is(bundle: Path) -> None:
     assert (held_out["split"], held_out["tokens"], held_out["top_1_agreement"]) == ("valid", 600, 1)
     assert held_out["torch"] == pytest.approx(held_out["onnxruntime"], rel=1e-5)
     assert set(manifest["versions"]) == {"lmdist", "torch", "onnx", "onnxruntime"}
-    assert set(manifest["files"]) == FILES - {"generation_config.json", "manifest.json"}
+    assert set(manifest["files"]) == FILES - {"generation_config.json", "manifest.json", *OF_MLFLOW}
     check_sums(bundle, manifest["files"])
     loaded = Bundle.load(bundle)
     assert dataclasses.asdict(loaded.sizes) == manifest["sizes"]

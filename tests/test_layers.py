@@ -101,6 +101,7 @@ def test_the_server_takes_no_torch() -> None:
 
 
 def test_the_sampler_takes_no_torch() -> None:
-    code = "import sys, lmdist_export.generate, lmdist_export.score, lmdist_export.batching; print(*sys.modules)"
+    modules = ", ".join(f"lmdist_export.{name}" for name in ("generate", "score", "scoring", "batching"))
+    code = f"import sys, {modules}; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & {"torch", "pandas", "mlflow", "onnx", "matplotlib"}

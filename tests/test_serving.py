@@ -289,7 +289,7 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
     finally:
         tracking.kill()
     answers: list[list[dict[str, Any]]] = []
-    asked = {"seed": 5, "max_new_tokens": 3_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
+    asked = {"seed": 5, "max_new_tokens": 2_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
     clients = [threading.Thread(target=lambda: answers.append(server.texts("the cat", **asked))) for _ in range(4)]
     for client_thread in clients:
         client_thread.start()
@@ -299,7 +299,7 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
     for client_thread in clients:
         client_thread.join()
     assert code in (0, -signal.SIGTERM)  # uvicorn ends by the signal, when all is answered
-    assert [len(texts[0]["words"]) for texts in answers] == [3_000] * 4
+    assert [len(texts[0]["words"]) for texts in answers] == [2_000] * 4
     assert answers == [answers[0]] * 4
 
 
