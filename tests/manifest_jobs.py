@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -371,9 +370,6 @@ def ranks_have_shared_memory(render: Render) -> Iterator[str]:
 
 # Exports ------------------------------------------------------------------------------------------------------------
 
-COMING = {"--register", "--alias"}
-"""Flags that lmdist-export is to have."""
-
 
 @rule
 def exports_take_a_run(render: Render) -> Iterator[str]:
@@ -386,8 +382,8 @@ def exports_take_a_run(render: Render) -> Iterator[str]:
             except SystemExit as end:
                 yield f"{pod}: lmdist-export ends with code {end.code}"
                 continue
-            if left := [flag for flag in unknown if re.split("=", flag)[0] not in COMING]:
-                yield f"{pod}: lmdist-export knows no {' '.join(left)}"
+            if unknown:
+                yield f"{pod}: lmdist-export knows no {' '.join(unknown)}"
             if str(known.checkpoint) not in runs:
                 yield f"{pod} exports {known.checkpoint}, and the trainings write {', '.join(sorted(runs))}"
             mount, volume = pod.mounted(container, str(known.output))

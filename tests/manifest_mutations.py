@@ -462,15 +462,15 @@ CORPUS: dict[str, list[tuple[str, str, Any]]] = {
     ],
     "servers_listen_where_they_say": [
         ("another port than the container's", "mlflow Deployment main args 1", "--port=8080"),
-        ("nobody but itself", "serve Deployment main args 2", "--host=127.0.0.1"),
+        ("nobody but itself", "serve Deployment main args 1", "--host=127.0.0.1"),
         ("a database that goes with its pod", "mlflow Deployment main args 3", "--backend-store-uri=sqlite:////tmp/mlflow.db"),
     ],
     "mlflow_answers_to_its_names": [
         ("a name that MLflow does not know", "mlflow Deployment main args 5", replaced("mlflow.$(NAMESPACE):5000,", "")),
     ],
     "what_is_exported_is_served": [
-        ("a model that nobody exports", "serve Deployment main args 0", "--model-uri=models:/news@champion"),
-        ("an alias that nobody gives", "serve Deployment main args 0", "--model-uri=models:/lmdist@best"),
+        ("a model that nobody exports", "serve Deployment main env 0 value", "models:/news@champion"),
+        ("an alias that nobody gives", "serve Deployment main env 0 value", "models:/lmdist@best"),
     ],
     "queues_lead_somewhere": [
         ("a queue that leads nowhere", "kueue LocalQueue spec clusterQueue", "team"),

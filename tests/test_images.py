@@ -158,8 +158,8 @@ def test_the_dockerfile_has_no_fault():
         ("FROM base AS sample\n", "FROM base AS sample\nCOPY docs /docs/\n", "sample: docs is not there, or .dockerignore"),
         ("source=constraints.txt", "source=constraint.txt", "sample: constraint.txt is not there"),
         ("COPY lmdist lmdist", "COPY lmdists lmdist", "wheel: lmdists is not there"),
-        ('requirements.py "${EXTRA:-cpu}"', 'requirements.py "${EXTRA:-tpu}"', "sample: pyproject.toml has no extra tpu"),
-        ('requirements.py "${EXTRA:-cpu}"', "requirements.py cpu train", "sample: torch"),
+        ('requirements.py serve "${EXTRA:-cpu}"', "requirements.py serve tpu", "sample: pyproject.toml has no extra tpu"),
+        ('requirements.py serve "${EXTRA:-cpu}"', "requirements.py cpu train", "sample: torch"),
         ("train demo zstd", "demo zstd", "train: torch"),
     ],
 )

@@ -21,6 +21,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -546,6 +547,7 @@ def open_session(graph: bytes, folder: Path, provider: str, threads: int, captur
 
 def import_onnxruntime() -> Any:
     """The onnxruntime module; raises UsageError with the remedy where none or two of its wheels are installed."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it reports to its makers by default, on Linux too
     wheels = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed(name)]
     if len(wheels) == 2:
         raise UsageError(
