@@ -10,7 +10,7 @@ asks for the same text twice. Latency is what the client sees, from the first by
 servers give the same texts is asserted. The clients run on the cores of the server.
 
 Peak memory is that of the server's process, and the seconds of its start are those until /ping answers. A first round is not
-counted. What is not given is trained nowhere: without --bundle the weights are random, with layers and vocabulary of the demo.
+counted. Without --bundle the weights are random.
 """
 
 from __future__ import annotations
