@@ -14,7 +14,7 @@ quickstart: .venv/ready
 	$(BIN)/python launch/quickstart.py
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: .venv/ready-dev
 	$(BIN)/ruff format --check .
