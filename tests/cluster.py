@@ -117,6 +117,13 @@ class RunningPod:
         variables = [f"{name}={value}" for name, value in self.box.environment.items()]
         return [*enter, *rights, "env", "--ignore-environment", *variables, *command]
 
+    def processes(self) -> list[psutil.Process]:
+        """All that runs in it; nothing where it has ended."""
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            first = first_process(self.process)
+            return [first, *first.children(recursive=True)]
+        return []
+
     def writable(self) -> set[str]:
         """Where its file systems can be written to, beside /proc and /dev, which are a container's own."""
         lines = Path(f"/proc/{first_process(self.process).pid}/mountinfo").read_text().splitlines()
@@ -255,7 +262,7 @@ class Job:
     def __init__(self, cluster: Cluster, name: str) -> None:
         """Start the pods of a Job of the cluster."""
         self.cluster, self.name = cluster, name
-        self.letters = random.Random(name)
+        self.letters = random.Random()
         self.ended: list[RunningPod] = []
         self.active: dict[int, RunningPod] = {}
         self.completed: set[int] = set()
@@ -270,6 +277,7 @@ class Job:
             self.backoff_limit = spec.take("backoffLimit", 6)
             self.deadline = time.monotonic() + spec.take("activeDeadlineSeconds", float("inf"))
             self.rules = spec.take("podFailurePolicy", {"rules": []})["rules"]
+            self.enough = spec.take("successPolicy", {"rules": []})["rules"]
             self.template = spec.take("template")
             spec.expect("podReplacementPolicy", "Failed")
             spec.expect("suspend", False, None)
@@ -286,12 +294,12 @@ class Job:
                 self.ended.append(pod)
                 self.judge(pod)
         if time.monotonic() > self.deadline:
-            self.fail("DeadlineExceeded")
+            self.end("Failed: DeadlineExceeded")
         if self.condition:
             return
-        if len(self.completed) == self.completions:
-            self.condition = "Complete"
-        for index in range(self.completions):
+        if len(self.completed) == self.completions or any(map(self.is_enough, self.enough)):
+            self.end("Complete")
+        for index in range(0 if self.condition else self.completions):
             if index not in self.completed | set(self.active) and len(self.active) < self.parallelism:
                 self.active[index] = self.start(index)
 
@@ -311,14 +319,15 @@ class Job:
         """Say what becomes of the Job because of a pod that has ended, by the first rule that fits."""
         if pod.exit_code == 0:
             self.completed.add(pod.index)
+        if pod.exit_code == 0 or self.condition:
             return
         action = next((rule["action"] for rule in self.rules if self.fits(rule, pod)), "Count")
         if action == "FailJob":
-            self.fail("PodFailurePolicy")
+            self.end("Failed: PodFailurePolicy")
         elif action == "Count":
             self.failures += 1
             if self.failures > self.backoff_limit:
-                self.fail("BackoffLimitExceeded")
+                self.end("Failed: BackoffLimitExceeded")
         elif action != "Ignore":
             raise NotImplementedError(f"podFailurePolicy: {action}")
 
@@ -334,9 +343,14 @@ class Job:
             named, operator, values = of.take("containerName", None), of.take("operator"), of.take("values")
         return named in (None, pod.container.name) and (pod.exit_code in values) == {"In": True, "NotIn": False}[operator]
 
-    def fail(self, reason: str) -> None:
-        """End all pods, and with them the Job."""
-        self.condition = self.condition or f"Failed: {reason}"
+    def is_enough(self, given: Document) -> bool:
+        """Whether a rule of the successPolicy is met."""
+        with Fields("successPolicy's rule", given) as rule:
+            return len(self.completed) >= rule.take("succeededCount")
+
+    def end(self, condition: str) -> None:
+        """Say what has become of the Job, and end what still runs of it."""
+        self.condition = self.condition or condition
         for pod in self.active.values():
             pod.stop()
 
