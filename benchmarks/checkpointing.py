@@ -9,7 +9,6 @@ them. The pause is what the ranks wait for; AdamW keeps two more numbers a param
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import facts
+from origin import facts, write_rows
 
 from lmdist import checkpoint, config
 from lmdist.checkpoint import Progress
@@ -51,7 +50,7 @@ def main() -> None:
         print(f"{row['case']:<32}{row['variant']:<44}{row['value']:>9.1f} {row['unit']} {row['ratio']:>8.2f}")
     if arguments.json:
         beside = facts(("lmdist", "torch", "safetensors"), "python benchmarks/checkpointing.py")
-        arguments.json.write_text(json.dumps([{**row, **beside} for row in rows], indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, [{**row, **beside} for row in rows])
 
 
 def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: Path, rounds: int) -> list[dict[str, Any]]:

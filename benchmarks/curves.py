@@ -11,7 +11,6 @@ over the second half of the steps, in nats a word.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import facts
+from origin import facts, write_rows
 from training import BASELINE, Case, Job, PlainJob
 
 from lmdist import precision
@@ -60,8 +59,7 @@ def main() -> None:
     command = f"python benchmarks/curves.py --steps {steps}"
     if arguments.json:
         beside = facts(("lmdist", "torch"), command)
-        rows = [{**made, **beside} for made in rows]
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, [{**made, **beside} for made in rows])
     if arguments.plot:
         draw(curves, arguments.plot)
 

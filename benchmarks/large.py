@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import random
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from origin import facts
+from origin import facts, write_rows
 
 from lmdist.demo import COLUMNS, articles
 
@@ -66,7 +65,7 @@ def main() -> None:
     if arguments.json:
         command = f"python benchmarks/large.py --megabytes {whole} --tokenizer {arguments.tokenizer}"
         beside = facts(("lmdist", "torch", "nltk"), command)
-        arguments.json.write_text(json.dumps([{**row, **beside} for row in rows], indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, [{**row, **beside} for row in rows])
 
 
 def write_csv(path: Path, size: int) -> int:

@@ -1,10 +1,12 @@
 """Where and of what a figure was measured: the machine, the versions, the commit, the command and the day.
 
-rows = [{**row, **facts(("lmdist", "torch"), "python benchmarks/NAME.py")} for row in rows]
+beside = facts(("lmdist", "torch"), "python benchmarks/NAME.py")
+write_rows(Path("NAME.json"), [{**row, **beside} for row in rows])
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -15,15 +17,25 @@ from pathlib import Path
 from typing import Any
 
 
-def facts(packages: Sequence[str], command: str) -> dict[str, Any]:
-    """What stands beside the figures of a run that used these packages and was started by this command."""
+def facts(packages: Sequence[str], command: str, device: str = "cpu") -> dict[str, Any]:
+    """What stands beside the figures of a run on `device` that used these packages and was started by this command."""
+    machine = f"{os.cpu_count()} cores, {processor()}"
+    if device == "cuda":
+        import torch
+
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
     return {
-        "machine": f"{os.cpu_count()} cores, {processor()}",
+        "machine": machine,
         "versions": {name: version(name) for name in packages},
         "commit": git("rev-parse", "HEAD"),
         "command": command,
         "date": date.today().isoformat(),
     }
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as benchmarks/results/ has them."""
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def git(*arguments: str) -> str:

@@ -9,12 +9,11 @@ the figures of each bundle's manifest. The baseline is fp32. `make quickstart` t
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from origin import facts
+from origin import facts, write_rows
 
 from lmdist_export.export import export
 
@@ -49,7 +48,7 @@ def main() -> None:
         ratio = row["value"] / baseline[row["unit"]] if row["unit"] in ("perplexity", "MB") else None
         row |= {"spread": 0.0, "ratio": ratio, "peak_mib": None} | beside
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

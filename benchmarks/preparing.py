@@ -12,7 +12,6 @@ at blanks. Memory is that of a command and all its processes (USS), sampled four
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any
 from large import watch, write_csv
 from nltk.tokenize.destructive import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
-from origin import facts
+from origin import facts, write_rows
 
 from lmdist.demo import articles
 from lmdist.documents import Documents, find_files
@@ -60,7 +59,7 @@ def main() -> None:
         command = f"python benchmarks/preparing.py --rounds {arguments.rounds} --words {arguments.words}"
         command += " --csv FILE" if arguments.csv else ""
         beside = facts(("lmdist", "nltk", "regex"), command)
-        arguments.json.write_text(json.dumps([{**row, **beside} for row in rows], indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, [{**row, **beside} for row in rows])
     if arguments.plot:
         plot(rows, arguments.plot)
 

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from origin import facts, processor
+from origin import facts, processor, write_rows
 
 PACKAGES = ("lmdist", "torch", "numpy", "nltk")
 
@@ -48,7 +48,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['case']:<34}{row['variant']:<12}{row['value']:>10,.2f}  ratio {row['ratio']:.2f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows)
 
 
 def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:

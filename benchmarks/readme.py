@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("reliability", "training", "scaling", "sampling")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("reliability", "training", "scaling", "sampling", "serving")),
+)
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -282,6 +285,21 @@ def scoring() -> str:
     return markdown(["model, text", "how", "hypotheses a second", "ratio", "peak memory"], rows)
 
 
+def serving() -> str:
+    """What 1, 8 and 32 clients see of a server."""
+    rows = [
+        [
+            *row["case"].rsplit(", clients ", 1),
+            {"baseline": "requests one by one", "lmdist": "requests that share runs"}[row["variant"]],
+            f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
+            *(f"{row['p50_ms']:,.0f} ms", f"{row['p99_ms']:,.0f} ms", f"{row['peak_mib']:,} MiB"),
+        ]
+        for run in results("serving")
+        for row in run
+    ]
+    return markdown(["model", "clients", "how", "words a second", "p50", "p99", "peak memory"], rows)
+
+
 def precisions() -> str:
     """What each precision costs a trained model."""
     rows = []
@@ -420,7 +438,7 @@ def machine(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrite the pages, or check them."""
-    samplings = (scoring, precisions, sampling, sampling_speeds, sampling_options, sampling_shares, sampling_limits)
+    samplings = (scoring, serving, precisions, sampling, sampling_speeds, sampling_options, sampling_shares, sampling_limits)
     scalings = (scaling, scaling_fit, scaling_errors, scaling_bytes, scaling_predictions, scaling_assumptions)
     tables = {
         function.__name__: function

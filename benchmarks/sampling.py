@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from origin import facts
+from origin import facts, write_rows
 
 from lmdist.files import sums, write_json
 from lmdist.settings import ModelSettings
@@ -525,14 +525,10 @@ def main() -> None:
         f" {flag}" for flag, given in (("--quick", arguments.quick), ("--device cuda", arguments.device == "cuda")) if given
     )
     runtime = "onnxruntime" if arguments.device == "cpu" else "onnxruntime-gpu"
-    beside = facts(("lmdist", "torch", "numpy", runtime), f"python benchmarks/sampling.py{options}")
-    if arguments.device == "cuda":
-        import torch
-
-        beside["machine"] = f"{torch.cuda.get_device_name()}, {beside['machine']}"
+    beside = facts(("lmdist", "torch", "numpy", runtime), f"python benchmarks/sampling.py{options}", arguments.device)
     rows = [{**row, **beside} for row in rows]
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows)
     if arguments.plot:
         draw(rows, arguments.plot)
 

@@ -37,7 +37,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from origin import facts
+from origin import facts, write_rows
 from scaling_model import NETWORKS, Row, bare, draw, fit, predict
 from torch import Tensor, distributed, nn
 
@@ -127,7 +127,7 @@ def main() -> None:
             if name not in ("rows", "json", "plot")
         ]
         beside = facts(("lmdist", "torch", "numpy"), " ".join(["python benchmarks/scaling.py", *flags]))
-        arguments.json.write_text(json.dumps([{**beside, **row} for row in rows], indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, [{**beside, **row} for row in rows])
 
 
 def show(row: Row) -> None:

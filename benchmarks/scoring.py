@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from origin import facts
+from origin import facts, write_rows
 
 VARIANTS = {"baseline": "torch, one by one", "torch": "torch, padded batches of 64", "lmdist": "lmdist"}
 ROWS = 64
@@ -64,7 +64,7 @@ def main() -> None:
         command = f"python benchmarks/scoring.py --rounds {arguments.rounds} --lists {arguments.lists}"
         command += f" --hypotheses {arguments.hypotheses}" + (" --quick" if arguments.quick else "")
         beside = facts(("lmdist", "torch", "onnxruntime", "numpy"), command)
-        arguments.json.write_text(json.dumps([{**row, **beside} for row in rows], indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, [{**row, **beside} for row in rows])
 
 
 def nbest(lists: int, hypotheses: int, vocabulary_size: int) -> list[list[int]]:

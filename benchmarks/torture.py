@@ -37,7 +37,7 @@ from typing import Any
 
 import psutil
 from namespaces import Host, hosts
-from origin import facts
+from origin import facts, write_rows
 
 STEPS = 400
 JOB = (
@@ -86,7 +86,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['case']:<22}{row['variant']:<10}{row['value']:>6} {row['unit']:<8} {row['note']}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows)
     if not same:
         sys.exit("the tortured job did not end as the undisturbed one")
 

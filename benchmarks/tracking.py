@@ -40,7 +40,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(1, str(ROOT))
 
-from origin import facts, processor  # noqa: E402
+from origin import facts, processor, write_rows  # noqa: E402
 
 from tests.corpora import chain, write_data_folder  # noqa: E402
 from tests.servers import Proxy, Server  # noqa: E402
@@ -114,7 +114,7 @@ def main() -> None:
         cells = {row["variant"]: row for row in rows if row["case"] == case}
         print(f"{case:<37}" + "".join(f"{cell(cells.get(state)):>16}" for state in dict.fromkeys(states)))
     if arguments.json:
-        (ROOT / arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_rows(ROOT / arguments.json, rows)
 
 
 def cell(row: dict[str, Any] | None) -> str:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import facts
+from origin import facts, write_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -481,12 +481,10 @@ def main() -> None:
             rows.append(row)
             show(row)
     command = f"python benchmarks/training.py{' --device cuda' if arguments.device == 'cuda' else ''}"
-    beside = facts(("lmdist", "torch"), command)
-    if arguments.device == "cuda":
-        beside["machine"] = f"{torch.cuda.get_device_name()}, {beside['machine']}"
+    beside = facts(("lmdist", "torch"), command, arguments.device)
     rows = [{**row, **beside} for row in rows]
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, rows)
     if arguments.plot:
         draw(rows, arguments.plot)
 

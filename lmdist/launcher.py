@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.write(parser().format_help() + "\nThe settings of the recipe:\n\n")
         recipe = config.load(["--help"] if arguments.help else flags)
         stop.patient = True
-        sys.exit(attempts(arguments, flags, recipe, stop))
+        code = attempts(arguments, flags, recipe, stop)
+        stop.ignore()
+        sys.exit(code)
 
 
 def parser() -> argparse.ArgumentParser:

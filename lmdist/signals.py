@@ -42,6 +42,11 @@ class StopRequest:
             signal.signal(number, self.handle)
         return self
 
+    def ignore(self) -> None:
+        """Take no more requests: Python gives up its handlers before it ends, and a late one would change the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note the request; raises Stopped where nothing is worth waiting for, KeyboardInterrupt at a second Ctrl-C."""
         if self.requested_at is None:

@@ -377,7 +377,10 @@ class Mirror:
             make_default_store()
         self.client = mlflow.MlflowClient(self.store)
         found = self.found() or self.client.create_run(
-            self.experiment_id(), self.note["start_time"], {KEY_TAG: self.note["run_key"]}, self.note["name"]
+            experiment_id(self.client, self.note["experiment"]),
+            self.note["start_time"],
+            {KEY_TAG: self.note["run_key"]},
+            self.note["name"],
         )
         if found.info.lifecycle_stage == "deleted":
             raise Unanswered("it was deleted there")
@@ -412,17 +415,8 @@ class Mirror:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         named = f"tags.`{KEY_TAG}` = '{self.note['run_key']}'"
-        return next(iter(self.client.search_runs([self.experiment_id()], named, order_by=["start_time"])), None)
-
-    def experiment_id(self) -> str:
-        """The experiment's id; made where it is not there."""
-        assert self.client
-        found = self.client.get_experiment_by_name(self.note["experiment"])
-        if found:
-            return found.experiment_id
-        # With this tag the page opens on runs and their curves, not on traces of chat models.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return self.client.create_experiment(self.note["experiment"], tags=tags)
+        experiment = experiment_id(self.client, self.note["experiment"])
+        return next(iter(self.client.search_runs([experiment], named, order_by=["start_time"])), None)
 
     def lines(self, ended: bool) -> list[bytes]:
         """Some of the lines that MLflow has not got."""
@@ -467,6 +461,15 @@ def parsed(line: bytes) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """The experiment's id; made where it is not there."""
+    found = client.get_experiment_by_name(name)
+    if found:
+        return found.experiment_id
+    # With this tag the page opens on runs and their curves, not on traces of chat models.
+    return client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"})
 
 
 def make_default_store() -> None:

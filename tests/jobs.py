@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ SMALL = (
 def environment() -> dict[str, str]:
     """One thread a rank, as torchrun has it, so that one rank adds up in the same order."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def installed() -> dict[str, str]:
+    """The same, with the commands of the package that is tested."""
+    return {**environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def command(ranks: int, *flags: str) -> list[str]:
@@ -68,6 +74,14 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def losses(run: Path, key: str = "train/loss") -> list[float]:
     """The loss curve of a run."""
     return [row[key] for row in rows(run) if key in row]
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    """Wait until a job that runs has written so many lines of metrics."""
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < steps:
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def fingerprint(run: Path) -> tuple[str, dict[str, dict[str, str]]]:

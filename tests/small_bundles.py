@@ -112,3 +112,13 @@ def command(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
         cwd=cwd,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
     )
+
+
+def in_fresh_process(name: str, arguments: Sequence[object], packages: set[str]) -> subprocess.CompletedProcess[str]:
+    """Run `main` of a file of lmdist_export, which must not fail; its last line on stderr is the set of loaded `packages`."""
+    code = (
+        f"import sys; from lmdist_export import {name}\n"
+        f"try: {name}.main({[*map(str, arguments)]!r})\n"
+        f"finally: print({packages!r} & set(sys.modules), file=sys.stderr)"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmdist_export import generate
-from small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, make_bundle
+from small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, in_fresh_process, make_bundle
 
 
 @pytest.fixture(scope="module")
@@ -322,23 +322,12 @@ def test_what_is_no_bundle(bundle: Path, tmp_path: Path, refused) -> None:
 
 def test_nothing_heavy_is_loaded(bundle: Path, by_blanks: Path) -> None:
     # NLTK takes scikit-learn, and that pandas, wherever they are installed: it is imported for a prompt that needs it only.
-    for arguments in ([str(bundle)], [str(by_blanks), "--prompt", "the cat said"]):
-        code = (
-            "import sys; from lmdist_export import generate\n"
-            f"generate.main({arguments!r})\n"
-            "print({'torch', 'pandas', 'mlflow', 'onnx', 'matplotlib', 'nltk'} & set(sys.modules))"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert result.stdout.splitlines()[-1] == "set()"
+    for arguments in ([bundle], [by_blanks, "--prompt", "the cat said"]):
+        result = in_fresh_process("generate", arguments, {"torch", "pandas", "mlflow", "onnx", "matplotlib", "nltk"})
+        assert result.stderr.splitlines()[-1] == "set()"
 
 
 def test_help_is_light() -> None:
-    code = (
-        "import sys; from lmdist_export import generate\n"
-        "try: generate.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print({'torch', 'numpy', 'onnxruntime', 'nltk'} & set(sys.modules), file=sys.stderr)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = in_fresh_process("generate", ["--help"], {"torch", "numpy", "onnxruntime", "nltk"})
     assert result.stderr == "set()\n"
     assert "--top-p" in result.stdout

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from corpora import chain, write_data_folder
-from jobs import SMALL, environment, fingerprint, losses, rows, train_here
+from jobs import SMALL, environment, fingerprint, losses, rows, train_here, wait_for_steps
 from lmdist import launcher
 from lmdist.agent import exit_code
 from lmdist.config import load
@@ -47,13 +47,6 @@ def below(job: subprocess.Popen[str]) -> list[psutil.Process]:
 def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
     found = [process for process in below(job) if process.ppid() != job.pid]
     return sorted((process for process in found if "RANK" in process.environ()), key=lambda process: process.environ()["RANK"])
-
-
-def wait_for_steps(run: Path, steps: int) -> None:
-    until = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len(rows(run)) < steps:
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -192,6 +185,21 @@ def test_help_shows_the_launchers_options_and_the_recipes(tmp_path):
     shown = " ".join(done.stdout.split())
     assert "--restarts" in shown
     assert "Numbers in the state of an LSTM layer" in shown
+
+
+def test_a_second_stop_does_not_change_the_exit_code():
+    """As when Slurm or Kubernetes asks the launcher of one machine twice: Python's handlers are gone when it ends."""
+    script = """if True:
+        import os
+        from lmdist import launcher
+        class Late:
+            def __init__(self): self.kill, self.process = os.kill, os.getpid()
+            def __del__(self): self.kill(self.process, 15)
+        late = Late()
+        launcher.attempts = lambda *_: 75
+        launcher.main([])
+    """
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 75
 
 
 def test_an_agent_that_outlives_its_ranks_is_ended(monkeypatch, capsys):

@@ -15,10 +15,10 @@ FILES = [*sorted((ROOT / "lmdist").glob("*.py")), *sorted((ROOT / "export" / "lm
 # A package, and the only files that may import it.
 HOMES = {
     "torch.distributed": {"lmdist/distributed.py", "lmdist/agent.py"},
-    "mlflow": {"lmdist/sync.py"},
+    "mlflow": {"lmdist/sync.py", "export/lmdist_export/served_model.py", "export/lmdist_export/registry.py"},
     "onnxruntime": {"export/lmdist_export/sampler.py"},
     "onnx": {"export/lmdist_export/convert.py", "export/lmdist_export/sherpa.py"},
-    "pandas": set(),
+    "pandas": {"export/lmdist_export/served_model.py"},
     "nltk": {"lmdist/text.py", "lmdist/words.py"},
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/plot.py"},
@@ -36,8 +36,8 @@ ORDER = [
 
 # Those of the bundle: what samples comes first, and needs neither torch nor onnx; what exports knows all of it.
 EXPORT_ORDER = [
-    *("onnx_file", "graph", "bundle", "sampler", "generation", "beam", "scoring", "lines", "generate", "score"),
-    *("tokenizer_json", "convert", "verify", "sherpa", "export"),
+    *("onnx_file", "graph", "bundle", "sampler", "generation", "beam", "scoring", "lines", "completion", "generate", "score"),
+    *("batching", "served_model", "registry", "tokenizer_json", "convert", "verify", "sherpa", "export"),
 ]
 
 
@@ -94,7 +94,14 @@ def test_what_makes_graphs_knows_little() -> None:
     }
 
 
+def test_the_server_takes_no_torch() -> None:
+    code = "import sys, lmdist_export.served_model; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert not loaded & {"torch", "onnx", "matplotlib"}
+
+
 def test_the_sampler_takes_no_torch() -> None:
-    code = "import sys, lmdist_export.generate, lmdist_export.score, lmdist_export.scoring; print(*sys.modules)"
+    modules = ", ".join(f"lmdist_export.{name}" for name in ("generate", "score", "scoring", "batching"))
+    code = f"import sys, {modules}; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & {"torch", "pandas", "mlflow", "onnx", "matplotlib"}

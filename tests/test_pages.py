@@ -26,7 +26,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_names_every_command_and_no_flag_that_is_not_there():
     text = (ROOT / "README.md").read_text()
-    helps = {"--nproc_per_node", "--standalone", "--backend-store-uri"}  # torchrun's and mlflow's
+    helps = {"--nproc_per_node", "--standalone", "--backend-store-uri", "--env-manager", "--port"}  # torchrun's and mlflow's
     commands = ("prepare", "launcher", "evaluate", "sync")
     export_commands = ("export", "generate", "score")
     for module in (*(f"lmdist.{name}" for name in commands), *(f"lmdist_export.{name}" for name in export_commands)):

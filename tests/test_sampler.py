@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -562,3 +563,12 @@ def test_a_folder_without_weights(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be opened by onnxruntime") as raised:
         _ = Sampler(replace(bundle, folder=tmp_path)).step_session
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "1"), ("0", "0")])
+def test_onnxruntime_reports_to_its_makers_only_where_that_is_asked_for(monkeypatch, given, kept):
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", given or "")
+    if given is None:
+        monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    sampler.import_onnxruntime()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == kept

@@ -27,7 +27,7 @@ from lmdist_export import score
 from lmdist_export.bundle import Bundle
 from lmdist_export.sampler import Sampler
 from lmdist_export.scoring import Scorer, side_by_side
-from small_bundles import PLAIN_WORDS, TIED, UNTIED, command, make_bundle
+from small_bundles import PLAIN_WORDS, TIED, UNTIED, command, in_fresh_process, make_bundle
 
 # With common beginnings, one that is the beginning of another, one twice, an empty one, and words that are not known.
 SENTENCES = [
@@ -509,22 +509,13 @@ def test_a_scorer_that_contradicts_itself(sampler) -> None:
 
 def test_nothing_heavy_is_loaded(bundle, text) -> None:
     for options in ([], ["--accuracy"]):
-        code = (
-            "import sys; from lmdist_export import score\n"
-            f"score.main({[str(bundle), str(text), *options]!r})\n"
-            "print({'torch', 'pandas', 'mlflow', 'onnx', 'matplotlib', 'nltk'} & set(sys.modules))"
+        result = in_fresh_process(
+            "score", [bundle, text, *options], {"torch", "pandas", "mlflow", "onnx", "matplotlib", "nltk"}
         )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert result.stdout.splitlines()[-1] == "set()"
+        assert result.stderr.splitlines()[-1] == "set()"
 
 
 def test_help_is_light() -> None:
-    code = (
-        "import sys; from lmdist_export import score\n"
-        "try: score.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print({'torch', 'numpy', 'onnxruntime', 'nltk'} & set(sys.modules), file=sys.stderr)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = in_fresh_process("score", ["--help"], {"torch", "numpy", "onnxruntime", "nltk"})
     assert result.stderr == "set()\n"
     assert "--carry-state" in result.stdout

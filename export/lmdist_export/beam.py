@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lmdist_export.bundle import GenerationConfig
 from lmdist_export.generation import Text, bias_of, ends_with, row_bias
-from lmdist_export.sampler import Sampler
+from lmdist_export.sampler import Sampler, log_softmax
 
 
 def beam_search(
@@ -75,9 +74,3 @@ def beam_search(
     for number, text in enumerate(found):
         text.number = number
     return found
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Log-probabilities (K, V)."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

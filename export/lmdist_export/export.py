@@ -38,8 +38,12 @@ def parser() -> argparse.ArgumentParser:
         description="Turn a trained model into an ONNX bundle that onnxruntime samples without torch. "
         "It is compared with torch first: one that differs is not written.",
     )
-    made.add_argument("checkpoint", type=Path, help="a run (runs/NAME: its best checkpoint is taken) or a checkpoint")
-    made.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="the folder to write")
+    made.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a run (runs/NAME: its best checkpoint is taken) or a checkpoint; with --register and without -o, a bundle",
+    )
+    made.add_argument("-o", "--output", type=Path, metavar="BUNDLE", help="the folder to write")
     made.add_argument(
         "--layout",
         choices=LAYOUTS,
@@ -68,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
         help="what a precision may cost on the held-out text, or nothing is written (default: int8 1, int4 3)",
     )
     made.add_argument("--overwrite", action="store_true", help="replace what lies there, if it is of the same layout")
+    made.add_argument(
+        "--register",
+        metavar="NAME",
+        help="bring the bundle into MLflow (MLFLOW_TRACKING_URI, else mlflow.db in this directory) as the next version of the "
+        "registered model NAME, so that mlflow models serve -m models:/NAME@ALIAS serves it",
+    )
+    made.add_argument("--alias", help="what the version is called beside its number (default: champion)")
     return made
 
 
@@ -77,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with report("lmdist-export"):
         if arguments.layout == "sherpa-onnx":
             check_flags(arguments)
+        check_registration(arguments)
+        if not arguments.output:
+            register(arguments.checkpoint, arguments)
+            return
         check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
         from lmdist_export.verify import MismatchError
 
@@ -92,6 +107,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stderr.write(f"lmdist-export: the graph does not answer as torch does, and nothing was written: {error}\n")
             sys.exit(DEFECT)
         sys.stdout.write(lines)
+        if arguments.register:
+            sys.stdout.flush()
+            register(arguments.output, arguments)
+
+
+def register(bundle: Path, arguments: argparse.Namespace) -> None:
+    """Bring a bundle into MLflow, and say how it is served."""
+    from lmdist_export import registry
+
+    say(f"registering {bundle} as {arguments.register}")
+    sys.stdout.write(registry.register(bundle, arguments.register, arguments.alias or registry.CHAMPION))
+
+
+def check_registration(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for names that MLflow does not take, and where there is nothing to write and nothing to register."""
+    if arguments.register is None and arguments.alias is not None:
+        raise UsageError(f"--alias {arguments.alias} is for a registered model: give --register NAME as well")
+    if arguments.register is not None:
+        from lmdist_export import registry
+
+        registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
+    if not arguments.output:
+        from lmdist_export.bundle import read_manifest
+
+        if arguments.register is None:
+            raise UsageError("-o is missing: give the folder to write, as in -o bundles/NAME")
+        try:
+            read_manifest(arguments.checkpoint)
+        except (DataError, MissingInputError) as error:
+            raise UsageError(f"without -o a bundle is registered as it is, and {error}") from None
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -100,10 +145,12 @@ def check_flags(arguments: argparse.Namespace) -> None:
         ("--data", arguments.data, (None, "none")),
         ("--precision", arguments.precision, ("fp32",)),
         ("--max-perplexity-loss", arguments.max_perplexity_loss, (None,)),
+        ("--register", arguments.register, (None,)),
     ):
         if value not in taken:
             raise UsageError(
-                f"{flag} {value}: --layout sherpa-onnx is written in fp32 and reads no held-out text; leave it out"
+                f"{flag} {value}: --layout sherpa-onnx is written in fp32, reads no held-out text and is no model of MLflow; "
+                "leave it out"
             )
 
 
@@ -208,10 +255,12 @@ def write_bundle(
 
     from lmdist import __version__
     from lmdist.files import sums, write_json
+    from lmdist.tracking import read_note
     from lmdist.vocabulary import Vocabulary
     from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
     from lmdist_export.convert import write_graphs
     from lmdist_export.sampler import Sampler, runtime_version
+    from lmdist_export.served_model import write_model
     from lmdist_export.tokenizer_json import write_tokenizer
     from lmdist_export.verify import MOST_LOSS, TOLERANCES, check_perplexity, check_values
 
@@ -245,11 +294,12 @@ def write_bundle(
             "onnx": version("onnx"),
             "onnxruntime": runtime_version(),
         },
-        # generation_config.json is not among them: it is the user's to edit.
+        # generation_config.json is not among them, for it is the user's to edit; nor is what belongs to MLflow.
         "files": files,
     }
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / "manifest.json", manifest)
+    write_model(folder, read_note(path.parent.parent).get("run_id"))
     return manifest
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import secrets
 import sys
 import time
@@ -17,23 +16,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lmdist.errors import CommandParser, UsageError, report
-from lmdist.vocabulary import UNKNOWN, UNKNOWN_ID, Vocabulary
+from lmdist.vocabulary import UNKNOWN, Vocabulary
+from lmdist_export.completion import Options, as_object, readable
 from lmdist_export.lines import Lines
 
 if TYPE_CHECKING:
-    from lmdist_export.bundle import Bundle, GenerationConfig
+    from lmdist_export.bundle import Bundle
     from lmdist_export.generation import Text
-    from lmdist_export.sampler import Sampler
 
-# Flags that are fields of generation_config.json; the first have no say in a search.
-DRAWN = (
-    *("temperature", "top_k", "top_p", "min_p", "typical_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-)
-NUMBERS = (*DRAWN, "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "length_penalty")
+
+class Flags(Options):
+    """Options as they are given on the command line."""
+
+    def called(self, name: str) -> str:
+        """The flag."""
+        return f"--{name.replace('_', '-')}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the bundle, make the words, write the text."""
+    options = Flags(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Flags)})
     check(arguments)
     # Only now: numpy and onnxruntime take longer to import than --help may.
     from lmdist.files import whole_file
@@ -161,8 +162,10 @@ def run(arguments: argparse.Namespace) -> None:
     from lmdist_export.sampler import Sampler
 
     bundle = Bundle.load(arguments.bundle)
-    config = generation_config(bundle, arguments)
-    stops = [known_words(bundle, stop, "--stop") for stop in arguments.stop]
+    config = options.generation_config(bundle)
+    if config.num_beams > 1 and arguments.stream:
+        raise UsageError(options.no_search("--stream"))
+    stops = options.stops(bundle)
     sampler = Sampler(bundle, arguments.provider, arguments.threads)
     lines = [arguments.prompt or ""] if arguments.prompts_file is None else Lines([arguments.prompts_file], say)
     prompts: dict[int, list[str]] = {}
@@ -183,8 +186,8 @@ def run(arguments: argparse.Namespace) -> None:
                 for text in beam_search(sampler, prompt, config, arguments.n, stops, arguments.ignore_eos):
                     yield dataclasses.replace(text, prompt_number=number), text.words
             return
-        options = {"ignore_end": arguments.ignore_eos, "batch_size": arguments.batch_size, "stream": arguments.stream}
-        yield from continuations(sampler, encoded(), config, seed, arguments.n, stops, **options)
+        how = {"ignore_end": arguments.ignore_eos, "batch_size": arguments.batch_size, "stream": arguments.stream}
+        yield from continuations(sampler, encoded(), config, seed, arguments.n, stops, **how)
 
     began, made = time.perf_counter(), 0
     with whole_file(arguments.output) if arguments.output else nullcontext(sys.stdout) as out:
@@ -201,7 +204,7 @@ def run(arguments: argparse.Namespace) -> None:
                 made += len(text.words)
                 words = prompts[text.prompt_number]
                 out.write(
-                    json_line(sampler, text, words, arguments)
+                    json.dumps(as_object(sampler, text, words, options), ensure_ascii=False) + "\n"
                     if arguments.json
                     else plain(bundle, place, text, words, arguments)
                 )
@@ -213,79 +216,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise for what can be known to be wrong before anything is read."""
-    for flag, value in (("--n", arguments.n), ("--batch-size", arguments.batch_size)):
-        if value < 1:
-            raise UsageError(f"{flag} is {value}; it must be at least 1")
+    if arguments.batch_size < 1:
+        raise UsageError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     if arguments.prompt is not None and arguments.prompts_file is not None:
         raise UsageError("--prompt and --prompts-file are both given: give one of them")
     if arguments.stream and (arguments.n > 1 or arguments.prompts_file or arguments.json):
         raise UsageError("--stream prints one text as it comes: without --n, --prompts-file and --json")
     if arguments.logprobs is not None and not arguments.json:
         raise UsageError("--logprobs writes into the lines of --json: give --json as well")
-    if arguments.logprobs is not None and arguments.logprobs < 0:
-        raise UsageError(f"--logprobs is {arguments.logprobs}; it must be 0 (those of the words alone) or above")
-    if arguments.seed is not None and arguments.seed < 0:
-        raise UsageError(f"--seed is {arguments.seed}; it must not be negative")
     if arguments.output:
         from lmdist.files import check_output_file
 
         check_output_file(arguments.output)
-
-
-def generation_config(bundle: Bundle, arguments: argparse.Namespace) -> GenerationConfig:
-    """The bundle's values, and above them those of the command line; raises UsageError for what does not go together."""
-    given = {name: getattr(arguments, name) for name in NUMBERS if getattr(arguments, name) is not None}
-    values: dict[str, Any] = dict(given)
-    if "temperature" in values:
-        values["do_sample"] = values["temperature"] > 0
-    if arguments.allow_unk:
-        values["suppress_tokens"] = tuple(index for index in bundle.generation.suppress_tokens if index != UNKNOWN_ID)
-    if arguments.bad_words:
-        more = (known_words(bundle, words, "--bad-words") for words in arguments.bad_words)
-        values["bad_words_ids"] = (*bundle.generation.bad_words_ids, *more)
-    if arguments.logit_bias:
-        values["sequence_bias"] = (*bundle.generation.sequence_bias, *(logit_bias(bundle, one) for one in arguments.logit_bias))
-    least = values.get("min_new_tokens", 0)
-    if least > values.get("max_new_tokens", bundle.generation.max_new_tokens) and "max_new_tokens" not in given:
-        values["max_new_tokens"] = least  # asked for so many, it may have them
-    config = dataclasses.replace(bundle.generation, **values)
-    if config.num_beams > 1:
-        drawn = [name for name in (*DRAWN, "seed") if getattr(arguments, name) is not None]
-        if drawn or arguments.stream:
-            flag = "--stream" if arguments.stream else f"--{drawn[0].replace('_', '-')}"
-            raise UsageError(f"--num-beams searches for the likeliest text and draws nothing: {flag} does not go with it")
-        if arguments.n > config.num_beams:
-            raise UsageError(f"--n is {arguments.n}; a search with {config.num_beams} beams finds at most so many texts")
-    elif arguments.length_penalty is not None:
-        raise UsageError("--length-penalty is for a search: give --num-beams as well")
-    return config
-
-
-def logit_bias(bundle: Bundle, given: str) -> tuple[list[int], float]:
-    """A word's id, in a list, and what is to be added to its logit, of WORD=X."""
-    word, _, number = given.rpartition("=")
-    try:
-        value = float(number)
-        if not word or math.isnan(value):
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"--logit-bias {given} is not understood; WORD=X is expected, as in --logit-bias the=-2.5") from None
-    return [known_word(bundle, word, "--logit-bias")], value
-
-
-def known_words(bundle: Bundle, text: str, flag: str) -> list[int]:
-    """The ids of the words of a text; raises UsageError where there are none, or where the model has no such word."""
-    words = bundle.tokenizer.tokenize(text)
-    if not words:
-        raise UsageError(f"{flag} {text!r} has no words")
-    return [known_word(bundle, word, flag) for word in words]
-
-
-def known_word(bundle: Bundle, word: str, flag: str) -> int:
-    """The id of a word."""
-    if word not in bundle.vocabulary.ids:
-        raise UsageError(f"{flag}: {word!r} is not in the vocabulary, so that it never comes; vocab.txt has all words")
-    return bundle.vocabulary.ids[word]
 
 
 def warn_of_unknown(prompt: Sequence[str], vocabulary: Vocabulary) -> None:
@@ -331,35 +273,6 @@ def plain(bundle: Bundle, place: int, text: Text, prompt: Sequence[str], argumen
     """A text for people, and before all but the first a line that says which it is."""
     head = "" if place == 0 else f"\n===== {place + 1} =====\n\n"
     return f"{head}{readable(bundle, text, prompt, echo=arguments.echo)}\n"
-
-
-def readable(bundle: Bundle, text: Text, prompt: Sequence[str], *, echo: bool) -> str:
-    """The words of a text as people write them, with its prompt or without."""
-    words = [*prompt, *(bundle.vocabulary.words[index] for index in text.words)]
-    pieces = bundle.tokenizer.pieces(words)
-    return "".join(pieces) if echo else "".join(islice(pieces, len(prompt), None)).removeprefix(" ")
-
-
-def json_line(sampler: Sampler, text: Text, prompt: Sequence[str], arguments: argparse.Namespace) -> str:
-    """A text as a line of JSON, by the names of the OpenAI completions API where it has one."""
-    bundle = sampler.bundle
-    line: dict[str, Any] = {
-        "prompt_number": text.prompt_number,
-        "index": text.number,
-        "text": readable(bundle, text, prompt, echo=arguments.echo),
-        "words": [bundle.vocabulary.words[index] for index in text.words],
-        "finish_reason": text.finish_reason,
-    }
-    if arguments.logprobs is not None:
-        from lmdist_export.generation import log_probabilities
-
-        of_words, likeliest = log_probabilities(sampler, text, arguments.logprobs)
-        line["logprobs"] = {
-            "tokens": line["words"],
-            "token_logprobs": of_words,
-            "top_logprobs": [{bundle.vocabulary.words[index]: value for index, value in top} for top in likeliest],
-        }
-    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def say(line: str) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import UsageError
 from lmdist_export.bundle import GenerationConfig
-from lmdist_export.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, State, joined
+from lmdist_export.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, State, joined, log_softmax
 
 BATCH_SIZE = 16
 WORDS_AT_ONCE = 32  # in one run of the graph: a text that ends inside it is made on for nothing
@@ -63,17 +63,39 @@ def continuations(
     Text i of a prompt depends on the prompt, the seed and i, not on what is made beside it. It ends with its end mark, or
     before any of the sequences `stops`. With `stream` words come as soon as they are made.
     """
+    waiting = beginnings(sampler, prompts, config, seed, n)
+    for made in runs(
+        sampler, lambda room: list(islice(waiting, room)), config, stops, ignore_end, batch_size, stream=stream, rule=rule
+    ):
+        yield from made
+
+
+def runs(
+    sampler: Sampler,
+    begin: Callable[[int], list[tuple[Text, State]]],
+    config: GenerationConfig,
+    stops: Sequence[Sequence[int]] = (),
+    ignore_end: bool = False,
+    batch_size: int = BATCH_SIZE,
+    *,
+    stream: bool = False,
+    rule: Rule | None = None,
+) -> Iterator[list[tuple[Text, list[int]]]]:
+    """Yield what each run of the graph has added to its texts, (text, new words), until no text is left.
+
+    Before each run `begin` gives texts that are to be made as well, at most as many as there is room for. A text is left out
+    of the next run when it has a finish_reason, whoever gave it one.
+    """
     end = () if ignore_end else (config.eos_token_id,)
     single = [stop[0] for stop in stops if len(stop) == 1]
     step_by_step = bool(config.no_repeat_ngram_size or any(len(words) > 1 for words in config.bad_words_ids) or rule)
     with_row_bias = step_by_step or (config.min_new_tokens > 0 and not ignore_end)
     bias = bias_of(config, sampler.sizes.vocabulary_size)
-    waiting = beginnings(sampler, prompts, config, seed, n)
     texts: list[Text] = []
     state: State | None = None
     words_at_once = 1 if stream else WORDS_AT_ONCE
     while True:
-        begun = list(islice(waiting, batch_size - len(texts)))
+        begun = begin(batch_size - len(texts))
         texts += [text for text, _ in begun]
         if not texts:
             return
@@ -91,10 +113,10 @@ def continuations(
             row_bias=row_bias(texts, config, bias, end, rule) if with_row_bias else None,
             in_prompt=words_of_prompts(texts, sampler.sizes.vocabulary_size) if config.repetition_penalty != 1 else None,
         )
-        seconds = (time.perf_counter() - began) / len(made)
-        words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds))) if stream else WORDS_AT_ONCE
-        for text, words in zip(texts, made.T.tolist(), strict=True):
-            yield text, add(text, words, config, end, stops)
+        if stream:
+            seconds = (time.perf_counter() - began) / len(made)
+            words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds)))
+        yield [(text, add(text, words, config, end, stops)) for text, words in zip(texts, made.T.tolist(), strict=True)]
         going = [row for row, text in enumerate(texts) if not text.finish_reason]
         texts = [texts[row] for row in going]
         state = state.rows(going) if going else None
@@ -121,8 +143,7 @@ def add(
 
     Words that may turn out to be the beginning of a stop wait until it is known.
     """
-    kept = len(text.words)
-    shown = kept - waiting_words(text.words, stops)
+    shown = len(text.words) - waiting_words(text.words, stops)
     for word in words:
         if word in end:
             text.finish_reason = "stop"
@@ -169,10 +190,8 @@ def log_probabilities(sampler: Sampler, text: Text, likeliest: int) -> tuple[lis
     for start in range(0, len(text.words), PREFILL_WORDS):
         words = np.array(text.words[start : start + PREFILL_WORDS])
         after, state = sampler.step(words[None], state)  # (1, T, V)
-        before = np.concatenate([logits, after[0, :-1]]).astype(np.float64)  # (T, V)
+        scores = log_softmax(np.concatenate([logits, after[0, :-1]]))  # (T, V)
         logits = after[:, -1]
-        largest = before.max(axis=1, keepdims=True)
-        scores = before - largest - np.log(np.exp(before - largest).sum(axis=1, keepdims=True))
         of_words += scores[np.arange(len(words)), words].tolist()
         order = np.argsort(-scores, axis=1, kind="stable")[:, :likeliest]
         tops += [[(index, float(row[index])) for index in best] for row, best in zip(scores, order.tolist(), strict=True)]

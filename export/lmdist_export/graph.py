@@ -27,7 +27,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from lmdist.vocabulary import END_ID, UNKNOWN_ID
-from lmdist_export.onnx_file import BOOL, FLOAT, FLOAT16, INT8, INT32, INT64, UINT8, Graph, model_bytes
+from lmdist_export.onnx_file import BOOL, FLOAT, FLOAT16, INT8, INT32, INT64, UINT8, Graph, Shape, model_bytes
 
 VERSION = 2
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -35,8 +35,6 @@ BLOCK = 256  # words whose probabilities are summed first, so that a draw looks 
 NBITS_BLOCK = 64  # 4-bit weights that share a scale: 128 is not faster, 32 is
 ALIGNMENT = 4096  # of weights in their file, so that they can be mapped
 ATTEMPTS = 24  # uniform numbers a word where a draw may be refused; each refusal leaves about half of what is wrong
-
-Size = int | str
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,9 @@ def weights(sizes: Sizes) -> dict[str, Weight]:
             shapes[name] = plain, (outputs, inputs)
 
     last = sizes.layer_sizes[-1]
-    matrix("projection", sizes.cutoffs[0] + len(sizes.clusters) if sizes.cutoffs else sizes.padded, last)
-    shapes["projection.bias"] = FLOAT, (sizes.cutoffs[0] + len(sizes.clusters) if sizes.cutoffs else sizes.padded,)
+    rows = sizes.cutoffs[0] + len(sizes.clusters) if sizes.cutoffs else sizes.padded
+    matrix("projection", rows, last)
+    shapes["projection.bias"] = FLOAT, (rows,)
     for number, (length, words) in enumerate(sizes.clusters):
         matrix(f"cluster_{number}.narrow", length, last)
         matrix(f"cluster_{number}.words", words, length)
@@ -562,7 +561,7 @@ def state_outputs(g: Graph, sizes: Sizes, h: list[str], c: list[str]) -> None:
 
 def draw_inputs(g: Graph, sizes: Sizes, features: Features) -> dict[str, str]:
     """The options of generation that are inputs of the graph, by their names."""
-    names: dict[str, tuple[int, list[Size]]] = {}
+    names: dict[str, tuple[int, Shape]] = {}
     if not features.greedy:
         names["inverse_temperature"] = FLOAT, []
     if features.adjusted:

@@ -18,7 +18,6 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16 = 1, 2, 3, 6, 7, 9, 10  # types of numbers
 TYPES = {
@@ -186,8 +185,3 @@ def whole_number(value: int) -> bytes:
         value >>= 7
     result.append(value)
     return bytes(result)
-
-
-def array_bytes(array: NDArray[Any], kind: int) -> memoryview:
-    """The bytes of an array as a file of weights has them."""
-    return np.ascontiguousarray(array, TYPES[kind]).reshape(-1).view(np.uint8).data

@@ -21,9 +21,10 @@ import importlib
 import importlib.metadata
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class State:
     c: NDArray[np.float32]
     """(B, S)"""
     generators: tuple[np.random.Generator, ...] = ()
-    """Of each row; none where no word was to be drawn yet."""
+    """Of each row; none where no word was to be drawn yet. States share them: who draws takes copies."""
     counts: NDArray[np.float32] | None = None
     """(B, V'): how often each word was made; None where nothing asked for it."""
 
@@ -84,7 +85,7 @@ class State:
             self.lengths[index],
             self.h[index],
             self.c[index],
-            tuple(copied(self.generators[row]) for row in index) if self.generators else (),
+            tuple(self.generators[row] for row in index) if self.generators else (),
             None if self.counts is None else self.counts[index],
         )
 
@@ -168,11 +169,7 @@ class Sampler:
     def generation_session(self, features: Features) -> Any:
         """The generation graph that has these features."""
         if features not in self.generation:
-
-            def graph(sizes: Sizes, location: str, *, cuda: bool, saturates: bool) -> bytes:
-                return generation_graph(sizes, features, location, cuda=cuda, saturates=saturates)
-
-            self.generation[features] = self.runtime.open(graph)
+            self.generation[features] = self.runtime.open(partial(generation_graph, features=features))
         return self.generation[features]
 
     def word_session(self, features: Features) -> WordSession:
@@ -306,8 +303,7 @@ class Sampler:
                 "presence_penalty": np.float32(config.presence_penalty) * inverse,
                 "frequency_penalty": np.float32(config.frequency_penalty) * inverse,
             }
-        before = [generator.bit_generator.state for generator in state.generators]
-        generators = tuple(restored(at) for at in before)
+        generators = tuple(map(copied, state.generators))
         feed["uniform"] = uniform_numbers(generators, words, wanted)
         if self.by_word and words:
             if state.words.shape[1] > 1:
@@ -318,7 +314,7 @@ class Sampler:
         made, mass, h, c = found[0].reshape(-1, rows), *found[1:4]  # of no words at all onnxruntime forgets the rows
         self.finite(mass)
         if len(made) < words:  # what was not used is still to come
-            generators = tuple(restored(at) for at in before)
+            generators = tuple(map(copied, state.generators))
             uniform_numbers(generators, len(made), wanted)
         last = made[-1] if len(made) else np.take_along_axis(state.words, state.lengths[:, None] - 1, axis=1)[:, 0]
         after = State(last[:, None], np.ones(rows, np.int64), h, c, generators, found[4] if features.adjusted else state.counts)
@@ -361,6 +357,12 @@ def features_of(config: GenerationConfig, row_bias: bool) -> Features:
     )
 
 
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The logarithms of the probabilities (..., V) that logits (..., V) stand for."""
+    below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return below - np.log(np.exp(below).sum(axis=-1, keepdims=True))
+
+
 def uniform_numbers(generators: Sequence[np.random.Generator], words: int, attempts: int) -> NDArray[np.float32]:
     """The next uniform numbers of each row, (N, B, A)."""
     rows = [generator.random((words, attempts), np.float32) for generator in generators]
@@ -392,7 +394,7 @@ class Runtime:
 
     def open(self, graph: Callable[..., bytes], captured: bool = False) -> Any:
         """A session of the graph that `graph` makes of the sizes, `captured` as a CUDA graph at its first run."""
-        data = graph(self.sizes, WEIGHTS, cuda=self.provider == "cuda", saturates=self.saturates)
+        data = graph(sizes=self.sizes, location=WEIGHTS, cuda=self.provider == "cuda", saturates=self.saturates)
         return open_session(data, self.folder, self.provider, self.threads, captured)
 
 
@@ -420,12 +422,8 @@ class WordSession:
 
     def opened(self) -> Any:
         """A session, without a CUDA graph if onnxruntime finds that it cannot be: it saves time, and nobody asked for it."""
-
-        def graph(sizes: Sizes, location: str, *, cuda: bool, saturates: bool) -> bytes:
-            return word_graph(sizes, self.features, location, cuda=cuda, saturates=saturates)
-
         try:
-            return self.runtime.open(graph, self.captured)
+            return self.runtime.open(partial(word_graph, features=self.features), self.captured)
         except UsageError:
             if not self.captured:
                 raise
@@ -549,6 +547,7 @@ def open_session(graph: bytes, folder: Path, provider: str, threads: int, captur
 
 def import_onnxruntime() -> Any:
     """The onnxruntime module; raises UsageError with the remedy where none or two of its wheels are installed."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it reports to its makers by default, on Linux too
     wheels = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed(name)]
     if len(wheels) == 2:
         raise UsageError(

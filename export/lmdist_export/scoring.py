@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import DataError, UsageError
 from lmdist.vocabulary import END, END_ID, UNKNOWN_ID
-from lmdist_export.sampler import ModelState, Sampler
+from lmdist_export.sampler import ModelState, Sampler, log_softmax
 
 BATCH_SIZE = 256  # as many rows as keep a core's arithmetic busy also where half of them are read already
 TOPS = (1, 3, 5)  # a keyboard shows three words, or five
@@ -183,12 +183,6 @@ def one_after_another(
     scores, state = sampler.score(words[:, :-1], words[:, 1:], state)
     ends = np.cumsum([len(text) for text in texts])
     return np.split(scores[0], ends[:-1]), state
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The logarithms of the probabilities (V,) that logits (V,) stand for."""
-    below = logits.astype(np.float64) - logits.max()
-    return below - np.log(np.exp(below).sum())
 
 
 def likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from lmdist.data import IGNORED, Streams
 from lmdist.errors import DataError, UsageError
 from lmdist.metrics import perplexity
 from lmdist.model import LanguageModel
-from lmdist_export.sampler import ModelState, Sampler
+from lmdist_export.sampler import LOGITS_AT_ONCE, ModelState, Sampler
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
 """The largest difference allowed, as a part of the largest value compared, or of 1 where all are smaller."""
@@ -32,7 +32,6 @@ MOST_LOSS = {"int8": 1.0, "int4": 3.0}
 SHAPES = ((1, 1), (1, 7), (3, 20), (5, 1))
 HELD_OUT_ROWS = 16
 HELD_OUT_WORDS = 10_000
-LOGITS_AT_ONCE = 2**23  # numbers in the logits of one piece of held-out text: 32 MiB
 
 
 class MismatchError(RuntimeError):

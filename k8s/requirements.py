@@ -1,0 +1,11 @@
+"""What lmdist needs with some of its extras, a line each, so that an image installs it in a layer below lmdist's own.
+
+python requirements.py train demo < pyproject.toml > requirements.txt
+"""
+
+import sys
+import tomllib
+
+project = tomllib.load(sys.stdin.buffer)["project"]
+lines = [*project["dependencies"], *(line for extra in sys.argv[1:] for line in project["optional-dependencies"][extra])]
+sys.stdout.write("\n".join(lines) + "\n")

@@ -1,0 +1,364 @@
+"""Serving: MLflow's own server over a bundle, from its folder and from a registry, answers as lmdist-generate does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmdist.errors import UsageError
+from lmdist.files import write_json
+from lmdist_export import generate, registry
+from lmdist_export.bundle import Bundle
+from servers import Server, free_port
+from small_bundles import PLAIN_WORDS, UNTIED, command, make_bundle, make_run
+
+MODEL_FILES = {"MLmodel", "served_model.py", "requirements.txt", "python_env.yaml"}
+APP = "mlflow.pyfunc.scoring_server.app:app"
+
+
+class Serving:
+    """A server of one bundle, and what it answers."""
+
+    def __init__(self, arguments: list[str], folder: Path, **environment: str) -> None:
+        self.port = free_port()
+        self.log = folder / "serving.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *arguments, "--port", str(self.port)],
+                stdout=log,
+                stderr=log,
+                env=os.environ
+                | {"MLFLOW_DISABLE_TELEMETRY": "true", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+                | environment,
+            )
+
+    def wait(self) -> None:
+        """Until it is up."""
+        deadline = time.monotonic() + 200
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping", timeout=5).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.1)
+
+    def post(self, body: object) -> tuple[int, Any]:
+        """Status and answer to a body."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/invocations", data, {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read())
+
+    def texts(self, *prompts: str, **params: object) -> list[dict[str, Any]]:
+        """The texts that go on from prompts."""
+        status, answer = self.post({"dataframe_records": [{"prompt": prompt} for prompt in prompts], "params": params})
+        assert status == 200, answer
+        return answer["predictions"]
+
+    def stop(self) -> int:
+        """End it; gives its exit code."""
+        self.process.terminate()
+        return self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"), UNTIED, "whitespace", PLAIN_WORDS)
+
+
+@pytest.fixture(scope="module")
+def serving(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """`mlflow models serve` over the folder that lmdist-export wrote."""
+    arguments = ["mlflow", "models", "serve", "-m", str(bundle), "--env-manager", "local"]
+    server = Serving(arguments, tmp_path_factory.mktemp("serving"))
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def generated(bundle: Path, capsys: pytest.CaptureFixture[str]):
+    """What lmdist-generate writes for options of the server."""
+
+    def call(*prompts: str, **options: object) -> list[dict[str, Any]]:
+        flags: list[str] = []
+        for name, value in options.items():
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                flags += [flag] if value else [flag.replace("--", "--no-", 1)]
+            else:
+                flags += [part for one in (value if isinstance(value, list) else [value]) for part in (flag, str(one))]
+        lines = []
+        for number, prompt in enumerate(prompts):
+            generate.main([str(bundle), "--prompt", prompt, "--json", *flags])
+            lines += [json.loads(line) | {"prompt_number": number} for line in capsys.readouterr().out.splitlines()]
+        return lines
+
+    return call
+
+
+# --- the folder ----------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_a_model_of_mlflow_and_a_bundle_as_before(bundle: Path) -> None:
+    listed = Bundle.load(bundle).manifest["files"]
+    assert {path.name for path in bundle.iterdir()} - set(listed) == {*MODEL_FILES, "manifest.json", "generation_config.json"}
+    requirements = (bundle / "requirements.txt").read_text()
+    assert "lmdist[cpu,serve]==" in requirements
+    assert "torch" not in requirements
+    assert str(bundle) not in (bundle / "MLmodel").read_text()
+
+
+# --- what is answered ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ignore_eos": True, "n": 3},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1, "no_repeat_ngram_size": 3},
+        {"min_new_tokens": 25, "stop": ["the cat", "so"], "echo": False},
+        {"bad_words": ["the dog", "in"], "logit_bias": ["cat=2", "not=-inf"], "allow_unk": True},
+        {"temperature": 0, "logprobs": 2, "ignore_eos": True},
+    ],
+    ids=lambda options: "-".join(options) or "none",
+)
+def test_texts_are_those_of_lmdist_generate(serving: Serving, generated, options: dict[str, object]) -> None:
+    asked = {"max_new_tokens": 30, "seed": 7, **options}
+    prompts = ("the cat", "we said that it is", "")
+    answers = serving.texts(*prompts, **asked)
+    assert all(("seed" not in text) if options.get("temperature") == 0 else text.pop("seed") == 7 for text in answers)
+    assert answers == generated(*prompts, **asked)
+
+
+@pytest.mark.slow
+def test_a_search_is_that_of_lmdist_generate(serving: Serving, generated) -> None:
+    asked = {"num_beams": 4, "n": 2, "max_new_tokens": 12, "length_penalty": 0.5}
+    assert serving.texts("the cat", "we", **asked) == generated("the cat", "we", **asked)
+
+
+@pytest.mark.slow
+def test_a_drawn_seed_is_told_and_repeats_the_text(serving: Serving) -> None:
+    first, second = (serving.texts("the dog", ignore_eos=True, max_new_tokens=40)[0] for _ in range(2))
+    assert first["seed"] != second["seed"]
+    assert serving.texts("the dog", ignore_eos=True, max_new_tokens=40, seed=first["seed"]) == [first]
+
+
+@pytest.mark.slow
+def test_every_form_of_input_is_the_same_input(serving: Serving) -> None:
+    params = {"seed": 1, "max_new_tokens": 5, "top_p": None}
+    forms = [
+        {"dataframe_records": [{"prompt": "the"}, {"prompt": "a"}]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [["the"], ["a"]]}},
+        {"inputs": {"prompt": ["the", "a"]}},
+        {"inputs": [{"prompt": "the"}, {"prompt": "a"}]},
+        {"inputs": ["the", "a"]},
+        {"instances": [{"prompt": "the"}, {"prompt": "a"}]},
+    ]
+    answers = [serving.post(form | {"params": params}) for form in forms]
+    assert answers == [answers[0]] * len(forms)
+    assert answers[0][0] == 200
+
+
+@pytest.mark.slow
+def test_32_clients_at_once_get_what_each_gets_alone(serving: Serving, generated) -> None:
+    asked = [
+        {"seed": number, "max_new_tokens": 20 + number % 2, "ignore_eos": True} | ({"top_p": 0.8} if number % 4 == 0 else {})
+        for number in range(32)
+    ]
+    with ThreadPoolExecutor(32) as clients:
+        answers = list(clients.map(lambda params: serving.texts("the cat", **params)[0], asked))
+    assert [text["seed"] for text in answers] == list(range(32))
+    for params, answer in zip(asked[:8], answers[:8], strict=True):
+        answer.pop("seed")
+        assert [answer] == generated("the cat", **params)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def one(**params: object) -> dict[str, object]:
+    return {"dataframe_records": [{"prompt": "the"}], "params": params}
+
+
+REFUSED = {
+    "an unknown param": (one(max_tokens=5), "params: 'max_tokens' is not known; known are max_new_tokens, "),
+    "out of range": (one(top_p=7), "top_p is 7.0; it must be above 0 and at most 1"),
+    "a text for a number": (one(top_p="much"), "Can not safely convert `<class 'str'>` to `DataType.double` for value `much`"),
+    "a number with a fraction": (one(max_new_tokens=2.5), "to `DataType.long` for value `2.5`"),
+    "a text for a list": (one(stop="cat"), "Value must be a 1D array with shape (-1,) for param 'stop'"),
+    "nothing in a list": (one(stop=[None]), "stop number 0 is None; a text is expected"),
+    "an unknown word": (one(stop=["xyzzy"]), "stop: 'xyzzy' is not in the vocabulary"),
+    "too many words": (one(max_new_tokens=10**9), "together is 1,000,000,001; this server takes at most 20,000"),
+    "too many texts": (one(n=1_000), "this server takes at most 20,000"),
+    "too many beams": (one(num_beams=65, max_new_tokens=1), "num_beams is 65; this server takes at most 64"),
+    "too many likeliest": (one(logprobs=21), "logprobs is 21; this server takes at most 20"),
+    "no text at all": (one(n=0), "n is 0; it must be at least 1"),
+    "a seed below 0": (one(seed=-1), "seed is -1; it must not be negative"),
+    "a draw and a search": (one(num_beams=2, top_p=0.5), "num_beams searches for the likeliest text and draws nothing: top_p"),
+    "no word left": (one(logit_bias=[f"{word}=-inf" for word in [*PLAIN_WORDS, "<eos>"]]), "no word is left to draw"),
+    "not a number": (b'{"inputs": ["the"], "params": {"temperature": NaN}}', "temperature is nan; it must be 0"),
+    "params of another kind": ({"inputs": ["the"], "params": [1]}, "Parameters must be a dictionary. Got type 'list'."),
+    "another column": ({"dataframe_records": [{"text": "the"}]}, "Model is missing inputs ['prompt']"),
+    "a number for a prompt": ({"dataframe_records": [{"prompt": 7}]}, "prompt number 0 is 7; a text is expected"),
+    "nothing for a prompt": ({"dataframe_records": [{"prompt": "the"}, {}]}, "prompt number 1 is "),
+    "no prompts": ({"dataframe_split": {"columns": ["prompt"], "data": []}}, "no prompt is given"),
+    "no input": ({"params": {}}, "exactly one of the input fields"),
+    "no JSON": (b"{", "Ensure that input is a valid JSON formatted string"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("body", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_wrong_input_is_a_400_and_a_sentence(serving: Serving, body: object, sentence: str) -> None:
+    status, answer = serving.post(body)
+    assert status == 400
+    assert sentence in answer["message"]
+    assert "Traceback" not in json.dumps(answer)
+
+
+@pytest.mark.slow
+def test_what_is_refused_stands_in_no_log_as_a_defect(serving: Serving) -> None:
+    assert serving.post(one(top_p=7))[0] == 400
+    assert "Traceback" not in serving.log.read_text()
+
+
+# --- the registry --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a run to a server in production: a version of the run's model, served from the registry by uvicorn alone."""
+    import mlflow
+
+    tracking = Server(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
+    tracking.start()
+    try:
+        client = mlflow.MlflowClient(tracking.uri)
+        run_id = client.create_run("0").info.run_id
+        run = make_run(tmp_path, UNTIED, "whitespace", PLAIN_WORDS)
+        write_json(run / "mlflow.json", {"run_id": run_id})
+        done = command("lmdist_export.export", run, "-o", "bundle", "--register", "news.en", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"registered   news.en, version 1, alias champion  ({tracking.uri})\nof run       {run_id}\n" in done.stdout
+        assert "mlflow models serve -m models:/news.en@champion --env-manager local\n" in done.stdout
+        again = command("lmdist_export.export", "bundle", "--register", "news.en", "--alias", "second", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert "version 2, alias second" in again.stdout
+
+        version = client.get_model_version_by_alias("news.en", "champion")
+        assert (version.version, version.run_id) == ("1", run_id)
+        model = client.get_logged_model(str(version.source).removeprefix("models:/"))
+        assert (model.name, model.source_run_id, str(model.status)) == ("news_en", run_id, "READY")
+        assert model.params["precision"] == "fp32"
+        assert {metric.key for metric in model.metrics or ()} >= {"bundle/megabytes", "bundle/valid_perplexity"}
+
+        server = Serving(
+            ["uvicorn", APP, "--timeout-graceful-shutdown", "60"],
+            tmp_path,
+            __pyfunc_model_path__="models:/news.en@champion",
+        )
+        server.wait()
+    finally:
+        tracking.kill()
+    answers: list[list[dict[str, Any]]] = []
+    asked = {"seed": 5, "max_new_tokens": 2_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
+    clients = [threading.Thread(target=lambda: answers.append(server.texts("the cat", **asked))) for _ in range(4)]
+    for client_thread in clients:
+        client_thread.start()
+    time.sleep(1)
+    assert not answers, "the texts are too short for this test"
+    code = server.stop()
+    for client_thread in clients:
+        client_thread.join()
+    assert code in (0, -signal.SIGTERM)  # uvicorn ends by the signal, when all is answered
+    assert [len(texts[0]["words"]) for texts in answers] == [2_000] * 4
+    assert answers == [answers[0]] * 4
+
+
+@pytest.mark.slow
+def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: Path) -> None:
+    done = command("lmdist_export.export", bundle, "--register", "small", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "version 1, alias champion  (sqlite:///mlflow.db)" in done.stdout
+    assert "(a new one: the training's is not in this store)" in done.stdout
+
+
+@pytest.mark.slow
+def test_mlflow_away_is_said_without_a_password(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:secret@127.0.0.1:{free_port()}")
+    done = command("lmdist_export.export", bundle, "--register", "small", cwd=tmp_path)
+    assert done.returncode == 75
+    assert "secret" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].endswith(f"this registers it later: lmdist-export {bundle} --register small")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("-o", "b", "--register", "a/b"), "--register 'a/b' is no name for a model"),
+        (("-o", "b", "--register", "a", "--alias", "Latest"), "--alias 'Latest' is no alias"),
+        (("-o", "b", "--alias", "a"), "give --register NAME as well"),
+        (("--register", "a"), "without -o a bundle is registered as it is, and"),
+        ((), "-o is missing"),
+        (("-o", "b", "--register", "a", "--layout", "sherpa-onnx"), "--register a: --layout sherpa-onnx"),
+    ],
+)
+def test_mistakes_are_seen_before_any_work(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lmdist_export import export
+
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(tmp_path), *arguments])
+    assert stop.value.code == 64
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["news", "news.en 2", "a/b", "a:b", " ", "", ".", "..", "é"])
+@pytest.mark.parametrize("alias", ["champion", "a-b_2", "latest", "v3", "a b", "", "x" * 256])
+def test_names_are_refused_as_mlflow_refuses_them(name: str, alias: str) -> None:
+    from mlflow import MlflowException
+    from mlflow.utils import validation
+
+    def taken(check: Any, *arguments: str) -> bool:
+        try:
+            check(*arguments)
+        except (MlflowException, UsageError):
+            return False
+        return True
+
+    by_mlflow = (
+        taken(validation._validate_model_name, name)
+        and taken(validation._validate_model_alias_name, alias)
+        and taken(validation._validate_model_alias_name_reserved, alias)
+    )
+    assert taken(registry.check_names, name, alias) == by_mlflow
