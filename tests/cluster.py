@@ -1,7 +1,7 @@
 """Kubernetes without a cluster: pods on this machine, and a Job controller for them.
 
     with Cluster(tmp_path) as cluster:
-        cluster.apply(render("multi-node"))
+        cluster.apply(documents("multi-node"))
         job = Job(cluster, "lmdist-train")
         job.run(until=lambda: ...)
         job.drain(0)
@@ -31,7 +31,8 @@ from typing import IO, Any, Self
 import psutil
 
 from hosts import ROOT, Host, Pod, first_process, hosts
-from pods import Container, Document, Fields, Namespace, read_pod
+from manifests import Document, selects
+from pods import Container, Fields, Namespace, read_pod
 
 NODES = 8
 """Addresses that the pods of a cluster have in turn."""
@@ -55,6 +56,8 @@ IMAGE = {
     "USER": "lmdist",
     "XDG_CACHE_HOME": "/tmp/cache",
     "MPLCONFIGDIR": "/tmp/matplotlib",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "ORT_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -232,7 +235,7 @@ class Cluster:
         """The names that the Services give a pod: HOST.SUBDOMAIN, and that of a Service which passes nothing on."""
         made = []
         for (kind, name), document in self.objects.items():
-            if kind != "Service" or not matches(document["spec"]["selector"], pod.labels):
+            if kind != "Service" or not selects({"matchLabels": document["spec"]["selector"]}, dict(pod.labels)):
                 continue
             if document["spec"].get("clusterIP") != "None":
                 # A Service whose ports are others than its pods' is called by nobody here.
@@ -395,8 +398,3 @@ def put_into_box(container: Container, host: Host) -> Pod:
             (read_only if volume.read_only else mounts)[place] = volume.source
     environment = {**IMAGE, "HOSTNAME": container.hostname, **container.environment}
     return Pod(host, environment, mounts, read_only, empty, container.user, container.group, container.folder)
-
-
-def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether a Service selects a pod."""
-    return selector.items() <= labels.items()
