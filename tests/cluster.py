@@ -1,7 +1,7 @@
 """Kubernetes without a cluster: pods on this machine, and a Job controller for them.
 
     with Cluster(tmp_path) as cluster:
-        cluster.apply(render("multi-node"))
+        cluster.apply(documents("multi-node"))
         job = Job(cluster, "lmdist-train")
         job.run(until=lambda: ...)
         job.drain(0)
@@ -31,7 +31,8 @@ from typing import IO, Any, Self
 import psutil
 
 from hosts import ROOT, Host, Pod, first_process, hosts
-from pods import Container, Document, Fields, Namespace, read_pod
+from manifests import Document, selects
+from pods import Container, Fields, Namespace, read_pod
 
 NODES = 8
 """Addresses that the pods of a cluster have in turn."""
@@ -55,6 +56,8 @@ IMAGE = {
     "USER": "lmdist",
     "XDG_CACHE_HOME": "/tmp/cache",
     "MPLCONFIGDIR": "/tmp/matplotlib",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "ORT_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -116,6 +119,13 @@ class RunningPod:
         rights = ["setpriv", f"--reuid={container.user}", f"--regid={container.group}", "--clear-groups", "--no-new-privs"]
         variables = [f"{name}={value}" for name, value in self.box.environment.items()]
         return [*enter, *rights, "env", "--ignore-environment", *variables, *command]
+
+    def processes(self) -> list[psutil.Process]:
+        """All that runs in it; nothing where it has ended."""
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            first = first_process(self.process)
+            return [first, *first.children(recursive=True)]
+        return []
 
     def writable(self) -> set[str]:
         """Where its file systems can be written to, beside /proc and /dev, which are a container's own."""
@@ -225,7 +235,7 @@ class Cluster:
         """The names that the Services give a pod: HOST.SUBDOMAIN, and that of a Service which passes nothing on."""
         made = []
         for (kind, name), document in self.objects.items():
-            if kind != "Service" or not matches(document["spec"]["selector"], pod.labels):
+            if kind != "Service" or not selects({"matchLabels": document["spec"]["selector"]}, dict(pod.labels)):
                 continue
             if document["spec"].get("clusterIP") != "None":
                 # A Service whose ports are others than its pods' is called by nobody here.
@@ -255,7 +265,7 @@ class Job:
     def __init__(self, cluster: Cluster, name: str) -> None:
         """Start the pods of a Job of the cluster."""
         self.cluster, self.name = cluster, name
-        self.letters = random.Random(name)
+        self.letters = random.Random()
         self.ended: list[RunningPod] = []
         self.active: dict[int, RunningPod] = {}
         self.completed: set[int] = set()
@@ -270,6 +280,7 @@ class Job:
             self.backoff_limit = spec.take("backoffLimit", 6)
             self.deadline = time.monotonic() + spec.take("activeDeadlineSeconds", float("inf"))
             self.rules = spec.take("podFailurePolicy", {"rules": []})["rules"]
+            self.enough = spec.take("successPolicy", {"rules": []})["rules"]
             self.template = spec.take("template")
             spec.expect("podReplacementPolicy", "Failed")
             spec.expect("suspend", False, None)
@@ -286,12 +297,12 @@ class Job:
                 self.ended.append(pod)
                 self.judge(pod)
         if time.monotonic() > self.deadline:
-            self.fail("DeadlineExceeded")
+            self.end("Failed: DeadlineExceeded")
         if self.condition:
             return
-        if len(self.completed) == self.completions:
-            self.condition = "Complete"
-        for index in range(self.completions):
+        if len(self.completed) == self.completions or any(map(self.is_enough, self.enough)):
+            self.end("Complete")
+        for index in range(0 if self.condition else self.completions):
             if index not in self.completed | set(self.active) and len(self.active) < self.parallelism:
                 self.active[index] = self.start(index)
 
@@ -311,14 +322,15 @@ class Job:
         """Say what becomes of the Job because of a pod that has ended, by the first rule that fits."""
         if pod.exit_code == 0:
             self.completed.add(pod.index)
+        if pod.exit_code == 0 or self.condition:
             return
         action = next((rule["action"] for rule in self.rules if self.fits(rule, pod)), "Count")
         if action == "FailJob":
-            self.fail("PodFailurePolicy")
+            self.end("Failed: PodFailurePolicy")
         elif action == "Count":
             self.failures += 1
             if self.failures > self.backoff_limit:
-                self.fail("BackoffLimitExceeded")
+                self.end("Failed: BackoffLimitExceeded")
         elif action != "Ignore":
             raise NotImplementedError(f"podFailurePolicy: {action}")
 
@@ -334,9 +346,14 @@ class Job:
             named, operator, values = of.take("containerName", None), of.take("operator"), of.take("values")
         return named in (None, pod.container.name) and (pod.exit_code in values) == {"In": True, "NotIn": False}[operator]
 
-    def fail(self, reason: str) -> None:
-        """End all pods, and with them the Job."""
-        self.condition = self.condition or f"Failed: {reason}"
+    def is_enough(self, given: Document) -> bool:
+        """Whether a rule of the successPolicy is met."""
+        with Fields("successPolicy's rule", given) as rule:
+            return len(self.completed) >= rule.take("succeededCount")
+
+    def end(self, condition: str) -> None:
+        """Say what has become of the Job, and end what still runs of it."""
+        self.condition = self.condition or condition
         for pod in self.active.values():
             pod.stop()
 
@@ -381,8 +398,3 @@ def put_into_box(container: Container, host: Host) -> Pod:
             (read_only if volume.read_only else mounts)[place] = volume.source
     environment = {**IMAGE, "HOSTNAME": container.hostname, **container.environment}
     return Pod(host, environment, mounts, read_only, empty, container.user, container.group, container.folder)
-
-
-def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether a Service selects a pod."""
-    return selector.items() <= labels.items()

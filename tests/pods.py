@@ -9,20 +9,15 @@ from __future__ import annotations
 import base64
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import yaml
+from manifests import Document, amount, expanded
 
-ROOT = Path(__file__).parents[1]
 REQUIRED = object()
-Document = dict[str, Any]
-"""An object of Kubernetes, or a part of one."""
 IGNORED: Mapping[str, Mapping[str, str]] = {
     "pod": {
         "affinity": "all pods run on this machine",
@@ -127,28 +122,6 @@ class Namespace:
         return {key: read(value) for key, value in self.objects[kind, name]["data"].items()}
 
 
-def render(overlay: str) -> list[Document]:
-    """The objects of an overlay, as kubectl would apply them."""
-    done = subprocess.run(["kubectl", "kustomize", ROOT / "k8s" / "overlays" / overlay], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
-
-
-def expand(text: str, variables: Mapping[str, str]) -> str:
-    """The kubelet's expansion: $(NAME) becomes the variable, where there is one, and $$ becomes $."""
-
-    def one(found: re.Match[str]) -> str:
-        return "$" if found[0] == "$$" else variables.get(found[1], found[0])
-
-    return re.sub(r"\$\$|\$\(([^()]*)\)", one, text)
-
-
-def quantity(text: str) -> int:
-    """A size in bytes, such as 4Gi."""
-    number, unit = re.fullmatch(r"(\d+)(Ki|Mi|Gi|Ti)?", text).groups()  # type: ignore[union-attr]
-    return int(number) * 1024 ** ("", "Ki", "Mi", "Gi", "Ti").index(unit or "")
-
-
 def read_pod(template: Document, metadata: Document, hostname: str, namespace: Namespace, scratch: Path) -> Container:
     """The one container of a pod that has this metadata; files that its volumes need are written into `scratch`."""
     with Fields("pod", template) as pod:
@@ -174,7 +147,7 @@ def read_pod(template: Document, metadata: Document, hostname: str, namespace: N
         command = [*given.take("command"), *given.take("args", [])]
         return Container(
             name=given.take("name"),
-            command=[expand(word, environment) for word in command],
+            command=[expanded(word, environment) for word in command],
             environment=environment,
             folder=given.take("workingDir", "/"),
             user=user,
@@ -197,7 +170,7 @@ def read_environment(given: Sequence[Document], metadata: Document, namespace: N
             name, value = variable.take("name"), variable.take("value", None)
             source = variable.take("valueFrom", None)
         if source is None:
-            made[name] = expand(value or "", made)
+            made[name] = expanded(value or "", made)
             continue
         with Fields("valueFrom", source) as origin:
             if "fieldRef" in origin.left:
@@ -232,7 +205,7 @@ def read_volume(given: Document, owner: int, namespace: Namespace, scratch: Path
     with Fields(kind, source or {}) as of:
         if kind == "emptyDir":  # in memory whatever its medium: it is as empty, and as full at its limit
             of.expect("medium", "Memory", None)
-            return quantity(of.take("sizeLimit"))
+            return round(amount(of.take("sizeLimit")))
         if kind == "persistentVolumeClaim":
             claim = of.take("claimName")
             assert ("PersistentVolumeClaim", claim) in namespace.objects, (
@@ -281,8 +254,3 @@ def read_lifecycle(given: Document) -> Sequence[str]:
     """The command to run before a pod is asked to stop."""
     with Fields("lifecycle", given) as lifecycle, Fields("preStop", lifecycle.take("preStop", {})) as hook:
         return hook.take("exec", {"command": []})["command"]
-
-
-def can_render() -> bool:
-    """Whether kubectl is here; it needs no cluster."""
-    return shutil.which("kubectl") is not None

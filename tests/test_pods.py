@@ -8,6 +8,7 @@ a cluster is not here stands in IGNORED of pods.py and cluster.py.
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -24,12 +25,12 @@ import torch
 from cluster import Cluster, Job, RunningPod
 from hosts import needs_pods
 from jobs import fingerprint, losses, rows, train
-from pods import Document, can_render, expand, render
+from manifests import KUBECTL, Document, documents
 
 pytestmark = [
     pytest.mark.slow,
     needs_pods,
-    pytest.mark.skipif(not can_render(), reason="no kubectl to render the manifests"),
+    pytest.mark.skipif(KUBECTL is None, reason="no kubectl to render the manifests"),
 ]
 ON_A_CPU = ["--training.device=cpu"]
 SMALL = (
@@ -40,26 +41,26 @@ SMALL = (
 WITHOUT_MLFLOW = "--tracking.mlflow=false"
 
 
-def changed(documents: Sequence[Document], *flags: str) -> list[Document]:
+def changed(found: Sequence[Document], *flags: str) -> list[Document]:
     """The objects with flags after those of the Job, and a rank for each pod in place of a rank for each GPU."""
-    documents = copy.deepcopy(list(documents))
-    for document in documents:
+    made = copy.deepcopy(list(found))
+    for document in made:
         if document["kind"] == "Job":
             (container,) = document["spec"]["template"]["spec"]["containers"]
             container["args"] += flags
             for variable in container["env"]:
                 if variable["name"] == "PET_NPROC_PER_NODE" and variable["value"] == "gpu":
                     variable["value"] = "1"
-    return documents
+    return made
 
 
-def with_recipe(documents: Sequence[Document], recipe: str) -> list[Document]:
+def with_recipe(found: Sequence[Document], recipe: str) -> list[Document]:
     """The objects with another recipe in their ConfigMap."""
-    documents = copy.deepcopy(list(documents))
-    for document in documents:
+    made = copy.deepcopy(list(found))
+    for document in made:
         if document["kind"] == "ConfigMap" and "recipe.toml" in document["data"]:
             document["data"]["recipe.toml"] = recipe
-    return documents
+    return made
 
 
 def step(run: Path) -> int:
@@ -72,7 +73,7 @@ def step(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def multi_node() -> list[Document]:
-    return changed(render("multi-node"), *ON_A_CPU, *SMALL)
+    return changed(documents("multi-node"), *ON_A_CPU, *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_the_loss_of_a_node_and_a_drain_cost_a_few_steps(undisturbed, tmp_path):
     whole = undisturbed[0].cluster.claims
     with Cluster(tmp_path) as cluster:
         shutil.copytree(whole / "lmdist-data", cluster.claims / "lmdist-data")
-        cluster.apply(changed(render("multi-node"), *ON_A_CPU, *SMALL, WITHOUT_MLFLOW))
+        cluster.apply(changed(documents("multi-node"), *ON_A_CPU, *SMALL, WITHOUT_MLFLOW))
         job = Job(cluster, "lmdist-train")
         run = cluster.claims / "lmdist-runs" / "lmdist-train"
         assert not job.run(until=lambda: step(run) >= 10)
@@ -134,37 +135,70 @@ def test_the_loss_of_a_node_and_a_drain_cost_a_few_steps(undisturbed, tmp_path):
     assert fingerprint(run) == fingerprint(whole / "lmdist-runs" / "lmdist-train")
 
 
-def test_a_cluster_without_gpus_trains_the_demo_and_shows_it_in_mlflow(undisturbed, tmp_path):
-    """The overlays mlflow and cpu-smoke in one namespace; the data are not made anew, and of 200 steps 30 are done."""
+def test_a_cluster_without_gpus_trains_exports_and_serves_the_demo(undisturbed, tmp_path):
+    """The overlays mlflow, cpu-smoke, export and serve in one namespace; of 200 steps 30 are done, on data made before."""
     with Cluster(tmp_path) as cluster:
         shutil.copytree(undisturbed[0].cluster.claims / "lmdist-data", cluster.claims / "lmdist-data")
-        cluster.apply(render("mlflow"))
-        cluster.apply(changed(render("cpu-smoke"), "--training.steps=30"))
-        server = cluster.start(cluster.objects["Deployment", "mlflow"]["spec"]["template"], "mlflow-5d4c-x2x7z")
-        cluster.wait(lambda: answer(server, "/health") == 200, 90)
-        job = Job(cluster, "lmdist-smoke")
-        assert job.run() == "Complete"
-        assert job.exit_codes() == {0: 2}
+        for overlay in ("mlflow", "serve", "export"):
+            cluster.apply(documents(overlay))
+        cluster.apply(changed(documents("cpu-smoke"), "--training.steps=30"))
+        server = start(cluster, "mlflow", "/health")
+        training = Job(cluster, "lmdist-smoke")
+        assert training.run() == "Complete"
+        assert training.exit_codes() == {0: 2}
         assert not (cluster.claims / "lmdist-runs" / "mlflow.db").exists()
+        run = cluster.claims / "lmdist-runs" / "lmdist-smoke"
+        with closing(sqlite3.connect(cluster.claims / "mlflow" / "mlflow.db")) as database:
+            assert database.execute("select name, status from runs").fetchall() == [("lmdist-smoke", "FINISHED")]
+            (points,) = database.execute("select count(*) from metrics where key = 'train/loss'").fetchone()
+        assert points == len(losses(run))
+
+        # The name of the run is one of the "names to edit" there.
+        (container,) = cluster.objects["Job", "lmdist-export"]["spec"]["template"]["spec"]["containers"]
+        container["args"] = [argument.replace("/runs/lmdist-train", "/runs/lmdist-smoke") for argument in container["args"]]
+        export = Job(cluster, "lmdist-export")
+        assert not export.run(until=lambda: bool(export.active[0].processes()))
+        assert export.active[0].writable() == {"/runs", "/tmp", "/dev/shm"}, "data is mounted to be read"
+        assert export.run() == "Complete"
+
+        model = start(cluster, "lmdist-serve", "/ping")
+        assert model.writable() == {"/tmp", "/dev/shm"}
+        body = json.dumps({"inputs": ["we will"], "params": {"max_new_tokens": 5}})
+        (prediction,) = json.loads(ask(server, model, "/invocations", body))["predictions"]
+        assert prediction["text"].startswith("we will")
+        model.stop()
+        asked = time.monotonic()
+        assert ask(server, model, "/ping"), "it answers until all have heard that it leaves"
+        cluster.wait(lambda: model.exit_code is not None, model.container.grace_seconds)
+        assert model.exit_code == 0
+        assert time.monotonic() - asked > 3, "its preStop has run"
+
         assert server.writable() == {"/mlflow", "/tmp", "/dev/shm"}
         server.stop()
         cluster.wait(lambda: server.exit_code is not None, server.container.grace_seconds)
-        assert server.exit_code in (0, 143)
-        database = cluster.claims / "mlflow" / "mlflow.db"
-        with closing(sqlite3.connect(database)) as opened:
-            assert opened.execute("select name, status from runs").fetchall() == [("lmdist-smoke", "FINISHED")]
-            (points,) = opened.execute("select count(*) from metrics where key = 'train/loss'").fetchone()
-        assert points == len(losses(cluster.claims / "lmdist-runs" / "lmdist-smoke"))
+        assert server.exit_code == 0
 
 
-def answer(pod: RunningPod, path: str) -> int:
-    """The HTTP status that a pod's node gets where a probe of the pod asks; 0 for no answer."""
-    probe = pod.container.probes["readinessProbe"]
-    assert probe.path == path
-    ask = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=2).status)"
-    address = f"http://{pod.host.address}:{probe.port}{probe.path}"
-    done = subprocess.run(pod.host.command(sys.executable, "-c", ask, address), capture_output=True, text=True)
-    return int(done.stdout or 0)
+def start(cluster: Cluster, deployment: str, health: str) -> RunningPod:
+    """A pod of a Deployment, once its probes are answered."""
+    pod = cluster.start(cluster.objects["Deployment", deployment]["spec"]["template"], f"{deployment}-5d4c7b8f96-x2x7z")
+    assert {probe.path for probe in pod.container.probes.values()} == {health}
+    assert set(pod.container.probes) == {"startupProbe", "readinessProbe", "livenessProbe"}
+    cluster.wait(lambda: bool(ask(pod, pod, health)), 120)
+    return pod
+
+
+def ask(asker: RunningPod, pod: RunningPod, path: str, body: str = "") -> str:
+    """What a pod answers at the port of its probes, asked from the host of a pod; nothing where it does not answer."""
+    script = """if True:
+        import sys, urllib.request
+        headers = {"Content-Type": "application/json"} if sys.argv[2] else {}
+        request = urllib.request.Request(sys.argv[1], sys.argv[2].encode() or None, headers)
+        print(urllib.request.urlopen(request, timeout=20).read().decode() or "empty")
+    """
+    address = f"http://{pod.host.address}:{pod.container.probes['readinessProbe'].port}{path}"
+    command = asker.host.command(sys.executable, "-c", script, address, body)
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 MISTAKES = {
@@ -197,7 +231,7 @@ def test_a_mistake_fails_the_job_at_once_in_one_line(multi_node, mistake, tmp_pa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
 def test_a_node_without_the_gpus_that_were_promised_fails_the_job(tmp_path):
     with Cluster(tmp_path) as cluster:
-        cluster.apply(render("multi-node"))
+        cluster.apply(documents("multi-node"))
         job = Job(cluster, "lmdist-train")
         assert job.run() == "Failed: PodFailurePolicy"
         first = job.ended[0]
@@ -216,11 +250,3 @@ def test_a_pod_killed_for_its_memory_counts_as_a_failure(multi_node, tmp_path):
             job.run(until=lambda failures=failures: job.failures == failures)
         assert job.run() == "Failed: BackoffLimitExceeded"
         assert job.exit_codes() == {137: 4, 75: 1}, "the other one is stopped with the Job"
-
-
-@pytest.mark.parametrize(
-    ("text", "expanded"),
-    [("$(A)-0.$(B)", "x-0.y"), ("$(C)", "$(C)"), ("$$(A)", "$(A)"), ("$A $(", "$A $("), ("$$$(A)", "$x")],
-)
-def test_variables_are_expanded_as_by_the_kubelet(text, expanded):
-    assert expand(text, {"A": "x", "B": "y"}) == expanded
