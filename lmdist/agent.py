@@ -23,6 +23,8 @@ from lmdist.signals import AGENT, die_with_parent
 
 JOIN_SECONDS = 600.0
 """Time that a machine waits for machine 0; torchrun's own."""
+PATIENCE = 10.0
+"""Seconds after which it says that it waits."""
 LAST_SECONDS = 5.0
 """Time that an agent has to end by itself when machine 0 has ended."""
 
@@ -88,14 +90,18 @@ def hold_on_to_machine_0(arguments: argparse.Namespace) -> None:
     attempt before, and its ranks that of the next one: then either side waits for the other until a timeout.
     """
     place = (arguments.master_addr, arguments.master_port or 29500)
-    until = time.monotonic() + JOIN_SECONDS
+    began, silent = time.monotonic(), True
     while True:
         try:
             connection = socket.create_connection(place, timeout=10)
             break
         except OSError as error:
-            if time.monotonic() > until:
+            waited = time.monotonic() - began
+            if waited > JOIN_SECONDS:
                 raise TimeoutError(f"{place[0]}:{place[1]} does not answer ({error})") from None
+            if silent and waited > PATIENCE:
+                silent = False
+                sys.stderr.write(f"lmdist-train: waiting for machine 0 at {place[0]}:{place[1]} ({error})\n")
             time.sleep(0.2)
 
     def wait() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from corpora import chain, write_data_folder
 from jobs import SMALL, environment, fingerprint, losses, rows, train_here, wait_for_steps
-from lmdist import launcher
+from lmdist import agent, launcher
 from lmdist.agent import exit_code
 from lmdist.config import load
 from lmdist.signals import StopRequest
@@ -204,12 +205,20 @@ def test_a_second_stop_does_not_change_the_exit_code():
 
 def test_an_agent_that_outlives_its_ranks_is_ended(monkeypatch, capsys):
     monkeypatch.setattr(launcher, "AGENT_GRACE", 0.3)
-    monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)  # or the rank below comes and goes unseen, on a busy machine
+    monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)  # or its child may come and go between two looks
     script = "import subprocess, time; subprocess.run(['sleep', '0.5']); time.sleep(600)"
-    agent = subprocess.Popen([sys.executable, "-c", script])
-    assert launcher.watch(agent, StopRequest()) == 75
-    assert agent.returncode == -signal.SIGKILL
+    torchrun = subprocess.Popen([sys.executable, "-c", script])
+    assert launcher.watch(torchrun, StopRequest()) == 75
+    assert torchrun.returncode == -signal.SIGKILL
     assert "does not end after its ranks" in capsys.readouterr().err
+
+
+def test_a_machine_that_waits_for_machine_0_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr(agent, "PATIENCE", 0.2)
+    monkeypatch.setattr(agent, "JOIN_SECONDS", 1.0)
+    with pytest.raises(TimeoutError, match="does not answer"):
+        agent.hold_on_to_machine_0(Namespace(master_addr="127.0.0.1", master_port=1))
+    assert capsys.readouterr().err.count("waiting for machine 0 at 127.0.0.1:1") == 1
 
 
 def test_ranks_are_chosen_so_that_they_divide_the_batch(monkeypatch):

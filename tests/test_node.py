@@ -1,19 +1,23 @@
-"""launch/node.sh on two hosts, and what it says to wrong usage."""
+"""launch/node.sh on two hosts, as launch/multi-node.md starts it, and what it says to wrong usage."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from corpora import chain, write_data_folder
 from hosts import Host, hosts, needs_hosts
-from jobs import SMALL, installed, losses, train_here
+from jobs import SMALL, installed, losses, train_here, wait_for_steps
 
 NODE = Path(__file__).parents[1] / "launch" / "node.sh"
+PAGE = NODE.with_name("multi-node.md")
 
 
 def start(host: Host, folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -45,6 +49,38 @@ def test_two_machines_are_one_job(tmp_path):
         both = [start(host, tmp_path, str(number), "2", "host-a", *flags) for number, host in enumerate((first, second))]
         assert [process.communicate(timeout=60)[0].count("nhid") > 0 for process in both] == [True, True]
         assert [process.returncode for process in both] == [64, 64]
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_the_page_starts_two_machines_by_ssh_and_stops_them(tmp_path):
+    start_all, stop_all = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
+    (tmp_path / "launch").symlink_to(NODE.parent)
+    (tmp_path / "my.toml").write_text(
+        'run_folder = "run"\n[data]\nfolder = "data"\nglobal_batch = 8\nwindow = 7\n[training]\ndevice = "cpu"\nepochs = 4000\n'
+        "log_every = 1\n[tracking]\nmlflow = false\n"
+    )
+    with hosts("host-a", "host-b") as machines:
+        ssh = "\n".join(f'{host.name}) exec {shlex.join(host.command("sh", "-c"))} "$2" ;;' for host in machines)
+        (tmp_path / "ssh").write_text(f'#!/bin/sh\ncase "$1" in\n{ssh}\nesac\n')  # a stand-in that goes to the host
+        (tmp_path / "ssh").chmod(0o755)
+        environment = installed()
+        environment |= {"PATH": f"{tmp_path}:{environment['PATH']}", "PET_NPROC_PER_NODE": "1"}
+        script = f"set -e\n{start_all}\nread -r line\n{stop_all}"
+        shell = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, stdin=subprocess.PIPE, text=True)
+        try:
+            wait_for_steps(tmp_path / "run", 5)
+            launchers = [psutil.Process(int((tmp_path / f"node-{rank}.pid").read_text())) for rank in range(2)]
+            shell.communicate("stop\n", timeout=30)
+            assert shell.returncode == 0
+            assert not psutil.wait_procs(launchers, timeout=60)[1]
+        finally:
+            shell.kill()
+            shell.communicate()
+    logs = [(tmp_path / f"node-{rank}.log").read_text() for rank in range(2)]
+    assert "stopped on request after step" in logs[0]
+    assert all("asked to stop" in log for log in logs), logs
 
 
 WRONG = {
