@@ -71,7 +71,7 @@ class Slurm:
     def facts(self, job: str) -> dict[str, str]:
         """What Slurm says of a job."""
         said = self.run("scontrol", "show", "job", job, "--oneliner")
-        return dict(fact.partition("=")[::2] for fact in said.split())
+        return {name: value for name, _, value in (fact.partition("=") for fact in said.split())}
 
     def end(self, job: str) -> tuple[str, str, str]:
         """How a job has ended, when it has: its state, its exit code, how often it was queued again."""
