@@ -19,6 +19,9 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lmdist.errors import EXIT_USAGE, MissingInputError
 from lmdist.settings import Recipe
 
+FINISHED = "finished.toml"
+"""In a run's folder once all is done: the recipe that it was trained by to the end, with `resume` auto."""
+
 
 class RecipeParser(ArgumentParser):
     """jsonargparse, with the project's exit code and one line for wrong usage."""
@@ -73,6 +76,12 @@ def as_toml(recipe: Recipe) -> str:
     import toml
 
     return toml.dumps(as_dict(recipe))
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether a run that may be gone on with was trained to its end, by this very recipe."""
+    finished = Path(recipe.run_folder) / FINISHED
+    return recipe.resume == "auto" and finished.is_file() and finished.read_text("utf-8", "replace") == as_toml(recipe)
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

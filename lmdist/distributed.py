@@ -18,6 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lmdist.errors import UsageError
 
+PATIENCE = timedelta(minutes=30)
+"""For the end: rank 0 may have a large checkpoint and a long sample to write. A rank that dies meanwhile is noticed at once."""
+
 
 @dataclass
 class World:
@@ -26,6 +29,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = field(default=None, repr=False)
+    """The same ranks, which wait for each other longer."""
     question: tuple[dist.Work, Tensor] | None = field(default=None, repr=False)
     """What the ranks were asked last, and are answering in the background."""
 
@@ -100,7 +105,7 @@ class World:
         if self.size > 1:
             if self.question:
                 self.question[0].wait()
-            self.sum([0.0])
+            dist.all_reduce(torch.zeros(1), group=self.patient)
             dist.destroy_process_group()
 
 
@@ -131,6 +136,7 @@ def start(device: str, global_batch: int, accumulation: int, timeout_seconds: fl
             )
         torch.cuda.set_device(local_rank)
     place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    patient = None
     if size > 1:
         # gloo beside NCCL: what the ranks tell each other about the job is in the CPU's memory, and waits for no GPU.
         dist.init_process_group(
@@ -138,4 +144,5 @@ def start(device: str, global_batch: int, accumulation: int, timeout_seconds: fl
             timeout=timedelta(seconds=timeout_seconds),
             device_id=place if device == "cuda" else None,
         )
-    return World(rank, size, place)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(rank, size, place, patient)

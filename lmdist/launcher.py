@@ -90,11 +90,16 @@ def parser() -> argparse.ArgumentParser:
 
 def attempts(arguments: argparse.Namespace, flags: list[str], recipe: Recipe, stop: StopRequest) -> int:
     """Start the job until it is done, asked to stop, or has failed too often; gives the exit code."""
+    from lmdist import config
+
     ranks = arguments.nproc_per_node or os.environ.get("PET_NPROC_PER_NODE") or str(ranks_here(recipe, arguments.nnodes))
     checkpoints = Path(recipe.run_folder) / "checkpoints"
     left, pause, resume = arguments.restarts, 1.0, []
     while True:
         before = newest_name(checkpoints)
+        if before and config.is_finished(recipe):  # the other machines may have ended, and would not come to a meeting
+            sys.stderr.write(f"lmdist-train: {recipe.run_folder} is finished already\n")
+            return 0
         with tempfile.TemporaryDirectory(prefix="lmdist-") as logs:
             code = watch(start_agent(arguments, ranks, logs, [*flags, *resume]), stop)
         if stop.requested:

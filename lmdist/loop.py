@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +209,14 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                     saving = saving or world.any(0 < recipe.checkpoint.every_minutes <= minutes)
 
         saver.close()
-        world.close()  # no rank ends before the last checkpoint is on the disk: torchrun would end the one that writes it
         if stopping:
+            world.close()  # no rank ends before the last checkpoint is on the disk: torchrun would end the one that writes it
             raise Stopped(f"stopped on request after step {progress.step:,}, which is saved; --resume auto goes on from there")
         finish(recipe, folder, model, progress, console, tracker)
+    if world.is_main:
+        with suppress(OSError):  # a full disk: the checkpoint is there, and that is what counts
+            write_whole(Path(recipe.run_folder) / config.FINISHED, config.as_toml(dataclasses.replace(recipe, resume="auto")))
+    world.close()  # no rank ends before all is done: one that is lost now and started anew would have no peers
 
 
 def newest_checkpoint(recipe: Recipe, world: World) -> Checkpoint | None:

@@ -17,7 +17,7 @@ import pytest
 
 from corpora import chain, write_data_folder
 from jobs import SMALL, environment, fingerprint, losses, rows, train_here, wait_for_steps
-from lmdist import agent, launcher
+from lmdist import agent, config, launcher
 from lmdist.agent import exit_code
 from lmdist.config import load
 from lmdist.signals import StopRequest
@@ -201,6 +201,17 @@ def test_a_second_stop_does_not_change_the_exit_code():
         launcher.main([])
     """
     assert subprocess.run([sys.executable, "-c", script]).returncode == 75
+
+
+def test_a_machine_that_comes_back_to_a_finished_run_waits_for_nobody(data, tmp_path, monkeypatch):
+    """As when the last one of two is lost after the other has ended: there is nobody to meet, and nothing to do."""
+    monkeypatch.chdir(tmp_path)
+    train_here("--data.folder=data", "--training.steps=3")
+    machine_1 = ["--nnodes=2", "--node-rank=1", "--master-addr=127.0.0.1", "--master-port=1"]
+    assert start(tmp_path, *machine_1, *SMALL, "--training.steps=3", "--resume=auto").wait(timeout=60) == 0
+    assert said(tmp_path) == "lmdist-train: runs/demo is finished already\n"
+    other = load(["--data.folder=data", "--training.steps=4", "--resume=auto", *SMALL])
+    assert not config.is_finished(other), "more steps are to be done"
 
 
 def test_an_agent_that_outlives_its_ranks_is_ended(monkeypatch, capsys):
