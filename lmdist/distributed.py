@@ -145,4 +145,5 @@ def start(device: str, global_batch: int, accumulation: int, timeout_seconds: fl
             device_id=place if device == "cuda" else None,
         )
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(patient, dist.ProcessGroup), patient  # a number for those who are not in it: all are
     return World(rank, size, place, patient)
