@@ -30,7 +30,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from origin import facts
+from origin import facts, write_rows
 
 CLIENTS = (1, 8, 32)
 PROMPTS = ["The people of the", "My fellow Americans, tonight", "We must", "In the past 5 years, the congress of the", ""]
@@ -71,7 +71,7 @@ def main() -> None:
         command += f" --words {arguments.words}" + (" --quick" if arguments.quick else "")
         command += f" --bundle {arguments.bundle}" if arguments.bundle else ""
         beside = facts(("lmdist", "mlflow-skinny", "uvicorn", "onnxruntime", "numpy"), command)
-        arguments.json.write_text(json.dumps([{**row, **beside} for row in rows], indent=1) + "\n", encoding="utf-8")
+        write_rows(arguments.json, [{**row, **beside} for row in rows])
 
 
 def make_bundle(folder: Path, hidden_size: int, vocabulary_size: int) -> Path:

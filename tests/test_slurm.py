@@ -196,9 +196,9 @@ esac
     "lmdist-train": """#!/bin/sh
 echo "$@" "$PET_MASTER_PORT" "$SRUN_CPUS_PER_TASK" >> "started-$4"
 eval "end=\\$END_$4"
-[ "$end" != wait ] || { trap 'exit 75' TERM; while :; do sleep 0.05; done; }
+[ "$end" != wait ] || { trap 'exit 75' TERM; : > waiting; while :; do sleep 0.05; done; }
+case "$END_0 $END_1" in *wait*) until [ -e waiting ]; do sleep 0.02; done ;; *) sleep 0.5 ;; esac # until the other has begun
 [ "$end" != killed ] || kill -KILL $$
-[ "$end" = 75 ] || [ "$end" = 0 ] || sleep 0.5 # until the others wait
 exit "$end"
 """,
 }

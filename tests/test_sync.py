@@ -122,7 +122,9 @@ def check(store: str, run: str | Path, status: str) -> str:
     assert found.inputs
     assert len(found.inputs.dataset_inputs) == len(note["datasets"])
     artifacts = {item.path for folder in (None, "samples") for item in client.list_artifacts(note["run_id"], folder)}
-    files = {path.relative_to(run).as_posix() for name in ("*.toml", "*.png", "*.txt", "samples/*") for path in run.glob(name)}
+    files = {
+        path.relative_to(run).as_posix() for name in ("recipe.toml", "*.png", "*.txt", "samples/*") for path in run.glob(name)
+    }
     assert artifacts - {"samples"} == files
     return note["run_id"]
 

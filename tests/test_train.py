@@ -218,6 +218,7 @@ def test_run_folder_holds_what_the_readme_says(data):
     run = data.parent / "run"
     assert {path.name for path in run.iterdir()} == {
         "recipe.toml",
+        "finished.toml",
         "metrics.jsonl",
         "checkpoints",
         "samples",
