@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from origin import facts, write_rows
+from random_bundle import make_bundle
 
 VARIANTS = {"baseline": "torch, one by one", "torch": "torch, padded batches of 64", "lmdist": "lmdist"}
 ROWS = 64
@@ -53,7 +54,7 @@ def main() -> None:
         f"{case}, unrelated sentences": nbest(arguments.lists * arguments.hypotheses, 1, vocabulary_size),
     }
     with tempfile.TemporaryDirectory() as name:
-        make_bundle(Path(name), hidden_size, vocabulary_size)
+        make_bundle(Path(name), 100, hidden_size, vocabulary_size)
         rows = [row for case, lines in texts.items() for row in measure(case, lines, Path(name), arguments.rounds)]
     for row in rows:
         print(
@@ -87,31 +88,6 @@ def nbest(lists: int, hypotheses: int, vocabulary_size: int) -> list[list[int]]:
                 changed[place : place + generator.randint(0, 1)] = draw(generator.randint(0, 1))
             made.append(changed or draw(1))
     return made
-
-
-def make_bundle(folder: Path, hidden_size: int, vocabulary_size: int) -> None:
-    """Write a checkpoint, runs/random, and its bundle."""
-    import torch
-
-    from lmdist import checkpoint, config
-    from lmdist.files import write_json
-    from lmdist.model import LanguageModel
-    from lmdist.settings import ModelSettings, Recipe
-    from lmdist.text import TextSettings, WordTokenizer
-    from lmdist.vocabulary import END, UNKNOWN, Vocabulary
-
-    data = folder / "data"
-    data.mkdir()
-    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(data / "vocab.txt")
-    WordTokenizer.train(TextSettings(tokenizer="whitespace"), []).save(data / "text.json")
-    write_json(data / "meta.json", {"files": {"train.bin": {"bytes": 0, "sha256": "0" * 64}}})
-    torch.manual_seed(0)
-    settings = ModelSettings(embedding_size=100, hidden_size=hidden_size, num_layers=2, dropout=0.0, tied=False)
-    model = LanguageModel(settings, vocabulary_size)
-    taken = checkpoint.snapshot(checkpoint.Progress(1), model, torch.optim.SGD(model.parameters()), None)
-    saved = checkpoint.save(folder / "runs" / "random" / "checkpoints", taken, config.as_dict(Recipe(model=settings)), data)
-    command = [sys.executable, "-m", "lmdist_export.export", str(saved), "-o", str(folder / "bundle"), "--data", "none"]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 def measure(case: str, texts: list[list[int]], folder: Path, rounds: int) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from origin import facts, write_rows
+from random_bundle import make_bundle
 
 CLIENTS = (1, 8, 32)
 PROMPTS = ["The people of the", "My fellow Americans, tonight", "We must", "In the past 5 years, the congress of the", ""]
@@ -52,7 +53,7 @@ def main() -> None:
         arguments.rounds, arguments.requests = 2, 32
     with tempfile.TemporaryDirectory() as name, ExitStack() as running:
         bundle = arguments.bundle or make_bundle(
-            Path(name), 32 if arguments.quick else 256, 2_000 if arguments.quick else 10_000
+            Path(name), 128, 32 if arguments.quick else 256, 2_000 if arguments.quick else 10_000
         )
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         sizes = manifest["sizes"]
@@ -72,32 +73,6 @@ def main() -> None:
         command += f" --bundle {arguments.bundle}" if arguments.bundle else ""
         beside = facts(("lmdist", "mlflow-skinny", "uvicorn", "onnxruntime", "numpy"), command)
         write_rows(arguments.json, [{**row, **beside} for row in rows])
-
-
-def make_bundle(folder: Path, hidden_size: int, vocabulary_size: int) -> Path:
-    """Export a model with weights as they are before training."""
-    import torch
-
-    from lmdist import checkpoint, config
-    from lmdist.files import write_json
-    from lmdist.model import LanguageModel
-    from lmdist.settings import ModelSettings, Recipe
-    from lmdist.text import TextSettings, WordTokenizer
-    from lmdist.vocabulary import END, UNKNOWN, Vocabulary
-
-    data = folder / "data"
-    data.mkdir()
-    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(data / "vocab.txt")
-    WordTokenizer.train(TextSettings(tokenizer="whitespace"), []).save(data / "text.json")
-    write_json(data / "meta.json", {"files": {"train.bin": {"bytes": 0, "sha256": "0" * 64}}})
-    torch.manual_seed(0)
-    settings = ModelSettings(embedding_size=128, hidden_size=hidden_size, num_layers=2, dropout=0.0, tied=False)
-    model = LanguageModel(settings, vocabulary_size)
-    taken = checkpoint.snapshot(checkpoint.Progress(1), model, torch.optim.SGD(model.parameters()), None)
-    saved = checkpoint.save(folder / "runs" / "random" / "checkpoints", taken, config.as_dict(Recipe(model=settings)), data)
-    command = [sys.executable, "-m", "lmdist_export.export", str(saved), "-o", str(folder / "bundle"), "--data", "none"]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder / "bundle"
 
 
 class Server:

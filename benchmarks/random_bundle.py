@@ -1,0 +1,33 @@
+"""A bundle whose weights are as they are before training, for benchmarks that ask how fast and not what."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lmdist import checkpoint, config
+from lmdist.files import write_json
+from lmdist.model import LanguageModel
+from lmdist.settings import ModelSettings, Recipe
+from lmdist.text import TextSettings, WordTokenizer
+from lmdist.vocabulary import END, UNKNOWN, Vocabulary
+
+
+def make_bundle(folder: Path, embedding_size: int, hidden_size: int, vocabulary_size: int) -> Path:
+    """Write a checkpoint of two layers, runs/random, and give its bundle."""
+    data = folder / "data"
+    data.mkdir()
+    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(data / "vocab.txt")
+    WordTokenizer.train(TextSettings(tokenizer="whitespace"), []).save(data / "text.json")
+    write_json(data / "meta.json", {"files": {"train.bin": {"bytes": 0, "sha256": "0" * 64}}})
+    torch.manual_seed(0)
+    settings = ModelSettings(embedding_size=embedding_size, hidden_size=hidden_size, num_layers=2, dropout=0.0, tied=False)
+    model = LanguageModel(settings, vocabulary_size)
+    taken = checkpoint.snapshot(checkpoint.Progress(1), model, torch.optim.SGD(model.parameters()), None)
+    saved = checkpoint.save(folder / "runs" / "random" / "checkpoints", taken, config.as_dict(Recipe(model=settings)), data)
+    command = [sys.executable, "-m", "lmdist_export.export", str(saved), "-o", str(folder / "bundle"), "--data", "none"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "bundle"
