@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lmdist import config
-from lmdist.errors import Stopped, UsageError, report
+from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, report
 from lmdist.files import one_line, only_one
 from lmdist.prepare import prepare
 from lmdist.settings import DataSettings, Recipe
@@ -24,7 +24,8 @@ from lmdist.tracking import JOB_LOCK
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just ending, such as the one before a restart."""
 PEERS_FIRST = 2.0
-"""Seconds that a rank which lost a peer waits, so that torchrun sees first what ended the peer."""
+"""Seconds that a rank waits which lost a peer, so that torchrun sees first what ended the peer, or made a mistake that others
+make as well."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:
         die_with_parent(int(os.environ.get(AGENT, 0)) or None)
-    with report("lmdist.train", quiet=not is_main):
+    with report("lmdist.train", quiet=not is_main), nullcontext() if is_main else after_rank_0():
         stop = StopRequest().listen()
         recipe = config.load(argv, quiet=not is_main)
         prepare_if_absent(recipe, is_main=is_main)
@@ -58,6 +59,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                     raise
                 time.sleep(PEERS_FIRST)
                 raise Stopped("a rank is not there any more; --resume auto goes on from the last checkpoint") from None
+
+
+@contextmanager
+def after_rank_0() -> Iterator[None]:
+    """Hold a mistake back for a moment: rank 0 makes it too and says so, unless torchrun ends it first for another's end."""
+    try:
+        yield
+    except (UsageError, DataError, MissingInputError):
+        time.sleep(PEERS_FIRST)
+        raise
 
 
 def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:

@@ -194,11 +194,12 @@ requeue) echo "$2" >> requeued ;;
 esac
 """,
     "lmdist-train": """#!/bin/sh
+trap 'exit 75' TERM
 echo "$@" "$PET_MASTER_PORT" "$SRUN_CPUS_PER_TASK" >> "started-$4"
+until [ -e started-0 ] && [ -e started-1 ]; do sleep 0.02; done
 eval "end=\\$END_$4"
-[ "$end" != wait ] || { trap 'exit 75' TERM; : > waiting; while :; do sleep 0.05; done; }
-case "$END_0 $END_1" in *wait*) until [ -e waiting ]; do sleep 0.02; done ;; *) sleep 0.5 ;; esac # until the other has begun
 [ "$end" != killed ] || kill -KILL $$
+while [ "$end" = wait ]; do sleep 0.05; done
 exit "$end"
 """,
 }
