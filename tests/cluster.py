@@ -26,7 +26,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import psutil
 
@@ -144,8 +144,6 @@ class Cluster:
 
     folder: Path
     """For the claims, and what the pods need besides."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables to add to the image's."""
     objects: dict[tuple[str, str], Document] = field(default_factory=dict)
     pods: list[RunningPod] = field(default_factory=list)
     published: dict[str, str] = field(default_factory=dict)
@@ -193,15 +191,11 @@ class Cluster:
         box = put_into_box(container, host)
         log = scratch / "log"
         with log.open("wb") as output:
-            process = self.popen(box.command(*container.command), output)
+            process = subprocess.Popen(box.command(*container.command), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         pod = RunningPod(name, metadata["labels"], container, host, box, log, process, time.monotonic())
         self.pods.append(pod)
         self.publish()
         return pod
-
-    def popen(self, command: Sequence[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
-        """Start a command whose log is a file."""
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
     def running(self) -> list[RunningPod]:
         """The pods that have not ended."""
@@ -280,7 +274,6 @@ class Job:
             self.backoff_limit = spec.take("backoffLimit", 6)
             self.deadline = time.monotonic() + spec.take("activeDeadlineSeconds", float("inf"))
             self.rules = spec.take("podFailurePolicy", {"rules": []})["rules"]
-            self.enough = spec.take("successPolicy", {"rules": []})["rules"]
             self.template = spec.take("template")
             spec.expect("podReplacementPolicy", "Failed")
             spec.expect("suspend", False, None)
@@ -300,7 +293,7 @@ class Job:
             self.end("Failed: DeadlineExceeded")
         if self.condition:
             return
-        if len(self.completed) == self.completions or any(map(self.is_enough, self.enough)):
+        if len(self.completed) == self.completions:
             self.end("Complete")
         for index in range(0 if self.condition else self.completions):
             if index not in self.completed | set(self.active) and len(self.active) < self.parallelism:
@@ -345,11 +338,6 @@ class Job:
         with Fields("onExitCodes", codes) as of:
             named, operator, values = of.take("containerName", None), of.take("operator"), of.take("values")
         return named in (None, pod.container.name) and (pod.exit_code in values) == {"In": True, "NotIn": False}[operator]
-
-    def is_enough(self, given: Document) -> bool:
-        """Whether a rule of the successPolicy is met."""
-        with Fields("successPolicy's rule", given) as rule:
-            return len(self.completed) >= rule.take("succeededCount")
 
     def end(self, condition: str) -> None:
         """Say what has become of the Job, and end what still runs of it."""
