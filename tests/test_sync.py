@@ -74,6 +74,12 @@ class Job(RunTracker):
         for step in range(first, last + 1):
             self.metrics(step, {"train/loss": 1 / step, "train/tokens": float(step)})
 
+    def close(self, status: str) -> None:
+        """End as a job does, and wait for a follower that it killed: a real job is gone before it is dead, on a busy machine."""
+        super().close(status)
+        if self.follower and self.follower.child:
+            self.follower.child.wait(60)
+
     def until_found(self) -> None:
         """Wait until MLflow has the run."""
         until(lambda: "run_id" in read_note(self.run))
