@@ -312,6 +312,30 @@ def test_a_search(by_blanks: Path, written) -> None:
     assert written(*arguments, "--ignore-eos")[0] == written(*arguments, "--ignore-eos")[0]
 
 
+@pytest.mark.parametrize("search", [(), ("--temperature", 0), ("--num-beams", 3)], ids=["drawn", "greedy", "beams"])
+def test_a_text_that_no_word_may_follow_takes_no_other_with_it(
+    by_blanks: Path, tmp_path: Path, written, search: tuple[object, ...]
+) -> None:
+    prompts = ["the cat", " ".join(PLAIN_WORDS), "", " ".join(PLAIN_WORDS[3:])]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    arguments = (by_blanks, "--no-repeat-ngram-size", 1, "--logit-bias", "<eos>=-inf", "--max-new-tokens", 5, *search)
+    seed = () if "--num-beams" in search else ("--seed", 1)
+    out, err = written(*arguments, *seed, "--prompts-file", tmp_path / "prompts.txt", "--json")
+    texts = [json.loads(line) for line in out.splitlines()]
+    assert [text["prompt_number"] for text in texts] == [0, 1, 2, 3]
+    assert [(len(text["words"]), text["finish_reason"]) for text in texts] == [
+        (5, "length"), (0, "exhausted"), (5, "length"), (3, "exhausted"),
+    ]  # fmt: skip
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    assert len(warnings) == 2
+    assert "prompt_number 3, index 0 ends after 3 words" in "".join(warnings)
+    assert "13 words in" in err
+    if not search:
+        out, err = written(*arguments, *seed, "--stream", "--prompt", prompts[3])
+        assert out == texts[3]["text"] + "\n"
+        assert "prompt_number 0, index 0 ends after 3 words" in err
+
+
 def test_what_is_no_bundle(bundle: Path, tmp_path: Path, refused) -> None:
     assert refused(tmp_path / "none")[0] == 66
     assert refused(tmp_path)[0] == 66

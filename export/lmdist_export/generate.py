@@ -180,7 +180,7 @@ def run(arguments: argparse.Namespace) -> None:
             prompts[number] = words
             yield bundle.vocabulary.encode(words)
 
-    def grown() -> Iterator[tuple[Text, list[int]]]:
+    def made_words() -> Iterator[tuple[Text, list[int]]]:
         if config.num_beams > 1:
             for number, prompt in enumerate(encoded()):
                 for text in beam_search(sampler, prompt, config, arguments.n, stops, arguments.ignore_eos):
@@ -188,6 +188,11 @@ def run(arguments: argparse.Namespace) -> None:
             return
         how = {"ignore_end": arguments.ignore_eos, "batch_size": arguments.batch_size, "stream": arguments.stream}
         yield from continuations(sampler, encoded(), config, seed, arguments.n, stops, **how)
+
+    def grown() -> Iterator[tuple[Text, list[int]]]:
+        for text, words in made_words():
+            warn_of_exhausted(text)
+            yield text, words
 
     began, made = time.perf_counter(), 0
     with whole_file(arguments.output) if arguments.output else nullcontext(sys.stdout) as out:
@@ -238,6 +243,15 @@ def warn_of_unknown(prompt: Sequence[str], vocabulary: Vocabulary) -> None:
     known = [word.lower() for word in unknown if word.lower() in vocabulary.ids]
     hint = f"; known in small letters: {', '.join(known)}" if known else ""
     say(f"warning: not in the vocabulary, and read as {UNKNOWN}: {', '.join(unknown)}{hint}")
+
+
+def warn_of_exhausted(text: Text) -> None:
+    """Say that a text is shorter than it was to be, by the names that --json gives it."""
+    if text.finish_reason == "exhausted":
+        say(
+            f"warning: prompt_number {text.prompt_number}, index {text.number} ends after {len(text.words)} words: "
+            "all others would repeat a sequence, are bad or suppressed"
+        )
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
