@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lmdist_export import generate
+from lmdist_export.generation import Text
 from small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, in_fresh_process, make_bundle
 
 
@@ -298,6 +301,55 @@ def test_prompts_from_stdin_are_answered_in_order(by_blanks: Path) -> None:
 def test_prompts_that_cannot_be_read(by_blanks: Path, tmp_path: Path, refused) -> None:
     assert refused(by_blanks, "--prompts-file", tmp_path / "none")[0] == 66
     assert refused(by_blanks, "--prompts-file", tmp_path)[0] == 64
+
+
+@pytest.mark.parametrize("search", [(), ("--num-beams", 2)], ids=["drawn", "beams"])
+def test_texts_before_a_prompt_that_cannot_be_read_are_written(
+    by_blanks: Path, tmp_path: Path, search: tuple[object, ...]
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"the cat\r\n\r\n\xff\r\nthe dog\r\n")
+    options = ("--max-new-tokens", 3, "--json", *search)
+    done = command("lmdist_export.generate", by_blanks, "--prompts-file", tmp_path / "prompts.txt", *options)
+    first, second = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first["text"].split() == ["the", "cat", *first["words"]]
+    assert second["text"].split() == second["words"]
+    assert done.returncode == 65
+    assert "prompts.txt, line 3: byte 1 is not UTF-8" in done.stderr.splitlines()[-1]
+
+
+def test_an_interrupt_leaves_the_texts_that_are_done(by_blanks: Path) -> None:
+    arguments = ["--prompts-file", "-", "--seed", "1", "--json", "--max-new-tokens", "100000", "--stop", "cat dog"]
+    command_line = [sys.executable, "-m", "lmdist_export.generate", str(by_blanks), *arguments, "--ignore-eos"]
+    prompts = "\n".join(["the cat", "cat the", "we said", "it is", "too old", "here we"] * 50)
+    with subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(prompts.encode())
+        process.stdin.close()
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.readlines()
+        error = process.stderr.read()
+        assert process.wait(timeout=60) == 75
+    assert error.endswith(b"lmdist-generate: interrupted\n")
+    assert b"Traceback" not in error
+    numbers = [json.loads(line)["prompt_number"] for line in (first, *rest)]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) < 300
+
+
+def test_texts_that_wait_for_their_turn_come_at_an_interrupt() -> None:
+    def made() -> Iterator[Text]:
+        for place in (4, 1, 0, 3):
+            yield Text([], *divmod(place, 2))
+        raise KeyboardInterrupt
+
+    texts = generate.in_order(made(), 2)
+    found = [next(texts) for _ in range(4)]
+    assert [(text.prompt_number, text.number) for text in found] == [(0, 0), (0, 1), (1, 1), (2, 0)]
+    with pytest.raises(KeyboardInterrupt):
+        next(texts)
 
 
 def test_a_search(by_blanks: Path, written) -> None:
