@@ -24,7 +24,7 @@ from training import BASELINE, Case, Job, PlainJob
 from lmdist import precision
 from lmdist.data import Folder, training_batches
 from lmdist.precision import Precision
-from lmdist.prepare import PrepareSettings, prepare
+from lmdist.prepare import DEMO_SETTINGS, prepare
 from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings
 
 OTHER_SEEDS = ("baseline, seed 2", "baseline, seed 3")
@@ -46,7 +46,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         data = DataSettings(folder=str(Path(scratch) / "demo"))
-        prepare(PrepareSettings(inputs=["demo"], group_by="title", lowercase=True, min_count=3), Path(data.folder))
+        prepare(DEMO_SETTINGS, Path(data.folder))
         folder = Folder(Path(data.folder))
         case = Case("demo", ModelSettings(), folder.vocabulary_size, data.global_batch, data.window, OptimizerSettings())
         for seed, variant in enumerate((BASELINE, *OTHER_SEEDS), start=1):

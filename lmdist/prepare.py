@@ -115,6 +115,10 @@ class PrepareSettings:
         return TextSettings(self.tokenizer, self.clean, self.lowercase)
 
 
+DEMO_SETTINGS = PrepareSettings(inputs=[DEMO], group_by="title", lowercase=True, min_count=3)
+"""What training takes that is told of no text: [prepare] of launch/demo.toml."""
+
+
 def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False) -> None:
     """Make the data folder `output`, whole or not at all."""
     check_output(output, overwrite=overwrite)

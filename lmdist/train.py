@@ -16,7 +16,7 @@ from pathlib import Path
 from lmdist import config
 from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, report
 from lmdist.files import one_line, only_one
-from lmdist.prepare import prepare
+from lmdist.prepare import DEMO, DEMO_SETTINGS, PrepareSettings, prepare
 from lmdist.settings import DataSettings, Recipe
 from lmdist.signals import AGENT, StopRequest, die_with_parent
 from lmdist.tracking import JOB_LOCK
@@ -75,8 +75,9 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
     """Make the data folder on rank 0 where the recipe says from what; the other ranks wait until it is there."""
     folder = Path(recipe.data.folder)
     settings = recipe.prepare
-    if folder == Path(DataSettings.folder) and not settings.inputs:
-        settings = dataclasses.replace(settings, inputs=["demo"])
+    if folder == Path(DataSettings.folder) and not (settings.inputs or settings.train):
+        # Whoever says how words are found gets just that.
+        settings = DEMO_SETTINGS if settings == PrepareSettings() else dataclasses.replace(settings, inputs=[DEMO])
     if folder.exists() or not (settings.inputs or settings.train):
         return
     if is_main:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lmdist_export import generate
+from lmdist_export.generation import Text
 from small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, in_fresh_process, make_bundle
 
 
@@ -300,6 +303,55 @@ def test_prompts_that_cannot_be_read(by_blanks: Path, tmp_path: Path, refused) -
     assert refused(by_blanks, "--prompts-file", tmp_path)[0] == 64
 
 
+@pytest.mark.parametrize("search", [(), ("--num-beams", 2)], ids=["drawn", "beams"])
+def test_texts_before_a_prompt_that_cannot_be_read_are_written(
+    by_blanks: Path, tmp_path: Path, search: tuple[object, ...]
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"the cat\r\n\r\n\xff\r\nthe dog\r\n")
+    options = ("--max-new-tokens", 3, "--json", *search)
+    done = command("lmdist_export.generate", by_blanks, "--prompts-file", tmp_path / "prompts.txt", *options)
+    first, second = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first["text"].split() == ["the", "cat", *first["words"]]
+    assert second["text"].split() == second["words"]
+    assert done.returncode == 65
+    assert "prompts.txt, line 3: byte 1 is not UTF-8" in done.stderr.splitlines()[-1]
+
+
+def test_an_interrupt_leaves_the_texts_that_are_done(by_blanks: Path) -> None:
+    arguments = ["--prompts-file", "-", "--seed", "1", "--json", "--max-new-tokens", "100000", "--stop", "cat dog"]
+    command_line = [sys.executable, "-m", "lmdist_export.generate", str(by_blanks), *arguments, "--ignore-eos"]
+    prompts = "\n".join(["the cat", "cat the", "we said", "it is", "too old", "here we"] * 50)
+    with subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(prompts.encode())
+        process.stdin.close()
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.readlines()
+        error = process.stderr.read()
+        assert process.wait(timeout=60) == 75
+    assert error.endswith(b"lmdist-generate: interrupted\n")
+    assert b"Traceback" not in error
+    numbers = [json.loads(line)["prompt_number"] for line in (first, *rest)]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) < 300
+
+
+def test_texts_that_wait_for_their_turn_come_at_an_interrupt() -> None:
+    def made() -> Iterator[Text]:
+        for place in (4, 1, 0, 3):
+            yield Text([], *divmod(place, 2))
+        raise KeyboardInterrupt
+
+    texts = generate.in_order(made(), 2)
+    found = [next(texts) for _ in range(4)]
+    assert [(text.prompt_number, text.number) for text in found] == [(0, 0), (0, 1), (1, 1), (2, 0)]
+    with pytest.raises(KeyboardInterrupt):
+        next(texts)
+
+
 def test_a_search(by_blanks: Path, written) -> None:
     arguments = (by_blanks, "--prompt", "the cat", "--num-beams", 5, "--max-new-tokens", 6, "--json", "--logprobs", 0)
     texts = [json.loads(line) for line in written(*arguments, "--n", 3, "--ignore-eos")[0].splitlines()]
@@ -310,6 +362,30 @@ def test_a_search(by_blanks: Path, written) -> None:
     greedy = json.loads(written(by_blanks, *arguments[1:3], *arguments[5:], "--temperature", 0, "--ignore-eos")[0])
     assert scores[0] >= sum(greedy["logprobs"]["token_logprobs"])
     assert written(*arguments, "--ignore-eos")[0] == written(*arguments, "--ignore-eos")[0]
+
+
+@pytest.mark.parametrize("search", [(), ("--temperature", 0), ("--num-beams", 3)], ids=["drawn", "greedy", "beams"])
+def test_a_text_that_no_word_may_follow_takes_no_other_with_it(
+    by_blanks: Path, tmp_path: Path, written, search: tuple[object, ...]
+) -> None:
+    prompts = ["the cat", " ".join(PLAIN_WORDS), "", " ".join(PLAIN_WORDS[3:])]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    arguments = (by_blanks, "--no-repeat-ngram-size", 1, "--logit-bias", "<eos>=-inf", "--max-new-tokens", 5, *search)
+    seed = () if "--num-beams" in search else ("--seed", 1)
+    out, err = written(*arguments, *seed, "--prompts-file", tmp_path / "prompts.txt", "--json")
+    texts = [json.loads(line) for line in out.splitlines()]
+    assert [text["prompt_number"] for text in texts] == [0, 1, 2, 3]
+    assert [(len(text["words"]), text["finish_reason"]) for text in texts] == [
+        (5, "length"), (0, "exhausted"), (5, "length"), (3, "exhausted"),
+    ]  # fmt: skip
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    assert len(warnings) == 2
+    assert "prompt_number 3, index 0 ends after 3 words" in "".join(warnings)
+    assert "13 words in" in err
+    if not search:
+        out, err = written(*arguments, *seed, "--stream", "--prompt", prompts[3])
+        assert out == texts[3]["text"] + "\n"
+        assert "prompt_number 0, index 0 ends after 3 words" in err
 
 
 def test_what_is_no_bundle(bundle: Path, tmp_path: Path, refused) -> None:

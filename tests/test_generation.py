@@ -205,8 +205,22 @@ def test_a_rule_of_the_caller(sampler: Sampler) -> None:
 
 
 def test_no_word_is_left(sampler: Sampler) -> None:
-    with pytest.raises(UsageError, match="no word is left to draw after 18 words"):
-        grown(sampler, [[]], GenerationConfig(no_repeat_ngram_size=1), ignore_end=True)
+    """A text ends where no word may follow, and those beside it go on."""
+    config = GenerationConfig(no_repeat_ngram_size=1, max_new_tokens=15)
+    every = list(range(1, SIZE))  # but <unk>, which never comes
+    prompts = [[], every[:10], every]
+    expected = grown(sampler, prompts, config, ignore_end=True)
+    assert {key: (len(text.words), text.finish_reason) for key, text in expected.items()} == {
+        (0, 0): (15, "length"),
+        (1, 0): (len(every) - 10, "exhausted"),
+        (2, 0): (0, "exhausted"),
+    }
+    for options in ({"batch_size": 1}, {"stream": True}, {"n": 2}):
+        texts = grown(sampler, prompts, config, ignore_end=True, **options)
+        assert words_of(texts) | words_of(expected) == words_of(texts)
+    # The first word of a stop waits for its second, which may not come.
+    stops = [[word, word] for word in every]
+    assert grown(sampler, prompts, config, ignore_end=True, stops=stops) == expected
     with pytest.raises(UsageError, match="take all of them"):
         grown(sampler, [[]], GenerationConfig(bad_words_ids=tuple([word] for word in range(SIZE))))
 
@@ -282,6 +296,18 @@ def test_a_wider_search_is_no_worse_and_keeps_the_rules(sampler: Sampler) -> Non
     assert len(set(free)) < len(free)
     assert len(set(kept)) == len(kept) == 12
     assert 7 not in kept
+
+
+def test_a_search_where_no_word_is_left(sampler: Sampler) -> None:
+    config = GenerationConfig(no_repeat_ngram_size=1, max_new_tokens=20, num_beams=3)
+    every = list(range(1, SIZE))
+    texts = beam_search(sampler, every[:-2], config, n=3, ignore_end=True)
+    assert sorted(text.words for text in texts) == [every[-2:], every[:-3:-1]]
+    (text,) = beam_search(sampler, every, config, n=3, ignore_end=True)
+    assert [text.words, *(text.finish_reason for text in texts), text.finish_reason] == [[], *["exhausted"] * 3]
+    # Texts that end are found before those that cannot go on, however many of these there are.
+    found = beam_search(sampler, every[1:-2], config, n=3)
+    assert [text.finish_reason for text in found] == ["stop"] * 3
 
 
 def test_a_search_stops_before_a_stop(sampler: Sampler) -> None:

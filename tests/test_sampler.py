@@ -296,6 +296,22 @@ def test_a_state_goes_on_from_its_file(config: GenerationConfig, opened: Opened,
     assert State.load(tmp_path / "state.npz").generators == ()
 
 
+def test_a_state_of_another_model_is_refused(opened: Opened, tmp_path: Path) -> None:
+    here = opened("fp32")
+    other = Sampler(bare_bundle(tmp_path / "other", UNTIED), threads=1)
+    larger = Sampler(bare_bundle(tmp_path / "larger", TIED, vocabulary_size=2 * V), threads=1)
+    for state, message in (
+        (other.start([[1, 4], [5]]), r"h is \(2, 20\); \(2, 32\) is expected"),
+        (replace(here.start([[1]]), c=np.zeros((1, 5), np.float32)), r"c is \(1, 5\); \(1, 32\) is expected"),
+        (larger.make(larger.start([[1]]).seeded(1), ALL_OPTIONS, 1)[1], r"counts is \(1, 768\); \(1, 512\) is expected"),
+        (larger.start([[1, V]]), f"word is {V}; one below {V} is expected"),
+    ):
+        with pytest.raises(UsageError, match=f"the state is not this model's: .*{message}"):
+            here.make(state.seeded(1), ALL_OPTIONS, 2)
+        with pytest.raises(UsageError, match="not this model's"):
+            here.read(state)
+
+
 def test_a_file_that_holds_no_state(opened: Opened, tmp_path: Path) -> None:
     path = tmp_path / "state.npz"
     with pytest.raises(MissingInputError, match=r"state\.npz is not there"):

@@ -25,7 +25,9 @@ from lmdist import checkpoint, config
 from lmdist.data import IGNORED, Folder, training_batches
 from lmdist.files import read_json
 from lmdist.model import LanguageModel
+from lmdist.prepare import DEMO_SETTINGS, PrepareSettings
 from lmdist.settings import Recipe
+from lmdist.train import prepare_if_absent
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 
@@ -320,6 +322,28 @@ def test_a_terminal_gets_a_bar(data, tmp_path):
 def test_the_demo_recipe_is_the_default():
     demo = config.load(["--config", str(LAUNCH / "demo.toml")])
     assert config.as_dict(demo) | {"prepare": None} == config.as_dict(Recipe()) | {"prepare": None}
+    assert demo.prepare == DEMO_SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [(PrepareSettings(), DEMO_SETTINGS), (PrepareSettings(min_count=2, seed=3), PrepareSettings(inputs=["demo"], seed=3))],
+    ids=["nothing", "something"],
+)
+def test_training_that_is_told_of_no_text_prepares_the_demo(tmp_path, monkeypatch, said, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    articles = "".join(f"Address {n},The cat said {n} times that the cat is a cat.\n" for n in range(9))
+    (tmp_path / "data/demo.csv").write_text(f"title,content\n{articles}")  # taken for the demo corpus, which is longer
+    prepare_if_absent(Recipe(prepare=said), is_main=True)
+    assert read_json(tmp_path / "data/demo/meta.json")["prepare"] == config.as_dict(Recipe(prepare=expected))["prepare"]
+
+
+def test_text_to_train_on_is_taken_in_place_of_the_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("the cat and the dog and the cat\n" * 3)
+    prepare_if_absent(Recipe(prepare=PrepareSettings(train="own.txt", tokenizer="whitespace")), is_main=True)
+    assert (tmp_path / "data/demo/vocab.txt").read_text().split() == ["<unk>", "<eos>", "the", "and", "cat", "dog"]
 
 
 def test_holes_count_for_nothing(data):

@@ -3,7 +3,7 @@
 Of all texts of a length the `num_beams` likeliest are kept; each step reads one word of each and keeps the best of what may
 follow. A text that comes to its end is set aside with its score, its log-probability over its length to the power of
 `length_penalty` (Hugging Face's convention; Wu et al. 2016 have another). The search is over when no text that still grows can
-beat those set aside.
+beat those set aside. A text that no word may follow is found only where too few others are.
 
 Shapes: K beams, V vocabulary, S the sum of the layers' sizes.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmdist_export.bundle import GenerationConfig
-from lmdist_export.generation import Text, bias_of, ends_with, row_bias
+from lmdist_export.generation import Text, bias_of, ends_with, none_left, row_bias
 from lmdist_export.sampler import Sampler, log_softmax
 
 
@@ -35,8 +35,11 @@ def beam_search(
     growing = [Text(list(prompt), 0, 0)]
     scores = np.zeros(1)
     done: list[tuple[float, Text]] = []
+    exhausted: list[Text] = []
     for length in range(1, config.max_new_tokens + 1):
-        follow = log_softmax(logits) + row_bias(growing, config, bias, end, None) + bias
+        follow = log_softmax(logits) + row_bias(growing, config, len(bias), end, None) + bias
+        # The best first: the longest, and of these the likeliest.
+        exhausted = [*(text for text, row in zip(growing, follow, strict=True) if none_left(row)), *exhausted][:n]
         total = scores[:, None] + follow  # (K, V)
         # One of the best 2K at least each beam can go on with: a beam has one end and few stops.
         wanted = min((2 + len(stops)) * config.num_beams, total.size)
@@ -57,7 +60,7 @@ def beam_search(
                 kept.append((row, word, score))
         done = sorted(done, key=lambda found: -found[0])[: config.num_beams]
         rows = [row for row, _, _ in kept]
-        growing = [Text(list(prompt), 0, 0, [*growing[row].words, word]) for row, word, _ in kept]
+        growing = [growing[row].grown(word) for row, word, _ in kept]
         scores = np.array([score for _, _, score in kept])
         # A logarithm only falls: with no more words than now a text's score is at most what it has.
         longest = config.max_new_tokens if config.length_penalty > 0 else length
@@ -70,7 +73,9 @@ def beam_search(
         for text, score in zip(growing, scores.tolist(), strict=True):
             text.finish_reason = "length"
             done.append((score / config.max_new_tokens**config.length_penalty, text))
-    found = [text for _, text in sorted(done, key=lambda found: -found[0])[:n]]
+    for text in exhausted:
+        text.finish_reason = "exhausted"
+    found = [*(text for _, text in sorted(done, key=lambda found: -found[0])), *exhausted][:n]
     for number, text in enumerate(found):
         text.number = number
     return found

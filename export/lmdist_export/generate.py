@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmdist.errors import CommandParser, UsageError, report
+from lmdist.errors import CommandParser, DataError, UsageError, report
 from lmdist.vocabulary import UNKNOWN, Vocabulary
 from lmdist_export.completion import Options, as_object, readable
 from lmdist_export.lines import Lines
@@ -169,18 +169,23 @@ def run(arguments: argparse.Namespace) -> None:
     sampler = Sampler(bundle, arguments.provider, arguments.threads)
     lines = [arguments.prompt or ""] if arguments.prompts_file is None else Lines([arguments.prompts_file], say)
     prompts: dict[int, list[str]] = {}
+    unread: list[DataError] = []
+    """Why prompts could not be read, said when the texts of those before them are written."""
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     if arguments.seed is None and not config.greedy and config.num_beams == 1:
         say(f"seed {seed}")
 
     def encoded() -> Iterator[list[int]]:
-        for number, line in enumerate(lines):
-            words = bundle.tokenizer.tokenize(line) if line else []  # NLTK is slow to import
-            warn_of_unknown(words, bundle.vocabulary)
-            prompts[number] = words
-            yield bundle.vocabulary.encode(words)
+        try:
+            for number, line in enumerate(lines):
+                words = bundle.tokenizer.tokenize(line) if line else []  # NLTK is slow to import
+                warn_of_unknown(words, bundle.vocabulary)
+                prompts[number] = words
+                yield bundle.vocabulary.encode(words)
+        except DataError as error:
+            unread.append(error)
 
-    def grown() -> Iterator[tuple[Text, list[int]]]:
+    def made_words() -> Iterator[tuple[Text, list[int]]]:
         if config.num_beams > 1:
             for number, prompt in enumerate(encoded()):
                 for text in beam_search(sampler, prompt, config, arguments.n, stops, arguments.ignore_eos):
@@ -188,6 +193,11 @@ def run(arguments: argparse.Namespace) -> None:
             return
         how = {"ignore_end": arguments.ignore_eos, "batch_size": arguments.batch_size, "stream": arguments.stream}
         yield from continuations(sampler, encoded(), config, seed, arguments.n, stops, **how)
+
+    def grown() -> Iterator[tuple[Text, list[int]]]:
+        for text, words in made_words():
+            warn_of_exhausted(text)
+            yield text, words
 
     began, made = time.perf_counter(), 0
     with whole_file(arguments.output) if arguments.output else nullcontext(sys.stdout) as out:
@@ -200,15 +210,17 @@ def run(arguments: argparse.Namespace) -> None:
             out.write("\n")
         else:
             done = (text for text, _ in grown() if text.finish_reason)
-            for place, text in enumerate(done if config.num_beams > 1 else in_order(done, arguments.n)):
+            for text in done if config.num_beams > 1 else in_order(done, arguments.n):
                 made += len(text.words)
                 words = prompts[text.prompt_number]
                 out.write(
                     json.dumps(as_object(sampler, text, words, options), ensure_ascii=False) + "\n"
                     if arguments.json
-                    else plain(bundle, place, text, words, arguments)
+                    else plain(bundle, text, words, arguments)
                 )
                 out.flush()
+        if unread:
+            raise unread[0]
     seconds = time.perf_counter() - began
     where = f" -> {arguments.output}" if arguments.output else ""
     say(f"{made:,} words in {seconds:.2f} s, {made / seconds:,.0f} words/s{where}")
@@ -240,6 +252,15 @@ def warn_of_unknown(prompt: Sequence[str], vocabulary: Vocabulary) -> None:
     say(f"warning: not in the vocabulary, and read as {UNKNOWN}: {', '.join(unknown)}{hint}")
 
 
+def warn_of_exhausted(text: Text) -> None:
+    """Say that a text is shorter than it was to be, by the names that --json gives it."""
+    if text.finish_reason == "exhausted":
+        say(
+            f"warning: prompt_number {text.prompt_number}, index {text.number} ends after {len(text.words)} words: "
+            "all others would repeat a sequence, are bad or suppressed"
+        )
+
+
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
@@ -259,18 +280,26 @@ def streamed(
 
 
 def in_order(texts: Iterable[Text], n: int) -> Iterator[Text]:
-    """Texts in the order of their prompts, and the `n` of each by their number, each as soon as it is its turn."""
+    """Texts in the order of their prompts, and the `n` of each by their number, each as soon as it is its turn.
+
+    At Ctrl-C those that wait for others come as well.
+    """
     waiting: dict[int, Text] = {}
     turn = 0
-    for text in texts:
-        waiting[text.prompt_number * n + text.number] = text
-        while turn in waiting:
-            yield waiting.pop(turn)
-            turn += 1
+    try:
+        for text in texts:
+            waiting[text.prompt_number * n + text.number] = text
+            while turn in waiting:
+                yield waiting.pop(turn)
+                turn += 1
+    except KeyboardInterrupt:
+        yield from (waiting[place] for place in sorted(waiting))
+        raise
 
 
-def plain(bundle: Bundle, place: int, text: Text, prompt: Sequence[str], arguments: argparse.Namespace) -> str:
+def plain(bundle: Bundle, text: Text, prompt: Sequence[str], arguments: argparse.Namespace) -> str:
     """A text for people, and before all but the first a line that says which it is."""
+    place = text.prompt_number * arguments.n + text.number
     head = "" if place == 0 else f"\n===== {place + 1} =====\n\n"
     return f"{head}{readable(bundle, text, prompt, echo=arguments.echo)}\n"
 

@@ -43,7 +43,20 @@ class Text:
     words: list[int] = field(default_factory=list)
     """Those after the prompt, without the end mark or the stop that ended it."""
     finish_reason: str = ""
-    """stop: it came to its end or to a stop; length: it has max_new_tokens words; empty: it goes on."""
+    """stop: its end or a stop came; length: it has max_new_tokens words; exhausted: no word may follow; empty: it goes on."""
+    followers: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """Of words that stand side by side in it those that came next: what `repeats` has found so far."""
+    indexed: int = field(default=0, repr=False, compare=False)
+    """How many words, those of the prompt among them, `followers` knows."""
+
+    def last(self, count: int) -> list[int]:
+        """The last `count` words, those of the prompt among them, or all."""
+        words = self.words[max(0, len(self.words) - count) :]
+        return [*self.prompt[max(0, len(self.prompt) - (count - len(words))) :], *words]
+
+    def grown(self, word: int) -> Text:
+        """The text with one word more, beside which it can go on with another."""
+        return replace(self, words=[*self.words, word], followers=dict(self.followers))
 
 
 def continuations(
@@ -104,19 +117,26 @@ def runs(
         count = min([count, *(config.min_new_tokens - len(text.words) for text in texts if not may_end(text, config))])
         count = 1 if step_by_step else min(count, words_at_once)
         began = time.perf_counter()
-        made, state = sampler.make(
-            state,
-            config,
-            count,
-            stops=(*end, *single),
-            bias=bias,
-            row_bias=row_bias(texts, config, bias, end, rule) if with_row_bias else None,
-            in_prompt=words_of_prompts(texts, sampler.sizes.vocabulary_size) if config.repetition_penalty != 1 else None,
-        )
-        if stream:
-            seconds = (time.perf_counter() - began) / len(made)
-            words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds)))
-        yield [(text, add(text, words, config, end, stops)) for text, words in zip(texts, made.T.tolist(), strict=True)]
+        added = row_bias(texts, config, len(bias), end, rule) if with_row_bias else None
+        exhausted = [] if added is None else [text for text, row in zip(texts, added + bias, strict=True) if none_left(row)]
+        if exhausted:  # they end; the others go on with the next run
+            for text in exhausted:
+                text.finish_reason = "exhausted"
+            yield [(text, add(text, [], config, end, stops)) for text in exhausted]
+        else:
+            made, state = sampler.make(
+                state,
+                config,
+                count,
+                stops=(*end, *single),
+                bias=bias,
+                row_bias=added,
+                in_prompt=words_of_prompts(texts, sampler.sizes.vocabulary_size) if config.repetition_penalty != 1 else None,
+            )
+            if stream:
+                seconds = (time.perf_counter() - began) / len(made)
+                words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds)))
+            yield [(text, add(text, words, config, end, stops)) for text, words in zip(texts, made.T.tolist(), strict=True)]
         going = [row for row, text in enumerate(texts) if not text.finish_reason]
         texts = [texts[row] for row in going]
         state = state.rows(going) if going else None
@@ -208,39 +228,50 @@ def bias_of(config: GenerationConfig, vocabulary_size: int) -> NDArray[np.float3
         bias[words] += np.float32(value)
     bias[list(config.suppress_tokens)] = -np.inf
     bias[[words[0] for words in config.bad_words_ids if len(words) == 1]] = -np.inf
-    if np.isneginf(bias).all():
+    if none_left(bias):
         raise UsageError("no word is left to draw: suppress_tokens, bad words and logit bias take all of them")
     return bias
 
 
 def row_bias(
-    texts: Sequence[Text], config: GenerationConfig, bias: NDArray[np.float32], end: Collection[int], rule: Rule | None
+    texts: Sequence[Text], config: GenerationConfig, vocabulary_size: int, end: Collection[int], rule: Rule | None
 ) -> NDArray[np.float32]:
     """What is added to the logits of each text (B, V) before its next word."""
-    added = np.zeros((len(texts), len(bias)), np.float32)
+    added = np.zeros((len(texts), vocabulary_size), np.float32)
     for row, text in zip(added, texts, strict=True):
         if rule:
             row += np.asarray(rule([*text.prompt, *text.words]), np.float32)
         row[forbidden(text, config, end)] = -np.inf
-        if np.isneginf(row + bias).all():
-            raise UsageError(
-                f"no word is left to draw after {len(text.words)} words: of {len(bias)} words all are suppressed, "
-                "would repeat a sequence, or may not come; allow more"
-            )
     return added
+
+
+def none_left(added: NDArray[np.floating]) -> bool:
+    """Whether what is added to logits (V) leaves no word that may come."""
+    return bool(np.isneginf(added).all())
 
 
 def forbidden(text: Text, config: GenerationConfig, end: Collection[int]) -> list[int]:
     """The words that may not come next: they would end the text too early, repeat a sequence, or complete a bad one."""
-    words = [*text.prompt, *text.words]
     found = [] if may_end(text, config) else list(end)
-    size = config.no_repeat_ngram_size
-    if size:
-        last = words[len(words) - size + 1 :]  # empty where size is 1
-        starts = range(len(words) - size + 1)
-        found += [words[start + size - 1] for start in starts if words[start : start + size - 1] == last]
-    found += [bad[-1] for bad in config.bad_words_ids if len(bad) > 1 and ends_with(words, bad[:-1])]
+    if config.no_repeat_ngram_size:
+        found += repeats(text, config.no_repeat_ngram_size)
+    found += [bad[-1] for bad in config.bad_words_ids if len(bad) > 1 and text.last(len(bad) - 1) == list(bad[:-1])]
     return found
+
+
+def repeats(text: Text, size: int) -> tuple[int, ...]:
+    """The words that have come after the last `size` - 1 words of a text before.
+
+    Only the words that are new since the last call are looked at, so the time for a text grows with its length, not with its
+    square.
+    """
+    length = len(text.prompt) + len(text.words)
+    words = text.last(length - text.indexed + size - 1)
+    for start in range(len(words) - size + 1):
+        *before, word = words[start : start + size]
+        text.followers[*before,] = (*text.followers.get((*before,), ()), word)
+    text.indexed = length
+    return text.followers.get(tuple(text.last(size - 1)), ())
 
 
 def words_of_prompts(texts: Sequence[Text], vocabulary_size: int) -> NDArray[np.bool_]:

@@ -270,8 +270,10 @@ class Sampler:
         """Make N = `words` words of each text in one run, (N, B), fewer where all have made one of `stops`; and the state then.
 
         A text goes on after its stop where others have not come to theirs. `bias` (V) is added to all logits, `row_bias`
-        (B, V) to each row's; `in_prompt` (B, V) says which words a repetition penalty finds in the prompts.
+        (B, V) to each row's; `in_prompt` (B, V) says which words a repetition penalty finds in the prompts. Raises UsageError
+        for a state of another model.
         """
+        self.expect_own(state)
         features = features_of(config, row_bias is not None)
         rows, wanted = len(state), features.attempts
         assert len(state.generators) == rows, "a text draws no words before it is seeded"
@@ -319,6 +321,21 @@ class Sampler:
         last = made[-1] if len(made) else np.take_along_axis(state.words, state.lengths[:, None] - 1, axis=1)[:, 0]
         after = State(last[:, None], np.ones(rows, np.int64), h, c, generators, found[4] if features.adjusted else state.counts)
         return made, after
+
+    def expect_own(self, state: State) -> None:
+        """Raise UsageError where a state is not of this model, as far as shapes and ids show it."""
+        rows, size, vocabulary = len(state), self.sizes.state_size, self.sizes.vocabulary_size
+        for name, array, expected in (
+            ("h", state.h, (rows, size)),
+            ("c", state.c, (rows, size)),
+            ("counts", state.counts, (rows, self.sizes.padded)),
+        ):
+            if array is not None and array.shape != expected:
+                raise UsageError(f"the state is not this model's: the shape of {name} is {array.shape}; {expected} is expected")
+        if state.words.max() >= vocabulary:
+            raise UsageError(
+                f"the state is not this model's: the id of a word is {state.words.max()}; one below {vocabulary} is expected"
+            )
 
     def run_generation(self, features: Features, feed: dict[str, Any]) -> list[NDArray[Any]]:
         """Run the generation graph: words (N, B), mass, next_h, next_c and, if there are any, counts."""
