@@ -37,7 +37,7 @@ ORDER = [
 # Those of the bundle: what samples comes first, and needs neither torch nor onnx; what exports knows all of it.
 EXPORT_ORDER = [
     *("onnx_file", "graph", "bundle", "sampler", "generation", "beam", "scoring", "lines", "completion", "generate", "score"),
-    *("batching", "served_model", "registry", "tokenizer_json", "convert", "verify", "sherpa", "export"),
+    *("batching", "invocation", "served_model", "registry", "tokenizer_json", "convert", "verify", "sherpa", "export"),
 ]
 
 
