@@ -11,6 +11,7 @@ No torch: the environment has lmdist[serve].
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import secrets
@@ -63,9 +64,8 @@ class Refused(MlflowException):
     """What is answered in place of texts: a sentence."""
 
     def serialize_as_json(self) -> str:
-        """The body of the answer; MLflow would put all of the input before the sentence."""
-        self.message = str(self)
-        return super().serialize_as_json()
+        """The body of the answer, as invocation.py's; MLflow would put all of the input before the sentence."""
+        return json.dumps({"error_code": self.error_code, "message": str(self)})
 
 
 class ServedModel(PythonModel):
