@@ -30,8 +30,9 @@ HOMES = {
 # The rooms in the order of the data: a file imports only from rooms before its own.
 ORDER = [
     *("errors", "machine", "files", "signals", "console", "vocabulary", "words", "text", "documents", "demo", "corpus"),
-    *("prepare", "settings", "config", "data", "lstm", "model", "precision", "distributed", "loss", "metrics", "optimizer"),
-    *("sample", "cuda_graph", "tracking", "sync", "plot", "checkpoint", "evaluate", "loop", "train", "agent", "launcher"),
+    *("prepare", "settings", "config", "data", "lstm", "model", "precision", "distributed", "loss", "perplexity", "metrics"),
+    *("optimizer", "sample", "cuda_graph", "tracking", "sync", "plot", "checkpoint", "evaluate", "loop", "train", "agent"),
+    "launcher",
 ]
 
 # Those of the bundle: what samples comes first, and needs neither torch nor onnx; what exports knows all of it.
