@@ -127,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from lmdist import checkpoint
     from lmdist.data import Folder
     from lmdist.distributed import start
-    from lmdist.metrics import perplexity
+    from lmdist.perplexity import perplexity
     from lmdist.vocabulary import UNKNOWN_ID
 
     path = checkpoint.find(arguments.checkpoint)

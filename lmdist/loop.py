@@ -26,8 +26,9 @@ from lmdist.errors import Stopped, UsageError
 from lmdist.evaluate import evaluate
 from lmdist.files import write_whole
 from lmdist.loss import activation_penalty, summed_nats
-from lmdist.metrics import Nats, perplexity
+from lmdist.metrics import Nats
 from lmdist.model import LanguageModel, State
+from lmdist.perplexity import perplexity
 from lmdist.plot import draw_losses
 from lmdist.precision import Precision, choose, prepare_for
 from lmdist.sample import sample

@@ -37,8 +37,3 @@ class Nats:
         """Nats a word over all ranks; every rank must ask at the same point."""
         nats, count = self.totals()
         return nats / count if count else math.nan
-
-
-def perplexity(nats: float) -> float:
-    """exp(nats a word), infinite where that is more than a float holds."""
-    return math.exp(nats) if nats < 700 else math.inf

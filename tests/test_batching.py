@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from lmdist_export import batching
 from lmdist_export.batching import Batcher, Overdue, Request
 from lmdist_export.bundle import GenerationConfig
 from lmdist_export.generation import Text, continuations
-from lmdist_export.sampler import Sampler
+from lmdist_export.sampler import Sampler, State
 from small_bundles import bare_bundle
 
 CONFIG = GenerationConfig(max_new_tokens=40)
@@ -78,6 +78,37 @@ def test_a_request_that_takes_too_long_makes_room(sampler: Sampler) -> None:
     assert words_of(batcher.make(request, 60)) == alone(sampler, request)
     with pytest.raises(Overdue):  # of the same settings, so that it comes after one that nobody waits for
         batcher.make(Request(sampler, [[]], config, 1, ignore_end=True), 0.2)
+
+
+def test_texts_that_nobody_waits_for_leave_the_batch_and_those_beside_them_stay(sampler: Sampler) -> None:
+    """Given up at the worst moment, while its first text begins."""
+    config = replace(CONFIG, max_new_tokens=3_000)
+    left = Request(sampler, [[3]], config, 1, n=3, ignore_end=True)
+    beginnings = left.beginnings
+
+    def leaving() -> Iterator[tuple[Text, State]]:
+        for text, state in beginnings:
+            left.give_up()
+            yield text, state
+
+    left.beginnings = leaving()
+    stays = Request(sampler, [[4]], config, 2, ignore_end=True)
+    batcher = Batcher(sampler, batch_size=2)
+    with ThreadPoolExecutor(2) as clients:
+        asked = [clients.submit(batcher.make, request, 60) for request in (left, stays)]
+    with pytest.raises(Overdue):
+        asked[0].result()
+    assert words_of(asked[1].result()) == alone(sampler, stays)
+    assert [text.finish_reason for text in left.texts] == ["given up"]
+    assert len(left.texts[0].words) < 3_000
+
+
+def test_a_search_that_nobody_waits_for_ends_with_its_prompt(sampler: Sampler) -> None:
+    request = Request(sampler, [[3], [4]], replace(CONFIG, max_new_tokens=5, num_beams=3), 0)
+    request.give_up()
+    with pytest.raises(Overdue):
+        Batcher(sampler).make(request, 60)
+    assert not request.texts
 
 
 def test_a_search_waits_for_another_no_longer_than_its_time(sampler: Sampler) -> None:

@@ -27,12 +27,11 @@ from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.files import check_sums
 from lmdist.model import LanguageModel
 from lmdist.settings import ModelSettings
-from lmdist_export import convert, export, onnx_file, verify
+from lmdist_export import PRECISIONS, convert, export, onnx_file, verify
 from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationConfig
 from lmdist_export.graph import (
     EVERY_FEATURE,
     NBITS_BLOCK,
-    PRECISIONS,
     Features,
     Sizes,
     file_length,

@@ -30,14 +30,15 @@ HOMES = {
 # The rooms in the order of the data: a file imports only from rooms before its own.
 ORDER = [
     *("errors", "machine", "files", "signals", "console", "vocabulary", "words", "text", "documents", "demo", "corpus"),
-    *("prepare", "settings", "config", "data", "lstm", "model", "precision", "distributed", "loss", "metrics", "optimizer"),
-    *("sample", "cuda_graph", "tracking", "sync", "plot", "checkpoint", "evaluate", "loop", "train", "agent", "launcher"),
+    *("prepare", "settings", "config", "data", "lstm", "model", "precision", "distributed", "loss", "perplexity", "metrics"),
+    *("optimizer", "sample", "cuda_graph", "tracking", "sync", "plot", "checkpoint", "evaluate", "loop", "train", "agent"),
+    "launcher",
 ]
 
 # Those of the bundle: what samples comes first, and needs neither torch nor onnx; what exports knows all of it.
 EXPORT_ORDER = [
     *("onnx_file", "graph", "bundle", "sampler", "generation", "beam", "scoring", "lines", "completion", "generate", "score"),
-    *("batching", "served_model", "registry", "tokenizer_json", "convert", "verify", "sherpa", "export"),
+    *("batching", "invocation", "served_model", "registry", "tokenizer_json", "convert", "verify", "sherpa", "export"),
 ]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -57,12 +59,10 @@ class Serving:
                 assert time.monotonic() < deadline, self.log.read_text()
                 time.sleep(0.1)
 
-    def post(self, body: object) -> tuple[int, Any]:
+    def post(self, body: object, content_type: str = "application/json") -> tuple[int, Any]:
         """Status and answer to a body."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/invocations", data, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/invocations", data, {"Content-Type": content_type})
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return answer.status, json.loads(answer.read())
@@ -179,11 +179,21 @@ def test_every_form_of_input_is_the_same_input(serving: Serving) -> None:
         {"inputs": {"prompt": ["the", "a"]}},
         {"inputs": [{"prompt": "the"}, {"prompt": "a"}]},
         {"inputs": ["the", "a"]},
+        {"instances": ["the", "a"]},
+        {"instances": {"prompt": ["the", "a"]}},
         {"instances": [{"prompt": "the"}, {"prompt": "a"}]},
+        {"dataframe_split": {"index": [0, 1], "columns": ["prompt"], "data": [["the"], ["a"]]}},
     ]
     answers = [serving.post(form | {"params": params}) for form in forms]
-    assert answers == [answers[0]] * len(forms)
+    in_capitals = serving.post(forms[0] | {"params": params}, 'Application/JSON; charset="UTF-8"')
+    assert [*answers, in_capitals] == [answers[0]] * (len(forms) + 1)
     assert answers[0][0] == 200
+
+
+@pytest.mark.slow
+def test_prompts_are_texts_whatever_they_look_like(serving: Serving) -> None:
+    prompts = ["", "7", "007", "nan", "null", "NA", "true", "2020-01-01", "the\0", "naïve 😀"]
+    assert [text["text"] for text in serving.texts(*prompts, max_new_tokens=1, stop=PLAIN_WORDS)] == prompts
 
 
 @pytest.mark.slow
@@ -208,12 +218,20 @@ def one(**params: object) -> dict[str, object]:
 
 
 REFUSED = {
-    "an unknown param": (one(max_tokens=5), "params: 'max_tokens' is not known; known are max_new_tokens, "),
+    "an unknown param": (one(max_tokens=5), 'params: "max_tokens" is not known; known are max_new_tokens, '),
     "out of range": (one(top_p=7), "top_p is 7.0; it must be above 0 and at most 1"),
-    "a text for a number": (one(top_p="much"), "Can not safely convert `<class 'str'>` to `DataType.double` for value `much`"),
-    "a number with a fraction": (one(max_new_tokens=2.5), "to `DataType.long` for value `2.5`"),
-    "a text for a list": (one(stop="cat"), "Value must be a 1D array with shape (-1,) for param 'stop'"),
-    "nothing in a list": (one(stop=[None]), "stop number 0 is None; a text is expected"),
+    "a text for a number": (one(top_p="much"), 'top_p is "much"; a number is expected'),
+    "a list for a number": (one(top_p=[1]), "top_p is [1]; a number is expected"),
+    "true for a number": (one(max_new_tokens=True), "max_new_tokens is true; a whole number is expected"),
+    "a number with a fraction": (one(max_new_tokens=2.5), "max_new_tokens is 2.5; a whole number is expected"),
+    "a number for a flag": (one(ignore_eos=1), "ignore_eos is 1; true or false is expected"),
+    "too large a number": (one(seed=2**64), "seed is 18446744073709551616; a whole number of at most 64 bits is expected"),
+    "far too large a number": (b'{"inputs": ["the"], "params": {"seed": %s}}' % (b"9" * 5_000), "has a number of thousands of"),
+    "a text for a list": (one(stop="cat"), 'stop is "cat"; a list of texts is expected'),
+    "an object for a list": (one(stop={"cat": 1}), 'stop is {"cat": 1}; a list of texts is expected'),
+    "a list in a list": (one(stop=["the", ["cat"]]), 'stop number 1 is ["cat"]; a text is expected'),
+    "nothing in a list": (one(stop=[None]), "stop number 0 is null; a text is expected"),
+    "a long word": (one(stop=["x" * 1_000]), f"stop: '{'x' * 12}...{'x' * 13}' is not in the vocabulary"),
     "an unknown word": (one(stop=["xyzzy"]), "stop: 'xyzzy' is not in the vocabulary"),
     "too many words": (one(max_new_tokens=10**9), "together is 1,000,000,001; this server takes at most 20,000"),
     "too many texts": (one(n=1_000), "this server takes at most 20,000"),
@@ -224,13 +242,38 @@ REFUSED = {
     "a draw and a search": (one(num_beams=2, top_p=0.5), "num_beams searches for the likeliest text and draws nothing: top_p"),
     "no word left": (one(logit_bias=[f"{word}=-inf" for word in [*PLAIN_WORDS, "<eos>"]]), "no word is left to draw"),
     "not a number": (b'{"inputs": ["the"], "params": {"temperature": NaN}}', "temperature is nan; it must be 0"),
-    "params of another kind": ({"inputs": ["the"], "params": [1]}, "Parameters must be a dictionary. Got type 'list'."),
-    "another column": ({"dataframe_records": [{"text": "the"}]}, "Model is missing inputs ['prompt']"),
+    "params of another kind": ({"inputs": ["the"], "params": [1]}, 'params is [1]; an object is expected, as {"seed": 7}'),
+    "another column": (
+        {"dataframe_records": [{"text": "a"}]},
+        'prompt number 0 is {"text": "a"}; a text is expected, as in [{',
+    ),
+    "a column more": ({"inputs": [{"prompt": "a", "id": 3}]}, 'prompt number 0 is {"prompt": "a", "id": 3}; a text is'),
+    "other columns": ({"dataframe_split": {"columns": ["id"], "data": [[1]]}}, 'dataframe_split is {"columns": ["id"], "data"'),
+    "a row of two": (
+        {"dataframe_split": {"columns": ["prompt"], "data": [["a", "b"]]}},
+        'prompt number 0 is ["a", "b"]; a text',
+    ),
+    "a split of a text": ({"dataframe_split": "the"}, 'dataframe_split is "the"; what is expected is {"columns": ["prompt"], '),
     "a number for a prompt": ({"dataframe_records": [{"prompt": 7}]}, "prompt number 0 is 7; a text is expected"),
-    "nothing for a prompt": ({"dataframe_records": [{"prompt": "the"}, {}]}, "prompt number 1 is "),
+    "a number for an input": ({"inputs": ["the", 7]}, 'prompt number 1 is 7; a text is expected, as in ["We must"]'),
+    "nothing for a prompt": ({"dataframe_records": [{"prompt": "the"}, {}]}, "prompt number 1 is {}; a text is expected"),
+    "null for a prompt": ({"inputs": [None]}, "prompt number 0 is null; a text is expected"),
+    "a list for a prompt": ({"instances": [["the"]]}, 'prompt number 0 is ["the"]; a text is expected'),
+    "half of a character": (b'{"inputs": ["\\ud800"]}', "prompt number 0 has half of a character"),
+    "records of another kind": ({"dataframe_records": None}, 'dataframe_records is null; what is expected is [{"prompt": "We'),
+    "a text for the inputs": ({"inputs": "the"}, 'inputs is "the"; what is expected is ["We must"]'),
+    "a long text for the inputs": ({"inputs": "the " * 99}, f'inputs is "{"the " * 9}the...; what is expected is ["We must"]'),
     "no prompts": ({"dataframe_split": {"columns": ["prompt"], "data": []}}, "no prompt is given"),
-    "no input": ({"params": {}}, "exactly one of the input fields"),
-    "no JSON": (b"{", "Ensure that input is a valid JSON formatted string"),
+    "no input": ({"params": {}}, "the body has no input; one of inputs, instances, dataframe_records, dataframe_split is"),
+    "two inputs": ({"inputs": ["a"], "instances": ["b"]}, "the body has inputs and instances; one of "),
+    "another name": ({"input": ["the"]}, 'the body has "input", which is not known; known are inputs, '),
+    "a name beside": ({"inputs": ["the"], "parameters": {}}, 'the body has "parameters", which is not known'),
+    "another program's form": ({"prompt": "the", "temperature": 1}, 'the body has "prompt", which is not known'),
+    "a list": (["the"], 'the body is ["the"]; an object is expected, as {"inputs": '),
+    "nothing": (b"", "the body is no JSON (Expecting value: line 1, column 1); what is expected is {"),
+    "no JSON": (b'{"inputs": ["the secret', "the body is no JSON (Unterminated string starting at: line 1, column 13); what"),
+    "no UTF-8": (b'{"inputs": ["\xff"]}', "byte 14 of the body is not UTF-8"),
+    "brackets": (b"[" * 100_000, "the body has too many brackets in brackets"),
 }
 
 
@@ -238,9 +281,80 @@ REFUSED = {
 @pytest.mark.parametrize(("body", "sentence"), REFUSED.values(), ids=REFUSED)
 def test_wrong_input_is_a_400_and_a_sentence(serving: Serving, body: object, sentence: str) -> None:
     status, answer = serving.post(body)
-    assert status == 400
+    assert (status, answer["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
     assert sentence in answer["message"]
-    assert "Traceback" not in json.dumps(answer)
+    assert len(answer["message"]) < 400
+    assert "stack_trace" not in answer
+    assert "secret" not in answer["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        *("text/csv", "application/vnd.apache.parquet", "text/plain", "application/x-www-form-urlencoded", ""),
+        *("application/json; charset=latin-1", "application/json; profile=x", "application/jsonlines"),
+    ],
+)
+def test_what_is_no_json_is_a_415_and_a_sentence(serving: Serving, content_type: str) -> None:
+    status, answer = serving.post(b"prompt\nthe secret\n", content_type)
+    said = f'Content-Type is "{content_type}"' if content_type else "no Content-Type is given"
+    assert (status, answer["message"]) == (415, f"{said}; application/json is expected, in UTF-8")
+
+
+@pytest.mark.slow
+def test_a_body_that_is_too_long_is_a_413_and_a_sentence(serving: Serving) -> None:
+    status, answer = serving.post({"inputs": ["the " * 2**23]})
+    assert (status, answer["message"]) == (413, "the body has 33,554,448 bytes; this server takes at most 1,048,576")
+    assert serving.texts("the")
+
+
+@pytest.mark.slow
+def test_no_other_path_has_a_door(serving: Serving) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{serving.port}/version", timeout=60) as answer:
+        assert answer.status == 200
+
+
+# --- those who wait ------------------------------------------------------------------------------------------------
+
+LONG = {"max_new_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
+"""A word takes the longer, the more there are: half a minute and more."""
+
+
+def cpu_seconds(process_id: int) -> float:
+    """That a process and its children have used so far."""
+    import psutil
+
+    server = psutil.Process(process_id)
+    return sum(sum(process.cpu_times()[:2]) for process in (server, *server.children(recursive=True)))
+
+
+@pytest.mark.slow
+def test_nothing_is_made_for_a_client_that_has_gone(serving: Serving) -> None:
+    body = json.dumps(one(**LONG)).encode()
+    for _ in range(20):
+        client = http.client.HTTPConnection("127.0.0.1", serving.port)
+        client.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+        client.close()
+    deadline = time.monotonic() + 20
+    while True:
+        before = cpu_seconds(serving.process.pid)
+        time.sleep(1)
+        if cpu_seconds(serving.process.pid) - before < 0.1:
+            break
+        assert time.monotonic() < deadline, "the server still makes their words"
+
+
+@pytest.mark.slow
+def test_a_short_request_does_not_wait_for_many_long_ones(serving: Serving) -> None:
+    clients = [http.client.HTTPConnection("127.0.0.1", serving.port) for _ in range(16)]
+    for client in clients:
+        client.request("POST", "/invocations", json.dumps(one(**LONG)).encode(), {"Content-Type": "application/json"})
+    assert serving.texts("the", max_new_tokens=1)
+    answered, _, _ = select.select([client.sock for client in clients], [], [], 0)
+    assert not answered
+    for client in clients:
+        client.close()
 
 
 @pytest.mark.slow
@@ -286,6 +400,8 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
             __pyfunc_model_path__="models:/news.en@champion",
         )
         server.wait()
+        assert server.post(one(max_tokens=5))[0] == 400
+        assert server.post(b"prompt\nthe\n", "text/csv")[0] == 415
     finally:
         tracking.kill()
     answers: list[list[dict[str, Any]]] = []

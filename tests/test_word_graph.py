@@ -14,9 +14,9 @@ import onnx
 import pytest
 
 from lmdist.errors import UsageError
-from lmdist_export import export, sampler
+from lmdist_export import PRECISIONS, export, sampler
 from lmdist_export.bundle import Bundle, GenerationConfig
-from lmdist_export.graph import PRECISIONS, Features, Sizes, capturable, file_length, generation_graph, step_graph, word_graph
+from lmdist_export.graph import Features, Sizes, capturable, file_length, generation_graph, step_graph, word_graph
 from lmdist_export.sampler import Sampler, State, WordSession
 from small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, make_run
 

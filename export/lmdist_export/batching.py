@@ -28,7 +28,7 @@ MOST_GRAPHS = 8
 
 
 class Overdue(Exception):
-    """A request was not answered in its time."""
+    """A request was not answered in its time, or given up before."""
 
 
 class Request:
@@ -51,6 +51,7 @@ class Request:
         self.settings = repr((config, stops, ignore_end))
         """Equal where a run can serve both."""
         self.answered = threading.Event()
+        self.given_up = False
         self.error: Exception | None = None
         self.restart()
 
@@ -64,6 +65,11 @@ class Request:
         text, state = next(self.beginnings)
         self.texts.append(text)
         return text, state
+
+    def give_up(self) -> None:
+        """Wait no longer; its texts leave their batch after the run that goes on, and what has not begun never does."""
+        self.given_up = True
+        self.answered.set()
 
     @property
     def has_begun(self) -> bool:
@@ -92,7 +98,7 @@ class Batch:
         begun = []
         while self.waiting and len(begun) < room:
             request = self.waiting.popleft()
-            if request.answered.is_set():  # overdue
+            if request.given_up:
                 continue
             if request not in self.growing:
                 self.growing.append(request)
@@ -104,10 +110,15 @@ class Batch:
     def run(self) -> bool:
         """Make a run and answer the requests that have all of their texts; gives whether there are more."""
         going = next(self.runs, None) is not None
-        for request in self.growing:
-            if request.has_ended:
+        growing, self.growing = self.growing, []
+        for request in growing:
+            if request.given_up:
+                for text in request.texts:  # their places are for others
+                    text.finish_reason = text.finish_reason or "given up"
+            elif request.has_ended:
                 request.answered.set()
-        self.growing = [request for request in self.growing if not request.answered.is_set()]
+            else:
+                self.growing.append(request)
         return going
 
 
@@ -129,9 +140,8 @@ class Batcher:
             return self.search(request, seconds)
         self.add(request, request.settings)
         if not request.answered.wait(seconds):
-            request.answered.set()
-            for text in list(request.texts):  # their places are for others
-                text.finish_reason = text.finish_reason or "overdue"
+            request.give_up()
+        if request.given_up:
             raise Overdue
         if request.error:
             raise request.error
@@ -143,11 +153,11 @@ class Batcher:
             raise Overdue
         try:
             how = request.config, request.n, request.stops, request.ignore_end
-            return [
-                replace(text, prompt_number=number)
-                for number, prompt in enumerate(request.prompts)
-                for text in beam_search(self.sampler, prompt, *how)
-            ]
+            for number, prompt in enumerate(request.prompts):
+                if request.given_up:
+                    raise Overdue
+                request.texts += [replace(text, prompt_number=number) for text in beam_search(self.sampler, prompt, *how)]
+            return request.texts
         finally:
             self.searching.release()
 

@@ -26,7 +26,8 @@ from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.files import FileFacts, build, check_folder, check_shape, check_sums, check_version, read_json, size_of
 from lmdist.text import WordTokenizer
 from lmdist.vocabulary import END_ID, UNKNOWN_ID, Vocabulary
-from lmdist_export.graph import ALIGNMENT, PRECISIONS, Sizes, file_length
+from lmdist_export import PRECISIONS
+from lmdist_export.graph import ALIGNMENT, Sizes, file_length
 
 FORMAT = "lmdist bundle"
 VERSION = 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -114,21 +115,24 @@ class Options:
             if not word or math.isnan(value):
                 raise ValueError
         except ValueError:
-            raise UsageError(f"{name} {given} is not understood; WORD=X is expected, as in {name} the=-2.5") from None
+            raise UsageError(
+                f"{name} {reprlib.repr(given)} is not understood; WORD=X is expected, as in {name} the=-2.5"
+            ) from None
         return [self.known_word(bundle, word, "logit_bias")], value
 
     def known_words(self, bundle: Bundle, text: str, name: str) -> list[int]:
         """The ids of the words of a text; raises UsageError where there are none, or where the model has no such word."""
         words = bundle.tokenizer.tokenize(text)
         if not words:
-            raise UsageError(f"{self.called(name)} {text!r} has no words")
+            raise UsageError(f"{self.called(name)} {reprlib.repr(text)} has no words")
         return [self.known_word(bundle, word, name) for word in words]
 
     def known_word(self, bundle: Bundle, word: str, name: str) -> int:
         """The id of a word."""
         if word not in bundle.vocabulary.ids:
             raise UsageError(
-                f"{self.called(name)}: {word!r} is not in the vocabulary, so that it never comes; vocab.txt has all words"
+                f"{self.called(name)}: {reprlib.repr(word)} is not in the vocabulary, so that it never comes; "
+                "vocab.txt has all words"
             )
         return bundle.vocabulary.ids[word]
 

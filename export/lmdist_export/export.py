@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, report
+from lmdist_export import PRECISIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 DEFECT = 1
 LAYOUTS = ("bundle", "sherpa-onnx")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")  # those of graph.py, which takes longer to import than --help may
 SPEED_WORDS = 30
 
 

@@ -30,7 +30,6 @@ from lmdist.vocabulary import END_ID, UNKNOWN_ID
 from lmdist_export.onnx_file import BOOL, FLOAT, FLOAT16, INT8, INT32, INT64, UINT8, Graph, Shape, model_bytes
 
 VERSION = 2
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK = 256  # words whose probabilities are summed first, so that a draw looks at V/256 sums and then at 256 words
 NBITS_BLOCK = 64  # 4-bit weights that share a scale: 128 is not faster, 32 is
 ALIGNMENT = 4096  # of weights in their file, so that they can be mapped

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdist.errors import DataError, UsageError
+from lmdist.perplexity import perplexity
 from lmdist.vocabulary import END, END_ID, UNKNOWN_ID
 from lmdist_export.sampler import ModelState, Sampler, log_softmax
 
@@ -219,6 +220,7 @@ class Totals:
         """Counts, rates and perplexities by name; None where nothing is left to divide by. Raises DataError for no words."""
         if not self.words:
             raise DataError("there are no words to score; at least one line is expected")
+        known_words, known_bytes = self.words - self.unknown, self.bytes - self.unknown_bytes
         return {
             "sentences": self.sentences,
             "words": self.words,
@@ -227,19 +229,12 @@ class Totals:
             "bytes": self.bytes,
             "log_probability": -self.nats,
             "log_probability_without_unknown": -self.known_nats,
-            "perplexity": perplexity(self.nats, self.words),
-            "perplexity_without_unknown": perplexity(self.known_nats, self.words - self.unknown),
+            "perplexity": perplexity(self.nats / self.words),
+            "perplexity_without_unknown": perplexity(self.known_nats / known_words) if known_words else None,
             "bits_per_byte": self.nats / math.log(2) / self.bytes,
-            "perplexity_per_byte": perplexity(self.nats, self.bytes),
-            "perplexity_per_byte_without_unknown": perplexity(self.known_nats, self.bytes - self.unknown_bytes),
+            "perplexity_per_byte": perplexity(self.nats / self.bytes),
+            "perplexity_per_byte_without_unknown": perplexity(self.known_nats / known_bytes) if known_bytes > 0 else None,
         }
-
-
-def perplexity(nats: float, count: int) -> float | None:
-    """exp(nats / count), infinite where that is more than a float holds; None for a count of 0."""
-    if count < 1:
-        return None
-    return math.exp(nats / count) if nats / count < 700 else math.inf
 
 
 class Predictions:

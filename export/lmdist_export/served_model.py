@@ -1,28 +1,24 @@
-"""A bundle as MLflow serves it: prompts and options come in as JSON, texts go out; what is wrong is a 400 and a sentence.
+"""A bundle as MLflow serves it: prompts and options come in, texts go out; what is wrong is a 400 and a sentence.
 
     mlflow models serve -m bundles/demo --env-manager local
     mlflow models serve -m models:/NAME@champion --env-manager local
 
 The bundle's folder holds `MLmodel` and a file of three lines that names this module, so the code that serves is that of the
-lmdist that is installed. MLflow calls `predict` in a thread for each request; batching.py makes the texts of all of them.
+lmdist that is installed. invocation.py reads what comes over HTTP; MLflow calls `predict` in a thread for each request;
+batching.py makes the texts of all of them.
 No torch: the environment has lmdist[serve].
 """
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
+import json
 import logging
 import platform
-import re
-import reprlib
 import secrets
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pandas as pd
 
@@ -32,6 +28,7 @@ from lmdist_export.batching import Batcher, Overdue, Request
 from lmdist_export.bundle import Bundle
 from lmdist_export.completion import Options, as_object
 from lmdist_export.generation import BATCH_SIZE
+from lmdist_export.invocation import CLIENT_GONE, param_types, stand_before, texts_of
 from lmdist_export.sampler import Sampler
 
 with warnings.catch_warnings():
@@ -50,6 +47,8 @@ CODE = "served_model.py"
 REQUIREMENTS = "requirements.txt"
 ENVIRONMENT = "python_env.yaml"
 MLMODEL = "MLmodel"
+SERVER = "mlflow.pyfunc.scoring_server.app"
+"""The module that `mlflow models serve` and uvicorn import; it loads the model."""
 
 MOST_WORDS = 20_000
 """Read and made for one request: no other waits long for its prompt, and it ends within the server's time."""
@@ -57,8 +56,6 @@ MOST_BEAMS = 64
 MOST_LOGPROBS = 20
 MOST_PHRASES = 1_000
 """Stops, bad words and logit biases."""
-MOST_REQUESTS = 64
-"""At a time: those beyond wait in the server. Threads that wait cost little; each of them makes room in a batch."""
 
 KINDS = {int: DataType.long, float: DataType.double, str: DataType.string, bool: DataType.boolean}
 
@@ -67,9 +64,8 @@ class Refused(MlflowException):
     """What is answered in place of texts: a sentence."""
 
     def serialize_as_json(self) -> str:
-        """The body of the answer; MLflow would put all of the input before the sentence."""
-        self.message = str(self)
-        return super().serialize_as_json()
+        """The body of the answer, as invocation.py's; MLflow would put all of the input before the sentence."""
+        return json.dumps({"error_code": self.error_code, "message": str(self)})
 
 
 class ServedModel(PythonModel):
@@ -83,11 +79,7 @@ class ServedModel(PythonModel):
         self.batcher = Batcher(self.sampler, config["batch_size"])
         self.seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
         self.batcher.make(self.request([[]], Options(max_new_tokens=1, min_new_tokens=0, seed=0)), self.seconds)
-        logging.getLogger("mlflow.models.utils").addFilter(refuse_unknown)
-        # MLflow answers each request in a thread of the loop's pool, which has six on two cores: behind six long requests a
-        # short one would wait for all of one, and it would not share a batch.
-        with suppress(RuntimeError):  # loaded by a program without a loop
-            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MOST_REQUESTS))
+        stand_before(sys.modules.get(SERVER))
 
     # Not list[str]: of a predict with such an annotation MLflow makes the signature, and drops the params.
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
@@ -96,6 +88,8 @@ class ServedModel(PythonModel):
             options = Options(**{name: value for name, value in (params or {}).items() if value is not None})
             prompts = [self.bundle.tokenizer.tokenize(prompt) for prompt in texts_of("prompt", model_input["prompt"])]
             request = self.request([self.bundle.vocabulary.encode(words) for words in prompts], options)
+            if gone := CLIENT_GONE.get():
+                gone.add_done_callback(lambda _: request.give_up())
             texts = self.batcher.make(request, self.seconds)
             drawn = {} if request.config.greedy or request.config.num_beams > 1 else {"seed": request.seed}
             return [as_object(self.sampler, text, prompts[text.prompt_number], options) | drawn for text in texts]
@@ -122,31 +116,10 @@ class ServedModel(PythonModel):
         return Request(self.sampler, prompts, config, seed, options.n, options.stops(self.bundle), options.ignore_eos)
 
 
-def texts_of(name: str, values: Iterable[Any]) -> list[str]:
-    """The values; raises UsageError where one is no text, which MLflow lets pass."""
-    found = list(values)
-    for place, value in enumerate(found):
-        if not isinstance(value, str):
-            raise UsageError(f"{name} number {place} is {reprlib.repr(value)}; a text is expected")
-    return found
-
-
 def expect(what: str, value: int, most: int) -> None:
     """Raise UsageError where something is more than a server takes."""
     if value > most:
         raise UsageError(f"{what} is {value:,}; this server takes at most {most:,}")
-
-
-def refuse_unknown(record: logging.LogRecord) -> bool:
-    """Refuse a request with a param that is not in the signature, of which MLflow says no more than a line in its log.
-
-    It says so before it calls `predict`, in the thread of the request, so what is raised here is the answer.
-    """
-    unknown = re.match(r"Unrecognized params \[(.*?)\] are ignored", record.getMessage())
-    if unknown and "no_repeat_ngram_size" in record.getMessage():  # else it is another model's
-        known = ", ".join(field.name for field in dataclasses.fields(Options))
-        raise Refused(f"params: {unknown[1]} is not known; known are {known}", INVALID_PARAMETER_VALUE)
-    return True
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
@@ -157,11 +130,10 @@ def signature() -> ModelSignature:
 
     No param has a default here: what is not given is what generation_config.json says when the model is loaded.
     """
-    params = []
-    for name, kind in get_type_hints(Options).items():
-        of = next(of for of in KINDS if kind == of or of in getattr(kind, "__args__", ()))
-        listed = getattr(kind, "__origin__", None) is Sequence
-        params.append(ParamSpec(name, KINDS[of], [] if listed else None, (-1,) if listed else None))
+    params = [
+        ParamSpec(name, KINDS[of], [] if is_list else None, (-1,) if is_list else None)
+        for name, (of, is_list) in param_types().items()
+    ]
     answer = {"prompt_number": int, "index": int, "text": str, "words": None, "finish_reason": str, "seed": int}
     outputs: list[Any] = [ColSpec(KINDS[of] if of else Array(DataType.string), name) for name, of in answer.items()]
     return ModelSignature(Schema([ColSpec(DataType.string, "prompt")]), Schema(outputs), ParamSchema(params))

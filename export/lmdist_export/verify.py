@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from lmdist.data import IGNORED, Streams
 from lmdist.errors import DataError, UsageError
-from lmdist.metrics import perplexity
 from lmdist.model import LanguageModel
+from lmdist.perplexity import perplexity
 from lmdist_export.sampler import LOGITS_AT_ONCE, ModelState, Sampler
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
