@@ -158,7 +158,7 @@ class Cluster:
         self.stack.close()  # kills all that runs on the hosts
         for pod in self.pods:
             for process in filter(None, (pod.process, pod.hook)):
-                process.wait(timeout=10)
+                process.wait(timeout=60)
 
     def apply(self, documents: Sequence[Document]) -> None:
         """Take in rendered objects."""
@@ -250,7 +250,7 @@ class Cluster:
             if time.monotonic() > limit:
                 logs = [f"{pod.name} ({pod.exit_code}): {pod.said()[-3000:]}" for pod in self.pods]
                 raise TimeoutError(f"waited {seconds:.0f} s in vain; the pods say\n" + "\n".join(logs))
-            time.sleep(0.05)
+            time.sleep(0.1)
 
 
 class Job:
@@ -359,7 +359,7 @@ class Job:
         """Kill the container of a pod, as the kernel does where it takes more memory than it may."""
         self.active[index].send(signal.SIGKILL)
 
-    def run(self, until: Callable[[], bool] = lambda: False, seconds: float = 120.0) -> str:
+    def run(self, until: Callable[[], bool] = lambda: False, seconds: float = 300.0) -> str:
         """Go on until something holds or the Job has ended with all its pods; gives its condition."""
 
         def reached() -> bool:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -94,11 +95,12 @@ def mount(how: str, path: Path, place: str) -> list[str]:
 
 def first_process(pod: subprocess.Popen[str] | subprocess.Popen[bytes]) -> psutil.Process:
     """Process 1 of a pod that was just started; who kills it kills the pod. ProcessLookupError where the pod has ended."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while pod.poll() is None:
-        shell = psutil.Process(pod.pid)  # it sets up the host first, and becomes bubblewrap then
-        if shell.name() == "bwrap" and (children := shell.children()) and children[0].name() != "bwrap":
-            return children[0]  # it is in its box: until it becomes the command it is bubblewrap, which still builds
+        with suppress(psutil.NoSuchProcess):  # it ends between two looks
+            shell = psutil.Process(pod.pid)  # it sets up the host first, and becomes bubblewrap then
+            if shell.name() == "bwrap" and (children := shell.children()) and children[0].name() != "bwrap":
+                return children[0]  # it is in its box: until it becomes the command it is bubblewrap, which still builds
         assert time.monotonic() < until
         time.sleep(0.01)
     raise ProcessLookupError(f"the pod has ended with {pod.returncode}")

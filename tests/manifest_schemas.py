@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 import kubernetes_validate
+import kubernetes_validate.utils
 from kubeflow_trainer_api import models
 from pydantic import ValidationError
 
@@ -32,6 +33,9 @@ KUEUE = {
 }
 """The fields of a specification in kueue.x-k8s.io/v1beta2, as far as they concern us."""
 PREEMPTION = {"Never", "LowerPriority", "LowerOrNewerEqualPriority"}
+
+# It reads a megabyte of definitions for each document.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 RULE_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?")  # JobSet's webhook has it so
 ACTIONS = {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"}

@@ -196,7 +196,7 @@ def documents(name: str, k8s: Path = K8S) -> list[Document]:
 @functools.cache
 def read(text: str) -> list[Document]:
     """The documents of a YAML file."""
-    return [document for document in yaml.safe_load_all(text) if document]
+    return [document for document in yaml.load_all(text, yaml.CSafeLoader) if document]
 
 
 def namespace() -> list[Document]:

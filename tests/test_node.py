@@ -13,53 +13,25 @@ import psutil
 import pytest
 
 from corpora import chain, write_data_folder
-from hosts import Host, hosts, needs_hosts
-from jobs import SMALL, installed, losses, train_here, wait_for_steps
+from hosts import hosts, needs_hosts
+from jobs import installed, losses, train_here, wait_for_steps
 
 NODE = Path(__file__).parents[1] / "launch" / "node.sh"
 PAGE = NODE.with_name("multi-node.md")
 
 
-def start(host: Host, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command, environment = host.command(NODE, *arguments), {**installed(), "PET_NPROC_PER_NODE": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 @pytest.mark.slow
 @needs_hosts
-def test_two_machines_are_one_job(tmp_path):
+def test_the_page_makes_two_machines_one_job_by_ssh_and_stops_them(tmp_path):
     """With the same losses as one rank, though the machines have nothing in common but a network and the run folder."""
-    data = {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}
-    write_data_folder(tmp_path / "data", data, 30)
-    flags = [*SMALL, "--model.dropout=0", "--training.steps=6", "--run_folder=two", "--data.folder=data"]
-    with hosts("host-a", "host-b") as (first, second):
-        later = start(second, tmp_path, "1", "2", "host-a", *flags)
-        job = start(first, tmp_path, "0", "2", "host-a", *flags)
-        said = job.communicate(timeout=120)[0]
-        assert job.returncode == 0, said
-        said_later = later.communicate(timeout=60)[0]
-        assert later.returncode == 0, said_later
-        assert "rank(s)" not in said_later, "machine 0 alone speaks"
-        assert "on 2 rank(s)" in said, said
-        train_here(*flags, f"--data.folder={tmp_path / 'data'}", f"--run_folder={tmp_path / 'one'}")
-        np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
-
-        # A wrong recipe ends the launcher of each machine; nobody waits for the others.
-        flags.append("--model.nhid=3")
-        both = [start(host, tmp_path, str(number), "2", "host-a", *flags) for number, host in enumerate((first, second))]
-        assert [process.communicate(timeout=60)[0].count("nhid") > 0 for process in both] == [True, True]
-        assert [process.returncode for process in both] == [64, 64]
-
-
-@pytest.mark.slow
-@needs_hosts
-def test_the_page_starts_two_machines_by_ssh_and_stops_them(tmp_path):
     start_all, stop_all = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
     write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
     (tmp_path / "launch").symlink_to(NODE.parent)
     (tmp_path / "my.toml").write_text(
-        'run_folder = "run"\n[data]\nfolder = "data"\nglobal_batch = 8\nwindow = 7\n[training]\ndevice = "cpu"\nepochs = 4000\n'
-        "log_every = 1\n[tracking]\nmlflow = false\n"
+        'run_folder = "run"\n[data]\nfolder = "data"\nglobal_batch = 8\nwindow = 7\n'
+        '[training]\ndevice = "cpu"\nepochs = 4000\nlog_every = 1\nprecision = "fp32"\n'
+        "[model]\nembedding_size = 16\nhidden_size = 24\ndropout = 0\n[optimizer]\nlearning_rate = 0.02\n"
+        '[schedule]\nname = "constant"\n[tracking]\nmlflow = false\n'
     )
     with hosts("host-a", "host-b") as machines:
         ssh = "\n".join(f'{host.name}) exec {shlex.join(host.command("sh", "-c"))} "$2" ;;' for host in machines)
@@ -70,17 +42,42 @@ def test_the_page_starts_two_machines_by_ssh_and_stops_them(tmp_path):
         script = f"set -e\n{start_all}\nread -r line\n{stop_all}"
         shell = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, stdin=subprocess.PIPE, text=True)
         try:
-            wait_for_steps(tmp_path / "run", 5)
+            wait_for_steps(tmp_path / "run", 6)
             launchers = [psutil.Process(int((tmp_path / f"node-{rank}.pid").read_text())) for rank in range(2)]
-            shell.communicate("stop\n", timeout=30)
+            shell.communicate("stop\n", timeout=120)
             assert shell.returncode == 0
-            assert not psutil.wait_procs(launchers, timeout=60)[1]
+            assert not psutil.wait_procs(launchers, timeout=300)[1]
         finally:
             shell.kill()
             shell.communicate()
     logs = [(tmp_path / f"node-{rank}.log").read_text() for rank in range(2)]
+    assert "on 2 rank(s)" in logs[0]
+    assert "rank(s)" not in logs[1], "machine 0 alone speaks"
     assert "stopped on request after step" in logs[0]
     assert all("asked to stop" in log for log in logs), logs
+    places = [f"--config={tmp_path / 'my.toml'}", f"--data.folder={tmp_path / 'data'}", f"--run_folder={tmp_path / 'one'}"]
+    train_here(*places, "--training.steps=6")
+    np.testing.assert_allclose(losses(tmp_path / "run")[:6], losses(tmp_path / "one"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_a_wrong_recipe_ends_the_launcher_of_each_machine(tmp_path):
+    """Nobody waits for the others."""
+    with hosts("host-a", "host-b") as machines:
+        both = [
+            subprocess.Popen(
+                host.command(NODE, str(rank), "2", "host-a", "--model.nhid=3"),
+                cwd=tmp_path,
+                env=installed(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank, host in enumerate(machines)
+        ]
+        assert all("nhid" in process.communicate(timeout=120)[0] for process in both)
+    assert [process.returncode for process in both] == [64, 64]
 
 
 WRONG = {
