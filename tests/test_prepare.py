@@ -355,11 +355,13 @@ def test_stopped_on_request_it_leaves_nothing(tmp_path, number):
     news(tmp_path / "a.csv", [f"{article} {number}" for number in range(20_000) for article in ARTICLES[:10]])
     command = [sys.executable, "-m", "lmdist.prepare", "a.csv", "-o", "out", "--tokenizer", "wordpunct"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.*/words.spool")) and time.monotonic() < until:
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.*/words.spool")):
+        assert process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.02)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 75
     assert stderr.splitlines()[-1] == "lmdist-prepare: interrupted"
     assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]

@@ -24,7 +24,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -523,6 +523,7 @@ class WordSession:
         return np.array(self.values[made % 2][name].numpy())
 
 
+@cache
 def products_saturate(threads: int) -> bool:
     """Whether this processor's products of bytes lose what is beyond 16 bits, as those without VNNI do."""
     g = Graph("probe")
