@@ -10,7 +10,7 @@ import mlflow
 import pytest
 
 from corpora import chain, write_data_folder
-from jobs import SMALL, rows, train, train_here
+from jobs import SMALL, rows, train
 from lmdist.errors import Stopped, UsageError
 from lmdist.files import read_json
 from lmdist.settings import TrackingSettings
@@ -39,16 +39,14 @@ def test_a_run_and_its_second_half_are_one_mlflow_run_without_a_point_twice(data
         "--run_folder=runs/one",
         "--tracking.mlflow=true",
         "--schedule.name=constant",
-        "--model.dropout=0",  # two ranks draw other masks than one
         "--checkpoint.every_steps=4",
         "--checkpoint.keep=9",
     ]
-    train(2, *flags, "--training.steps=9", cwd=tmp_path)
+    train(1, *flags, "--training.steps=9", cwd=tmp_path)
     # The way a killed run looks to the next one: the points of steps 5 to 9 are in MLflow, its checkpoint is step 4.
     for name in ("step-000000008", "step-000000009"):
         shutil.rmtree(tmp_path / "runs/one/checkpoints" / name)
-    monkeypatch.chdir(tmp_path)
-    train_here(*flags, "--training.steps=14", "--resume=auto")
+    train(1, *flags, "--training.steps=14", "--resume=auto", cwd=tmp_path)
 
     run = tmp_path / "runs/one"
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -62,9 +60,7 @@ def test_a_run_and_its_second_half_are_one_mlflow_run_without_a_point_twice(data
     assert found.data.params["model.hidden_size"] == "24"
     for key in ("train/loss", "train/tokens_per_second", "valid/loss", "valid/perplexity"):
         assert [step for step, _ in history(client, run_id, key)] == [step for step, _ in expected(run, key)], key
-    # MLflow keeps what the first half said of steps 5 to 9, on two ranks, which add up in another order.
-    brought = [value for _, value in history(client, run_id, "train/loss")]
-    assert brought == pytest.approx([value for _, value in expected(run, "train/loss")], rel=1e-3)
+    assert history(client, run_id, "train/loss") == expected(run, "train/loss")
     assert found.inputs
     assert {dataset.tags[0].value for dataset in found.inputs.dataset_inputs} == {"train", "valid"}
     assert {item.path for item in client.list_artifacts(run_id)} == {"loss.png", "recipe.toml", "samples"}
