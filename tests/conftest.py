@@ -3,9 +3,12 @@
 No test measures time: Hypothesis' deadline for an example would fail on a busy machine and say nothing of the law.
 """
 
+import signal
+
 import torch
 from hypothesis import settings
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it, and so would all it starts
 torch.set_num_threads(1)
 settings.register_profile("lmdist", deadline=None)
 settings.load_profile("lmdist")

@@ -85,6 +85,22 @@ class Job(RunTracker):
         until(lambda: "run_id" in read_note(self.run))
 
 
+class Heard:
+    """All that has been said on stderr."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.capfd = capfd
+        self.text = ""
+
+    def all(self) -> str:
+        """What was said so far."""
+        self.text += self.capfd.readouterr().err
+        return self.text
+
+    def __contains__(self, line: str) -> bool:
+        return line in self.all()
+
+
 def until(condition: Callable[[], object]) -> None:
     """Wait for what a follower does."""
     deadline = time.monotonic() + 120
@@ -138,6 +154,7 @@ def check(store: str, run: str | Path, status: str) -> str:
 @pytest.mark.slow
 def test_a_server_that_was_dead_at_the_start_or_died_on_the_way_gets_all_of_it_later(server, here, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    heard = Heard(capfd)
     died = Job("died")
     with died:
         died.log(1, 20)
@@ -145,18 +162,15 @@ def test_a_server_that_was_dead_at_the_start_or_died_on_the_way_gets_all_of_it_l
         server.kill()
         died.log(21, 40)
         died.text("samples/step-000000040.txt", "some words\n")
-        until(lambda: "warning" in capfd.readouterr().err)
+        until(lambda: "warning" in heard)
         began = time.monotonic()
     assert time.monotonic() - began < 60
     with suppress(ZeroDivisionError), Job("dead") as dead:
         dead.log(1, 2000)
+        until(lambda: "MLflow does not take this run's points (ConnectionError); they are in runs/dead/metrics" in heard)
         dead.log(0, 0)
-    said = capfd.readouterr().err
-    assert re.search(
-        r"warning: MLflow does not take this run's points \(ConnectionError\); they are in runs/dead/metrics", said
-    )
-    assert "warning: MLflow has not got all of this run; lmdist-sync runs/dead brings in the rest" in said
-    assert "Traceback" not in said
+    assert "warning: MLflow has not got all of this run; lmdist-sync runs/dead brings in the rest" in heard
+    assert "Traceback" not in heard
     server.start()
     both = ("runs/died", "runs/dead")
     said = sync(*both)
@@ -202,24 +216,17 @@ def test_a_server_that_is_stopped_does_not_hold_a_job_up(server, here, monkeypat
 @pytest.mark.slow
 def test_answers_that_are_lost_or_failures_make_nothing_twice(server, proxy, here, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
+    heard = Heard(capfd)
     proxy.mode = "lost"  # the server makes an experiment, a run, points, and the follower does not hear of it
     job = Job("one")
     with job:
         job.log(1, 20)
-        heard = ""
-
-        def hears(line: str) -> bool:
-            nonlocal heard
-            heard += capfd.readouterr().err
-            return line in heard
-
-        until(lambda: hears("warning: MLflow does not take this run's points"))
+        until(lambda: "warning: MLflow does not take this run's points" in heard)
         proxy.mode = "fine"
-        until(lambda: hears("MLflow takes this run's points again"))
+        until(lambda: "MLflow takes this run's points again" in heard)
         proxy.mode = "lost"
         job.log(21, 40)
-    heard += capfd.readouterr().err
-    assert heard.count("MLflow does not take this run's points") == 2  # once an outage
+    assert heard.all().count("MLflow does not take this run's points") == 2  # once an outage
     proxy.mode = "slow"
     sync("runs/one")
     check(server.uri, "one", "FINISHED")
