@@ -1,23 +1,38 @@
-"""Jobs as a user starts them: subprocesses on the CPU, small enough to take seconds."""
+"""Jobs on the CPU, small enough to take seconds: as a user starts them, by forks that have torch already, and in this process.
+
+torchrun(4, *SMALL, "--run_folder=run", cwd=tmp_path)   # 6 CPU seconds a rank: where the start itself is to be proven
+train(4, *SMALL, "--run_folder=run", cwd=tmp_path)      # the same ranks, processes that meet by gloo, without the imports
+train_here("--run_folder=run")                          # the loop alone, on one rank
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lmdist import config, loop
+from lmdist import train as training
 from lmdist.distributed import World
 from lmdist.files import read_json
 from lmdist.model import LanguageModel, State
 from lmdist.settings import DataSettings, ModelSettings, Recipe
 from lmdist.signals import StopRequest
+from servers import free_port
+
+FORKS = multiprocessing.get_context("forkserver")
+# The last two are what the first optimizer of a process and the picture of its losses import.
+FORKS.set_forkserver_preload(["lmdist.loop", "torch._dynamo", "matplotlib.pyplot"])
 
 SMALL = (
     "--model.embedding_size=16 --model.hidden_size=24 --optimizer.learning_rate=0.02 --data.global_batch=8 --data.window=7 "
@@ -41,11 +56,46 @@ def command(ranks: int, *flags: str) -> list[str]:
     return [sys.executable, *start, "-m", "lmdist.train", *flags]
 
 
-def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a job to its end and check its exit code."""
+def torchrun(ranks: int, *flags: str, cwd: Path) -> None:
+    """Run a job to its end as its user does."""
     done = subprocess.run(command(ranks, *flags), cwd=cwd, env=environment(), capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done
+    assert done.returncode == 0, done.stderr
+
+
+def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a job to its end and check the exit code of each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / name for name in ("stdout", "stderr")]
+        started = start(ranks, *flags, cwd=cwd, said=said)
+        for process in started:
+            process.join()
+        stdout, stderr = (path.read_text() for path in said)
+    assert [process.exitcode for process in started] == [code] * ranks, stderr
+    return subprocess.CompletedProcess(flags, code, stdout, stderr)
+
+
+def start(ranks: int, *flags: str, cwd: Path, said: list[Path]) -> list[ForkServerProcess]:
+    """The ranks of a job that has begun, which write to two files what they say."""
+    variables = environment()
+    if ranks > 1:  # what torchrun tells them
+        variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for number in range(ranks):
+        own = variables | ({"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {})
+        started.append(FORKS.Process(target=run_rank, args=(flags, cwd, said, own), daemon=True))
+        started[-1].start()
+    return started
+
+
+def run_rank(flags: tuple[str, ...], cwd: Path, said: list[Path], variables: Mapping[str, str]) -> None:
+    """What a rank does, in a process of its own."""
+    for number, path in enumerate(said, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    torch.set_num_threads(1)  # torch has read the variable already
+    training.main(flags)
 
 
 def train_here(*flags: str) -> None:

@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from corpora import chain, write_data_folder
 from jobs import losses, train_here
 from lmdist import checkpoint
 from lmdist.distributed import World
-from lmdist.evaluate import evaluate, unigram_nats
+from lmdist.evaluate import evaluate, main, unigram_nats
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -30,10 +32,18 @@ def trained(tmp_path_factory):
     return run, data
 
 
-def command(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "-m", "lmdist.evaluate", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done
+@pytest.fixture
+def command(capsys):
+    """Runs lmdist-evaluate in this process, checks its exit code, and gives what it said on stdout and stderr."""
+
+    def run(*arguments: object, code: int = 0) -> Any:
+        with pytest.raises(SystemExit) if code else nullcontext() as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert code == (ended.value.code if ended else 0), said.err
+        return said
+
+    return run
 
 
 def test_perplexity_is_that_of_one_pass_over_all_words(trained):
@@ -44,7 +54,8 @@ def test_perplexity_is_that_of_one_pass_over_all_words(trained):
     with torch.no_grad():
         hidden, _ = model(inputs[None], model.initial_state(1))
         expected = functional.cross_entropy(model.projection(hidden)[0], tokens).item()
-    figures = json.loads(command(run, "--json").stdout)
+    done = subprocess.run([sys.executable, "-m", "lmdist.evaluate", run, "--json"], capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout)
     assert figures["nats_a_word"] == pytest.approx(expected, abs=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
     assert figures["words"] == 99
@@ -73,21 +84,21 @@ def test_ranks_share_the_streams_out(trained, size):
     assert sum(part.sum.item() for part in parts) == pytest.approx(whole.sum.item(), rel=1e-6)
 
 
-def test_the_validation_in_training_is_the_same_figure(trained):
+def test_the_validation_in_training_is_the_same_figure(trained, command):
     run, _ = trained
-    figures = json.loads(command(run, "--split=valid", "--streams=10", "--json").stdout)
+    figures = json.loads(command(run, "--split=valid", "--streams=10", "--json").out)
     assert figures["nats_a_word"] == pytest.approx(min(losses(run, "valid/loss")), abs=1e-5)
 
 
-def test_a_file_is_cut_into_words_as_the_training_text_was(trained, tmp_path):
+def test_a_file_is_cut_into_words_as_the_training_text_was(trained, tmp_path, command):
     run, _ = trained
     text = tmp_path / "text.txt"
     text.write_text("w3 w4 zebra\nw5\n")
-    figures = json.loads(command(run, f"--file={text}", "--json").stdout)
+    figures = json.loads(command(run, f"--file={text}", "--json").out)
     assert figures["words"] == 6  # with an end mark after each of the lines
     assert figures["unknown_rate"] == pytest.approx(1 / 6)
     assert "unigram_perplexity" not in figures
-    assert "perplexity" in command(run, f"--file={text}").stdout
+    assert "perplexity" in command(run, f"--file={text}").out
 
 
 def test_unigram_model():
@@ -95,18 +106,18 @@ def test_unigram_model():
     assert unigram_nats(train_tokens, tokens, 4) == pytest.approx(-(math.log(3 / 8) + math.log(1 / 8)) / 2)
 
 
-def test_mistakes(trained, tmp_path):
+def test_mistakes(trained, tmp_path, command):
     run, _ = trained
-    assert "nowhere is not there" in command("nowhere", code=66).stderr
-    assert "holds no checkpoint" in command(tmp_path, code=66).stderr
-    assert "give one or the other" in command(run, "--file=x", "--split=test", code=64).stderr
-    assert "x.txt" in command(run, "--file=x.txt", code=66).stderr
-    assert "--streams" in command(run, "--streams=0", code=64).stderr
+    assert "nowhere is not there" in command("nowhere", code=66).err
+    assert "holds no checkpoint" in command(tmp_path, code=66).err
+    assert "give one or the other" in command(run, "--file=x", "--split=test", code=64).err
+    assert "x.txt" in command(run, "--file=x.txt", code=66).err
+    assert "--streams" in command(run, "--streams=0", code=64).err
     other = write_data_folder(tmp_path / "other", {"train": chain(451, 31), "test": chain(99, 31)}, 31)
-    assert "another vocabulary" in command(run, f"--data={other}", code=65).stderr
+    assert "another vocabulary" in command(run, f"--data={other}", code=65).err
 
 
-def test_damaged_checkpoints_are_refused_in_one_line(trained, tmp_path):
+def test_damaged_checkpoints_are_refused_in_one_line(trained, tmp_path, command):
     run, _ = trained
     whole = checkpoint.find(run)
     for name in ("model.safetensors", "vocab.txt", "manifest.json"):
@@ -114,6 +125,6 @@ def test_damaged_checkpoints_are_refused_in_one_line(trained, tmp_path):
         broken.mkdir()
         for file in whole.iterdir():
             (broken / file.name).write_bytes(file.read_bytes()[: -9 if file.name == name else None])
-        done = command(broken, code=65)
-        assert name in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        said = command(broken, code=65)
+        assert name in said.err
+        assert len(said.err.splitlines()) == 1

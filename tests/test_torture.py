@@ -24,7 +24,7 @@ def torture(tmp_path: Path, *flags: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_three_kills_and_the_same_end(tmp_path):
-    *kills, whole = torture(tmp_path, "--kills=3", "--steps=90", "--seed=3", "--kinds=rank,launcher,stop")
+    *kills, whole = torture(tmp_path, "--ranks=1", "--kills=3", "--steps=90", "--seed=3", "--kinds=rank,launcher,stop")
     assert {row["variant"] for row in kills} == {"rank", "launcher", "stop"}
     assert whole["same"]
 

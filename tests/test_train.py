@@ -6,7 +6,6 @@ import contextlib
 import os
 import pty
 import shutil
-import signal
 import subprocess
 import sys
 import termios
@@ -20,9 +19,10 @@ import torch
 from torch.nn import functional
 
 from corpora import chain, write_data_folder
-from jobs import SMALL, command, environment, losses, rows, train, train_here
+from jobs import SMALL, command, environment, losses, rows, start, torchrun, train, train_here
 from lmdist import checkpoint, config
 from lmdist.data import IGNORED, Folder, training_batches
+from lmdist.errors import EXIT_AGAIN, EXIT_USAGE
 from lmdist.files import read_json
 from lmdist.model import LanguageModel
 from lmdist.prepare import DEMO_SETTINGS, PrepareSettings
@@ -58,11 +58,15 @@ ADAPTIVE = "--model.head=adaptive --model.tied=false --optimizer.activation_pena
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batching", "more"), [("streams", []), ("windows", ADAPTIVE)], ids=["streams", "windows, adaptive"])
-def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching, more):
+@pytest.mark.parametrize(
+    ("batching", "more", "run_four"),
+    [("streams", [], torchrun), ("windows", ADAPTIVE, train)],
+    ids=["streams", "windows, adaptive"],
+)
+def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching, more, run_four):
     flags = [*SMALL, f"--data.folder={data}", f"--data.batching={batching}", "--model.dropout=0", "--training.epochs=2", *more]
-    for ranks in (1, 2, 4):
-        train(ranks, *flags, f"--run_folder={tmp_path / str(ranks)}", cwd=tmp_path)
+    for ranks, run in ((1, train), (2, train), (4, run_four)):
+        run(ranks, *flags, f"--run_folder={ranks}", cwd=tmp_path)
     one = tmp_path / "1"
     assert len(losses(one)) >= 18
     assert losses(one)[-1] < losses(one)[0] - 0.3
@@ -74,7 +78,6 @@ def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching, more):
             torch.testing.assert_close(weights(many)[name], value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_job_goes_on_with_another_number_of_ranks(data, tmp_path):
     """11 steps on 2 ranks, the rest of 24 on 1 and on 4: the parameters, the carried state and the losses of 24 steps on 2."""
     flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0", "--schedule.name=plateau"]
@@ -105,30 +108,27 @@ def test_four_ranks_resume_bit_for_bit(data, tmp_path):
     flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0.3", "--schedule.name=constant", "--model.hidden_size=160"]
     train(4, *flags, "--training.steps=12", "--run_folder=whole", cwd=tmp_path)
     train(4, *flags, "--training.steps=5", "--run_folder=parts", cwd=tmp_path)
-    train(4, *flags, "--training.steps=12", "--run_folder=parts", "--resume=auto", cwd=tmp_path)
+    torchrun(4, *flags, "--training.steps=12", "--run_folder=parts", "--resume=auto", cwd=tmp_path)
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "parts")[name], value), name
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_bit_for_bit(data, tmp_path):
-    flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0.3", "--training.epochs=20", "--checkpoint.every_steps=5"]
+    flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0.3", "--training.steps=100", "--checkpoint.every_steps=5"]
     train(2, *flags, "--run_folder=whole", cwd=tmp_path)
     broken = tmp_path / "broken"
-    job = subprocess.Popen(
-        command(2, *flags, f"--run_folder={broken}"), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
-    )
+    rank_0, rank_1 = start(2, *flags, f"--run_folder={broken}", cwd=tmp_path, said=[tmp_path / "stdout", tmp_path / "stderr"])
     deadline = time.monotonic() + 120
     while len(list((broken / "checkpoints").glob("step-*"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    assert job.wait(timeout=60) != 0
+    rank_1.kill()
+    rank_0.join(60)
+    assert rank_0.exitcode == EXIT_AGAIN
     newest = checkpoint.newest(broken / "checkpoints")
     assert newest is not None
     killed_at = read_json(newest / "manifest.json")["progress"]["step"]
-    assert killed_at < 180, "the job was through before it was killed"
+    assert killed_at < 100, "the job was through before it was killed"
 
     train(2, *flags, f"--run_folder={broken}", "--resume=auto", cwd=tmp_path)
     assert losses(broken) == losses(tmp_path / "whole")
@@ -270,9 +270,8 @@ def test_cuda_that_is_not_there_is_an_error(data, tmp_path):
     assert "torch sees no CUDA device" in done.stderr
 
 
-@pytest.mark.slow
 def test_ranks_that_do_not_divide_the_batch_are_refused_once(data, tmp_path):
-    done = train(3, *SMALL, f"--data.folder={data}", cwd=tmp_path, code=1)  # torchrun's own exit code
+    done = train(3, *SMALL, f"--data.folder={data}", cwd=tmp_path, code=EXIT_USAGE)
     assert done.stderr.count("cannot be shared out evenly over 3 ranks") == 1
     assert "a number of ranks out of [1, 2, 4, 8]" in done.stderr
 
