@@ -8,7 +8,9 @@ import signal
 import torch
 from hypothesis import settings
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it, and so would all it starts
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's job in the background ignores it, and so would all it starts
 torch.set_num_threads(1)
 settings.register_profile("lmdist", deadline=None)
 settings.load_profile("lmdist")
