@@ -3,11 +3,14 @@
 No test measures time: Hypothesis' deadline for an example would fail on a busy machine and say nothing of the law.
 """
 
+import os
 import signal
 
 import torch
 from hypothesis import settings
 
+# A run's follower is as nice as can be: beside tests that fill all cores it would get a hundredth of one, and miss its time.
+os.nice(19)
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell's job in the background ignores it, and so would all it starts

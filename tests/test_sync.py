@@ -103,7 +103,7 @@ class Heard:
 
 def until(condition: Callable[[], object]) -> None:
     """Wait for what a follower does."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
