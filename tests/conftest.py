@@ -11,9 +11,8 @@ from hypothesis import settings
 
 # A run's follower is as nice as can be: beside tests that fill all cores it would get a hundredth of one, and miss its time.
 os.nice(19)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's job in the background ignores it, and so would all it starts
+# A shell's job in the background ignores Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile("lmdist", deadline=None)
 settings.load_profile("lmdist")
