@@ -100,7 +100,12 @@ def run_rank(flags: tuple[str, ...], cwd: Path, said: list[Path], variables: Map
 
 def train_here(*flags: str) -> None:
     """Run the loop of a small job in this process, on one rank."""
-    loop.train(config.load([*SMALL, *flags]), World(0, 1, torch.device("cpu")), StopRequest())
+    loop_here(*SMALL, *flags)
+
+
+def loop_here(*flags: str) -> None:
+    """Run the loop of a job in this process, on one rank of the CPU."""
+    loop.train(config.load(flags), World(0, 1, torch.device("cpu")), StopRequest())
 
 
 def after_one_step(

@@ -29,10 +29,7 @@ import torch
 from cluster import Cluster, Job, RunningPod
 from corpora import chain
 from hosts import needs_pods
-from jobs import fingerprint, losses, rows
-from lmdist import config, loop
-from lmdist.distributed import World
-from lmdist.signals import StopRequest
+from jobs import fingerprint, loop_here, losses, rows
 from manifests import KUBECTL, Document, documents
 
 pytestmark = [
@@ -172,7 +169,7 @@ def test_two_nodes_train_to_the_end_and_write_to_their_volumes_only(trained, tmp
     (tmp_path / "recipe.toml").write_text(recipe)
     places = [f"--data.folder={claims / 'lmdist-data' / 'demo'}", f"--run_folder={tmp_path / 'one'}"]
     flags = [f"--config={tmp_path / 'recipe.toml'}", *SMALL, *places, "--tracking.mlflow=false", "--training.steps=10"]
-    loop.train(config.load(flags), World(0, 1, torch.device("cpu")), StopRequest())
+    loop_here(*flags)
     np.testing.assert_allclose(losses(run)[:10], losses(tmp_path / "one"), rtol=0, atol=1e-5)
 
 

@@ -318,7 +318,7 @@ def test_no_other_path_has_a_door(serving: Serving) -> None:
 # --- those who wait ------------------------------------------------------------------------------------------------
 
 LONG = {"max_new_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
-"""A word takes the longer, the more there are: half a minute and more."""
+"""Each run makes one word, for no sequence may come twice: half a minute and more for sixteen of them."""
 
 
 def cpu_seconds(process_id: int) -> float:

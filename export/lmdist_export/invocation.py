@@ -153,11 +153,16 @@ async def read_body(receive: Receive) -> bytes | None:
 
 
 async def answer(send: Send, wrong: Wrong) -> None:
-    """Send what is wrong, in an object as MLflow's."""
-    body = json.dumps({"error_code": "INVALID_PARAMETER_VALUE", "message": str(wrong)}).encode()
+    """Send what is wrong."""
+    body = error_body("INVALID_PARAMETER_VALUE", str(wrong)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": wrong.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def error_body(code: str, sentence: str) -> str:
+    """The body of an answer that is an error: an object with the names that MLflow's has."""
+    return json.dumps({"error_code": code, "message": sentence})
 
 
 # --- the form ------------------------------------------------------------------------------------------------------

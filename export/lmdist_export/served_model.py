@@ -11,7 +11,6 @@ No torch: the environment has lmdist[serve].
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import secrets
@@ -28,7 +27,7 @@ from lmdist_export.batching import Batcher, Overdue, Request
 from lmdist_export.bundle import Bundle
 from lmdist_export.completion import Options, as_object
 from lmdist_export.generation import BATCH_SIZE
-from lmdist_export.invocation import CLIENT_GONE, param_types, stand_before, texts_of
+from lmdist_export.invocation import CLIENT_GONE, error_body, param_types, stand_before, texts_of
 from lmdist_export.sampler import Sampler
 
 with warnings.catch_warnings():
@@ -64,8 +63,8 @@ class Refused(MlflowException):
     """What is answered in place of texts: a sentence."""
 
     def serialize_as_json(self) -> str:
-        """The body of the answer, as invocation.py's; MLflow would put all of the input before the sentence."""
-        return json.dumps({"error_code": self.error_code, "message": str(self)})
+        """The body of the answer; MLflow would put all of the input before the sentence."""
+        return error_body(self.error_code, str(self))
 
 
 class ServedModel(PythonModel):
