@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import facts, write_rows
 
-from lmdist import checkpoint, config
-from lmdist.checkpoint import Progress
-from lmdist.files import write_json
-from lmdist.loss import summed_nats
-from lmdist.model import LanguageModel
-from lmdist.settings import ModelSettings, Recipe
-from lmdist.text import TextSettings, WordTokenizer
-from lmdist.vocabulary import END, UNKNOWN, Vocabulary
+from lmdist import config
+from lmdist.model.language_model import LanguageModel
+from lmdist.model.loss import summed_nats
+from lmdist.settings import ModelSettings, Recipe, TextSettings
+from lmdist.storage.reading import write_json
+from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
+from lmdist.training import checkpoint
+from lmdist.training.checkpoint import Progress
+from origin import facts, write_rows
 
 CASES = {
     "demo, 128-256-128 tied, V 10k": (ModelSettings(), 10_000),

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lmdist.model import precision
+from lmdist.model.precision import Precision
+from lmdist.settings import DEMO_SETTINGS, DataSettings, ModelSettings, OptimizerSettings
+from lmdist.text.prepare import prepare
+from lmdist.training.data import Folder, training_batches
 from origin import facts, write_rows
 from training import BASELINE, Case, Job, PlainJob
-
-from lmdist import precision
-from lmdist.data import Folder, training_batches
-from lmdist.precision import Precision
-from lmdist.prepare import DEMO_SETTINGS, prepare
-from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings
 
 OTHER_SEEDS = ("baseline, seed 2", "baseline, seed 3")
 SMOOTH = 20

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from origin import facts, write_rows
 
-from lmdist.demo import COLUMNS, articles
+from lmdist.text.demo import COLUMNS, articles
+from origin import facts, write_rows
 
 # What is measured is memory; a validation on a twentieth of this text takes minutes.
 SPLITS = ["--valid-fraction", "0.002", "--test-fraction", "0.002"]
@@ -45,7 +45,7 @@ def main() -> None:
         for megabytes in (whole // 4, whole):
             file = scratch / f"{megabytes}.csv"
             words = write_csv(file, megabytes * 1_000_000)
-            prepare = ["-m", "lmdist.prepare", str(file), "-o", f"data-{megabytes}", "--tokenizer", arguments.tokenizer]
+            prepare = ["-m", "lmdist.text.prepare", str(file), "-o", f"data-{megabytes}", "--tokenizer", arguments.tokenizer]
             seconds, peak = watch([*prepare, "--vocabulary-size", "10000", *SPLITS], scratch)
             case = {"megabytes": megabytes, "words": words}
             rows.append({"case": "prepare", "variant": f"{megabytes} MB", "value": round(seconds, 1), **case, "peak_mib": peak})

@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from origin import facts, write_rows
-
 from lmdist_export.export import export
+from origin import facts, write_rows
 
 NAMES = ("fp32", "fp16", "int8", "int4")
 ANY_LOSS = 1e9

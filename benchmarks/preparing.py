@@ -19,17 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from large import watch, write_csv
 from nltk.tokenize.destructive import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
-from origin import facts, write_rows
 
-from lmdist.demo import articles
-from lmdist.documents import Documents, find_files
-from lmdist.machine import cores
-from lmdist.prepare import ONE_PROCESS_BYTES
-from lmdist.text import train_punkt
-from lmdist.words import WordFinder, punkt_parameters
+from large import watch, write_csv
+from lmdist.cpus import available_cpus
+from lmdist.text.demo import articles
+from lmdist.text.documents import Documents, find_files
+from lmdist.text.prepare import ONE_PROCESS_BYTES
+from lmdist.text.tokenizer import train_punkt
+from lmdist.text.words import WordFinder, punkt_parameters
+from origin import facts, write_rows
 
 MEGABYTES = (12, 56, 220)  # 2, 9 and 35 million words
 QUICK_MEGABYTES = (3, 42)
@@ -117,10 +117,10 @@ def prepare(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
         for megabytes in sizes:
             file = Path(name) / f"{megabytes}.csv"
             words = write_csv(file, megabytes * 1_000_000)
-            several = megabytes * 1_000_000 > ONE_PROCESS_BYTES["word_tokenize"] and cores() > 1
+            several = megabytes * 1_000_000 > ONE_PROCESS_BYTES["word_tokenize"] and available_cpus() > 1
             baseline = 0.0
-            for workers in (1, cores()) if several else (1,):
-                command = ["-m", "lmdist.prepare", str(file), "-o", "data", "--overwrite", "--workers", str(workers)]
+            for workers in (1, available_cpus()) if several else (1,):
+                command = ["-m", "lmdist.text.prepare", str(file), "-o", "data", "--overwrite", "--workers", str(workers)]
                 seconds, peak = watch(command, Path(name))
                 baseline = baseline or seconds
                 rows.append(

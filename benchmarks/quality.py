@@ -62,7 +62,7 @@ def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict
     command = f"python benchmarks/quality.py {recipe}" + (f" --epochs {arguments.epochs:g}" if arguments.epochs else "")
     rows = []
     for split in ("valid", "test"):
-        evaluate = ["-m", "lmdist.evaluate", str(run), f"--split={split}", "--json", f"--device={arguments.device}"]
+        evaluate = ["-m", "lmdist.training.evaluate", str(run), f"--split={split}", "--json", f"--device={arguments.device}"]
         done = subprocess.run([sys.executable, *evaluate], check=True, stdout=subprocess.PIPE, text=True)
         figures = json.loads(done.stdout)
         beside = {

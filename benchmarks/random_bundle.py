@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from lmdist import checkpoint, config
-from lmdist.files import write_json
-from lmdist.model import LanguageModel
-from lmdist.settings import ModelSettings, Recipe
-from lmdist.text import TextSettings, WordTokenizer
-from lmdist.vocabulary import END, UNKNOWN, Vocabulary
+from lmdist import config
+from lmdist.model.language_model import LanguageModel
+from lmdist.settings import ModelSettings, Recipe, TextSettings
+from lmdist.storage.reading import write_json
+from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
+from lmdist.training import checkpoint
 
 
 def make_bundle(folder: Path, embedding_size: int, hidden_size: int, vocabulary_size: int) -> Path:

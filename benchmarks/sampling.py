@@ -40,16 +40,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from origin import facts, write_rows
 
-from lmdist.files import sums, write_json
-from lmdist.settings import ModelSettings
-from lmdist.text import TextSettings, WordTokenizer
-from lmdist.vocabulary import END, END_ID, UNKNOWN, Vocabulary
+from lmdist.settings import ModelSettings, TextSettings
+from lmdist.storage.checksums import checksums
+from lmdist.storage.reading import write_json
+from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.vocabulary import END, END_ID, UNKNOWN, Vocabulary
 from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
-from lmdist_export.graph import Network, Sizes, column_of, length_of, weights
-from lmdist_export.onnx_file import FLOAT, Graph, model_bytes
-from lmdist_export.sampler import Runtime, Sampler, import_onnxruntime
+from lmdist_export.graph.graphs import Network, Sizes, column_of, length_of, weights
+from lmdist_export.graph.onnx_file import FLOAT, Graph, model_bytes
+from lmdist_export.sampling.sampler import Runtime, Sampler, import_onnxruntime
+from origin import facts, write_rows
 
 BASELINE = "baseline"
 AGAIN = "torch, all words again"
@@ -118,14 +119,14 @@ def random_model(kind: Callable[[ModelSettings, int], Any], model: Model) -> Any
 
 def write_bundle(model: Model, folder: Path, precision: str) -> None:
     """A bundle of a model that nobody trained, so that there is nothing to compare."""
-    from lmdist.model import LanguageModel
-    from lmdist_export.convert import write_graphs
+    from lmdist.model.language_model import LanguageModel
+    from lmdist_export.conversion.convert import write_graphs
 
     folder.mkdir()
     sizes = write_graphs(random_model(LanguageModel, model), folder, model.name, precision)
     Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, model.vocabulary_size))]).save(folder / "vocab.txt")
     WordTokenizer.train(TextSettings("whitespace"), []).save(folder / "text.json")
-    manifest = {"format": FORMAT, "version": VERSION, "sizes": asdict(sizes), "files": sums(folder)}
+    manifest = {"format": FORMAT, "version": VERSION, "sizes": asdict(sizes), "files": checksums(folder)}
     write_json(folder / GENERATION_CONFIG, asdict(GenerationConfig()))
     write_json(folder / "manifest.json", manifest)
 
@@ -136,6 +137,7 @@ def write_bundle(model: Model, folder: Path, precision: str) -> None:
 def torch_steps(model: Model, device: str, batch: int, *, again: bool) -> Run:
     """The PyTorch that people write: a step a word with the state kept, or all words so far read `again` for each."""
     import torch
+
     from training import PlainModel
 
     plain = random_model(PlainModel, model).to(device)

@@ -37,16 +37,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from origin import facts, write_rows
-from scaling_model import NETWORKS, Row, bare, draw, fit, predict
 from torch import Tensor, distributed, nn
 
-from lmdist import optimizer
-from lmdist.distributed import World, start
-from lmdist.loss import summed_nats
-from lmdist.model import LanguageModel
-from lmdist.precision import Precision, choose, prepare_for
+from lmdist.model.language_model import LanguageModel
+from lmdist.model.loss import summed_nats
+from lmdist.model.precision import Precision, choose, prepare_for
 from lmdist.settings import ModelSettings, OptimizerSettings
+from lmdist.training import optimizer
+from lmdist.training.distributed import World, start
+from origin import facts, write_rows
+from scaling_model import NETWORKS, Row, bare, draw, fit, predict
 
 
 @dataclass(frozen=True)

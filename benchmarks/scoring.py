@@ -158,8 +158,8 @@ def peak() -> int:
 def by_lmdist(folder: Path) -> tuple[int, Callable[[list[str]], list[float]]]:
     """The memory before the model was read, and what scores text by lmdist."""
     from lmdist_export.bundle import Bundle
-    from lmdist_export.sampler import Sampler
-    from lmdist_export.scoring import Scorer
+    from lmdist_export.sampling.sampler import Sampler
+    from lmdist_export.sampling.scoring import Scorer
 
     before = peak()
     scorer = Scorer(Sampler(Bundle.load(folder / "bundle"), threads=1))
@@ -171,7 +171,7 @@ def by_torch(folder: Path, rows: int) -> tuple[int, Callable[[list[list[int]]], 
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from lmdist import checkpoint
+    from lmdist.training import checkpoint
 
     torch.set_num_threads(1)
     before = peak()

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from namespaces import Host, hosts
 from origin import facts, write_rows
 
@@ -124,7 +125,9 @@ def prepare(scratch: Path) -> None:
     (scratch / "train.txt").write_text("\n".join(lines[:-100]) + "\n")
     (scratch / "valid.txt").write_text("\n".join(lines[-100:]) + "\n")
     files = ["--train", "train.txt", "--valid", "valid.txt", "--tokenizer", "whitespace", "--min-count", "1"]
-    subprocess.run([sys.executable, "-m", "lmdist.prepare", *files, "-o", "data"], cwd=scratch, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "lmdist.text.prepare", *files, "-o", "data"], cwd=scratch, check=True, capture_output=True
+    )
 
 
 @dataclass
@@ -145,7 +148,7 @@ class Job:
     def start(self, host: int) -> subprocess.Popen[bytes]:
         """Start the launcher of a host."""
         self.starts += 1
-        command = [sys.executable, "-m", "lmdist.launcher", f"--nproc-per-node={self.ranks}", "--restarts=20"]
+        command = [sys.executable, "-m", "lmdist.job.launcher", f"--nproc-per-node={self.ranks}", "--restarts=20"]
         command += [*self.flags, f"--run_folder={self.name}"]
         if (on := self.hosts[host]) is not None:
             command = on.command(*command, "--nnodes=2", f"--node-rank={host}", f"--master-addr={HOSTS[0]}")
@@ -231,7 +234,7 @@ class Job:
             process
             for launcher in self.launchers
             for process in self.below(launcher)
-            if "lmdist.train" in process.cmdline() and "lmdist.agent" not in process.cmdline()
+            if "lmdist.train" in process.cmdline() and "lmdist.job.agent" not in process.cmdline()
         ]
         return self.generator.choice(sorted(found, key=lambda process: process.pid))
 

@@ -37,13 +37,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from corpora import chain, write_data_folder
+from origin import facts, processor, write_rows
+from servers import Proxy, Server
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(1, str(ROOT))
-
-from origin import facts, processor, write_rows  # noqa: E402
-
-from tests.corpora import chain, write_data_folder  # noqa: E402
-from tests.servers import Proxy, Server  # noqa: E402
 
 STATES = ("off", "fine", "dead", "killed", "off", "stopped", "slow", "error")
 PACKAGES = ("lmdist", "torch", "mlflow")
@@ -54,13 +52,14 @@ JOB = (
 ).split()
 STOPWATCH = """
 import sys, time
-from lmdist import tracking, train
-times, metrics = [], tracking.RunTracker.metrics
+from lmdist import train
+from lmdist.tracking.run_folder import RunTracker
+times, metrics = [], RunTracker.metrics
 def timed(self, step, values):
     if "train/loss" in values:
         times.append(time.monotonic())
     metrics(self, step, values)
-tracking.RunTracker.metrics = timed
+RunTracker.metrics = timed
 train.main(sys.argv[2:])
 open(sys.argv[1], "w").write(repr(times))
 """
@@ -195,7 +194,9 @@ def compare(run: Path, uri: str, expected: int) -> dict[str, float]:
 
     at_exit = there()
     environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
-    subprocess.run([sys.executable, "-m", "lmdist.sync", str(run)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "lmdist.tracking.sync", str(run)], check=True, env=environment, stdout=subprocess.DEVNULL
+    )
     after = there()
     found = client.get_run(json.loads((run / "mlflow.json").read_text())["run_id"])
     return {

@@ -34,16 +34,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import facts, write_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lmdist import optimizer
-from lmdist.cuda_graph import Graphed
-from lmdist.loss import activation_penalty, summed_nats
-from lmdist.model import LanguageModel
-from lmdist.precision import Precision, choose, prepare_for
+from lmdist.model.cuda_graph import Graphed
+from lmdist.model.language_model import LanguageModel
+from lmdist.model.loss import activation_penalty, summed_nats
+from lmdist.model.precision import Precision, choose, prepare_for
 from lmdist.settings import ModelSettings, OptimizerSettings
+from lmdist.training import optimizer
+from origin import facts, write_rows
 
 BASELINE = "baseline"
 PERSISTENT_SECONDS = 5e-6

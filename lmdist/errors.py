@@ -1,6 +1,6 @@
 """The errors a user can cause, and the exit code of each.
 
-Every command runs inside `report`, so that such an error becomes one line on stderr and the exit code of the table
+Every command runs inside `exit_on_error`, so that such an error becomes one line on stderr and the exit code of the table
 below. Whatever else is raised is a defect in lmdist and keeps its traceback. This module knows nothing about what the
 commands do.
 """
@@ -53,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def report(command: str, *, quiet: bool = False) -> Iterator[None]:
+def exit_on_error(command: str, *, quiet: bool = False) -> Iterator[None]:
     """Turn a user's mistake into one line on stderr and its exit code; `quiet` (ranks other than 0) leaves it out."""
     try:
         yield
@@ -73,3 +73,9 @@ def report(command: str, *, quiet: bool = False) -> Iterator[None]:
         # `lmdist-generate ... | head` has read enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of a library's error without line breaks, cut off where it quotes too much of a file."""
+    message = " ".join(str(error).split())
+    return message if len(message) <= 300 else f"{message[:300]}..."

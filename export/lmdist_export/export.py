@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, report
+from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist_export import PRECISIONS
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from lmdist.model import LanguageModel
+    from lmdist.model.language_model import LanguageModel
 
 DEFECT = 1
 LAYOUTS = ("bundle", "sherpa-onnx")
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Export, or say in one line why not."""
     arguments = parser().parse_args(argv)
-    with report("lmdist-export"):
+    with exit_on_error("lmdist-export"):
         if arguments.layout == "sherpa-onnx":
             check_flags(arguments)
         check_registration(arguments)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             register(arguments.checkpoint, arguments)
             return
         check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
-        from lmdist_export.verify import MismatchError
+        from lmdist_export.conversion.verify import MismatchError
 
         try:
             if arguments.layout == "bundle":
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def register(bundle: Path, arguments: argparse.Namespace) -> None:
     """Bring a bundle into MLflow, and say how it is served."""
-    from lmdist_export import registry
+    from lmdist_export.serving import registry
 
     say(f"registering {bundle} as {arguments.register}")
     sys.stdout.write(registry.register(bundle, arguments.register, arguments.alias or registry.CHAMPION))
@@ -125,7 +125,7 @@ def check_registration(arguments: argparse.Namespace) -> None:
     if arguments.register is None and arguments.alias is not None:
         raise UsageError(f"--alias {arguments.alias} is for a registered model: give --register NAME as well")
     if arguments.register is not None:
-        from lmdist_export import registry
+        from lmdist_export.serving import registry
 
         registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
     if not arguments.output:
@@ -166,7 +166,7 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
     if not overwrite:
         raise UsageError(f"{output} is there already: give another name, or --overwrite to replace it")
     if layout == "sherpa-onnx":
-        from lmdist_export import sherpa
+        from lmdist_export.conversion import sherpa
 
         if not sherpa.is_layout(output):
             raise UsageError(
@@ -184,9 +184,9 @@ def export(
     run_or_checkpoint: Path, output: Path, data: str | None, precision: str = "fp32", most_loss: float | None = None
 ) -> dict[str, Any]:
     """Write and verify the bundle; give its manifest."""
-    from lmdist import checkpoint
-    from lmdist.files import whole_folder
-    from lmdist_export.tokenizer_json import TOKENIZER, obstacle, text_of
+    from lmdist.storage.atomic import atomic_folder
+    from lmdist.training import checkpoint
+    from lmdist_export.conversion.tokenizer_json import TOKENIZER, obstacle, text_of
 
     path = checkpoint.find(run_or_checkpoint)
     model, origin = checkpoint.load_model(path)
@@ -197,7 +197,7 @@ def export(
     if reason := obstacle(*text_of(path)):
         say(f"without {TOKENIZER}: {reason}")
     made = partial(write_bundle, path, model, origin, held_out, most_loss)
-    with whole_folder(output) as folder:
+    with atomic_folder(output) as folder:
         return made(folder, precision) if precision != "auto" else write_fastest(folder, made)
 
 
@@ -226,7 +226,7 @@ def write_fastest(folder: Path, made: Callable[[Path, str], dict[str, Any]]) -> 
 def words_a_second(folder: Path) -> float:
     """How fast a bundle makes one text here, one thread."""
     from lmdist_export.bundle import Bundle
-    from lmdist_export.sampler import Sampler
+    from lmdist_export.sampling.sampler import Sampler
 
     bundle = Bundle.load(folder)
     sampler = Sampler(bundle, threads=1)
@@ -254,15 +254,16 @@ def write_bundle(
     import torch
 
     from lmdist import __version__
-    from lmdist.files import sums, write_json
-    from lmdist.tracking import read_note
-    from lmdist.vocabulary import Vocabulary
+    from lmdist.storage.checksums import checksums
+    from lmdist.storage.reading import write_json
+    from lmdist.text.vocabulary import Vocabulary
+    from lmdist.tracking.run_folder import read_note
     from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
-    from lmdist_export.convert import write_graphs
-    from lmdist_export.sampler import Sampler, runtime_version
-    from lmdist_export.served_model import write_model
-    from lmdist_export.tokenizer_json import write_tokenizer
-    from lmdist_export.verify import MOST_LOSS, TOLERANCES, check_perplexity, check_values
+    from lmdist_export.conversion.convert import write_graphs
+    from lmdist_export.conversion.tokenizer_json import write_tokenizer
+    from lmdist_export.conversion.verify import MOST_LOSS, TOLERANCES, check_perplexity, check_values
+    from lmdist_export.sampling.sampler import Sampler, runtime_version
+    from lmdist_export.serving.mlflow_model import write_model
 
     if precision == "int4" and model.settings.head == "adaptive":
         raise UsageError(
@@ -273,7 +274,7 @@ def write_bundle(
     for name in ("vocab.txt", "text.json"):
         shutil.copyfile(path / name, folder / name)
     write_tokenizer(folder)
-    files = sums(folder)
+    files = checksums(folder)
     say(f"comparing {precision} with torch" + ("" if held_out is None else ", on held-out text too"))
     generation = GenerationConfig()
     graph = Sampler(Bundle(folder, {}, sizes, Vocabulary.load(folder / "vocab.txt"), generation))
@@ -305,9 +306,9 @@ def write_bundle(
 
 def export_sherpa(run_or_checkpoint: Path, output: Path) -> str:
     """Write and verify the model as sherpa-onnx takes it; give the lines that say so."""
-    from lmdist import checkpoint
-    from lmdist.vocabulary import Vocabulary
-    from lmdist_export import sherpa
+    from lmdist.text.vocabulary import Vocabulary
+    from lmdist.training import checkpoint
+    from lmdist_export.conversion import sherpa
 
     path = checkpoint.find(run_or_checkpoint)
     model, origin = checkpoint.load_model(path)
@@ -322,7 +323,7 @@ def held_out_text(origin: dict[str, Any], data: str | None) -> tuple[str, np.nda
 
     It is the valid split, or where there is none another: what is compared is two runtimes, not two models.
     """
-    from lmdist.data import Folder
+    from lmdist.training.data import Folder
 
     if data == "none":
         return None

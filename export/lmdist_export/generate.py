@@ -18,14 +18,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmdist.errors import CommandParser, DataError, UsageError, report
-from lmdist.vocabulary import UNKNOWN, Vocabulary
-from lmdist_export.completion import Options, as_object, readable
+from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
+from lmdist.text.vocabulary import UNKNOWN, Vocabulary
 from lmdist_export.lines import Lines
+from lmdist_export.sampling.completion import Options, as_object, readable
 
 if TYPE_CHECKING:
     from lmdist_export.bundle import Bundle
-    from lmdist_export.generation import Text
+    from lmdist_export.sampling.generation import Text
 
 
 class Flags(Options):
@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write text, or say in one line why not."""
     arguments = parser().parse_args(argv)
-    with report("lmdist-generate"):
+    with exit_on_error("lmdist-generate"):
         run(arguments)
 
 
@@ -155,11 +155,11 @@ def run(arguments: argparse.Namespace) -> None:
     options = Flags(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Flags)})
     check(arguments)
     # Only now: numpy and onnxruntime take longer to import than --help may.
-    from lmdist.files import whole_file
-    from lmdist_export.beam import beam_search
+    from lmdist.storage.atomic import atomic_file
     from lmdist_export.bundle import Bundle
-    from lmdist_export.generation import continuations
-    from lmdist_export.sampler import Sampler
+    from lmdist_export.sampling.beam_search import beam_search
+    from lmdist_export.sampling.generation import continuations
+    from lmdist_export.sampling.sampler import Sampler
 
     bundle = Bundle.load(arguments.bundle)
     config = options.generation_config(bundle)
@@ -200,7 +200,7 @@ def run(arguments: argparse.Namespace) -> None:
             yield text, words
 
     began, made = time.perf_counter(), 0
-    with whole_file(arguments.output) if arguments.output else nullcontext(sys.stdout) as out:
+    with atomic_file(arguments.output) if arguments.output else nullcontext(sys.stdout) as out:
         if arguments.stream:
             for piece in streamed(bundle, grown(), prompts, echo=arguments.echo):
                 made += 1
@@ -237,7 +237,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.logprobs is not None and not arguments.json:
         raise UsageError("--logprobs writes into the lines of --json: give --json as well")
     if arguments.output:
-        from lmdist.files import check_output_file
+        from lmdist.storage.atomic import check_output_file
 
         check_output_file(arguments.output)
 

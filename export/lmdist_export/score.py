@@ -21,11 +21,11 @@ from itertools import groupby, tee
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from lmdist.errors import CommandParser, DataError, UsageError, report
+from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
 from lmdist_export.lines import STDIN, Lines
 
 if TYPE_CHECKING:
-    from lmdist_export.scoring import Scorer
+    from lmdist_export.sampling.scoring import Scorer
 
 MOSES = "|||"
 
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Score text, or say in one line why not."""
     arguments = parser().parse_intermixed_args(argv)  # else no file could stand behind an option
-    with report("lmdist-score"):
+    with exit_on_error("lmdist-score"):
         run(arguments)
 
 
@@ -105,10 +105,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Read the bundle, then line after line."""
     kind = check(arguments)
     # Only now: numpy and onnxruntime take longer to import than --help may.
-    from lmdist.files import check_output_file, whole_file
+    from lmdist.storage.atomic import atomic_file, check_output_file
     from lmdist_export.bundle import Bundle
-    from lmdist_export.sampler import Sampler
-    from lmdist_export.scoring import BATCH_SIZE, Scorer
+    from lmdist_export.sampling.sampler import Sampler
+    from lmdist_export.sampling.scoring import BATCH_SIZE, Scorer
 
     if arguments.output:
         check_output_file(arguments.output)
@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
     batch_size = BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
     scorer = Scorer(sampler, end=not arguments.no_eos, carry_state=arguments.carry_state, batch_size=batch_size)
     lines = Lines(arguments.files, say)
-    with whole_file(arguments.output) if arguments.output else nullcontext(utf8(sys.stdout)) as output:
+    with atomic_file(arguments.output) if arguments.output else nullcontext(utf8(sys.stdout)) as output:
         for piece in KINDS[kind](scorer, lines, arguments):
             output.write(piece)
             output.flush()
@@ -189,7 +189,7 @@ class Hypothesis:
 
 def summary(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
     """The sums over all lines."""
-    from lmdist_export.scoring import Totals
+    from lmdist_export.sampling.scoring import Totals
 
     totals = Totals()
     for score in scorer.score(lines):
@@ -274,7 +274,7 @@ def table(figures: dict[str, Any], as_json: bool) -> str:
     """Figures as people read them, or as JSON."""
     if as_json:
         return record(figures, True)
-    from lmdist.evaluate import shown
+    from lmdist.training.evaluate import shown
 
     return "".join(f"{name.replace('_', ' '):<38}{shown(value)}\n" for name, value in figures.items())
 

@@ -1,0 +1,1 @@
+"""ONNX graphs, built from the sizes of a model. Knows no onnxruntime and reads no file."""

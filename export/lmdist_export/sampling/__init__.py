@@ -1,0 +1,1 @@
+"""Text from a bundle by onnxruntime: sessions, states, generation, beam search, scoring. Needs no torch."""

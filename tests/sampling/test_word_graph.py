@@ -1,0 +1,256 @@
+"""Words made one a run, with the state where it lies: the code that a GPU runs, on the CPU provider with the same bindings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from lmdist.errors import UsageError
+from lmdist_export import PRECISIONS, export
+from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.graph.graphs import Features, Sizes, capturable, file_length, generation_graph, step_graph, word_graph
+from lmdist_export.sampling import sampler
+from lmdist_export.sampling.sampler import Sampler, State, WordSession
+from support.small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, make_run
+
+PROMPTS = [[1], [3, 4, 5], [6, 7], [2, 8, 9, 3, 4, 4]]
+CONFIGS = {
+    "plain": GenerationConfig(temperature=0.8),
+    "greedy": GenerationConfig(temperature=0),
+    "adjusted": GenerationConfig(repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.4, temperature=1.3),
+    "top_k": GenerationConfig(top_k=5),
+    "top_p": GenerationConfig(top_p=0.7, min_p=0.05),
+    "typical": GenerationConfig(typical_p=0.6),
+    "all": GenerationConfig(frequency_penalty=0.3, top_k=9, top_p=0.9, min_p=0.01, typical_p=0.9),
+}
+ALL_FEATURES = {name: sampler.features_of(config, False) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), TIED, "whitespace", PLAIN_WORDS)
+
+
+@pytest.fixture(scope="module", params=[*PRECISIONS, "adaptive"])
+def bundle(request: pytest.FixtureRequest, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("bundle")
+    adaptive = request.param == "adaptive"
+    run = make_run(folder, ADAPTIVE, "whitespace", PLAIN_WORDS) if adaptive else run
+    precision = "fp32" if adaptive else request.param
+    export.main([str(run), "-o", str(folder / "bundle"), "--precision", precision])
+    return Bundle.load(folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def plain(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("plain") / "bundle"
+    export.main([str(run), "-o", str(folder)])
+    return Bundle.load(folder)
+
+
+def pair(bundle: Bundle) -> tuple[Sampler, Sampler]:
+    """One that makes words by the Loop, and one that makes them one a run."""
+    one, two = Sampler(bundle), Sampler(bundle)
+    two.by_word = True
+    return one, two
+
+
+def compare(found: State, expected: State) -> None:
+    """The same state, but for the rounding of sums."""
+    for name in ("words", "lengths"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    for name in ("h", "c"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-5)
+    assert (found.counts is None) == (expected.counts is None)
+    if found.counts is not None and expected.counts is not None:
+        np.testing.assert_array_equal(found.counts, expected.counts)
+    for one, two in zip(found.generators, expected.generators, strict=True):
+        assert one.bit_generator.state == two.bit_generator.state
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_words_and_state_are_those_of_the_loop(bundle: Bundle, config: GenerationConfig) -> None:
+    loop, by_word = pair(bundle)
+    for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:3], PROMPTS):
+        one, two = (made.start(prompts).seeded(5) for made in (loop, by_word))
+        for words, stops in ((7, ()), (1, ()), (30, (3, 4, 5)), (0, ()), (4, (99,))):
+            expected, one = loop.make(one, config, words, stops)
+            found, two = by_word.make(two, config, words, stops)
+            np.testing.assert_array_equal(found, expected)
+            assert found.dtype == expected.dtype
+            compare(two, one)
+
+
+def test_what_is_added_to_logits(bundle: Bundle) -> None:
+    random, size = np.random.default_rng(0), len(PLAIN_WORDS) + 2
+    added = {
+        "bias": random.normal(size=size).astype(np.float32),
+        "row_bias": random.normal(size=(len(PROMPTS), size)).astype(np.float32),
+        "in_prompt": random.random((len(PROMPTS), size)) < 0.5,
+    }
+    config = replace(CONFIGS["adjusted"], repetition_penalty=2)
+    loop, by_word = pair(bundle)
+    (expected, one), (found, two) = (made.make(made.start(PROMPTS).seeded(1), config, 12, **added) for made in (loop, by_word))
+    np.testing.assert_array_equal(found, expected)
+    compare(two, one)
+
+
+def test_the_state_that_went_in_is_as_it_was(plain: Bundle) -> None:
+    made = pair(plain)[1]
+    _, state = made.make(made.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 3)
+    before = [state.h.copy(), state.c.copy(), np.array(state.counts)]
+    first = made.make(state, CONFIGS["adjusted"], 5)
+    again = made.make(state, CONFIGS["adjusted"], 5)
+    np.testing.assert_array_equal(first[0], again[0])
+    compare(again[1], first[1])
+    for array, expected in zip((state.h, state.c, state.counts), before, strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def addresses(session: WordSession) -> list[dict[str, int]]:
+    return [{name: value.data_ptr() for name, value in values.items()} for values in session.values]
+
+
+def test_values_stay_where_they_are_while_their_shapes_do(plain: Bundle) -> None:
+    made = pair(plain)[1]
+    made.make(made.start(PROMPTS).seeded(1), CONFIGS["plain"], 3)
+    session = made.word_session(ALL_FEATURES["plain"])
+    first, bindings = addresses(session), session.bindings
+    differing = {name for name in first[0] if first[0][name] != first[1][name]}
+    assert differing == {"word", "mass", *(f"{name}_{layer}" for name in "hc" for layer in range(3))}
+    # What a run gives lies where the next one reads it, and nothing was made anew for it.
+    for (binding, _), after in zip(bindings, first[::-1], strict=True):
+        outputs = [value.name.removeprefix("next_") for value in session.session.get_outputs()]
+        found = dict(zip(outputs, (value.data_ptr() for value in binding.get_outputs()), strict=True))
+        assert found == {name: after[name] for name in outputs}
+    made.make(made.start(PROMPTS[::-1]).seeded(2), replace(CONFIGS["plain"], temperature=1.5), 8)
+    assert addresses(session) == first
+    assert session.bindings is bindings
+    made.make(made.start(PROMPTS[:2]).seeded(1), CONFIGS["plain"], 3)
+    assert session.bindings is not bindings
+
+
+def test_a_run_twice_is_a_run(plain: Bundle) -> None:
+    """As when a CUDA graph is captured: onnxruntime runs it three times then."""
+    loop, by_word = pair(plain)
+    session = by_word.word_session(ALL_FEATURES["adjusted"])
+    once = session.run
+
+    def thrice(number: int) -> None:
+        for _ in range(3):
+            once(number)
+
+    session.run = thrice
+    expected, one = loop.make(loop.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 9)
+    found, two = by_word.make(by_word.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 9)
+    np.testing.assert_array_equal(found, expected)
+    compare(two, one)
+
+
+# --- what a GPU would be given -------------------------------------------------------------------------------------
+
+
+def sizes_of(precision: str, cutoffs: list[int]) -> Sizes:
+    return Sizes([12, 30, 24], 600, 24, tied=False, precision=precision, cutoffs=cutoffs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("cutoffs", [[], [100, 300]])
+@pytest.mark.parametrize("features", ALL_FEATURES.values(), ids=ALL_FEATURES)
+def test_graphs_for_cuda_are_valid(precision: str, cutoffs: list[int], features: Features, tmp_path: Path) -> None:
+    sizes = sizes_of(precision, cutoffs)
+    (tmp_path / "weights.bin").write_bytes(bytes(file_length(sizes)))
+    for make in (step_graph, partial(generation_graph, features=features), partial(word_graph, features=features)):
+        path = tmp_path / "graph.onnx"
+        path.write_bytes(make(sizes, location="weights.bin", cuda=True))
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+@pytest.mark.parametrize("features", ALL_FEATURES.values(), ids=ALL_FEATURES)
+def test_what_is_captured_has_nothing_that_a_cuda_graph_cannot_replay(features: Features) -> None:
+    graph = onnx.load_from_string(word_graph(sizes_of("fp16", []), features, "weights.bin", cuda=True)).graph
+    operators = {node.op_type for node in graph.node}
+    # Control flow; a shape, which lies on the host; kernels that copy tables from the host.
+    unfit = operators & {"Loop", "Scan", "If", "Shape", "GatherND", "ScatterND", "Concat"}
+    known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if not tensor.external_data}
+    splits = [known[node.input[1]] for node in graph.node if node.op_type == "Split" and len(node.input) == 2]
+    assert not any(before != after for sizes in splits for before, after in pairwise(sizes))
+    assert capturable(sizes_of("fp16", []), features) == (not unfit)
+    assert not capturable(sizes_of("fp16", [100]), features)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_graphs_for_cuda_compute_the_same(precision: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export.main([str(run), "-o", str(tmp_path / "bundle"), "--precision", precision])
+    bundle = Bundle.load(tmp_path / "bundle")
+    expected, one = (made := Sampler(bundle)).make(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
+    opened = sampler.Runtime.open
+
+    def as_for_cuda(self: sampler.Runtime, graph: Any, captured: bool = False) -> Any:
+        return opened(self, lambda *arguments, **options: graph(*arguments, **(options | {"cuda": True})), captured)
+
+    monkeypatch.setattr(sampler.Runtime, "open", as_for_cuda)
+    made = pair(bundle)[1]
+    found, two = made.make(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
+    np.testing.assert_array_equal(found, expected)
+    for name in ("h", "c"):
+        np.testing.assert_allclose(getattr(two, name), getattr(one, name), atol=1e-5 if precision == "fp32" else 1e-2)
+
+
+# --- a CUDA graph that cannot be -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_run", [False, True])
+def test_words_are_made_without_a_cuda_graph_where_there_can_be_none(
+    plain: Bundle, at_run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, by_word = pair(plain)
+    session = by_word.word_session(ALL_FEATURES["plain"])
+    opened, asked = by_word.runtime.open, []
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def refuse(graph: Any, captured: bool = False) -> Any:
+        asked.append(captured)
+        made = opened(graph)
+        if captured and not at_run:
+            raise UsageError("not all nodes are on CUDA")
+        return (
+            SimpleNamespace(run_with_iobinding=fail, get_inputs=made.get_inputs, io_binding=made.io_binding)
+            if captured
+            else made
+        )
+
+    monkeypatch.setattr(by_word.runtime, "open", refuse)
+    session.captured = True
+    session.session = session.opened()
+    expected, _ = loop.make(loop.start(PROMPTS).seeded(1), CONFIGS["plain"], 9)
+    found, _ = by_word.make(by_word.start(PROMPTS).seeded(1), CONFIGS["plain"], 9)
+    np.testing.assert_array_equal(found, expected)
+    assert [asked.count(captured) for captured in (True, False)] == [1, 2]  # the prompts' graph is one
+
+
+def test_the_options_of_a_captured_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def make_session(*arguments: object, **options: Any) -> SimpleNamespace:
+        given.append(options["providers"])
+        return SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
+
+    class Options(SimpleNamespace):
+        def add_session_config_entry(self, key: str, value: str) -> None: ...
+
+    fake = SimpleNamespace(SessionOptions=Options, InferenceSession=make_session)
+    monkeypatch.setattr(sampler, "import_onnxruntime", lambda: fake)
+    for captured in (True, False):
+        sampler.open_session(b"", Path(), "cuda", 1, captured)
+    assert given == [[("CUDAExecutionProvider", {"enable_cuda_graph": "1"})], ["CUDAExecutionProvider"]]

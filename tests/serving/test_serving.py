@@ -1,0 +1,481 @@
+"""Serving: MLflow's own server over a bundle, from its folder and from a registry, answers as lmdist-generate does."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmdist.errors import UsageError
+from lmdist.storage.reading import write_json
+from lmdist_export import generate
+from lmdist_export.bundle import Bundle
+from lmdist_export.serving import registry
+from servers import Server, free_port
+from support.small_bundles import PLAIN_WORDS, UNTIED, command, make_bundle, make_run
+
+MODEL_FILES = {"MLmodel", "served_model.py", "requirements.txt", "python_env.yaml"}
+APP = "mlflow.pyfunc.scoring_server.app:app"
+
+
+class Serving:
+    """A server of one bundle, and what it answers."""
+
+    def __init__(self, arguments: list[str], folder: Path, **environment: str) -> None:
+        self.port = free_port()
+        self.log = folder / "serving.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *arguments, "--port", str(self.port)],
+                stdout=log,
+                stderr=log,
+                env=os.environ
+                | {"MLFLOW_DISABLE_TELEMETRY": "true", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+                | environment,
+            )
+
+    def wait(self) -> None:
+        """Until it is up."""
+        deadline = time.monotonic() + 200
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping", timeout=5).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.1)
+
+    def post(self, body: object, content_type: str = "application/json") -> tuple[int, Any]:
+        """Status and answer to a body."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/invocations", data, {"Content-Type": content_type})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read())
+
+    def texts(self, *prompts: str, **params: object) -> list[dict[str, Any]]:
+        """The texts that go on from prompts."""
+        status, answer = self.post({"dataframe_records": [{"prompt": prompt} for prompt in prompts], "params": params})
+        assert status == 200, answer
+        return answer["predictions"]
+
+    def stop(self) -> int:
+        """End it; gives its exit code."""
+        self.process.terminate()
+        return self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"), UNTIED, "whitespace", PLAIN_WORDS)
+
+
+@pytest.fixture(scope="module")
+def serving(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """`mlflow models serve` over the folder that lmdist-export wrote."""
+    arguments = ["mlflow", "models", "serve", "-m", str(bundle), "--env-manager", "local"]
+    server = Serving(arguments, tmp_path_factory.mktemp("serving"))
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def generated(bundle: Path, capsys: pytest.CaptureFixture[str]):
+    """What lmdist-generate writes for options of the server."""
+
+    def call(*prompts: str, **options: object) -> list[dict[str, Any]]:
+        flags: list[str] = []
+        for name, value in options.items():
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                flags += [flag] if value else [flag.replace("--", "--no-", 1)]
+            else:
+                flags += [part for one in (value if isinstance(value, list) else [value]) for part in (flag, str(one))]
+        lines = []
+        for number, prompt in enumerate(prompts):
+            generate.main([str(bundle), "--prompt", prompt, "--json", *flags])
+            lines += [json.loads(line) | {"prompt_number": number} for line in capsys.readouterr().out.splitlines()]
+        return lines
+
+    return call
+
+
+# --- the folder ----------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_a_model_of_mlflow_and_a_bundle_as_before(bundle: Path) -> None:
+    listed = Bundle.load(bundle).manifest["files"]
+    assert {path.name for path in bundle.iterdir()} - set(listed) == {*MODEL_FILES, "manifest.json", "generation_config.json"}
+    requirements = (bundle / "requirements.txt").read_text()
+    assert "lmdist[cpu,serve]==" in requirements
+    assert "torch" not in requirements
+    assert str(bundle) not in (bundle / "MLmodel").read_text()
+
+
+# --- what is answered ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ignore_eos": True, "n": 3},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.95},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1, "no_repeat_ngram_size": 3},
+        {"min_new_tokens": 25, "stop": ["the cat", "so"], "echo": False},
+        {"bad_words": ["the dog", "in"], "logit_bias": ["cat=2", "not=-inf"], "allow_unk": True},
+        {"temperature": 0, "logprobs": 2, "ignore_eos": True},
+    ],
+    ids=lambda options: "-".join(options) or "none",
+)
+def test_texts_are_those_of_lmdist_generate(serving: Serving, generated, options: dict[str, object]) -> None:
+    asked = {"max_new_tokens": 30, "seed": 7, **options}
+    prompts = ("the cat", "we said that it is", "")
+    answers = serving.texts(*prompts, **asked)
+    assert all(("seed" not in text) if options.get("temperature") == 0 else text.pop("seed") == 7 for text in answers)
+    assert answers == generated(*prompts, **asked)
+
+
+@pytest.mark.slow
+def test_a_search_is_that_of_lmdist_generate(serving: Serving, generated) -> None:
+    asked = {"num_beams": 4, "n": 2, "max_new_tokens": 12, "length_penalty": 0.5}
+    assert serving.texts("the cat", "we", **asked) == generated("the cat", "we", **asked)
+
+
+@pytest.mark.slow
+def test_a_drawn_seed_is_told_and_repeats_the_text(serving: Serving) -> None:
+    first, second = (serving.texts("the dog", ignore_eos=True, max_new_tokens=40)[0] for _ in range(2))
+    assert first["seed"] != second["seed"]
+    assert serving.texts("the dog", ignore_eos=True, max_new_tokens=40, seed=first["seed"]) == [first]
+
+
+@pytest.mark.slow
+def test_every_form_of_input_is_the_same_input(serving: Serving) -> None:
+    params = {"seed": 1, "max_new_tokens": 5, "top_p": None}
+    forms = [
+        {"dataframe_records": [{"prompt": "the"}, {"prompt": "a"}]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [["the"], ["a"]]}},
+        {"inputs": {"prompt": ["the", "a"]}},
+        {"inputs": [{"prompt": "the"}, {"prompt": "a"}]},
+        {"inputs": ["the", "a"]},
+        {"instances": ["the", "a"]},
+        {"instances": {"prompt": ["the", "a"]}},
+        {"instances": [{"prompt": "the"}, {"prompt": "a"}]},
+        {"dataframe_split": {"index": [0, 1], "columns": ["prompt"], "data": [["the"], ["a"]]}},
+    ]
+    answers = [serving.post(form | {"params": params}) for form in forms]
+    in_capitals = serving.post(forms[0] | {"params": params}, 'Application/JSON; charset="UTF-8"')
+    assert [*answers, in_capitals] == [answers[0]] * (len(forms) + 1)
+    assert answers[0][0] == 200
+
+
+@pytest.mark.slow
+def test_prompts_are_texts_whatever_they_look_like(serving: Serving) -> None:
+    prompts = ["", "7", "007", "nan", "null", "NA", "true", "2020-01-01", "the\0", "naïve 😀"]
+    assert [text["text"] for text in serving.texts(*prompts, max_new_tokens=1, stop=PLAIN_WORDS)] == prompts
+
+
+@pytest.mark.slow
+def test_32_clients_at_once_get_what_each_gets_alone(serving: Serving, generated) -> None:
+    asked = [
+        {"seed": number, "max_new_tokens": 20 + number % 2, "ignore_eos": True} | ({"top_p": 0.8} if number % 4 == 0 else {})
+        for number in range(32)
+    ]
+    with ThreadPoolExecutor(32) as clients:
+        answers = list(clients.map(lambda params: serving.texts("the cat", **params)[0], asked))
+    assert [text["seed"] for text in answers] == list(range(32))
+    for params, answer in zip(asked[:8], answers[:8], strict=True):
+        answer.pop("seed")
+        assert [answer] == generated("the cat", **params)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def one(**params: object) -> dict[str, object]:
+    return {"dataframe_records": [{"prompt": "the"}], "params": params}
+
+
+REFUSED = {
+    "an unknown param": (one(max_tokens=5), 'params: "max_tokens" is not known; known are max_new_tokens, '),
+    "out of range": (one(top_p=7), "top_p is 7.0; it must be above 0 and at most 1"),
+    "a text for a number": (one(top_p="much"), 'top_p is "much"; a number is expected'),
+    "a list for a number": (one(top_p=[1]), "top_p is [1]; a number is expected"),
+    "true for a number": (one(max_new_tokens=True), "max_new_tokens is true; a whole number is expected"),
+    "a number with a fraction": (one(max_new_tokens=2.5), "max_new_tokens is 2.5; a whole number is expected"),
+    "a number for a flag": (one(ignore_eos=1), "ignore_eos is 1; true or false is expected"),
+    "too large a number": (one(seed=2**64), "seed is 18446744073709551616; a whole number of at most 64 bits is expected"),
+    "far too large a number": (b'{"inputs": ["the"], "params": {"seed": %s}}' % (b"9" * 5_000), "has a number of thousands of"),
+    "a text for a list": (one(stop="cat"), 'stop is "cat"; a list of texts is expected'),
+    "an object for a list": (one(stop={"cat": 1}), 'stop is {"cat": 1}; a list of texts is expected'),
+    "a list in a list": (one(stop=["the", ["cat"]]), 'stop number 1 is ["cat"]; a text is expected'),
+    "nothing in a list": (one(stop=[None]), "stop number 0 is null; a text is expected"),
+    "a long word": (one(stop=["x" * 1_000]), f"stop: '{'x' * 12}...{'x' * 13}' is not in the vocabulary"),
+    "an unknown word": (one(stop=["xyzzy"]), "stop: 'xyzzy' is not in the vocabulary"),
+    "too many words": (one(max_new_tokens=10**9), "together is 1,000,000,001; this server takes at most 20,000"),
+    "too many texts": (one(n=1_000), "this server takes at most 20,000"),
+    "too many beams": (one(num_beams=65, max_new_tokens=1), "num_beams is 65; this server takes at most 64"),
+    "too many likeliest": (one(logprobs=21), "logprobs is 21; this server takes at most 20"),
+    "no text at all": (one(n=0), "n is 0; it must be at least 1"),
+    "a seed below 0": (one(seed=-1), "seed is -1; it must not be negative"),
+    "a draw and a search": (one(num_beams=2, top_p=0.5), "num_beams searches for the likeliest text and draws nothing: top_p"),
+    "no word left": (one(logit_bias=[f"{word}=-inf" for word in [*PLAIN_WORDS, "<eos>"]]), "no word is left to draw"),
+    "not a number": (b'{"inputs": ["the"], "params": {"temperature": NaN}}', "temperature is nan; it must be 0"),
+    "params of another kind": ({"inputs": ["the"], "params": [1]}, 'params is [1]; an object is expected, as {"seed": 7}'),
+    "another column": (
+        {"dataframe_records": [{"text": "a"}]},
+        'prompt number 0 is {"text": "a"}; a text is expected, as in [{',
+    ),
+    "a column more": ({"inputs": [{"prompt": "a", "id": 3}]}, 'prompt number 0 is {"prompt": "a", "id": 3}; a text is'),
+    "other columns": ({"dataframe_split": {"columns": ["id"], "data": [[1]]}}, 'dataframe_split is {"columns": ["id"], "data"'),
+    "a row of two": (
+        {"dataframe_split": {"columns": ["prompt"], "data": [["a", "b"]]}},
+        'prompt number 0 is ["a", "b"]; a text',
+    ),
+    "a split of a text": ({"dataframe_split": "the"}, 'dataframe_split is "the"; what is expected is {"columns": ["prompt"], '),
+    "a number for a prompt": ({"dataframe_records": [{"prompt": 7}]}, "prompt number 0 is 7; a text is expected"),
+    "a number for an input": ({"inputs": ["the", 7]}, 'prompt number 1 is 7; a text is expected, as in ["We must"]'),
+    "nothing for a prompt": ({"dataframe_records": [{"prompt": "the"}, {}]}, "prompt number 1 is {}; a text is expected"),
+    "null for a prompt": ({"inputs": [None]}, "prompt number 0 is null; a text is expected"),
+    "a list for a prompt": ({"instances": [["the"]]}, 'prompt number 0 is ["the"]; a text is expected'),
+    "half of a character": (b'{"inputs": ["\\ud800"]}', "prompt number 0 has half of a character"),
+    "records of another kind": ({"dataframe_records": None}, 'dataframe_records is null; what is expected is [{"prompt": "We'),
+    "a text for the inputs": ({"inputs": "the"}, 'inputs is "the"; what is expected is ["We must"]'),
+    "a long text for the inputs": ({"inputs": "the " * 99}, f'inputs is "{"the " * 9}the...; what is expected is ["We must"]'),
+    "no prompts": ({"dataframe_split": {"columns": ["prompt"], "data": []}}, "no prompt is given"),
+    "no input": ({"params": {}}, "the body has no input; one of inputs, instances, dataframe_records, dataframe_split is"),
+    "two inputs": ({"inputs": ["a"], "instances": ["b"]}, "the body has inputs and instances; one of "),
+    "another name": ({"input": ["the"]}, 'the body has "input", which is not known; known are inputs, '),
+    "a name beside": ({"inputs": ["the"], "parameters": {}}, 'the body has "parameters", which is not known'),
+    "another program's form": ({"prompt": "the", "temperature": 1}, 'the body has "prompt", which is not known'),
+    "a list": (["the"], 'the body is ["the"]; an object is expected, as {"inputs": '),
+    "nothing": (b"", "the body is no JSON (Expecting value: line 1, column 1); what is expected is {"),
+    "no JSON": (b'{"inputs": ["the secret', "the body is no JSON (Unterminated string starting at: line 1, column 13); what"),
+    "no UTF-8": (b'{"inputs": ["\xff"]}', "byte 14 of the body is not UTF-8"),
+    "brackets": (b"[" * 100_000, "the body has too many brackets in brackets"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("body", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_wrong_input_is_a_400_and_a_sentence(serving: Serving, body: object, sentence: str) -> None:
+    status, answer = serving.post(body)
+    assert (status, answer["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
+    assert sentence in answer["message"]
+    assert len(answer["message"]) < 400
+    assert "stack_trace" not in answer
+    assert "secret" not in answer["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        *("text/csv", "application/vnd.apache.parquet", "text/plain", "application/x-www-form-urlencoded", ""),
+        *("application/json; charset=latin-1", "application/json; profile=x", "application/jsonlines"),
+    ],
+)
+def test_what_is_no_json_is_a_415_and_a_sentence(serving: Serving, content_type: str) -> None:
+    status, answer = serving.post(b"prompt\nthe secret\n", content_type)
+    said = f'Content-Type is "{content_type}"' if content_type else "no Content-Type is given"
+    assert (status, answer["message"]) == (415, f"{said}; application/json is expected, in UTF-8")
+
+
+@pytest.mark.slow
+def test_a_body_that_is_too_long_is_a_413_and_a_sentence(serving: Serving) -> None:
+    status, answer = serving.post({"inputs": ["the " * 2**23]})
+    assert (status, answer["message"]) == (413, "the body has 33,554,448 bytes; this server takes at most 1,048,576")
+    assert serving.texts("the")
+
+
+@pytest.mark.slow
+def test_no_other_path_has_a_door(serving: Serving) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{serving.port}/version", timeout=60) as answer:
+        assert answer.status == 200
+
+
+# --- those who wait ------------------------------------------------------------------------------------------------
+
+LONG = {"max_new_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
+"""Each run makes one word, for no sequence may come twice: half a minute and more for sixteen of them."""
+
+
+def cpu_seconds(process_id: int) -> float:
+    """That a process and its children have used so far."""
+    import psutil
+
+    server = psutil.Process(process_id)
+    return sum(sum(process.cpu_times()[:2]) for process in (server, *server.children(recursive=True)))
+
+
+@pytest.mark.slow
+def test_nothing_is_made_for_a_client_that_has_gone(serving: Serving) -> None:
+    body = json.dumps(one(**LONG)).encode()
+    for _ in range(20):
+        client = http.client.HTTPConnection("127.0.0.1", serving.port)
+        client.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+        client.close()
+    deadline = time.monotonic() + 20
+    while True:
+        before = cpu_seconds(serving.process.pid)
+        time.sleep(1)
+        if cpu_seconds(serving.process.pid) - before < 0.1:
+            break
+        assert time.monotonic() < deadline, "the server still makes their words"
+
+
+@pytest.mark.slow
+def test_a_short_request_does_not_wait_for_many_long_ones(serving: Serving) -> None:
+    clients = [http.client.HTTPConnection("127.0.0.1", serving.port) for _ in range(16)]
+    for client in clients:
+        client.request("POST", "/invocations", json.dumps(one(**LONG)).encode(), {"Content-Type": "application/json"})
+    assert serving.texts("the", max_new_tokens=1)
+    answered, _, _ = select.select([client.sock for client in clients], [], [], 0)
+    assert not answered
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.slow
+def test_what_is_refused_stands_in_no_log_as_a_defect(serving: Serving) -> None:
+    assert serving.post(one(top_p=7))[0] == 400
+    assert "Traceback" not in serving.log.read_text()
+
+
+# --- the registry --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a run to a server in production: a version of the run's model, served from the registry by uvicorn alone."""
+    import mlflow
+
+    tracking = Server(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
+    tracking.start()
+    try:
+        client = mlflow.MlflowClient(tracking.uri)
+        run_id = client.create_run("0").info.run_id
+        run = make_run(tmp_path, UNTIED, "whitespace", PLAIN_WORDS)
+        write_json(run / "mlflow.json", {"run_id": run_id})
+        done = command("lmdist_export.export", run, "-o", "bundle", "--register", "news.en", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"registered   news.en, version 1, alias champion  ({tracking.uri})\nof run       {run_id}\n" in done.stdout
+        assert "mlflow models serve -m models:/news.en@champion --env-manager local\n" in done.stdout
+        again = command("lmdist_export.export", "bundle", "--register", "news.en", "--alias", "second", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert "version 2, alias second" in again.stdout
+
+        version = client.get_model_version_by_alias("news.en", "champion")
+        assert (version.version, version.run_id) == ("1", run_id)
+        model = client.get_logged_model(str(version.source).removeprefix("models:/"))
+        assert (model.name, model.source_run_id, str(model.status)) == ("news_en", run_id, "READY")
+        assert model.params["precision"] == "fp32"
+        assert {metric.key for metric in model.metrics or ()} >= {"bundle/megabytes", "bundle/valid_perplexity"}
+
+        server = Serving(
+            ["uvicorn", APP, "--timeout-graceful-shutdown", "60"],
+            tmp_path,
+            __pyfunc_model_path__="models:/news.en@champion",
+        )
+        server.wait()
+        assert server.post(one(max_tokens=5))[0] == 400
+        assert server.post(b"prompt\nthe\n", "text/csv")[0] == 415
+    finally:
+        tracking.kill()
+    answers: list[list[dict[str, Any]]] = []
+    asked = {"seed": 5, "max_new_tokens": 2_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
+    clients = [threading.Thread(target=lambda: answers.append(server.texts("the cat", **asked))) for _ in range(4)]
+    for client_thread in clients:
+        client_thread.start()
+    time.sleep(1)
+    assert not answers, "the texts are too short for this test"
+    code = server.stop()
+    for client_thread in clients:
+        client_thread.join()
+    assert code in (0, -signal.SIGTERM)  # uvicorn ends by the signal, when all is answered
+    assert [len(texts[0]["words"]) for texts in answers] == [2_000] * 4
+    assert answers == [answers[0]] * 4
+
+
+@pytest.mark.slow
+def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: Path) -> None:
+    done = command("lmdist_export.export", bundle, "--register", "small", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "version 1, alias champion  (sqlite:///mlflow.db)" in done.stdout
+    assert "(a new one: the training's is not in this store)" in done.stdout
+
+
+@pytest.mark.slow
+def test_mlflow_away_is_said_without_a_password(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:secret@127.0.0.1:{free_port()}")
+    done = command("lmdist_export.export", bundle, "--register", "small", cwd=tmp_path)
+    assert done.returncode == 75
+    assert "secret" not in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].endswith(f"this registers it later: lmdist-export {bundle} --register small")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("-o", "b", "--register", "a/b"), "--register 'a/b' is no name for a model"),
+        (("-o", "b", "--register", "a", "--alias", "Latest"), "--alias 'Latest' is no alias"),
+        (("-o", "b", "--alias", "a"), "give --register NAME as well"),
+        (("--register", "a"), "without -o a bundle is registered as it is, and"),
+        ((), "-o is missing"),
+        (("-o", "b", "--register", "a", "--layout", "sherpa-onnx"), "--register a: --layout sherpa-onnx"),
+    ],
+)
+def test_mistakes_are_seen_before_any_work(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lmdist_export import export
+
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(tmp_path), *arguments])
+    assert stop.value.code == 64
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["news", "news.en 2", "a/b", "a:b", " ", "", ".", "..", "é"])
+@pytest.mark.parametrize("alias", ["champion", "a-b_2", "latest", "v3", "a b", "", "x" * 256])
+def test_names_are_refused_as_mlflow_refuses_them(name: str, alias: str) -> None:
+    from mlflow import MlflowException
+    from mlflow.utils import validation
+
+    def taken(check: Any, *arguments: str) -> bool:
+        try:
+            check(*arguments)
+        except (MlflowException, UsageError):
+            return False
+        return True
+
+    by_mlflow = (
+        taken(validation._validate_model_name, name)
+        and taken(validation._validate_model_alias_name, alias)
+        and taken(validation._validate_model_alias_name_reserved, alias)
+    )
+    assert taken(registry.check_names, name, alias) == by_mlflow

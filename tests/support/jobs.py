@@ -1,0 +1,146 @@
+"""Jobs on the CPU, small enough to take seconds: as a user starts them, by forks that have torch already, and in this process.
+
+torchrun(4, *SMALL, "--run_folder=run", cwd=tmp_path)   # 6 CPU seconds a rank: where the start itself is to be proven
+train(4, *SMALL, "--run_folder=run", cwd=tmp_path)      # the same ranks, processes that meet by gloo, without the imports
+train_here("--run_folder=run")                          # the loop alone, on one rank
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdist import config
+from lmdist import train as training
+from lmdist.model.language_model import LanguageModel, State
+from lmdist.settings import DataSettings, ModelSettings, Recipe
+from lmdist.signals import StopRequest
+from lmdist.storage.reading import read_json
+from lmdist.training import loop
+from lmdist.training.distributed import World
+from servers import free_port
+
+FORKS = multiprocessing.get_context("forkserver")
+# The last two are what the first optimizer of a process and the picture of its losses import.
+FORKS.set_forkserver_preload(["lmdist.training.loop", "torch._dynamo", "matplotlib.pyplot"])
+
+SMALL = (
+    "--model.embedding_size=16 --model.hidden_size=24 --optimizer.learning_rate=0.02 --data.global_batch=8 --data.window=7 "
+    "--training.log_every=1 --training.device=cpu --training.precision=fp32 --tracking.mlflow=false --sample.words=5"
+).split()
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank, as torchrun has it, so that one rank adds up in the same order."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def installed() -> dict[str, str]:
+    """The same, with the commands of the package that is tested."""
+    return {**environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def command(ranks: int, *flags: str) -> list[str]:
+    """The command line of a training job."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *start, "-m", "lmdist.train", *flags]
+
+
+def torchrun(ranks: int, *flags: str, cwd: Path) -> None:
+    """Run a job to its end as its user does."""
+    done = subprocess.run(command(ranks, *flags), cwd=cwd, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a job to its end and check the exit code of each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / name for name in ("stdout", "stderr")]
+        started = start(ranks, *flags, cwd=cwd, said=said)
+        for process in started:
+            process.join()
+        stdout, stderr = (path.read_text() for path in said)
+    assert [process.exitcode for process in started] == [code] * ranks, stderr
+    return subprocess.CompletedProcess(flags, code, stdout, stderr)
+
+
+def start(ranks: int, *flags: str, cwd: Path, said: list[Path]) -> list[ForkServerProcess]:
+    """The ranks of a job that has begun, which write to two files what they say."""
+    variables = environment()
+    if ranks > 1:  # what torchrun tells them
+        variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for number in range(ranks):
+        own = variables | ({"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {})
+        started.append(FORKS.Process(target=run_rank, args=(flags, cwd, said, own), daemon=True))
+        started[-1].start()
+    return started
+
+
+def run_rank(flags: tuple[str, ...], cwd: Path, said: list[Path], variables: Mapping[str, str]) -> None:
+    """What a rank does, in a process of its own."""
+    for number, path in enumerate(said, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    torch.set_num_threads(1)  # torch has read the variable already
+    training.main(flags)
+
+
+def train_here(*flags: str) -> None:
+    """Run the loop of a small job in this process, on one rank."""
+    loop_here(*SMALL, *flags)
+
+
+def loop_here(*flags: str) -> None:
+    """Run the loop of a job in this process, on one rank of the CPU."""
+    loop.train(config.load(flags), World(0, 1, torch.device("cpu")), StopRequest())
+
+
+def after_one_step(
+    settings: ModelSettings, vocabulary_size: int, rows: int
+) -> tuple[LanguageModel, torch.optim.Optimizer, State, dict[str, Any]]:
+    """A model, its optimizer after one step, the state of its streams, and the recipe of such a run."""
+    model = LanguageModel(settings, vocabulary_size)
+    optimizer = torch.optim.AdamW(model.parameters())
+    hidden, (h, c) = model(torch.randint(vocabulary_size, (rows, 5)), model.initial_state(rows))
+    hidden.sum().backward()
+    optimizer.step()
+    recipe = Recipe(model=settings, data=DataSettings(global_batch=rows))
+    return model, optimizer, (h.detach(), c.detach()), config.as_dict(recipe)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path, key: str = "train/loss") -> list[float]:
+    """The loss curve of a run."""
+    return [row[key] for row in rows(run) if key in row]
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    """Wait until a job that runs has written so many lines of metrics."""
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < steps:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def fingerprint(run: Path) -> tuple[str, dict[str, dict[str, str]]]:
+    """The name of the newest checkpoint and the sums of its files."""
+    newest = (run / "checkpoints" / "newest").read_text().strip()
+    return newest, read_json(run / "checkpoints" / newest / "manifest.json")["files"]

@@ -1,0 +1,126 @@
+"""Small random models as data folders, runs and bundles, for the tests of export and sampling."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lmdist import config
+from lmdist.model.language_model import LanguageModel
+from lmdist.settings import DataSettings, ModelSettings, Recipe, TextSettings
+from lmdist.storage.checksums import checksums
+from lmdist.storage.reading import write_json
+from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.vocabulary import Vocabulary
+from lmdist.training import checkpoint
+from lmdist_export import export
+from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.conversion.convert import write_graphs
+
+WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
+PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()
+DOCUMENTS = ["The president said that the cat is here. It isn't a dog.", "We said it. The dog's (old) cat said so too."]
+TIED = ModelSettings(embedding_size=8, hidden_size=12, num_layers=3, dropout=0.0, tied=True)
+UNTIED = ModelSettings(embedding_size=6, hidden_size=10, num_layers=2, dropout=0.0, tied=False)
+ADAPTIVE = ModelSettings(embedding_size=6, hidden_size=20, num_layers=2, dropout=0.0, tied=False, head="adaptive")
+SINGLE = ModelSettings(embedding_size=7, hidden_size=7, num_layers=1, dropout=0.5, tied=True)
+
+
+def make_model(settings: ModelSettings, vocabulary_size: int) -> LanguageModel:
+    """A model whose probabilities are far from equal."""
+    torch.manual_seed(0)
+    model = LanguageModel(settings, vocabulary_size).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return model
+
+
+def make_data(folder: Path, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS) -> Path:
+    """A data folder with a train and a valid split of 600 random words."""
+    folder.mkdir(parents=True)
+    vocabulary = Vocabulary(["<unk>", "<eos>", *words])
+    vocabulary.save(folder / "vocab.txt")
+    WordTokenizer.train(TextSettings(tokenizer), DOCUMENTS).save(folder / "text.json")
+    tokens = np.random.default_rng(0).integers(0, len(vocabulary), 600)
+    for split in ("train", "valid"):
+        tokens.astype("<u2").tofile(folder / f"{split}.bin")
+    meta = {
+        "format": "lmdist data",
+        "version": 1,
+        "dtype": "uint16",
+        "vocabulary_size": len(vocabulary),
+        "splits": {split: {"tokens": len(tokens)} for split in ("train", "valid")},
+        "files": checksums(folder),
+    }
+    write_json(folder / "meta.json", meta)
+    return folder
+
+
+def make_run(
+    folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS
+) -> Path:
+    """A run with one checkpoint, beside its data folder."""
+    data = make_data(folder / "data", tokenizer, words)
+    model = make_model(settings, len(words) + 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = config.as_dict(Recipe(data=DataSettings(folder=str(data)), model=settings))
+    run = folder / "runs" / "small"
+    taken = checkpoint.snapshot(checkpoint.Progress(step=7), model, optimizer, None)
+    checkpoint.save(run / "checkpoints", taken, recipe, data)
+    return run
+
+
+def make_bundle(
+    folder: Path,
+    settings: ModelSettings = TIED,
+    tokenizer: str = "word_tokenize",
+    words: Sequence[str] = WORDS,
+    precision: str = "fp32",
+) -> Path:
+    """A bundle, exported as a user exports it."""
+    export.main([str(make_run(folder, settings, tokenizer, words)), "-o", str(folder / "bundle"), "--precision", precision])
+    return folder / "bundle"
+
+
+def bare_bundle(folder: Path, settings: ModelSettings = TIED, precision: str = "fp32", vocabulary_size: int = 300) -> Bundle:
+    """A bundle of `make_model` that nothing has compared with torch, which is much faster than to export it."""
+    folder.mkdir(parents=True)
+    sizes = write_graphs(make_model(settings, vocabulary_size), folder, "small", precision)
+    words = Vocabulary(["<unk>", "<eos>", *(f"word{number}" for number in range(2, vocabulary_size))])
+    return Bundle(folder, {}, sizes, words, GenerationConfig())
+
+
+def edit_json(path: Path, **values: object) -> None:
+    """Replace values of a JSON object."""
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
+def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ...`, as its installed command does."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+
+
+def in_fresh_process(name: str, arguments: Sequence[object], packages: set[str]) -> subprocess.CompletedProcess[str]:
+    """Run `main` of a file of lmdist_export, which must not fail; its last line on stderr is the set of loaded `packages`."""
+    code = (
+        f"import sys; from lmdist_export import {name}\n"
+        f"try: {name}.main({[*map(str, arguments)]!r})\n"
+        f"finally: print({packages!r} & set(sys.modules), file=sys.stderr)"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,103 @@
+"""Figures arrive in metrics.jsonl and in MLflow's own file; what happens when MLflow is away is test_sync.py's matter."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from corpora import chain, write_data_folder
+from lmdist.errors import Stopped, UsageError
+from lmdist.settings import TrackingSettings
+from lmdist.storage.reading import read_json
+from lmdist.tracking.run_folder import RunTracker, read_metrics, read_note, write_note
+from support.jobs import SMALL, rows, train
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data_folder(tmp_path / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+
+
+def history(client: mlflow.MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+
+
+def expected(run: Path, key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows(run) if key in row]
+
+
+@pytest.mark.slow
+def test_a_run_and_its_second_half_are_one_mlflow_run_without_a_point_twice(data, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    flags = [
+        *SMALL,
+        f"--data.folder={data}",
+        "--run_folder=runs/one",
+        "--tracking.mlflow=true",
+        "--schedule.name=constant",
+        "--checkpoint.every_steps=4",
+        "--checkpoint.keep=9",
+    ]
+    train(1, *flags, "--training.steps=9", cwd=tmp_path)
+    # The way a killed run looks to the next one: the points of steps 5 to 9 are in MLflow, its checkpoint is step 4.
+    for name in ("step-000000008", "step-000000009"):
+        shutil.rmtree(tmp_path / "runs/one/checkpoints" / name)
+    train(1, *flags, "--training.steps=14", "--resume=auto", cwd=tmp_path)
+
+    run = tmp_path / "runs/one"
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("lmdist")
+    assert experiment
+    (found,) = client.search_runs([experiment.experiment_id])
+    run_id = found.info.run_id
+    assert run_id == read_json(run / "mlflow.json")["run_id"]
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "one"
+    assert found.data.params["model.hidden_size"] == "24"
+    for key in ("train/loss", "train/tokens_per_second", "valid/loss", "valid/perplexity"):
+        assert [step for step, _ in history(client, run_id, key)] == [step for step, _ in expected(run, key)], key
+    assert history(client, run_id, "train/loss") == expected(run, "train/loss")
+    assert found.inputs
+    assert {dataset.tags[0].value for dataset in found.inputs.dataset_inputs} == {"train", "valid"}
+    assert {item.path for item in client.list_artifacts(run_id)} == {"loss.png", "recipe.toml", "samples"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (UsageError("diverged"), "FAILED"),
+        (RuntimeError(), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(1), "KILLED"),
+        (Stopped("on request"), "KILLED"),
+    ],
+)
+def test_how_a_run_ended(tmp_path, error, status):
+    write_note(tmp_path, {"status": "RUNNING"})
+    with suppress(BaseException), RunTracker(tmp_path, TrackingSettings(mlflow=False), {}, "data", {}, 0, going_on=True):
+        assert read_note(tmp_path)["status"] == "RUNNING"
+        if error:
+            raise error
+    assert read_note(tmp_path)["status"] == status
+
+
+def test_metrics_beyond_the_checkpoint_are_written_once(tmp_path):
+    settings = TrackingSettings(mlflow=False)
+    with RunTracker(tmp_path, settings, {}, "data", {}, 0, going_on=False) as tracker:
+        for step in range(1, 6):
+            tracker.metrics(step, {"train/loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')  # a kill in the middle of a line
+    with RunTracker(tmp_path, settings, {}, "data", {}, 3, going_on=True) as tracker:
+        tracker.metrics(4, {"train/loss": 2.0})
+    assert [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 2.0),
+    ]

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from corpora import chain, write_data_folder
+from lmdist.training import checkpoint
+from lmdist.training.distributed import World
+from lmdist.training.evaluate import evaluate, main, unigram_nats
+from support.jobs import losses, train_here
+
+ONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run, and its data folder."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    splits = {"train": chain(1503, 30), "valid": chain(103, 30, seed=1), "test": chain(99, 30, seed=2)}
+    data = write_data_folder(folder / "data", splits, 30)
+    run = folder / "run"
+    train_here(f"--data.folder={data}", f"--run_folder={run}", "--training.epochs=4")
+    return run, data
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs lmdist-evaluate in this process, checks its exit code, and gives what it said on stdout and stderr."""
+
+    def run(*arguments: object, code: int = 0) -> Any:
+        with pytest.raises(SystemExit) if code else nullcontext() as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert code == (ended.value.code if ended else 0), said.err
+        return said
+
+    return run
+
+
+def test_perplexity_is_that_of_one_pass_over_all_words(trained):
+    run, data = trained
+    model, _ = checkpoint.load_model(checkpoint.find(run))
+    tokens = torch.from_numpy(np.fromfile(data / "test.bin", "<u2").astype(np.int64))
+    inputs = torch.cat([torch.tensor([1]), tokens[:-1]])
+    with torch.no_grad():
+        hidden, _ = model(inputs[None], model.initial_state(1))
+        expected = functional.cross_entropy(model.projection(hidden)[0], tokens).item()
+    done = subprocess.run(
+        [sys.executable, "-m", "lmdist.training.evaluate", run, "--json"], capture_output=True, text=True, check=True
+    )
+    figures = json.loads(done.stdout)
+    assert figures["nats_a_word"] == pytest.approx(expected, abs=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    assert figures["words"] == 99
+    assert figures["perplexity"] < figures["unigram_perplexity"]
+
+
+@pytest.mark.parametrize("window", [1, 7, 200])
+def test_the_window_changes_nothing(trained, window):
+    run, data = trained
+    model, _ = checkpoint.load_model(checkpoint.find(run))
+    tokens = np.fromfile(data / "test.bin", "<u2")
+    nats = evaluate(model, tokens, 1, window, ONE)
+    assert nats.count == 99
+    assert nats.mean() == pytest.approx(evaluate(model, tokens, 1, 99, ONE).mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_share_the_streams_out(trained, size):
+    """What the ranks measure adds up to what one rank measures, also where they have unequal shares."""
+    run, data = trained
+    model, _ = checkpoint.load_model(checkpoint.find(run))
+    tokens = np.fromfile(data / "valid.bin", "<u2")
+    parts = [evaluate(model, tokens, 10, 7, World(rank, size, torch.device("cpu"))) for rank in range(size)]
+    whole = evaluate(model, tokens, 10, 7, ONE)
+    assert sum(part.count for part in parts) == whole.count == 103
+    assert sum(part.sum.item() for part in parts) == pytest.approx(whole.sum.item(), rel=1e-6)
+
+
+def test_the_validation_in_training_is_the_same_figure(trained, command):
+    run, _ = trained
+    figures = json.loads(command(run, "--split=valid", "--streams=10", "--json").out)
+    assert figures["nats_a_word"] == pytest.approx(min(losses(run, "valid/loss")), abs=1e-5)
+
+
+def test_a_file_is_cut_into_words_as_the_training_text_was(trained, tmp_path, command):
+    run, _ = trained
+    text = tmp_path / "text.txt"
+    text.write_text("w3 w4 zebra\nw5\n")
+    figures = json.loads(command(run, f"--file={text}", "--json").out)
+    assert figures["words"] == 6  # with an end mark after each of the lines
+    assert figures["unknown_rate"] == pytest.approx(1 / 6)
+    assert "unigram_perplexity" not in figures
+    assert "perplexity" in command(run, f"--file={text}").out
+
+
+def test_unigram_model():
+    train_tokens, tokens = np.array([0, 1, 1, 2], dtype=np.uint16), np.array([1, 3], dtype=np.uint16)
+    assert unigram_nats(train_tokens, tokens, 4) == pytest.approx(-(math.log(3 / 8) + math.log(1 / 8)) / 2)
+
+
+def test_mistakes(trained, tmp_path, command):
+    run, _ = trained
+    assert "nowhere is not there" in command("nowhere", code=66).err
+    assert "holds no checkpoint" in command(tmp_path, code=66).err
+    assert "give one or the other" in command(run, "--file=x", "--split=test", code=64).err
+    assert "x.txt" in command(run, "--file=x.txt", code=66).err
+    assert "--streams" in command(run, "--streams=0", code=64).err
+    other = write_data_folder(tmp_path / "other", {"train": chain(451, 31), "test": chain(99, 31)}, 31)
+    assert "another vocabulary" in command(run, f"--data={other}", code=65).err
+
+
+def test_damaged_checkpoints_are_refused_in_one_line(trained, tmp_path, command):
+    run, _ = trained
+    whole = checkpoint.find(run)
+    for name in ("model.safetensors", "vocab.txt", "manifest.json"):
+        broken = tmp_path / f"broken-{name}"
+        broken.mkdir()
+        for file in whole.iterdir():
+            (broken / file.name).write_bytes(file.read_bytes()[: -9 if file.name == name else None])
+        said = command(broken, code=65)
+        assert name in said.err
+        assert len(said.err.splitlines()) == 1

@@ -1,0 +1,211 @@
+"""Checkpoints that cannot be bad: killed while saving, on a full disk, damaged afterwards."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from corpora import chain, write_data_folder
+from lmdist.errors import Stopped
+from lmdist.settings import ModelSettings
+from lmdist.training import checkpoint
+from lmdist.training.checkpoint import Progress
+from support.jobs import SMALL, after_one_step, environment, losses, rows, train_here
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A data folder, a small model, its optimizer after one step, the streams' state and the recipe."""
+    data = write_data_folder(tmp_path / "data", {"train": chain(400, 50)}, 50)
+    return data, *after_one_step(ModelSettings(embedding_size=32, hidden_size=64), 50, rows=4)
+
+
+@pytest.mark.slow
+def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_path):
+    """A child saves step after step, each with the step's number in its parameters, and is killed at a random moment."""
+    data, model, optimizer, streams, recipe = state
+    checkpoints = tmp_path / "checkpoints"
+
+    def save(step: int) -> None:
+        with torch.no_grad():
+            model.projection.bias.fill_(step)
+        taken = checkpoint.snapshot(Progress(step), model, optimizer, streams)
+        checkpoint.save(checkpoints, taken, recipe, data)
+        checkpoint.prune(checkpoints, keep=2)
+
+    began = time.monotonic()
+    for step in range(1, 6):
+        save(step)
+    longest_wait = 3 * (time.monotonic() - began) / 5  # a third of the kills comes before the first save is done
+    generator = random.Random(5)
+    step, in_the_middle = 5, 0
+    for kill in range(200):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writing, b"!")  # to copy a process that has run many tests takes longer than some of these waits
+            checkpoint.tidy(checkpoints)
+            while True:
+                step += 1
+                save(step)
+        os.read(reading, 1)
+        time.sleep(generator.uniform(0, longest_wait))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+        in_the_middle += any(path.name.startswith(".") for path in checkpoints.glob(".*"))
+        found = checkpoint.newest(checkpoints)
+        assert found is not None, f"kill {kill}: nothing is left of step {step}"
+        loaded, manifest = checkpoint.load_model(found)  # checks the sums of all its files
+        assert manifest["progress"]["step"] >= step, f"kill {kill}: an earlier checkpoint than before"
+        step = manifest["progress"]["step"]
+        assert loaded.get_parameter("projection.bias").unique().tolist() == [step], f"kill {kill}: half of another step"
+        fresh = torch.optim.AdamW(loaded.parameters())
+        assert checkpoint.load_training(found, fresh)[0].step == step
+    for folder in checkpoints.glob("step-*"):
+        checkpoint.read_manifest(folder)
+    assert step > 25, "hardly anything was saved"
+    assert in_the_middle > 20, "hardly any kill came while something was being written"
+
+
+def test_a_write_that_fails_is_a_warning_and_the_last_one_a_stop(state, tmp_path, capsys):
+    data, model, optimizer, streams, recipe = state
+    checkpoints = tmp_path / "checkpoints"
+    saver = checkpoint.Saver(checkpoints, recipe, data, keep=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(step: int, largest_file: int) -> None:
+        taken = checkpoint.snapshot(Progress(step), model, optimizer, streams)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
+        try:
+            saver.save(taken)
+            saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    save(1, before[0])
+    save(2, 40_000)
+    assert "the checkpoint of step 2 could not be written" in capsys.readouterr().err
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["newest", "step-000000001"], "no half folder"
+    with pytest.raises(Stopped, match=r"the newest one is step-000000001.*--resume auto"):
+        saver.close()
+    save(3, before[0])
+    saver.close()
+    newest = checkpoint.newest(checkpoints)
+    assert newest is not None
+    assert newest.name == "step-000000003"
+
+
+def test_what_the_training_does_next_does_not_change_a_snapshot(state):
+    _, model, optimizer, streams, _ = state
+    taken = checkpoint.snapshot(Progress(1), model, optimizer, streams)
+    kept = {name: value.clone() for name, value in {**taken.parameters, **taken.training}.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+        for values in optimizer.state_dict()["state"].values():
+            values["exp_avg"].add_(1)
+        streams[0].add_(1)
+    for name, value in {**taken.parameters, **taken.training}.items():
+        assert torch.equal(value, kept[name]), name
+
+
+def test_a_newest_one_that_is_missing_is_named(state, tmp_path, capsys):
+    data, model, optimizer, streams, recipe = state
+    for step in (1, 2):
+        taken = checkpoint.snapshot(Progress(step), model, optimizer, streams)
+        checkpoint.save(tmp_path / "checkpoints", taken, recipe, data)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000000002")
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.name == "step-000000001"
+    assert "'step-000000002', is missing" in capsys.readouterr().err
+
+
+def test_a_damaged_newest_checkpoint_costs_a_warning_and_its_steps(tmp_path, capsys):
+    """Truncated, with one bit turned, or gone: training goes on from the one before, to the same end."""
+    data = write_data_folder(tmp_path / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+    flags = [f"--data.folder={data}", "--model.dropout=0.3", "--checkpoint.every_steps=4", "--schedule.name=constant"]
+    train_here(*flags, "--training.steps=12", f"--run_folder={tmp_path / 'whole'}")
+    train_here(*flags, "--training.steps=8", f"--run_folder={tmp_path / 'begun'}")
+    for damage in ("truncated", "bit", "gone"):
+        run = tmp_path / damage
+        shutil.copytree(tmp_path / "begun", run)
+        newest = run / "checkpoints" / "step-000000008"
+        weights = newest / "training.safetensors"
+        if damage == "truncated":
+            os.truncate(weights, weights.stat().st_size // 2)
+        elif damage == "bit":
+            content = bytearray(weights.read_bytes())
+            content[len(content) // 2] ^= 4
+            weights.write_bytes(content)
+        else:
+            shutil.rmtree(newest)
+        capsys.readouterr()
+        train_here(*flags, "--training.steps=12", f"--run_folder={run}", "--resume=auto")
+        shown = capsys.readouterr().err
+        assert "warning: " in shown
+        assert "going on after step 4" in shown
+        assert losses(run) == losses(tmp_path / "whole")
+
+
+def can_mount() -> bool:
+    inside = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(inside, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+def test_a_full_disk_costs_warnings_and_the_last_checkpoint_and_nothing_before(tmp_path):
+    """A disk of its own for the run, full after a few checkpoints; then a larger one, to the same end."""
+    data = write_data_folder(tmp_path / "data", {"train": chain(4510, 30), "valid": chain(103, 30, seed=1)}, 30)
+    flags = [
+        *SMALL,
+        f"--data.folder={data}",
+        "--checkpoint.every_steps=4",
+        "--training.steps=60",
+        "--training.validate_every=20",
+    ]
+    train_here(*flags, f"--run_folder={tmp_path / 'whole'}")
+    (tmp_path / "disk").mkdir()
+    command = f"{sys.executable} -m lmdist.train {' '.join(flags)} --run_folder=disk/run"
+    script = (
+        f"mount -t tmpfs -o size=420k none disk; {command}; echo code $?; "
+        f"mount -o remount,size=4m disk; {command} --resume=auto; echo code $?; cp -r disk/run kept"
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["code", "75", "code", "0"], done.stderr
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    kept = tmp_path / "kept"
+    assert losses(kept) == losses(tmp_path / "whole")
+    assert len({row["step"] for row in rows(kept)}) == 60
+    for name in ("model.safetensors", "training.safetensors"):
+        one, two = (run / "checkpoints" / "step-000000060" / name for run in (kept, tmp_path / "whole"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+def test_a_full_disk_while_preparing_leaves_no_half_folder(tmp_path):
+    words = " ".join(f"word{number % 5000}" for number in range(60_000))
+    (tmp_path / "text.txt").write_text("\n\n".join([words] * 20))
+    (tmp_path / "disk").mkdir()
+    prepare = f"{sys.executable} -m lmdist.text.prepare text.txt -o disk/data --tokenizer wordpunct --min-count 1"
+    script = f"mount -t tmpfs -o size=1m none disk; {prepare}; echo code $?; ls -A disk"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split()[-2:] == ["code", "65"], done.stdout + done.stderr
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
