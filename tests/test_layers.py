@@ -61,7 +61,7 @@ WINGS = {
     "lmdist.tracking": "run_folder sync plot",
     "lmdist.training": "distributed metrics data optimizer sample checkpoint evaluate loop",
     "lmdist.job": "agent launcher",
-    "lmdist_export.graph": "onnx_file sizes network sampling_nodes graphs",
+    "lmdist_export.graph": "onnx_file cell sizes network sampling_nodes graphs",
     "lmdist_export.sampling": "state runtime word_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
     "lmdist_export.conversion": "tokenizer_json convert verify sherpa",

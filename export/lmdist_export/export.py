@@ -234,7 +234,7 @@ def words_a_second(folder: Path) -> float:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        sampler.make(state, bundle.generation, SPEED_WORDS)
+        sampler.generate(state, bundle.generation, SPEED_WORDS)
         seconds.append(time.perf_counter() - began)
     return SPEED_WORDS / min(seconds)
 

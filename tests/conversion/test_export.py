@@ -33,6 +33,7 @@ from lmdist_export.conversion import convert, verify
 from lmdist_export.conversion.verify import torch_step
 from lmdist_export.graph import onnx_file
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, word_graph
+from lmdist_export.graph.network import Target
 from lmdist_export.graph.onnx_file import Graph, attribute, message, model_bytes
 from lmdist_export.graph.sampling_nodes import EVERY_FEATURE, Features
 from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, file_length, weights
@@ -126,7 +127,7 @@ def test_the_graph_answers_as_torch_does(settings: ModelSettings, precision: str
     model = rounded(make_model(settings, VOCABULARY_SIZE), precision)
     random = np.random.default_rng(1)
     # Over many words an LSTM makes much of little.
-    for rows, length in [(1, 1), (9, 1), (50, 1)] if sampler.sizes.whole else [(1, 1), (2, 3), (7, 11), (1, 40), (9, 1)]:
+    for rows, length in [(1, 1), (9, 1), (50, 1)] if sampler.sizes.is_quantized else [(1, 1), (2, 3), (7, 11), (1, 40), (9, 1)]:
         tokens = random.integers(0, VOCABULARY_SIZE, (rows, length))
         state = tuple(random.uniform(-1, 1, (2, rows, sum(model.layer_sizes))).astype(np.float32))
         logits, after = sampler.step(tokens, state)
@@ -299,10 +300,10 @@ def test_graphs_are_what_onnx_expects(precision: str, tmp_path: Path) -> None:
         with (tmp_path / WEIGHTS).open("wb") as file:
             file.truncate(file_length(sizes))
         # The same on a processor of another kind: whole numbers run on no other.
-        for where in ({"cuda": False}, {"saturates": True} if sizes.whole else {"cuda": True}):
-            graphs = [step_graph(sizes, WEIGHTS, "small", **where), score_graph(sizes, WEIGHTS, **where)]
-            graphs += [generation_graph(sizes, features, WEIGHTS, "small", **where) for features in SOME_FEATURES]
-            graphs += [word_graph(sizes, features, WEIGHTS, **where) for features in SOME_FEATURES]
+        for target in (Target(WEIGHTS), Target(WEIGHTS, cuda=not sizes.is_quantized, int8_saturates=sizes.is_quantized)):
+            graphs = [step_graph(sizes, target, "small"), score_graph(sizes, target)]
+            graphs += [generation_graph(sizes, features, target, "small") for features in SOME_FEATURES]
+            graphs += [word_graph(sizes, features, target) for features in SOME_FEATURES]
             for graph in graphs:
                 path.write_bytes(graph)
                 onnx.checker.check_model(path, full_check=True)
@@ -316,7 +317,7 @@ def test_weights_have_places_of_their_own(sizes: Sizes, precision: str) -> None:
     taken = sorted(
         (weight.offset, weight.offset + int(np.prod(weight.shape)) * onnx_file.TYPES[weight.kind].itemsize)
         for name, weight in table.items()
-        if name != "embedding" or sizes.whole or not sizes.tied
+        if name != "embedding" or sizes.is_quantized or not sizes.tied
     )
     assert all(end <= start for (_, end), (start, _) in pairwise(taken))
     assert all(start % 4096 == 0 for start, _ in taken)
@@ -353,7 +354,7 @@ def test_what_is_written_is_what_onnx_reads(shape: list[int], kind: int, texts: 
     name = g.constant(values)
     assert g.constant(values.copy()) == name  # what is the same is there once
     outer = g("Add", x, name)
-    body = g.body("inside")
+    body = g.subgraph("inside")
     body.output(body("Add", outer, body.constant(values)), "inner", kind, [])
     g.output(g("If", x, then_branch=body, else_branch=body), "y", kind, ["rows", 3])
     model = onnx.load_model_from_string(model_bytes(g, texts))
@@ -542,7 +543,7 @@ def test_each_precision_is_exported(run: Path, tmp_path: Path, capsys: pytest.Ca
         assert loaded.manifest["held_out"]["loss_percent"] < {"int8": 1, "int4": 3}.get(precision, 0.1)
         assert f"MB, {precision}, " in capsys.readouterr().out
         sampler = Sampler(loaded, threads=1)
-        words, _ = sampler.make(sampler.start([[1]]).seeded(0), loaded.generation, 5)
+        words, _ = sampler.generate(sampler.start([[1]]).seeded(0), loaded.generation, 5)
         assert words.shape == (5, 1)
 
 

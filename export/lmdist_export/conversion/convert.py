@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lmdist.model.language_model import LanguageModel
 from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS
 from lmdist_export.graph.graphs import generation_graph, step_graph
+from lmdist_export.graph.network import Target
 from lmdist_export.graph.onnx_file import FLOAT16, INT8, TYPES, UINT8
 from lmdist_export.graph.sampling_nodes import EVERY_FEATURE
 from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, file_length, weights
@@ -36,8 +37,9 @@ def write_graphs(model: LanguageModel, folder: Path, run: str, precision: str = 
     """Write the weights of `model` and the graphs that use them into `folder`; `run` is the name to remember."""
     sizes = sizes_of(model, precision)
     write_weights(model, folder / WEIGHTS, sizes)
-    (folder / MODEL).write_bytes(step_graph(sizes, WEIGHTS, run))
-    (folder / GENERATION).write_bytes(generation_graph(sizes, EVERY_FEATURE, WEIGHTS, run))
+    target = Target(WEIGHTS)
+    (folder / MODEL).write_bytes(step_graph(sizes, target, run))
+    (folder / GENERATION).write_bytes(generation_graph(sizes, EVERY_FEATURE, target, run))
     for name in (MODEL, GENERATION):
         onnx.checker.check_model(folder / name, full_check=True)
     return sizes
@@ -75,7 +77,7 @@ def plain_weights(model: LanguageModel, sizes: Sizes) -> dict[str, NDArray[np.fl
         found[f"layer_{layer}.input"] = parameters["weight_ih_l0"]  # (4H, E)
         found[f"layer_{layer}.hidden"] = parameters["weight_hh_l0"]  # (4H, H)
         found[f"layer_{layer}.bias"] = parameters["bias_ih_l0"] + parameters["bias_hh_l0"]  # (4H)
-    if not sizes.tied or sizes.whole:
+    if not sizes.tied or sizes.is_quantized:
         found["embedding"] = array(model.embedding.weight)  # (V, E)
     return found
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import UsageError
 from lmdist_export.bundle import GenerationConfig
-from lmdist_export.sampling.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, log_softmax
+from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, log_softmax
 from lmdist_export.sampling.state import State, joined
 
 BATCH_SIZE = 16
@@ -125,7 +125,7 @@ def runs(
                 text.finish_reason = "exhausted"
             yield [(text, add(text, [], config, end, stops)) for text in exhausted]
         else:
-            made, state = sampler.make(
+            made, state = sampler.generate(
                 state,
                 config,
                 count,
@@ -149,8 +149,8 @@ def beginnings(
     """Each text to be made, and the state from which it goes on. A prompt of several texts is read once."""
     for prompt_number, prompt in enumerate(prompts):
         state = sampler.start([[config.bos_token_id, *prompt]])
-        if n > 1 or len(prompt) > READ_AT_ONCE:
-            state = sampler.read(state, config)
+        if n > 1 or len(prompt) > PREFILL_TOKENS:
+            state = sampler.prefill(state, config)
         for number in range(n):
             # The prompt is in it, so that texts of different prompts are not drawn alike.
             generator = np.random.default_rng([seed, number, *prompt])
@@ -206,10 +206,10 @@ def log_probabilities(sampler: Sampler, text: Text, likeliest: int) -> tuple[lis
     context = [sampler.bundle.generation.bos_token_id, *text.prompt]
     if not text.words:
         return [], []
-    logits, state = sampler.prefill(context)  # (1, V)
+    logits, state = sampler.next_logits(context)  # (1, V)
     of_words, tops = [], []
-    for start in range(0, len(text.words), PREFILL_WORDS):
-        words = np.array(text.words[start : start + PREFILL_WORDS])
+    for start in range(0, len(text.words), STEP_TOKENS):
+        words = np.array(text.words[start : start + STEP_TOKENS])
         after, state = sampler.step(words[None], state)  # (1, T, V)
         scores = log_softmax(np.concatenate([logits, after[0, :-1]]))  # (T, V)
         logits = after[:, -1]

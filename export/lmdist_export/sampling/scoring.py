@@ -32,7 +32,7 @@ from lmdist.errors import DataError, UsageError
 from lmdist.perplexity import perplexity
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN_ID
 from lmdist_export.sampling.sampler import Sampler, log_softmax
-from lmdist_export.sampling.state import ModelState
+from lmdist_export.sampling.state import ModelState, select
 
 BATCH_SIZE = 256  # as many rows as keep a core's arithmetic busy also where half of them are read already
 TOPS = (1, 3, 5)  # a keyboard shows three words, or five
@@ -107,7 +107,7 @@ class Scorer:
         """The `count` likeliest words after `text`, never `<unk>`, and the probability that the model gives to each."""
         words = self.sampler.bundle.tokenizer.tokenize(text) if text else []
         vocabulary = self.sampler.bundle.vocabulary
-        logits, _ = self.sampler.prefill([END_ID, *vocabulary.encode(words)])
+        logits, _ = self.sampler.next_logits([END_ID, *vocabulary.encode(words)])
         best = likeliest(logits[0], count)
         return list(zip(vocabulary.decode(best), np.exp(log_softmax(logits[0])[best]).tolist(), strict=True))
 
@@ -145,7 +145,7 @@ def side_by_side(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[n
     shared = np.array([0, *(common(above, row) for above, row in pairwise(rows))])
     found = [np.empty(length, np.float32) for length in lengths]
 
-    logits, (h, c) = sampler.prefill([END_ID])
+    logits, state = sampler.next_logits([END_ID])
     first = log_softmax(logits[0])  # (V,)
     for row, scores in zip(rows, found, strict=True):
         scores[:1] = first[row[:1]]
@@ -157,7 +157,7 @@ def side_by_side(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[n
         # A row that was not read before goes on from the nearest above it that was: the words are the same so far.
         from_row = np.searchsorted(above, reading, side="right") - 1
         words = np.array([rows[index][start - 1 : stop] for index in reading], np.int64)
-        scores, (h, c) = sampler.score(words[:, :-1], words[:, 1:], (h[from_row], c[from_row]))  # (B, T), (B, S) each
+        scores, state = sampler.score(words[:, :-1], words[:, 1:], select(state, from_row))  # (B, T), (B, S) each
         for index, piece in zip(reading, scores, strict=True):
             found[index][start:stop] = piece
         above = reading

@@ -177,8 +177,9 @@ class Batcher:
                 self.changed.wait_for(lambda: self.batches)
                 turns = list(self.batches.items())
             for settings, batch in turns:
-                while len(self.sampler.generation) > MOST_GRAPHS:  # the oldest goes, and is made anew when it is asked for
-                    del self.sampler.generation[next(iter(self.sampler.generation))]
+                sessions = self.sampler.generation_sessions
+                while len(sessions) > MOST_GRAPHS:  # the oldest is closed, and opened again when it is needed
+                    del sessions[next(iter(sessions))]
                 try:
                     if not batch.run():
                         self.end(settings, batch)
