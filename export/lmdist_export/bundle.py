@@ -28,7 +28,7 @@ from lmdist.storage.schema import check_schema, check_version, dataclass_from_js
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist_export import PRECISIONS
-from lmdist_export.graph.graphs import ALIGNMENT, Sizes, file_length
+from lmdist_export.graph.sizes import ALIGNMENT, Sizes, file_length
 from lmdist_export.options import GenerationConfig
 
 FORMAT = "lmdist bundle"

@@ -32,19 +32,10 @@ from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationC
 from lmdist_export.conversion import convert, verify
 from lmdist_export.conversion.verify import torch_step
 from lmdist_export.graph import onnx_file
-from lmdist_export.graph.graphs import (
-    EVERY_FEATURE,
-    NBITS_BLOCK,
-    Features,
-    Sizes,
-    file_length,
-    generation_graph,
-    score_graph,
-    step_graph,
-    weights,
-    word_graph,
-)
+from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, word_graph
 from lmdist_export.graph.onnx_file import Graph, attribute, message, model_bytes
+from lmdist_export.graph.sampling_nodes import EVERY_FEATURE, Features
+from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, file_length, weights
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import (
     ADAPTIVE,

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lmdist_export.bundle import GenerationConfig
-from lmdist_export.graph.graphs import BLOCK, Features, Sizes, adjusted, draw, draw_inputs
 from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
-from lmdist_export.sampling.sampler import features_of, open_session
+from lmdist_export.graph.sampling_nodes import Features, adjusted, draw, draw_inputs
+from lmdist_export.graph.sizes import BLOCK, Sizes
+from lmdist_export.sampling.runtime import open_session
+from lmdist_export.sampling.sampler import features_of
 from support.draw_reference import NEAR, Past, expected, scores_of
 
 LAST = 1 - 2**-24  # the largest number that a generator gives

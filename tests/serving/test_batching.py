@@ -11,7 +11,8 @@ import pytest
 from lmdist.errors import UsageError
 from lmdist_export.bundle import GenerationConfig
 from lmdist_export.sampling.generation import Text, continuations
-from lmdist_export.sampling.sampler import Sampler, State
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.state import State
 from lmdist_export.serving import batching
 from lmdist_export.serving.batching import Batcher, Overdue, Request
 from support.small_bundles import bare_bundle

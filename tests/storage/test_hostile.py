@@ -45,11 +45,12 @@ from lmdist.training import checkpoint, evaluate
 from lmdist.training.data import Folder, training_batches
 from lmdist_export import export, generate
 from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationConfig
-from lmdist_export.graph import graphs as graph
 from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
+from lmdist_export.graph.sizes import weights
 from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import continuations
-from lmdist_export.sampling.sampler import Runtime, Sampler
+from lmdist_export.sampling.runtime import Runtime
+from lmdist_export.sampling.sampler import Sampler
 from support.jobs import SMALL, environment
 from support.mutations import Random, damaged, mutated, one, other_lines, other_tensors, other_weights, with_right_sums
 from support.small_bundles import ADAPTIVE, SINGLE, edit_json, make_bundle
@@ -542,7 +543,7 @@ def edit_sizes(folder: Path, **values: object) -> None:
 
 def edit_weights(folder: Path, value: float, *names: str, beyond: int = 0) -> None:
     """Make weights of a bundle all `value`, from row `beyond` on, and make its sums right again."""
-    table = graph.weights(Bundle.load(folder).sizes)
+    table = weights(Bundle.load(folder).sizes)
     with (folder / WEIGHTS).open("r+b") as file:
         for name in names:
             assert table[name].kind == FLOAT

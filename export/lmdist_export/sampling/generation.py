@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from lmdist.errors import UsageError
 from lmdist_export.bundle import GenerationConfig
-from lmdist_export.sampling.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, State, joined, log_softmax
+from lmdist_export.sampling.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, log_softmax
+from lmdist_export.sampling.state import State, joined
 
 BATCH_SIZE = 16
 WORDS_AT_ONCE = 32  # in one run of the graph: a text that ends inside it is made on for nothing

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from lmdist.errors import DataError, UsageError
 from lmdist.perplexity import perplexity
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN_ID
-from lmdist_export.sampling.sampler import ModelState, Sampler, log_softmax
+from lmdist_export.sampling.sampler import Sampler, log_softmax
+from lmdist_export.sampling.state import ModelState
 
 BATCH_SIZE = 256  # as many rows as keep a core's arithmetic busy also where half of them are read already
 TOPS = (1, 3, 5)  # a keyboard shows three words, or five

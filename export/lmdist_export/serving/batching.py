@@ -21,7 +21,8 @@ from dataclasses import replace
 from lmdist_export.bundle import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import BATCH_SIZE, Text, beginnings, bias_of, runs
-from lmdist_export.sampling.sampler import Sampler, State
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.state import State
 
 MOST_GRAPHS = 8
 """Options that are other nodes have a graph of their own, with weights arranged for it; requests could ask for 34 of them."""
