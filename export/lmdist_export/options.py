@@ -9,13 +9,11 @@ the inputs of the graphs and what is fed to them, and the tables of docs/samplin
 This module knows no numpy, no onnxruntime and no vocabulary, so that `lmdist-generate --help` is quick.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from lmdist.bounds import Bounds, at_least, between, check, check_bounds
 from lmdist.errors import UsageError
@@ -32,6 +30,7 @@ OUTPUT = "how it is written"
 
 
 Role = Literal["temperature", "penalty", "filter"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -165,8 +164,8 @@ class GenerationConfig:
         float,
         between(0, 1, "1 keeps all", includes_low=False),
         Option(
-            "sample from the fewest tokens that together have probability P, those first whose surprisal, -log p, is nearest to "
-            "the entropy (locally typical sampling)",
+            "sample from the fewest tokens that together have probability P, those first whose surprisal, -log p, is nearest "
+            "to the entropy (locally typical sampling)",
             group=SAMPLING,
             metavar="P",
             order=9,
@@ -321,7 +320,7 @@ class Options:
     echo: Annotated[bool, Option("begin a text with its prompt (default: yes)", group=OUTPUT)] = True
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], *, as_flags: bool = False) -> Options:
+    def of(cls, values: Mapping[str, Any], *, as_flags: bool = False) -> Self:
         """Return the options among `values`; None is as if it were not there."""
         given = {name: value for name, value in values.items() if value is not None and name in PARAMS}
         own = {name: given.pop(name) for name in list(given) if name in REQUEST}
@@ -416,6 +415,8 @@ def graph_inputs(features: Features, role: Role) -> dict[str, GraphInput]:
     """Return the options of a role that are inputs of a graph with these features."""
     if role == "filter":
         # TopK sorts for the other filters too: without top-k all tokens are its candidates.
-        return {name: graph for name, graph in FILTERS.items() if getattr(features, name) or (name == "top_k" and features.sorted)}
+        return {
+            name: graph for name, graph in FILTERS.items() if getattr(features, name) or (name == "top_k" and features.sorted)
+        }
     present = features.adjusted if role == "penalty" else not features.greedy
     return {name: graph for name, graph in GRAPH.items() if graph.role == role and present}

@@ -28,14 +28,14 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist_export import PRECISIONS, export
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationConfig
+from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
 from lmdist_export.conversion import convert, verify
 from lmdist_export.conversion.verify import torch_step
 from lmdist_export.graph import onnx_file
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, word_graph
 from lmdist_export.graph.onnx_file import Graph, attribute, message, model_bytes
-from lmdist_export.graph.sampling_nodes import EVERY_FEATURE, Features
 from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, file_length, weights
+from lmdist_export.options import EVERY_FEATURE, Features, GenerationConfig
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import (
     ADAPTIVE,

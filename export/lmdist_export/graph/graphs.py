@@ -26,8 +26,9 @@ import numpy as np
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
 from lmdist_export.graph.network import Network
 from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, model_bytes
-from lmdist_export.graph.sampling_nodes import Features, adjusted, draw, draw_inputs
+from lmdist_export.graph.sampling_nodes import adjusted, draw, draw_inputs
 from lmdist_export.graph.sizes import Sizes
+from lmdist_export.options import Features
 
 VERSION = 2
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import UsageError
 from lmdist_export.graph.graphs import capturable, word_graph
-from lmdist_export.graph.sampling_nodes import Features
+from lmdist_export.options import Features
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 
 
