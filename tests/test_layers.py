@@ -45,6 +45,7 @@ FLOORS = {
         job
     """,
     "lmdist_export": """
+        options
         graph
         bundle lines
         sampling

@@ -9,6 +9,7 @@ the inputs of the graphs and what is fed to them, and the tables of docs/samplin
 This module knows no numpy, no onnxruntime and no vocabulary, so that `lmdist-generate --help` is quick.
 """
 
+# No `from __future__ import annotations`: annotations that are functions could not be read from strings.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
