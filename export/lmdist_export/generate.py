@@ -24,7 +24,7 @@ from lmdist.console import log
 from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
 from lmdist.text.vocabulary import UNKNOWN, Vocabulary
 from lmdist_export.lines import Lines
-from lmdist_export.options import CONTENT, OUTPUT, PARAMS, SAMPLING, GenerationConfig, Options, Row
+from lmdist_export.options import APPLIED, CONTENT, OUTPUT, PARAMS, SAMPLING, GenerationConfig, Options, Row
 from lmdist_export.sampling.completion import as_object, detokenized, generation_config, no_search, token_sequences
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def parser() -> argparse.ArgumentParser:
         prog=COMMAND,
         description="Generate text with a bundle written by lmdist-export. Values that are not given are those of the bundle's "
         "generation_config.json; the defaults named here are what lmdist-export writes there.",
-        epilog="The options are applied in this order: logit bias, bad and suppressed words, repetition penalty, presence and "
-        "frequency penalty, temperature, top-k, top-p, min-p, typical-p. docs/sampling.md explains each.",
+        epilog=f"The options are applied in this order: {', '.join(row.flag for row in APPLIED)}. docs/sampling.md has more.",
     )
     parser.add_argument("bundle", type=Path, help="a folder written by lmdist-export")
 

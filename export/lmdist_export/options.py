@@ -364,6 +364,8 @@ REQUEST = rows_of(Options)
 LISTED = sorted(GENERATION.values(), key=lambda row: (not row.option.first, row.option.group != CONTENT))
 PARAMS = {row.name: row for row in LISTED if row.option.group} | REQUEST
 """The flags of lmdist-generate, and the params of the server, in their order."""
+APPLIED = sorted((row for row in PARAMS.values() if row.option.order), key=lambda row: row.option.order)
+"""Those of them that change which token is sampled, in the order in which they are applied."""
 
 
 # --- the graphs ----------------------------------------------------------------------------------------------------

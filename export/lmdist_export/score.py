@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     kinds.add_argument(
         "--accuracy",
         action="store_true",
-        help="how often the next word is the most likely one, or among the 3 or 5 most likely, and the latency, one call a word",
+        help="how often the next word is the most likely one, or among the 3 or 5 most likely; and the latency, a call a word",
     )
     made.add_argument("--json", action="store_true", help="print JSON, an object a line")
     made.add_argument("--no-eos", action="store_true", help="do not score the <eos> that ends a line")
