@@ -478,7 +478,22 @@ def main() -> None:
     scalings = (scaling, scaling_fit, scaling_errors, scaling_bytes, scaling_predictions, scaling_assumptions)
     tables = {
         function.__name__: function
-        for function in (options, request_options, generation_config, quality, reliability, kills, outages, preparing, training, speed, parts, curves, *samplings, *scalings)
+        for function in (
+            options,
+            request_options,
+            generation_config,
+            quality,
+            reliability,
+            kills,
+            outages,
+            preparing,
+            training,
+            speed,
+            parts,
+            curves,
+            *samplings,
+            *scalings,
+        )
     }
     for path in PAGES:
         before = path.read_text(encoding="utf-8")

@@ -253,7 +253,10 @@ class GenerationConfig:
     ] = ()
     sequence_bias: Annotated[
         tuple[tuple[list[int], float], ...],
-        Option("tokens, each in a list of its own, and what is added to their logits; `--logit-bias` adds to it", order=1),
+        Option(
+            "tokens, each in a list of its own, and what is added to its logit, at most 1,000,000; `--logit-bias` adds to it",
+            order=1,
+        ),
     ] = ()
 
     def __post_init__(self) -> None:
@@ -317,7 +320,7 @@ class Options:
         Option("add X to a word's logit; may be given several times", group=SAMPLING, metavar="WORD=X", order=1),
     ] = ()
     ignore_eos: Annotated[bool, Option("continue after the end of a text, with the next one", group=CONTENT)] = False
-    allow_unk: Annotated[bool, Option("allow <unk> to be generated", group=SAMPLING, order=1)] = False
+    allow_unk: Annotated[bool, Option("allow the unknown token to be generated", group=SAMPLING, order=1)] = False
     echo: Annotated[bool, Option("begin a text with its prompt (default: yes)", group=OUTPUT)] = True
 
     @classmethod
