@@ -17,7 +17,10 @@ from lmdist_export.options import GENERATION, REQUEST, Row
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("reliability", "training", "scaling", "sampling", "serving", "bundle")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving", "bundle")
+    ),
 )
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
@@ -90,6 +93,12 @@ def reliability() -> str:
                 ]
             )
     return markdown(["what was done", "what came of it"], rows)
+
+
+def reliability_summary() -> str:
+    """What was done to jobs by kills and by a server."""
+    head, rule, *lines = reliability().splitlines(keepends=True)
+    return "".join([head, rule, *(line for line in lines if "kills" in line or "MLflow" in line)])
 
 
 LOST = ("missing after lmdist-sync", "twice after lmdist-sync")
@@ -200,6 +209,12 @@ def sampling() -> str:
         cells = [faster(here[name]) if name in here else "" for name in ways]
         rows.append([*case.split(", batch "), *cells])
     return markdown([MODEL, "texts at a time", *(SAMPLING[name] for name in ways)], rows)
+
+
+def sampling_summary() -> str:
+    """The same for the model of middle size and fewer ways."""
+    head, rule, *lines = sampling().splitlines(keepends=True)
+    return "".join([head, rule, *(line for line in lines if line.startswith("| M: "))])
 
 
 SAMPLING = {
@@ -474,7 +489,17 @@ def machine(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrite the pages, or check them."""
-    samplings = (scoring, serving, precisions, sampling, sampling_speeds, sampling_options, sampling_shares, sampling_limits)
+    samplings = (
+        scoring,
+        serving,
+        precisions,
+        sampling,
+        sampling_summary,
+        sampling_speeds,
+        sampling_options,
+        sampling_shares,
+        sampling_limits,
+    )
     scalings = (scaling, scaling_fit, scaling_errors, scaling_bytes, scaling_predictions, scaling_assumptions)
     tables = {
         function.__name__: function
@@ -484,6 +509,7 @@ def main() -> None:
             generation_config,
             quality,
             reliability,
+            reliability_summary,
             kills,
             outages,
             preparing,
