@@ -46,11 +46,12 @@ from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, Vocabulary
-from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
 from lmdist_export.graph.network import Network, Target
 from lmdist_export.graph.onnx_file import FLOAT, Graph, model_bytes
 from lmdist_export.graph.sampling_nodes import column
 from lmdist_export.graph.sizes import Sizes, length_of, weights
+from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 from lmdist_export.sampling.sampler import Sampler
 from origin import facts, write_rows
@@ -123,7 +124,7 @@ def random_model(kind: Callable[[ModelSettings, int], Any], model: Model) -> Any
 def write_bundle(model: Model, folder: Path, precision: str) -> None:
     """A bundle of a model that nobody trained, so that there is nothing to compare."""
     from lmdist.model.language_model import LanguageModel
-    from lmdist_export.conversion.convert import write_graphs
+    from lmdist_export.conversion.weights import write_graphs
 
     folder.mkdir()
     sizes = write_graphs(random_model(LanguageModel, model), folder, model.name, precision)

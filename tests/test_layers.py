@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ HOMES = {
         "export/lmdist_export/serving/registry.py",
     },
     "onnxruntime": {"export/lmdist_export/sampling/runtime.py"},
-    "onnx": {"export/lmdist_export/conversion/convert.py", "export/lmdist_export/conversion/sherpa.py"},
+    "onnx": {"export/lmdist_export/conversion/weights.py", "export/lmdist_export/conversion/sherpa.py"},
     "pandas": {"export/lmdist_export/serving/mlflow_model.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
     "jsonargparse": {"lmdist/config.py"},
@@ -37,7 +38,7 @@ HOMES = {
 FLOORS = {
     "lmdist": """
         errors cpus perplexity
-        signals storage console
+        bounds signals storage console
         settings
         text model config tracking
         training
@@ -45,6 +46,7 @@ FLOORS = {
         job
     """,
     "lmdist_export": """
+        options
         graph
         bundle lines
         sampling
@@ -64,7 +66,7 @@ WINGS = {
     "lmdist_export.graph": "onnx_file cell sizes network sampling_nodes graphs",
     "lmdist_export.sampling": "state runtime word_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
-    "lmdist_export.conversion": "tokenizer_json convert verify sherpa",
+    "lmdist_export.conversion": "tokenizer_json weights verify sherpa",
 }
 
 
@@ -142,3 +144,42 @@ def test_what_serves_and_samples_takes_no_torch(modules: str, absent: set[str]) 
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & absent
+
+
+def first_sentence(path: Path) -> str:
+    """The first sentence of a file's docstring."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return re.split(r"(?<=\.)\s|\n\n", text, maxsplit=1)[0].replace("\n", " ").rstrip(":")
+
+
+def house() -> str:
+    """The table of docs/architecture.md: every file, on its floor and in its line."""
+    rows = ["| file | what it does |", "|---|---|"]
+
+    def add(folder: Path, name: str, table: str) -> None:
+        path = folder / f"{name}.py"
+        if path.is_file():
+            rows.append(f"| `{path.relative_to(ROOT)}` | {first_sentence(path)} |")
+            return
+        rows.append(f"| **`{(folder / name).relative_to(ROOT)}/`** | **{first_sentence(folder / name / '__init__.py')}** |")
+        for inner in WINGS[f"{table}.{name}"].split():
+            add(folder / name, inner, f"{table}.{name}")
+
+    for package, folder in PACKAGES.items():
+        for wing in FLOORS[package].split():
+            add(folder, wing, package)
+    return "\n".join(rows) + "\n"
+
+
+PAGE = ROOT / "docs" / "architecture.md"
+BLOCK = re.compile(r"(<!-- house: .*? -->\n).*?(<!-- /house -->)", re.DOTALL)
+
+
+def test_the_architecture_page_names_every_file_and_what_it_does() -> None:
+    table = BLOCK.search(PAGE.read_text())
+    assert table
+    assert table[0] == f"{table[1]}{house()}{table[2]}", "run python tests/test_layers.py, which writes the page's table"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(BLOCK.sub(lambda match: f"{match[1]}{house()}{match[2]}", PAGE.read_text()))

@@ -21,13 +21,13 @@ from test_draw import check_frequencies
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import ModelSettings
-from lmdist_export.bundle import GENERATION, Bundle, GenerationConfig
+from lmdist_export.bundle import GENERATION, Bundle
 from lmdist_export.graph.graphs import step_graph
-from lmdist_export.graph.sampling_nodes import EVERY_FEATURE
 from lmdist_export.graph.sizes import Sizes
+from lmdist_export.options import EVERY_FEATURE, GenerationConfig, features_of
 from lmdist_export.sampling import runtime
 from lmdist_export.sampling.runtime import Runtime
-from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler, features_of
+from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler
 from lmdist_export.sampling.state import State, joined, restored, uniform_numbers
 from support.draw_reference import NEAR, Past, expected, scores_of
 from support.mutations import damaged

@@ -15,13 +15,13 @@ import pytest
 
 from lmdist.errors import UsageError
 from lmdist_export import PRECISIONS, export
-from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.bundle import Bundle
 from lmdist_export.graph.graphs import capturable, generation_graph, step_graph, word_graph
 from lmdist_export.graph.network import Target
-from lmdist_export.graph.sampling_nodes import Features
 from lmdist_export.graph.sizes import Sizes, file_length
+from lmdist_export.options import Features, GenerationConfig, features_of
 from lmdist_export.sampling import runtime
-from lmdist_export.sampling.sampler import Sampler, features_of
+from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.state import State
 from lmdist_export.sampling.word_session import WordSession
 from support.small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, make_run

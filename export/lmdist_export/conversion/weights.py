@@ -22,8 +22,8 @@ from lmdist_export.graph.cell import layer_weights
 from lmdist_export.graph.graphs import generation_graph, step_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.onnx_file import FLOAT16, INT8, TYPES, UINT8
-from lmdist_export.graph.sampling_nodes import EVERY_FEATURE
 from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, file_length, weights
+from lmdist_export.options import EVERY_FEATURE
 
 
 def sizes_of(model: LanguageModel, precision: str) -> Sizes:

@@ -28,8 +28,9 @@ from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
 from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.network import ModelState, Network, Target
 from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, Shape, model_bytes
-from lmdist_export.graph.sampling_nodes import Features, SamplingNodes, any_of, draw_inputs
+from lmdist_export.graph.sampling_nodes import SamplingNodes, any_of, option_inputs
 from lmdist_export.graph.sizes import Sizes
+from lmdist_export.options import Features
 
 VERSION = 2
 
@@ -75,7 +76,7 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     bias = g.input("bias", FLOAT, [sizes.padded])
     stops = g.input("stops", INT64, ["stop_words"])
     going = g.input("going", BOOL, ["batch"])
-    options = draw_inputs(g, sizes, features)
+    options = option_inputs(g, sizes, features)
 
     # All tokens of a prompt but its last are prefilled; the last one is the first that the loop reads.
     last = g("Sub", lengths, g.constant(np.int64(1)))
@@ -137,7 +138,7 @@ def word_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
     mass = g.input("mass", FLOAT, ["batch", 1])
     uniform = g.input("uniform", FLOAT, ["batch", features.attempts])
     bias = g.input("bias", FLOAT, [sizes.padded])
-    options = draw_inputs(g, sizes, features)
+    options = option_inputs(g, sizes, features)
     before |= {"counts": options["counts"]} if features.adjusted else {}
     sampling = SamplingNodes(sizes, features, options, target.cuda)
     decoder = Decoder(network, sampling, bias_after_scale(g, network, bias, options))

@@ -1,6 +1,6 @@
 """The nodes that sample a token from logits: penalties, then temperature, top-k, top-p, min-p and typical-p.
 
-    sampling = SamplingNodes(sizes, features, draw_inputs(g, sizes, features))
+    sampling = SamplingNodes(sizes, features, option_inputs(g, sizes, features))
     logits = sampling.penalize(g, logits, counts)
     token, mass = sampling.sample(g, logits, uniform)
 
@@ -19,50 +19,24 @@ import numpy as np
 
 from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, Shape
 from lmdist_export.graph.sizes import BLOCK, Sizes
-
-ATTEMPTS = 24  # uniform numbers a token where a sample may be rejected; each rejection leaves about half of what is not allowed
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a generation graph can do beside drawing from all words; each costs nodes, and what is not asked for has none."""
-
-    greedy: bool = False
-    adjusted: bool = False
-    top_k: bool = False
-    top_p: bool = False
-    min_p: bool = False
-    typical_p: bool = False
-
-    @property
-    def sorted(self) -> bool:
-        """Whether the likeliest words are sorted out first: for a few, or for an order that is not that of likelihood."""
-        return self.top_k or self.typical_p
-
-    @property
-    def attempts(self) -> int:
-        """A: uniform numbers a word."""
-        return ATTEMPTS if (self.top_p or self.min_p) and not (self.sorted or self.greedy) else 1
+from lmdist_export.options import ATTEMPTS, Features, Role, graph_inputs
 
 
-EVERY_FEATURE = Features(adjusted=True, top_k=True, top_p=True, min_p=True, typical_p=True)
+def option_inputs(g: Graph, sizes: Sizes, features: Features) -> dict[str, str]:
+    """Add the inputs that the options need; return the name of each."""
+    types = {"float32": FLOAT, "int64": INT64}
 
+    def options(role: Role) -> dict[str, tuple[int, Shape]]:
+        inputs = graph_inputs(features, role)
+        return {graph.name or name: (types[graph.dtype], list(graph.shape)) for name, graph in inputs.items()}
 
-def draw_inputs(g: Graph, sizes: Sizes, features: Features) -> dict[str, str]:
-    """The options of generation that are inputs of the graph, by their names."""
-    names: dict[str, tuple[int, Shape]] = {}
-    if not features.greedy:
-        names["inverse_temperature"] = FLOAT, []
-    if features.adjusted:
-        names["counts"] = FLOAT, ["batch", sizes.padded]
-        names["in_prompt"] = BOOL, ["batch", sizes.padded]
-        names["row_bias"] = FLOAT, ["rows", sizes.padded]
-        names |= dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), (FLOAT, []))
-    if features.sorted and not features.greedy:
-        names["top_k"] = INT64, [1]
-    if not features.greedy:
-        names |= {name: (FLOAT, []) for name in ("top_p", "min_p", "typical_p") if getattr(features, name)}
-    return {name: g.input(name, *of) for name, of in names.items()}
+    of_rows: dict[str, tuple[int, Shape]] = {
+        "counts": (FLOAT, ["batch", sizes.padded]),
+        "in_prompt": (BOOL, ["batch", sizes.padded]),
+        "row_bias": (FLOAT, ["rows", sizes.padded]),
+    }
+    inputs = options("temperature") | (of_rows if features.adjusted else {}) | options("penalty") | options("filter")
+    return {name: g.input(name, *of) for name, of in inputs.items()}
 
 
 class Sampled(NamedTuple):
@@ -126,7 +100,7 @@ class SamplingNodes:
         probabilities = g("Reshape", g("Softmax", logits, axis=1), by_block)
         sums = g("ReduceSum", probabilities, g.constant(np.array([2])), keepdims=0)  # (B, V'/256)
         sampled = self.inverse_transform(g, probabilities, sums, column(g, uniform, 0))
-        if not (self.features.top_p or self.features.min_p):
+        if self.features.attempts == 1:
             return sampled.token, sampled.mass
         return self.rejection_sample(g, probabilities, sampled, uniform), sampled.mass
 

@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdist.errors import DataError, UsageError
-from lmdist_export.bundle import WEIGHTS, Bundle, GenerationConfig
+from lmdist_export.bundle import WEIGHTS, Bundle
 from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph
-from lmdist_export.graph.sampling_nodes import Features
+from lmdist_export.options import ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
 from lmdist_export.sampling.state import ModelState, State, copied, uniform_numbers
 from lmdist_export.sampling.word_session import Generated, WordSession
@@ -36,7 +36,6 @@ STEP_TOKENS = 64  # in one call where only the last logits count: those of all a
 PREFILL_TOKENS = 512  # in one call without logits: their gates are (512, B, 4H)
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one call: 32 MiB
 NEXT_STATE = [f"next_{name}" for name in STATE]
-FARTHEST = 1e30  # a temperature is not beyond it nor below 1 / it, nor a share of probability: fp32 has no such products
 
 
 class Sampler:
@@ -170,32 +169,24 @@ class Sampler:
         features = features_of(config, row_bias is not None)
         rows = len(state)
         assert len(state.generators) == rows, "a state must be seeded before its texts are continued"
-        inverse = np.float32(1 if config.greedy else np.clip(1 / config.temperature, 1 / FARTHEST, FARTHEST))
-        feed: dict[str, Any] = {
+        options = option_feed(config, features, self.sizes.vocabulary_size)
+        feed: dict[str, Any] = options | {
             "prompt": state.tokens,
             "lengths": state.lengths,
             **dict(zip(STATE, state.model, strict=True)),
-            "stops": np.array([*stops, -1], np.int64),  # no word is -1
+            "stops": np.array([*stops, -1], np.int64),  # no token is -1
             "going": np.ones(rows, np.bool_),
             "bias": self.padded(np.zeros(self.sizes.vocabulary_size, np.float32) if bias is None else bias),
-            "inverse_temperature": inverse,
-            # With a feature that sorts, but without top-k, all words are candidates.
-            "top_k": np.array([min(config.top_k or self.sizes.vocabulary_size, self.sizes.vocabulary_size)], np.int64),
-            "top_p": np.float32(max(config.top_p, 1 / FARTHEST)),
-            "min_p": np.float32(config.min_p),
-            "typical_p": np.float32(max(config.typical_p, 1 / FARTHEST)),
         }
         if features.adjusted:
             empty = np.zeros((rows, self.sizes.padded), np.float32)
             nobody = np.zeros((rows, self.sizes.vocabulary_size), np.bool_)
             # The graph's logits are over the temperature already, and so is all that is added to them.
+            inverse = options.get("inverse_temperature", np.float32(1))
             feed |= {
                 "counts": empty if state.counts is None else state.counts,
                 "in_prompt": self.padded(nobody if in_prompt is None else in_prompt),
                 "row_bias": empty[:1] if row_bias is None else self.padded(row_bias) * inverse,
-                "repetition_penalty": np.float32(config.repetition_penalty),
-                "presence_penalty": np.float32(config.presence_penalty) * inverse,
-                "frequency_penalty": np.float32(config.frequency_penalty) * inverse,
             }
         generators = tuple(map(copied, state.generators))
         feed["uniform"] = uniform_numbers(generators, num_tokens, features.attempts)
@@ -260,18 +251,16 @@ class Sampler:
         return values
 
 
-def features_of(config: GenerationConfig, row_bias: bool) -> Features:
-    """What a generation graph must be able to do for `config`."""
-    penalties = (config.repetition_penalty, config.presence_penalty, config.frequency_penalty) != (1, 0, 0)
-    if config.greedy:
-        return Features(greedy=True, adjusted=penalties or row_bias)
-    return Features(
-        adjusted=penalties or row_bias,
-        top_k=config.top_k > 0,
-        top_p=config.top_p < 1,
-        min_p=config.min_p > 0,
-        typical_p=config.typical_p < 1,
-    )
+def option_feed(config: GenerationConfig, features: Features, vocabulary_size: int) -> dict[str, NDArray[Any]]:
+    """Return the inputs of a graph with these features that are options of `config`."""
+    feed: dict[str, NDArray[Any]] = {}
+    inverse_temperature = np.ones((), np.float32)
+    for name, graph in (item for role in ROLES for item in graph_inputs(features, role).items()):
+        value = np.full(graph.shape, graph.value(getattr(config, name), vocabulary_size), graph.dtype)
+        if graph.role == "temperature":
+            inverse_temperature = value
+        feed[graph.name or name] = np.asarray(value * inverse_temperature) if graph.per_temperature else value
+    return feed
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lmdist.errors import UsageError
 from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.graphs import capturable, word_graph
-from lmdist_export.graph.sampling_nodes import Features
+from lmdist_export.options import Features
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 from lmdist_export.sampling.state import ModelState
 
