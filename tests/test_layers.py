@@ -56,7 +56,7 @@ FLOORS = {
 }
 WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
-    "lmdist.text": "data_folder vocabulary words tokenizer documents demo corpus prepare",
+    "lmdist.text": "data_folder vocabulary words tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss language_model precision cuda_graph",
     "lmdist.tracking": "run_folder sync plot",
     "lmdist.training": "distributed metrics data optimizer sample checkpoint evaluate loop",

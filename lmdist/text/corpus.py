@@ -30,7 +30,8 @@ import numpy as np
 
 from lmdist.errors import DataError
 from lmdist.settings import SPLITS
-from lmdist.text.documents import EMPTY, Document, Documents
+from lmdist.text.documents import EMPTY, Documents
+from lmdist.text.readers import Document
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID, Vocabulary
 

@@ -81,6 +81,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def open_sources(settings: PrepareSettings, output: Path) -> dict[str, Documents]:
     """The documents to read: of the given splits, or of the inputs under the name ""."""
     from lmdist.text.documents import Documents, find_files
+    from lmdist.text.readers import ReadOptions
 
     inputs, group_by = settings.inputs, settings.group_by
     if inputs == [DEMO] and not Path(DEMO).is_file():
@@ -94,17 +95,14 @@ def open_sources(settings: PrepareSettings, output: Path) -> dict[str, Documents
     given = {split: [getattr(settings, split)] for split in SPLITS if getattr(settings, split)} or {"": inputs}
     if not any(given.values()):
         raise UsageError("nothing to read: name a file (articles1.csv), give --train, or take the demo corpus: demo")
-    return {
-        split: Documents(
-            find_files(patterns),
-            text_column=settings.text_column,
-            group_by=group_by,
-            lines=settings.tokenizer == "whitespace",
-            rows=settings.rows,
-            encoding=settings.encoding,
-        )
-        for split, patterns in given.items()
-    }
+    options = ReadOptions(
+        text_column=settings.text_column,
+        group_by=group_by,
+        lines=settings.tokenizer == "whitespace",
+        rows=settings.rows,
+        encoding=settings.encoding,
+    )
+    return {split: Documents(find_files(patterns), options) for split, patterns in given.items()}
 
 
 def fill(folder: Path, settings: PrepareSettings, sources: dict[str, Documents]) -> dict[str, Any]:
