@@ -39,7 +39,8 @@ FLOORS = {
         errors cpus perplexity
         bounds signals storage console
         settings
-        text model config tracking
+        config
+        text model tracking
         training
         train
         job
@@ -56,7 +57,7 @@ FLOORS = {
 }
 WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
-    "lmdist.text": "data_folder vocabulary words tokenizer readers documents demo corpus prepare",
+    "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss language_model precision cuda_graph",
     "lmdist.tracking": "run_folder sync plot",
     "lmdist.training": "distributed metrics data optimizer sample checkpoint evaluate loop",
