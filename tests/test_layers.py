@@ -38,9 +38,10 @@ HOMES = {
 FLOORS = {
     "lmdist": """
         errors cpus perplexity
-        signals storage console
+        bounds signals storage console
         settings
-        text model config tracking
+        config
+        text model tracking
         training
         train
         job
@@ -57,7 +58,7 @@ FLOORS = {
 }
 WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
-    "lmdist.text": "data_folder vocabulary words tokenizer documents demo corpus prepare",
+    "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss language_model precision cuda_graph",
     "lmdist.tracking": "run_folder sync plot",
     "lmdist.training": "distributed metrics data optimizer sample checkpoint evaluate loop",

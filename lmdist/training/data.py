@@ -35,11 +35,10 @@ from torch import Tensor
 
 from lmdist.errors import DataError, MissingInputError
 from lmdist.model.loss import IGNORED
-from lmdist.settings import SPLITS, DataSettings
+from lmdist.settings import DataSettings
 from lmdist.storage.checksums import verify_checksums
-from lmdist.storage.reading import check_folder, file_size, read_json
-from lmdist.storage.schema import check_schema, check_version
-from lmdist.text.data_folder import FORMAT, META, VERSION
+from lmdist.storage.reading import check_folder, file_size
+from lmdist.text.data_folder import TEXT, VOCABULARY, read_meta, token_file
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END_ID, Vocabulary
 
@@ -70,17 +69,12 @@ class Folder:
     def __init__(self, path: Path) -> None:
         """Read all but the token files: a job must not learn after hours that the words are not there to be written."""
         check_folder(path, f"a data folder is expected: lmdist-prepare YOUR.csv -o {path} makes it")
-        meta_json = path / "meta.json"
         self.path = path
-        self.meta: dict[str, Any] = read_json(meta_json)
-        check_version(self.meta, (FORMAT, VERSION), meta_json)
-        check_schema(self.meta, META, meta_json)
-        files, words = self.meta["files"], ("vocab.txt", "text.json")
-        if not all(split in SPLITS and f"{split}.bin" in files for split in self.meta["splits"]):
-            raise DataError(f"{meta_json} is damaged: its splits are not its files")
+        self.meta = read_meta(path)
+        files, words = self.meta["files"], (VOCABULARY, TEXT)
         verify_checksums(path, {name: files[name] for name in words if name in files}, words)
-        WordTokenizer.load(path / "text.json")
-        self.vocabulary_size = len(Vocabulary.load(path / "vocab.txt"))
+        WordTokenizer.load(path / TEXT)
+        self.vocabulary_size = len(Vocabulary.load(path / VOCABULARY))
         if self.meta["vocabulary_size"] != self.vocabulary_size:
             raise DataError(f"{path}: vocab.txt has {self.vocabulary_size} words, meta.json {self.meta['vocabulary_size']}")
 
@@ -97,7 +91,7 @@ class Folder:
         """The words of a split as ids, (tokens,) uint16 or uint32, read from the disk as they are asked for."""
         if not self.has(split):
             raise MissingInputError(f"{self.path} has no {split} split; it has {', '.join(self.meta['splits'])}")
-        path = self.path / f"{split}.bin"
+        path = self.path / token_file(split)
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         expected, size = self.meta["splits"][split]["tokens"], file_size(path)
         if size != expected * dtype.itemsize:

@@ -40,6 +40,7 @@ from lmdist.storage.reading import LARGEST_JSON, read_json
 from lmdist.text.documents import Documents
 from lmdist.text.prepare import main as prepare_main
 from lmdist.text.prepare import prepare
+from lmdist.text.readers import ReadOptions
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.training import checkpoint, evaluate
 from lmdist.training.data import Folder, training_batches
@@ -188,7 +189,7 @@ def use_data(folder: Path) -> None:
 def use_table(folder: Path, every: int = 1) -> None:
     """Read the table in the folder; make and open a data folder of it, which takes ten times as long, one time in `every`."""
     [file] = folder.iterdir()
-    for document in Documents([file], group_by="title"):
+    for document in Documents([file], ReadOptions(group_by="title")):
         document.text.encode()
     if file.stat().st_size % every:
         return
@@ -782,11 +783,11 @@ def test_words_beyond_the_vocabulary(data: Path, tmp_path: Path) -> None:
 
 def texts(path: Path, **settings: Any) -> list[str]:
     """The documents of a file."""
-    return [document.text for document in Documents([path], **settings)]
+    return [document.text for document in Documents([path], ReadOptions(**settings))]
 
 
 def test_a_line_or_a_row_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmdist.text.documents.LONGEST_ROW", 1 << 16)
+    monkeypatch.setattr("lmdist.text.readers.LONGEST_ROW", 1 << 16)
     for name in ("a.csv", "a.jsonl", "a.txt"):
         path = tmp_path / f"{name}.gz"
         path.write_bytes(gzip.compress(b"content" + bytes(1 << 22)))
@@ -805,14 +806,14 @@ def test_halves_of_surrogate_pairs(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b", "title": "\\udfff"}\n')
     (tmp_path / "a.csv").write_bytes(b"text\na +2AA- b\n")
     assert texts(tmp_path / "a.csv", encoding="utf-7") == texts(tmp_path / "a.jsonl") == ["a \ufffd b"]
-    [document] = Documents([tmp_path / "a.jsonl"], group_by="title")
+    [document] = Documents([tmp_path / "a.jsonl"], ReadOptions(group_by="title"))
     assert document.group == "\ufffd"
 
 
 def test_encodings_that_are_none_of_text(tmp_path: Path) -> None:
     for name in ("rot13", "zlib", "undefined"):
         with pytest.raises(UsageError, match=f"encoding is '{name}'"):
-            Documents([], encoding=name)
+            Documents([], ReadOptions(encoding=name))
 
 
 def test_columns_with_odd_names_are_one_line(tmp_path: Path) -> None:
