@@ -68,7 +68,7 @@ class Replay:
     def open(self) -> Store:
         """Find the run in MLflow or create it; upload its parameters and datasets."""
         store = Store(store_address())
-        run = self.find(store) or store.create_run(*(self.metadata[key] for key in ("experiment", "run_key", "name", "start_time")))
+        run = self.find_or_create(store)
         if run.info.lifecycle_stage == "deleted":
             raise UploadError("the run was deleted there")
         run_id = run.info.run_id
@@ -89,10 +89,15 @@ class Replay:
         self.run_id = run_id
         return store
 
-    def find(self, store: Store) -> Run | None:
-        """Return the run by its id, or by its key where the response to its creation was lost."""
-        run = store.get_run(self.metadata["run_id"]) if "run_id" in self.metadata else None
-        return run or store.find_run(self.metadata["experiment"], self.metadata["run_key"])
+    def find_or_create(self, store: Store) -> Run:
+        """Return the run: by its id, by its key where the response to its creation was lost, or a new one."""
+        saved = self.metadata
+        experiment, run_key = saved["experiment"], saved["run_key"]
+        return (
+            (store.get_run(saved["run_id"]) if "run_id" in saved else None)
+            or store.find_run(experiment, run_key)
+            or store.create_run(experiment, run_key, saved["name"], saved["start_time"])
+        )
 
     def upload_points(self, *, ended: bool = False) -> None:
         """Upload the new rows of metrics.jsonl; `ended` says that the last one is complete."""

@@ -104,11 +104,12 @@ def upload(run: Path) -> str:
         raise MissingInputError(
             f"{DEFAULT_FILE} is not here, and MLflow has had {run}: go to where the job ran, or set its MLFLOW_TRACKING_URI"
         )
-    if is_training(run):
-        metadata["status"] = "RUNNING"  # a job without an uploader: MLflow is switched off, or the uploader was killed
-    else:
-        metadata["status"] = {"RUNNING": "KILLED", "UNKNOWN": "FINISHED"}.get(metadata["status"], metadata["status"])
     status: str = metadata["status"]
+    if is_training(run):
+        status = "RUNNING"  # a job without an uploader: MLflow is switched off, or the uploader was killed
+    elif status in ("RUNNING", "UNKNOWN"):
+        status = "KILLED" if status == "RUNNING" else "FINISHED"
+    metadata["status"] = status
     replay = Replay(run, metadata, live=False)
     write_metadata(run, metadata)
     try:

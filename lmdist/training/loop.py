@@ -355,7 +355,14 @@ def show_validation(
 
 
 def show_text_and_picture(
-    recipe: Recipe, folder: Folder, model: LanguageModel, words: int, name: str, step: int, console: Console, tracker: MetricsLogger
+    recipe: Recipe,
+    folder: Folder,
+    model: LanguageModel,
+    words: int,
+    name: str,
+    step: int,
+    console: Console,
+    tracker: MetricsLogger,
 ) -> None:
     """Some words by the model under a name in the run's folder, and the picture of the losses so far: rank 0's matter."""
     if not tracker.writes:
