@@ -20,8 +20,7 @@ from lmdist.tracking.run_folder import METRICS, parse_row, update_metadata
 from lmdist.tracking.store import POINTS_PER_REQUEST, Point, Store, UploadError, logged_contexts, store_address
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    from lmdist.tracking.store import Run, SystemMetricsMonitor
 
 FILES = ("recipe.toml", "loss.png", "sample.txt", "samples/*.txt")
 """The files that are uploaded; checkpoints are too large."""

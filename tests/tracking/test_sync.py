@@ -260,7 +260,7 @@ def test_lost_responses_and_failures_create_nothing_twice(server, proxy, here, m
         proxy.mode = "lost"
         job.log(21, 40)
     assert stderr.all().count("MLflow does not accept this run's points") == 2  # once an outage
-    proxy.mode = "slow"
+    proxy.mode, proxy.delay_seconds = "slow", 0.2
     sync_here("runs/one")
     check(server.uri, "one", "FINISHED")
 
