@@ -36,8 +36,10 @@ EXIT_GRACE_SECONDS = 5.0
 def main() -> None:
     """Run the ranks until they have ended."""
     die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the launcher forwards a stop to the ranks; the agent waits for them
+    # The launcher forwards a stop to the ranks as SIGTERM, and the agent waits for them. A rank inherits SIG_IGN, but not a
+    # handler: so SIGTERM ends one that has no handler of its own yet, and is not lost.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[AGENT] = str(os.getpid())
 
     from torch.distributed import DistError
