@@ -51,7 +51,7 @@ def quality() -> str:
 
 
 def reliability() -> str:
-    """A line for each thing that was done to jobs."""
+    """Return a table with a row for each reliability test."""
     rows = []
     for *kills, whole in results("torture"):
         kinds = ", ".join(dict.fromkeys(row["variant"] for row in kills))
@@ -66,10 +66,9 @@ def reliability() -> str:
             [
                 f"an MLflow server that is {', '.join(states)}",
                 f"step p99 at most {p99:.2f} of that without MLflow, "
-                f"which itself varied by {alone['spread'] / alone['value']:.0%}; "
-                f"exit delayed by "
-                f"{max(row['value'] for row in figures['exit delay']):.1f} s at most; {lost:.0f} points missing or twice after "
-                "`lmdist-sync`",
+                f"whose own spread is {alone['spread'] / alone['value']:.0%}; "
+                f"exit delayed by at most {max(row['value'] for row in figures['exit delay']):.1f} s; "
+                f"{lost:.0f} points missing or duplicate after `lmdist-sync`",
             ]
         )
     for run in results("checkpointing"):
@@ -78,7 +77,7 @@ def reliability() -> str:
             rows.append(
                 [
                     f"a checkpoint of {copied['checkpoint_mib']:,.0f} MiB ({case.removesuffix(': pause')})",
-                    f"holds up the training for {copied['value']:,.0f} ms in place of {waiting['value']:,.0f} "
+                    f"blocks the training for {copied['value']:,.0f} ms instead of {waiting['value']:,.0f} "
                     f"({copied['ratio']:.1f}x less)",
                 ]
             )
@@ -86,15 +85,15 @@ def reliability() -> str:
         for quarter, row in zip(run[:2], run[2:], strict=True):
             rows.append(
                 [
-                    f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} words",
-                    f"at most {row['peak_mib']:,} MiB of memory; for a quarter of the text {quarter['peak_mib']:,}",
+                    f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} tokens",
+                    f"peak memory {row['peak_mib']:,} MiB; for a quarter of the text {quarter['peak_mib']:,}",
                 ]
             )
-    return markdown(["what was done", "what came of it"], rows)
+    return markdown(["test", "result"], rows)
 
 
 def reliability_summary() -> str:
-    """What was done to jobs by kills and by a server."""
+    """Return the rows about kills and about MLflow."""
     head, rule, *lines = reliability().splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if "kills" in line or "MLflow" in line)])
 
@@ -104,7 +103,7 @@ STEP = "step p99 after 10 s"
 
 
 def kills() -> str:
-    """Every kill of every torture run."""
+    """Return a table of every kill of every torture run."""
     rows = [
         [
             f"{whole['case']}, {whole['machine'].split(', ')[-1]}",
@@ -116,11 +115,11 @@ def kills() -> str:
         for *kills, whole in results("torture")
         for row in kills
     ]
-    return markdown(["run", "when", "kind", "what", "to the next step"], rows)
+    return markdown(["run", "when", "kind", "target", "recovery"], rows)
 
 
 def outages() -> str:
-    """The figures of the tracking benchmark, a line a state."""
+    """Return a table of the tracking benchmark with a row for each state of the server."""
     rows = []
     cases: list[str] = []
     for run in results("tracking"):

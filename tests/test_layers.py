@@ -18,7 +18,7 @@ FILES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.
 HOMES = {
     "torch.distributed": {"lmdist/training/distributed.py", "lmdist/job/agent.py"},
     "mlflow": {
-        "lmdist/tracking/sync.py",
+        "lmdist/tracking/store.py",
         "export/lmdist_export/serving/mlflow_model.py",
         "export/lmdist_export/serving/registry.py",
     },
@@ -60,7 +60,7 @@ WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
     "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss language_model precision cuda_graph",
-    "lmdist.tracking": "run_folder sync plot",
+    "lmdist.tracking": "run_folder store replay uploader logger sync plot",
     "lmdist.training": "distributed metrics data optimizer sample checkpoint evaluate loop",
     "lmdist.job": "agent launcher",
     "lmdist_export.graph": "onnx_file graphs",

@@ -257,7 +257,7 @@ def write_bundle(
     from lmdist.storage.checksums import checksums
     from lmdist.storage.reading import write_json
     from lmdist.text.vocabulary import Vocabulary
-    from lmdist.tracking.run_folder import read_note
+    from lmdist.tracking.run_folder import read_metadata
     from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
     from lmdist_export.conversion.convert import write_graphs
     from lmdist_export.conversion.tokenizer_json import write_tokenizer
@@ -300,7 +300,7 @@ def write_bundle(
     }
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / "manifest.json", manifest)
-    write_model(folder, read_note(path.parent.parent).get("run_id"))
+    write_model(folder, read_metadata(path.parent.parent).get("run_id"))
     return manifest
 
 

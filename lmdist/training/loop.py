@@ -29,8 +29,8 @@ from lmdist.signals import StopRequest
 from lmdist.storage.atomic import write_atomic
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.tracking.plot import draw_losses
-from lmdist.tracking.run_folder import RunTracker, Tracker
+from lmdist.tracking.logger import MetricsLogger, RunLogger
+from lmdist.tracking.plot import plot_losses
 from lmdist.training import checkpoint, optimizer
 from lmdist.training.checkpoint import Progress
 from lmdist.training.data import Folder, training_batches
@@ -104,7 +104,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     part: Function = Graphed(forward_backward, model) if fits else forward_backward
     nats, tokens, seconds_since_log, saved = Nats(world, progress.nats, progress.counted), 0, 0.0, time.monotonic()
     saving = stopping = False
-    stop.patient = True  # from here on a request to stop waits for the end of a step
+    stop.deferred = True  # from here on a request to stop waits for the end of a step
 
     with (
         open_tracker(recipe, world, folder, progress.step) as tracker,
@@ -194,7 +194,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                 if logging:
                     speed, left = tokens / seconds_since_log, (total_steps - progress.step) * progress.seconds / progress.step
                     console.show(progress.step, mean, perplexity(mean), speed, rate, left)
-                    tracker.metrics(
+                    tracker.log_metrics(
                         progress.step,
                         {
                             "train/loss": mean,
@@ -283,15 +283,15 @@ def restore(
     return checkpoint.load_training(path, optimiser)
 
 
-def open_tracker(recipe: Recipe, world: World, folder: Folder, step: int) -> Tracker:
+def open_tracker(recipe: Recipe, world: World, folder: Folder, step: int) -> MetricsLogger:
     """Rank 0's tracker, with the resolved recipe saved beside it; on the other ranks one that keeps nothing."""
     if not world.is_main:
-        return Tracker()
+        return MetricsLogger()
     run = Path(recipe.run_folder)
     run.mkdir(parents=True, exist_ok=True)
     write_atomic(run / "recipe.toml", config.as_toml(recipe))
-    return RunTracker(
-        run, recipe.tracking, config.flat(recipe), folder.path.name, folder.meta, step, going_on=recipe.resume == "auto"
+    return RunLogger(
+        run, recipe.tracking, config.flat(recipe), folder.path.name, folder.meta, step, resume=recipe.resume == "auto"
     )
 
 
@@ -340,7 +340,7 @@ def finite(value: float, name: str, step: int) -> float:
 
 
 def show_validation(
-    recipe: Recipe, folder: Folder, model: LanguageModel, progress: Progress, console: Console, tracker: Tracker
+    recipe: Recipe, folder: Folder, model: LanguageModel, progress: Progress, console: Console, tracker: MetricsLogger
 ) -> None:
     """Show and log a validation; rank 0 adds some words by the model and the picture of the losses so far."""
     assert progress.valid_nats is not None
@@ -349,13 +349,20 @@ def show_validation(
         f"valid step {progress.step}  loss {progress.valid_nats:.4f}  ppl {perplexity(progress.valid_nats):,.2f}  "
         f"best {perplexity(progress.best_valid_nats):,.2f}"
     )
-    tracker.metrics(progress.step, {"valid/loss": progress.valid_nats, "valid/perplexity": perplexity(progress.valid_nats)})
+    tracker.log_metrics(progress.step, {"valid/loss": progress.valid_nats, "valid/perplexity": perplexity(progress.valid_nats)})
     name = f"samples/step-{progress.step:09d}.txt"
     show_text_and_picture(recipe, folder, model, recipe.sample.words, name, progress.step, console, tracker)
 
 
 def show_text_and_picture(
-    recipe: Recipe, folder: Folder, model: LanguageModel, words: int, name: str, step: int, console: Console, tracker: Tracker
+    recipe: Recipe,
+    folder: Folder,
+    model: LanguageModel,
+    words: int,
+    name: str,
+    step: int,
+    console: Console,
+    tracker: MetricsLogger,
 ) -> None:
     """Some words by the model under a name in the run's folder, and the picture of the losses so far: rank 0's matter."""
     if not tracker.writes:
@@ -365,9 +372,9 @@ def show_text_and_picture(
     try:
         # All ranks wait for the picture, and a long run has many points: at most one a minute, and one at the end.
         if ended or not picture.exists() or time.time() - picture.stat().st_mtime > SECONDS_A_PICTURE:
-            draw_losses(picture.with_name("metrics.jsonl"), picture)
+            plot_losses(picture.with_name("metrics.jsonl"), picture)
         if words:
-            tracker.text(name, write_words(recipe, folder, model, words, step))
+            tracker.log_text(name, write_words(recipe, folder, model, words, step))
     except OSError as error:  # a full disk costs these, not the run
         console.say(f"warning: the picture and the sample could not be written: {error}")
 
@@ -380,7 +387,7 @@ def write_words(recipe: Recipe, folder: Folder, model: LanguageModel, words: int
 
 
 def finish(
-    recipe: Recipe, folder: Folder, model: LanguageModel, progress: Progress, console: Console, tracker: Tracker
+    recipe: Recipe, folder: Folder, model: LanguageModel, progress: Progress, console: Console, tracker: MetricsLogger
 ) -> None:
     """The last sample, the picture of the losses, and where everything lies."""
     if not tracker.writes:

@@ -308,7 +308,7 @@ def test_a_mistake_fails_the_job_at_once_in_one_line(mistake, tmp_path):
         assert len(job.ended) == job.completions, "no pod comes twice"
         for pod in failed:
             assert len([line for line in pod.said().splitlines() if "error" in line]) <= 1
-            assert "starting anew" not in pod.said()
+            assert "restarting from" not in pod.said()
             assert "Traceback" not in pod.said()
         assert message in "".join(pod.said() for pod in failed)
 

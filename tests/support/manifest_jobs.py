@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lmdist import config
 from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, DataError, MissingInputError, UsageError
-from lmdist.job.launcher import AGENT_GRACE
+from lmdist.job.launcher import AGENT_GRACE_SECONDS
 from lmdist.job.launcher import parser as launcher_parser
 from lmdist.settings import Recipe
 from lmdist_export.export import DEFECT
@@ -262,7 +262,7 @@ def there_is_time_to_save(render: Render) -> Iterator[str]:
         if recipe is None:
             yield fault
             continue
-        least = recipe.training.timeout_seconds + AGENT_GRACE
+        least = recipe.training.timeout_seconds + AGENT_GRACE_SECONDS
         if pod.spec.get("terminationGracePeriodSeconds", 30) <= least:
             yield f"{pod} has {pod.spec.get('terminationGracePeriodSeconds', 30)} s to end, and may need more than {least:g}"
 
