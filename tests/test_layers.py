@@ -37,7 +37,7 @@ HOMES = {
 FLOORS = {
     "lmdist": """
         errors cpus perplexity
-        signals storage console
+        bounds signals storage console
         settings
         text model config tracking
         training
