@@ -25,8 +25,9 @@ from lmdist.settings import ModelSettings, Recipe, TextSettings
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
-from lmdist.training import checkpoint
-from lmdist.training.checkpoint import Progress
+from lmdist.training.checkpoints.format import Progress
+from lmdist.training.checkpoints.retain import remove_old
+from lmdist.training.checkpoints.write import Saver, Snapshot, take_snapshot, write_checkpoint
 from origin import facts, write_rows
 
 CASES = {
@@ -72,23 +73,23 @@ def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: P
         optimizer.step()
         optimizer.zero_grad()
 
-    def taken(number: int) -> checkpoint.Snapshot:
-        return checkpoint.snapshot(Progress(number), model, optimizer, state)
+    def taken(number: int) -> Snapshot:
+        return take_snapshot(Progress(number), model, optimizer, state)
 
     step()
     recipe = config.as_dict(Recipe(model=settings))
-    saver = checkpoint.Saver(scratch / "background", recipe, data, keep=2)
+    saver = Saver(scratch / "background", recipe, data, keep=2)
     pauses: dict[str, list[float]] = {"written while the ranks wait": [], "copied, written in the background": []}
     alone, beside = [], []
     for number in range(rounds):
         pauses["written while the ranks wait"].append(
-            seconds(lambda number=number: checkpoint.save(scratch / "waiting", taken(number), recipe, data))
+            seconds(lambda number=number: write_checkpoint(scratch / "waiting", taken(number), recipe, data))
         )
         alone += [seconds(step) for _ in range(3)]
         pauses["copied, written in the background"].append(seconds(lambda number=number: saver.save(taken(number))))
         while saver.thread and saver.thread.is_alive():
             beside.append(seconds(step))
-        checkpoint.prune(scratch / "waiting", 1)
+        remove_old(scratch / "waiting", 1)
     size = sum(parameter.numel() for parameter in model.parameters()) * 12 / 2**20
     rows = [
         row(f"{case}: pause", variant, values, pauses["written while the ranks wait"]) for variant, values in pauses.items()

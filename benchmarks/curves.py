@@ -23,7 +23,7 @@ from lmdist.model import precision
 from lmdist.model.precision import Precision
 from lmdist.settings import DEMO_SETTINGS, DataSettings, ModelSettings, OptimizerSettings
 from lmdist.text.prepare import prepare
-from lmdist.training.data import Folder, training_batches
+from lmdist.training.data import DataFolder, training_batches
 from origin import facts, write_rows
 from training import BASELINE, Case, Job, PlainJob
 
@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = DataSettings(folder=str(Path(scratch) / "demo"))
         prepare(DEMO_SETTINGS, Path(data.folder))
-        folder = Folder(Path(data.folder))
+        folder = DataFolder(Path(data.folder))
         case = Case("demo", ModelSettings(), folder.vocabulary_size, data.global_batch, data.window, OptimizerSettings())
         for seed, variant in enumerate((BASELINE, *OTHER_SEEDS), start=1):
             torch.manual_seed(seed)
@@ -92,14 +92,16 @@ def started(case: Case, name: str, variant: str, device: torch.device) -> Job:
     return job
 
 
-def train(job: PlainJob | Job, folder: Folder, data: DataSettings, steps: int, seed: int, device: torch.device) -> list[float]:
+def train(
+    job: PlainJob | Job, folder: DataFolder, data: DataSettings, steps: int, seed: int, device: torch.device
+) -> list[float]:
     """The nats a word of each step."""
     where = device if isinstance(job, Job) else torch.device("cpu")
     batches = training_batches(folder, data, seed)
     curve = []
     for step in range(steps):
         torch.manual_seed(seed * 1_000_003 + step)
-        curve.append(job.step(*batches.batch(step, slice(0, data.global_batch)).words(where)))
+        curve.append(job.step(*batches.batch(step, slice(0, data.global_batch)).tensors_on(where)))
     return torch.stack(curve).tolist()
 
 

@@ -43,8 +43,8 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
 from lmdist.model.precision import Precision, choose, prepare_for
 from lmdist.settings import ModelSettings, OptimizerSettings
-from lmdist.training import optimizer
 from lmdist.training.distributed import World, start
+from lmdist.training.optimizer import build_optimizer
 from origin import facts, write_rows
 from scaling_model import NETWORKS, Row, bare, draw, fit, predict
 
@@ -274,7 +274,7 @@ def work(arguments: argparse.Namespace) -> None:
             messages[message.nbytes] = median(timed(world, ready, MESSAGES)["message"])
     on_gpu = world.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    peaks = world.gather_rows(torch.tensor([peak]))
+    peaks = world.gather(torch.tensor([peak]))
     if world.is_main:
         device = torch.cuda.get_device_name() if on_gpu else "CPU"
         answer = {
@@ -294,7 +294,7 @@ class Training:
         self.world, self.case, self.precision = world, case, precision
         self.model = LanguageModel(case.settings, case.vocabulary_size).to(world.device)
         self.network = world.wrap(self.model, compression)
-        self.optimizer = optimizer.build(OptimizerSettings(), self.model)
+        self.optimizer = build_optimizer(OptimizerSettings(), self.model)
         self.scaler = torch.GradScaler(world.device.type, enabled=precision.name == "fp16")
         prepare_for(precision, self.model, world.device, case.rows, case.window)
 
@@ -320,7 +320,7 @@ class Training:
     def step(self, words: Tensor, *, together: bool) -> None:
         """A step of the loop, in which the ranks' gradients are averaged or stay apart."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.world.accumulating(self.network, last=together):
+        with self.world.gradient_sync(self.network, enabled=together):
             self.scaler.scale(self.forward(words)).backward()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), OptimizerSettings.clip)
@@ -330,7 +330,7 @@ class Training:
     def forward_apart(self, words: Tensor) -> Tensor:
         """The mean nats of a batch, whose backward exchanges nothing."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.world.accumulating(self.network, last=False):
+        with self.world.gradient_sync(self.network, enabled=False):
             return self.forward(words)
 
     def forward(self, words: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ def timed(world: World, ready: Mapping[str, Callable[[], Callable[[], object]]],
             began = clock(world)
             action()
             seconds[0, place, number] = clock(world) - began
-    slowest = world.gather_rows(seconds).amax(0)  # (entries, times)
+    slowest = world.gather(seconds).amax(0)  # (entries, times)
     return dict(zip(ready, slowest.tolist(), strict=True))
 
 

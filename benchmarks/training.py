@@ -42,7 +42,7 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import activation_penalty, summed_nats
 from lmdist.model.precision import Precision, choose, prepare_for
 from lmdist.settings import ModelSettings, OptimizerSettings
-from lmdist.training import optimizer
+from lmdist.training.optimizer import build_optimizer
 from origin import facts, write_rows
 
 BASELINE = "baseline"
@@ -134,7 +134,7 @@ class PlainJob:
         self.settings = case.optimizer
         self.model = PlainModel(case.model, case.vocabulary_size)
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.settings.name]
-        self.optimiser = kind(self.model.parameters(), self.settings.learning_rate, weight_decay=self.settings.weight_decay)
+        self.optimizer = kind(self.model.parameters(), self.settings.learning_rate, weight_decay=self.settings.weight_decay)
         self.states: Any = None
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -144,11 +144,11 @@ class PlainJob:
         if self.settings.activation_penalty:
             loss = loss + self.settings.activation_penalty * dropped.pow(2).mean()
             loss = loss + self.settings.temporal_penalty * (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimiser.step()
+        self.optimizer.step()
         return nats.detach()
 
 
@@ -164,7 +164,7 @@ class Job:
         self.precision = precision
         self.device = device
         self.model = LanguageModel(case.model, case.vocabulary_size).to(device)
-        self.optimiser = optimizer.build(case.optimizer, self.model)
+        self.optimizer = build_optimizer(case.optimizer, self.model)
         self.scaler = torch.GradScaler(device.type, enabled=precision.name == "fp16")
         self.told = prepare_for(precision, self.model, device, case.rows, case.length)
         self.state = self.model.initial_state(case.rows)
@@ -186,11 +186,11 @@ class Job:
 
     def update(self) -> None:
         """The optimizer's step."""
-        self.scaler.unscale_(self.optimiser)
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.case.optimizer.clip or torch.inf)
-        self.scaler.step(self.optimiser)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """A step; gives the nats a word."""
@@ -267,7 +267,7 @@ def parts(job: Job, inputs: Tensor, targets: Tensor) -> dict[str, float]:
             began.append(time.perf_counter())
             piece()
             seconds.append(time.perf_counter() - began[-1])
-            job.optimiser.zero_grad(set_to_none=True)
+            job.optimizer.zero_grad(set_to_none=True)
         found[piece.__name__] = statistics.median(seconds)
     left, right = torch.rand(1024, 1024), torch.rand(1024, 8192)
     found["operations a second"] = 2 * 1024 * 1024 * 8192 / min(seconds_of(lambda: left @ right) for _ in range(5))

@@ -100,7 +100,7 @@ MISTAKES = {
     "ranks that do not divide": (["--nproc-per-node=3"], 64, "a number of ranks out of [1, 2, 4, 8]"),
     "no ranks": (["--nproc-per-node=0"], 64, "nproc_per_node is 0, and must be at least 1"),
     "a machine in words": (["--node-rank=first"], 64, "invalid int value: 'first'"),
-    "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 words to train on"),
+    "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 tokens to train on"),
     "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere is not there"),
     "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
 }
