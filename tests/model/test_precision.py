@@ -1,4 +1,4 @@
-"""Layers in bf16 against fp32, what a wrong kernel leads to, and training by each fast path against the plain one."""
+"""Layers in bf16 against fp32, what an incorrect kernel leads to, and training by each fast path against the plain one."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SETTINGS = ModelSettings(embedding_size=16, hidden_size=24, tied=False)
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    ("size_in", "size", "rows", "length"), [(16, 24, 3, 5), (40, 32, 1, 1), (8, 100, 7, 2), (64, 64, 8, 9)]
+    ("input_size", "hidden_size", "batch_size", "length"), [(16, 24, 3, 5), (40, 32, 1, 1), (8, 100, 7, 2), (64, 64, 8, 9)]
 )
-def test_gradients_in_bf16_are_those_of_fp32(kernel, size_in, size, rows, length):
+def test_gradients_in_bf16_are_those_of_fp32(kernel, input_size, hidden_size, batch_size, length):
     torch.manual_seed(0)
-    assert gradient_error(Layer(size_in, size), kernel, rows, length) < 0.02
+    assert gradient_error(Layer(input_size, hidden_size), kernel, batch_size, length) < 0.02
 
 
 def test_the_state_is_carried_on_by_matmul_as_by_onednn():
@@ -51,8 +51,8 @@ def test_the_state_is_carried_on_by_matmul_as_by_onednn():
     by_h, by_c = torch.autograd.grad(after[0].sum() + after[1].sum(), leaves)
     leaves = [part.clone().requires_grad_() for part in state]
     _, (h, c) = layer(inputs, (leaves[0], leaves[1]))
-    for found, right in zip((by_h, by_c), torch.autograd.grad(h.sum() + c.sum(), leaves), strict=True):
-        assert (found - right).norm() / right.norm() < 0.02
+    for found, expected in zip((by_h, by_c), torch.autograd.grad(h.sum() + c.sum(), leaves), strict=True):
+        assert (found - expected).norm() / expected.norm() < 0.02
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "fp32"])
@@ -77,22 +77,22 @@ def test_weight_drop_is_one_mask_over_the_recurrent_weights(kernel):
     torch.testing.assert_close(layer(inputs, state)[0], plain(inputs)[0])
 
 
-def test_a_backward_that_is_wrong_is_found_and_passed_over(monkeypatch):
+def test_a_kernel_with_an_incorrect_backward_is_found_and_not_used(monkeypatch):
     model = LanguageModel(SETTINGS, 30)
-    right = lstm.GatedLSTM.backward
+    correct = lstm.GatedLSTM.backward
 
-    def wrong(ctx, *gradients):  # as oneDNN's for sizes of 1024 and more on AMX
-        return tuple(gradient if gradient is None else torch.rand_like(gradient) for gradient in right(ctx, *gradients))
+    def incorrect(ctx, *gradients):  # as oneDNN's for sizes of 1024 and more on AMX
+        return tuple(gradient if gradient is None else torch.rand_like(gradient) for gradient in correct(ctx, *gradients))
 
     monkeypatch.setattr(precision, "LARGE_LAYER", 1)
     assert choose_kernels(model, 4, 5) == []
     assert [layer.kernel for layer in model.layers] == ["matmul", "matmul"]
-    monkeypatch.setattr(lstm.GatedLSTM, "backward", staticmethod(wrong))
+    monkeypatch.setattr(lstm.GatedLSTM, "backward", staticmethod(incorrect))
     assert choose_kernels(model, 4, 5) == []
     assert [layer.kernel for layer in model.layers] == ["onednn", "onednn"]
 
 
-def test_a_layer_without_a_right_kernel_stays_in_fp32_and_a_line_says_so(monkeypatch):
+def test_a_layer_without_a_correct_kernel_stays_in_fp32_with_a_warning(monkeypatch):
     model = LanguageModel(SETTINGS, 30)
     monkeypatch.setattr(precision, "gradient_error", lambda layer, *_: 1.0 if layer.input_size == 16 else 0.004)
     warnings = choose_kernels(model, 4, 5)

@@ -35,19 +35,19 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def command(capsys):
-    """Runs lmdist-evaluate in this process, checks its exit code, and gives what it said on stdout and stderr."""
+    """Return a function that runs lmdist-evaluate in this process, checks its exit code and returns stdout and stderr."""
 
     def run(*arguments: object, code: int = 0) -> Any:
         with pytest.raises(SystemExit) if code else nullcontext() as ended:
             main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        assert code == (ended.value.code if ended else 0), said.err
-        return said
+        output = capsys.readouterr()
+        assert code == (ended.value.code if ended else 0), output.err
+        return output
 
     return run
 
 
-def test_perplexity_is_that_of_one_pass_over_all_words(trained):
+def test_perplexity_is_that_of_one_pass_over_all_tokens(trained):
     run, data = trained
     model, _ = load_model(find_checkpoint(run))
     tokens = torch.from_numpy(np.fromfile(data / "test.bin", "<u2").astype(np.int64))
@@ -93,7 +93,7 @@ def test_the_validation_in_training_is_the_same_figure(trained, command):
     assert figures["nats_per_token"] == pytest.approx(min(losses(run, "valid/loss")), abs=1e-5)
 
 
-def test_a_file_is_cut_into_words_as_the_training_text_was(trained, tmp_path, command):
+def test_a_file_is_tokenized_as_the_training_text_was(trained, tmp_path, command):
     run, _ = trained
     text = tmp_path / "text.txt"
     text.write_text("w3 w4 zebra\nw5\n")

@@ -38,7 +38,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 
 @pytest.fixture
 def data(tmp_path):
-    """451 words in 8 streams of 56 or 57: the last windows are uneven."""
+    """451 tokens in 8 streams of 56 or 57: the last windows are uneven."""
     splits = {"train": chain(451, 30), "valid": chain(103, 30, seed=1), "test": chain(99, 30, seed=2)}
     return write_data_folder(tmp_path / "data", splits, 30)
 
@@ -57,7 +57,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return read_tensors(newest / "model.safetensors")
 
 
-# Rare words are in the text of some ranks only: then a cluster of the adaptive head has no gradient there.
+# Only some ranks have rare tokens: on the others a cluster of the adaptive head has no gradient.
 ADAPTIVE = "--model.head=adaptive --model.tied=false --optimizer.activation_penalty=2 --optimizer.temporal_penalty=1".split()
 
 
@@ -140,7 +140,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(data, tmp_path):
 
 
 def test_the_loss_is_the_plain_one(data):
-    """Four steps against the same model trained by hand on all words at once."""
+    """Four steps against the same model trained by hand on all tokens at once."""
     flags = ("--training.steps=4", "--model.dropout=0", "--optimizer.name=sgd", "--optimizer.clip=0")
     asked = recipe(data, *flags)
     train_here(*into_run(data, *flags))
@@ -250,14 +250,14 @@ MISTAKES = {
     "no such recipe": (["--config=nowhere.toml"], 66, "the recipe nowhere.toml is not there"),
     "no such data": (["--data.folder=nowhere"], 66, "lmdist-prepare"),
     "text too short": (["--data.window=70"], 65, "451 tokens to train on; 8 sequence(s) of 70 need 560"),
-    "rows not divisible": (["--training.accumulation=3"], 64, "data.global_batch 8 cannot be divided evenly"),
+    "batch not divisible": (["--training.accumulation=3"], 64, "data.global_batch 8 cannot be divided evenly"),
     "half precision on a CPU": (["--training.precision=fp16"], 64, "needs a GPU"),
     "diverging": (["--optimizer.learning_rate=1e30", "--optimizer.name=sgd", "--optimizer.clip=0"], 64, "diverged"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_line_with_the_right_exit_code(data, tmp_path, mistake):
+def test_mistakes_are_one_line_with_their_exit_code(data, tmp_path, mistake):
     flags, code, message = MISTAKES[mistake]
     done = train(1, *SMALL, f"--data.folder={data}", "--run_folder=run", *flags, cwd=tmp_path, code=code)
     line = done.stderr.strip().splitlines()[-1]
@@ -266,8 +266,8 @@ def test_mistakes_are_one_line_with_the_right_exit_code(data, tmp_path, mistake)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-def test_cuda_that_is_not_there_is_an_error(data, tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
+def test_missing_cuda_is_an_error(data, tmp_path):
     done = train(1, *SMALL, f"--data.folder={data}", "--training.device=cuda", cwd=tmp_path, code=64)
     assert "torch sees no CUDA device" in done.stderr
 
@@ -347,8 +347,8 @@ def test_text_to_train_on_is_taken_in_place_of_the_demo(tmp_path, monkeypatch):
     assert (tmp_path / "data/demo/vocab.txt").read_text().split() == ["<unk>", "<eos>", "the", "and", "cat", "dog"]
 
 
-def test_holes_count_for_nothing(data):
-    """A target that is not there changes neither the sum nor the gradient."""
+def test_padding_counts_for_nothing(data):
+    """An ignored target changes neither the sum nor the gradient."""
     from lmdist.model.loss import summed_nats
 
     model = LanguageModel(recipe(data).model, 30).eval()
