@@ -1,4 +1,4 @@
-"""One LSTM layer with nn.LSTM's own parameters: the one file that knows the cell, its gates and the parts of its state.
+"""One LSTM layer with nn.LSTM's own parameters: the one file in training that knows the cell, its gates and its state.
 
 In fp32 and on a GPU, torch computes a layer by oneDNN or cuDNN. In bf16 on a CPU, oneDNN is fast for small layers only, and
 its backward is incorrect on processors with AMX for hidden sizes from 1024 on in multiples of 32 (torch 2.13, oneDNN 3.12:

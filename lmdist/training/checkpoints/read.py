@@ -145,7 +145,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     file_size(path)
     try:
         with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             for name, part in parts.items():
                 if part.get_dtype() not in ("F32", "F16", "BF16"):
                     raise DataError(f"{path}: {reprlib.repr(name)} is of the type {part.get_dtype()}; F32 is expected")
