@@ -150,15 +150,15 @@ def preparing() -> str:
 
 
 def training() -> str:
-    """Speed and memory of all cases on a CPU."""
+    """Return speed and memory of all cases on a CPU."""
     rows = []
     for run in results("training"):
-        measured = [row for row in run if row["unit"].endswith("words/s") and "persistent_kernel" not in row]
+        measured = [row for row in run if row["unit"].endswith("tokens/s") and "persistent_kernel" not in row]
         for case in dict.fromkeys(row["case"] for row in measured):
             baseline, *others = (row for row in measured if row["case"] == case)
             rows.append([case, *speeds(baseline, others)])
     head = [
-        "model, rows x words, vocabulary",
+        "model, batch size x tokens, vocabulary",
         "plain PyTorch",
         "lmdist",
         "lmdist, adaptive head",
@@ -168,17 +168,17 @@ def training() -> str:
 
 
 def speed() -> str:
-    """The cases of training with the vocabulary of WikiText-2."""
+    """Return the cases of training with the vocabulary of WikiText-2."""
     head, rule, *lines = training().splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if "V 33k" in line)])
 
 
 def speeds(baseline: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
-    """Words a second of each variant, and memory."""
-    cells = [f"{row['value']:,.0f} words/s (**{row['ratio']:.1f}x**)" for row in others]
+    """Return the tokens per second of each variant, and memory."""
+    cells = [f"{row['value']:,.0f} tokens/s (**{row['ratio']:.1f}x**)" for row in others]
     cells += [""] * (2 - len(others))
     return [
-        f"{baseline['value']:,.0f} words/s",
+        f"{baseline['value']:,.0f} tokens/s",
         *cells,
         ", ".join(f"{row['peak_mib']:,}" for row in (baseline, *others)) + " MiB",
     ]
@@ -343,13 +343,13 @@ def words_made() -> list[dict[str, Any]]:
 
 
 def curves() -> str:
-    """The distance of each path's losses from the plain ones."""
+    """Return the distance of each path's losses from the plain ones."""
     rows = [[row["variant"], f"{row['loss']:.3f}", f"{row['value']:+.4f}"] for run in results("curves") for row in run]
-    return markdown(["path", "loss at the end, nats a word", "mean distance in the second half"], rows)
+    return markdown(["path", "loss at the end, nats per token", "mean distance in the second half"], rows)
 
 
 def scaling() -> str:
-    """The measured steps, a line a number of ranks."""
+    """Return the measured steps, a line for each number of ranks."""
     head = [
         "model and batch",
         "ranks",
@@ -374,20 +374,20 @@ def scaling() -> str:
 
 
 def overlap(row: dict[str, Any]) -> str:
-    """The overlap of a step, where what is exposed is known more exactly than to an all-reduce."""
+    """Return the overlap of a step, if the spread of what is exposed is below an all-reduce."""
     if row["overlap"] is None:
         return ""
     return f"{row['overlap']:.0%}" if row["exposed_spread"] / 2 < row["all_reduce_ms"] else "lost in noise"
 
 
 def scaling_fit() -> str:
-    """What was fitted, and how well it fits."""
+    """Return what was fitted, and how well it fits."""
     rows = [[row["variant"], f"{row['value']:g} {row['unit']}", machine(row)] for row in of_kind("fit")]
     return markdown(["fitted", "value", "to measurements on"], rows)
 
 
 def scaling_errors() -> str:
-    """Each measurement that the model was fitted to, beside what the model says of it."""
+    """Return each measurement that the model was fitted to, beside the prediction."""
     rows = [
         [
             *(row["case"], f"{row['kind']}, {row['variant']}", f"{row['value']:,.4g} ms", f"{row['predicted_ms']:,.4g} ms"),
@@ -397,11 +397,11 @@ def scaling_errors() -> str:
         for row in of_kind(kind)
         if "predicted_ms" in row
     ]
-    return markdown(["model and batch", "what", "measured", "the model says", "error", "on"], rows)
+    return markdown(["model and batch", "what", "measured", "predicted", "error", "on"], rows)
 
 
 def scaling_bytes() -> str:
-    """The gradients' bytes by the kind of head."""
+    """Return the gradients' bytes by the kind of head."""
     rows = [
         [
             *(row["case"], row["variant"].removeprefix("baseline: "), f"{row['reduced_mb']:.1f} MB"),
@@ -410,11 +410,11 @@ def scaling_bytes() -> str:
         for row in of_kind("gradients")
     ]
     rows = list(map(list, dict.fromkeys(map(tuple, rows))))  # each run has counted the same
-    return markdown(["model", "head", "reduced a step", "of it embedding and projection", "complete last"], rows)
+    return markdown(["model", "head", "reduced per step", "of it embedding and projection", "complete last"], rows)
 
 
 def scaling_predictions() -> str:
-    """The picture, and some points of its curves."""
+    """Return the picture, and some points of its curves."""
     shown = (2, 8, 32, 128)
     rows = [
         [
@@ -424,12 +424,12 @@ def scaling_predictions() -> str:
         for row in of_kind("prediction")
     ]
     picture = "![Predicted efficiency of weak scaling to 128 GPUs](images/scaling.svg)\n\n" if rows else ""
-    head = ["predicted for", "compute a step", "network", *(f"{ranks} GPUs" for ranks in shown)]
+    head = ["predicted for", "compute per step", "network", *(f"{ranks} GPUs" for ranks in shown)]
     return picture + markdown(head, rows)
 
 
 def scaling_assumptions() -> str:
-    """What the predictions take for granted."""
+    """Return the assumptions of the predictions."""
     return markdown(["assumed", ""], [[row["variant"], row["note"]] for row in of_kind("assumption")])
 
 

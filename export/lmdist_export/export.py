@@ -185,11 +185,12 @@ def export(
 ) -> dict[str, Any]:
     """Write and verify the bundle; give its manifest."""
     from lmdist.storage.atomic import atomic_folder
-    from lmdist.training import checkpoint
+    from lmdist.training.checkpoints.read import load_model
+    from lmdist.training.checkpoints.retain import find_checkpoint
     from lmdist_export.conversion.tokenizer_json import TOKENIZER, obstacle, text_of
 
-    path = checkpoint.find(run_or_checkpoint)
-    model, origin = checkpoint.load_model(path)
+    path = find_checkpoint(run_or_checkpoint)
+    model, origin = load_model(path)
     held_out = held_out_text(origin, data)
     if held_out is None and precision not in ("fp32", "fp16"):
         raise UsageError(f"--precision {precision} needs held-out text to know what it costs: give its folder by --data")
@@ -307,11 +308,12 @@ def write_bundle(
 def export_sherpa(run_or_checkpoint: Path, output: Path) -> str:
     """Write and verify the model as sherpa-onnx takes it; give the lines that say so."""
     from lmdist.text.vocabulary import Vocabulary
-    from lmdist.training import checkpoint
+    from lmdist.training.checkpoints.read import load_model
+    from lmdist.training.checkpoints.retain import find_checkpoint
     from lmdist_export.conversion import sherpa
 
-    path = checkpoint.find(run_or_checkpoint)
-    model, origin = checkpoint.load_model(path)
+    path = find_checkpoint(run_or_checkpoint)
+    model, origin = load_model(path)
     made_of = f"{run_name(path)}, step {origin['progress']['step']:,}"
     say(f"{path}: {made_of}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}")
     differences = sherpa.write(model, Vocabulary.load(path / "vocab.txt"), output, made_of)
@@ -323,7 +325,7 @@ def held_out_text(origin: dict[str, Any], data: str | None) -> tuple[str, np.nda
 
     It is the valid split, or where there is none another: what is compared is two runtimes, not two models.
     """
-    from lmdist.training.data import Folder
+    from lmdist.training.data import DataFolder
 
     if data == "none":
         return None
@@ -333,7 +335,7 @@ def held_out_text(origin: dict[str, Any], data: str | None) -> tuple[str, np.nda
             f"the data folder {path} is not there, and with it the held-out text: say where it is by --data FOLDER, "
             "or do without by --data none"
         )
-    folder = Folder(path)
+    folder = DataFolder(path)
     folder.check_vocabulary(origin)
     split = next(name for name in ("valid", "test", "train") if folder.has(name))
     tokens = folder.tokens(split)

@@ -106,7 +106,7 @@ MISTAKES = {
     "a flag of nobody's": (["--nproc=2", "--model.nhid=3"], 64, "nhid"),
     "ranks that do not divide": (["--data.global_batch=9"], 64, "a number of ranks out of [1, 3, 9]"),
     "a machine in words": (["--node-rank=first"], 64, "invalid int value: 'first'"),
-    "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 words to train on"),
+    "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 tokens to train on"),
     "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere is not there"),
     "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
 }
