@@ -48,7 +48,7 @@ def open_logger(run: Run) -> MetricsLogger:
         run.folder.path.name,
         run.folder.meta,
         run.progress.step,
-        going_on=run.recipe.resume == "auto",
+        resume=run.recipe.resume == "auto",
     )
 
 
