@@ -95,7 +95,7 @@ def at_least_tiny(share: float, vocabulary_size: int) -> float:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The options of generation where a request does not set them; the names are those of Hugging Face, or of the OpenAI API."""
+    """The options of generation and their defaults; the names are those of Hugging Face, or of the OpenAI API."""
 
     bos_token_id: Annotated[int, Option("the token before the first: a text begins where another ended")] = END_ID
     eos_token_id: Annotated[int, Option("the token that ends a text")] = END_ID
