@@ -1,4 +1,4 @@
-"""Writes the pages' tables of results from benchmarks/results, so that neither can differ: `python benchmarks/readme.py`.
+"""Write the pages' tables, of results from benchmarks/results and of options from the code: `python benchmarks/readme.py`.
 
 A table stands between two comments, `<!-- NAME: ... -->` and `<!-- /NAME -->`; NAME is a function below. With --check nothing
 is written, and it fails where a page is not what it would write; a test does that.
@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lmdist_export.options import GENERATION, REQUEST, Row
+
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving")
+        for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving", "bundle")
     ),
 )
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -284,7 +286,7 @@ def sampling_limits() -> str:
 
 
 def scoring() -> str:
-    """Hypotheses a second, and how many times as many as the baseline."""
+    """Return hypotheses per second, and the ratio to the baseline."""
     rows = [
         [
             row["case"],
@@ -296,22 +298,56 @@ def scoring() -> str:
         for run in results("scoring")
         for row in run
     ]
-    return markdown(["model, text", "how", "hypotheses a second", "ratio", "peak memory"], rows)
+    return markdown(["model, text", "how", "hypotheses/s", "ratio", "peak memory"], rows)
 
 
 def serving() -> str:
-    """What 1, 8 and 32 clients see of a server."""
+    """Return throughput and latency of a server with 1, 8 and 32 clients."""
     rows = [
         [
             *row["case"].rsplit(", clients ", 1),
-            {"baseline": "requests one by one", "lmdist": "requests that share runs"}[row["variant"]],
+            {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
             f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
             *(f"{row['p50_ms']:,.0f} ms", f"{row['p99_ms']:,.0f} ms", f"{row['peak_mib']:,} MiB"),
         ]
         for run in results("serving")
         for row in run
     ]
-    return markdown(["model", "clients", "how", "words a second", "p50", "p99", "peak memory"], rows)
+    return markdown(["model", "clients", "how", "tokens/s", "p50", "p99", "peak memory"], rows)
+
+
+def options() -> str:
+    """Return the options of generation_config.json in the order in which they are applied."""
+    rows = sorted(GENERATION.values(), key=lambda row: (not row.option.order, row.option.order))
+    cells = [[str(row.option.order or ""), f"`{row.name}`", flag(row), *default(row), row.option.help] for row in rows]
+    return markdown(["step", "option", "flag", "default", "bounds", "what it does"], cells)
+
+
+def request_options() -> str:
+    """Return the options that only a request has."""
+    cells = [[str(row.option.order or ""), f"`{row.name}`", flag(row), row.option.help] for row in REQUEST.values()]
+    return markdown(["step", "option", "flag", "what it does"], cells)
+
+
+def generation_config() -> str:
+    """Return the fields of generation_config.json."""
+    cells = [
+        [f"`{row.name}`" + (f" = {row.option.metavar}" if row.option.metavar else ""), *default(row), row.option.help]
+        for row in GENERATION.values()
+    ]
+    return markdown(["field", "as exported", "bounds", "meaning"], cells)
+
+
+def flag(row: Row) -> str:
+    """Return a flag as it is written; an option of generation_config.json alone has none."""
+    if not row.option.group:
+        return ""
+    return f"`{row.flag} {row.option.metavar}`" if row.option.metavar else f"`{row.flag}`"
+
+
+def default(row: Row) -> tuple[str, str]:
+    """Return the default, as JSON, and the bounds of an option."""
+    return json.dumps(row.default), str(row.bounds or "")
 
 
 def precisions() -> str:
@@ -467,6 +503,9 @@ def main() -> None:
     tables = {
         function.__name__: function
         for function in (
+            options,
+            request_options,
+            generation_config,
             quality,
             reliability,
             reliability_summary,

@@ -22,7 +22,7 @@ HOMES = {
         "export/lmdist_export/serving/mlflow_model.py",
         "export/lmdist_export/serving/registry.py",
     },
-    "onnxruntime": {"export/lmdist_export/sampling/sampler.py"},
+    "onnxruntime": {"export/lmdist_export/sampling/runtime.py"},
     "onnx": {"export/lmdist_export/conversion/convert.py", "export/lmdist_export/conversion/sherpa.py"},
     "pandas": {"export/lmdist_export/serving/mlflow_model.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
@@ -47,6 +47,7 @@ FLOORS = {
         job
     """,
     "lmdist_export": """
+        options
         graph
         bundle lines
         sampling
@@ -64,8 +65,8 @@ WINGS = {
     "lmdist.training": "distributed metrics data optimizer sample checkpoints evaluate step run report loop",
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher",
-    "lmdist_export.graph": "onnx_file graphs",
-    "lmdist_export.sampling": "sampler generation beam_search scoring completion",
+    "lmdist_export.graph": "onnx_file sizes network sampling_nodes graphs",
+    "lmdist_export.sampling": "state runtime word_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
     "lmdist_export.conversion": "tokenizer_json convert verify sherpa",
 }

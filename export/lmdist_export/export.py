@@ -259,11 +259,13 @@ def write_bundle(
     from lmdist.storage.reading import write_json
     from lmdist.text.vocabulary import Vocabulary
     from lmdist.tracking.run_folder import read_metadata
-    from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
+    from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
     from lmdist_export.conversion.convert import write_graphs
     from lmdist_export.conversion.tokenizer_json import write_tokenizer
     from lmdist_export.conversion.verify import MOST_LOSS, TOLERANCES, check_perplexity, check_values
-    from lmdist_export.sampling.sampler import Sampler, runtime_version
+    from lmdist_export.options import GenerationConfig
+    from lmdist_export.sampling.runtime import runtime_version
+    from lmdist_export.sampling.sampler import Sampler
     from lmdist_export.serving.mlflow_model import write_model
 
     if precision == "int4" and model.settings.head == "adaptive":

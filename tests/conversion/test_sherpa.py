@@ -23,7 +23,7 @@ from lmdist.settings import ModelSettings
 from lmdist.training.checkpoints.read import load_model
 from lmdist_export import export
 from lmdist_export.conversion import sherpa
-from lmdist_export.sampling.sampler import open_session
+from lmdist_export.sampling.runtime import open_session
 from support.small_bundles import ADAPTIVE, SINGLE, TIED, UNTIED, WORDS, command, make_bundle, make_run
 
 STEP = "checkpoints/step-000000007"

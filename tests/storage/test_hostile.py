@@ -49,12 +49,14 @@ from lmdist.training.checkpoints.retain import best_checkpoint, find_checkpoint,
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder, training_batches
 from lmdist_export import export, generate
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationConfig
-from lmdist_export.graph import graphs as graph
+from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
 from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
+from lmdist_export.graph.sizes import weights
+from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import continuations
-from lmdist_export.sampling.sampler import Runtime, Sampler
+from lmdist_export.sampling.runtime import Runtime
+from lmdist_export.sampling.sampler import Sampler
 from support.jobs import SMALL, environment
 from support.mutations import Random, damaged, mutated, one, other_lines, other_tensors, other_weights, with_right_sums
 from support.small_bundles import ADAPTIVE, SINGLE, edit_json, make_bundle
@@ -167,8 +169,8 @@ def use_bundle(folder: Path, every_option: bool = True) -> None:
         else:
             texts = [text for text, _ in continuations(sampler, [words], way, seed=1, n=2) if text.finish_reason]
         for text in texts:
-            assert len(text.words) <= 5
-            assert bundle.tokenizer.detokenize(bundle.vocabulary.decode(text.words)) is not None
+            assert len(text.tokens) <= 5
+            assert bundle.tokenizer.detokenize(bundle.vocabulary.decode(text.tokens)) is not None
     tokens = np.array([[bundle.generation.bos_token_id, *words]])
     scores, _ = sampler.score(tokens[:, :-1], tokens[:, 1:])
     assert scores.shape == (1, len(words))
@@ -314,7 +316,7 @@ def test_a_thousand_mutations_give_a_result_or_one_line(kind: str, request: pyte
             message = str(error)
             assert "\n" not in message, f"seed {seed} ({done}): {message}"
             # What is wrong with a table may be how little there is in it, and with options that they leave no word.
-            named = kind == "table" or "no word is left to draw" in message or str(folder) in message
+            named = kind == "table" or "no token is left to sample" in message or str(folder) in message
             assert named, f"seed {seed} ({done}): {message}"
             assert len(message) < 2_000, f"seed {seed} ({done}): {message}"
         except BaseException as error:
@@ -547,7 +549,7 @@ def edit_sizes(folder: Path, **values: object) -> None:
 
 def edit_weights(folder: Path, value: float, *names: str, beyond: int = 0) -> None:
     """Make weights of a bundle all `value`, from row `beyond` on, and make its sums right again."""
-    table = graph.weights(Bundle.load(folder).sizes)
+    table = weights(Bundle.load(folder).sizes)
     with (folder / WEIGHTS).open("r+b") as file:
         for name in names:
             assert table[name].kind == FLOAT

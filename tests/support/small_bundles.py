@@ -22,8 +22,9 @@ from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist_export import export
-from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.bundle import Bundle
 from lmdist_export.conversion.convert import write_graphs
+from lmdist_export.options import GenerationConfig
 
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
 PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()
