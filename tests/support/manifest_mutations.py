@@ -28,7 +28,7 @@ JOBS = {
 }
 PODS = {"Pod": "spec", "Deployment": "spec template spec"} | {kind: f"{path} template spec" for kind, path in JOBS.items()}
 CHANGE = re.compile(
-    r"(?P<place>.*?) (?:(?P<word>gone|twice|reversed)|(?P<sign>\+?=) (?P<value>.*)|~ (?P<old>.*) -> (?P<new>.*))"
+    r"(?P<at>.*?) (?:(?P<word>gone|twice|reversed)|(?P<sign>\+?=) (?P<value>.*)|~ (?P<old>.*) -> (?P<new>.*))"
 )
 
 
@@ -86,7 +86,7 @@ def apply(document: Document, path: list[str], operation: str, first: str, secon
     if operation == "gone":
         del holder[last]
         return
-    before = holder.get(last) if isinstance(holder, dict) else holder[last]
+    before: Any = holder.get(last) if isinstance(holder, dict) else holder[last]
     if operation == "reversed":
         holder[last] = before[::-1]
     elif operation == "~":

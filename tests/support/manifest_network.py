@@ -153,7 +153,7 @@ def policies_admit_what_is_needed(render: Render) -> Iterator[str]:
             needed += [(pod, direction, pod, set(), "TCP") for direction in ("ingress", "egress")]
         uris = tracking_uris(pod, render)
         if pod.trains or uris:
-            needed += [(pod, "egress", None, {53}, protocol) for protocol in ("UDP", "TCP")]
+            needed.extend((pod, "egress", None, {53}, protocol) for protocol in ("UDP", "TCP"))
         for _, found, names in (servers(uri, render) for uri in uris):
             needed += [(pod, "egress", server, names, "TCP") for server in found]
             needed += [(server, "ingress", pod, names, "TCP") for server in found]

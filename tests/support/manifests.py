@@ -230,9 +230,9 @@ def pods(found: list[Document]) -> Iterator[Pod]:
             subdomain = look(specification, "network", "subdomain") or set_name  # the controller sets it in each pod
             for replicated in specification.get("replicatedJobs") or []:
                 job = look(replicated, "template", "spec") or {}
-                parts = [look(job, "template", part) or {} for part in ("metadata", "spec")]
+                metadata, inner = look(job, "template", "metadata") or {}, look(job, "template", "spec") or {}
                 job_name = f"{set_name}-{replicated.get('name')}-0"
-                yield Pod(document, *parts, job, job_name, set_name, subdomain, kind == "TrainingRuntime")
+                yield Pod(document, metadata, inner, job, job_name, set_name, subdomain, kind == "TrainingRuntime")
 
 
 def job_sets(found: list[Document]) -> Iterator[tuple[Document, Document]]:
