@@ -153,7 +153,7 @@ def test_two_nodes_train_to_the_end_and_write_to_their_volumes_only(trained, tmp
     assert job.condition == "Complete"
     assert [pod.exit_code for pod in job.ended] == [0, 0]
     assert {pod.host.name for pod in job.ended} == {"lmdist-smoke-0", "lmdist-smoke-1"}
-    assert "on 2 rank(s)" in job.ended[0].said() + job.ended[1].said()
+    assert "on 2 rank(s)" in job.ended[0].printed() + job.ended[1].printed()
 
     assert trained.writable == {"/data", "/runs", "/tmp", "/dev/shm"}
     owners = {(path.stat().st_uid, path.stat().st_gid) for path in claims.glob("lmdist-*/**/*")}
@@ -197,7 +197,7 @@ def test_the_loss_of_a_node_and_a_drain_cost_a_few_steps(trained, multi_node, tm
         template["spec"]["containers"][0] |= {"command": ["lmdist-sync"], "args": ["/runs/lmdist-train"]}
         pod = cluster.start(template, "lmdist-sync-x2x7z")
         cluster.wait(lambda: pod.exit_code is not None, 300)
-        assert pod.exit_code == 0, pod.said()
+        assert pod.exit_code == 0, pod.printed()
     assert losses(run) == losses(trained.run)
     assert fingerprint(run) == fingerprint(trained.run)
     assert {path.name for path in run.parent.iterdir()} == {"lmdist-train", "mlflow.db", "mlruns"}
@@ -240,11 +240,10 @@ def test_what_a_cluster_has_trained_is_exported_and_served(trained):
 def start(cluster: Cluster, deployment: str, health: str) -> RunningPod:
     """A pod of a Deployment, once its probes are answered."""
     pod = cluster.start(cluster.objects["Deployment", deployment]["spec"]["template"], f"{deployment}-5d4c7b8f96-x2x7z")
-    assert {probe.path for probe in pod.container.probes.values()} == {health}
-    assert set(pod.container.probes) == {"startupProbe", "readinessProbe", "livenessProbe"}
+    assert pod.container.health == dict.fromkeys(("startupProbe", "readinessProbe", "livenessProbe"), health)
     probe = subprocess.Popen(request(pod, pod, health, patience=300), stdout=subprocess.DEVNULL)
     cluster.wait(lambda: probe.poll() is not None or pod.exit_code is not None, 330)
-    assert probe.returncode == 0, pod.said()
+    assert probe.returncode == 0, pod.printed()
     return pod
 
 
@@ -267,7 +266,7 @@ def request(asker: RunningPod, pod: RunningPod, path: str, body: str = "", patie
                     raise
                 time.sleep(0.2)
     """
-    address = f"http://{pod.host.address}:{pod.container.probes['readinessProbe'].port}{path}"
+    address = f"http://{pod.host.address}:{pod.container.port}{path}"
     return asker.host.command(sys.executable, "-c", script, address, body, str(patience))
 
 
@@ -307,10 +306,10 @@ def test_a_mistake_fails_the_job_at_once_in_one_line(mistake, tmp_path):
         assert set(job.exit_codes()) <= {code, 75}
         assert len(job.ended) == job.completions, "no pod comes twice"
         for pod in failed:
-            assert len([line for line in pod.said().splitlines() if "error" in line]) <= 1
-            assert "starting anew" not in pod.said()
-            assert "Traceback" not in pod.said()
-        assert message in "".join(pod.said() for pod in failed)
+            assert len([line for line in pod.printed().splitlines() if "error" in line]) <= 1
+            assert "starting anew" not in pod.printed()
+            assert "Traceback" not in pod.printed()
+        assert message in "".join(pod.printed() for pod in failed)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
@@ -321,7 +320,7 @@ def test_a_node_without_the_gpus_that_were_promised_fails_the_job(tmp_path):
         assert job.run() == "Failed: PodFailurePolicy"
         first = job.ended[0]
         assert first.exit_code == 64
-        (line,) = first.said().splitlines()
+        (line,) = first.printed().splitlines()
         assert "nproc_per_node is gpu (Cuda is not available.)" in line
 
 

@@ -27,9 +27,7 @@ JOBS = {
     "TrainingRuntime": "spec template spec replicatedJobs node template spec",
 }
 PODS = {"Pod": "spec", "Deployment": "spec template spec"} | {kind: f"{path} template spec" for kind, path in JOBS.items()}
-CHANGE = re.compile(
-    r"(?P<at>.*?) (?:(?P<word>gone|twice|reversed)|(?P<sign>\+?=) (?P<value>.*)|~ (?P<old>.*) -> (?P<new>.*))"
-)
+CHANGE = re.compile(r"(?P<at>.*?) (?:(?P<word>gone|twice|reversed)|(?P<sign>\+?=) (?P<value>.*)|~ (?P<old>.*) -> (?P<new>.*))")
 
 
 @dataclass(frozen=True)
