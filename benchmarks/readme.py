@@ -15,7 +15,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("reliability", "training", "scaling", "sampling", "serving")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving")
+    ),
 )
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
@@ -88,6 +91,12 @@ def reliability() -> str:
                 ]
             )
     return markdown(["what was done", "what came of it"], rows)
+
+
+def reliability_summary() -> str:
+    """What was done to jobs by kills and by a server."""
+    head, rule, *lines = reliability().splitlines(keepends=True)
+    return "".join([head, rule, *(line for line in lines if "kills" in line or "MLflow" in line)])
 
 
 LOST = ("missing after lmdist-sync", "twice after lmdist-sync")
@@ -198,6 +207,12 @@ def sampling() -> str:
         cells = [faster(here[name]) if name in here else "" for name in ways]
         rows.append([*case.split(", batch "), *cells])
     return markdown([MODEL, "texts at a time", *(SAMPLING[name] for name in ways)], rows)
+
+
+def sampling_summary() -> str:
+    """The same for the model of middle size and fewer ways."""
+    head, rule, *lines = sampling().splitlines(keepends=True)
+    return "".join([head, rule, *(line for line in lines if line.startswith("| M: "))])
 
 
 SAMPLING = {
@@ -438,11 +453,34 @@ def machine(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Rewrite the pages, or check them."""
-    samplings = (scoring, serving, precisions, sampling, sampling_speeds, sampling_options, sampling_shares, sampling_limits)
+    samplings = (
+        scoring,
+        serving,
+        precisions,
+        sampling,
+        sampling_summary,
+        sampling_speeds,
+        sampling_options,
+        sampling_shares,
+        sampling_limits,
+    )
     scalings = (scaling, scaling_fit, scaling_errors, scaling_bytes, scaling_predictions, scaling_assumptions)
     tables = {
         function.__name__: function
-        for function in (quality, reliability, kills, outages, preparing, training, speed, parts, curves, *samplings, *scalings)
+        for function in (
+            quality,
+            reliability,
+            reliability_summary,
+            kills,
+            outages,
+            preparing,
+            training,
+            speed,
+            parts,
+            curves,
+            *samplings,
+            *scalings,
+        )
     }
     for path in PAGES:
         before = path.read_text(encoding="utf-8")

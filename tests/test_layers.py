@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +143,42 @@ def test_what_serves_and_samples_takes_no_torch(modules: str, absent: set[str]) 
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & absent
+
+
+def first_sentence(path: Path) -> str:
+    """The first sentence of a file's docstring."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return re.split(r"(?<=\.)\s|\n\n", text, maxsplit=1)[0].replace("\n", " ").rstrip(":")
+
+
+def house() -> str:
+    """The table of docs/architecture.md: every file, on its floor and in its line."""
+    rows = ["| file | what it does |", "|---|---|"]
+
+    def add(folder: Path, name: str, table: str) -> None:
+        path = folder / f"{name}.py"
+        if path.is_file():
+            rows.append(f"| `{path.relative_to(ROOT)}` | {first_sentence(path)} |")
+            return
+        rows.append(f"| **`{(folder / name).relative_to(ROOT)}/`** | **{first_sentence(folder / name / '__init__.py')}** |")
+        for inner in WINGS[f"{table}.{name}"].split():
+            add(folder / name, inner, f"{table}.{name}")
+
+    for package, folder in PACKAGES.items():
+        for wing in FLOORS[package].split():
+            add(folder, wing, package)
+    return "\n".join(rows) + "\n"
+
+
+PAGE = ROOT / "docs" / "architecture.md"
+BLOCK = re.compile(r"(<!-- house: .*? -->\n).*?(<!-- /house -->)", re.DOTALL)
+
+
+def test_the_architecture_page_names_every_file_and_what_it_does() -> None:
+    table = BLOCK.search(PAGE.read_text())
+    assert table
+    assert table[0] == f"{table[1]}{house()}{table[2]}", "run python tests/test_layers.py, which writes the page's table"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(BLOCK.sub(lambda match: f"{match[1]}{house()}{match[2]}", PAGE.read_text()))

@@ -197,7 +197,7 @@ def test_a_second_stop_does_not_change_the_exit_code():
     """As when Slurm or Kubernetes asks the launcher of one machine twice: Python's handlers are gone when it ends."""
     script = """if True:
         import os
-        from lmdist import launcher
+        from lmdist.job import launcher
         class Late:
             def __init__(self): self.kill, self.process = os.kill, os.getpid()
             def __del__(self): self.kill(self.process, 15)
@@ -256,7 +256,7 @@ def test_ranks_are_chosen_so_that_they_divide_the_batch(monkeypatch):
     assert launcher.ranks_here(load(["--data.global_batch=20"]), None) == 5
     assert launcher.ranks_here(load(["--data.global_batch=20"]), "2") == 5
     assert launcher.ranks_here(load(["--data.global_batch=20", "--training.accumulation=4"]), "1") == 5
-    monkeypatch.setattr(launcher, "cores", lambda: 64)
+    monkeypatch.setattr(launcher, "available_cpus", lambda: 64)
     assert launcher.ranks_here(load(["--data.global_batch=20", "--training.device=cpu"]), None) == 4
 
 
