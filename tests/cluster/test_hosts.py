@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import namespaces
-from support.hosts import Pod, first_process, hosts, needs_hosts, needs_pods
+from support.hosts import Sandbox, first_process, hosts, needs_hosts, needs_pods
 
 SERVER = "import socket; s = socket.create_server(('', 4000)); s.accept()[0].sendall(socket.gethostname().encode())"
 CLIENT = """
@@ -75,7 +75,7 @@ def test_a_pod_is_isolated_and_writes_to_its_mounts_only(tmp_path):
     os.chown(tmp_path / "runs", 10001, 10001)
     (tmp_path / "recipe.toml").write_text("[model]\n")
     with hosts("pod-0.pods", "pod-1.pods") as (first, second):
-        pod = Pod(
+        pod = Sandbox(
             first,
             {"PATH": "/usr/bin:/bin", "A": "b c"},
             mounts={"/runs": tmp_path / "runs"},
@@ -98,7 +98,7 @@ def test_a_pod_is_isolated_and_writes_to_its_mounts_only(tmp_path):
         assert lines[-1].split() == ["10.77.0.2", "pod-1.pods", "pod-1"]
         assert (tmp_path / "runs" / "probe").stat().st_uid == 10001
 
-        python = Pod(second, {"PATH": str(Path(sys.executable).parent)}).command(
+        python = Sandbox(second, {"PATH": str(Path(sys.executable).parent)}).command(
             "python", "-c", "import os; print(os.getpid())"
         )
         assert output(python) == "1", "the pod has Python, wherever it is installed"

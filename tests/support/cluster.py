@@ -29,7 +29,7 @@ from typing import Self
 
 import psutil
 
-from support.hosts import ROOT, Host, Pod, first_process, hosts
+from support.hosts import ROOT, Host, Sandbox, first_process, hosts
 from support.manifests import JOB_INDEX, JOB_NAME, Document, selects
 from support.pods import Container, read, read_pod
 
@@ -72,7 +72,7 @@ class RunningPod:
     container: Container
     host: Host
     """Where it runs; its `names` are the pod's own /etc/hosts."""
-    box: Pod
+    box: Sandbox
     log: Path
     process: subprocess.Popen[bytes]
     started: float
@@ -186,7 +186,7 @@ class Cluster:
         variables = {**IMAGE, "HOSTNAME": container.hostname, **container.environment}
         empty = {"/dev/shm": SHARED_MEMORY, **container.empty}
         folders = (container.mounts, container.read_only, empty)
-        box = Pod(host, variables, *folders, container.user, container.group, container.folder)
+        box = Sandbox(host, variables, *folders, container.user, container.group, container.folder)
         log = scratch / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(box.command(*container.command), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
