@@ -171,11 +171,12 @@ def by_torch(folder: Path, batch_size: int) -> tuple[int, Callable[[list[list[in
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from lmdist.training import checkpoint
+    from lmdist.training.checkpoints.read import load_model
+    from lmdist.training.checkpoints.retain import find_checkpoint
 
     torch.set_num_threads(1)
     before = peak()
-    model, _ = checkpoint.load_model(checkpoint.find(folder / "runs" / "random"))
+    model, _ = load_model(find_checkpoint(folder / "runs" / "random"))
 
     @torch.inference_mode()
     def score(texts: list[list[int]]) -> list[float]:

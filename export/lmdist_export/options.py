@@ -6,7 +6,7 @@ A row has a name, a type, bounds, a default and a help text; an option that is a
 come the keys of generation_config.json, the flags of lmdist-generate, the params of the server and their MLflow signature,
 the inputs of the graphs and what is fed to them, and the tables of docs/sampling.md, which says how to add an option.
 
-This module knows no numpy, no onnxruntime and no vocabulary, so that `lmdist-generate --help` is quick.
+This module needs neither numpy nor onnxruntime, so that `lmdist-generate --help` is quick.
 """
 
 # No `from __future__ import annotations`: annotations that are functions could not be read from strings.
@@ -56,7 +56,7 @@ class GraphInput:
 
 @dataclass(frozen=True)
 class Option:
-    """What a row of the table says beside name, type, bounds and default."""
+    """A row of the table but for its name, type, bounds and default."""
 
     help: str
     group: str = ""
@@ -95,7 +95,7 @@ def at_least_tiny(share: float, vocabulary_size: int) -> float:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How text is generated where the command does not say; the names are those of Hugging Face, or of the OpenAI API."""
+    """The options of generation and their defaults; the names are those of Hugging Face, or of the OpenAI API."""
 
     bos_token_id: Annotated[int, Option("the token before the first: a text begins where another ended")] = END_ID
     eos_token_id: Annotated[int, Option("the token that ends a text")] = END_ID

@@ -45,7 +45,7 @@ GOES_WITH = {
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = CommandParser(
+    parser = CommandParser(
         prog=COMMAND,
         description="Score text with a bundle written by lmdist-export: log-probabilities and perplexity, the most likely next "
         "words, and how often they are correct. A line is a sentence (or a document); without a further option a summary is "
@@ -54,9 +54,9 @@ def parser() -> argparse.ArgumentParser:
         "line is scored and counted as a word, and is all that an empty line has. Bytes are those of the text in UTF-8, line "
         "breaks included; perplexity per byte is too low where words are unknown, since <unk> does not say which.",
     )
-    made.add_argument("bundle", type=Path, help="a folder written by lmdist-export")
-    made.add_argument("files", nargs="*", default=[STDIN], metavar="FILE", help="text in UTF-8 (default: -, which is stdin)")
-    kinds = made.add_argument_group("what is printed, TAB-separated").add_mutually_exclusive_group()
+    parser.add_argument("bundle", type=Path, help="a folder written by lmdist-export")
+    parser.add_argument("files", nargs="*", default=[STDIN], metavar="FILE", help="text in UTF-8 (default: -, which is stdin)")
+    kinds = parser.add_argument_group("what is printed, TAB-separated").add_mutually_exclusive_group()
     kinds.add_argument(
         "--words",
         action="store_true",
@@ -79,25 +79,25 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="how often the next word is the most likely one, or among the 3 or 5 most likely; and the latency, a call a word",
     )
-    made.add_argument("--json", action="store_true", help="print JSON, an object a line")
-    made.add_argument("--no-eos", action="store_true", help="do not score the <eos> that ends a line")
-    made.add_argument(
+    parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
+    parser.add_argument("--no-eos", action="store_true", help="do not score the <eos> that ends a line")
+    parser.add_argument(
         "--carry-state",
         action="store_true",
         help="carry the state from line to line, as in one text: the perplexity of lmdist-evaluate",
     )
-    made.add_argument("--best", action="store_true", help="with --nbest: print only the best line of each ID")
-    made.add_argument(
+    parser.add_argument("--best", action="store_true", help="with --nbest: print only the best line of each ID")
+    parser.add_argument(
         "--lm-weight", type=float, metavar="X", help="best is the largest SCORE + X * log-probability + ... (default: 1)"
     )
-    made.add_argument("--word-bonus", type=float, metavar="X", help="... + X * words (default: 0)")
-    made.add_argument(
+    parser.add_argument("--word-bonus", type=float, metavar="X", help="... + X * words (default: 0)")
+    parser.add_argument(
         "--batch-size", type=int, metavar="N", help="lines scored at a time (default: 256); 1: each is scored as it is read"
     )
-    made.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default: cpu)")
-    made.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: available CPUs, at most 4)")
-    made.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file, not to stdout")
-    return made
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default: cpu)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: available CPUs, at most 4)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file, not to stdout")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from lmdist_export.sampling.generation import Text, append, banned_tokens, conti
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import PLAIN_WORDS, UNTIED, make_bundle, make_model
 
+ROOT = Path(__file__).parents[2]
 SIZE = len(PLAIN_WORDS) + 2
 PROMPTS = ([], [3, 4], [5, 6, 7, 8, 9, 2], [4], [3, 4])
 
@@ -322,3 +325,16 @@ def test_a_search_stops_before_a_stop(sampler: Sampler) -> None:
 
 def test_the_exported_file_has_the_defaults(sampler: Sampler) -> None:
     assert sampler.bundle.generation == GenerationConfig()
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_page_runs(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(sampler.bundle.folder.parent)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, "docs/sampling.md", "exec"), {})
+    *_, last = capsys.readouterr().out.split("\n\n")
+    assert set(last.split()) <= {*PLAIN_WORDS, "<eos>"}

@@ -19,7 +19,8 @@ import torch
 from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.training import checkpoint
+from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
 from lmdist.training.evaluate import evaluate, tokens_of_file
 from lmdist_export import score
@@ -63,7 +64,7 @@ def sampler(bundle: Path) -> Sampler:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> LanguageModel:
-    return checkpoint.load_model(checkpoint.find(folder / "runs" / "small"))[0]
+    return load_model(find_checkpoint(folder / "runs" / "small"))[0]
 
 
 @pytest.fixture
