@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lmdist_export.export import export
+from lmdist_export.conversion.exporting import Checkpoint, export_bundle, held_out_text
 from origin import facts, write_rows
 
 NAMES = ("fp32", "fp16", "int8", "int4")
@@ -26,10 +26,12 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run with its data folder where the training had it")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
+    checkpoint = Checkpoint.load(arguments.run)
+    held_out_tokens = held_out_text(checkpoint, None)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for precision in NAMES:
-            manifest = export(arguments.run, Path(folder) / precision, None, precision, ANY_LOSS)
+            manifest = export_bundle(checkpoint, Path(folder) / precision, held_out_tokens, precision, ANY_LOSS)
             held_out = manifest["held_out"]
             figures = {
                 "perplexity": held_out["onnxruntime"],

@@ -29,7 +29,7 @@ from lmdist.settings import ModelSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist_export import PRECISIONS, export
 from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
-from lmdist_export.conversion import verify
+from lmdist_export.conversion import exporting, verify
 from lmdist_export.conversion.verify import torch_step
 from lmdist_export.conversion.weights import quantize_int4, quantize_int8, write_graphs
 from lmdist_export.graph import cell, onnx_file
@@ -385,7 +385,7 @@ def test_a_wrong_graph_is_not_written(
     monkeypatch.setattr(cell, "onnx_gates", torchs_own_order)
     code, message = failure([run, "-o", tmp_path / "bundle"], capsys)
     assert code == 1
-    assert re.search(r"nothing was written: logits for 1 rows of 1 words: the largest difference .* allowed is", message)
+    assert re.search(r"nothing was written: logits for 1 rows of 1 tokens: the max error .* allowed is", message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -421,7 +421,7 @@ def test_one_wrong_number_is_found(name: str, tmp_path: Path) -> None:
 
 def test_a_difference_that_is_no_number_is_a_mismatch() -> None:
     with pytest.raises(verify.MismatchError, match="nan"):
-        verify.difference("logits", np.array([np.nan]), np.array([1.0]), 1e-4)
+        verify.max_error("logits", np.array([np.nan]), np.array([1.0]), 1e-4)
 
 
 def test_a_model_whose_logits_are_no_numbers_is_refused(tmp_path: Path) -> None:
@@ -434,8 +434,8 @@ def test_a_model_whose_logits_are_no_numbers_is_refused(tmp_path: Path) -> None:
 
 def test_perplexity_is_that_of_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(TIED, VOCABULARY_SIZE)
-    monkeypatch.setattr(verify, "HELD_OUT_ROWS", 1)
-    monkeypatch.setattr(verify, "HELD_OUT_WORDS", 150)  # more than one piece of 64
+    monkeypatch.setattr(verify, "HELD_OUT_STREAMS", 1)
+    monkeypatch.setattr(verify, "HELD_OUT_TOKENS", 150)  # more than one piece of 64
     tokens = np.random.default_rng(2).integers(0, VOCABULARY_SIZE, 400)
     measured = verify.check_perplexity(Sampler(bare(TIED, tmp_path)), model, "valid", tokens, 0.0)
     inputs = torch.tensor([[1, *tokens[:149]]])
@@ -562,7 +562,7 @@ def test_a_precision_that_costs_too_much(
     code, message = failure([run, "-o", output, "--precision", "int8"], capsys)
     found = re.search(
         r"precision int8 costs ([\d.]+) % of perplexity on held-out text \(.*\); allowed is 1 %\. "
-        r"Take --precision fp16, or allow it by --max-perplexity-loss (\d+)",
+        r"Use --precision fp16, or allow it by --max-perplexity-loss (\d+)",
         message,
     )
     assert code == 64
@@ -581,7 +581,7 @@ def test_precisions_that_are_none(run: Path, tmp_path: Path, capsys: pytest.Capt
         assert (code, "needs held-out text" in message) == (64, True)
     adaptive = make_run(tmp_path / "adaptive", ADAPTIVE, words=[f"word{number}" for number in range(40)])
     code, message = failure([adaptive, "-o", tmp_path / "bundle", "--precision", "int4"], capsys)
-    assert (code, "adaptive head: take int8" in message) == (64, True)
+    assert (code, "adaptive head: use int8" in message) == (64, True)
     assert failure([run, "-o", tmp_path / "bundle", "--precision", "int2"], capsys)[0] == 64
     assert [path.name for path in tmp_path.iterdir()] == ["adaptive"]
     export.main([str(run), "-o", str(tmp_path / "bundle"), "--precision", "fp16", "--data", "none"])
@@ -599,11 +599,11 @@ def test_auto_takes_the_fastest(
         seen.append(precision)
         return 2_000.0 if precision == fastest else 1_000.0
 
-    monkeypatch.setattr(export, "words_a_second", speed)
+    monkeypatch.setattr(exporting, "tokens_per_second", speed)
     export.main([str(run), "-o", str(tmp_path / "bundle"), "--precision", "auto"])
     said = capsys.readouterr()
     assert seen == ["fp32", "int8", "int4"]
-    assert f"lmdist-export: {fastest}: 2,000 words/s" in said.err
+    assert f"lmdist-export: {fastest}: 2,000 tokens/s" in said.err
     assert f"MB, {fastest}, " in said.out
     assert Bundle.load(tmp_path / "bundle").sizes.precision == fastest
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == FILES
@@ -616,7 +616,7 @@ def test_auto_passes_over_what_costs_too_much_or_cannot_be(
     said = capsys.readouterr().err
     assert "without int8: precision int8 costs" in said
     assert "without int4: precision int4 costs" in said
-    assert re.search(r"fp32: [\d,]+ words/s", said)  # by the real clock
+    assert re.search(r"fp32: [\d,]+ tokens/s", said)  # by the real clock
     assert Bundle.load(tmp_path / "bundle").sizes.precision == "fp32"
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == FILES
     adaptive = make_run(tmp_path / "adaptive", ADAPTIVE, words=[f"word{number}" for number in range(40)])
