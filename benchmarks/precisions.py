@@ -1,9 +1,9 @@
-"""What each precision of a bundle costs: a trained run is exported in all of them, and each says what it lost.
+"""What each precision of a bundle costs: export a trained run in all of them, and read the cost from the manifests.
 
     python benchmarks/precisions.py runs/demo [--json FILE]
 
-Perplexity on held-out text, how often the likeliest word is that of torch, the largest difference of a logit, and megabytes:
-the figures of each bundle's manifest. The baseline is fp32. `make quickstart` trains runs/demo.
+Perplexity on held-out text, how often the most likely token is torch's, the max absolute error of a logit, and megabytes. The
+baseline is fp32. `make quickstart` trains runs/demo.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> None:
             figures = {
                 "perplexity": held_out["onnxruntime"],
                 "% lost": held_out["loss_percent"],
-                "same likeliest word": held_out["top_1_agreement"],
-                "largest logit difference": held_out["largest_logit_difference"],
+                "top-1 agreement": held_out["top_1_agreement"],
+                "max logit error": held_out["largest_logit_difference"],
                 "MB": manifest["files"]["weights.bin"]["bytes"] / 1e6,
             }
             variant = "baseline" if precision == "fp32" else precision
