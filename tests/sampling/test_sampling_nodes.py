@@ -77,7 +77,7 @@ def sample(
 
 
 def check(logits: Sequence[float], config: GenerationConfig, past: Past | None = None) -> None:
-    """Sample with many uniform numbers: each token is the reference's, or with rejection sampling tokens have its frequencies."""
+    """Sample with many uniform numbers: tokens are the reference's, or with rejection sampling have its frequencies."""
     of_reference = expected(logits, config, past)
     assume(of_reference.margin > NEAR)
     features = features_of(config, False)
