@@ -35,7 +35,7 @@ from lmdist.model.language_model import LanguageModel, State
 from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings, TrainingSettings
 from lmdist.storage.atomic import atomic_folder, write_atomic
 from lmdist.storage.checksums import FileFacts, checksums, verify_checksums
-from lmdist.storage.reading import check_folder, file_size, read_bytes_of, read_json, write_json
+from lmdist.storage.reading import check_folder, file_size, read_bytes, read_json, write_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
@@ -339,7 +339,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
 def newest(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is whole; one that is damaged or missing is named in a warning and passed over."""
     with contextlib.suppress(DataError, MissingInputError):
-        last = read_bytes_of(checkpoints / NEWEST, 1000).decode(errors="replace").strip()
+        last = read_bytes(checkpoints / NEWEST, 1000).decode(errors="replace").strip()
         if not os.path.isdir(checkpoints / last):
             sys.stderr.write(f"warning: the checkpoint that was written last, {reprlib.repr(last)}, is missing\n")
     return next((folder for folder, _ in readable(checkpoints, read_manifest)), None)

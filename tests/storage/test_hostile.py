@@ -36,7 +36,7 @@ from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import DataSettings, ModelSettings, PrepareSettings, Recipe
 from lmdist.storage.checksums import sha256
-from lmdist.storage.reading import LARGEST_JSON, read_json
+from lmdist.storage.reading import MAX_JSON_BYTES, read_json
 from lmdist.text.documents import Documents
 from lmdist.text.prepare import main as prepare_main
 from lmdist.text.prepare import prepare
@@ -368,7 +368,7 @@ def test_a_pickle_is_not_unpickled(copied: Path, tmp_path: Path, name: str, pack
         ({"num_layers": 3}, "the shape of 'layers.1"),
         ({"tied": False}, "the shape of 'layers.1"),
         ({"hidden_size": -1}, "model.hidden_size is -1"),
-        ({"hidden_size": 2**63}, "a whole number is expected"),
+        ({"hidden_size": 2**63}, "an integer is expected"),
         ({"dropout": 7}, "model.dropout is 7"),
         ({"color": "red"}, "'color' is not known in model"),
     ],
@@ -452,7 +452,7 @@ def test_json_that_is_none(copied: Path, text: str) -> None:
 def test_json_larger_than_any(copied: Path, bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     for file, use in ((copied / "manifest.json", use_checkpoint), (copy / "generation_config.json", use_bundle)):
-        os.truncate(file, LARGEST_JSON + 1)
+        os.truncate(file, MAX_JSON_BYTES + 1)
         with pytest.raises(DataError, match="at most 67,108,864 are expected"):
             use(file.parent)
 
@@ -609,14 +609,14 @@ def refuse_within_little_memory(folder: Path, message: str) -> None:
     [
         ({"layer_sizes": None}, r"sizes\.layer_sizes is None; a list is expected"),
         ({"layer_sizes": "7"}, "a list is expected"),
-        ({"layer_sizes": [7.0]}, r"layer_sizes\[0\] is 7\.0; a whole number is expected"),
-        ({"layer_sizes": [10**30]}, "a whole number is expected"),
-        ({"layer_sizes": [[7]]}, "a whole number is expected"),
-        ({"layer_sizes": [True]}, "a whole number is expected"),
-        ({"vocabulary_size": "many"}, "a whole number is expected"),
-        ({"vocabulary_size": 10**400}, "a whole number is expected"),
+        ({"layer_sizes": [7.0]}, r"layer_sizes\[0\] is 7\.0; an integer is expected"),
+        ({"layer_sizes": [10**30]}, "an integer is expected"),
+        ({"layer_sizes": [[7]]}, "an integer is expected"),
+        ({"layer_sizes": [True]}, "an integer is expected"),
+        ({"vocabulary_size": "many"}, "an integer is expected"),
+        ({"vocabulary_size": 10**400}, "an integer is expected"),
         ({"tied": 1}, "tied is 1; true or false is expected"),
-        ({"precision": 32}, "precision is 32; a text is expected"),
+        ({"precision": 32}, "precision is 32; a string is expected"),
         ({"cutoffs": {}}, "cutoffs is {}; a list is expected"),
     ],
 )
@@ -731,11 +731,11 @@ def test_words_that_no_vocabulary_has(spoiled: Path) -> None:
     ("values", "message"),
     [
         ({"settings": {"tokenizer": "magic"}}, "tokenizer is 'magic'"),
-        ({"settings": {"tokenizer": "word_tokenize"}, "punkt": None}, "needs what Punkt has learnt"),
+        ({"settings": {"tokenizer": "word_tokenize"}, "punkt": None}, "needs the parameters of Punkt"),
         ({"settings": []}, "settings is \\[\\]; an object is expected"),
         ({"punkt": {"contexts": {}}}, "punkt.abbreviations is missing"),
         ({"punkt": 7}, "punkt is 7; an object is expected"),
-        ({"nltk": 3}, "nltk is 3; a text is expected"),
+        ({"nltk": 3}, "nltk is 3; a string is expected"),
     ],
 )
 def test_text_settings_that_are_none(spoiled: Path, values: dict[str, object], message: str) -> None:
