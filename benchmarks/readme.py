@@ -84,7 +84,7 @@ def reliability() -> str:
             rows.append(
                 [
                     f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} words",
-                    f"at most {row['peak_mib']:,} MiB of memory; for a quarter of the text {quarter['peak_mib']:,}",
+                    f"peak memory {row['peak_mib']:,} MiB; for a quarter of the text {quarter['peak_mib']:,} MiB",
                 ]
             )
     return markdown(["what was done", "what came of it"], rows)
@@ -129,7 +129,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def preparing() -> str:
-    """Words a second, of the finding and of the whole command."""
+    """Words/s of tokenization and of lmdist-prepare."""
     rows = []
     for row in (row for run in results("preparing") for row in run):
         memory = f"{row['peak_mib']:,} MiB" if row["peak_mib"] else ""
@@ -138,7 +138,7 @@ def preparing() -> str:
             variant = "1 process" if "workers" in row else "NLTK"
         speed = f"{row['words'] / row['seconds']:,.0f}"
         rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.1f}x", memory])
-    return markdown(["what", "how", "time", "words a second", "ratio", "peak memory"], rows)
+    return markdown(["what", "how", "time", "words/s", "ratio", "peak memory"], rows)
 
 
 def training() -> str:
@@ -230,7 +230,7 @@ def sampling_speeds() -> str:
         for row in words_made()
         if row["variant"] in SAMPLING
     ]
-    return markdown([MODEL, "texts at a time", "how", "words a second", "ratio", "peak memory"], rows)
+    return markdown([MODEL, "texts at a time", "how", "words/s", "ratio", "peak memory"], rows)
 
 
 def sampling_options() -> str:
