@@ -13,7 +13,7 @@ from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
 
 def chain(length: int, vocabulary_size: int, seed: int = 0) -> np.ndarray:
-    """Return token ids of which every second one follows from the one before: something to learn, and something to guess."""
+    """Return tokens of which every second one is a function of the one before: partly predictable, partly random."""
     generator = np.random.default_rng(seed)
     tokens = np.minimum(generator.zipf(1.5, length), vocabulary_size - 1)
     tokens[1::2] = (tokens[: length - 1 : 2] * 7 + 1) % vocabulary_size
@@ -21,7 +21,7 @@ def chain(length: int, vocabulary_size: int, seed: int = 0) -> np.ndarray:
 
 
 def write_data_folder(folder: Path, splits: dict[str, np.ndarray], vocabulary_size: int) -> Path:
-    """Write a data folder as lmdist-prepare does, of the words w2, w3, ..."""
+    """Write a data folder as lmdist-prepare does, with the vocabulary w2, w3, ...; return it."""
     folder.mkdir(parents=True)
     settings = PrepareSettings(tokenizer="whitespace")
     Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(folder / VOCABULARY)
