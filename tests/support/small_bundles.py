@@ -14,7 +14,7 @@ import torch
 
 from lmdist import config
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import DataSettings, ModelSettings, Recipe, TextSettings
+from lmdist.settings import DataSettings, ModelSettings, Recipe, TextSettings, Tokenizer
 from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
@@ -45,7 +45,7 @@ def make_model(settings: ModelSettings, vocabulary_size: int) -> LanguageModel:
     return model
 
 
-def make_data(folder: Path, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS) -> Path:
+def make_data(folder: Path, tokenizer: Tokenizer = "word_tokenize", words: Sequence[str] = WORDS) -> Path:
     """A data folder with a train and a valid split of 600 random words."""
     folder.mkdir(parents=True)
     vocabulary = Vocabulary(["<unk>", "<eos>", *words])
@@ -67,7 +67,7 @@ def make_data(folder: Path, tokenizer: str = "word_tokenize", words: Sequence[st
 
 
 def make_run(
-    folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS
+    folder: Path, settings: ModelSettings = TIED, tokenizer: Tokenizer = "word_tokenize", words: Sequence[str] = WORDS
 ) -> Path:
     """A run with one checkpoint, beside its data folder."""
     data = make_data(folder / "data", tokenizer, words)
@@ -83,7 +83,7 @@ def make_run(
 def make_bundle(
     folder: Path,
     settings: ModelSettings = TIED,
-    tokenizer: str = "word_tokenize",
+    tokenizer: Tokenizer = "word_tokenize",
     words: Sequence[str] = WORDS,
     precision: str = "fp32",
 ) -> Path:
