@@ -9,7 +9,7 @@ import signal
 import torch
 from hypothesis import settings
 
-# A run's follower is as nice as can be: beside tests that fill all cores it would get a hundredth of one, and miss its time.
+# A run's uploader runs at nice 19: beside tests at nice 0 that use all cores it would get 1 % of one, and miss its deadlines.
 os.nice(19)
 # A shell's job in the background ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
