@@ -1,9 +1,10 @@
-"""How long a checkpoint holds up the training: written while the ranks wait, against copied and written in the background.
+"""How long a checkpoint stops the training: written while the ranks wait, against copied and written in the background.
 
     python benchmarks/checkpointing.py [--quick] [--json benchmarks/results/checkpointing-MACHINE-DATE.json]
 
 Each round saves once either way and once in the middle of training steps, which shows what the writing thread takes from
-them. The pause is what the ranks wait for; AdamW keeps two more numbers a parameter, so a checkpoint is 12 bytes a parameter.
+them. The pause is what the ranks wait for; AdamW keeps two more numbers per parameter, so a checkpoint has 12 bytes per
+parameter.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from lmdist.settings import ModelSettings, Recipe, TextSettings
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
-from lmdist.training import checkpoint
-from lmdist.training.checkpoint import Progress
+from lmdist.training.checkpoints.format import Progress
+from lmdist.training.checkpoints.retain import remove_old
+from lmdist.training.checkpoints.write import Saver, Snapshot, take_snapshot, write_checkpoint
 from origin import facts, write_rows
 
 CASES = {
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: Path, rounds: int) -> list[dict[str, Any]]:
-    """The rows of one size of model."""
+    """Return the rows of one size of model."""
     data = scratch / "data"
     data.mkdir()
     Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(data / "vocab.txt")
@@ -72,23 +74,23 @@ def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: P
         optimizer.step()
         optimizer.zero_grad()
 
-    def taken(number: int) -> checkpoint.Snapshot:
-        return checkpoint.snapshot(Progress(number), model, optimizer, state)
+    def snapshot(number: int) -> Snapshot:
+        return take_snapshot(Progress(number), model, optimizer, state)
 
     step()
     recipe = config.as_dict(Recipe(model=settings))
-    saver = checkpoint.Saver(scratch / "background", recipe, data, keep=2)
+    saver = Saver(scratch / "background", recipe, data, keep=2)
     pauses: dict[str, list[float]] = {"written while the ranks wait": [], "copied, written in the background": []}
     alone, beside = [], []
     for number in range(rounds):
         pauses["written while the ranks wait"].append(
-            seconds(lambda number=number: checkpoint.save(scratch / "waiting", taken(number), recipe, data))
+            seconds(lambda number=number: write_checkpoint(scratch / "waiting", snapshot(number), recipe, data))
         )
         alone += [seconds(step) for _ in range(3)]
-        pauses["copied, written in the background"].append(seconds(lambda number=number: saver.save(taken(number))))
+        pauses["copied, written in the background"].append(seconds(lambda number=number: saver.save(snapshot(number))))
         while saver.thread and saver.thread.is_alive():
             beside.append(seconds(step))
-        checkpoint.prune(scratch / "waiting", 1)
+        remove_old(scratch / "waiting", 1)
     size = sum(parameter.numel() for parameter in model.parameters()) * 12 / 2**20
     rows = [
         row(f"{case}: pause", variant, values, pauses["written while the ranks wait"]) for variant, values in pauses.items()
@@ -97,11 +99,11 @@ def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: P
         row(f"{case}: a step", variant, values, alone)
         for variant, values in {"nothing being written": alone, "beside the writing": beside}.items()
     ]
-    return [{**made, "checkpoint_mib": round(size, 1)} for made in rows]
+    return [{**result, "checkpoint_mib": round(size, 1)} for result in rows]
 
 
 def row(case: str, variant: str, values: list[float], baseline: list[float]) -> dict[str, Any]:
-    """A row of the table: medians, in milliseconds."""
+    """Return a row of the table: medians, in milliseconds."""
     return {
         "case": case,
         "variant": "baseline: " + variant if values is baseline else variant,
@@ -113,10 +115,10 @@ def row(case: str, variant: str, values: list[float], baseline: list[float]) -> 
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """How long it takes."""
-    began = time.perf_counter()
+    """Return the seconds an action takes."""
+    start = time.perf_counter()
     action()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

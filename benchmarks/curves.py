@@ -4,8 +4,8 @@
 
 The demo's model on the demo's text: the baseline (PlainModel of training.py: all logits, nn.LSTM, fp32), the same with two
 other seeds, which is the noise, and each path of lmdist from the baseline's first weights, in its order of the text and with
-its dropout. The adaptive head is another model, and shown for its own sake. The figure is the mean distance from the baseline
-over the second half of the steps, in nats a word.
+its dropout. The adaptive head is another model, shown for comparison. The figure is the mean distance from the baseline over
+the second half of the steps, in nats per token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lmdist.model import precision
 from lmdist.model.precision import Precision
 from lmdist.settings import DEMO_SETTINGS, DataSettings, ModelSettings, OptimizerSettings
 from lmdist.text.prepare import prepare
-from lmdist.training.data import Folder, training_batches
+from lmdist.training.data import DataFolder, training_batches
 from origin import facts, write_rows
 from training import BASELINE, Case, Job, PlainJob
 
@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = DataSettings(folder=str(Path(scratch) / "demo"))
         prepare(DEMO_SETTINGS, Path(data.folder))
-        folder = Folder(Path(data.folder))
+        folder = DataFolder(Path(data.folder))
         case = Case("demo", ModelSettings(), folder.vocabulary_size, data.global_batch, data.window, OptimizerSettings())
         for seed, variant in enumerate((BASELINE, *OTHER_SEEDS), start=1):
             torch.manual_seed(seed)
@@ -59,27 +59,27 @@ def main() -> None:
     command = f"python benchmarks/curves.py --steps {steps}"
     if arguments.json:
         beside = facts(("lmdist", "torch"), command)
-        write_rows(arguments.json, [{**made, **beside} for made in rows])
+        write_rows(arguments.json, [{**result, **beside} for result in rows])
     if arguments.plot:
         draw(curves, arguments.plot)
 
 
 def paths(device: torch.device) -> dict[str, str]:
-    """The fast paths of a device, and the precision of each."""
+    """Return the fast paths of a device, and the precision of each."""
     if device.type == "cuda":
         names = ("fp32", "tf32", "bf16", "fp16")
         return {f"lmdist {name}": name for name in names} | {"lmdist fp32, adaptive head": "fp32"}
     return {
         "lmdist fp32": "fp32",
         "lmdist bf16, oneDNN": "bf16",
-        "lmdist bf16, products": "bf16",
+        "lmdist bf16, matmul": "bf16",
         "lmdist fp32, adaptive head": "fp32",
     }
 
 
 def started(case: Case, name: str, variant: str, device: torch.device) -> Job:
-    """A job of lmdist with the baseline's first weights."""
-    precision.LARGE_LAYER = 1 if "products" in variant else 1 << 30  # take this kernel, whatever the size
+    """Return a job of lmdist with the baseline's first weights."""
+    precision.LARGE_LAYER = 1 if "matmul" in variant else 1 << 30  # take this kernel, whatever the size
     torch.manual_seed(1)
     plain = PlainJob(case)
     if "adaptive" in variant:
@@ -92,38 +92,40 @@ def started(case: Case, name: str, variant: str, device: torch.device) -> Job:
     return job
 
 
-def train(job: PlainJob | Job, folder: Folder, data: DataSettings, steps: int, seed: int, device: torch.device) -> list[float]:
-    """The nats a word of each step."""
+def train(
+    job: PlainJob | Job, folder: DataFolder, data: DataSettings, steps: int, seed: int, device: torch.device
+) -> list[float]:
+    """Return the nats per token of each step."""
     where = device if isinstance(job, Job) else torch.device("cpu")
     batches = training_batches(folder, data, seed)
     curve = []
     for step in range(steps):
         torch.manual_seed(seed * 1_000_003 + step)
-        curve.append(job.step(*batches.batch(step, slice(0, data.global_batch)).words(where)))
+        curve.append(job.step(*batches.batch(step, slice(0, data.global_batch)).tensors_on(where)))
     return torch.stack(curve).tolist()
 
 
 def row(variant: str, curve: list[float], baseline: list[float]) -> dict[str, Any]:
-    """A row, shown at once: the mean distance from the baseline in the second half, and the loss in the last tenth."""
+    """Return a row, printed at once: the mean distance from the baseline in the second half, and the loss in the last tenth."""
     half, tail = len(curve) // 2, max(1, len(curve) // 10)
     distances = [ours - theirs for ours, theirs in zip(curve[half:], baseline[half:], strict=True)]
-    made = {
-        "case": f"demo text, {len(curve)} steps of 20 x 35 words",
+    result = {
+        "case": f"demo text, {len(curve)} steps of 20 x 35 tokens",
         "variant": variant,
         "value": round(statistics.mean(distances), 4),
-        "unit": "nats a word from the baseline",
+        "unit": "nats per token from the baseline",
         "spread": round(max(distances) - min(distances), 4),
         "ratio": round(statistics.mean(curve[-tail:]) / statistics.mean(baseline[-tail:]), 4),
         "peak_mib": None,
         "loss": round(statistics.mean(curve[-tail:]), 4),
         "curve": [round(value, 4) for value in curve],
     }
-    print(f"{variant:<28}loss {made['loss']:>7.4f}{made['value']:>10.4f} {made['unit']}", flush=True)
-    return made
+    print(f"{variant:<28}loss {result['loss']:>7.4f}{result['value']:>10.4f} {result['unit']}", flush=True)
+    return result
 
 
 def draw(curves: dict[str, list[float]], picture: Path) -> None:
-    """The curves, and the distance from the baseline's of those of the same model."""
+    """Draw the curves, and the distance from the baseline's of those of the same model."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -137,10 +139,10 @@ def draw(curves: dict[str, list[float]], picture: Path) -> None:
         if variant != BASELINE and "adaptive" not in variant:
             difference = [ours - theirs for ours, theirs in zip(curve, curves[BASELINE], strict=True)]
             right.plot(smooth(difference), label=variant, **style)
-    left.set_ylabel(f"nats a word, mean of {SMOOTH} steps")
+    left.set_ylabel(f"nats per token, mean of {SMOOTH} steps")
     left.legend(fontsize=8)
     right.axhline(0, color="black", linewidth=1.3)
-    right.set_ylabel("nats a word from the baseline (grey: other seeds of it)")
+    right.set_ylabel("nats per token from the baseline (grey: other seeds of it)")
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
@@ -148,7 +150,7 @@ def draw(curves: dict[str, list[float]], picture: Path) -> None:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean of the last SMOOTH values, at each step."""
+    """Return the mean of the last SMOOTH values, at each step."""
     return [statistics.mean(values[max(0, end - SMOOTH) : end]) for end in range(1, len(values) + 1)]
 
 

@@ -1,11 +1,11 @@
-"""What a recipe reaches: trains it by torchrun, measures perplexity beside the unigram model's, writes rows of data.
+"""The perplexity that a recipe reaches beside the unigram model's: trains by torchrun, evaluates, writes rows of data.
 
     python benchmarks/quality.py launch/demo.toml --json benchmarks/results/quality-MACHINE-DATE.json
     python benchmarks/quality.py launch/wikitext2-small.toml --epochs 1
     python benchmarks/quality.py launch/demo.toml --quick          # 60 steps: does it run?
 
-The data folder that the recipe names must be there, but for the demo's, which is made. The value of a row is a perplexity;
-`ratio` is that of the unigram model, the baseline, over it.
+The data folder that the recipe names must exist, except the demo's, which is prepared. The value of a row is a perplexity;
+`ratio` is that of the unigram model, the baseline, divided by it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def main() -> None:
 
 
 def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one recipe."""
+    """Return the rows of one recipe."""
     length = [f"--training.epochs={arguments.epochs}"] if arguments.epochs else []
     length = ["--training.steps=60"] if arguments.quick else length
     train = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}", "-m", "lmdist.train"]
     train += [f"--config={recipe}", f"--run_folder={run}", f"--training.device={arguments.device}", *length]
-    huge_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as lmdist-train has it
+    huge_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as lmdist-train sets it
     subprocess.run([sys.executable, *train, "--tracking.mlflow=false"], check=True, env=huge_pages)
     command = f"python benchmarks/quality.py {recipe}" + (f" --epochs {arguments.epochs:g}" if arguments.epochs else "")
     rows = []

@@ -14,7 +14,8 @@ from lmdist.settings import ModelSettings, Recipe, TextSettings
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
-from lmdist.training import checkpoint
+from lmdist.training.checkpoints.format import Progress
+from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 
 
 def make_bundle(folder: Path, embedding_size: int, hidden_size: int, vocabulary_size: int) -> Path:
@@ -27,8 +28,8 @@ def make_bundle(folder: Path, embedding_size: int, hidden_size: int, vocabulary_
     torch.manual_seed(0)
     settings = ModelSettings(embedding_size=embedding_size, hidden_size=hidden_size, num_layers=2, dropout=0.0, tied=False)
     model = LanguageModel(settings, vocabulary_size)
-    taken = checkpoint.snapshot(checkpoint.Progress(1), model, torch.optim.SGD(model.parameters()), None)
-    saved = checkpoint.save(folder / "runs" / "random" / "checkpoints", taken, config.as_dict(Recipe(model=settings)), data)
+    taken = take_snapshot(Progress(1), model, torch.optim.SGD(model.parameters()), None)
+    saved = write_checkpoint(folder / "runs" / "random" / "checkpoints", taken, config.as_dict(Recipe(model=settings)), data)
     command = [sys.executable, "-m", "lmdist_export.export", str(saved), "-o", str(folder / "bundle"), "--data", "none"]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "bundle"

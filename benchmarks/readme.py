@@ -1,4 +1,4 @@
-"""Writes the pages' tables of results from benchmarks/results, so that neither can differ: `python benchmarks/readme.py`.
+"""Write the pages' tables, of results from benchmarks/results and of options from the code: `python benchmarks/readme.py`.
 
 A table stands between two comments, `<!-- NAME: ... -->` and `<!-- /NAME -->`; NAME is a function below. With --check nothing
 is written, and it fails where a page is not what it would write; a test does that.
@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lmdist_export.options import GENERATION, REQUEST, Row
+
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving")
+        for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving", "bundle")
     ),
 )
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -51,7 +53,7 @@ def quality() -> str:
 
 
 def reliability() -> str:
-    """A line for each thing that was done to jobs."""
+    """Return a table with a row for each reliability test."""
     rows = []
     for *kills, whole in results("torture"):
         kinds = ", ".join(dict.fromkeys(row["variant"] for row in kills))
@@ -66,10 +68,9 @@ def reliability() -> str:
             [
                 f"an MLflow server that is {', '.join(states)}",
                 f"step p99 at most {p99:.2f} of that without MLflow, "
-                f"which itself varied by {alone['spread'] / alone['value']:.0%}; "
-                f"exit delayed by "
-                f"{max(row['value'] for row in figures['exit delay']):.1f} s at most; {lost:.0f} points missing or twice after "
-                "`lmdist-sync`",
+                f"whose own spread is {alone['spread'] / alone['value']:.0%}; "
+                f"exit delayed by at most {max(row['value'] for row in figures['exit delay']):.1f} s; "
+                f"{lost:.0f} points missing or duplicate after `lmdist-sync`",
             ]
         )
     for run in results("checkpointing"):
@@ -78,7 +79,7 @@ def reliability() -> str:
             rows.append(
                 [
                     f"a checkpoint of {copied['checkpoint_mib']:,.0f} MiB ({case.removesuffix(': pause')})",
-                    f"holds up the training for {copied['value']:,.0f} ms in place of {waiting['value']:,.0f} "
+                    f"blocks the training for {copied['value']:,.0f} ms instead of {waiting['value']:,.0f} "
                     f"({copied['ratio']:.1f}x less)",
                 ]
             )
@@ -86,15 +87,15 @@ def reliability() -> str:
         for quarter, row in zip(run[:2], run[2:], strict=True):
             rows.append(
                 [
-                    f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} words",
-                    f"at most {row['peak_mib']:,} MiB of memory; for a quarter of the text {quarter['peak_mib']:,}",
+                    f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} tokens",
+                    f"peak memory {row['peak_mib']:,} MiB; for a quarter of the text {quarter['peak_mib']:,}",
                 ]
             )
-    return markdown(["what was done", "what came of it"], rows)
+    return markdown(["test", "result"], rows)
 
 
 def reliability_summary() -> str:
-    """What was done to jobs by kills and by a server."""
+    """Return the rows about kills and about MLflow."""
     head, rule, *lines = reliability().splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if "kills" in line or "MLflow" in line)])
 
@@ -104,7 +105,7 @@ STEP = "step p99 after 10 s"
 
 
 def kills() -> str:
-    """Every kill of every torture run."""
+    """Return a table of every kill of every torture run."""
     rows = [
         [
             f"{whole['case']}, {whole['machine'].split(', ')[-1]}",
@@ -116,11 +117,11 @@ def kills() -> str:
         for *kills, whole in results("torture")
         for row in kills
     ]
-    return markdown(["run", "when", "kind", "what", "to the next step"], rows)
+    return markdown(["run", "when", "kind", "target", "recovery"], rows)
 
 
 def outages() -> str:
-    """The figures of the tracking benchmark, a line a state."""
+    """Return a table of the tracking benchmark with a row for each state of the server."""
     rows = []
     cases: list[str] = []
     for run in results("tracking"):
@@ -151,15 +152,15 @@ def preparing() -> str:
 
 
 def training() -> str:
-    """Speed and memory of all cases on a CPU."""
+    """Return speed and memory of all cases on a CPU."""
     rows = []
     for run in results("training"):
-        measured = [row for row in run if row["unit"].endswith("words/s") and "persistent_kernel" not in row]
+        measured = [row for row in run if row["unit"].endswith("tokens/s") and "persistent_kernel" not in row]
         for case in dict.fromkeys(row["case"] for row in measured):
             baseline, *others = (row for row in measured if row["case"] == case)
             rows.append([case, *speeds(baseline, others)])
     head = [
-        "model, rows x words, vocabulary",
+        "model, batch size x tokens, vocabulary",
         "plain PyTorch",
         "lmdist",
         "lmdist, adaptive head",
@@ -169,17 +170,17 @@ def training() -> str:
 
 
 def speed() -> str:
-    """The cases of training with the vocabulary of WikiText-2."""
+    """Return the cases of training with the vocabulary of WikiText-2."""
     head, rule, *lines = training().splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if "V 33k" in line)])
 
 
 def speeds(baseline: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
-    """Words a second of each variant, and memory."""
-    cells = [f"{row['value']:,.0f} words/s (**{row['ratio']:.1f}x**)" for row in others]
+    """Return the tokens per second of each variant, and memory."""
+    cells = [f"{row['value']:,.0f} tokens/s (**{row['ratio']:.1f}x**)" for row in others]
     cells += [""] * (2 - len(others))
     return [
-        f"{baseline['value']:,.0f} words/s",
+        f"{baseline['value']:,.0f} tokens/s",
         *cells,
         ", ".join(f"{row['peak_mib']:,}" for row in (baseline, *others)) + " MiB",
     ]
@@ -285,7 +286,7 @@ def sampling_limits() -> str:
 
 
 def scoring() -> str:
-    """Hypotheses a second, and how many times as many as the baseline."""
+    """Return hypotheses per second, and the ratio to the baseline."""
     rows = [
         [
             row["case"],
@@ -297,22 +298,56 @@ def scoring() -> str:
         for run in results("scoring")
         for row in run
     ]
-    return markdown(["model, text", "how", "hypotheses a second", "ratio", "peak memory"], rows)
+    return markdown(["model, text", "how", "hypotheses/s", "ratio", "peak memory"], rows)
 
 
 def serving() -> str:
-    """What 1, 8 and 32 clients see of a server."""
+    """Return throughput and latency of a server with 1, 8 and 32 clients."""
     rows = [
         [
             *row["case"].rsplit(", clients ", 1),
-            {"baseline": "requests one by one", "lmdist": "requests that share runs"}[row["variant"]],
+            {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
             f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
             *(f"{row['p50_ms']:,.0f} ms", f"{row['p99_ms']:,.0f} ms", f"{row['peak_mib']:,} MiB"),
         ]
         for run in results("serving")
         for row in run
     ]
-    return markdown(["model", "clients", "how", "words a second", "p50", "p99", "peak memory"], rows)
+    return markdown(["model", "clients", "how", "tokens/s", "p50", "p99", "peak memory"], rows)
+
+
+def options() -> str:
+    """Return the options of generation_config.json in the order in which they are applied."""
+    rows = sorted(GENERATION.values(), key=lambda row: (not row.option.order, row.option.order))
+    cells = [[str(row.option.order or ""), f"`{row.name}`", flag(row), *default(row), row.option.help] for row in rows]
+    return markdown(["step", "option", "flag", "default", "bounds", "what it does"], cells)
+
+
+def request_options() -> str:
+    """Return the options that only a request has."""
+    cells = [[str(row.option.order or ""), f"`{row.name}`", flag(row), row.option.help] for row in REQUEST.values()]
+    return markdown(["step", "option", "flag", "what it does"], cells)
+
+
+def generation_config() -> str:
+    """Return the fields of generation_config.json."""
+    cells = [
+        [f"`{row.name}`" + (f" = {row.option.metavar}" if row.option.metavar else ""), *default(row), row.option.help]
+        for row in GENERATION.values()
+    ]
+    return markdown(["field", "as exported", "bounds", "meaning"], cells)
+
+
+def flag(row: Row) -> str:
+    """Return a flag as it is written; an option of generation_config.json alone has none."""
+    if not row.option.group:
+        return ""
+    return f"`{row.flag} {row.option.metavar}`" if row.option.metavar else f"`{row.flag}`"
+
+
+def default(row: Row) -> tuple[str, str]:
+    """Return the default, as JSON, and the bounds of an option."""
+    return json.dumps(row.default), str(row.bounds or "")
 
 
 def precisions() -> str:
@@ -344,13 +379,13 @@ def words_made() -> list[dict[str, Any]]:
 
 
 def curves() -> str:
-    """The distance of each path's losses from the plain ones."""
+    """Return the distance of each path's losses from the plain ones."""
     rows = [[row["variant"], f"{row['loss']:.3f}", f"{row['value']:+.4f}"] for run in results("curves") for row in run]
-    return markdown(["path", "loss at the end, nats a word", "mean distance in the second half"], rows)
+    return markdown(["path", "loss at the end, nats per token", "mean distance in the second half"], rows)
 
 
 def scaling() -> str:
-    """The measured steps, a line a number of ranks."""
+    """Return the measured steps, a line for each number of ranks."""
     head = [
         "model and batch",
         "ranks",
@@ -375,20 +410,20 @@ def scaling() -> str:
 
 
 def overlap(row: dict[str, Any]) -> str:
-    """The overlap of a step, where what is exposed is known more exactly than to an all-reduce."""
+    """Return the overlap of a step, if the spread of what is exposed is below an all-reduce."""
     if row["overlap"] is None:
         return ""
     return f"{row['overlap']:.0%}" if row["exposed_spread"] / 2 < row["all_reduce_ms"] else "lost in noise"
 
 
 def scaling_fit() -> str:
-    """What was fitted, and how well it fits."""
+    """Return what was fitted, and how well it fits."""
     rows = [[row["variant"], f"{row['value']:g} {row['unit']}", machine(row)] for row in of_kind("fit")]
     return markdown(["fitted", "value", "to measurements on"], rows)
 
 
 def scaling_errors() -> str:
-    """Each measurement that the model was fitted to, beside what the model says of it."""
+    """Return each measurement that the model was fitted to, beside the prediction."""
     rows = [
         [
             *(row["case"], f"{row['kind']}, {row['variant']}", f"{row['value']:,.4g} ms", f"{row['predicted_ms']:,.4g} ms"),
@@ -398,11 +433,11 @@ def scaling_errors() -> str:
         for row in of_kind(kind)
         if "predicted_ms" in row
     ]
-    return markdown(["model and batch", "what", "measured", "the model says", "error", "on"], rows)
+    return markdown(["model and batch", "what", "measured", "predicted", "error", "on"], rows)
 
 
 def scaling_bytes() -> str:
-    """The gradients' bytes by the kind of head."""
+    """Return the gradients' bytes by the kind of head."""
     rows = [
         [
             *(row["case"], row["variant"].removeprefix("baseline: "), f"{row['reduced_mb']:.1f} MB"),
@@ -411,11 +446,11 @@ def scaling_bytes() -> str:
         for row in of_kind("gradients")
     ]
     rows = list(map(list, dict.fromkeys(map(tuple, rows))))  # each run has counted the same
-    return markdown(["model", "head", "reduced a step", "of it embedding and projection", "complete last"], rows)
+    return markdown(["model", "head", "reduced per step", "of it embedding and projection", "complete last"], rows)
 
 
 def scaling_predictions() -> str:
-    """The picture, and some points of its curves."""
+    """Return the picture, and some points of its curves."""
     shown = (2, 8, 32, 128)
     rows = [
         [
@@ -425,12 +460,12 @@ def scaling_predictions() -> str:
         for row in of_kind("prediction")
     ]
     picture = "![Predicted efficiency of weak scaling to 128 GPUs](images/scaling.svg)\n\n" if rows else ""
-    head = ["predicted for", "compute a step", "network", *(f"{ranks} GPUs" for ranks in shown)]
+    head = ["predicted for", "compute per step", "network", *(f"{ranks} GPUs" for ranks in shown)]
     return picture + markdown(head, rows)
 
 
 def scaling_assumptions() -> str:
-    """What the predictions take for granted."""
+    """Return the assumptions of the predictions."""
     return markdown(["assumed", ""], [[row["variant"], row["note"]] for row in of_kind("assumption")])
 
 
@@ -468,6 +503,9 @@ def main() -> None:
     tables = {
         function.__name__: function
         for function in (
+            options,
+            request_options,
+            generation_config,
             quality,
             reliability,
             reliability_summary,

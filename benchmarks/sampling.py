@@ -46,10 +46,14 @@ from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, Vocabulary
-from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
-from lmdist_export.graph.graphs import Network, Sizes, column_of, length_of, weights
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
+from lmdist_export.graph.network import Network
 from lmdist_export.graph.onnx_file import FLOAT, Graph, model_bytes
-from lmdist_export.sampling.sampler import Runtime, Sampler, import_onnxruntime
+from lmdist_export.graph.sampling_nodes import column_of
+from lmdist_export.graph.sizes import Sizes, length_of, weights
+from lmdist_export.options import GenerationConfig
+from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
+from lmdist_export.sampling.sampler import Sampler
 from origin import facts, write_rows
 
 BASELINE = "baseline"

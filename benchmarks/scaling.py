@@ -1,21 +1,21 @@
-"""How training scales with the ranks: measured where there are devices, and a model fitted to that which goes on to 128 GPUs.
+"""How training scales with the ranks: measurements on the devices that are here, and a model fitted to them, to 128 GPUs.
 
     python benchmarks/scaling.py [--quick] [--device cuda] [--json benchmarks/results/scaling-MACHINE-DATE.json]
-    python benchmarks/scaling.py --rows FILE --step-ms 10 --plot docs/images/scaling.svg    # predict anew, measure nothing
+    python benchmarks/scaling.py --rows FILE --step-ms 10 --plot docs/images/scaling.svg    # predict again, measure nothing
 
-It starts itself under torchrun for each number of ranks, one after the other, several rounds. The steps are made of the loop's
-own pieces (but for the CUDA graph, which a single GPU alone can have), their words drawn by Zipf's law. The ranks wait for each
-other before each thing that is timed, and the slowest rank's time counts.
+It starts itself under torchrun for each number of ranks, one after the other, several rounds. The steps are the training
+loop's own (without the CUDA graph, which only training on one GPU has), on tokens sampled by Zipf's law. The ranks wait for
+each other before each thing that is timed, and the slowest rank's time counts.
 
     step        forward, backward with DDP's all-reduce, clipping, optimizer
-    compute     the same by ranks that exchange nothing (DDP's no_sync): W independent jobs side by side. What these lose
-                against one rank they lose to contention for the machine, its memory above all, and not to communication
+    compute     the same by ranks that exchange nothing (DDP's no_sync): W independent jobs side by side. Against one rank
+                these lose to contention for the machine, its memory above all, and not to communication
     all-reduce  as many bytes as the step reduces, alone and in one tensor; and fractions of them, for the fit
     exposed     step - compute, turn by turn: all that DDP adds, the copies into its buckets included
     overlap     1 - exposed / all-reduce, from 0 to 1: the share of the communication that the computation hides
 
-Weak scaling gives each rank as many rows as the one had, strong scaling shares out the rows of the one. The model of a step,
-and what is assumed in it, is in scaling_model.py.
+In weak scaling each rank has the batch size of the one rank, in strong scaling the ranks divide it. The model of a step and
+its assumptions are in scaling_model.py.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
 from lmdist.model.precision import Precision, choose, prepare_for
-from lmdist.settings import ModelSettings, OptimizerSettings
-from lmdist.training import optimizer
+from lmdist.settings import DataSettings, ModelSettings, Recipe, TrainingSettings
 from lmdist.training.distributed import World, start
+from lmdist.training.step import TrainingStep
 from origin import facts, write_rows
 from scaling_model import NETWORKS, Row, bare, draw, fit, predict
 
@@ -55,7 +55,7 @@ class Case:
 
     settings: ModelSettings
     vocabulary_size: int
-    rows: int
+    batch_size: int
     window: int
 
 
@@ -72,16 +72,16 @@ HEADS: dict[str, dict[str, Any]] = {
     "adaptive head": {"tied": False, "head": "adaptive"},
 }
 FRACTIONS = (1, 16, 256, 4096)
-"""Of the gradients, for the messages to fit the model to."""
+"""Parts of the gradients: the sizes of the messages that the model is fitted to."""
 WARM_UP, LEAST, MOST, MESSAGES = 3, 3, 200, 12
-"""Steps before those that are timed, the fewest and the most of these, and times that a message is sent."""
+"""Steps before those that are timed, the fewest and the most of these, and how often a message is timed."""
 
 SHOWN = ("predicted_ms", "ratio", "compute_ms", "contention", "all_reduce_ms", "exposed_ms", "overlap", "peak_mib")
 
 Figures = dict[str, float]
-"""Seconds by what took them."""
+"""Seconds, by what was timed."""
 Answer = dict[str, Any]
-"""What ranks that were started together have measured, in one round."""
+"""What the ranks of one job have measured, in one round."""
 
 
 def main() -> None:
@@ -93,9 +93,9 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="as training.precision")
     parser.add_argument("--compression", choices=("none", "bf16"), default="none", help="as training.gradient_compression")
     parser.add_argument("--rounds", type=int, help="3 by default, quick 2")
-    parser.add_argument("--seconds", type=float, help="of steps, about, a round and a kind of scaling: 4 by default, quick 2")
-    parser.add_argument("--bandwidth", type=float, help="GB/s of the network to predict for, in place of three usual ones")
-    parser.add_argument("--latency", type=float, default=10.0, help="us a message on it")
+    parser.add_argument("--seconds", type=float, help="of steps, about, per round and kind of scaling: 4 by default, quick 2")
+    parser.add_argument("--bandwidth", type=float, help="GB/s of the network to predict for, in place of three typical ones")
+    parser.add_argument("--latency", type=float, default=10.0, help="us per message on it")
     parser.add_argument("--step-ms", type=float, help="compute time of a step to predict for, in place of the measured one")
     parser.add_argument("--rows", type=Path, help="take the measured rows from this file")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -106,7 +106,7 @@ def main() -> None:
     if arguments.worker:
         work(arguments)
         return
-    said = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    given = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 3)
     arguments.seconds = arguments.seconds or (2.0 if arguments.quick else 4.0)
     if arguments.rows:
@@ -123,7 +123,7 @@ def main() -> None:
     if arguments.json:
         flags = [
             f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-            for name, value in said.items()
+            for name, value in given.items()
             if name not in ("rows", "json", "plot")
         ]
         beside = facts(("lmdist", "torch", "numpy"), " ".join(["python benchmarks/scaling.py", *flags]))
@@ -139,25 +139,27 @@ def show(row: Row) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
-    """The rows of all cases on all numbers of ranks, which take turns."""
+    """Return the rows of all cases on all numbers of ranks, which take turns."""
     device = torch.device(arguments.device)
     devices = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
     if not devices:
         sys.exit("--device cuda, and torch sees no GPU: check nvidia-smi and the torch build")
-    usual = [1 << power for power in range(devices.bit_length())]
-    many = sorted({1, *map(int, arguments.ranks.split(","))}) if arguments.ranks else usual
+    powers_of_two = [1 << power for power in range(devices.bit_length())]
+    all_ranks = sorted({1, *map(int, arguments.ranks.split(","))}) if arguments.ranks else powers_of_two
     cases = list(CASES)[:1] if arguments.quick else list(CASES)
     torch.set_num_threads(1)
-    precisions = {case: choose(arguments.precision, "", device, CASES[case].settings, CASES[case].rows).name for case in cases}
-    answers: dict[tuple[str, int], list[Answer]] = {(case, ranks): [] for case in cases for ranks in many}
+    precisions = {
+        case: choose(arguments.precision, "", device, CASES[case].settings, CASES[case].batch_size).name for case in cases
+    }
+    answers: dict[tuple[str, int], list[Answer]] = {(case, ranks): [] for case in cases for ranks in all_ranks}
     for number in range(arguments.rounds):
         for case, ranks in answers:
             print(f"round {number + 1} of {arguments.rounds}: {case}, {ranks} rank(s)", file=sys.stderr)
-            answers[case, ranks].append(started(case, ranks, precisions[case], arguments))
+            answers[case, ranks].append(run_job(case, ranks, precisions[case], arguments))
     rows: list[Row] = []
     for case in cases:
         alone = None
-        for ranks in many:
+        for ranks in all_ranks:
             here = answers[case, ranks]
             messages = [message_row(case, ranks, size, here) for size in here[0]["messages"]]
             steps = [step_row(case, ranks, scaling, here, messages, alone) for scaling in here[0]["steps"]]
@@ -166,8 +168,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def started(case: str, ranks: int, precision: str, arguments: argparse.Namespace) -> Answer:
-    """What so many ranks, started by torchrun, measure of a case."""
+def run_job(case: str, ranks: int, precision: str, arguments: argparse.Namespace) -> Answer:
+    """Return what a job of so many ranks, started by torchrun, measures of a case."""
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.json"
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
@@ -175,7 +177,7 @@ def started(case: str, ranks: int, precision: str, arguments: argparse.Namespace
         flags |= {name: getattr(arguments, name) for name in ("device", "compression", "seconds")}
         done = subprocess.run(
             [sys.executable, *torchrun, *(f"--{name}={value}" for name, value in flags.items())],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"},  # huge pages, as lmdist-train has them
+            env={**os.environ, "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"},  # huge pages, as lmdist-train sets them
             capture_output=True,
             text=True,
         )
@@ -185,7 +187,7 @@ def started(case: str, ranks: int, precision: str, arguments: argparse.Namespace
 
 
 def step_row(case: str, ranks: int, scaling: str, rounds: list[Answer], messages: list[Row], alone: Row | None) -> Row:
-    """What was measured of a step: medians of the rounds' medians, and how far these lie apart; `alone` is one rank's."""
+    """Return the row of a step: medians of the rounds' medians, and their spread; `alone` is the row of one rank."""
     milliseconds = {
         key: [1e3 * answer["steps"][scaling][key] for answer in rounds] for key in ("step", "compute", "backward", "exposed")
     }
@@ -215,66 +217,66 @@ def step_row(case: str, ranks: int, scaling: str, rounds: list[Answer], messages
 
 
 def message_row(case: str, ranks: int, size: str, rounds: list[Answer]) -> Row:
-    """What was measured of the all-reduce of some bytes alone."""
+    """Return the row of an all-reduce of `size` bytes alone."""
     values = [1e3 * answer["messages"][size] for answer in rounds]
-    made = bare("all-reduce", case, f"{int(size):,} bytes, {ranks} ranks", round(median(values), 4), "ms")
-    return {**made, "spread": spread(values), "ranks": ranks, "bytes": int(size), "device": rounds[0]["facts"]["device"]}
+    row = bare("all-reduce", case, f"{int(size):,} bytes, {ranks} ranks", round(median(values), 4), "ms")
+    return {**row, "spread": spread(values), "ranks": ranks, "bytes": int(size), "device": rounds[0]["facts"]["device"]}
 
 
 def spread(values: list[float]) -> float:
-    """How far the largest and the smallest lie apart."""
+    """Return the distance between the largest and the smallest value."""
     return round(max(values) - min(values), 4)
 
 
 def gradients() -> list[Row]:
-    """The bytes that a step reduces with each kind of head: counted, not measured."""
+    """Return the bytes that a step reduces with each kind of head: counted, not measured."""
     rows = []
     for name, case in CASES.items():
-        whole = 0.0
+        baseline_mb = 0.0
         for variant, changes in HEADS.items():
             if variant == "tied" and case.settings.embedding_size != case.settings.hidden_size:
-                continue  # it would have another last layer
+                continue  # its last layer would have another size
             with torch.device("meta"):
                 model = LanguageModel(dataclasses.replace(case.settings, **changes), case.vocabulary_size)
             sizes = gradient_sizes(model, torch.float32)
-            whole = whole or sizes["reduced_mb"]
-            made = bare("gradients", name.rpartition(",")[0], variant, round(sizes["reduced_mb"], 2), "MB a step")
-            rows.append({**made, **sizes, "ratio": round(whole / sizes["reduced_mb"], 3)})
+            baseline_mb = baseline_mb or sizes["reduced_mb"]
+            row = bare("gradients", name.rpartition(",")[0], variant, round(sizes["reduced_mb"], 2), "MB a step")
+            rows.append({**row, **sizes, "ratio": round(baseline_mb / sizes["reduced_mb"], 3)})
     return rows
 
 
 def gradient_sizes(model: LanguageModel, dtype: torch.dtype) -> dict[str, float]:
-    """Megabytes that a step reduces, those of the gradient that is complete last, and the share of embedding and projection."""
-    numbers = {parameter: parameter.numel() for parameter in model.parameters()}  # what is tied comes once
-    words = {*model.embedding.parameters(), *model.projection.parameters()}
+    """Return megabytes that a step reduces, those of the gradient complete last, and the share of embedding and projection."""
+    numbers = {parameter: parameter.numel() for parameter in model.parameters()}  # a tied matrix once
+    outer = {*model.embedding.parameters(), *model.projection.parameters()}
     return {
         "reduced_mb": sum(numbers.values()) * dtype.itemsize / 1e6,
         "late_mb": model.embedding.weight.numel() * dtype.itemsize / 1e6,
-        "vocabulary_share": round(sum(numbers[parameter] for parameter in words) / sum(numbers.values()), 3),
+        "vocabulary_share": round(sum(numbers[parameter] for parameter in outer) / sum(numbers.values()), 3),
     }
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """One rank: measure the steps and the messages of a case; rank 0 writes the answer."""
+    """Measure, as one rank, the steps and the messages of a case; rank 0 writes the answer."""
     case = CASES[arguments.worker]
     world = start(arguments.device, int(os.environ["WORLD_SIZE"]), 1, timeout_seconds=120)
     training = Training(world, case, Precision(arguments.precision, ""), arguments.compression)
     dtype = torch.bfloat16 if arguments.compression == "bf16" else torch.float32
     sizes = gradient_sizes(training.model, dtype)
-    steps = {"weak": training.measure(case.rows, arguments.seconds)}
+    steps = {"weak": training.measure(case.batch_size, arguments.seconds)}
     messages = {}
     if world.size > 1:
-        if case.rows % world.size == 0:
-            steps["strong"] = training.measure(case.rows // world.size, arguments.seconds)
+        if case.batch_size % world.size == 0:
+            steps["strong"] = training.measure(case.batch_size // world.size, arguments.seconds)
         for fraction in FRACTIONS:
             size = int(sizes["reduced_mb"] * 1e6) // fraction // dtype.itemsize
             message = torch.zeros(size, dtype=dtype, device=world.device)
             ready = {"message": lambda message=message: partial(distributed.all_reduce, message)}
-            timed(world, ready, WARM_UP)
-            messages[message.nbytes] = median(timed(world, ready, MESSAGES)["message"])
+            time_in_turns(world, ready, WARM_UP)
+            messages[message.nbytes] = median(time_in_turns(world, ready, MESSAGES)["message"])
     on_gpu = world.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    peaks = world.gather_rows(torch.tensor([peak]))
+    peaks = world.gather(torch.tensor([peak]))
     if world.is_main:
         device = torch.cuda.get_device_name() if on_gpu else "CPU"
         answer = {
@@ -286,76 +288,78 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 class Training:
-    """What loop.py makes its steps of, on one rank."""
+    """The training loop's step on one rank, in parts that can be timed."""
 
     def __init__(self, world: World, case: Case, precision: Precision, compression: str) -> None:
         torch.set_flush_denormal(True)
         torch.manual_seed(1)
         self.world, self.case, self.precision = world, case, precision
         self.model = LanguageModel(case.settings, case.vocabulary_size).to(world.device)
-        self.network = world.wrap(self.model, compression)
-        self.optimizer = optimizer.build(OptimizerSettings(), self.model)
-        self.scaler = torch.GradScaler(world.device.type, enabled=precision.name == "fp16")
-        prepare_for(precision, self.model, world.device, case.rows, case.window)
+        recipe = Recipe(
+            data=DataSettings(global_batch=case.batch_size * world.size, window=case.window),
+            model=case.settings,
+            training=TrainingSettings(gradient_compression=compression),  # type: ignore[arg-type]
+        )
+        self.training_step = TrainingStep(recipe, self.model, precision, world)
+        self.learning_rate = recipe.optimizer.learning_rate
+        prepare_for(precision, self.model, world.device, case.batch_size, case.window)
 
-    def measure(self, rows: int, seconds: float) -> Figures:
-        """Median seconds of a step, of one that exchanges nothing, of what lies between the two, and of a backward alone.
+    def measure(self, batch_size: int, seconds: float) -> Figures:
+        """Return median seconds of a step, of one that exchanges nothing, of their difference, and of a backward pass alone.
 
-        This rank reads `rows` rows; all of it takes about `seconds`.
+        `batch_size` is this rank's; the measurement takes about `seconds`.
         """
         torch.manual_seed(self.world.rank)
         frequencies = 1 / torch.arange(1, self.case.vocabulary_size + 1)
-        words = frequencies.multinomial(rows * (self.case.window + 1), replacement=True)  # Zipf's law
-        words = words.view(rows, -1).to(self.world.device)  # (R, T + 1)
+        tokens = frequencies.multinomial(batch_size * (self.case.window + 1), replacement=True)  # Zipf's law
+        tokens = tokens.view(batch_size, -1).to(self.world.device)  # (B, T + 1)
         ready = {
-            "step": lambda: partial(self.step, words, together=True),
-            "compute": lambda: partial(self.step, words, together=False),
-            "backward": lambda: self.forward_apart(words).backward,
+            "step": lambda: partial(self.step, tokens, synchronized=True),
+            "compute": lambda: partial(self.step, tokens, synchronized=False),
+            "backward": lambda: self.forward_unsynchronized(tokens).backward,
         }
-        turn = sum(map(median, timed(self.world, ready, WARM_UP).values()))
-        found = timed(self.world, ready, min(max(int(seconds / turn), LEAST), MOST))
+        turn = sum(map(median, time_in_turns(self.world, ready, WARM_UP).values()))
+        found = time_in_turns(self.world, ready, min(max(int(seconds / turn), LEAST), MOST))
         exposed = [step - compute for step, compute in zip(found["step"], found["compute"], strict=True)]
         return {name: median(values) for name, values in {**found, "exposed": exposed}.items()}
 
-    def step(self, words: Tensor, *, together: bool) -> None:
-        """A step of the loop, in which the ranks' gradients are averaged or stay apart."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.world.accumulating(self.network, last=together):
-            self.scaler.scale(self.forward(words)).backward()
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), OptimizerSettings.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+    def step(self, tokens: Tensor, *, synchronized: bool) -> None:
+        """Take a step of the loop, in which the gradients are averaged over the ranks if `synchronized`."""
+        self.model.zero_grad(set_to_none=True)
+        with self.world.gradient_sync(self.training_step.network, enabled=synchronized):
+            self.training_step.scaler.scale(self.forward(tokens)).backward()
+        self.training_step.clip_and_update(self.learning_rate)
 
-    def forward_apart(self, words: Tensor) -> Tensor:
-        """The mean nats of a batch, whose backward exchanges nothing."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.world.accumulating(self.network, last=False):
-            return self.forward(words)
+    def forward_unsynchronized(self, tokens: Tensor) -> Tensor:
+        """Return the mean nats of a batch, whose backward pass exchanges nothing."""
+        self.model.zero_grad(set_to_none=True)
+        with self.world.gradient_sync(self.training_step.network, enabled=False):
+            return self.forward(tokens)
 
-    def forward(self, words: Tensor) -> Tensor:
-        """The mean nats of a batch of words (R, T + 1)."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the mean nats of a batch of tokens (B, T + 1)."""
+        targets = tokens[:, 1:]  # (B, T)
         with self.precision.autocast(self.world.device):
-            hidden, _ = self.network(words[:, :-1], self.model.initial_state(len(words)))  # (R, T, H)
-            return summed_nats(self.model.dropout(hidden), self.model.projection, words[:, 1:]) / words[:, 1:].numel()
+            hidden, _ = self.training_step.network(tokens[:, :-1], self.model.initial_state(len(tokens)))  # (B, T, H)
+            return summed_nats(self.model.dropout(hidden), self.model.projection, targets) / targets.numel()
 
 
-def timed(world: World, ready: Mapping[str, Callable[[], Callable[[], object]]], times: int) -> dict[str, list[float]]:
-    """Seconds of what each entry makes ready, which take turns; of each time the slowest rank's counts."""
+def time_in_turns(world: World, ready: Mapping[str, Callable[[], Callable[[], object]]], times: int) -> dict[str, list[float]]:
+    """Return the seconds of the action that each entry prepares, in turns; of each time, those of the slowest rank."""
     seconds = torch.zeros(1, len(ready), times, dtype=torch.float64)
     for number in range(times):
-        for place, make in enumerate(ready.values()):
-            action = make()
+        for place, prepare in enumerate(ready.values()):
+            action = prepare()
             world.sum([0.0])  # the ranks wait for each other
-            began = clock(world)
+            start_time = clock(world)
             action()
-            seconds[0, place, number] = clock(world) - began
-    slowest = world.gather_rows(seconds).amax(0)  # (entries, times)
+            seconds[0, place, number] = clock(world) - start_time
+    slowest = world.gather(seconds).amax(0)  # (entries, times)
     return dict(zip(ready, slowest.tolist(), strict=True))
 
 
 def clock(world: World) -> float:
-    """Seconds, when the GPU has done what it was told."""
+    """Return a time in seconds, after the GPU has finished its work."""
     if world.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,12 +1,12 @@
-"""A model of a data-parallel step, fitted to the rows that scaling.py measures, and the curve that it draws for more ranks.
+"""A model of a data-parallel step, fitted to the rows that scaling.py measures, and its predictions for more ranks.
 
     step(W)       = compute + exposed(W)
     exposed(W)    = max(0, all_reduce(W, early) - overlap * backward) + all_reduce(W, late)
     all_reduce(W) = 2 (W - 1) / W * bytes / bandwidth + 2 (W - 1) * latency         a ring: Patarasuk and Yuan 2009
 
-DDP sends a gradient as soon as the backward has it. The embedding's is complete when the backward is (`late`), with tied
-weights the projection's as well, for they are one; all others (`early`) can travel while the backward goes on. This module
-knows no torch and starts no ranks: it reads rows. Sizes are in bytes, times in seconds.
+DDP sends a gradient as soon as the backward pass has computed it. The embedding's is complete at the end of the backward pass
+(`late`), and with tied weights the projection's, which is the same; all others (`early`) can be sent during the backward pass.
+This module uses no torch and starts no ranks: it reads rows. Sizes are in bytes, times in seconds.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import numpy as np
 Row = dict[str, Any]
 
 NETWORKS = {"NVLink": (450.0, 5.0), "InfiniBand": (50.0, 10.0), "10 Gb Ethernet": (1.25, 50.0)}
-"""GB/s each way and us a message."""
+"""GB/s each way and us per message."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 OVERLAPS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Ring:
-    """A network over which ranks sum up their gradients."""
+    """A network over which ranks all-reduce their gradients."""
 
     bandwidth: float
-    """Bytes a second."""
+    """Bytes per second."""
     latency: float
-    """Seconds a message."""
+    """Seconds per message."""
 
     def seconds(self, ranks: int, size: float) -> float:
-        """The time of an all-reduce of `size` bytes: 2 (W - 1) messages of a W-th of it, one after the other."""
+        """Return the seconds of an all-reduce of `size` bytes: 2 (W - 1) messages of a W-th of it, one after the other."""
         return 2 * (ranks - 1) * (size / ranks / self.bandwidth + self.latency)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the time of a step follows from."""
+    """What determines the time of a step."""
 
     compute: float
     backward: float
@@ -50,23 +50,23 @@ class Step:
     late: float
 
     def seconds(self, ranks: int, ring: Ring, overlap: float) -> float:
-        """The time of a step; `overlap` is the share of the backward in which gradients travel beside the computation."""
-        behind = max(0.0, ring.seconds(ranks, self.early) - overlap * self.backward)
-        return self.compute + behind + ring.seconds(ranks, self.late)
+        """Return the seconds of a step; `overlap` is the share of the backward pass in which gradients are sent."""
+        early = max(0.0, ring.seconds(ranks, self.early) - overlap * self.backward)
+        return self.compute + early + ring.seconds(ranks, self.late)
 
 
 def fit_ring(samples: Iterable[tuple[int, float, float]]) -> Ring:
-    """The ring that fits all-reduces of (ranks, bytes, seconds) best: least squares of the relative errors."""
+    """Return the ring that fits all-reduces of (ranks, bytes, seconds) by least squares of the relative errors."""
     ranks, size, seconds = np.array(list(samples), dtype=float).T
     parts = np.stack([size / ranks, np.ones_like(size)], axis=1) * (2 * (ranks - 1) / seconds)[:, None]
     per_byte, latency = np.linalg.lstsq(parts, np.ones_like(size))[0]
-    if latency < 0:  # the messages are all so large that they show nothing but the bandwidth
+    if latency < 0:  # all messages are large, and show only the bandwidth
         per_byte, latency = np.linalg.lstsq(parts[:, :1], np.ones_like(size))[0][0], 0.0
     return Ring(1 / float(per_byte), float(latency))
 
 
 def fit_overlap(samples: Sequence[tuple[Step, int, float]], ring: Ring) -> float:
-    """The overlap, in hundredths, that fits steps of (what it follows from, ranks, seconds) best, likewise."""
+    """Return the overlap, in hundredths, that fits (step, ranks, seconds) by least squares of the relative errors."""
 
     def error(overlap: float) -> float:
         return sum((step.seconds(ranks, ring, overlap) / seconds - 1) ** 2 for step, ranks, seconds in samples)
@@ -75,14 +75,14 @@ def fit_overlap(samples: Sequence[tuple[Step, int, float]], ring: Ring) -> float
 
 
 def step_of(row: Row, compute_ms: float | None = None) -> Step:
-    """What the step of a measured row follows from; with another compute time the backward has the same share of it."""
+    """Return the step of a measured row; with another compute time the backward pass keeps its share of it."""
     factor = compute_ms / row["compute_ms"] if compute_ms else 1.0
     late = row["late_mb"] * 1e6
     return Step(factor * row["compute_ms"] / 1e3, factor * row["backward_ms"] / 1e3, row["reduced_mb"] * 1e6 - late, late)
 
 
 def fit(measured: Sequence[Row]) -> list[Row]:
-    """The rows of the fit, with its errors; writes into each measured row of several ranks what the model says of it."""
+    """Return the rows of the fit and its errors; add the prediction to each measured row of several ranks."""
     messages = [row for row in measured if row["kind"] == "all-reduce"]
     steps = [row for row in measured if row["kind"] == "step" and row["ranks"] > 1]
     if not steps:
@@ -103,14 +103,14 @@ def fit(measured: Sequence[Row]) -> list[Row]:
 
 
 def largest_error(rows: Sequence[Row]) -> float:
-    """The largest error of a prediction of measured rows, relative to the measurement."""
+    """Return the largest error of a prediction of measured rows, relative to the measurement."""
     return round(max(abs(row["predicted_ms"] / row["value"] - 1) for row in rows), 3)
 
 
 def predict(measured: Sequence[Row], networks: dict[str, tuple[float, float]], step_ms: float | None) -> list[Row]:
-    """The rows of what is assumed, and of the efficiency of weak scaling on each network, for each measured model.
+    """Return the rows of the assumptions, and of the efficiency of weak scaling on each network for each measured model.
 
-    `networks` have GB/s and us; the compute time of a step is the one measured on one rank, or `step_ms`.
+    `networks` are in GB/s and us; the compute time of a step is the one measured on one rank, or `step_ms`.
     """
     alone = [row for row in measured if row["kind"] == "step" and row["ranks"] == 1]
     compute = f"{step_ms:g} ms, a guess" if step_ms else "as measured on one rank of this machine"
@@ -136,7 +136,7 @@ def predict(measured: Sequence[Row], networks: dict[str, tuple[float, float]], s
 
 
 def bare(kind: str, case: str, variant: str, value: float | None, unit: str) -> Row:
-    """A row of what was not measured."""
+    """Return a row without the columns of a measurement."""
     return {
         **{"kind": kind, "case": case, "variant": variant, "value": value, "unit": unit},
         **{"spread": None, "ratio": None, "peak_mib": None},
@@ -144,7 +144,7 @@ def bare(kind: str, case: str, variant: str, value: float | None, unit: str) -> 
 
 
 def draw(rows: Sequence[Row], picture: Path) -> None:
-    """Draw the predictions, a panel a model and a band a network, with all that is assumed beneath."""
+    """Draw the predictions, one panel per model and one band per network, above the assumptions."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -158,10 +158,10 @@ def draw(rows: Sequence[Row], picture: Path) -> None:
     for axes, case in zip(panels[0], cases, strict=True):
         here = [row for row in predictions if row["case"] == case]
         for number, row in enumerate(here):
-            none, whole = row["curves"]
-            axes.fill_between(row["ranks"], none, whole, color=f"C{number}", alpha=0.2, linewidth=0)
-            axes.plot(row["ranks"], none, color=f"C{number}", label=row["network"])
-            axes.plot(row["ranks"], whole, color=f"C{number}", linestyle=":")
+            without, full = row["curves"]
+            axes.fill_between(row["ranks"], without, full, color=f"C{number}", alpha=0.2, linewidth=0)
+            axes.plot(row["ranks"], without, color=f"C{number}", label=row["network"])
+            axes.plot(row["ranks"], full, color=f"C{number}", linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set_xticks(here[0]["ranks"], [str(ranks) for ranks in here[0]["ranks"]])
         axes.set_ylim(0, 1.02)

@@ -1,20 +1,20 @@
-"""A job that is killed again and again ends as one that was left alone: the same sha256 of the parameters, or this fails.
+"""A job that is killed again and again ends as an undisturbed one: the same sha256 of the parameters, or this fails.
 
     python benchmarks/torture.py                                    # 3 kills on one host
     python benchmarks/torture.py --kills 20 --seed 7 --json benchmarks/results/torture-MACHINE-DATE.json
     sudo python benchmarks/torture.py --hosts 2 --kills 10          # two hosts: network namespaces on this machine
 
-Kinds of a kill, drawn at random, each at a random step:
+Kinds of kills, sampled at random, each at a random step:
 
     rank       SIGKILL to a random rank
-    launcher   SIGKILL to a random launcher, whose ranks must be gone within 5 seconds
+    launcher   SIGKILL to a random launcher, whose ranks must exit within 5 seconds
     stop       SIGTERM to a random launcher: a clean stop
     freeze     SIGSTOP to a random rank: its peers must notice it
     host       SIGKILL to everything on a random host at once, the rendezvous host as likely as the other
-    partition  nothing passes between the hosts for 25 seconds
+    partition  no packet passes between the hosts for 25 seconds
 
-Like a Job controller, this script starts a launcher anew whenever one ends with another code than 0; it does nothing else.
-Recovery is the time from the kill to the first step that is done after it.
+Like a Job controller, this script restarts a launcher that exits with another code than 0; it does nothing else. Recovery is
+the time from the kill to the first step that is done after it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     """Run the job undisturbed and tortured, compare, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--kinds", help="kinds to draw from, with commas between (default: all that the hosts allow)")
+    parser.add_argument("--kinds", help="kinds to sample from, separated by commas (default: all that the hosts allow)")
     parser.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="2 needs root, iproute2 and util-linux")
     parser.add_argument("--ranks", type=int, default=2, help="ranks on each host (default: 2)")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -78,9 +78,9 @@ def main() -> None:
         generator = random.Random(arguments.seed)
         steps = sorted(generator.sample(range(5, arguments.steps - 15), arguments.kills))
         # Every kind comes once before one comes twice.
-        drawn = [kind for _ in range(arguments.kills) for kind in generator.sample(kinds, len(kinds))][: arguments.kills]
+        sampled = [kind for _ in range(arguments.kills) for kind in generator.sample(kinds, len(kinds))][: arguments.kills]
         tortured = Job(Path(scratch), "tortured", made, arguments.ranks, flags, generator)
-        tortured.run(kills=list(zip(steps, drawn, strict=True)))
+        tortured.run(kills=list(zip(steps, sampled, strict=True)))
         same = tortured.fingerprint() == expected and tortured.losses() == quiet.losses()
 
     rows = table(tortured, arguments, same)
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def table(job: Job, arguments: argparse.Namespace, same: bool) -> list[dict[str, Any]]:
-    """A row a kill, and one for the whole."""
+    """Return a row for each kill, and one for all."""
     command = f"python benchmarks/torture.py --hosts {arguments.hosts} --kills {arguments.kills} --seed {arguments.seed}"
     beside = {"ratio": None, "spread": None, **facts(("lmdist", "torch"), command)}
     beside["machine"] += f", {arguments.hosts} host(s) x {arguments.ranks} ranks"
@@ -115,7 +115,7 @@ def table(job: Job, arguments: argparse.Namespace, same: bool) -> list[dict[str,
 
 
 def prepare(scratch: Path) -> None:
-    """A data folder of a text in which every second word follows from the one before."""
+    """Prepare a data folder of a text in which every second word follows from the one before."""
     generator = random.Random(0)
     words = []
     for _ in range(40_000):
@@ -132,12 +132,12 @@ def prepare(scratch: Path) -> None:
 
 @dataclass
 class Job:
-    """One run, by a launcher on each host, and what is done to it."""
+    """One run, by a launcher on each host, and the kills of it."""
 
     scratch: Path
     name: str
     hosts: Sequence[Host | None]
-    """Where the launchers run; None is this machine as it is."""
+    """The hosts of the launchers; None is this machine as it is."""
     ranks: int
     flags: list[str]
     generator: random.Random = field(default_factory=random.Random)
@@ -169,7 +169,7 @@ class Job:
                 self.wait_for(lambda step=step: self.last_line().get("step", 0) >= step, 300)
                 at, killed = self.last_line()["step"], time.time()
                 note = getattr(self, kind)()
-                # A rank may just be writing a line when the kill comes. Nobody recovers within a second.
+                # A rank may be writing a line at the moment of the kill. No recovery takes less than a second.
                 self.wait_for(lambda killed=killed: self.last_line().get("time", 0) > killed + 1, 300)
                 self.recoveries.append((at, kind, self.last_line()["time"] - killed, note))
                 print(f"step {at}: {kind}, {note}; going on after {self.recoveries[-1][2]:.1f} s", flush=True)
@@ -179,23 +179,23 @@ class Job:
                 launcher.kill()
 
     def wait_for(self, condition: Any, seconds: float) -> None:
-        """Wait, and start launchers anew as they end."""
+        """Wait, and restart launchers that exit."""
         until = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > until:
                 logs = [(self.scratch / f"{self.name}-{host}.log").read_text()[-2000:] for host in range(len(self.hosts))]
-                raise TimeoutError(f"the job does not get on for {seconds} s\n" + "\n".join(logs))
+                raise TimeoutError(f"the job makes no progress for {seconds} s\n" + "\n".join(logs))
             for host, launcher in enumerate(self.launchers):
                 if launcher.poll() is not None and not self.finished():
                     self.launchers[host] = self.start(host)
             time.sleep(0.05)
 
     def finished(self) -> bool:
-        """Whether a launcher has ended well: the job is done, and nobody has to come back."""
+        """Return whether a launcher has exited with 0: the job is done, and no launcher is restarted."""
         return any(launcher.poll() == 0 for launcher in self.launchers)
 
     def last_line(self) -> dict[str, Any]:
-        """The last whole line of the run's metrics."""
+        """Return the last complete line of the run's metrics."""
         try:
             lines = (self.scratch / self.name / "metrics.jsonl").read_bytes().splitlines()
             return json.loads(lines[-1])
@@ -203,7 +203,7 @@ class Job:
             return {}
 
     def losses(self) -> dict[tuple[int, str], float]:
-        """Every loss that was logged; a step that is logged twice is an error."""
+        """Return every loss that was logged; a step that is logged twice is an error."""
         found: dict[tuple[int, str], float] = {}
         for line in (self.scratch / self.name / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
@@ -214,26 +214,26 @@ class Job:
         return found
 
     def fingerprint(self) -> str:
-        """The sha256 of the last checkpoint's parameters and of the training state."""
+        """Return the sha256 of the last checkpoint's parameters and training state."""
         newest = max((self.scratch / self.name / "checkpoints").glob("step-*"))
         digest = hashlib.sha256(newest.name.encode())
         for name in ("model.safetensors", "training.safetensors"):
             digest.update((newest / name).read_bytes())
         return digest.hexdigest()
 
-    def below(self, launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """A launcher's agent and ranks."""
+    def children(self, launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """Return a launcher's agent and ranks."""
         try:
             return psutil.Process(launcher.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
 
     def pick_rank(self) -> psutil.Process:
-        """A random rank."""
+        """Return a random rank."""
         found = [
             process
             for launcher in self.launchers
-            for process in self.below(launcher)
+            for process in self.children(launcher)
             if "lmdist.train" in process.cmdline() and "lmdist.job.agent" not in process.cmdline()
         ]
         return self.generator.choice(sorted(found, key=lambda process: process.pid))
@@ -253,16 +253,16 @@ class Job:
         return f"rank {number}"
 
     def launcher(self) -> str:
-        """Kill a launcher; what hung below it must be gone soon."""
+        """Kill a launcher; its child processes must be terminated soon."""
         host = self.generator.randrange(len(self.launchers))
-        below = self.below(self.launchers[host])
+        children = self.children(self.launchers[host])
         self.launchers[host].kill()
-        _, alive = psutil.wait_procs(below, timeout=5)
+        _, alive = psutil.wait_procs(children, timeout=5)
         assert not alive, f"orphans after 5 s: {alive}"
-        return f"host {host}, {len(below)} processes gone with it"
+        return f"host {host}, {len(children)} child processes terminated"
 
     def stop(self) -> str:
-        """Ask for a stop, as Kubernetes and Slurm do."""
+        """Request a stop, as Kubernetes and Slurm do."""
         host = self.generator.randrange(len(self.launchers))
         self.launchers[host].terminate()
         code = self.launchers[host].wait(timeout=60)
@@ -272,12 +272,12 @@ class Job:
     def host(self) -> str:
         """Kill everything on a host at once."""
         host = self.generator.randrange(len(self.launchers))
-        for process in [psutil.Process(self.launchers[host].pid), *self.below(self.launchers[host])]:
+        for process in [psutil.Process(self.launchers[host].pid), *self.children(self.launchers[host])]:
             process.kill()
         return f"host {host}" + (", the rendezvous host" if host == 0 else "")
 
     def partition(self) -> str:
-        """Let nothing pass between the hosts for a while."""
+        """Cut the connection between the hosts for a while."""
         host = self.hosts[0]
         assert host is not None, "a partition takes two hosts"
         host.unplug()
@@ -288,7 +288,7 @@ class Job:
 
 @contextmanager
 def machines(number: int) -> Iterator[Sequence[Host | None]]:
-    """This machine as it is, or two hosts on it."""
+    """Yield this machine as it is, or two hosts on it."""
     if number == 1:
         yield [None]
         return
@@ -297,7 +297,7 @@ def machines(number: int) -> Iterator[Sequence[Host | None]]:
 
 
 def process_rank(process: psutil.Process) -> str:
-    """The number of a rank."""
+    """Return the number of a rank."""
     return process.environ().get("RANK", "?")
 
 

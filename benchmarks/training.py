@@ -1,20 +1,20 @@
-"""How fast a step of training is, and in how much memory: lmdist against the plain PyTorch that people write.
+"""Speed and memory of a training step: lmdist against the plain PyTorch that people write.
 
     python benchmarks/training.py [--json benchmarks/results/training-MACHINE-DATE.json] [--plot FILE]     # one CPU core
     python benchmarks/training.py --quick
     python benchmarks/training.py --device cuda --json benchmarks/results/training-MACHINE-DATE.json       # 10 minutes
 
-On a CPU: the tutorial's model, that of pytorch/examples and AWD-LSTM, each with three vocabularies. The baseline stands below,
-labelled as such; it does the same work on the same words. Every variant is a process of its own on one core, and they take
-turns, a step or some each; so a machine that slows down slows all of them. lmdist's processes have the environment that
-lmdist-train gives them, the baseline's has none. Peak memory is that of the process less what it had before the model was made.
-The words are drawn by Zipf's law, so the adaptive head has about as many rare words as in English.
+On a CPU: the tutorial's model, that of pytorch/examples and AWD-LSTM, each with three vocabularies. The baseline is PlainJob
+below; it does the same work on the same tokens. Each variant is a process of its own on one core, and they take turns of some
+steps, so a machine that slows down slows all of them. lmdist's processes have the environment that lmdist-train sets, the
+baseline's has none. Peak memory is that of the process less what it had before the model was built. The tokens are sampled by
+Zipf's law, so the adaptive head has about as many rare tokens as in English.
 
-`parts` times the pieces of a step alone, against a floor: the time that its matrix products take at the speed of a large one.
+`parts` times the parts of a step alone, against a floor: the time of its matrix multiplications at the speed of a large one.
 
-On a GPU: a 3x1024 LSTM in all precisions with batches of 32 to 512 rows, the time of a step against its floor (5 us for each
-layer and word, FlashRNN's figure for a persistent kernel, or the matrix products at the speed of a large one, whichever is
-longer), and whether cuDNN's kernels were the persistent ones.
+On a GPU: a 3x1024 LSTM in all precisions with batch sizes of 32 to 512, the time of a step against its floor (5 us for each
+layer and token, FlashRNN's figure for a persistent kernel, or the matrix multiplications at the speed of a large one,
+whichever is longer), and whether cuDNN's kernels were the persistent ones.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from torch.nn import functional
 
 from lmdist.model.cuda_graph import Graphed
 from lmdist.model.language_model import LanguageModel
-from lmdist.model.loss import activation_penalty, summed_nats
+from lmdist.model.loss import summed_nats
 from lmdist.model.precision import Precision, choose, prepare_for
-from lmdist.settings import ModelSettings, OptimizerSettings
-from lmdist.training import optimizer
+from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings, Recipe
+from lmdist.training.distributed import World
+from lmdist.training.step import TrainingStep
 from origin import facts, write_rows
 
 BASELINE = "baseline"
@@ -56,17 +57,17 @@ class Case:
     name: str
     model: ModelSettings
     vocabulary_size: int
-    rows: int
+    batch_size: int
     length: int
     optimizer: OptimizerSettings
 
     @property
     def floating_point_operations(self) -> dict[str, float]:
-        """Of a step's matrix products, forward and backward, by part."""
-        words = self.rows * self.length
+        """Those of a step's matrix multiplications, forward and backward, by part."""
+        tokens = self.batch_size * self.length
         sizes = [self.model.embedding_size, *self.model.layer_sizes]
         layers = sum(8 * size * (size_in + size) for size_in, size in pairwise(sizes))
-        return {"LSTM": 3 * words * layers, "head": 6 * words * sizes[-1] * self.vocabulary_size}
+        return {"LSTM": 3 * tokens * layers, "head": 6 * tokens * sizes[-1] * self.vocabulary_size}
 
 
 def cases(quick: bool) -> list[Case]:
@@ -80,8 +81,8 @@ def cases(quick: bool) -> list[Case]:
         "AWD-LSTM 3x1150, 80 x 70": (ModelSettings(400, 1150, 3, 0.4, weight_dropout=0.5, tied=True), 80, 70, awd),
     }
     return [
-        Case(f"{name}, V {size // 1000}k", model, size, rows, length, settings)
-        for name, (model, rows, length, settings) in list(models.items())[: 2 if quick else 3]
+        Case(f"{name}, V {size // 1000}k", model, size, batch_size, length, settings)
+        for name, (model, batch_size, length, settings) in list(models.items())[: 2 if quick else 3]
         for size in ((10_000,) if quick else (10_000, 33_278, 200_000))
     ]
 
@@ -90,7 +91,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 class PlainModel(nn.Module):
-    """Embedding, one nn.LSTM where the layers allow it, and a linear layer to the logits of all words."""
+    """Embedding, one nn.LSTM if all layers have one size, and a linear layer to the logits of all tokens."""
 
     def __init__(self, settings: ModelSettings, vocabulary_size: int) -> None:
         super().__init__()
@@ -128,27 +129,27 @@ class PlainModel(nn.Module):
 
 
 class PlainJob:
-    """The loop's inside as people write it."""
+    """A training step as people write it."""
 
     def __init__(self, case: Case) -> None:
         self.settings = case.optimizer
         self.model = PlainModel(case.model, case.vocabulary_size)
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.settings.name]
-        self.optimiser = kind(self.model.parameters(), self.settings.learning_rate, weight_decay=self.settings.weight_decay)
+        self.optimizer = kind(self.model.parameters(), self.settings.learning_rate, weight_decay=self.settings.weight_decay)
         self.states: Any = None
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """A step; gives the nats a word."""
+        """Take a step; return the nats per token."""
         logits, raw, dropped, self.states = self.model(inputs, self.states)
         nats = loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         if self.settings.activation_penalty:
             loss = loss + self.settings.activation_penalty * dropped.pow(2).mean()
             loss = loss + self.settings.temporal_penalty * (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimiser.step()
+        self.optimizer.step()
         return nats.detach()
 
 
@@ -156,7 +157,7 @@ class PlainJob:
 
 
 class Job:
-    """The pieces of lmdist's loop, put together as loop.py does."""
+    """The training loop's own step, on batches that are on the device already."""
 
     def __init__(self, case: Case, precision: Precision, device: torch.device) -> None:
         torch.set_flush_denormal(True)
@@ -164,63 +165,42 @@ class Job:
         self.precision = precision
         self.device = device
         self.model = LanguageModel(case.model, case.vocabulary_size).to(device)
-        self.optimiser = optimizer.build(case.optimizer, self.model)
-        self.scaler = torch.GradScaler(device.type, enabled=precision.name == "fp16")
-        self.told = prepare_for(precision, self.model, device, case.rows, case.length)
-        self.state = self.model.initial_state(case.rows)
-        fits = device.type == "cuda" and case.model.head == "full"
-        self.part = Graphed(self.forward_backward, self.model) if fits else self.forward_backward
-
-    def forward_backward(self, inputs: Tensor, targets: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        """Loss and gradients."""
-        settings = self.case.optimizer
-        with self.precision.autocast(self.device):
-            raw, (h, c) = self.model(inputs, (h, c))
-            hidden = self.model.dropout(raw)
-            nats = summed_nats(hidden, self.model.projection, targets)
-            loss = nats / targets.numel()
-            if settings.activation_penalty:
-                loss = loss + activation_penalty(raw, hidden, settings.activation_penalty, settings.temporal_penalty)
-        self.scaler.scale(loss).backward()
-        return nats.detach(), h.detach(), c.detach()
-
-    def update(self) -> None:
-        """The optimizer's step."""
-        self.scaler.unscale_(self.optimiser)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.case.optimizer.clip or torch.inf)
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
+        data = DataSettings(global_batch=case.batch_size, window=case.length)
+        recipe = Recipe(data=data, model=case.model, optimizer=case.optimizer)
+        self.training_step = TrainingStep(recipe, self.model, precision, World(0, 1, device))
+        prepare_for(precision, self.model, device, case.batch_size, case.length)
+        self.weight = torch.full((), 1 / (case.batch_size * case.length), device=device)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """A step; gives the nats a word."""
-        nats, *state = self.part(inputs, targets, *self.state)
-        self.state = state[0], state[1]
-        self.update()
-        return nats / targets.numel()
+        """Take a step; return the nats per token."""
+        training_step = self.training_step
+        nats, *state = training_step.compute_part(inputs, targets, self.weight, *training_step.state)
+        training_step.state = tuple(state)
+        training_step.clip_and_update(self.case.optimizer.learning_rate)
+        return nats * self.weight
 
 
 # --- a process for each variant --------------------------------------------------------------------------------------
 
 
-def words(case: Case, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of words drawn by Zipf's law, with Mandelbrot's 2.7."""
+def batches_of(case: Case, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of tokens sampled by Zipf's law, with Mandelbrot's 2.7."""
     frequency = 1 / (torch.arange(case.vocabulary_size, dtype=torch.float64) + 2.7)
     generator = torch.Generator().manual_seed(0)
     while True:
-        tokens = torch.multinomial(frequency, case.rows * (case.length + 1), replacement=True, generator=generator)
-        tokens = tokens.view(case.rows, -1).to(device)
+        tokens = torch.multinomial(frequency, case.batch_size * (case.length + 1), replacement=True, generator=generator)
+        tokens = tokens.view(case.batch_size, -1).to(device)
         yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def worker(case: Case, variant: str) -> None:
-    """Answers each line on stdin, a number of steps, by the seconds they took; `parts` by the pieces' seconds."""
+    """Answer each line on stdin, a number of steps, by the seconds they took; `parts` by the seconds of the parts."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cpu = torch.device("cpu")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    job = PlainJob(case) if variant == BASELINE else Job(case, choose("auto", "", cpu, case.model, case.rows), cpu)
-    batches = words(case, cpu)
+    job = PlainJob(case) if variant == BASELINE else Job(case, choose("auto", "", cpu, case.model, case.batch_size), cpu)
+    batches = batches_of(case, cpu)
     for line in sys.stdin:
         if line.strip() == "parts":
             assert isinstance(job, Job)
@@ -239,11 +219,11 @@ def worker(case: Case, variant: str) -> None:
 
 
 def parts(job: Job, inputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """The median seconds of the pieces of a step, each alone."""
+    """Return the median seconds of the parts of a step, each alone."""
 
     def lstm() -> None:
         with job.precision.autocast(job.device):
-            raw, _ = job.model(inputs, job.state)
+            raw, _ = job.model(inputs, job.training_step.state)
         raw.backward(torch.ones_like(raw))
 
     hidden = torch.rand(*targets.shape, job.model.layer_sizes[-1]).sub_(0.5).requires_grad_()
@@ -257,7 +237,7 @@ def parts(job: Job, inputs: Tensor, targets: Tensor) -> dict[str, float]:
         for parameter in job.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         began.append(time.perf_counter())
-        job.update()
+        job.training_step.clip_and_update(job.case.optimizer.learning_rate)
 
     began: list[float] = []
     found = {}
@@ -267,15 +247,15 @@ def parts(job: Job, inputs: Tensor, targets: Tensor) -> dict[str, float]:
             began.append(time.perf_counter())
             piece()
             seconds.append(time.perf_counter() - began[-1])
-            job.optimiser.zero_grad(set_to_none=True)
+            job.training_step.optimizer.zero_grad(set_to_none=True)
         found[piece.__name__] = statistics.median(seconds)
     left, right = torch.rand(1024, 1024), torch.rand(1024, 8192)
-    found["operations a second"] = 2 * 1024 * 1024 * 8192 / min(seconds_of(lambda: left @ right) for _ in range(5))
+    found["operations per second"] = 2 * 1024 * 1024 * 8192 / min(seconds_of(lambda: left @ right) for _ in range(5))
     return found
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Return the seconds an action takes."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
@@ -300,7 +280,7 @@ class Worker:
         )
 
     def ask(self, question: str) -> dict[str, Any]:
-        """Its answer."""
+        """Return its answer to a question."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"{question}\n")
@@ -308,12 +288,12 @@ class Worker:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        """End it."""
+        """Let the process end, and wait for it."""
         self.process.communicate()
 
 
 def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[str, Any]]:
-    """The rows of a case."""
+    """Return the rows of a case."""
     adaptive = ModelSettings(**{**asdict(case.model), "tied": False, "head": "adaptive"})
     variants = {
         BASELINE: case,
@@ -329,7 +309,7 @@ def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[
         for _ in range(rounds):
             for variant, count in counts.items():
                 last[variant] = workers[variant].ask(str(count))
-                taken[variant].append(case.rows * case.length * count / last[variant]["seconds"])
+                taken[variant].append(case.batch_size * case.length * count / last[variant]["seconds"])
         pieces = workers["lmdist"].ask("parts")
     finally:
         for worker_ in workers.values():
@@ -342,15 +322,15 @@ def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[
                 "case": case.name,
                 "variant": variant,
                 "value": round(value, 1),
-                "unit": "words/s",
+                "unit": "tokens/s",
                 "spread": round(max(speeds) - min(speeds), 1),
                 "ratio": round(value / statistics.median(taken[BASELINE]), 2),
                 "peak_mib": last[variant]["peak_mib"],
                 "precision": last[variant]["precision"],
             }
         )
-    step = case.rows * case.length / statistics.median(taken["lmdist"])
-    floors = {name: operations / pieces["operations a second"] for name, operations in case.floating_point_operations.items()}
+    step = case.batch_size * case.length / statistics.median(taken["lmdist"])
+    floors = {name: operations / pieces["operations per second"] for name, operations in case.floating_point_operations.items()}
     for piece, name in (("lstm", "LSTM"), ("head", "head"), ("update", "clipping and update")):
         floor = floors.get(name)
         rows.append(
@@ -368,12 +348,12 @@ def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[
     return rows
 
 
-def corpus_words(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Words of the corpus a second: stride-1 windows read each of them 19 times, streams once."""
-    found = {(row["case"], row["variant"]): row for row in rows if row["unit"] == "words/s"}
+def corpus_tokens(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of tokens of the corpus per second: stride-1 windows read each token 19 times, streams once."""
+    found = {(row["case"], row["variant"]): row for row in rows if row["unit"] == "tokens/s"}
     made = []
     for case in sorted({row["case"] for row in rows if row["case"].startswith("tutorial")}):
-        same = {"case": f"{case}, a word of the corpus", "unit": "corpus words/s"}
+        same = {"case": f"{case}, per token of the corpus", "unit": "corpus tokens/s"}
         windows, streams = found[case, BASELINE], found[case, "lmdist"]
         speed, spread = (round(windows[name] / 19, 1) for name in ("value", "spread"))
         made.append({**windows, **same, "variant": f"{BASELINE}, windows of stride 1", "value": speed, "spread": spread})
@@ -384,16 +364,16 @@ def corpus_words(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def measure_on_gpu(rows: int, name: str, quick: bool) -> dict[str, Any]:
-    """The row of one batch size and precision, for a 3x1024 LSTM of AWD's class."""
+def measure_on_gpu(batch_size: int, name: str, quick: bool) -> dict[str, Any]:
+    """Return the row of one batch size and precision, for a 3x1024 LSTM of AWD's class."""
     settings = ModelSettings(1024, 1024, 3, 0.4, tied=True)
-    case = Case("3x1024 tied, V 33k", settings, 33_278, rows, 70, OptimizerSettings("adamw", 1e-3, clip=0.25))
+    case = Case("3x1024 tied, V 33k", settings, 33_278, batch_size, 70, OptimizerSettings("adamw", 1e-3, clip=0.25))
     device = torch.device("cuda")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     job = Job(case, Precision(name, ""), device)
-    batches = [batch for batch, _ in zip(words(case, device), range(4), strict=False)]
+    batches = [batch for batch, _ in zip(batches_of(case, device), range(4), strict=False)]
 
     def steps(count: int) -> float:
         torch.cuda.synchronize()
@@ -420,29 +400,30 @@ def measure_on_gpu(rows: int, name: str, quick: bool) -> dict[str, Any]:
     torch.cuda.synchronize()
     rate = 10 * 2 * 4096 * 4096 * 32768 / (time.perf_counter() - began)
     floor = max(2 * PERSISTENT_SECONDS * 3 * case.length, sum(case.floating_point_operations.values()) / rate)
-    speeds = [rows * case.length / value for value in seconds]
+    compute = job.training_step.compute_part
+    speeds = [batch_size * case.length / value for value in seconds]
     return {
         "case": case.name,
-        "variant": f"{name}, {rows} rows x {case.length}",
+        "variant": f"{name}, {batch_size} x {case.length}",
         "value": round(statistics.median(speeds)),
-        "unit": "words/s",
+        "unit": "tokens/s",
         "spread": round(max(speeds) - min(speeds)),
         "ratio": None,
         "peak_mib": round(peak / 2**20),
         "precision": name,
         "share_of_floor": round(floor / statistics.median(seconds), 3),
         "persistent_kernel": any("persist" in kernel.lower() for kernel in kernels),
-        "cuda_graph": isinstance(job.part, Graphed) and job.part.replay is not None,
+        "cuda_graph": isinstance(compute, Graphed) and compute.replay is not None,
         "lstm_kernels": sorted(kernel for kernel in kernels if "lstm" in kernel.lower() or "rnn" in kernel.lower())[:4],
     }
 
 
 def gpu_rows(quick: bool) -> Iterator[dict[str, Any]]:
-    """All rows of a GPU; the ratio is to fp32 with as many rows."""
-    for rows in (64,) if quick else (32, 64, 128, 256, 512):
+    """Yield all rows of a GPU; the ratio is to fp32 at the same batch size."""
+    for batch_size in (64,) if quick else (32, 64, 128, 256, 512):
         baseline = None
         for name in ("fp32", "tf32", "bf16", "fp16"):
-            row = measure_on_gpu(rows, name, quick)
+            row = measure_on_gpu(batch_size, name, quick)
             baseline = baseline or row["value"]
             yield {**row, "ratio": round(row["value"] / baseline, 2)}
 
@@ -477,7 +458,7 @@ def main() -> None:
                 rows += measure_on_cpu(case, arguments.rounds, 2.0)
                 for row in rows[-6:]:
                     show(row)
-        for row in corpus_words(rows):
+        for row in corpus_tokens(rows):
             rows.append(row)
             show(row)
     command = f"python benchmarks/training.py{' --device cuda' if arguments.device == 'cuda' else ''}"
@@ -490,7 +471,7 @@ def main() -> None:
 
 
 def show(row: dict[str, Any]) -> None:
-    """A line of the table."""
+    """Print a line of the table."""
     ratio = "" if row["ratio"] is None else f"{row['ratio']:>8.2f}x"
     memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:>8,} MiB"
     more = f"  {row['share_of_floor']:.0%} of the floor" if "share_of_floor" in row else ""
@@ -498,13 +479,13 @@ def show(row: dict[str, Any]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Speeds and memory of the variants of each case, against the baseline's."""
+    """Draw speeds and memory of the variants of each case, relative to the baseline's."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    measured = [row for row in rows if row["unit"] == "words/s"]
+    measured = [row for row in rows if row["unit"] == "tokens/s"]
     names = list(dict.fromkeys(row["case"] for row in measured))
     variants = list(dict.fromkeys(row["variant"] for row in measured))
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 0.55 * len(names) + 1.6), sharey=True, layout="constrained")
@@ -516,7 +497,7 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
         memory.barh(places, [found[name]["peak_mib"] / base[name]["peak_mib"] for name in names], 0.24)
     speed.set_yticks(range(len(names)), names)
     speed.invert_yaxis()
-    speed.set_xlabel("words a second, plain PyTorch = 1")
+    speed.set_xlabel("tokens per second, plain PyTorch = 1")
     memory.set_xlabel("peak memory, plain PyTorch = 1")
     for axes in (speed, memory):
         axes.axvline(1, color="black", linewidth=0.8)

@@ -1,8 +1,8 @@
-"""Perplexity, for what trains and for what scores without torch."""
+"""Perplexity, for training and for scoring without torch."""
 
 import math
 
 
 def perplexity(nats: float) -> float:
-    """exp(nats a word), infinite where that is more than a float holds."""
+    """Return exp(`nats` per token), infinite if that overflows a float."""
     return math.exp(nats) if nats < 700 else math.inf

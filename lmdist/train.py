@@ -1,7 +1,7 @@
 """The training job: `torchrun --nproc_per_node=4 -m lmdist.train [--config recipe.toml] [--section.key value ...]`.
 
-Reads the recipe, joins the job, and calls the loop in loop.py. torch is imported only when the recipe is right, so that
-help and a wrong flag are answered at once; rank 0 alone speaks.
+Reads the recipe, joins the job, and calls the loop in training/loop.py. torch is imported after the recipe is checked, so that
+`--help` and usage errors are fast. Only rank 0 prints.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lmdist.text.prepare import prepare
 from lmdist.tracking.run_folder import JOB_LOCK
 
 LOCK_PATIENCE = 20.0
-"""Seconds to wait for a job that is just ending, such as the one before a restart."""
+"""Seconds to wait for a job that is just exiting, such as the one before a restart."""
 PEERS_FIRST = 2.0
-"""Seconds that a rank waits which lost a peer, so that torchrun sees first what ended the peer, or made a mistake that others
-make as well."""
+"""Seconds that a rank waits before it exits for a lost peer, or for an error that rank 0 has as well: torchrun reports the rank
+that exits first."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if not distributed.lost_peer(error):
                     raise
                 time.sleep(PEERS_FIRST)
-                raise Stopped("a rank is not there any more; --resume auto goes on from the last checkpoint") from None
+                raise Stopped("another rank was lost; --resume auto goes on from the last checkpoint") from None
 
 
 @contextmanager
 def after_rank_0() -> Iterator[None]:
-    """Hold a mistake back for a moment: rank 0 makes it too and says so, unless torchrun ends it first for another's end."""
+    """Delay a user's error: rank 0 has it too and prints it, unless torchrun ends rank 0 because this rank exits first."""
     try:
         yield
     except (UsageError, DataError, MissingInputError):
@@ -72,11 +72,11 @@ def after_rank_0() -> Iterator[None]:
 
 
 def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
-    """Make the data folder on rank 0 where the recipe says from what; the other ranks wait until it is there."""
+    """Prepare the data folder on rank 0 if it is absent and the recipe names its text; other ranks wait until it exists."""
     folder = Path(recipe.data.folder)
     settings = recipe.prepare
     if folder == Path(DataSettings.folder) and not (settings.inputs or settings.train):
-        # Whoever says how words are found gets just that.
+        # Any setting of `prepare` replaces all of the demo's.
         settings = DEMO_SETTINGS if settings == PrepareSettings() else dataclasses.replace(settings, inputs=[DEMO])
     if folder.exists() or not (settings.inputs or settings.train):
         return

@@ -185,11 +185,12 @@ def export(
 ) -> dict[str, Any]:
     """Write and verify the bundle; give its manifest."""
     from lmdist.storage.atomic import atomic_folder
-    from lmdist.training import checkpoint
+    from lmdist.training.checkpoints.read import load_model
+    from lmdist.training.checkpoints.retain import find_checkpoint
     from lmdist_export.conversion.tokenizer_json import TOKENIZER, obstacle, text_of
 
-    path = checkpoint.find(run_or_checkpoint)
-    model, origin = checkpoint.load_model(path)
+    path = find_checkpoint(run_or_checkpoint)
+    model, origin = load_model(path)
     held_out = held_out_text(origin, data)
     if held_out is None and precision not in ("fp32", "fp16"):
         raise UsageError(f"--precision {precision} needs held-out text to know what it costs: give its folder by --data")
@@ -257,12 +258,14 @@ def write_bundle(
     from lmdist.storage.checksums import checksums
     from lmdist.storage.reading import write_json
     from lmdist.text.vocabulary import Vocabulary
-    from lmdist.tracking.run_folder import read_note
-    from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
+    from lmdist.tracking.run_folder import read_metadata
+    from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
     from lmdist_export.conversion.convert import write_graphs
     from lmdist_export.conversion.tokenizer_json import write_tokenizer
     from lmdist_export.conversion.verify import MOST_LOSS, TOLERANCES, check_perplexity, check_values
-    from lmdist_export.sampling.sampler import Sampler, runtime_version
+    from lmdist_export.options import GenerationConfig
+    from lmdist_export.sampling.runtime import runtime_version
+    from lmdist_export.sampling.sampler import Sampler
     from lmdist_export.serving.mlflow_model import write_model
 
     if precision == "int4" and model.settings.head == "adaptive":
@@ -300,18 +303,19 @@ def write_bundle(
     }
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / "manifest.json", manifest)
-    write_model(folder, read_note(path.parent.parent).get("run_id"))
+    write_model(folder, read_metadata(path.parent.parent).get("run_id"))
     return manifest
 
 
 def export_sherpa(run_or_checkpoint: Path, output: Path) -> str:
     """Write and verify the model as sherpa-onnx takes it; give the lines that say so."""
     from lmdist.text.vocabulary import Vocabulary
-    from lmdist.training import checkpoint
+    from lmdist.training.checkpoints.read import load_model
+    from lmdist.training.checkpoints.retain import find_checkpoint
     from lmdist_export.conversion import sherpa
 
-    path = checkpoint.find(run_or_checkpoint)
-    model, origin = checkpoint.load_model(path)
+    path = find_checkpoint(run_or_checkpoint)
+    model, origin = load_model(path)
     made_of = f"{run_name(path)}, step {origin['progress']['step']:,}"
     say(f"{path}: {made_of}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}")
     differences = sherpa.write(model, Vocabulary.load(path / "vocab.txt"), output, made_of)
@@ -323,7 +327,7 @@ def held_out_text(origin: dict[str, Any], data: str | None) -> tuple[str, np.nda
 
     It is the valid split, or where there is none another: what is compared is two runtimes, not two models.
     """
-    from lmdist.training.data import Folder
+    from lmdist.training.data import DataFolder
 
     if data == "none":
         return None
@@ -333,7 +337,7 @@ def held_out_text(origin: dict[str, Any], data: str | None) -> tuple[str, np.nda
             f"the data folder {path} is not there, and with it the held-out text: say where it is by --data FOLDER, "
             "or do without by --data none"
         )
-    folder = Folder(path)
+    folder = DataFolder(path)
     folder.check_vocabulary(origin)
     split = next(name for name in ("valid", "test", "train") if folder.has(name))
     tokens = folder.tokens(split)

@@ -1,1 +1,1 @@
-"""The language model and how it computes: LSTM layers, loss, precision, CUDA graphs. Knows no optimizer, ranks or files."""
+"""The language model and how it is computed: LSTM layers, loss, precision, CUDA graphs. Knows no optimizer, ranks or files."""

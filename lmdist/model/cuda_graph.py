@@ -1,8 +1,8 @@
-"""Forward and backward of a step as one CUDA graph: the GPU is told once what to launch, and does it again for each batch.
+"""Forward and backward of a step as one CUDA graph, recorded once and replayed for each batch.
 
 A step of an LSTM is hundreds of short kernels, and launching them one by one takes longer than running them. Only batches of
-one shape can share a graph; others, such as the last and shorter one of an epoch, run as they always did. The first answer of
-a graph is compared with the one without it. This module does not know what is computed.
+one shape can share a graph; others, such as the last and shorter one of an epoch, run without it. The first replay is compared
+with the result without a graph. This module does not know what is computed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 3
-"""Calls before the recording: cuBLAS and cuDNN choose their kernels in them."""
+"""Calls before the recording, in which cuBLAS and cuDNN choose their kernels."""
 
 TOLERANCE = 0.02
-"""The largest relative difference allowed between a result of the graph and of the function."""
+"""The largest relative error allowed of a result of the graph, by norm."""
 
 Function = Callable[..., tuple[Tensor, ...]]
 
 
 class Graphed:
-    """A function of tensors that also fills the gradients of `model`, replayed where its arguments have their usual shapes.
+    """A function of tensors that also fills the gradients of `model`, replayed if its arguments have their usual shapes.
 
-    The gradients must be None before each call: one graph writes them, and does not add to them.
+    The gradients must be None before each call: a graph overwrites them, and does not add to them.
     """
 
     def __init__(self, function: Function, model: nn.Module) -> None:
@@ -36,7 +36,7 @@ class Graphed:
         self.replay: Function | None = None
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        """What the function gives."""
+        """Return the results of the function."""
         shapes = [argument.shape for argument in arguments]
         if self.calls == 0:
             self.shapes = shapes
@@ -50,7 +50,7 @@ class Graphed:
         return self.replay(*arguments)
 
     def record(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Record the graph and compare it with the function; where that fails, go on without one."""
+        """Record the graph and compare it with the function; if that fails, go on without a graph."""
         generator = torch.cuda.get_rng_state()
         expected = self.function(*arguments), [parameter.grad for parameter in self.parameters]
         try:
@@ -60,13 +60,13 @@ class Graphed:
             replay = recorded(self.function, arguments, self.parameters)
             torch.cuda.set_rng_state(generator)
             found = replay(*arguments), [parameter.grad for parameter in self.parameters]
-            worst = largest_difference([*found[0], *found[1]], [*expected[0], *expected[1]])
-            if not worst <= TOLERANCE:
-                raise RuntimeError(f"its results differ by {worst:.2g}")
+            error = max_relative_error([*found[0], *found[1]], [*expected[0], *expected[1]])
+            if not error <= TOLERANCE:
+                raise RuntimeError(f"its results differ by {error:.2g}")
             self.replay = replay
-        except RuntimeError as error:
+        except RuntimeError as failure:
             self.calls = -1
-            reason = str(error).partition("\n")[0]
+            reason = str(failure).partition("\n")[0]
             sys.stderr.write(f"warning: training goes on without a CUDA graph, more slowly: {reason}\n")
             for parameter, gradient in zip(self.parameters, expected[1], strict=True):
                 parameter.grad = gradient
@@ -75,7 +75,7 @@ class Graphed:
 
 
 def recorded(function: Function, arguments: tuple[Tensor, ...], parameters: list[nn.Parameter]) -> Function:
-    """`function` as a CUDA graph; what it gives and the gradients are copies, or lie where the next replay writes them."""
+    """Return `function` as a CUDA graph; its results are copies, its gradients are overwritten by the next replay."""
     inputs = [argument.clone() for argument in arguments]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -83,8 +83,8 @@ def recorded(function: Function, arguments: tuple[Tensor, ...], parameters: list
     gradients = [parameter.grad for parameter in parameters]
 
     def replay(*arguments: Tensor) -> tuple[Tensor, ...]:
-        for kept, given in zip(inputs, arguments, strict=True):
-            kept.copy_(given)
+        for buffer, argument in zip(inputs, arguments, strict=True):
+            buffer.copy_(argument)
         graph.replay()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -93,13 +93,13 @@ def recorded(function: Function, arguments: tuple[Tensor, ...], parameters: list
     return replay
 
 
-def largest_difference(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
-    """The largest difference between two tensors of the lists, relative to the norm of the expected one."""
-    worst = 0.0
-    for here, there in zip(found, expected, strict=True):
-        if here is None or there is None:
-            assert here is there, (here, there)
+def max_relative_error(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    """Return the largest relative error, by norm, of a tensor of `found` against its counterpart in `expected`."""
+    largest = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours is None or theirs is None:
+            assert ours is theirs, (ours, theirs)
             continue
-        difference = (here.float() - there.float()).norm() / there.float().norm().clamp(min=1e-30)
-        worst = max(worst, difference.nan_to_num(torch.inf).item())
-    return worst
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-30)
+        largest = max(largest, error.nan_to_num(torch.inf).item())
+    return largest

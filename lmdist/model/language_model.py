@@ -1,10 +1,9 @@
 """The language model: embedding, a stack of single-layer LSTMs, and the weights of the projection to the vocabulary.
 
-One forward serves training, evaluation and verification: `(tokens, state) -> (hidden, state)`. In training the logits are
-made in loss.py, some at a time, and in production by the exported graph. The model knows nothing of losses, optimizers, ranks
-or files.
+One forward serves training, evaluation and verification: `(tokens, state) -> (hidden, state)`. In training loss.py computes
+the logits, chunk by chunk; in production the exported graph does. The model knows neither losses, optimizers, ranks nor files.
 
-Shapes: B rows, T words, V vocabulary, E embedding, H hidden, S the sum of the layers' sizes.
+Shapes: B batch size, T tokens, V vocabulary, E embedding, H hidden, S the sum of the layers' hidden sizes.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lmdist.model.lstm import Layer
+from lmdist.model.lstm import STATE_PARTS, Layer, State
 from lmdist.settings import ModelSettings
-
-State = tuple[Tensor, Tensor]
-"""(h, c), each (B, S): the layers' states side by side, so that row b is everything the model knows about stream b."""
 
 
 class LanguageModel(nn.Module):
-    """Embedding, LSTM layers with dropout between them, and the projection's parameters."""
+    """Embedding, LSTM layers with dropout between them, and the projection's parameters.
+
+    The model's state has the parts of a layer's, each (B, S): the layers' states side by side.
+    """
 
     def __init__(self, settings: ModelSettings, vocabulary_size: int) -> None:
         super().__init__()
@@ -33,7 +32,7 @@ class LanguageModel(nn.Module):
         input_sizes = [settings.embedding_size, *self.layer_sizes[:-1]]
         # Single layers, not nn.LSTM(num_layers=N): only those can take cuDNN's persistent kernels.
         self.layers = nn.ModuleList(
-            Layer(size_in, size, settings.weight_dropout) for size_in, size in zip(input_sizes, self.layer_sizes, strict=True)
+            Layer(*sizes, settings.weight_dropout) for sizes in zip(input_sizes, self.layer_sizes, strict=True)
         )
         self.dropout = nn.Dropout(settings.dropout)
         # An embedding of the usual 0.1 gives the LSTM inputs so small that it stays at the unigram model for hundreds of
@@ -51,41 +50,41 @@ class LanguageModel(nn.Module):
             if settings.tied:
                 self.projection.weight = self.embedding.weight
 
-    def initial_state(self, rows: int) -> State:
-        """The state before the first word: zeros (rows, S), on the model's device."""
-        zeros = torch.zeros(rows, sum(self.layer_sizes), device=self.embedding.weight.device)
-        return zeros, zeros.clone()
+    def initial_state(self, batch_size: int) -> State:
+        """Return the state before the first token: zeros, each part (B, S), on the model's device."""
+        shape, device = (batch_size, sum(self.layer_sizes)), self.embedding.weight.device
+        return tuple(torch.zeros(shape, device=device) for _ in STATE_PARTS)
 
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read `tokens` (B, T) from `state` on; give the last layer's output (B, T, H), not dropped out yet, and the state.
+        """Return the last layer's outputs (B, T, H) for `tokens` (B, T), before dropout, and the state after them.
 
         The state is fp32 in any precision: a cell that is rounded at every batch forgets.
         """
         assert tokens.ndim == 2, tokens.shape
-        assert state[0].shape == state[1].shape == (len(tokens), sum(self.layer_sizes)), (tokens.shape, state[0].shape)
+        expected = (len(tokens), sum(self.layer_sizes))  # (B, S)
+        assert all(part.shape == expected for part in state), (tokens.shape, [part.shape for part in state])
         hidden = self.dropout(self.embedding(tokens))  # (B, T, E)
-        last_h, last_c = [], []
-        states = zip(state[0].split(self.layer_sizes, dim=1), state[1].split(self.layer_sizes, dim=1), strict=True)
-        for number, (layer, (h, c)) in enumerate(zip(self.layers, states, strict=True)):
+        layer_states = zip(*(part.split(self.layer_sizes, dim=1) for part in state), strict=True)
+        new_states: list[State] = []
+        for number, (layer, layer_state) in enumerate(zip(self.layers, layer_states, strict=True)):
             if number:
                 hidden = self.dropout(hidden)
-            hidden, (h, c) = layer(hidden, (h.contiguous(), c.contiguous()))  # (B, T, H)
-            last_h.append(h.float())
-            last_c.append(c.float())
-        return hidden, (torch.cat(last_h, dim=1), torch.cat(last_c, dim=1))
+            hidden, new_state = layer(hidden, tuple(part.contiguous() for part in layer_state))  # (B, T, H)
+            new_states.append(tuple(part.float() for part in new_state))
+        return hidden, tuple(torch.cat(parts, dim=1) for parts in zip(*new_states, strict=True))  # parts (B, S)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of all words whose softmax is their probability: (..., H) -> (..., V); for few words at a time."""
+        """Return the logits of all tokens of the vocabulary, (..., H) -> (..., V), for a few positions at a time."""
         if isinstance(self.projection, nn.Linear):
             return self.projection(hidden)
         return self.projection.log_prob(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
 
 
 def cutoffs(vocabulary_size: int) -> list[int]:
-    """Where the words of the adaptive softmax become rare, and where very rare.
+    """Return the token ids at which the clusters of rare and of very rare tokens of the adaptive softmax begin.
 
-    The frequent words are ten times the vocabulary's square root: of WikiText-2's 33,278 the first 1,820, which are 76 % of
-    its text. The second cut divides the rest evenly on a logarithmic scale.
+    The frequent tokens are ten times the vocabulary's square root: of WikiText-2's 33,278 the first 1,820, which are 76 % of
+    its text. The second cutoff divides the rest evenly on a logarithmic scale.
     """
     first = min(10 * math.isqrt(vocabulary_size), vocabulary_size // 2)
     return sorted({first, math.isqrt(first * vocabulary_size)})

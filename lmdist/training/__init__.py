@@ -1,1 +1,4 @@
-"""The training loop and its parts: batches, ranks, step, optimizer, checkpoints, evaluation."""
+"""Training: batches, ranks, the step, the loop, optimizers, checkpoints, reports, evaluation.
+
+Read loop.py first. The wing below it is the model; the commands above it are train.py and the launcher.
+"""

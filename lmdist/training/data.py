@@ -1,27 +1,26 @@
 """From a token file to this rank's part of global batch number s.
 
 A batch is a pure function of (seed, s): the position in the data is one integer, whatever the number of ranks. Windows are
-never written out; they are cut from the memory-mapped file when their turn comes.
+cut from the memory-mapped file when they are needed, and never written.
 
-streams (G = 3 rows, window = 4): the file is cut into G contiguous streams, read side by side, the LSTM's state carried
-from batch to batch. Each word is predicted once an epoch, the first one of the file from an end mark.
+streams (G = 3, window = 4): the file is cut into G contiguous streams, read side by side, the LSTM's state carried from
+batch to batch. Each token is predicted once per epoch, the first one of the file from an end mark.
 
     file      a b c d e f g h i j k l m n o p
-    row 0     a b c d | e              rows 0 and 1 are one word shorter than row 2: their last
-    row 1     f g h i | j              window has a hole, which counts for nothing
-    row 2     k l m n | o p
+    stream 0  a b c d | e              streams 0 and 1 are one token shorter than stream 2: their last
+    stream 1  f g h i | j              window has padding, which the loss ignores
+    stream 2  k l m n | o p
               batch 0 | batch 1
 
-windows (window = 4, stride = 3): independent windows of `window` words every `stride` words, each from a zero state. The
-first `window - 1` words of one are read, the last `window - 1` are predicted. Shuffled anew in each epoch.
+windows (window = 4, stride = 3): independent windows of `window` tokens every `stride` tokens, each from a zero state. The
+first `window - 1` tokens of one are read, the last `window - 1` are predicted. Shuffled anew in each epoch.
 
     file      a b c d e f g h i j
     window 0  a b c d                  reads a b c, predicts b c d
     window 1        d e f g            reads d e f, predicts e f g
     window 2              g h i j
 
-Shapes: G rows of the global batch, R rows of this rank, T words. This module does not know the model, nor where the ranks
-run.
+Shapes: G global batch size, B batch size of this rank, T tokens. This module knows neither the model nor where the ranks run.
 """
 
 from __future__ import annotations
@@ -35,11 +34,10 @@ from torch import Tensor
 
 from lmdist.errors import DataError, MissingInputError
 from lmdist.model.loss import IGNORED
-from lmdist.settings import SPLITS, DataSettings
+from lmdist.settings import DataSettings
 from lmdist.storage.checksums import verify_checksums
-from lmdist.storage.reading import check_folder, file_size, read_json
-from lmdist.storage.schema import check_schema, check_version
-from lmdist.text.data_folder import FORMAT, META, VERSION
+from lmdist.storage.reading import check_folder, file_size
+from lmdist.text.data_folder import TEXT, VOCABULARY, read_meta, token_file
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END_ID, Vocabulary
 
@@ -48,72 +46,72 @@ class Batch(NamedTuple):
     """One rank's part of a global batch."""
 
     inputs: Tensor
-    """Words to read, (R, T) int64."""
+    """Tokens to read, (B, T) int64."""
     targets: Tensor
-    """The word after each, (R, T) int64; IGNORED where there is none."""
-    tokens: int
-    """Words predicted in the whole global batch."""
-    fresh: bool
-    """The state before this batch is zero."""
+    """The token after each, (B, T) int64; IGNORED for padding."""
+    num_tokens: int
+    """Tokens predicted in the global batch."""
+    state_reset: bool
+    """Whether the state before this batch is zero."""
 
-    def words(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs and targets on a device; a GPU fetches them while it still computes the batch before."""
+    def tensors_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets on a device; copies to a GPU run while it still computes the previous batch."""
         if device.type == "cpu":
             return self.inputs, self.targets
         inputs, targets = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.inputs, self.targets))
         return inputs, targets
 
 
-class Folder:
-    """A data folder: its facts, and its token files as memory-mapped arrays."""
+class DataFolder:
+    """A data folder: its meta.json, tokenizer and vocabulary, and its token files as memory-mapped arrays."""
 
     def __init__(self, path: Path) -> None:
-        """Read all but the token files: a job must not learn after hours that the words are not there to be written."""
-        check_folder(path, f"a data folder is expected: lmdist-prepare YOUR.csv -o {path} makes it")
-        meta_json = path / "meta.json"
+        """Read all but the token files: a sample hours later needs the vocabulary and the tokenizer."""
+        check_folder(path, f"a data folder is expected: lmdist-prepare YOUR.csv -o {path} writes it")
         self.path = path
-        self.meta: dict[str, Any] = read_json(meta_json)
-        check_version(self.meta, (FORMAT, VERSION), meta_json)
-        check_schema(self.meta, META, meta_json)
-        files, words = self.meta["files"], ("vocab.txt", "text.json")
-        if not all(split in SPLITS and f"{split}.bin" in files for split in self.meta["splits"]):
-            raise DataError(f"{meta_json} is damaged: its splits are not its files")
-        verify_checksums(path, {name: files[name] for name in words if name in files}, words)
-        WordTokenizer.load(path / "text.json")
-        self.vocabulary_size = len(Vocabulary.load(path / "vocab.txt"))
+        self.meta = read_meta(path)
+        files, names = self.meta["files"], (VOCABULARY, TEXT)
+        verify_checksums(path, {name: files[name] for name in names if name in files}, names)
+        self.tokenizer = WordTokenizer.load(path / TEXT)
+        self.vocabulary = Vocabulary.load(path / VOCABULARY)
         if self.meta["vocabulary_size"] != self.vocabulary_size:
             raise DataError(f"{path}: vocab.txt has {self.vocabulary_size} words, meta.json {self.meta['vocabulary_size']}")
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Return the number of words in the vocabulary."""
+        return len(self.vocabulary)
+
     def has(self, split: str) -> bool:
-        """Whether the folder has this split."""
+        """Return whether the folder has this split."""
         return split in self.meta["splits"]
 
     def check_vocabulary(self, manifest: dict[str, Any]) -> None:
-        """Raise DataError unless the folder has the words of the checkpoint whose manifest this is."""
+        """Raise DataError unless the folder has the vocabulary of the checkpoint with this manifest."""
         if self.meta["files"]["vocab.txt"]["sha256"] != manifest["files"]["vocab.txt"]["sha256"]:
-            raise DataError(f"{self.path} has another vocabulary than the model: give the model's own by --data FOLDER")
+            raise DataError(f"{self.path} has another vocabulary than the model: name the model's own folder by --data FOLDER")
 
     def tokens(self, split: str) -> np.ndarray:
-        """The words of a split as ids, (tokens,) uint16 or uint32, read from the disk as they are asked for."""
+        """Return the tokens of a split, (N,) uint16 or uint32, memory-mapped."""
         if not self.has(split):
             raise MissingInputError(f"{self.path} has no {split} split; it has {', '.join(self.meta['splits'])}")
-        path = self.path / f"{split}.bin"
+        path = self.path / token_file(split)
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         expected, size = self.meta["splits"][split]["tokens"], file_size(path)
         if size != expected * dtype.itemsize:
-            raise DataError(f"{path} has {size} bytes; {expected} words of {dtype.itemsize} are expected")
+            raise DataError(f"{path} has {size} bytes; {expected} tokens of {dtype.itemsize} are expected")
         if not size:
             raise DataError(f"{path} is empty: prepare the folder anew from more text")
         try:
             tokens = np.memmap(path, dtype=dtype, mode="r")
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from None
-        # The whole file is read for this, as fast as the disk gives it, and stays in memory for the first epoch. Without it
-        # an id that no word has would end a job on a GPU hours later, and in words that say nothing of the file.
+        # This reads the whole file, which then is in the page cache for the first epoch. Without the check an id outside the
+        # vocabulary ends a job on a GPU hours later, by an error that does not name the file.
         largest = int(tokens.max())
         if largest >= self.vocabulary_size:
             raise DataError(
-                f"{path} is damaged: it has a word {largest}, and the vocabulary ends at {self.vocabulary_size - 1}"
+                f"{path} is damaged: it has a token {largest}, and the vocabulary ends at {self.vocabulary_size - 1}"
             )
         return tokens
 
@@ -121,61 +119,61 @@ class Folder:
 class Streams:
     """Global batches of G contiguous streams whose state is carried on."""
 
-    def __init__(self, tokens: np.ndarray, rows: int, window: int) -> None:
+    def __init__(self, tokens: np.ndarray, global_batch: int, window: int) -> None:
         self.tokens = tokens
         self.window = window
-        # Row g is tokens[bounds[g]:bounds[g + 1]]; the lengths differ by one at most.
-        self.bounds = np.arange(rows + 1) * len(tokens) // rows
+        # Stream g is tokens[bounds[g]:bounds[g + 1]]; the lengths differ by one at most.
+        self.bounds = np.arange(global_batch + 1) * len(tokens) // global_batch
         self.longest = int(np.diff(self.bounds).max())
         self.steps_per_epoch = -(-self.longest // window)
 
-    def batch(self, step: int, rows: slice) -> Batch:
-        """Rows `rows` of global batch number `step`."""
+    def batch(self, step: int, part: slice) -> Batch:
+        """Return the sequences `part` of global batch number `step`."""
         position = step % self.steps_per_epoch
         offset = position * self.window
         starts, ends = self.bounds[:-1] + offset, self.bounds[1:]
         length = min(self.window, self.longest - offset)
-        return cut(self.tokens, starts, ends, length, rows, fresh=position == 0)
+        return cut(self.tokens, starts, ends, length, part, state_reset=position == 0)
 
 
 class Windows:
     """Global batches of G independent windows, shuffled by a permutation that takes no memory."""
 
-    def __init__(self, tokens: np.ndarray, rows: int, window: int, stride: int, seed: int) -> None:
+    def __init__(self, tokens: np.ndarray, global_batch: int, window: int, stride: int, seed: int) -> None:
         self.tokens = tokens
-        self.rows = rows
+        self.global_batch = global_batch
         self.window = window
         self.stride = stride or window - 1
         self.seed = seed
         self.count = 1 + max(0, -(-(len(tokens) - window) // self.stride))
-        self.steps_per_epoch = -(-self.count // rows)
+        self.steps_per_epoch = -(-self.count // global_batch)
 
-    def batch(self, step: int, rows: slice) -> Batch:
-        """Rows `rows` of global batch number `step`."""
+    def batch(self, step: int, part: slice) -> Batch:
+        """Return the sequences `part` of global batch number `step`."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        index = position * self.rows + np.arange(self.rows)
-        there = index < self.count  # in the last batch of an epoch some rows may be empty
+        index = position * self.global_batch + np.arange(self.global_batch)  # (G)
+        exists = index < self.count  # the last batch of an epoch may have fewer than G windows
         window = permute(index % self.count, self.count, (self.seed, epoch))
         starts = window * self.stride + 1
-        ends = np.where(there, np.minimum(starts - 1 + self.window, len(self.tokens)), 0)
-        return cut(self.tokens, starts, ends, self.window - 1, rows, fresh=True)
+        ends = np.where(exists, np.minimum(starts - 1 + self.window, len(self.tokens)), 0)
+        return cut(self.tokens, starts, ends, self.window - 1, part, state_reset=True)
 
 
-def cut(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, length: int, rows: slice, *, fresh: bool) -> Batch:
-    """Cut rows `rows` out of a global batch whose row g predicts tokens[starts[g]:ends[g]], `length` at most."""
-    total = int(np.clip(ends - starts, 0, length).sum())
-    starts, ends = starts[rows, None], ends[rows, None]  # (R, 1)
-    positions = starts + np.arange(-1, length)  # (R, T + 1): one word before the first that is predicted
-    words = np.take(tokens, positions, mode="clip").astype(np.int64)
-    words[positions < 0] = END_ID  # a file begins as if a document had just ended
-    targets = np.where(positions[:, 1:] < ends, words[:, 1:], IGNORED)  # (R, T)
-    return Batch(torch.from_numpy(words[:, :-1].copy()), torch.from_numpy(targets), total, fresh)
+def cut(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, length: int, part: slice, *, state_reset: bool) -> Batch:
+    """Return the sequences `part` of a global batch whose sequence g predicts tokens[starts[g]:ends[g]], `length` at most."""
+    num_tokens = int(np.clip(ends - starts, 0, length).sum())
+    starts, ends = starts[part, None], ends[part, None]  # (B, 1)
+    positions = starts + np.arange(-1, length)  # (B, T + 1): from one token before the first that is predicted
+    ids = np.take(tokens, positions, mode="clip").astype(np.int64)  # (B, T + 1)
+    ids[positions < 0] = END_ID  # a file begins as if a document had just ended
+    targets = np.where(positions[:, 1:] < ends, ids[:, 1:], IGNORED)  # (B, T)
+    return Batch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets), num_tokens, state_reset)
 
 
 def permute(index: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:
-    """Where a permutation of range(size), chosen by `key`, sends each number of `index`.
+    """Return the image of each number of `index` under a permutation of range(size) chosen by `key`.
 
-    A Feistel network over the smallest even number of bits that holds `size`, applied again to whatever lands outside
+    A Feistel network over the smallest even number of bits that holds `size`, applied again to results outside the range
     (cycle walking: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). O(1) memory however large `size` is.
     """
     half = max(1, -(-(size - 1).bit_length() // 2))
@@ -193,20 +191,20 @@ def permute(index: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit numbers (the finaliser of SplitMix64, Steele et al. 2014)."""
+    """Hash 64-bit numbers by the finalizer of SplitMix64 (Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def training_batches(folder: Folder, settings: DataSettings, seed: int) -> Streams | Windows:
-    """The batches that a recipe trains on; raises DataError where the text is too short for them."""
+def training_batches(folder: DataFolder, settings: DataSettings, seed: int) -> Streams | Windows:
+    """Return the batches that a recipe trains on; raise DataError if the text is too short for them."""
     tokens = folder.tokens("train")
-    rows = settings.global_batch if settings.batching == "streams" else 1
-    if len(tokens) < rows * settings.window:
+    num_sequences = settings.global_batch if settings.batching == "streams" else 1
+    if len(tokens) < num_sequences * settings.window:
         raise DataError(
-            f"{folder.path} has {len(tokens):,} words to train on; {rows} row(s) of {settings.window} need "
-            f"{rows * settings.window:,}: take more text, or lower --data.window or --data.global_batch"
+            f"{folder.path} has {len(tokens):,} tokens to train on; {num_sequences} sequence(s) of {settings.window} need "
+            f"{num_sequences * settings.window:,}: take more text, or lower --data.window or --data.global_batch"
         )
     if settings.batching == "streams":
         return Streams(tokens, settings.global_batch, settings.window)

@@ -28,23 +28,14 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist_export import PRECISIONS, export
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationConfig
+from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
 from lmdist_export.conversion import convert, verify
 from lmdist_export.conversion.verify import torch_step
 from lmdist_export.graph import onnx_file
-from lmdist_export.graph.graphs import (
-    EVERY_FEATURE,
-    NBITS_BLOCK,
-    Features,
-    Sizes,
-    file_length,
-    generation_graph,
-    score_graph,
-    step_graph,
-    weights,
-    word_graph,
-)
+from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, word_graph
 from lmdist_export.graph.onnx_file import Graph, attribute, message, model_bytes
+from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, file_length, weights
+from lmdist_export.options import EVERY_FEATURE, Features, GenerationConfig
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import (
     ADAPTIVE,
@@ -743,28 +734,28 @@ def test_generation_config_may_be_edited(bundle: Path, tmp_path: Path) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 10**15}, "max_new_tokens is 1000000000000000; it must be at most 1,000,000"),
         ({"suppress_tokens": 0}, "suppress_tokens is 0; a list"),
-        ({"suppress_tokens": [99]}, "99 is no word's id"),
+        ({"suppress_tokens": [99]}, "99 is not the id of a token"),
         ({"suppress_tokens": ["<unk>"]}, r"suppress_tokens\[0\] is '<unk>'; a whole number"),
-        ({"suppress_tokens": list(range(len(WORDS) + 2))}, "leaves no word"),
+        ({"suppress_tokens": list(range(len(WORDS) + 2))}, "leaves no token"),
         ({"min_p": 1.5}, "min_p is 1.5; it must be from 0"),
         ({"typical_p": 0.0}, "typical_p is 0.0; it must be above 0"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
-        ({"repetition_penalty": 1e-7}, "repetition_penalty is 1e-07; it must be above 0, from 1e-06 to 1,000,000"),
-        ({"presence_penalty": 1e7}, "presence_penalty is 10000000.0; it must be a number, at most 1,000,000"),
-        ({"frequency_penalty": -1e18}, "it must be a number, at most 1,000,000"),
-        ({"sequence_bias": [[[5], 1e7]]}, "it must be words and numbers, at most 1,000,000"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be from 1e-06"),
+        ({"repetition_penalty": 1e-7}, "repetition_penalty is 1e-07; it must be from 1e-06 to 1,000,000"),
+        ({"presence_penalty": 1e7}, "presence_penalty is 10000000.0; it must be from -1,000,000 to 1,000,000"),
+        ({"frequency_penalty": -1e18}, "it must be from -1,000,000 to 1,000,000"),
+        ({"sequence_bias": [[[5], 1e7]]}, "it must be tokens and numbers, at most 1,000,000"),
         ({"min_new_tokens": 201}, "min_new_tokens is 201; it must be from 0 to max_new_tokens, 200"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
         ({"num_beams": 0}, "num_beams is 0"),
         ({"num_beams": 10**9}, "num_beams is 1000000000; it must be from 1"),
-        ({"bad_words_ids": [[5], []]}, "sequences of at least one word"),
+        ({"bad_words_ids": [[5], []]}, "sequences of at least one token"),
         ({"bad_words_ids": [5]}, r"bad_words_ids\[0\] is 5; a list"),
-        ({"bad_words_ids": [[5, 99]]}, "99 is no word's id"),
-        ({"sequence_bias": [[[5, 6], 1.0]]}, "words one by one"),
+        ({"bad_words_ids": [[5, 99]]}, "99 is not the id of a token"),
+        ({"sequence_bias": [[[5, 6], 1.0]]}, "tokens one by one"),
         ({"sequence_bias": [[[5], "much"]]}, r"sequence_bias\[0\]\[1\] is 'much'; a number"),
         ({"sequence_bias": [[[5]]]}, r"sequence_bias\[0\] is \[\[5\]\]; a list of 2 is expected"),
-        ({"sequence_bias": [[[99], 1.0]]}, "99 is no word's id"),
-        ({"eos_token_id": -1}, "-1 is no word's id"),
+        ({"sequence_bias": [[[99], 1.0]]}, "99 is not the id of a token"),
+        ({"eos_token_id": -1}, "-1 is not the id of a token"),
     ],
 )
 def test_generation_config_with_a_wrong_value(bundle: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:

@@ -20,10 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings
-from lmdist.training import checkpoint
+from lmdist.training.checkpoints.read import load_model
 from lmdist_export import export
 from lmdist_export.conversion import sherpa
-from lmdist_export.sampling.sampler import open_session
+from lmdist_export.sampling.runtime import open_session
 from support.small_bundles import ADAPTIVE, SINGLE, TIED, UNTIED, WORDS, command, make_bundle, make_run
 
 STEP = "checkpoints/step-000000007"
@@ -36,7 +36,7 @@ def export_sherpa(folder: Path, settings: ModelSettings) -> tuple[Path, Language
     """The folder, exported as a user exports it, and the model it came from."""
     run = make_run(folder, settings)
     export.main([str(run), "-o", str(folder / "sherpa"), "--layout", "sherpa-onnx"])
-    return folder / "sherpa", checkpoint.load_model(run / STEP)[0]
+    return folder / "sherpa", load_model(run / STEP)[0]
 
 
 def log_probabilities(model: LanguageModel, words: list[int]) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""When a graph is recorded, replayed and given up; the recording itself, which needs a GPU, is stood in for by the function."""
+"""When a graph is recorded, replayed and abandoned; the function stands in for the recording, which needs a GPU."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class Recording:
         self.error = error
         monkeypatch.setattr(cuda_graph, "recorded", self.record)
 
-    def record(self, function, arguments, parameters):
-        shapes = [argument.shape for argument in arguments]
+    def record(self, function, recorded, parameters):
+        shapes = [argument.shape for argument in recorded]
 
-        def replay(*given: Tensor) -> tuple[Tensor, ...]:
-            assert [argument.shape for argument in given] == shapes
+        def replay(*arguments: Tensor) -> tuple[Tensor, ...]:
+            assert [argument.shape for argument in arguments] == shapes
             self.replays += 1
-            return tuple(result + self.error for result in function(*given))
+            return tuple(result + self.error for result in function(*arguments))
 
         return replay
 
 
-def run(graphed: Graphed, model: nn.Linear, rows: int) -> None:
-    """One step: what it gives and its gradient are those of the function itself."""
-    inputs = torch.rand(rows, 3)
+def run(graphed: Graphed, model: nn.Linear, batch_size: int) -> None:
+    """One step: its result and its gradient are those of the function itself."""
+    inputs = torch.rand(batch_size, 3)
     expected = model(inputs).square().sum()
     expected.backward()
     gradient = model.weight.grad
@@ -72,7 +72,7 @@ def test_batches_of_the_usual_shape_are_replayed_and_others_are_not(model, monke
     assert recording.replays == 5
 
 
-def test_a_graph_that_answers_wrongly_is_given_up_with_a_warning(model, monkeypatch, capsys):
+def test_a_graph_with_incorrect_results_is_abandoned_with_a_warning(model, monkeypatch, capsys):
     recording, graphed = Recording(monkeypatch, error=1.0), of(model)
     for _ in range(WARM_UP + 4):
         run(graphed, model, 4)
@@ -80,7 +80,7 @@ def test_a_graph_that_answers_wrongly_is_given_up_with_a_warning(model, monkeypa
     assert "goes on without a CUDA graph, more slowly: its results differ by" in capsys.readouterr().err
 
 
-def test_a_graph_that_cannot_be_recorded_is_given_up_with_a_warning(model, monkeypatch, capsys):
+def test_a_graph_that_cannot_be_recorded_is_abandoned_with_a_warning(model, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -91,8 +91,8 @@ def test_a_graph_that_cannot_be_recorded_is_given_up_with_a_warning(model, monke
     assert capsys.readouterr().err.count("not permitted when stream is capturing\n") == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not there")
-def test_a_graph_on_a_gpu_gives_what_the_function_gives():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_graph_on_a_gpu_returns_what_the_function_returns():
     model = nn.Linear(3, 2).cuda()
     graphed = of(model)
     for _ in range(WARM_UP + 4):

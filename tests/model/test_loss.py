@@ -20,22 +20,22 @@ def plain_nats(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
     return functional.cross_entropy(functional.linear(hidden, weight, bias), targets, ignore_index=IGNORED, reduction="sum")
 
 
-def parameters(words: int, size: int, vocabulary_size: int, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(words + size + vocabulary_size)
-    shapes = [(words, size), (vocabulary_size, size), (vocabulary_size,)]
+def parameters(num_tokens: int, size: int, vocabulary_size: int, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens + size + vocabulary_size)
+    shapes = [(num_tokens, size), (vocabulary_size, size), (vocabulary_size,)]
     return [(torch.randn(shape, generator=generator, dtype=dtype) * scale).requires_grad_() for shape in shapes]
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(2, 50), st.integers(1, 20), st.booleans(), st.integers(0, 100))
-def test_nats_and_gradients_are_those_of_plain_logits(words, size, vocabulary_size, rows, has_bias, holes):
-    hidden, weight, bias = parameters(words, size, vocabulary_size, torch.float64)
+def test_nats_and_gradients_are_those_of_plain_logits(num_tokens, size, vocabulary_size, chunk_size, has_bias, padding):
+    hidden, weight, bias = parameters(num_tokens, size, vocabulary_size, torch.float64)
     generator = torch.Generator().manual_seed(0)
-    targets = torch.randint(vocabulary_size, (words,), generator=generator)
-    targets[torch.rand(words, generator=generator) < holes / 100] = IGNORED
+    targets = torch.randint(vocabulary_size, (num_tokens,), generator=generator)
+    targets[torch.rand(num_tokens, generator=generator) < padding / 100] = IGNORED
     given_bias = bias if has_bias else None
     leaves = [hidden, weight, bias] if has_bias else [hidden, weight]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "ROWS", rows)
+        patch.setattr(loss, "CHUNK_SIZE", chunk_size)
         found = linear_nats(hidden, weight, given_bias, targets)
     expected = plain_nats(hidden, weight, given_bias, targets)
     torch.testing.assert_close(found, expected)
@@ -53,21 +53,21 @@ def test_logits_that_no_exponential_holds():
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_in_bf16_the_loss_is_right_and_the_gradients_nearly():
+def test_in_bf16_the_loss_is_correct_and_the_gradients_nearly():
     hidden, weight, bias = parameters(1500, 64, 2000, torch.float32, scale=0.5)
     targets = torch.arange(1500)
     expected = plain_nats(hidden, weight, bias, targets)
     with torch.autocast("cpu", torch.bfloat16):
         found = linear_nats(hidden, weight, bias, targets)
     assert found.dtype == torch.float32
-    assert abs(found - expected).item() / 1500 < 0.002  # nats a word
+    assert abs(found - expected).item() / 1500 < 0.002  # nats per token
     for ours, theirs in zip(*(torch.autograd.grad(nats, [hidden, weight, bias]) for nats in (found, expected)), strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() / theirs.norm() < 0.01
 
 
 class LargestMatrix(TorchDispatchMode):
-    """Sees every tensor that is made."""
+    """Sees every tensor that is allocated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,19 +81,19 @@ class LargestMatrix(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_logits_of_all_words_are_never_there(dtype):
-    words, vocabulary_size = 5600, 700  # a step of AWD-LSTM: 80 x 70
-    hidden, weight, bias = parameters(words, 16, vocabulary_size, torch.float32)
-    targets = torch.arange(words) % vocabulary_size
+def test_the_logits_of_all_tokens_never_exist_at_once(dtype):
+    num_tokens, vocabulary_size = 5600, 700  # a step of AWD-LSTM: 80 x 70
+    hidden, weight, bias = parameters(num_tokens, 16, vocabulary_size, torch.float32)
+    targets = torch.arange(num_tokens) % vocabulary_size
     with LargestMatrix() as seen, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         linear_nats(hidden, weight, bias, targets).backward()
-    assert seen.largest <= 0.1 * words * vocabulary_size
+    assert seen.largest <= 0.1 * num_tokens * vocabulary_size
     with LargestMatrix() as seen:
         plain_nats(hidden, weight, bias, targets).backward()
-    assert seen.largest == words * vocabulary_size
+    assert seen.largest == num_tokens * vocabulary_size
 
 
-def test_without_gradients_none_are_made():
+def test_without_gradients_none_are_computed():
     hidden, weight, bias = parameters(20, 4, 9, torch.float32)
     with torch.no_grad():
         nats = linear_nats(hidden, weight, bias, torch.arange(20) % 9)
@@ -110,7 +110,7 @@ def adaptive() -> nn.AdaptiveLogSoftmaxWithLoss:
     return nn.AdaptiveLogSoftmaxWithLoss(32, 100, [10, 40], head_bias=True)
 
 
-@pytest.mark.parametrize("largest", [100, 10], ids=["all words", "frequent words only"])
+@pytest.mark.parametrize("largest", [100, 10], ids=["all tokens", "frequent tokens only"])
 def test_the_adaptive_head_is_torchs_own(adaptive, largest):
     hidden = torch.randn(3, 20, 32, requires_grad=True)
     targets = torch.randint(largest, (3, 20))
@@ -124,7 +124,7 @@ def test_the_adaptive_head_is_torchs_own(adaptive, largest):
         torch.testing.assert_close(our, torch.zeros_like(our) if their is None else their, atol=1e-5, rtol=1e-4)
 
 
-def test_the_adaptive_head_is_normalised_and_leaves_holes_out(adaptive):
+def test_the_adaptive_head_is_normalized_and_ignores_padding(adaptive):
     hidden = torch.randn(1, 1, 32)
     nats = [summed_nats(hidden, adaptive, torch.tensor([[word]])) for word in range(100)]
     assert torch.stack(nats).neg().exp().sum().item() == pytest.approx(1, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Layers in bf16 against fp32, what a wrong kernel leads to, and training by each fast path against the plain one."""
+"""Layers in bf16 against fp32, what an incorrect kernel leads to, and training by each fast path against the plain one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from lmdist.model.language_model import LanguageModel, cutoffs
 from lmdist.model.lstm import KERNELS, Layer
 from lmdist.model.precision import Precision, choose, choose_kernels, gradient_error, misses_of_the_persistent_kernel
 from lmdist.settings import ModelSettings
-from lmdist.training import checkpoint
+from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.evaluate import main as evaluate
 from support.jobs import losses, train_here
 
@@ -27,17 +28,17 @@ SETTINGS = ModelSettings(embedding_size=16, hidden_size=24, tied=False)
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    ("size_in", "size", "rows", "length"), [(16, 24, 3, 5), (40, 32, 1, 1), (8, 100, 7, 2), (64, 64, 8, 9)]
+    ("input_size", "hidden_size", "batch_size", "length"), [(16, 24, 3, 5), (40, 32, 1, 1), (8, 100, 7, 2), (64, 64, 8, 9)]
 )
-def test_gradients_in_bf16_are_those_of_fp32(kernel, size_in, size, rows, length):
+def test_gradients_in_bf16_are_those_of_fp32(kernel, input_size, hidden_size, batch_size, length):
     torch.manual_seed(0)
-    assert gradient_error(Layer(size_in, size), kernel, rows, length) < 0.02
+    assert gradient_error(Layer(input_size, hidden_size), kernel, batch_size, length) < 0.02
 
 
-def test_the_state_is_carried_on_by_products_as_by_onednn():
+def test_the_state_is_carried_on_by_matmul_as_by_onednn():
     torch.manual_seed(0)
     layer = Layer(12, 20)
-    layer.kernel = "products"
+    layer.kernel = "matmul"
     inputs, state = torch.randn(4, 10, 12), (torch.randn(4, 20), torch.randn(4, 20))
     expected, expected_state = layer(inputs, state)
     leaves = [part.clone().requires_grad_() for part in state]
@@ -50,8 +51,8 @@ def test_the_state_is_carried_on_by_products_as_by_onednn():
     by_h, by_c = torch.autograd.grad(after[0].sum() + after[1].sum(), leaves)
     leaves = [part.clone().requires_grad_() for part in state]
     _, (h, c) = layer(inputs, (leaves[0], leaves[1]))
-    for found, right in zip((by_h, by_c), torch.autograd.grad(h.sum() + c.sum(), leaves), strict=True):
-        assert (found - right).norm() / right.norm() < 0.02
+    for found, expected in zip((by_h, by_c), torch.autograd.grad(h.sum() + c.sum(), leaves), strict=True):
+        assert (found - expected).norm() / expected.norm() < 0.02
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "fp32"])
@@ -76,28 +77,29 @@ def test_weight_drop_is_one_mask_over_the_recurrent_weights(kernel):
     torch.testing.assert_close(layer(inputs, state)[0], plain(inputs)[0])
 
 
-def test_a_backward_that_is_wrong_is_found_and_passed_over(monkeypatch):
+def test_a_kernel_with_an_incorrect_backward_is_found_and_not_used(monkeypatch):
     model = LanguageModel(SETTINGS, 30)
-    right = lstm.GatedLSTM.backward
+    correct = lstm.GatedLSTM.backward
 
-    def wrong(ctx, *gradients):  # as oneDNN's for sizes of 1024 and more on AMX
-        return tuple(gradient if gradient is None else torch.rand_like(gradient) for gradient in right(ctx, *gradients))
+    def incorrect(ctx, *gradients):  # as oneDNN's for sizes of 1024 and more on AMX
+        return tuple(gradient if gradient is None else torch.rand_like(gradient) for gradient in correct(ctx, *gradients))
 
     monkeypatch.setattr(precision, "LARGE_LAYER", 1)
     assert choose_kernels(model, 4, 5) == []
-    assert [layer.kernel for layer in model.layers] == ["products", "products"]
-    monkeypatch.setattr(lstm.GatedLSTM, "backward", staticmethod(wrong))
+    assert [layer.kernel for layer in model.layers] == ["matmul", "matmul"]
+    monkeypatch.setattr(lstm.GatedLSTM, "backward", staticmethod(incorrect))
     assert choose_kernels(model, 4, 5) == []
     assert [layer.kernel for layer in model.layers] == ["onednn", "onednn"]
 
 
-def test_a_layer_without_a_right_kernel_stays_in_fp32_and_a_line_says_so(monkeypatch):
+def test_a_layer_without_a_correct_kernel_stays_in_fp32_with_a_warning(monkeypatch):
     model = LanguageModel(SETTINGS, 30)
     monkeypatch.setattr(precision, "gradient_error", lambda layer, *_: 1.0 if layer.input_size == 16 else 0.004)
     warnings = choose_kernels(model, 4, 5)
     assert len(warnings) == 1
     assert (
-        "LSTM layer 16 -> 24 are wrong on this processor (relative error: onednn 1, products 1); the layer stays" in warnings[0]
+        "LSTM layer 16 -> 24 are incorrect on this processor (relative error: onednn 1, matmul 1); the layer stays"
+        in warnings[0]
     )
     assert [layer.kernel for layer in model.layers] == ["fp32", "onednn"]
     inputs, state = torch.randn(4, 10, 16), (torch.zeros(4, 24), torch.zeros(4, 24))
@@ -134,7 +136,7 @@ def test_what_misses_the_persistent_kernel_is_named():
     assert misses_of_the_persistent_kernel(fast, 64, "fp16") == []
     assert misses_of_the_persistent_kernel(fast, 20, "bf16") == [
         "precision bf16 (fp16)",
-        "20 rows a GPU (a multiple of 8, at most 128)",
+        "batch size 20 per GPU (a multiple of 8, at most 128)",
     ]
     assert misses_of_the_persistent_kernel(ModelSettings(embedding_size=400, hidden_size=1152), 80, "fp16") == [
         "embedding_size 400 (a multiple of 128)",
@@ -157,7 +159,7 @@ def curve(data, name, *flags):
     return np.array(losses(run))
 
 
-@pytest.mark.parametrize("large_layer", [1, 10_000], ids=["products", "onednn"])
+@pytest.mark.parametrize("large_layer", [1, 10_000], ids=["matmul", "onednn"])
 def test_training_in_bf16_follows_fp32(data, monkeypatch, large_layer):
     monkeypatch.setattr(precision, "LARGE_LAYER", large_layer)
     plain = curve(data, "plain")
@@ -174,7 +176,7 @@ def test_auto_is_resolved_once_for_a_run(data, monkeypatch, capfd):
     assert "speed  bf16 (bf16 runs at 7.0 times the speed of fp32 here)" in capfd.readouterr().err
     monkeypatch.setattr(precision, "gain_of_bf16", lambda settings: 0.5)
     curve(data, "run", "--training.precision=auto", "--training.steps=5", "--resume=auto")
-    assert "speed  bf16 (as the run was begun)" in capfd.readouterr().err
+    assert "speed  bf16 (as the run was started)" in capfd.readouterr().err
     assert 'precision = "bf16"' in (data.parent / "run" / "recipe.toml").read_text()
 
 
@@ -191,7 +193,7 @@ def test_an_adaptive_model_trains_resumes_and_is_evaluated_exactly(data, capsys)
     capsys.readouterr()
     evaluate([str(run), "--device=cpu"])
     found = capsys.readouterr().out
-    model, _ = checkpoint.load_model(checkpoint.find(run))
+    model, _ = load_model(find_checkpoint(run))
     tokens = torch.from_numpy(np.fromfile(data / "test.bin", "<u2").astype(np.int64))
     inputs = torch.cat([torch.tensor([1]), tokens[:-1]])
     with torch.no_grad():

@@ -21,19 +21,14 @@ from test_draw import check_frequencies
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import ModelSettings
-from lmdist_export.bundle import GENERATION, Bundle, GenerationConfig
-from lmdist_export.graph.graphs import EVERY_FEATURE, Sizes, step_graph
-from lmdist_export.sampling import sampler
-from lmdist_export.sampling.sampler import (
-    PREFILL_WORDS,
-    Runtime,
-    Sampler,
-    State,
-    features_of,
-    joined,
-    restored,
-    uniform_numbers,
-)
+from lmdist_export.bundle import GENERATION, Bundle
+from lmdist_export.graph.graphs import step_graph
+from lmdist_export.graph.sizes import Sizes
+from lmdist_export.options import EVERY_FEATURE, GenerationConfig, features_of
+from lmdist_export.sampling import runtime
+from lmdist_export.sampling.runtime import Runtime
+from lmdist_export.sampling.sampler import PREFILL_WORDS, Sampler
+from lmdist_export.sampling.state import State, joined, restored, uniform_numbers
 from support.draw_reference import NEAR, Past, expected, scores_of
 from support.mutations import damaged
 from support.small_bundles import ADAPTIVE, TIED, UNTIED, bare_bundle, make_model
@@ -194,7 +189,7 @@ def test_what_was_read_is_not_read_again(opened: Opened, monkeypatch: pytest.Mon
     for config in (GenerationConfig(), ALL_OPTIONS):
         words, _ = made.make(made.start(prompts).seeded(2), config, 10)
         for at_once in (512, 24, 23, 5, 2):
-            monkeypatch.setattr(sampler, "READ_AT_ONCE", at_once)
+            monkeypatch.setattr("lmdist_export.sampling.sampler.READ_AT_ONCE", at_once)
             state = made.read(made.start(prompts), config)
             assert state.words.shape == (5, 1)
             assert np.array_equal(state.words[:, 0], [prompt[-1] for prompt in prompts])
@@ -376,7 +371,7 @@ def test_scores_are_those_of_steps_and_of_torch(kind: str, opened: Opened, monke
     assert np.abs(scores - right).max() < allowed
 
     for places in (1, 2, 12, 30):
-        monkeypatch.setattr(sampler, "LOGITS_AT_ONCE", places * made.sizes.padded)
+        monkeypatch.setattr("lmdist_export.sampling.sampler.LOGITS_AT_ONCE", places * made.sizes.padded)
         in_pieces, end = made.score(tokens, targets, (h, c))
         np.testing.assert_allclose(in_pieces, scores, atol=1e-4)
         np.testing.assert_allclose(end, after, atol=1e-5)
@@ -481,7 +476,7 @@ def test_processors_whose_products_saturate_make_the_same_words(
     bundle = opened(kind).bundle
     found = []
     for saturates in (False, True):
-        monkeypatch.setattr(sampler, "products_saturate", lambda threads, saturates=saturates: saturates)
+        monkeypatch.setattr(runtime, "products_saturate", lambda threads, saturates=saturates: saturates)
         if not saturates and Sampler(bundle).runtime.saturates:
             pytest.skip("this processor's products saturate")
         made = Sampler(bundle, threads=1)
@@ -534,7 +529,7 @@ def on_cuda() -> Any:
 
 def test_cuda_that_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
-    monkeypatch.setattr(sampler, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
+    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
     assert on_cuda().get_providers() == ["CUDAExecutionProvider"]
     assert capfd.readouterr().out == ""
 
@@ -542,7 +537,7 @@ def test_cuda_that_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 @pytest.mark.parametrize(("running", "message"), [("CPUExecutionProvider", "fell back to the CPU"), (None, "here: no cuDNN")])
 def test_cuda_that_does_not_run(monkeypatch: pytest.MonkeyPatch, running: str | None, message: str) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
-    monkeypatch.setattr(sampler, "import_onnxruntime", lambda: FakeRuntime(running))
+    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: FakeRuntime(running))
     with pytest.raises(UsageError, match=f"{message}.*--provider cpu"):
         on_cuda()
 
@@ -552,13 +547,13 @@ def test_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", no_driver)
-    monkeypatch.setattr(sampler, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
+    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
     with pytest.raises(UsageError, match="no NVIDIA driver"):
         on_cuda()
 
 
 def test_cuda_with_the_wheel_for_cpus(bundle: Bundle) -> None:
-    if "CUDAExecutionProvider" in sampler.import_onnxruntime().get_available_providers():
+    if "CUDAExecutionProvider" in runtime.import_onnxruntime().get_available_providers():
         pytest.skip("this onnxruntime is built with CUDA")
     with pytest.raises(UsageError, match=r"built without CUDA.*lmdist\[gpu\]"):
         Sampler(bundle, provider="cuda")
@@ -566,22 +561,22 @@ def test_cuda_with_the_wheel_for_cpus(bundle: Bundle) -> None:
 
 def test_onnxruntime_that_is_not_there_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     wheels: set[str] = {"onnxruntime", "onnxruntime-gpu"}
-    monkeypatch.setattr(sampler, "installed", lambda name: name in wheels)
+    monkeypatch.setattr(runtime, "installed", lambda name: name in wheels)
     with pytest.raises(UsageError, match="both installed"):
-        sampler.import_onnxruntime()
+        runtime.import_onnxruntime()
     # What uninstalling one of the two leaves: a module with nothing in it.
-    monkeypatch.setattr(sampler.importlib, "import_module", lambda name: SimpleNamespace())
+    monkeypatch.setattr(runtime.importlib, "import_module", lambda name: SimpleNamespace())
     wheels.remove("onnxruntime-gpu")
     with pytest.raises(UsageError, match=r"pip install --force-reinstall onnxruntime$"):
-        sampler.import_onnxruntime()
+        runtime.import_onnxruntime()
     wheels.clear()
 
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(sampler.importlib, "import_module", missing)
+    monkeypatch.setattr(runtime.importlib, "import_module", missing)
     with pytest.raises(UsageError, match=r"pip install 'lmdist\[cpu\]'"):
-        sampler.import_onnxruntime()
+        runtime.import_onnxruntime()
 
 
 def test_a_folder_without_weights(bundle: Bundle, tmp_path: Path) -> None:
@@ -595,5 +590,5 @@ def test_onnxruntime_reports_to_its_makers_only_where_that_is_asked_for(monkeypa
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", given or "")
     if given is None:
         monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
-    sampler.import_onnxruntime()
+    runtime.import_onnxruntime()
     assert os.environ["ORT_DISABLE_TELEMETRY"] == kept

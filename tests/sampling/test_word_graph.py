@@ -15,10 +15,14 @@ import pytest
 
 from lmdist.errors import UsageError
 from lmdist_export import PRECISIONS, export
-from lmdist_export.bundle import Bundle, GenerationConfig
-from lmdist_export.graph.graphs import Features, Sizes, capturable, file_length, generation_graph, step_graph, word_graph
-from lmdist_export.sampling import sampler
-from lmdist_export.sampling.sampler import Sampler, State, WordSession
+from lmdist_export.bundle import Bundle
+from lmdist_export.graph.graphs import capturable, generation_graph, step_graph, word_graph
+from lmdist_export.graph.sizes import Sizes, file_length
+from lmdist_export.options import Features, GenerationConfig, features_of
+from lmdist_export.sampling import runtime
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.state import State
+from lmdist_export.sampling.word_session import WordSession
 from support.small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, make_run
 
 PROMPTS = [[1], [3, 4, 5], [6, 7], [2, 8, 9, 3, 4, 4]]
@@ -31,7 +35,7 @@ CONFIGS = {
     "typical": GenerationConfig(typical_p=0.6),
     "all": GenerationConfig(frequency_penalty=0.3, top_k=9, top_p=0.9, min_p=0.01, typical_p=0.9),
 }
-ALL_FEATURES = {name: sampler.features_of(config, False) for name, config in CONFIGS.items()}
+ALL_FEATURES = {name: features_of(config, False) for name, config in CONFIGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +196,12 @@ def test_graphs_for_cuda_compute_the_same(precision: str, run: Path, tmp_path: P
     export.main([str(run), "-o", str(tmp_path / "bundle"), "--precision", precision])
     bundle = Bundle.load(tmp_path / "bundle")
     expected, one = (made := Sampler(bundle)).make(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
-    opened = sampler.Runtime.open
+    opened = runtime.Runtime.open
 
-    def as_for_cuda(self: sampler.Runtime, graph: Any, captured: bool = False) -> Any:
+    def as_for_cuda(self: runtime.Runtime, graph: Any, captured: bool = False) -> Any:
         return opened(self, lambda *arguments, **options: graph(*arguments, **(options | {"cuda": True})), captured)
 
-    monkeypatch.setattr(sampler.Runtime, "open", as_for_cuda)
+    monkeypatch.setattr(runtime.Runtime, "open", as_for_cuda)
     made = pair(bundle)[1]
     found, two = made.make(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
     np.testing.assert_array_equal(found, expected)
@@ -250,7 +254,7 @@ def test_the_options_of_a_captured_session(monkeypatch: pytest.MonkeyPatch) -> N
         def add_session_config_entry(self, key: str, value: str) -> None: ...
 
     fake = SimpleNamespace(SessionOptions=Options, InferenceSession=make_session)
-    monkeypatch.setattr(sampler, "import_onnxruntime", lambda: fake)
+    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: fake)
     for captured in (True, False):
-        sampler.open_session(b"", Path(), "cuda", 1, captured)
+        runtime.open_session(b"", Path(), "cuda", 1, captured)
     assert given == [[("CUDAExecutionProvider", {"enable_cuda_graph": "1"})], ["CUDAExecutionProvider"]]

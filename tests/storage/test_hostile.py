@@ -40,16 +40,23 @@ from lmdist.storage.reading import LARGEST_JSON, read_json
 from lmdist.text.documents import Documents
 from lmdist.text.prepare import main as prepare_main
 from lmdist.text.prepare import prepare
+from lmdist.text.readers import ReadOptions
 from lmdist.text.tokenizer import WordTokenizer
-from lmdist.training import checkpoint, evaluate
-from lmdist.training.data import Folder, training_batches
+from lmdist.training import evaluate
+from lmdist.training.checkpoints.format import Progress
+from lmdist.training.checkpoints.read import load_model, load_parameters, load_training, read_verified_manifest
+from lmdist.training.checkpoints.retain import best_checkpoint, find_checkpoint, newest_checkpoint
+from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
+from lmdist.training.data import DataFolder, training_batches
 from lmdist_export import export, generate
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationConfig
-from lmdist_export.graph import graphs as graph
+from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
 from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
+from lmdist_export.graph.sizes import weights
+from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import continuations
-from lmdist_export.sampling.sampler import Runtime, Sampler
+from lmdist_export.sampling.runtime import Runtime
+from lmdist_export.sampling.sampler import Sampler
 from support.jobs import SMALL, environment
 from support.mutations import Random, damaged, mutated, one, other_lines, other_tensors, other_weights, with_right_sums
 from support.small_bundles import ADAPTIVE, SINGLE, edit_json, make_bundle
@@ -88,9 +95,9 @@ def make_checkpoint(folder: Path) -> Path:
     model = LanguageModel(SETTINGS, WORDS)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     state = step(model, optimizer, model.initial_state(ROWS))
-    taken = checkpoint.snapshot(checkpoint.Progress(1, valid_nats=2.0), model, optimizer, state)
+    taken = take_snapshot(Progress(1, valid_nats=2.0), model, optimizer, state)
     recipe = Recipe(model=SETTINGS, data=DataSettings(folder=str(data), global_batch=ROWS, window=7))
-    return checkpoint.save(folder / "run" / "checkpoints", taken, config.as_dict(recipe), data)
+    return write_checkpoint(folder / "run" / "checkpoints", taken, config.as_dict(recipe), data)
 
 
 def step(model: LanguageModel, optimizer: torch.optim.Optimizer, state: Any) -> Any:
@@ -127,11 +134,11 @@ def bundle_of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def use_checkpoint(folder: Path) -> None:
     """Load for evaluation and for export, and go on with the training."""
-    model, _ = checkpoint.load_model(folder)
+    model, _ = load_model(folder)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     hidden, _ = model(torch.zeros(2, 3, dtype=torch.int64), model.initial_state(2))
     assert hidden.shape == (2, 3, SETTINGS.embedding_size)
-    manifest = checkpoint.read_manifest(folder)
+    manifest = read_verified_manifest(folder)
     assert {"vocab.txt", "text.json"} <= manifest["files"].keys()
     assert manifest["data"]["files"]["train.bin"].keys() >= {"bytes", "sha256"}
     assert isinstance(manifest["recipe"]["seed"], int)
@@ -140,8 +147,8 @@ def use_checkpoint(folder: Path) -> None:
     assert manifest["recipe"]["data"].keys() == dataclasses.asdict(DataSettings()).keys()
     model = LanguageModel(SETTINGS, WORDS)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    checkpoint.load_parameters(model, folder)
-    progress, state = checkpoint.load_training(folder, optimizer)
+    load_parameters(model, folder)
+    progress, state = load_training(folder, optimizer)
     assert progress.step >= 0
     step(model, optimizer, model.initial_state(ROWS) if state is None else state)
 
@@ -162,8 +169,8 @@ def use_bundle(folder: Path, every_option: bool = True) -> None:
         else:
             texts = [text for text, _ in continuations(sampler, [words], way, seed=1, n=2) if text.finish_reason]
         for text in texts:
-            assert len(text.words) <= 5
-            assert bundle.tokenizer.detokenize(bundle.vocabulary.decode(text.words)) is not None
+            assert len(text.tokens) <= 5
+            assert bundle.tokenizer.detokenize(bundle.vocabulary.decode(text.tokens)) is not None
     tokens = np.array([[bundle.generation.bos_token_id, *words]])
     scores, _ = sampler.score(tokens[:, :-1], tokens[:, 1:])
     assert scores.shape == (1, len(words))
@@ -171,12 +178,12 @@ def use_bundle(folder: Path, every_option: bool = True) -> None:
 
 def use_data(folder: Path) -> None:
     """Read batches of both kinds, the first and the last, and a validation split."""
-    opened = Folder(folder)
+    opened = DataFolder(folder)
     for batching in ("streams", "windows"):
         batches = training_batches(opened, DataSettings(batching=batching, global_batch=ROWS, window=7), seed=1)
         for number in (0, batches.steps_per_epoch - 1, batches.steps_per_epoch):
             batch = batches.batch(number, slice(0, ROWS))
-            assert batch.tokens > 0
+            assert batch.num_tokens > 0
             assert len(batch.inputs) == ROWS
             assert (
                 0 <= int(batch.inputs.min()) <= max(int(batch.inputs.max()), int(batch.targets.max())) < opened.vocabulary_size
@@ -188,7 +195,7 @@ def use_data(folder: Path) -> None:
 def use_table(folder: Path, every: int = 1) -> None:
     """Read the table in the folder; make and open a data folder of it, which takes ten times as long, one time in `every`."""
     [file] = folder.iterdir()
-    for document in Documents([file], group_by="title"):
+    for document in Documents([file], ReadOptions(group_by="title")):
         document.text.encode()
     if file.stat().st_size % every:
         return
@@ -196,7 +203,7 @@ def use_table(folder: Path, every: int = 1) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare(settings, folder / "out")
     for split in ("train", "valid", "test"):
-        assert len(Folder(folder / "out").tokens(split)) > 0
+        assert len(DataFolder(folder / "out").tokens(split)) > 0
 
 
 def change_checkpoint(folder: Path, random: Random) -> str:
@@ -309,7 +316,7 @@ def test_a_thousand_mutations_give_a_result_or_one_line(kind: str, request: pyte
             message = str(error)
             assert "\n" not in message, f"seed {seed} ({done}): {message}"
             # What is wrong with a table may be how little there is in it, and with options that they leave no word.
-            named = kind == "table" or "no word is left to draw" in message or str(folder) in message
+            named = kind == "table" or "no token is left to sample" in message or str(folder) in message
             assert named, f"seed {seed} ({done}): {message}"
             assert len(message) < 2_000, f"seed {seed} ({done}): {message}"
         except BaseException as error:
@@ -445,7 +452,7 @@ def test_links_and_pipes_are_refused(copied: Path, bundle: Path, tmp_path: Path)
 def test_json_that_is_none(copied: Path, text: str) -> None:
     (copied / "manifest.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(DataError, match=r"manifest\.json"):
-        checkpoint.read_manifest(copied)
+        read_verified_manifest(copied)
 
 
 def test_json_larger_than_any(copied: Path, bundle: Path, tmp_path: Path) -> None:
@@ -478,7 +485,7 @@ def test_a_setting_younger_than_the_checkpoint_has_its_default(copied: Path) -> 
     recipe = read_json(copied / "manifest.json")["recipe"]
     del recipe["data"]["stride"]
     edit_json(copied / "manifest.json", recipe=recipe)
-    assert checkpoint.read_manifest(copied)["recipe"]["data"]["stride"] == DataSettings.stride
+    assert read_verified_manifest(copied)["recipe"]["data"]["stride"] == DataSettings.stride
     use_checkpoint(copied)
 
 
@@ -500,9 +507,9 @@ def test_what_lies_among_the_checkpoints(copied: Path, capsys: pytest.CaptureFix
     (checkpoints / "step-000000007").symlink_to("nowhere")
     shutil.copytree(copied, checkpoints / "step-000000006")
     edit_json(checkpoints / "step-000000006" / "manifest.json", progress={"step": "six"})
-    assert checkpoint.newest(checkpoints) == copied
-    assert checkpoint.best(checkpoints) == copied
-    assert checkpoint.find(checkpoints.parent) == copied
+    assert newest_checkpoint(checkpoints) == copied
+    assert best_checkpoint(checkpoints) == copied
+    assert find_checkpoint(checkpoints.parent) == copied
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 + 3 * 2  # what is no folder is none of ours
     assert "is missing" in warnings[0]
@@ -521,7 +528,7 @@ def test_what_may_not_be_read(copied: Path) -> None:
         use_checkpoint(copied)
     copied.parent.chmod(0)
     with pytest.raises(MissingInputError):
-        checkpoint.find(copied)
+        find_checkpoint(copied)
     copied.parent.chmod(0o700)
     copied.chmod(0o700)
 
@@ -542,7 +549,7 @@ def edit_sizes(folder: Path, **values: object) -> None:
 
 def edit_weights(folder: Path, value: float, *names: str, beyond: int = 0) -> None:
     """Make weights of a bundle all `value`, from row `beyond` on, and make its sums right again."""
-    table = graph.weights(Bundle.load(folder).sizes)
+    table = weights(Bundle.load(folder).sizes)
     with (folder / WEIGHTS).open("r+b") as file:
         for name in names:
             assert table[name].kind == FLOAT
@@ -753,7 +760,7 @@ def test_text_settings_that_are_none(spoiled: Path, values: dict[str, object], m
         ({"dtype": "object"}, "dtype is 'object'; 'uint16' or 'uint32' is expected"),
         ({"splits": {"../../x": {"tokens": 1}}}, "its splits are not its files"),
         ({"splits": {"train": {}}}, "tokens is missing"),
-        ({"splits": {"train": {"tokens": 10**15}}}, "1000000000000000 words of 2 are expected"),
+        ({"splits": {"train": {"tokens": 10**15}}}, "1000000000000000 tokens of 2 are expected"),
         ({"splits": {}}, "has no train split"),
         ({"files": {}}, "its splits are not its files"),
         ({"version": 2}, "version 2"),
@@ -772,7 +779,7 @@ def test_words_beyond_the_vocabulary(data: Path, tmp_path: Path) -> None:
     tokens[-1] = WORDS
     tokens.tofile(folder / "train.bin")
     with_right_sums(folder, "meta.json")
-    with pytest.raises(DataError, match=r"train\.bin is damaged: it has a word 20, and the vocabulary ends at 19"):
+    with pytest.raises(DataError, match=r"train\.bin is damaged: it has a token 20, and the vocabulary ends at 19"):
         use_data(folder)
     edit_json(folder / "meta.json", splits={"train": {"tokens": 0}})
     (folder / "train.bin").write_bytes(b"")
@@ -782,11 +789,11 @@ def test_words_beyond_the_vocabulary(data: Path, tmp_path: Path) -> None:
 
 def texts(path: Path, **settings: Any) -> list[str]:
     """The documents of a file."""
-    return [document.text for document in Documents([path], **settings)]
+    return [document.text for document in Documents([path], ReadOptions(**settings))]
 
 
 def test_a_line_or_a_row_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmdist.text.documents.LONGEST_ROW", 1 << 16)
+    monkeypatch.setattr("lmdist.text.readers.LONGEST_ROW", 1 << 16)
     for name in ("a.csv", "a.jsonl", "a.txt"):
         path = tmp_path / f"{name}.gz"
         path.write_bytes(gzip.compress(b"content" + bytes(1 << 22)))
@@ -805,14 +812,14 @@ def test_halves_of_surrogate_pairs(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b", "title": "\\udfff"}\n')
     (tmp_path / "a.csv").write_bytes(b"text\na +2AA- b\n")
     assert texts(tmp_path / "a.csv", encoding="utf-7") == texts(tmp_path / "a.jsonl") == ["a \ufffd b"]
-    [document] = Documents([tmp_path / "a.jsonl"], group_by="title")
+    [document] = Documents([tmp_path / "a.jsonl"], ReadOptions(group_by="title"))
     assert document.group == "\ufffd"
 
 
 def test_encodings_that_are_none_of_text(tmp_path: Path) -> None:
     for name in ("rot13", "zlib", "undefined"):
         with pytest.raises(UsageError, match=f"encoding is '{name}'"):
-            Documents([], encoding=name)
+            Documents([], ReadOptions(encoding=name))
 
 
 def test_columns_with_odd_names_are_one_line(tmp_path: Path) -> None:
@@ -880,7 +887,7 @@ def run(*arguments: object, cwd: Path, **variables: str) -> subprocess.Completed
 def test_training_refuses_a_checkpoint_by_a_stranger(data: Path, tmp_path: Path) -> None:
     flags = [*SMALL, f"--data.folder={data}", "--run_folder=run", "--resume=auto", "--training.steps=2"]
     assert run("lmdist.train", *flags, cwd=tmp_path).returncode == 0
-    folder = checkpoint.find(tmp_path / "run")
+    folder = find_checkpoint(tmp_path / "run")
     tensors = safetensors.numpy.load_file(folder / "training.safetensors")
     safetensors.numpy.save_file({**tensors, "streams.h": tensors["streams.h"][:1]}, folder / "training.safetensors")
     with_right_sums(folder, "manifest.json")

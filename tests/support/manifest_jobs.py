@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lmdist import config
 from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, DataError, MissingInputError, UsageError
-from lmdist.job.launcher import AGENT_GRACE
+from lmdist.job.launcher import AGENT_GRACE_SECONDS
 from lmdist.job.launcher import parser as launcher_parser
 from lmdist.settings import Recipe
 from lmdist_export.export import DEFECT
@@ -175,7 +175,7 @@ def recipes_fit_their_pods(render: Render) -> Iterator[str]:
         batch, device = recipe.data.global_batch // recipe.training.accumulation, "cuda" if pod.gpus else "cpu"
         mount, volume = pod.mounted(container, "/dev/shm")
         in_memory = mount.get("mountPath") == "/dev/shm" and look(volume, "emptyDir", "medium") == "Memory"
-        needed = recipe.training.timeout_seconds + AGENT_GRACE
+        needed = recipe.training.timeout_seconds + AGENT_GRACE_SECONDS
         prepares = asdict(recipe.prepare)
         for holds, sentence in (
             (batch % ranks == 0, f"a batch of {batch} does not divide evenly over {ranks} ranks"),

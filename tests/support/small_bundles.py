@@ -19,10 +19,12 @@ from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.training import checkpoint
+from lmdist.training.checkpoints.format import Progress
+from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist_export import export
-from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.bundle import Bundle
 from lmdist_export.conversion.convert import write_graphs
+from lmdist_export.options import GenerationConfig
 
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
 PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()
@@ -73,8 +75,8 @@ def make_run(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recipe = config.as_dict(Recipe(data=DataSettings(folder=str(data)), model=settings))
     run = folder / "runs" / "small"
-    taken = checkpoint.snapshot(checkpoint.Progress(step=7), model, optimizer, None)
-    checkpoint.save(run / "checkpoints", taken, recipe, data)
+    taken = take_snapshot(Progress(step=7), model, optimizer, None)
+    write_checkpoint(run / "checkpoints", taken, recipe, data)
     return run
 
 

@@ -11,38 +11,38 @@ from lmdist.errors import DataError, MissingInputError
 from lmdist.model.loss import IGNORED
 from lmdist.settings import DataSettings
 from lmdist.text.vocabulary import END_ID
-from lmdist.training.data import Folder, Streams, Windows, permute, training_batches
+from lmdist.training.data import DataFolder, Streams, Windows, permute, training_batches
 
-# A word of this file is its own position: what a batch predicts tells where it was cut.
+# A token of this file is its own position: what a batch predicts shows where it was cut.
 POSITIONS = np.arange(60_000, dtype=np.uint16)
 
 
-def epoch(batches: Streams | Windows, rows: int, world: int = 1, number: int = 0):
-    """All the words that `world` ranks predict in an epoch, and the sum of the batches' own counts."""
+def epoch(batches: Streams | Windows, global_batch: int, world: int = 1, number: int = 0):
+    """Return all tokens that `world` ranks predict in an epoch, and the sum of the batches' own counts."""
     predicted, counted = [], 0
-    share = rows // world
+    batch_size = global_batch // world
     for step in range(number * batches.steps_per_epoch, (number + 1) * batches.steps_per_epoch):
-        parts = [batches.batch(step, slice(rank * share, (rank + 1) * share)) for rank in range(world)]
-        counted += parts[0].tokens
-        assert len({part.tokens for part in parts}) == 1
+        parts = [batches.batch(step, slice(rank * batch_size, (rank + 1) * batch_size)) for rank in range(world)]
+        counted += parts[0].num_tokens
+        assert len({part.num_tokens for part in parts}) == 1
         for part in parts:
-            there = part.targets != IGNORED
-            predicted.append(part.targets[there])
+            mask = part.targets != IGNORED
+            predicted.append(part.targets[mask])
             before = torch.where(part.targets == 0, END_ID, part.targets - 1)
-            assert torch.equal(part.inputs[there], before[there])
+            assert torch.equal(part.inputs[mask], before[mask])
     return torch.cat(predicted), counted
 
 
-@given(length=st.integers(1, 400), rows=st.integers(1, 3), world=st.sampled_from([1, 2, 4]), window=st.integers(1, 50))
-def test_streams_predict_each_word_once_on_any_number_of_ranks(length, rows, world, window):
-    batches = Streams(POSITIONS[:length], rows * world, window)
-    predicted, counted = epoch(batches, rows * world, world)
+@given(length=st.integers(1, 400), batch_size=st.integers(1, 3), world=st.sampled_from([1, 2, 4]), window=st.integers(1, 50))
+def test_streams_predict_each_token_once_on_any_number_of_ranks(length, batch_size, world, window):
+    batches = Streams(POSITIONS[:length], batch_size * world, window)
+    predicted, counted = epoch(batches, batch_size * world, world)
     assert sorted(predicted.tolist()) == list(range(length))
     assert counted == length
 
 
 @given(length=st.integers(2, 400), world=st.sampled_from([1, 2, 4]), window=st.integers(2, 30), seed=st.integers(0, 9))
-def test_windows_predict_each_word_but_the_first_once(length, world, window, seed):
+def test_windows_predict_each_token_but_the_first_once(length, world, window, seed):
     window = min(window, length)
     batches = Windows(POSITIONS[:length], 4, window, 0, seed)
     predicted, counted = epoch(batches, 4, world, number=seed)
@@ -51,7 +51,7 @@ def test_windows_predict_each_word_but_the_first_once(length, world, window, see
 
 
 @given(length=st.integers(20, 200), stride=st.integers(1, 19))
-def test_windows_are_every_stride_words_and_the_last_may_be_short(length, stride):
+def test_windows_start_every_stride_tokens_and_the_last_may_be_short(length, stride):
     batches = Windows(POSITIONS[:length], 5, 20, stride, seed=1)
     starts = []
     for step in range(batches.steps_per_epoch):
@@ -70,13 +70,13 @@ def test_epochs_are_shuffled_each_in_its_own_way_and_the_same_way_again():
     assert order(1, 0) != order(2, 0)
 
 
-def test_stream_rows_go_on_where_they_left_off():
+def test_streams_go_on_where_they_left_off():
     batches = Streams(POSITIONS[:1000], 4, 30)
     first, second = batches.batch(0, slice(0, 4)), batches.batch(1, slice(0, 4))
-    assert first.fresh
-    assert not second.fresh
+    assert first.state_reset
+    assert not second.state_reset
     assert torch.equal(second.inputs[:, 0], first.targets[:, -1])
-    assert batches.batch(batches.steps_per_epoch, slice(0, 4)).fresh
+    assert batches.batch(batches.steps_per_epoch, slice(0, 4)).state_reset
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 1000), number=st.integers(0, 5))
@@ -91,8 +91,8 @@ def test_permutation_mixes_well():
 
 
 def test_text_too_short_for_the_window_is_refused(tmp_path):
-    folder = Folder(write_data_folder(tmp_path / "data", {"train": chain(100, 20)}, 20))
-    with pytest.raises(DataError, match=r"100 words .* 20 row\(s\) of 35 need 700"):
+    folder = DataFolder(write_data_folder(tmp_path / "data", {"train": chain(100, 20)}, 20))
+    with pytest.raises(DataError, match=r"100 tokens .* 20 sequence\(s\) of 35 need 700"):
         training_batches(folder, DataSettings(), seed=1)
     with pytest.raises(DataError, match="101"):
         training_batches(folder, DataSettings(batching="windows", window=101), seed=1)
@@ -101,31 +101,31 @@ def test_text_too_short_for_the_window_is_refused(tmp_path):
 
 def test_missing_and_damaged_folders_are_named(tmp_path):
     with pytest.raises(MissingInputError, match="lmdist-prepare"):
-        Folder(tmp_path / "nothing")
+        DataFolder(tmp_path / "nothing")
     path = write_data_folder(tmp_path / "data", {"train": chain(100, 20)}, 20)
     with pytest.raises(MissingInputError, match="no valid split; it has train"):
-        Folder(path).tokens("valid")
+        DataFolder(path).tokens("valid")
     (path / "train.bin").write_bytes(b"\0\0")
     with pytest.raises(DataError, match=r"train\.bin has 2 bytes"):
-        Folder(path).tokens("train")
+        DataFolder(path).tokens("train")
 
 
 @pytest.mark.parametrize("batching", ["streams", "windows"])
 def test_the_order_of_the_data_is_the_same_file_on_1_2_and_4_ranks(tmp_path, batching):
-    """A file a number of ranks, of every position read and predicted in three epochs, compared byte for byte."""
+    """One file per number of ranks, with every position read and predicted in three epochs, compared byte for byte."""
     write_data_folder(tmp_path / "data", {"train": POSITIONS[:1003]}, 1003)
     settings = DataSettings(folder="", batching=batching, global_batch=8, window=7, stride=5 if batching == "windows" else 0)
     files = []
     for world in (1, 2, 4):
-        batches = training_batches(Folder(tmp_path / "data"), settings, seed=3)
-        share = settings.global_batch // world
+        batches = training_batches(DataFolder(tmp_path / "data"), settings, seed=3)
+        batch_size = settings.global_batch // world
         path = tmp_path / f"order-{world}"
         with path.open("wb") as file:
             for step in range(3 * batches.steps_per_epoch):
-                parts = [batches.batch(step, slice(rank * share, (rank + 1) * share)) for rank in range(world)]
+                parts = [batches.batch(step, slice(rank * batch_size, (rank + 1) * batch_size)) for rank in range(world)]
                 for tensors in ([part.inputs for part in parts], [part.targets for part in parts]):
                     file.write(torch.cat(tensors).numpy().tobytes())
-                file.write(f"{parts[0].tokens} {parts[0].fresh}\n".encode())
+                file.write(f"{parts[0].num_tokens} {parts[0].state_reset}\n".encode())
         files.append(path.read_bytes())
     assert len(files[0]) > 3 * 1003 * 8
     assert files[0] == files[1] == files[2]

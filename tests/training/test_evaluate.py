@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional
 
 from corpora import chain, write_data_folder
-from lmdist.training import checkpoint
+from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
 from lmdist.training.evaluate import evaluate, main, unigram_nats
 from support.jobs import losses, train_here
@@ -34,21 +35,21 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def command(capsys):
-    """Runs lmdist-evaluate in this process, checks its exit code, and gives what it said on stdout and stderr."""
+    """Return a function that runs lmdist-evaluate in this process, checks its exit code and returns stdout and stderr."""
 
     def run(*arguments: object, code: int = 0) -> Any:
         with pytest.raises(SystemExit) if code else nullcontext() as ended:
             main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        assert code == (ended.value.code if ended else 0), said.err
-        return said
+        output = capsys.readouterr()
+        assert code == (ended.value.code if ended else 0), output.err
+        return output
 
     return run
 
 
-def test_perplexity_is_that_of_one_pass_over_all_words(trained):
+def test_perplexity_is_that_of_one_pass_over_all_tokens(trained):
     run, data = trained
-    model, _ = checkpoint.load_model(checkpoint.find(run))
+    model, _ = load_model(find_checkpoint(run))
     tokens = torch.from_numpy(np.fromfile(data / "test.bin", "<u2").astype(np.int64))
     inputs = torch.cat([torch.tensor([1]), tokens[:-1]])
     with torch.no_grad():
@@ -58,7 +59,7 @@ def test_perplexity_is_that_of_one_pass_over_all_words(trained):
         [sys.executable, "-m", "lmdist.training.evaluate", run, "--json"], capture_output=True, text=True, check=True
     )
     figures = json.loads(done.stdout)
-    assert figures["nats_a_word"] == pytest.approx(expected, abs=1e-5)
+    assert figures["nats_per_token"] == pytest.approx(expected, abs=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
     assert figures["words"] == 99
     assert figures["perplexity"] < figures["unigram_perplexity"]
@@ -67,7 +68,7 @@ def test_perplexity_is_that_of_one_pass_over_all_words(trained):
 @pytest.mark.parametrize("window", [1, 7, 200])
 def test_the_window_changes_nothing(trained, window):
     run, data = trained
-    model, _ = checkpoint.load_model(checkpoint.find(run))
+    model, _ = load_model(find_checkpoint(run))
     tokens = np.fromfile(data / "test.bin", "<u2")
     nats = evaluate(model, tokens, 1, window, ONE)
     assert nats.count == 99
@@ -78,7 +79,7 @@ def test_the_window_changes_nothing(trained, window):
 def test_ranks_share_the_streams_out(trained, size):
     """What the ranks measure adds up to what one rank measures, also where they have unequal shares."""
     run, data = trained
-    model, _ = checkpoint.load_model(checkpoint.find(run))
+    model, _ = load_model(find_checkpoint(run))
     tokens = np.fromfile(data / "valid.bin", "<u2")
     parts = [evaluate(model, tokens, 10, 7, World(rank, size, torch.device("cpu"))) for rank in range(size)]
     whole = evaluate(model, tokens, 10, 7, ONE)
@@ -89,10 +90,10 @@ def test_ranks_share_the_streams_out(trained, size):
 def test_the_validation_in_training_is_the_same_figure(trained, command):
     run, _ = trained
     figures = json.loads(command(run, "--split=valid", "--streams=10", "--json").out)
-    assert figures["nats_a_word"] == pytest.approx(min(losses(run, "valid/loss")), abs=1e-5)
+    assert figures["nats_per_token"] == pytest.approx(min(losses(run, "valid/loss")), abs=1e-5)
 
 
-def test_a_file_is_cut_into_words_as_the_training_text_was(trained, tmp_path, command):
+def test_a_file_is_tokenized_as_the_training_text_was(trained, tmp_path, command):
     run, _ = trained
     text = tmp_path / "text.txt"
     text.write_text("w3 w4 zebra\nw5\n")
@@ -121,7 +122,7 @@ def test_mistakes(trained, tmp_path, command):
 
 def test_damaged_checkpoints_are_refused_in_one_line(trained, tmp_path, command):
     run, _ = trained
-    whole = checkpoint.find(run)
+    whole = find_checkpoint(run)
     for name in ("model.safetensors", "vocab.txt", "manifest.json"):
         broken = tmp_path / f"broken-{name}"
         broken.mkdir()

@@ -17,8 +17,10 @@ import torch
 from corpora import chain, write_data_folder
 from lmdist.errors import Stopped
 from lmdist.settings import ModelSettings
-from lmdist.training import checkpoint
-from lmdist.training.checkpoint import Progress
+from lmdist.training.checkpoints.format import Progress
+from lmdist.training.checkpoints.read import load_model, load_training, read_verified_manifest
+from lmdist.training.checkpoints.retain import newest_checkpoint, remove_old, remove_unfinished
+from lmdist.training.checkpoints.write import Saver, take_snapshot, write_checkpoint
 from support.jobs import SMALL, after_one_step, environment, losses, rows, train_here
 
 
@@ -38,9 +40,9 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
     def save(step: int) -> None:
         with torch.no_grad():
             model.projection.bias.fill_(step)
-        taken = checkpoint.snapshot(Progress(step), model, optimizer, streams)
-        checkpoint.save(checkpoints, taken, recipe, data)
-        checkpoint.prune(checkpoints, keep=2)
+        taken = take_snapshot(Progress(step), model, optimizer, streams)
+        write_checkpoint(checkpoints, taken, recipe, data)
+        remove_old(checkpoints, keep=2)
 
     began = time.monotonic()
     for step in range(1, 6):
@@ -53,7 +55,7 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
         child = os.fork()
         if child == 0:
             os.write(writing, b"!")  # to copy a process that has run many tests takes longer than some of these waits
-            checkpoint.tidy(checkpoints)
+            remove_unfinished(checkpoints)
             while True:
                 step += 1
                 save(step)
@@ -64,16 +66,16 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
         os.close(reading)
         os.close(writing)
         in_the_middle += any(path.name.startswith(".") for path in checkpoints.glob(".*"))
-        found = checkpoint.newest(checkpoints)
+        found = newest_checkpoint(checkpoints)
         assert found is not None, f"kill {kill}: nothing is left of step {step}"
-        loaded, manifest = checkpoint.load_model(found)  # checks the sums of all its files
+        loaded, manifest = load_model(found)  # checks the sums of all its files
         assert manifest["progress"]["step"] >= step, f"kill {kill}: an earlier checkpoint than before"
         step = manifest["progress"]["step"]
         assert loaded.get_parameter("projection.bias").unique().tolist() == [step], f"kill {kill}: half of another step"
         fresh = torch.optim.AdamW(loaded.parameters())
-        assert checkpoint.load_training(found, fresh)[0].step == step
+        assert load_training(found, fresh)[0].step == step
     for folder in checkpoints.glob("step-*"):
-        checkpoint.read_manifest(folder)
+        read_verified_manifest(folder)
     assert step > 25, "hardly anything was saved"
     assert in_the_middle > 20, "hardly any kill came while something was being written"
 
@@ -81,11 +83,11 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
 def test_a_write_that_fails_is_a_warning_and_the_last_one_a_stop(state, tmp_path, capsys):
     data, model, optimizer, streams, recipe = state
     checkpoints = tmp_path / "checkpoints"
-    saver = checkpoint.Saver(checkpoints, recipe, data, keep=2)
+    saver = Saver(checkpoints, recipe, data, keep=2)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(step: int, largest_file: int) -> None:
-        taken = checkpoint.snapshot(Progress(step), model, optimizer, streams)
+        taken = take_snapshot(Progress(step), model, optimizer, streams)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
         try:
             saver.save(taken)
@@ -101,14 +103,14 @@ def test_a_write_that_fails_is_a_warning_and_the_last_one_a_stop(state, tmp_path
         saver.close()
     save(3, before[0])
     saver.close()
-    newest = checkpoint.newest(checkpoints)
+    newest = newest_checkpoint(checkpoints)
     assert newest is not None
     assert newest.name == "step-000000003"
 
 
 def test_what_the_training_does_next_does_not_change_a_snapshot(state):
     _, model, optimizer, streams, _ = state
-    taken = checkpoint.snapshot(Progress(1), model, optimizer, streams)
+    taken = take_snapshot(Progress(1), model, optimizer, streams)
     kept = {name: value.clone() for name, value in {**taken.parameters, **taken.training}.items()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -123,10 +125,10 @@ def test_what_the_training_does_next_does_not_change_a_snapshot(state):
 def test_a_newest_one_that_is_missing_is_named(state, tmp_path, capsys):
     data, model, optimizer, streams, recipe = state
     for step in (1, 2):
-        taken = checkpoint.snapshot(Progress(step), model, optimizer, streams)
-        checkpoint.save(tmp_path / "checkpoints", taken, recipe, data)
+        taken = take_snapshot(Progress(step), model, optimizer, streams)
+        write_checkpoint(tmp_path / "checkpoints", taken, recipe, data)
     shutil.rmtree(tmp_path / "checkpoints" / "step-000000002")
-    found = checkpoint.newest(tmp_path / "checkpoints")
+    found = newest_checkpoint(tmp_path / "checkpoints")
     assert found is not None
     assert found.name == "step-000000001"
     assert "'step-000000002', is missing" in capsys.readouterr().err

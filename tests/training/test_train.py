@@ -12,6 +12,7 @@ import termios
 import time
 import tomllib
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -23,19 +24,21 @@ from lmdist import config
 from lmdist.errors import EXIT_AGAIN, EXIT_USAGE
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED
-from lmdist.settings import DEMO_SETTINGS, PrepareSettings, Recipe
+from lmdist.settings import DEMO_SETTINGS, OptimizerSettings, PrepareSettings, Recipe
 from lmdist.storage.reading import read_json
 from lmdist.train import prepare_if_absent
-from lmdist.training import checkpoint
-from lmdist.training.data import Folder, training_batches
+from lmdist.training.checkpoints.read import read_tensors
+from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
+from lmdist.training.data import DataFolder, training_batches
 from support.jobs import SMALL, command, environment, losses, rows, start, torchrun, train, train_here
 
+OPTIMIZER_NAMES = get_args(get_type_hints(OptimizerSettings)["name"])
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 @pytest.fixture
 def data(tmp_path):
-    """451 words in 8 streams of 56 or 57: the last windows are uneven."""
+    """451 tokens in 8 streams of 56 or 57: the last windows are uneven."""
     splits = {"train": chain(451, 30), "valid": chain(103, 30, seed=1), "test": chain(99, 30, seed=2)}
     return write_data_folder(tmp_path / "data", splits, 30)
 
@@ -49,12 +52,12 @@ def recipe(data: Path, *flags: str) -> Recipe:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoint.newest(run / "checkpoints")
+    newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
-    return checkpoint.read_tensors(newest / "model.safetensors")
+    return read_tensors(newest / "model.safetensors")
 
 
-# Rare words are in the text of some ranks only: then a cluster of the adaptive head has no gradient there.
+# Only some ranks have rare tokens: on the others a cluster of the adaptive head has no gradient.
 ADAPTIVE = "--model.head=adaptive --model.tied=false --optimizer.activation_penalty=2 --optimizer.temporal_penalty=1".split()
 
 
@@ -96,9 +99,7 @@ def test_a_job_goes_on_with_another_number_of_ranks(data, tmp_path):
             [resumed[step] for step in whole if step > 12], [whole[step] for step in whole if step > 12], rtol=0, atol=1e-5
         )
         for name in ("model.safetensors", "training.safetensors"):
-            one, two = (
-                checkpoint.read_tensors(where / "checkpoints/step-000000024" / name) for where in (tmp_path / "whole", run)
-            )
+            one, two = (read_tensors(where / "checkpoints/step-000000024" / name) for where in (tmp_path / "whole", run))
             for key, value in one.items():
                 torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5, msg=f"{key} on {ranks} ranks")
 
@@ -126,7 +127,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(data, tmp_path):
     rank_1.kill()
     rank_0.join(60)
     assert rank_0.exitcode == EXIT_AGAIN
-    newest = checkpoint.newest(broken / "checkpoints")
+    newest = newest_checkpoint(broken / "checkpoints")
     assert newest is not None
     killed_at = read_json(newest / "manifest.json")["progress"]["step"]
     assert killed_at < 100, "the job was through before it was killed"
@@ -139,12 +140,12 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(data, tmp_path):
 
 
 def test_the_loss_is_the_plain_one(data):
-    """Four steps against the same model trained by hand on all words at once."""
+    """Four steps against the same model trained by hand on all tokens at once."""
     flags = ("--training.steps=4", "--model.dropout=0", "--optimizer.name=sgd", "--optimizer.clip=0")
     asked = recipe(data, *flags)
     train_here(*into_run(data, *flags))
 
-    folder = Folder(data)
+    folder = DataFolder(data)
     torch.manual_seed(asked.seed)
     model = LanguageModel(asked.model, folder.vocabulary_size)
     stochastic = torch.optim.SGD(model.parameters(), 0.02, weight_decay=asked.optimizer.weight_decay)
@@ -173,7 +174,7 @@ def test_accumulation_changes_nothing(data):
     np.testing.assert_allclose(losses(data.parent / "parts"), losses(data.parent / "run"), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZER_NAMES)
 @pytest.mark.parametrize("batching", ["streams", "windows"])
 def test_resumed_is_the_same_bit_for_bit_with_every_optimizer(data, optimizer, batching):
     flags = (f"--optimizer.name={optimizer}", "--optimizer.momentum=0.9", f"--data.batching={batching}", "--model.dropout=0.3")
@@ -213,7 +214,7 @@ def test_last_checkpoints_and_the_best_are_kept(data):
     assert sorted(validated) == [3, 6, 9, 12]
     best = f"step-{min(validated, key=lambda step: validated[step]):09d}"
     assert {path.name for path in folder.iterdir()} == {"newest", "step-000000011", "step-000000012", best}
-    assert checkpoint.find(data.parent / "run").name == best
+    assert find_checkpoint(data.parent / "run").name == best
 
 
 def test_run_folder_holds_what_the_readme_says(data):
@@ -237,7 +238,7 @@ def test_run_folder_holds_what_the_readme_says(data):
 def test_without_validation_split_the_newest_checkpoint_is_the_best(tmp_path):
     data = write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
     train_here(*into_run(data, "--training.steps=3"))
-    assert checkpoint.find(tmp_path / "run").name == "step-000000003"
+    assert find_checkpoint(tmp_path / "run").name == "step-000000003"
     assert not losses(tmp_path / "run", "valid/loss")
 
 
@@ -246,17 +247,18 @@ MISTAKES = {
     "not a number": (["--data.window=many"], 64, "window"),
     "out of range": (["--model.dropout=1"], 64, "model.dropout is 1"),
     "no such choice": (["--optimizer.name=lion"], 64, "lion"),
+    "a recipe without a name": (["--config"], 64, "--config: expected one argument"),
     "no such recipe": (["--config=nowhere.toml"], 66, "the recipe nowhere.toml is not there"),
     "no such data": (["--data.folder=nowhere"], 66, "lmdist-prepare"),
-    "text too short": (["--data.window=70"], 65, "451 words to train on; 8 row(s) of 70 need 560"),
-    "rows not divisible": (["--training.accumulation=3"], 64, "data.global_batch 8 cannot be shared out evenly"),
+    "text too short": (["--data.window=70"], 65, "451 tokens to train on; 8 sequence(s) of 70 need 560"),
+    "batch not divisible": (["--training.accumulation=3"], 64, "data.global_batch 8 cannot be divided evenly"),
     "half precision on a CPU": (["--training.precision=fp16"], 64, "needs a GPU"),
     "diverging": (["--optimizer.learning_rate=1e30", "--optimizer.name=sgd", "--optimizer.clip=0"], 64, "diverged"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_line_with_the_right_exit_code(data, tmp_path, mistake):
+def test_mistakes_are_one_line_with_their_exit_code(data, tmp_path, mistake):
     flags, code, message = MISTAKES[mistake]
     done = train(1, *SMALL, f"--data.folder={data}", "--run_folder=run", *flags, cwd=tmp_path, code=code)
     line = done.stderr.strip().splitlines()[-1]
@@ -265,15 +267,15 @@ def test_mistakes_are_one_line_with_the_right_exit_code(data, tmp_path, mistake)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-def test_cuda_that_is_not_there_is_an_error(data, tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
+def test_missing_cuda_is_an_error(data, tmp_path):
     done = train(1, *SMALL, f"--data.folder={data}", "--training.device=cuda", cwd=tmp_path, code=64)
     assert "torch sees no CUDA device" in done.stderr
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_once(data, tmp_path):
     done = train(3, *SMALL, f"--data.folder={data}", cwd=tmp_path, code=EXIT_USAGE)
-    assert done.stderr.count("cannot be shared out evenly over 3 ranks") == 1
+    assert done.stderr.count("cannot be divided evenly over 3 ranks") == 1
     assert "a number of ranks out of [1, 2, 4, 8]" in done.stderr
 
 
@@ -287,7 +289,7 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_p
 
 def test_help_comes_at_once_and_explains_the_settings(tmp_path):
     done = train(1, "--help", cwd=tmp_path)
-    assert "Numbers in the state of an LSTM layer" in " ".join(done.stdout.split())
+    assert "Size of an LSTM layer's state" in " ".join(done.stdout.split())
     seen = subprocess.run([sys.executable, "-X", "importtime", "-m", "lmdist.train", "--help"], capture_output=True, text=True)
     assert " torch\n" not in seen.stderr
 
@@ -300,6 +302,13 @@ def test_every_recipe_is_read_and_every_line_has_a_reason(path):
     for section, values in tomllib.loads(path.read_text()).items():
         for key, value in values.items() if isinstance(values, dict) else ():
             assert getattr(getattr(asked, section), key) == value
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_flags_win_over_a_recipe_wherever_they_stand(order):
+    arguments = [[f"--config={LAUNCH / 'tutorial.toml'}"], ["--data.window", "3"]]
+    asked = config.load([word for part in arguments[::order] for word in part])
+    assert (asked.data.window, asked.data.stride) == (3, 1)
 
 
 def test_a_terminal_gets_a_bar(data, tmp_path):
@@ -346,8 +355,8 @@ def test_text_to_train_on_is_taken_in_place_of_the_demo(tmp_path, monkeypatch):
     assert (tmp_path / "data/demo/vocab.txt").read_text().split() == ["<unk>", "<eos>", "the", "and", "cat", "dog"]
 
 
-def test_holes_count_for_nothing(data):
-    """A target that is not there changes neither the sum nor the gradient."""
+def test_padding_counts_for_nothing(data):
+    """An ignored target changes neither the sum nor the gradient."""
     from lmdist.model.loss import summed_nats
 
     model = LanguageModel(recipe(data).model, 30).eval()

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from lmdist.model.language_model import LanguageModel
 from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS
-from lmdist_export.graph.graphs import EVERY_FEATURE, NBITS_BLOCK, Sizes, file_length, generation_graph, step_graph, weights
+from lmdist_export.graph.graphs import generation_graph, step_graph
 from lmdist_export.graph.onnx_file import FLOAT16, INT8, TYPES, UINT8
+from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, file_length, weights
+from lmdist_export.options import EVERY_FEATURE
 
 
 def sizes_of(model: LanguageModel, precision: str) -> Sizes:

@@ -46,7 +46,7 @@ from lmdist.storage.atomic import atomic_folder
 from lmdist.text.vocabulary import END_ID, Vocabulary
 from lmdist_export.conversion.convert import array, input_output_forget_cell
 from lmdist_export.conversion.verify import TOLERANCES, difference, torch_step
-from lmdist_export.sampling.sampler import open_session
+from lmdist_export.sampling.runtime import open_session
 
 MODEL = "with-state-rnnlm.onnx"  # icefall's are with-state-epoch-99-avg-1.onnx and the like
 MODEL_DATA = f"{MODEL}.data"

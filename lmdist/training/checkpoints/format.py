@@ -1,0 +1,68 @@
+"""The files of a checkpoint, and what its manifest holds.
+
+    runs/NAME/checkpoints/step-000001000/
+        model.safetensors       the parameters
+        training.safetensors    the optimizer's tensors, and the LSTM state of all streams
+        vocab.txt  text.json    the vocabulary and the tokenizer, copied from the data folder
+        manifest.json           the model's shape, progress, recipe, facts of the data, and a sha256 for each file
+
+A checkpoint is enough by itself to evaluate and to export. Nothing in it is pickled, so loading it runs no code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_type_hints
+
+import torch
+
+from lmdist.settings import OptimizerSettings
+from lmdist.storage.checksums import FileFacts
+
+FORMAT = "lmdist checkpoint"
+VERSION = 1
+FILES = ("model.safetensors", "training.safetensors", "vocab.txt", "text.json")
+NEWEST = "newest"
+"""Beside the checkpoints: a file with the name of the one that was written last."""
+
+MANIFEST = {
+    "model": {},
+    "vocabulary_size": int,
+    "progress": {"step": int},
+    "recipe": {
+        "seed": int,
+        "optimizer": {"name": get_type_hints(OptimizerSettings)["name"]},
+        "model": {},
+        "data": {},
+        "training": {},
+    },
+    "data": {"files": {"train.bin": FileFacts}},
+    "files": dict[str, FileFacts],
+}
+"""The schema of manifest.json. The objects that are settings are checked by their own classes."""
+LOSS_SCALE = torch.GradScaler("cpu").state_dict().keys()
+"""The keys of `Progress.loss_scale`."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands. With the tensors, this is all that a resumed run needs."""
+
+    step: int = 0
+    """Steps done, and so the number of the next global batch."""
+    tokens: int = 0
+    """Tokens trained on, over all ranks."""
+    seconds: float = 0.0
+    """Time spent in training steps."""
+    nats: float = 0.0
+    """Summed nats of the tokens since the last line of metrics, over all ranks."""
+    counted: int = 0
+    """The number of those tokens."""
+    valid_nats: float | None = None
+    """Nats per token of the validation after this step, if there was one."""
+    best_valid_nats: float | None = None
+    """Nats per token of the best validation."""
+    divisions: int = 0
+    """How often the plateau schedule has divided the learning rate."""
+    loss_scale: dict[str, float | int] = dataclasses.field(default_factory=dict)
+    """State of the fp16 loss scaler."""

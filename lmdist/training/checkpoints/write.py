@@ -1,0 +1,132 @@
+"""Write a checkpoint: an atomic folder of tensors and JSON.
+
+Saving has two steps: `take_snapshot` copies the state to memory, and training waits for it; `write_checkpoint` writes the
+copy in a thread of `Saver`, while training goes on. This module does not know when to save.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lmdist import __version__
+from lmdist.errors import Stopped
+from lmdist.model.language_model import LanguageModel, State
+from lmdist.model.lstm import STATE_PARTS
+from lmdist.settings import ModelSettings
+from lmdist.storage.atomic import atomic_folder, write_atomic
+from lmdist.storage.checksums import checksums
+from lmdist.storage.reading import read_json, write_json
+from lmdist.training.checkpoints.format import FORMAT, NEWEST, VERSION, Progress
+from lmdist.training.checkpoints.retain import remove_old
+from lmdist.training.optimizer import optimizer_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A run's state after a step, copied to memory: later steps do not change it."""
+
+    progress: Progress
+    model: ModelSettings
+    vocabulary_size: int
+    parameters: dict[str, Tensor]
+    training: dict[str, Tensor]
+    """The optimizer's tensors, and the state of all G streams, each part (G, S)."""
+
+
+def take_snapshot(
+    progress: Progress, model: LanguageModel, optimizer: torch.optim.Optimizer, streams: State | None
+) -> Snapshot:
+    """Copy a run's state to the CPU's memory; `streams` is the LSTM state of all G streams, each part (G, S)."""
+    training = {f"optimizer.{name}": value for name, value in optimizer_state(optimizer).items()}
+    if streams is not None:
+        training |= {f"streams.{name}": part for name, part in zip(STATE_PARTS, streams, strict=True)}
+    return Snapshot(
+        dataclasses.replace(progress),
+        model.settings,
+        model.vocabulary_size,
+        {name: copy_to_cpu(value) for name, value in model.named_parameters()},  # a tied matrix once, under its first name
+        {name: copy_to_cpu(value) for name, value in training.items()},
+    )
+
+
+def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """Return a copy in the CPU's memory."""
+    return tensor.detach().contiguous().to("cpu", copy=True)
+
+
+def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, Any], data: Path) -> Path:
+    """Write the atomic folder `checkpoints/step-N`, then its name into `checkpoints/newest`; return the folder."""
+    target = checkpoints / f"step-{snapshot.progress.step:09d}"
+    with atomic_folder(target) as folder:
+        save_file(snapshot.parameters, folder / "model.safetensors")
+        save_file(snapshot.training, folder / "training.safetensors")
+        for name in ("vocab.txt", "text.json"):
+            shutil.copyfile(data / name, folder / name)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "lmdist": __version__,
+            "torch": torch.__version__,
+            "model": dataclasses.asdict(snapshot.model),
+            "vocabulary_size": snapshot.vocabulary_size,
+            "progress": dataclasses.asdict(snapshot.progress),
+            "recipe": recipe,
+            "data": read_json(data / "meta.json"),
+            "files": checksums(folder),
+        }
+        write_json(folder / "manifest.json", manifest)
+    write_atomic(checkpoints / NEWEST, f"{target.name}\n")
+    return target
+
+
+class Saver:
+    """Writes snapshots in a thread, one at a time, while training goes on."""
+
+    def __init__(self, checkpoints: Path, recipe: dict[str, Any], data: Path, keep: int) -> None:
+        self.checkpoints = checkpoints
+        self.recipe = recipe
+        self.data = data
+        self.keep = keep
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Start to write; wait first for the snapshot before, if that is still being written."""
+        self.wait()
+        self.thread = threading.Thread(target=self.write, args=(snapshot,), name="checkpoint")
+        self.thread.start()
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write and remove old checkpoints, in the thread; a failure is a warning, because older checkpoints remain."""
+        try:
+            write_checkpoint(self.checkpoints, snapshot, self.recipe, self.data)
+            remove_old(self.checkpoints, self.keep)
+        except Exception as error:  # a full disk has many names: OSError, SafetensorError
+            self.failure = error
+            sys.stderr.write(f"warning: the checkpoint of step {snapshot.progress.step} could not be written: {error}\n")
+        else:
+            self.failure = None
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self.thread:
+            self.thread.join()
+
+    def close(self) -> None:
+        """Wait for the last write; raise Stopped if it failed, because the last steps are not on the disk."""
+        self.wait()
+        if self.failure:
+            newest_one = max((folder.name for folder in self.checkpoints.glob("step-*")), default="none")
+            raise Stopped(
+                f"the last checkpoint could not be written ({self.failure}); the newest one is {newest_one}. "
+                "Make room for it and run again with --resume auto"
+            )

@@ -1,0 +1,169 @@
+"""What a run reports: console lines, metrics, samples and pictures. Rank 0 writes; on the other ranks nothing is.
+
+This module does not know how a step is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lmdist import config
+from lmdist.console import ProgressBar, duration
+from lmdist.perplexity import perplexity
+from lmdist.storage.atomic import write_atomic
+from lmdist.tracking.logger import MetricsLogger, RunLogger
+from lmdist.tracking.plot import plot_losses
+from lmdist.training.run import Run
+from lmdist.training.sample import sample
+
+FINAL_SAMPLE = "sample.txt"
+SECONDS_BETWEEN_PICTURES = 60.0
+LARGE_VOCABULARY = 100_000
+
+
+@contextmanager
+def report_on(run: Run) -> Iterator[Report]:
+    """Open the logger and the progress bar of a run, and print what the job is about to do."""
+    total, done, silent = run.total_steps, run.progress.step, not run.world.is_main
+    with open_logger(run) as logger, ProgressBar(total, "step", done=done, silent=silent) as console:
+        for line in [*announcement(run), *run.hints]:
+            console.log(line)
+        yield Report(run, logger, console)
+
+
+def open_logger(run: Run) -> MetricsLogger:
+    """Return rank 0's logger, after writing the resolved recipe; on other ranks one that writes nothing."""
+    if not run.world.is_main:
+        return MetricsLogger()
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.path / "recipe.toml", config.as_toml(run.recipe))
+    return RunLogger(
+        run.path,
+        run.recipe.tracking,
+        config.flat(run.recipe),
+        run.folder.path.name,
+        run.folder.meta,
+        run.progress.step,
+        resume=run.recipe.resume == "auto",
+    )
+
+
+def announcement(run: Run) -> list[str]:
+    """Return the lines that say what the job is about to do."""
+    recipe, world, folder, precision = run.recipe, run.world, run.folder, run.precision
+    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    layers = "-".join(str(size) for size in [recipe.model.embedding_size, *run.model.layer_sizes])
+    head = ", adaptive head" if recipe.model.head == "adaptive" else " tied" if recipe.model.tied else ""
+    start = f"going on after step {run.progress.step:,}" if run.progress.step else "starting"
+    lines = [
+        f"{run.path}: {start}, to step {run.total_steps:,} ({run.batches.steps_per_epoch:,} per epoch)",
+        f"  data   {folder.path}: {folder.meta['splits']['train']['tokens']:,} tokens to train on, "
+        f"vocabulary {folder.vocabulary_size:,}",
+        f"  model  LSTM {layers}{head}, {num_parameters:,} parameters",
+        f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} tokens "
+        f"on {world.size} rank(s), {world.device.type}",
+        f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
+    ]
+    if folder.vocabulary_size > LARGE_VOCABULARY and recipe.model.head == "full":
+        lines.append("  hint   --model.head adaptive --model.tied false trains several times as fast at this vocabulary size")
+    return lines
+
+
+class Report:
+    """Reports on a run in the course of training."""
+
+    def __init__(self, run: Run, logger: MetricsLogger, console: ProgressBar) -> None:
+        self.run = run
+        self.logger = logger
+        self.console = console
+        self.tokens_before = run.progress.tokens
+        self.seconds_before = run.progress.seconds
+
+    def step(self) -> None:
+        """Move the progress bar."""
+        self.console.update(self.run.progress.step)
+
+    def training(self, nats: float, gradient_norm: float, learning_rate: float) -> None:
+        """Report the training since the last call; `nats` is its loss per token."""
+        progress, total_steps = self.run.progress, self.run.total_steps
+        speed = (progress.tokens - self.tokens_before) / (progress.seconds - self.seconds_before)
+        self.tokens_before, self.seconds_before = progress.tokens, progress.seconds
+        seconds_left = (total_steps - progress.step) * progress.seconds / progress.step
+        figures = f"loss {nats:.4f}  ppl {perplexity(nats):,.1f}  tokens/s {speed:,.0f}  lr {learning_rate:.3g}"
+        self.console.show(figures, f"step {progress.step}/{total_steps}  {figures}  eta {duration(seconds_left)}")
+        self.logger.log_metrics(
+            progress.step,
+            {
+                "train/loss": nats,
+                "train/perplexity": perplexity(nats),
+                "train/gradient_norm": gradient_norm,
+                "train/learning_rate": learning_rate,
+                "train/tokens": progress.tokens,
+                "train/tokens_per_second": speed,
+            },
+        )
+
+    def validation(self) -> None:
+        """Report a validation, with a sample and the picture of the losses so far."""
+        progress = self.run.progress
+        nats, best = progress.valid_nats, progress.best_valid_nats
+        assert nats is not None
+        assert best is not None
+        self.console.log(
+            f"valid step {progress.step}  loss {nats:.4f}  ppl {perplexity(nats):,.2f}  best {perplexity(best):,.2f}"
+        )
+        self.logger.log_metrics(progress.step, {"valid/loss": nats, "valid/perplexity": perplexity(nats)})
+        self.write_picture_and_sample(f"samples/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
+
+    def end(self) -> None:
+        """Write the last sample and picture, and print where the results are."""
+        if not self.logger.writes:
+            return
+        run, path, num_tokens = self.run, self.run.path, self.run.recipe.sample.final_words
+        self.write_picture_and_sample(FINAL_SAMPLE, num_tokens)
+        lines = [
+            f"done: {run.progress.step:,} steps, {run.progress.tokens:,} tokens in {duration(run.progress.seconds)}",
+            f"  run      {path}",
+            *([f"  sample   {path / FINAL_SAMPLE}"] if num_tokens else []),
+            f"  picture  {path / 'loss.png'}",
+            *([f"  MLflow   {self.logger.page}"] if self.logger.page else []),
+            f"next: lmdist-evaluate {path}; lmdist-export {path} -o bundles/{path.name}",
+        ]
+        for line in lines:
+            self.console.log(line)
+
+    def write_picture_and_sample(self, name: str, num_tokens: int) -> None:
+        """Draw the losses so far, and write a sample of `num_tokens` tokens to the file `name` of the run folder."""
+        if not self.logger.writes:
+            return
+        picture = self.run.path / "loss.png"
+        try:
+            # All ranks wait for the picture, and a long run has many points: at most one a minute, and one at the end.
+            if name == FINAL_SAMPLE or age(picture) > SECONDS_BETWEEN_PICTURES:
+                plot_losses(self.run.path / "metrics.jsonl", picture)
+            if num_tokens:
+                self.logger.log_text(name, self.sample(num_tokens))
+        except OSError as error:  # a full disk costs these, not the run
+            self.console.log(f"warning: the picture and the sample could not be written: {error}")
+
+    def sample(self, num_tokens: int) -> str:
+        """Return a text that the model generates; its seed is the run's plus the step."""
+        run = self.run
+        ids = sample(run.model, num_tokens, run.recipe.sample.temperature, seed=run.recipe.seed + run.progress.step)
+        return run.folder.tokenizer.detokenize(run.folder.vocabulary.decode(ids)) + "\n"
+
+
+def age(path: Path) -> float:
+    """Return the seconds since a file was written, infinite if there is none."""
+    return time.time() - path.stat().st_mtime if path.exists() else float("inf")
+
+
+def mark_finished(run: Run) -> None:
+    """Write the recipe to finished.toml, which tells a restarted job that nothing is left to do."""
+    if run.world.is_main:
+        with suppress(OSError):  # on a full disk the checkpoint is what counts
+            write_atomic(run.path / config.FINISHED, config.as_toml(dataclasses.replace(run.recipe, resume="auto")))

@@ -1,0 +1,142 @@
+"""A run, ready to train: what a recipe, its data folder and its newest checkpoint become before the first step.
+
+This module does not know the loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmdist.errors import UsageError
+from lmdist.model.language_model import LanguageModel
+from lmdist.model.precision import Precision, choose, prepare_for
+from lmdist.settings import Recipe
+from lmdist.training.checkpoints.format import Progress
+from lmdist.training.checkpoints.read import load_parameters, load_training, read_verified_manifest
+from lmdist.training.checkpoints.retain import newest_checkpoint, remove_unfinished
+from lmdist.training.data import DataFolder, Streams, Windows, training_batches
+from lmdist.training.distributed import World
+from lmdist.training.step import TrainingStep
+
+Checkpoint = tuple[Path, dict[str, Any]]
+"""A checkpoint's folder and its manifest."""
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that the training loop works on."""
+
+    recipe: Recipe
+    """The recipe, with the precision that was chosen."""
+    world: World
+    folder: DataFolder
+    batches: Streams | Windows
+    validation: np.ndarray | None
+    """The tokens of the valid split, (N,)."""
+    model: LanguageModel
+    step: TrainingStep
+    progress: Progress
+    total_steps: int
+    precision: Precision
+    hints: list[str]
+    """Lines for the user about the speed of the model on this machine."""
+
+    @property
+    def path(self) -> Path:
+        """Return the run folder."""
+        return Path(self.recipe.run_folder)
+
+    @property
+    def finished(self) -> bool:
+        """Return whether all steps are done."""
+        return self.progress.step == self.total_steps
+
+    @property
+    def validation_due(self) -> bool:
+        """Return whether the model is validated after the steps done so far."""
+        every = self.recipe.training.validate_every or self.batches.steps_per_epoch
+        step = self.progress.step
+        return self.validation is not None and step > 0 and (self.finished or step % every == 0)
+
+
+def set_up(recipe: Recipe, world: World) -> Run:
+    """Return the run of `recipe`, restored from its newest checkpoint if there is one; a collective call."""
+    newest = find_newest(recipe, world)
+    part_size = recipe.data.global_batch // world.size // recipe.training.accumulation
+    precision = agree_on_precision(recipe, world, newest, part_size)
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision.name))
+
+    folder = DataFolder(Path(recipe.data.folder))
+    batches = training_batches(folder, recipe.data, recipe.seed)
+    validation = folder.tokens("valid") if folder.has("valid") else None
+    total_steps = recipe.training.steps or math.ceil(recipe.training.epochs * batches.steps_per_epoch)
+
+    torch.manual_seed(recipe.seed)
+    model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
+    step = TrainingStep(recipe, model, precision, world)
+    hints = prepare_for(precision, model, world.device, part_size, recipe.data.row_length)
+    progress = Progress() if newest is None else restore(newest, recipe, folder, step)
+    step.rehearse()
+    return Run(recipe, world, folder, batches, validation, model, step, progress, total_steps, precision, hints)
+
+
+def find_newest(recipe: Recipe, world: World) -> Checkpoint | None:
+    """Return the newest undamaged checkpoint of the run folder and its manifest; raise UsageError if `resume` forbids it."""
+    checkpoints = Path(recipe.run_folder) / "checkpoints"
+    found = ""
+    if world.is_main:
+        remove_unfinished(checkpoints)
+        found = str(newest_checkpoint(checkpoints) or "")
+    found = world.broadcast(found)
+    if not found:
+        return None
+    newest = Path(found)
+    if recipe.resume == "never":
+        raise UsageError(
+            f"{recipe.run_folder} holds a run already ({newest.name}): --resume auto goes on with it, "
+            "--run_folder NAME starts another"
+        )
+    return newest, read_verified_manifest(newest)
+
+
+def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, part_size: int) -> Precision:
+    """Return the precision that rank 0 chooses for `part_size` sequences at once; the ranks' machines may differ."""
+    before = newest[1]["recipe"]["training"]["precision"] if newest else ""
+    chosen = choose(recipe.training.precision, before, world.device, recipe.model, part_size)
+    name, _, reason = world.broadcast(f"{chosen.name} {chosen.reason}").partition(" ")
+    return Precision(name, reason)
+
+
+def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, step: TrainingStep) -> Progress:
+    """Restore model, optimizer, loss scaler and LSTM state from a checkpoint; return the progress.
+
+    Raise UsageError if the checkpoint was trained with other data, another model or another optimizer.
+    """
+    path, manifest = newest
+    pairs = {
+        "vocabulary": (manifest["files"]["vocab.txt"], folder.meta["files"]["vocab.txt"]),
+        "train.bin": (manifest["data"]["files"]["train.bin"], folder.meta["files"]["train.bin"]),
+        "seed": (manifest["recipe"]["seed"], recipe.seed),
+        "optimizer.name": (manifest["recipe"]["optimizer"]["name"], recipe.optimizer.name),
+    }
+    for section, settings in (("model", recipe.model), ("data", recipe.data)):
+        for key, value in dataclasses.asdict(settings).items():
+            if (section, key) not in (("data", "folder"), ("data", "valid_batch")):
+                pairs[f"{section}.{key}"] = (manifest["recipe"][section][key], value)
+    for name, (before, now) in pairs.items():
+        if before != now:
+            raise UsageError(f"{path} was trained with another {name}: {before}, and this recipe has {now}")
+    load_parameters(step.model, path)
+    progress, streams = load_training(path, step.optimizer)
+    if progress.loss_scale:
+        step.scaler.load_state_dict(progress.loss_scale)
+    if streams is not None:
+        part = step.world.part_of(recipe.data.global_batch)
+        step.state = tuple(stream[part].to(step.world.device) for stream in streams)  # parts (B, S)
+    return progress

@@ -1,0 +1,107 @@
+"""One training step: forward, backward, clip, update.
+
+The loss of a step is the sum of nats over the tokens of the global batch, divided by their number, on any number of ranks. A
+rank computes its part of the batch in one go, or in `training.accumulation` parts one after another to save memory. This
+module does not know where batches come from, what is logged, or when to save.
+
+Shapes: G global batch size, B batch size of this rank, P sequences of a part of it, T tokens, H hidden size, S state size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lmdist.model.cuda_graph import Function, Graphed
+from lmdist.model.language_model import LanguageModel
+from lmdist.model.loss import IGNORED, activation_penalty, summed_nats
+from lmdist.model.lstm import State
+from lmdist.model.precision import Precision
+from lmdist.settings import Recipe
+from lmdist.training.data import Batch
+from lmdist.training.distributed import World
+from lmdist.training.metrics import Nats
+from lmdist.training.optimizer import build_optimizer
+
+
+class TrainingStep:
+    """The model in training: its optimizer, its loss scaler, and the LSTM state of this rank's streams."""
+
+    def __init__(self, recipe: Recipe, model: LanguageModel, precision: Precision, world: World) -> None:
+        self.model = model
+        self.precision = precision
+        self.world = world
+        self.global_batch = recipe.data.global_batch
+        self.batch_size = recipe.data.global_batch // world.size
+        self.accumulation = recipe.training.accumulation
+        self.window = recipe.data.row_length
+        self.penalties = (recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty)
+        self.clip = recipe.optimizer.clip or math.inf
+        self.network = world.wrap(model, recipe.training.gradient_compression)
+        self.optimizer = build_optimizer(recipe.optimizer, model)
+        self.scaler = torch.GradScaler(world.device.type, enabled=precision.name == "fp16")
+        self.state: State = model.initial_state(self.batch_size)  # parts (B, S)
+        # DDP, sums over parts, and the adaptive head, whose shapes depend on the batch, do not fit into a CUDA graph.
+        is_plain = world.size == self.accumulation == 1 and recipe.model.head == "full"
+        self.compute_part: Function = self.forward_backward_part
+        if is_plain and world.device.type == "cuda":
+            self.compute_part = Graphed(self.forward_backward_part, model)
+
+    def rehearse(self) -> None:
+        """Go once through DDP before the first step, and discard the gradients.
+
+        After its first backward pass DDP rebuilds its buckets, and on more than two ranks sums over other buckets are rounded
+        differently. With the rehearsal a resumed run computes what a run without a stop does, bit for bit.
+        """
+        if self.world.size == 1:
+            return
+        part_size = self.batch_size // self.accumulation
+        tokens = torch.zeros(part_size, self.window, dtype=torch.long, device=self.world.device)  # (P, T)
+        weight = torch.ones((), device=self.world.device)
+        self.forward_backward_part(tokens, tokens, weight, *self.model.initial_state(part_size))
+        self.model.zero_grad(set_to_none=True)
+
+    def forward_backward(self, batch: Batch, nats: Nats) -> None:
+        """Compute the gradients of `batch`, this rank's part of a global batch; add its loss to `nats`; carry the state on."""
+        if batch.state_reset:
+            self.state = self.model.initial_state(self.batch_size)
+        device = self.world.device
+        weight = torch.full((), 1 / batch.num_tokens, device=device)  # torch.tensor would wait for the GPU
+        tensors = (*batch.tensors_on(device), batch.targets != IGNORED, *self.state)  # each (B, ...)
+        parts = zip(*(tensor.chunk(self.accumulation) for tensor in tensors), strict=True)  # each (P, ...)
+        states: list[State] = []
+        for number, (inputs, targets, mask, *state) in enumerate(parts, start=1):
+            with self.world.gradient_sync(self.network, enabled=number == self.accumulation):
+                part_nats, *new_state = self.compute_part(inputs, targets, weight, *state)
+            nats.add(part_nats, int(mask.sum()))
+            states.append(tuple(new_state))
+        self.state = tuple(torch.cat(parts) for parts in zip(*states, strict=True))  # parts (B, S)
+
+    def forward_backward_part(self, inputs: Tensor, targets: Tensor, weight: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """Add the gradients of a part of the batch; return its summed nats and the state after it.
+
+        `inputs` and `targets` are (P, T); `weight` is one token's weight in the loss, 1 / tokens of the global batch. DDP
+        averages gradients over the W ranks, hence the factor W.
+        """
+        with self.precision.autocast(self.world.device):
+            raw, new_state = self.network(inputs, state)  # (P, T, H)
+            hidden = self.model.dropout(raw)
+            part_nats = summed_nats(hidden, self.model.projection, targets)
+            loss = part_nats * weight
+            if self.penalties != (0, 0):
+                loss = loss + activation_penalty(raw, hidden, *self.penalties) * (len(inputs) / self.global_batch)
+        self.scaler.scale(loss * self.world.size).backward()
+        return part_nats.detach(), *(part.detach() for part in new_state)
+
+    def clip_and_update(self, learning_rate: float) -> Tensor:
+        """Clip the gradients, update the parameters, clear the gradients; return the norm of the gradient before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
