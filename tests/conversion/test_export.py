@@ -37,7 +37,7 @@ from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.onnx_file import Graph, attribute, message, model_bytes
 from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, file_length, weights
-from lmdist_export.options import EVERY_FEATURE, Features, GenerationConfig
+from lmdist_export.options import EVERY_FEATURE, GRAPH, Features, GenerationConfig
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import (
     ADAPTIVE,
@@ -232,17 +232,12 @@ def test_names_types_axes_and_metadata_of_the_generation_graph(tmp_path: Path) -
         "bias": (TensorProto.FLOAT, [PADDED]),
         "stops": (TensorProto.INT64, ["stop_words"]),
         "going": (TensorProto.BOOL, ["batch"]),
-        "inverse_temperature": number,
         "counts": of_words,
         "in_prompt": (TensorProto.BOOL, ["batch", PADDED]),
         "row_bias": (TensorProto.FLOAT, ["rows", PADDED]),
-        "repetition_penalty": number,
-        "presence_penalty": number,
-        "frequency_penalty": number,
+        "inverse_temperature": number,
         "top_k": (TensorProto.INT64, [1]),
-        "top_p": number,
-        "min_p": number,
-        "typical_p": number,
+        **{name: number for name in GRAPH if name not in ("temperature", "top_k")},
     }
     assert described(model.graph.output) == {
         "words": (TensorProto.INT64, ["made_words", "batch"]),
@@ -513,7 +508,9 @@ def test_the_manifest_says_what_the_bundle_is(bundle: Path) -> None:
     loaded = Bundle.load(bundle)
     assert dataclasses.asdict(loaded.sizes) == manifest["sizes"]
     assert loaded.generation == GenerationConfig()
-    assert json.loads((bundle / "generation_config.json").read_text(encoding="utf-8")) == {
+    written = json.loads((bundle / "generation_config.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(dataclasses.asdict(GenerationConfig())))
+    assert written == written | {
         "bos_token_id": 1,
         "eos_token_id": 1,
         "do_sample": True,
