@@ -23,7 +23,7 @@ HOMES = {
         "export/lmdist_export/serving/registry.py",
     },
     "onnxruntime": {"export/lmdist_export/sampling/runtime.py"},
-    "onnx": {"export/lmdist_export/conversion/convert.py", "export/lmdist_export/conversion/sherpa.py"},
+    "onnx": {"export/lmdist_export/conversion/weights.py", "export/lmdist_export/conversion/sherpa.py"},
     "pandas": {"export/lmdist_export/serving/mlflow_model.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
     "jsonargparse": {"lmdist/config.py"},
@@ -65,10 +65,10 @@ WINGS = {
     "lmdist.training": "distributed metrics data optimizer sample checkpoints evaluate step run report loop",
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher",
-    "lmdist_export.graph": "onnx_file sizes network sampling_nodes graphs",
+    "lmdist_export.graph": "onnx_file cell sizes network sampling_nodes graphs",
     "lmdist_export.sampling": "state runtime word_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
-    "lmdist_export.conversion": "tokenizer_json convert verify sherpa",
+    "lmdist_export.conversion": "tokenizer_json weights verify sherpa",
 }
 
 

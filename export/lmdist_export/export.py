@@ -235,7 +235,7 @@ def words_a_second(folder: Path) -> float:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        sampler.make(state, bundle.generation, SPEED_WORDS)
+        sampler.generate(state, bundle.generation, SPEED_WORDS)
         seconds.append(time.perf_counter() - began)
     return SPEED_WORDS / min(seconds)
 
@@ -260,9 +260,9 @@ def write_bundle(
     from lmdist.text.vocabulary import Vocabulary
     from lmdist.tracking.run_folder import read_metadata
     from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
-    from lmdist_export.conversion.convert import write_graphs
     from lmdist_export.conversion.tokenizer_json import write_tokenizer
     from lmdist_export.conversion.verify import MOST_LOSS, TOLERANCES, check_perplexity, check_values
+    from lmdist_export.conversion.weights import write_graphs
     from lmdist_export.options import GenerationConfig
     from lmdist_export.sampling.runtime import runtime_version
     from lmdist_export.sampling.sampler import Sampler

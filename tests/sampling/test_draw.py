@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
-from lmdist_export.graph.sampling_nodes import adjusted, draw, draw_inputs
+from lmdist_export.graph.sampling_nodes import SamplingNodes, option_inputs
 from lmdist_export.graph.sizes import BLOCK, Sizes
 from lmdist_export.options import Features, GenerationConfig, features_of
 from lmdist_export.sampling.runtime import open_session
@@ -33,10 +33,10 @@ def session(padded: int, features: Features, cuda: bool) -> Any:
     sizes = Sizes([8], padded, 8, tied=True)
     logits = g.input("logits", FLOAT, ["batch", padded])
     uniform = g.input("uniform", FLOAT, ["batch", features.attempts])
-    options = draw_inputs(g, sizes, features)
+    sampling = SamplingNodes(sizes, features, option_inputs(g, sizes, features), cuda)
     if features.adjusted:
-        logits = adjusted(g, logits, options["counts"], options)
-    word, mass = draw(g, sizes, features, logits, uniform, options, cuda=cuda)
+        logits = sampling.penalize(g, logits, sampling.options["counts"])
+    word, mass = sampling.sample(g, logits, uniform)
     g.output(word, "word", INT64, ["batch", 1])
     g.output(mass, "mass", FLOAT, ["batch", 1])
     return open_session(model_bytes(g, {}), Path(), "cpu", 1)

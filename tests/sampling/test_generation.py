@@ -110,8 +110,8 @@ def test_a_long_prompt_is_read_in_pieces(sampler: Sampler, monkeypatch: pytest.M
     prompt = np.random.default_rng(0).integers(2, SIZE, 50).tolist()
     expected = words_of(grown(sampler, [prompt, prompt[:9]], CONFIGS["plain"]))
     for pieces in (2, 7, 50):
-        monkeypatch.setattr("lmdist_export.sampling.sampler.READ_AT_ONCE", pieces)
-        monkeypatch.setattr(generation, "READ_AT_ONCE", pieces)
+        monkeypatch.setattr("lmdist_export.sampling.sampler.PREFILL_TOKENS", pieces)
+        monkeypatch.setattr(generation, "PREFILL_TOKENS", pieces)
         assert words_of(grown(sampler, [prompt, prompt[:9]], CONFIGS["plain"])) == expected
 
 
@@ -236,7 +236,7 @@ def test_log_probabilities_are_those_of_torch(sampler: Sampler, monkeypatch: pyt
         hidden, _ = model(torch.tensor([[END_ID, *text.prompt, *text.tokens]]), model.initial_state(1))
         expected = model.logits(hidden).log_softmax(-1)[0, 2:-1]  # (T, V)
     for pieces in (64, 7):
-        monkeypatch.setattr(generation, "PREFILL_WORDS", pieces)
+        monkeypatch.setattr(generation, "STEP_TOKENS", pieces)
         of_words, tops = log_probabilities(sampler, text, 4)
         np.testing.assert_allclose(of_words, expected[range(30), text.tokens], atol=1e-5)
         best, ids = expected.topk(4)
@@ -257,7 +257,7 @@ def every_text(sampler: Sampler, prompt: list[int], config: GenerationConfig) ->
         if len(words) == config.max_new_tokens:
             found.append((score / len(words) ** config.length_penalty, words))
             return
-        logits, _ = sampler.prefill([END_ID, *prompt, *words])
+        logits, _ = sampler.next_logits([END_ID, *prompt, *words])
         scores = torch.from_numpy(logits[0]).double().log_softmax(0).numpy() + bias
         for word in np.flatnonzero(np.isfinite(scores)).tolist():
             if word == END_ID:

@@ -11,7 +11,7 @@ import pytest
 from lmdist.errors import UsageError
 from lmdist_export.generate import parser
 from lmdist_export.graph.onnx_file import Graph
-from lmdist_export.graph.sampling_nodes import draw_inputs
+from lmdist_export.graph.sampling_nodes import option_inputs
 from lmdist_export.graph.sizes import Sizes
 from lmdist_export.options import (
     EVERY_FEATURE,
@@ -78,7 +78,7 @@ def test_an_option_is_an_input_of_the_graphs_that_need_it(name: str) -> None:
     values: dict[str, Any] = {name: 2 if GENERATION[name].type is int else 0.5}
     config = GenerationConfig(**values)
     for features in (features_of(config), EVERY_FEATURE):
-        inputs = draw_inputs(Graph("inputs"), SIZES, features)
+        inputs = option_inputs(Graph("inputs"), SIZES, features)
         assert (graph.name or name) in inputs
         feed = option_feed(config, features, SIZES.vocabulary_size)
         assert set(feed) == set(inputs) - {"counts", "in_prompt", "row_bias"}

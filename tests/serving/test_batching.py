@@ -64,7 +64,7 @@ def test_a_request_that_fails_takes_no_other_with_it(sampler: Sampler) -> None:
     with ThreadPoolExecutor(3) as clients:
         first, second, third = clients.map(answer, prompts)
     assert isinstance(second, str)
-    assert "the id of a word is 300" in second
+    assert "the id of a token is 300" in second
     for texts in (first, third):
         assert isinstance(texts, list)
         assert len(texts[0].tokens) == 200

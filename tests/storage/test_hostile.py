@@ -287,7 +287,7 @@ def remembered_sessions(monkeypatch: pytest.MonkeyPatch) -> dict[object, Any]:
     open_new = Runtime.open
 
     def open_once(runtime: Runtime, graph: Callable[..., bytes]) -> Any:
-        key = repr((graph, runtime.sizes, runtime.saturates)), sha256(runtime.folder / WEIGHTS)
+        key = repr((graph, runtime.sizes, runtime.target)), sha256(runtime.folder / WEIGHTS)
         if key not in sessions:
             sessions[key] = open_new(runtime, graph)
         return sessions[key]
@@ -677,7 +677,7 @@ def test_a_graph_of_a_stranger_never_runs(bundle: Path, spoiled: Path, content: 
     found = []
     for folder in (bundle, spoiled):
         sampler = Sampler(Bundle.load(folder), threads=1)
-        words, _ = sampler.make(sampler.start([[1, 5], [1]]).seeded(1), GenerationConfig(), 20)
+        words, _ = sampler.generate(sampler.start([[1, 5], [1]]).seeded(1), GenerationConfig(), 20)
         tokens = np.arange(8).reshape(2, 4)
         found.append((words, sampler.step(tokens, sampler.initial_state(2))[0], sampler.score(tokens, tokens)[0]))
     for ours, theirs in zip(*found, strict=True):

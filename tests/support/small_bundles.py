@@ -23,7 +23,7 @@ from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist_export import export
 from lmdist_export.bundle import Bundle
-from lmdist_export.conversion.convert import write_graphs
+from lmdist_export.conversion.weights import write_graphs
 from lmdist_export.options import GenerationConfig
 
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]

@@ -1,4 +1,7 @@
-"""The sizes of a model and the file of its weights: which tensors it has, and where each one lies.
+"""The sizes of a model and the layout of its weights' file: which tensors it has, and where each one lies.
+
+Both follow from the sizes in a bundle's manifest, so nothing in a bundle decides where its weights are read. This module reads
+no file.
 
 Shapes: V vocabulary (V' rounded up to whole blocks), E embedding, H a layer's size, S the sum of the layers' sizes.
 """
@@ -10,16 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
+from lmdist_export.graph.cell import layer_shapes
 from lmdist_export.graph.onnx_file import FLOAT, FLOAT16, INT8, UINT8
 
-BLOCK = 256  # words whose probabilities are summed first, so that a draw looks at V/256 sums and then at 256 words
+BLOCK = 256  # tokens whose probabilities are summed first: sampling then looks at V/256 sums and at 256 tokens
 NBITS_BLOCK = 64  # 4-bit weights that share a scale: 128 is not faster, 32 is
-ALIGNMENT = 4096  # of weights in their file, so that they can be mapped
+ALIGNMENT = 4096  # of weights in their file, so that they can be memory-mapped
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model and the precision of its weights, which decide all of a graph but the weights' values."""
+    """The sizes of a model and the precision of its weights: all that decides a graph, the weights' values aside."""
 
     layer_sizes: list[int]
     vocabulary_size: int
@@ -31,29 +35,29 @@ class Sizes:
 
     @property
     def clusters(self) -> list[tuple[int, int]]:
-        """Of each cluster the length of its rows, a quarter of those before, and the number of its words."""
+        """Return of each cluster its projection's size, a quarter of the one before, and the number of its words."""
         ends = [*self.cutoffs, self.vocabulary_size]
         return [(self.layer_sizes[-1] >> 2 * number, end - start) for number, (start, end) in enumerate(pairwise(ends), 1)]
 
     @property
     def state_size(self) -> int:
-        """S: the layers' states lie side by side."""
+        """Return S: the layers' states lie side by side."""
         return sum(self.layer_sizes)
 
     @property
     def padded(self) -> int:
-        """V': the vocabulary in whole blocks. What is beyond it has the logit -inf."""
+        """Return V': the vocabulary in whole blocks. The logits of the padding are -inf."""
         return math.ceil(self.vocabulary_size / BLOCK) * BLOCK
 
     @property
-    def whole(self) -> bool:
-        """Whether weights are whole numbers with a scale."""
+    def is_quantized(self) -> bool:
+        """Whether weights are integers with per-channel scales."""
         return self.precision in ("int8", "int4")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor in the file of weights: its type and shape, and where it begins."""
+    """A tensor in the file of weights: its type, its shape and its offset in bytes."""
 
     kind: int
     shape: tuple[int, ...]
@@ -61,55 +65,58 @@ class Weight:
 
 
 def weights(sizes: Sizes) -> dict[str, Weight]:
-    """The weights in the order of their file.
+    """Return the weights in the order of their file.
 
-    Matrices of whole numbers are stored as their kernel wants them: (inputs, outputs) of 8 bits, with a scale for each
-    output; of 4 bits as MatMulNBits reads them. Others are (outputs, inputs). Gates are in ONNX's order: input, output,
-    forget, cell.
+    Quantized matrices are stored as their kernels take them: int8 as (inputs, outputs) with a scale for each output, 4 bits as
+    MatMulNBits takes them. Others are (outputs, inputs). Gates are in ONNX's order (cell.py).
     """
-    plain = FLOAT16 if sizes.precision == "fp16" else FLOAT
-    shapes: dict[str, tuple[int, tuple[int, ...]]] = {}
-
-    def matrix(name: str, outputs: int, inputs: int) -> None:
-        if sizes.precision == "int4" and name == "projection":
-            blocks = math.ceil(inputs / NBITS_BLOCK)
-            shapes[name] = UINT8, (outputs, blocks, NBITS_BLOCK // 2)
-            shapes[f"{name}.scale"] = FLOAT, (outputs * blocks,)
-        elif sizes.whole:
-            shapes[name] = INT8, (inputs, outputs)
-            shapes[f"{name}.scale"] = FLOAT, (outputs,)
+    float_kind = FLOAT16 if sizes.precision == "fp16" else FLOAT
+    tensors: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for name, shape in parameter_shapes(sizes).items():
+        if len(shape) == 1:
+            tensors[name] = FLOAT, shape
+        elif sizes.precision == "int4" and name == "projection":
+            blocks = math.ceil(shape[1] / NBITS_BLOCK)
+            tensors[name] = UINT8, (shape[0], blocks, NBITS_BLOCK // 2)
+            tensors[f"{name}.scale"] = FLOAT, (shape[0] * blocks,)
+        elif sizes.is_quantized:
+            tensors[name] = INT8, shape[::-1]
+            tensors[f"{name}.scale"] = FLOAT, (shape[0],)
         else:
-            shapes[name] = plain, (outputs, inputs)
-
-    last = sizes.layer_sizes[-1]
-    rows = sizes.cutoffs[0] + len(sizes.clusters) if sizes.cutoffs else sizes.padded
-    matrix("projection", rows, last)
-    shapes["projection.bias"] = FLOAT, (rows,)
-    for number, (length, words) in enumerate(sizes.clusters):
-        matrix(f"cluster_{number}.narrow", length, last)
-        matrix(f"cluster_{number}.words", words, length)
-    for layer, (before, size) in enumerate(pairwise([sizes.embedding_size, *sizes.layer_sizes])):
-        matrix(f"layer_{layer}.input", 4 * size, before)
-        matrix(f"layer_{layer}.hidden", 4 * size, size)
-        shapes[f"layer_{layer}.bias"] = FLOAT, (4 * size,)
-    if sizes.whole:
-        shapes["embedding"] = UINT8, (sizes.vocabulary_size, sizes.embedding_size)
-        shapes["embedding.scale"] = FLOAT, (sizes.vocabulary_size, 1)
+            tensors[name] = float_kind, shape
+    embedding = sizes.vocabulary_size, sizes.embedding_size
+    if sizes.is_quantized:
+        tensors["embedding"] = UINT8, embedding
+        tensors["embedding.scale"] = FLOAT, (sizes.vocabulary_size, 1)
     elif not sizes.tied:
-        shapes["embedding"] = plain, (sizes.vocabulary_size, sizes.embedding_size)
-    lengths = [length_of(kind, shape) for kind, shape in shapes.values()]
-    offsets = accumulate((math.ceil(length / ALIGNMENT) * ALIGNMENT for length in lengths), initial=0)
-    made = {name: Weight(*shapes[name], offset) for name, offset in zip(shapes, offsets, strict=False)}
-    if "embedding" not in made:  # the rows of the projection, without those beyond the vocabulary
-        made["embedding"] = Weight(plain, (sizes.vocabulary_size, sizes.embedding_size), made["projection"].offset)
-    return made
+        tensors["embedding"] = float_kind, embedding
+    lengths = (math.ceil(length_of(*tensor) / ALIGNMENT) * ALIGNMENT for tensor in tensors.values())
+    table = {
+        name: Weight(*tensors[name], offset) for name, offset in zip(tensors, accumulate(lengths, initial=0), strict=False)
+    }
+    if "embedding" not in table:  # the rows of the projection, its padding aside
+        table["embedding"] = Weight(float_kind, embedding, table["projection"].offset)
+    return table
+
+
+def parameter_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters but the embedding, matrices as (outputs, inputs)."""
+    last = sizes.layer_sizes[-1]
+    outputs = sizes.cutoffs[0] + len(sizes.clusters) if sizes.cutoffs else sizes.padded
+    shapes: dict[str, tuple[int, ...]] = {"projection": (outputs, last), "projection.bias": (outputs,)}
+    for number, (length, words) in enumerate(sizes.clusters):
+        shapes[f"cluster_{number}.narrow"] = length, last
+        shapes[f"cluster_{number}.words"] = words, length
+    for layer, (input_size, size) in enumerate(pairwise([sizes.embedding_size, *sizes.layer_sizes])):
+        shapes |= {f"layer_{layer}.{name}": shape for name, shape in layer_shapes(input_size, size).items()}
+    return shapes
 
 
 def length_of(kind: int, shape: Sequence[int]) -> int:
-    """The bytes of a tensor."""
+    """Return the bytes of a tensor."""
     return math.prod(shape) * {FLOAT: 4, FLOAT16: 2}.get(kind, 1)
 
 
 def file_length(sizes: Sizes) -> int:
-    """The bytes of the file of weights."""
+    """Return the bytes of the file of weights."""
     return max(weight.offset + length_of(weight.kind, weight.shape) for weight in weights(sizes).values())

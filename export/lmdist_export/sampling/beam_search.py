@@ -17,6 +17,7 @@ import numpy as np
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.generation import Text, all_masked, ends_with, fixed_bias, row_bias
 from lmdist_export.sampling.sampler import Sampler, log_softmax
+from lmdist_export.sampling.state import select
 
 
 def beam_search(
@@ -31,7 +32,7 @@ def beam_search(
     assert n <= config.num_beams, (n, config.num_beams)
     end = () if ignore_end else (config.eos_token_id,)
     bias = fixed_bias(config, sampler.sizes.vocabulary_size)
-    logits, (h, c) = sampler.prefill([config.bos_token_id, *prompt])  # (1, V), (1, S)
+    logits, state = sampler.next_logits([config.bos_token_id, *prompt])  # (1, V), (1, S)
     beams = [Text(list(prompt), 0, 0)]
     scores = np.zeros(1)
     ended: list[tuple[float, Text]] = []
@@ -67,7 +68,7 @@ def beam_search(
         if not kept or (len(ended) == config.num_beams and ended[-1][0] >= scores[0] / longest**config.length_penalty):
             break
         if length < config.max_new_tokens:
-            step, (h, c) = sampler.step(np.array([[token] for _, token, _ in kept]), (h[rows], c[rows]))
+            step, state = sampler.step(np.array([[token] for _, token, _ in kept]), select(state, rows))
             logits = step[:, -1]  # (K, V)
     else:
         for text, score in zip(beams, scores.tolist(), strict=True):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import UsageError
 from lmdist_export.options import GenerationConfig
-from lmdist_export.sampling.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, log_softmax
+from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, log_softmax
 from lmdist_export.sampling.state import State, joined
 
 BATCH_SIZE = 16
@@ -125,7 +125,7 @@ def generation_steps(
                 text.finish_reason = "exhausted"
             yield [(text, append(text, [], config, end, stops)) for text in exhausted]
         else:
-            sampled, state = sampler.make(
+            sampled, state = sampler.generate(
                 state,
                 config,
                 min(tokens_per_call, most_tokens(texts, config)),
@@ -157,8 +157,8 @@ def new_texts(
     """Yield each text and the state from which it starts. A prompt of several texts is read once."""
     for prompt_number, prompt in enumerate(prompts):
         state = sampler.start([[config.bos_token_id, *prompt]])
-        if n > 1 or len(prompt) > READ_AT_ONCE:
-            state = sampler.read(state, config)
+        if n > 1 or len(prompt) > PREFILL_TOKENS:
+            state = sampler.prefill(state, config)
         for number in range(n):
             # The prompt is part of the seed, so that texts of different prompts have different random numbers.
             generator = np.random.default_rng([seed, number, *prompt])
@@ -214,10 +214,10 @@ def log_probabilities(sampler: Sampler, text: Text, top: int) -> tuple[list[floa
     context = [sampler.bundle.generation.bos_token_id, *text.prompt]
     if not text.tokens:
         return [], []
-    logits, state = sampler.prefill(context)  # (1, V)
+    logits, state = sampler.next_logits(context)  # (1, V)
     of_tokens, tops = [], []
-    for start in range(0, len(text.tokens), PREFILL_WORDS):
-        tokens = np.array(text.tokens[start : start + PREFILL_WORDS])
+    for start in range(0, len(text.tokens), STEP_TOKENS):
+        tokens = np.array(text.tokens[start : start + STEP_TOKENS])
         after, state = sampler.step(tokens[None], state)  # (1, T, V)
         scores = log_softmax(np.concatenate([logits, after[0, :-1]]))  # (T, V)
         logits = after[:, -1]

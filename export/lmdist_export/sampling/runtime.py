@@ -1,4 +1,7 @@
-"""The one home of onnxruntime: it opens a bundle's graphs over its file of weights."""
+"""The one home of onnxruntime: find it, check provider and processor, and open sessions of graphs over a file of weights.
+
+It knows no sampling. No torch and no onnx: a machine that samples has neither.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,21 @@ import numpy as np
 from lmdist.cpus import available_cpus
 from lmdist.errors import DataError, UsageError, one_line
 from lmdist_export.bundle import PROVIDERS, WEIGHTS
+from lmdist_export.graph.network import Target
 from lmdist_export.graph.onnx_file import FLOAT, UINT8, Graph, model_bytes
 from lmdist_export.graph.sizes import Sizes
 
 
 class Runtime:
-    """Opens graphs over one file of weights."""
+    """Opens graphs over one file of weights, on one provider."""
 
     def __init__(self, folder: Path, sizes: Sizes, provider: str, threads: int) -> None:
-        """Raises UsageError for a provider that cannot run here or not in the precision of the weights."""
+        """Raises UsageError for a provider that does not run here, or not in the precision of the weights."""
         if provider not in PROVIDERS:
             raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
         if threads < 0:
             raise UsageError(f"threads is {threads}; it must be at least 1, or 0 to choose by the machine")
-        if provider == "cuda" and sizes.whole:
+        if provider == "cuda" and sizes.is_quantized:
             raise UsageError(
                 f"precision {sizes.precision} runs on a CPU only: use --provider cpu, or export with --precision fp16"
             )
@@ -40,17 +44,16 @@ class Runtime:
         if provider == "cuda":
             load_cuda(onnxruntime)
         self.folder, self.sizes, self.provider, self.threads = folder, sizes, provider, threads
-        self.saturates = sizes.whole and products_saturate(threads)
+        self.target = Target(WEIGHTS, provider == "cuda", sizes.is_quantized and int8_saturates(threads))
 
     def open(self, graph: Callable[..., bytes], captured: bool = False) -> Any:
-        """A session of the graph that `graph` makes of the sizes, `captured` as a CUDA graph at its first run."""
-        data = graph(sizes=self.sizes, location=WEIGHTS, cuda=self.provider == "cuda", saturates=self.saturates)
-        return open_session(data, self.folder, self.provider, self.threads, captured)
+        """Return a session of the graph that `graph` builds from the sizes, `captured` as a CUDA graph at its first call."""
+        return open_session(graph(self.sizes, target=self.target), self.folder, self.provider, self.threads, captured)
 
 
 @cache
-def products_saturate(threads: int) -> bool:
-    """Whether this processor's products of bytes lose what is beyond 16 bits, as those without VNNI do."""
+def int8_saturates(threads: int) -> bool:
+    """Return whether this processor's int8 matrix multiplication saturates at 16 bits, as without VNNI."""
     g = Graph("probe")
     left = g.input("left", UINT8, ["rows", 64])
     right = g.constant(np.full((64, 64), 127, np.int8))
@@ -61,24 +64,24 @@ def products_saturate(threads: int) -> bool:
 
 
 def open_session(graph: bytes, folder: Path, provider: str, threads: int, captured: bool = False) -> Any:
-    """A session of `graph`, with weights in `folder`, on `provider` and nothing else; raises UsageError where it cannot."""
+    """Return a session of `graph`, with weights in `folder`, on `provider` and no other; or raise UsageError."""
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or default_threads()
-    # The threads of a step wait for the next one: turning round they would take the cores from whatever else is to run.
+    # Between two steps the threads wait: spinning would take the cores from other processes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[provider]
     reason = "onnxruntime fell back to the CPU"
     try:
-        # Without enable_fallback=0 a provider that fails is printed to stdout, in the midst of the text, and replaced.
+        # Without enable_fallback=0 onnxruntime replaces a provider that fails, and prints it to stdout, amid the text.
         providers = [(name, {"enable_cuda_graph": "1"})] if captured else [name]
         session = onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)
-        # get_available_providers() says what was compiled in. This says what runs.
+        # get_available_providers() lists what was compiled in, get_providers() what runs.
         if session.get_providers()[0] == name:
             return session
-    except Exception as error:  # onnxruntime's errors have no common class of their own
+    except Exception as error:  # onnxruntime's errors have no common base class
         if provider == "cpu":
             raise DataError(f"{folder} cannot be opened by onnxruntime {onnxruntime.__version__}: {one_line(error)}") from None
         reason = one_line(error)
@@ -89,8 +92,8 @@ def open_session(graph: bytes, folder: Path, provider: str, threads: int, captur
 
 
 def import_onnxruntime() -> Any:
-    """The onnxruntime module; raises UsageError with the remedy where none or two of its wheels are installed."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it reports to its makers by default, on Linux too
+    """Return the onnxruntime module; raises UsageError with the remedy if none or two of its wheels are installed."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it sends telemetry by default, on Linux too
     wheels = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed(name)]
     if len(wheels) == 2:
         raise UsageError(
@@ -99,7 +102,7 @@ def import_onnxruntime() -> Any:
         )
     try:
         onnxruntime = importlib.import_module("onnxruntime")
-        # Where one of two wheels was uninstalled, a folder without the module's contents is left.
+        # If one of two wheels was uninstalled, an empty module is left.
         assert onnxruntime.InferenceSession
     except (ImportError, AttributeError) as error:
         remedy = f"pip install --force-reinstall {wheels[0]}" if wheels else "pip install 'lmdist[cpu]' (or 'lmdist[gpu]')"
@@ -108,12 +111,12 @@ def import_onnxruntime() -> Any:
 
 
 def runtime_version() -> str:
-    """The version of onnxruntime."""
+    """Return the version of onnxruntime."""
     return import_onnxruntime().__version__
 
 
 def installed(distribution: str) -> bool:
-    """Whether a distribution is installed, working or not."""
+    """Return whether a distribution is installed, working or not."""
     try:
         importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -122,7 +125,7 @@ def installed(distribution: str) -> bool:
 
 
 def load_cuda(onnxruntime: Any) -> None:
-    """Load what the CUDA provider needs; raises UsageError where the driver or the provider is not there at all."""
+    """Load the libraries of the CUDA provider; raises UsageError if the driver or the provider is missing."""
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise UsageError(
             "provider cuda: this onnxruntime is built without CUDA: "
@@ -134,11 +137,11 @@ def load_cuda(onnxruntime: Any) -> None:
         raise UsageError(
             "provider cuda: libcuda.so.1 does not load, so this machine has no NVIDIA driver: use --provider cpu"
         ) from None
-    # CUDA and cuDNN of pip's nvidia-* wheels. It prints what it does not find; whether that matters shows right after.
+    # CUDA and cuDNN of pip's nvidia-* wheels. It prints what it does not find; opening the session shows whether that matters.
     with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
 
 
 def default_threads() -> int:
-    """Threads for one step: the cores this process may use, at most 4, since a step is too small for more."""
+    """Return the number of threads: the available CPUs, at most 4, since a step is too small for more."""
     return min(4, available_cpus())

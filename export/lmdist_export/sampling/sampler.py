@@ -1,15 +1,15 @@
-"""onnxruntime: opens a bundle's graphs, carries the state, reads, scores and makes words.
+"""A bundle in onnxruntime: read tokens, score them, sample new ones.
 
     sampler = Sampler(Bundle.load(Path("bundle")))
-    prompt = sampler.read(sampler.start([[END_ID, 17, 4]]))     # a prompt is read once,
-    state = prompt.fork(4, seed=1)                              # goes on as 4 texts,
-    words, state = sampler.make(state, config, 100)             # 100 words of each, (100, 4),
-    words, state = sampler.make(state, config, 100)             # and 100 more
+    prompt = sampler.prefill(sampler.start([[END_ID, 17, 4]]))      # a prompt is read once,
+    state = prompt.fork(4, seed=1)                                  # continued as 4 texts,
+    tokens, state = sampler.generate(state, config, 100)            # 100 tokens of each, (100, 4),
+    tokens, state = sampler.generate(state, config, 100)            # and 100 more
 
-A graph is made for what is asked of it (graph.py), when it is first needed. This
-module does not know when a text ends (generation.py). No torch and no onnx: a machine that samples has neither.
+A graph is built for what is asked of it (graphs.py), when it is first needed. This module does not know when a text ends
+(generation.py). No torch and no onnx: a machine that samples has neither.
 
-Shapes: B rows, T words, P words of a prompt, N new words, V vocabulary (V' rounded up to whole blocks), S the sum of the
+Shapes: B batch, T tokens, P tokens of a prompt, N new tokens, V vocabulary (V' rounded up to whole blocks), S the sum of the
 layers' sizes.
 """
 
@@ -25,157 +25,156 @@ from numpy.typing import NDArray
 
 from lmdist.errors import DataError, UsageError
 from lmdist_export.bundle import WEIGHTS, Bundle
+from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph
 from lmdist_export.options import ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
 from lmdist_export.sampling.state import ModelState, State, copied, uniform_numbers
-from lmdist_export.sampling.word_session import WordSession
+from lmdist_export.sampling.word_session import Generated, WordSession
 
-PREFILL_WORDS = 64  # a context is read in pieces of so many words: their logits are (1, 64, V), and only the last count
-READ_AT_ONCE = 512  # words of a prompt in one run: they take room for their gates, (512, B, 4H)
-LOGITS_AT_ONCE = 2**23  # numbers in the logits of one run: 32 MiB
+STEP_TOKENS = 64  # in one call where only the last logits count: those of all are (1, 64, V)
+PREFILL_TOKENS = 512  # in one call without logits: their gates are (512, B, 4H)
+LOGITS_AT_ONCE = 2**23  # numbers in the logits of one call: 32 MiB
+NEXT_STATE = [f"next_{name}" for name in STATE]
 
 
 class Sampler:
-    """A bundle in onnxruntime: it reads words, scores them and makes new ones."""
+    """A bundle in onnxruntime: it reads tokens, scores them and samples new ones."""
 
     def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int = 0) -> None:
         self.bundle = bundle
         self.sizes = bundle.sizes
         self.runtime = Runtime(bundle.folder, bundle.sizes, provider, threads)
-        self.generation: dict[Features, Any] = {}
-        self.words: dict[Features, WordSession] = {}
-        self.by_word = provider == "cuda"
-        """Whether words are made one a run, with the state on the device: a Loop waits for a GPU at each of its words."""
+        self.generation_sessions: dict[Features, Any] = {}
+        self.word_sessions: dict[Features, WordSession] = {}
+        self.uses_word_graph = provider == "cuda"
+        """Whether each token is a call of its own, with the state on the device: a Loop waits for a GPU at each token."""
 
     @cached_property
     def step_session(self) -> Any:
-        """The step graph."""
+        """Return the session of the step graph."""
         return self.runtime.open(step_graph)
 
     @cached_property
     def score_session(self) -> Any:
-        """The graph that scores."""
+        """Return the session of the graph that scores."""
         return self.runtime.open(score_graph)
 
     def generation_session(self, features: Features) -> Any:
-        """The generation graph that has these features."""
-        if features not in self.generation:
-            self.generation[features] = self.runtime.open(partial(generation_graph, features=features))
-        return self.generation[features]
+        """Return the session of the generation graph that has these features."""
+        if features not in self.generation_sessions:
+            self.generation_sessions[features] = self.runtime.open(partial(generation_graph, features=features))
+        return self.generation_sessions[features]
 
     def word_session(self, features: Features) -> WordSession:
-        """The word graph that has these features."""
-        if features not in self.words:
-            self.words[features] = WordSession(self.runtime, features)
-        return self.words[features]
+        """Return the session of the word graph that has these features."""
+        if features not in self.word_sessions:
+            self.word_sessions[features] = WordSession(self.runtime, features)
+        return self.word_sessions[features]
 
     # --- reading
 
-    def initial_state(self, rows: int) -> ModelState:
-        """The state before the first word: zeros, (rows, S) each."""
-        shape = rows, self.sizes.state_size
-        return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    def initial_state(self, batch: int) -> ModelState:
+        """Return the state before the first token: zeros, (batch, S) each."""
+        return tuple(np.zeros((batch, self.sizes.state_size), np.float32) for _ in STATE)
 
     def step(self, tokens: NDArray[np.int64], state: ModelState) -> tuple[NDArray[np.float32], ModelState]:
-        """Read `tokens` (B, T) from `state` on; give the logits (B, T, V) after each word, and the state after all."""
+        """Read `tokens` (B, T) from `state` on; return the logits (B, T, V) after each token, and the state after all."""
         assert tokens.ndim == 2, tokens.shape
-        h, c = state
-        logits, h, c = self.step_session.run(["logits", "next_h", "next_c"], {"tokens": tokens, "h": h, "c": c})
-        return self.finite(logits), (h, c)
+        feed = {"tokens": tokens, **dict(zip(STATE, state, strict=True))}
+        logits, *after = self.step_session.run(["logits", *NEXT_STATE], feed)
+        return self.finite(logits), tuple(after)
 
-    def prefill(self, context: Sequence[int]) -> tuple[NDArray[np.float32], ModelState]:
-        """Read `context` from the state before the first word; give the logits (1, V) of the word after it, and the state."""
-        assert len(context) > 0, "there is no word after nothing: a text begins with the end mark"
-        state = self.initial_state(1)
-        logits = np.empty(0, np.float32)
-        for start in range(0, len(context), PREFILL_WORDS):
-            tokens = np.array([context[start : start + PREFILL_WORDS]], np.int64)  # (1, T)
-            logits, state = self.step(tokens, state)
-        return logits[:, -1], state  # (1, V)
+    def prefill(self, state: State, config: GenerationConfig | None = None) -> State:
+        """Read all tokens of each row but the last, and return the state that has only that one to read.
+
+        No logits are computed. The graph is the one that generates with `config`, so a session for it is opened only once.
+        """
+        self.check_state(state)
+        config = config or GenerationConfig()
+        while state.tokens.shape[1] > 1:
+            rest = state.tokens[:, PREFILL_TOKENS:]
+            read = replace(
+                state.seeded(0), tokens=state.tokens[:, :PREFILL_TOKENS], lengths=np.minimum(state.lengths, PREFILL_TOKENS)
+            )
+            read = self.generate(read, config, 0)[1]
+            # The last token that was to be read here is still unread; a row that is at its end has only that one.
+            tokens = np.concatenate([read.tokens, rest], axis=1)
+            lengths = np.maximum(1, state.lengths - PREFILL_TOKENS + 1)
+            state = replace(state, tokens=tokens, lengths=lengths, model=read.model)
+        return state
+
+    def next_logits(self, context: Sequence[int]) -> tuple[NDArray[np.float32], ModelState]:
+        """Read `context` from the state before the first token; return the logits (1, V) after it, and the state."""
+        rest = (len(context) - 1) // STEP_TOKENS * STEP_TOKENS
+        state = self.prefill(self.start([context[: rest + 1]]))
+        logits, after = self.step(np.array([context[rest:]], np.int64), state.model)
+        return logits[:, -1], after  # (1, V)
 
     def score(
         self, tokens: NDArray[np.int64], targets: NDArray[np.int64], state: ModelState | None = None
     ) -> tuple[NDArray[np.float32], ModelState]:
-        """The log-probability, in nats, of each of `targets` (B, T) after `tokens` (B, T) up to its place; and the state.
+        """Return the log-probability in nats of each of `targets` (B, T) after `tokens` (B, T) up to its place, and the state.
 
-        Read from `state` on, from the state before the first word where there is none. The logits of LOGITS_AT_ONCE places
-        are held at a time, whatever B and T. Rows may be padded on the right: what belongs to the padding means nothing.
+        Tokens are read from `state` on, by default the state before the first token. The logits of LOGITS_AT_ONCE places
+        are held at a time, whatever B and T. Rows may be padded on the right: the scores of padding mean nothing.
         """
         assert tokens.shape == targets.shape, (tokens.shape, targets.shape)
-        rows, length = tokens.shape
-        h, c = state or self.initial_state(rows)
-        next_h, next_c = np.empty_like(h), np.empty_like(c)
-        result = np.empty((rows, length), np.float32)
+        batch, length = tokens.shape
+        before = state or self.initial_state(batch)
+        after = tuple(np.empty_like(part) for part in before)
+        result = np.empty((batch, length), np.float32)
         places = max(1, LOGITS_AT_ONCE // self.sizes.padded)
-        window = max(1, places // rows)
-        for top in range(0, rows, places):
-            part = slice(top, top + places)
-            after = h[part], c[part]
+        window = max(1, places // batch)
+        for top in range(0, batch, places):
+            rows = slice(top, top + places)
+            current = [part[rows] for part in before]
             for start in range(0, length, window):
-                piece = part, slice(start, start + window)
-                feed = {"tokens": tokens[piece], "targets": targets[piece], "h": after[0], "c": after[1]}
-                found, *after = self.score_session.run(["log_probabilities", "next_h", "next_c"], feed)
-                result[piece] = self.finite(found)
-            next_h[part], next_c[part] = after
-        return result, (next_h, next_c)
+                piece = rows, slice(start, start + window)
+                feed = {"tokens": tokens[piece], "targets": targets[piece], **dict(zip(STATE, current, strict=True))}
+                scores, *current = self.score_session.run(["log_probabilities", *NEXT_STATE], feed)
+                result[piece] = self.finite(scores)
+            for whole, part in zip(after, current, strict=True):
+                whole[rows] = part
+        return result, after
 
-    # --- making words
+    # --- generating
 
     def start(self, prompts: Sequence[Sequence[int]]) -> State:
-        """The state of texts that begin with `prompts`, of which nothing was read yet; none may be empty."""
+        """Return the state of texts that begin with `prompts`, of which nothing was read yet; none may be empty."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-        assert all(lengths), "there is no word after nothing: a text begins with the end mark"
-        words = np.zeros((len(prompts), lengths.max()), np.int64)
+        assert all(lengths), "a text begins with <eos>; without it no token is sampled"
+        tokens = np.zeros((len(prompts), lengths.max()), np.int64)
         for row, prompt in enumerate(prompts):
-            words[row, : len(prompt)] = prompt
-        return State(words, lengths, *self.initial_state(len(prompts)))
+            tokens[row, : len(prompt)] = prompt
+        return State(tokens, lengths, self.initial_state(len(prompts)))
 
-    def read(self, state: State, config: GenerationConfig | None = None) -> State:
-        """The state after reading all words but the last of each row: what goes on from it reads them no more.
-
-        With the `config` of the words to be made their graph serves for it.
-        """
-        config = config or GenerationConfig()
-        while True:
-            piece = replace(
-                state.seeded(0), words=state.words[:, :READ_AT_ONCE], lengths=np.minimum(state.lengths, READ_AT_ONCE)
-            )
-            after = self.make(piece, config, 0)[1]
-            rest = state.words[:, READ_AT_ONCE:]
-            if not rest.size:
-                return replace(after, generators=state.generators)
-            # The last word of a piece is still to be read; of a row that is at its end it is the only one.
-            words = np.concatenate([after.words, rest], axis=1)
-            state = replace(state, words=words, lengths=np.maximum(1, state.lengths - READ_AT_ONCE + 1), h=after.h, c=after.c)
-
-    def make(
+    def generate(
         self,
         state: State,
         config: GenerationConfig,
-        words: int,
+        num_tokens: int,
         stops: Sequence[int] = (),
         bias: NDArray[np.float32] | None = None,
         row_bias: NDArray[np.float32] | None = None,
         in_prompt: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.int64], State]:
-        """Make N = `words` words of each text in one run, (N, B), fewer where all have made one of `stops`; and the state then.
+        """Generate N = `num_tokens` tokens of each text, (N, B), fewer once all have one of `stops`; return them and the state.
 
-        A text goes on after its stop where others have not come to theirs. `bias` (V) is added to all logits, `row_bias`
-        (B, V) to each row's; `in_prompt` (B, V) says which words a repetition penalty finds in the prompts. Raises UsageError
+        A text is continued after its stop while others have not reached theirs. `bias` (V) is added to all logits, `row_bias`
+        (B, V) to each row's; `in_prompt` (B, V) says which tokens a repetition penalty finds in the prompts. Raises UsageError
         for a state of another model.
         """
-        self.expect_own(state)
+        self.check_state(state)
         features = features_of(config, row_bias is not None)
-        rows, wanted = len(state), features.attempts
-        assert len(state.generators) == rows, "a text draws no words before it is seeded"
+        rows = len(state)
+        assert len(state.generators) == rows, "a state must be seeded before its texts are continued"
         options = option_feed(config, features, self.sizes.vocabulary_size)
         feed: dict[str, Any] = options | {
-            "prompt": state.words,
+            "prompt": state.tokens,
             "lengths": state.lengths,
-            "h": state.h,
-            "c": state.c,
-            "stops": np.array([*stops, -1], np.int64),  # no word is -1
+            **dict(zip(STATE, state.model, strict=True)),
+            "stops": np.array([*stops, -1], np.int64),  # no token is -1
             "going": np.ones(rows, np.bool_),
             "bias": self.padded(np.zeros(self.sizes.vocabulary_size, np.float32) if bias is None else bias),
         }
@@ -190,52 +189,60 @@ class Sampler:
                 "row_bias": empty[:1] if row_bias is None else self.padded(row_bias) * inverse,
             }
         generators = tuple(map(copied, state.generators))
-        feed["uniform"] = uniform_numbers(generators, words, wanted)
-        if self.by_word and words:
-            if state.words.shape[1] > 1:
-                _, _, feed["h"], feed["c"], *_ = self.run_generation(features, feed | {"uniform": feed["uniform"][:0]})
-            found = self.word_session(features).make(feed)
-        else:
-            found = self.run_generation(features, feed)
-        made, mass, h, c = found[0].reshape(-1, rows), *found[1:4]  # of no words at all onnxruntime forgets the rows
-        self.finite(mass)
-        if len(made) < words:  # what was not used is still to come
+        feed["uniform"] = uniform_numbers(generators, num_tokens, features.attempts)
+        found = self.run(features, feed)
+        num_found = len(found.tokens)
+        if num_found < num_tokens:  # the numbers that were not used come next
             generators = tuple(map(copied, state.generators))
-            uniform_numbers(generators, len(made), wanted)
-        last = made[-1] if len(made) else np.take_along_axis(state.words, state.lengths[:, None] - 1, axis=1)[:, 0]
-        after = State(last[:, None], np.ones(rows, np.int64), h, c, generators, found[4] if features.adjusted else state.counts)
-        return made, after
+            uniform_numbers(generators, num_found, features.attempts)
+        last = found.tokens[-1] if num_found else np.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
+        counts = state.counts if found.counts is None else found.counts
+        return found.tokens, State(last[:, None], np.ones(rows, np.int64), found.state, generators, counts)
 
-    def expect_own(self, state: State) -> None:
-        """Raise UsageError where a state is not of this model, as far as shapes and ids show it."""
-        rows, size, vocabulary = len(state), self.sizes.state_size, self.sizes.vocabulary_size
+    def run(self, features: Features, feed: dict[str, Any]) -> Generated:
+        """Return what the graph with these features generates, by the Loop, or on a GPU token by token after the prefill."""
+        if not self.uses_word_graph or not len(feed["uniform"]):
+            found = self.run_loop(features, feed)
+        else:
+            if feed["prompt"].shape[1] > 1:
+                prefilled = self.run_loop(features, feed | {"uniform": feed["uniform"][:0]})
+                feed = feed | dict(zip(STATE, prefilled.state, strict=True))
+            found = self.word_session(features).generate(feed)
+        self.finite(found.mass)
+        return found
+
+    def run_loop(self, features: Features, feed: dict[str, Any]) -> Generated:
+        """Return what the generation graph generates in one call."""
+        session = self.generation_session(features)
+        names = ["words", "mass", *NEXT_STATE, *(["next_counts"] if features.adjusted else [])]
+        tokens, mass, *state = session.run(names, {value.name: np.asarray(feed[value.name]) for value in session.get_inputs()})
+        counts = state.pop() if features.adjusted else None
+        # Without new tokens onnxruntime forgets the batch size.
+        return Generated(tokens.reshape(-1, len(feed["lengths"])), mass, tuple(state), counts)
+
+    def check_state(self, state: State) -> None:
+        """Raise UsageError if shapes and ids show that a state is not of this model."""
+        batch, size, vocabulary = len(state), self.sizes.state_size, self.sizes.vocabulary_size
         for name, array, expected in (
-            ("h", state.h, (rows, size)),
-            ("c", state.c, (rows, size)),
-            ("counts", state.counts, (rows, self.sizes.padded)),
+            *((name, part, (batch, size)) for name, part in zip(STATE, state.model, strict=True)),
+            ("counts", state.counts, (batch, self.sizes.padded)),
         ):
             if array is not None and array.shape != expected:
                 raise UsageError(f"the state is not this model's: the shape of {name} is {array.shape}; {expected} is expected")
-        if state.words.max() >= vocabulary:
+        if state.tokens.max() >= vocabulary:
             raise UsageError(
-                f"the state is not this model's: the id of a word is {state.words.max()}; one below {vocabulary} is expected"
+                f"the state is not this model's: the id of a token is {state.tokens.max()}; one below {vocabulary} is expected"
             )
 
-    def run_generation(self, features: Features, feed: dict[str, Any]) -> list[NDArray[Any]]:
-        """Run the generation graph: words (N, B), mass, next_h, next_c and, if there are any, counts."""
-        session = self.generation_session(features)
-        names = ["words", "mass", "next_h", "next_c", *(["next_counts"] if features.adjusted else [])]
-        return session.run(names, {value.name: np.asarray(feed[value.name]) for value in session.get_inputs()})
-
     def padded(self, values: NDArray[Any]) -> NDArray[Any]:
-        """(..., V) as (..., V')."""
+        """Return (..., V) as (..., V')."""
         beyond = self.sizes.padded - self.sizes.vocabulary_size
         return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, beyond)])
 
     def finite(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The same values; raises DataError where they are no numbers to draw from.
+        """Return the values; raises DataError if they are not finite.
 
-        Seen here and not when the weights are read, for that would take longer than the first words do.
+        Weights are not checked when they are loaded, because that would take longer than the first tokens do.
         """
         if not np.isfinite(values).all():
             raise DataError(
@@ -257,6 +264,6 @@ def option_feed(config: GenerationConfig, features: Features, vocabulary_size: i
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The logarithms of the probabilities (..., V) that logits (..., V) stand for."""
+    """Return the log-probabilities (..., V) of logits (..., V)."""
     below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return below - np.log(np.exp(below).sum(axis=-1, keepdims=True))

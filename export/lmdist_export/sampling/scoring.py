@@ -33,7 +33,7 @@ from lmdist.errors import DataError, UsageError
 from lmdist.perplexity import perplexity
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN_ID
 from lmdist_export.sampling.sampler import Sampler, log_softmax
-from lmdist_export.sampling.state import ModelState
+from lmdist_export.sampling.state import ModelState, select
 
 BATCH_SIZE = 256  # enough rows for fast matrix multiplication also where half of the prefixes are shared
 TOPS = (1, 3, 5)  # a keyboard suggests three words, or five
@@ -107,7 +107,7 @@ class Scorer:
         """Return the `count` most likely words after `text`, never `<unk>`, each with its probability."""
         words = self.sampler.bundle.tokenizer.tokenize(text) if text else []
         vocabulary = self.sampler.bundle.vocabulary
-        logits, _ = self.sampler.prefill([END_ID, *vocabulary.encode(words)])
+        logits, _ = self.sampler.next_logits([END_ID, *vocabulary.encode(words)])
         best = most_likely(logits[0], count)
         return list(zip(vocabulary.decode(best), np.exp(log_softmax(logits[0])[best]).tolist(), strict=True))
 
@@ -145,7 +145,7 @@ def score_batch(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[np
     shared = np.array([0, *(common_prefix(above, row) for above, row in pairwise(rows))])
     found = [np.empty(length, np.float32) for length in lengths]
 
-    logits, (h, c) = sampler.prefill([END_ID])
+    logits, state = sampler.next_logits([END_ID])
     first = log_softmax(logits[0])  # (V,)
     for row, scores in zip(rows, found, strict=True):
         scores[:1] = first[row[:1]]
@@ -157,7 +157,7 @@ def score_batch(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[np
         # A row that was not read before continues the nearest above it that was: their tokens are the same so far.
         from_row = np.searchsorted(above, reading, side="right") - 1
         tokens = np.array([rows[index][start - 1 : stop] for index in reading], np.int64)  # (B, T + 1)
-        scores, (h, c) = sampler.score(tokens[:, :-1], tokens[:, 1:], (h[from_row], c[from_row]))  # (B, T), (B, S) each
+        scores, state = sampler.score(tokens[:, :-1], tokens[:, 1:], select(state, from_row))  # (B, T), (B, S) each
         for index, piece in zip(reading, scores, strict=True):
             found[index][start:stop] = piece
         above = reading

@@ -180,8 +180,9 @@ class Batcher:
                 self.changed.wait_for(lambda: self.batches)
                 turns = list(self.batches.items())
             for batch_key, batch in turns:
-                while len(self.sampler.generation) > MAX_GRAPHS:  # the oldest; it is built again when it is needed
-                    del self.sampler.generation[next(iter(self.sampler.generation))]
+                sessions = self.sampler.generation_sessions
+                while len(sessions) > MAX_GRAPHS:  # the oldest; it is built again when it is needed
+                    del sessions[next(iter(sessions))]
                 try:
                     if not batch.step():
                         self.remove(batch_key, batch)
