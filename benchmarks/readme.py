@@ -87,8 +87,8 @@ def reliability() -> str:
         for quarter, row in zip(run[:2], run[2:], strict=True):
             rows.append(
                 [
-                    f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} tokens",
-                    f"peak memory {row['peak_mib']:,} MiB; for a quarter of the text {quarter['peak_mib']:,}",
+                    f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} words",
+                    f"peak memory {row['peak_mib']:,} MiB; for a quarter of the text {quarter['peak_mib']:,} MiB",
                 ]
             )
     return markdown(["test", "result"], rows)
@@ -139,7 +139,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def preparing() -> str:
-    """Words a second, of the finding and of the whole command."""
+    """Words/s of tokenization and of lmdist-prepare."""
     rows = []
     for row in (row for run in results("preparing") for row in run):
         memory = f"{row['peak_mib']:,} MiB" if row["peak_mib"] else ""
@@ -148,7 +148,7 @@ def preparing() -> str:
             variant = "1 process" if "workers" in row else "NLTK"
         speed = f"{row['words'] / row['seconds']:,.0f}"
         rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.1f}x", memory])
-    return markdown(["what", "how", "time", "words a second", "ratio", "peak memory"], rows)
+    return markdown(["what", "how", "time", "words/s", "ratio", "peak memory"], rows)
 
 
 def training() -> str:

@@ -18,7 +18,7 @@ from lmdist_export.graph import onnx_file
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, word_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.sizes import Sizes, file_length, weights
-from lmdist_export.options import EVERY_FEATURE, Features
+from lmdist_export.options import EVERY_FEATURE, GRAPH, Features
 from support.onnx_models import described, metadata_of
 from support.small_bundles import (
     TIED,
@@ -74,17 +74,12 @@ def test_names_types_axes_and_metadata_of_the_generation_graph(tmp_path: Path) -
         "bias": (TensorProto.FLOAT, [PADDED]),
         "stops": (TensorProto.INT64, ["stop_words"]),
         "going": (TensorProto.BOOL, ["batch"]),
-        "inverse_temperature": number,
         "counts": of_words,
         "in_prompt": (TensorProto.BOOL, ["batch", PADDED]),
         "row_bias": (TensorProto.FLOAT, ["rows", PADDED]),
-        "repetition_penalty": number,
-        "presence_penalty": number,
-        "frequency_penalty": number,
+        "inverse_temperature": number,
         "top_k": (TensorProto.INT64, [1]),
-        "top_p": number,
-        "min_p": number,
-        "typical_p": number,
+        **{name: number for name in GRAPH if name not in ("temperature", "top_k")},
     }
     assert described(model.graph.output) == {
         "words": (TensorProto.INT64, ["made_words", "batch"]),

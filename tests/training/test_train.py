@@ -110,7 +110,7 @@ def test_four_ranks_resume_bit_for_bit(data, tmp_path):
     flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0.3", "--schedule.name=constant", "--model.hidden_size=160"]
     train(4, *flags, "--training.steps=12", "--run_folder=whole", cwd=tmp_path)
     train(4, *flags, "--training.steps=5", "--run_folder=parts", cwd=tmp_path)
-    torchrun(4, *flags, "--training.steps=12", "--run_folder=parts", "--resume=auto", cwd=tmp_path)
+    train(4, *flags, "--training.steps=12", "--run_folder=parts", "--resume=auto", cwd=tmp_path)
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "parts")[name], value), name
 
