@@ -5,15 +5,15 @@
 
     tokenizers.Tokenizer.from_file("bundle/tokenizer.json").encode("The president said").ids
 
-A text goes through replacements first, then it is cut into words, then each word is looked up. What a letter, a blank or a
-small letter is, differs between Python, Rust and their versions of Unicode. So the file leaves none of it to `tokenizers`: its
-classes of characters are written out as Python has them, and capital letters become small by one replacement each, of those
-only that could matter to a word of the vocabulary. Another word is `<unk>`, however it is written.
+The file has replacements, then a split into words, then a lookup. Python, Rust and their versions of Unicode differ in what is a
+letter, whitespace or lowercase, so the file leaves none of it to `tokenizers`: its character classes are spelled out as Python
+has them, and uppercase letters are replaced one by one, those only that could matter to a word of the vocabulary. Any other
+word is `<unk>`, however it is written.
 
-There are no added tokens: `tokenizers` would find `<unk>` inside of words too, where lmdist finds none.
+There are no added tokens: `tokenizers` would find `<unk>` inside words too, where lmdist does not.
 
-`word_tokenize` follows the rules of NLTK and what Punkt has learnt, which the format cannot say: for it there is no file.
-This module needs no `tokenizers`; tests/test_tokenizer_json.py compares the two.
+The format cannot express `word_tokenize`, which follows NLTK's rules and what Punkt has learned. This module does not import
+`tokenizers`; tests/conversion/test_tokenizer_json.py compares the two.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ def write_tokenizer(folder: Path, settings: TextSettings, vocabulary: Vocabulary
 
 
 def obstacle(settings: TextSettings, vocabulary: Vocabulary) -> str:
-    """Why the format cannot say how these words are found; empty where it can."""
+    """Return why the format cannot express this tokenizer, or "" if it can."""
     if settings.tokenizer == "word_tokenize":
-        return "its format has no rules like those of word_tokenize; wordpunct and whitespace it can say"
+        return "its format cannot express the rules of word_tokenize; it can those of wordpunct and whitespace"
     if lowers_words(settings) and settings.tokenizer == "wordpunct":
         for capital in filter(breaks_words, capitals()):
             for word in vocabulary.words:
                 if capital in word or capital.lower() in word:
-                    return f"its format makes letters small before it finds words, and would cut {word!r} at its {capital!r}"
+                    return f"its format lowercases before it splits, and would split {word!r} at its {capital!r}"
     return ""
 
 
 def tokenizer_json(settings: TextSettings, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The contents of tokenizer.json for settings and a vocabulary that have no `obstacle`."""
+    """Return the contents of tokenizer.json, for settings and a vocabulary that have no `obstacle`."""
     normalizers = [*cleaning(settings), *lowering(settings, vocabulary), *line_ends(settings)]
     return {
         "version": "1.0",
@@ -72,7 +72,7 @@ def tokenizer_json(settings: TextSettings, vocabulary: Vocabulary) -> dict[str, 
 
 
 def cleaning(settings: TextSettings) -> list[Replacement]:
-    """`clean = tutorial`, without the small letters: hyphens become blanks, all other ASCII punctuation goes."""
+    """Return the replacements of `clean = tutorial`, lowercase aside: hyphens by spaces, other ASCII punctuation by nothing."""
     if settings.clean != "tutorial":
         return []
     punctuation = character_class(string.punctuation.replace("-", ""))
@@ -80,7 +80,7 @@ def cleaning(settings: TextSettings) -> list[Replacement]:
 
 
 def lowering(settings: TextSettings, vocabulary: Vocabulary) -> list[Replacement]:
-    """Capital letters become small, those that decide which word of the vocabulary it is, or where a word ends."""
+    """Return the replacements of uppercase letters that decide which word of the vocabulary it is, or where a word ends."""
     if settings.clean != "tutorial" and not settings.lowercase:
         return []
     letters = set("".join(vocabulary.words))
@@ -90,8 +90,8 @@ def lowering(settings: TextSettings, vocabulary: Vocabulary) -> list[Replacement
         small = capital.lower()
         decides = capital in letters or letters.issuperset(small)
         if breaks_words(capital):
-            # Made small before the text is cut, it would end a word. After the tutorial's cleaning it does; elsewhere lmdist
-            # has cut already, and no word of the vocabulary holds it.
+            # Lowercased before the split, it would end a word. After the tutorial's cleaning it does; elsewhere lmdist has
+            # split already, and no word of the vocabulary has it.
             decides = not keeps_words
         if decides:
             replacements.append(replace_text(capital, small))
@@ -100,9 +100,9 @@ def lowering(settings: TextSettings, vocabulary: Vocabulary) -> list[Replacement
 
 @cache
 def final_sigma(*, inside_words: bool) -> str:
-    """The one letter that is made small by its neighbours: Σ is ς behind a letter and not before one, as Python sees it.
+    """Return the pattern of the Σ that is lowercased to ς: after a letter and not before one, as Python sees it.
 
-    Between it and those letters marks may stand that Unicode calls case-ignorable; `inside_words`, only such as a word holds.
+    Characters that Unicode calls case-ignorable may lie between; `inside_words`, only those that a word may have.
     """
     characters = re.findall(r"\w", CHARACTERS) if inside_words else CHARACTERS
     cased = {character for character in characters if f"{character}Σ".lower().endswith("ς")}
@@ -114,46 +114,46 @@ def final_sigma(*, inside_words: bool) -> str:
 
 
 def line_ends(settings: TextSettings) -> list[Replacement]:
-    """`whitespace` has an end mark between two lines; a line break at the very end begins no line."""
+    """Return the replacements of line breaks: `whitespace` has `<eos>` between two lines, and none after the last."""
     if settings.tokenizer != "whitespace":
         return []
     return [replace_pattern(r"\n\z", ""), replace_text("\n", f" {END} ")]
 
 
 def splitting(settings: TextSettings) -> dict[str, Any]:
-    """The words of a text: what the blanks leave, or what the pattern of `wordpunct` finds."""
-    letter, blank = every(r"\w"), every(r"\s")
+    """Return the split into words: by whitespace, or by the pattern of `wordpunct`."""
+    letter, space = every(r"\w"), every(r"\s")
     if settings.tokenizer == "whitespace":
-        return {"type": "Split", "pattern": {"Regex": f"[{blank}]+"}, "behavior": "Removed", "invert": False}
-    pattern = f"[{letter}]+|[^{letter}{blank}]+"
+        return {"type": "Split", "pattern": {"Regex": f"[{space}]+"}, "behavior": "Removed", "invert": False}
+    pattern = f"[{letter}]+|[^{letter}{space}]+"
     # Inverted: what the pattern does not find is removed.
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
 
 
 def lowers_words(settings: TextSettings) -> bool:
-    """Whether letters become small in words that are found already, not in the text."""
+    """Return whether words are lowercased after the split, not the text before it."""
     return settings.lowercase and settings.clean != "tutorial"
 
 
 @cache
 def capitals() -> tuple[str, ...]:
-    """The characters that are others in small."""
+    """Return the characters that lowercase changes."""
     return tuple(character for character in CHARACTERS if character.lower() != character)
 
 
 @cache
 def every(pattern: str) -> str:
-    """The class of all characters that Python finds by a pattern."""
+    """Return the class of all characters that match a pattern in Python."""
     return character_class(re.findall(pattern, CHARACTERS))
 
 
 def breaks_words(capital: str) -> bool:
-    """Whether a capital letter stands inside a word of `wordpunct`, and in small does not: İ, which becomes i and a dot."""
+    """Return whether an uppercase letter is part of a word of `wordpunct`, and its lowercase is not: İ, i and a dot."""
     return len(WORDPUNCT.findall(f"x{capital}x")) != len(WORDPUNCT.findall(f"x{capital.lower()}x"))
 
 
 def character_class(characters: Iterable[str]) -> str:
-    """The inside of a regular expression's brackets, for these characters and no others."""
+    """Return the inside of a regular expression's brackets for exactly these characters."""
     ranges: list[list[int]] = []
     for code in sorted(map(ord, characters)):
         if ranges and ranges[-1][1] == code - 1:
@@ -164,10 +164,10 @@ def character_class(characters: Iterable[str]) -> str:
 
 
 def replace_text(old: str, new: str) -> Replacement:
-    """A replacement of each `old` as it stands."""
+    """Return a replacement of each literal `old`."""
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
 def replace_pattern(pattern: str, new: str) -> Replacement:
-    """A replacement of each match of a regular expression."""
+    """Return a replacement of each match of a regular expression."""
     return {"type": "Replace", "pattern": {"Regex": pattern}, "content": new}
