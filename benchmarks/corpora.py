@@ -1,4 +1,4 @@
-"""Small data folders for the tests, written without lmdist-prepare."""
+"""Small data folders for tests and benchmarks, written without lmdist-prepare."""
 
 from __future__ import annotations
 
@@ -6,42 +6,29 @@ from pathlib import Path
 
 import numpy as np
 
-from lmdist.settings import TextSettings
-from lmdist.storage.checksums import checksums
-from lmdist.storage.reading import write_json
+from lmdist.settings import PrepareSettings
+from lmdist.text.data_folder import TEXT, VOCABULARY, SplitFacts, dtype_of, token_file, write_meta
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
 
 def chain(length: int, vocabulary_size: int, seed: int = 0) -> np.ndarray:
-    """Words of which every second one follows from the one before: something to learn, and something to guess."""
+    """Return tokens of which every second one is a function of the one before: partly predictable, partly random."""
     generator = np.random.default_rng(seed)
-    words = np.minimum(generator.zipf(1.5, length), vocabulary_size - 1)
-    words[1::2] = (words[: length - 1 : 2] * 7 + 1) % vocabulary_size
-    return words.astype("<u2")
+    tokens = np.minimum(generator.zipf(1.5, length), vocabulary_size - 1)
+    tokens[1::2] = (tokens[: length - 1 : 2] * 7 + 1) % vocabulary_size
+    return tokens.astype("<u2")
 
 
 def write_data_folder(folder: Path, splits: dict[str, np.ndarray], vocabulary_size: int) -> Path:
-    """A data folder as lmdist-prepare writes it, of words w2, w3, ..."""
+    """Write a data folder as lmdist-prepare does, with the vocabulary w2, w3, ...; return it."""
     folder.mkdir(parents=True)
-    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(folder / "vocab.txt")
-    WordTokenizer.train(TextSettings(tokenizer="whitespace"), []).save(folder / "text.json")
+    settings = PrepareSettings(tokenizer="whitespace")
+    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(folder / VOCABULARY)
+    WordTokenizer.train(settings.text, []).save(folder / TEXT)
+    facts: dict[str, SplitFacts] = {}
     for name, tokens in splits.items():
-        tokens.astype("<u2").tofile(folder / f"{name}.bin")
-    write_json(
-        folder / "meta.json",
-        {
-            "format": "lmdist data",
-            "version": 1,
-            "dtype": "uint16",
-            "vocabulary_size": vocabulary_size,
-            "splits": {
-                name: {"tokens": len(tokens), "documents": 1, "unknown_tokens": 0, "unknown_rate": 0.0}
-                for name, tokens in splits.items()
-            },
-            "skipped": {},
-            "sources": [],
-            "files": checksums(folder),
-        },
-    )
+        tokens.astype(np.dtype(dtype_of(vocabulary_size)).newbyteorder("<")).tofile(folder / token_file(name))
+        facts[name] = {"tokens": len(tokens), "documents": 1, "unknown_tokens": 0, "unknown_rate": 0.0}
+    write_meta(folder, vocabulary_size, facts, settings, skipped={}, sources=[])
     return folder

@@ -1,11 +1,11 @@
-"""Does memory grow with the text? A CSV of 250 MB and a quarter of it, prepared and trained on, with the peaks of memory.
+"""Peak memory of lmdist-prepare and of training, on a CSV of 250 MB and on a quarter of it.
 
     python benchmarks/large.py [--megabytes 250] [--json benchmarks/results/large-MACHINE-DATE.json]
-    python benchmarks/large.py --quick          # 12 MB, and whether all of it works
+    python benchmarks/large.py --quick          # 12 MB, to see that it works
 
-The CSV is the demo corpus again and again, each time with some of its words replaced by others and some by new ones. Memory is
-that of a command and all its processes (USS), sampled four times a second. The pages of the token file that a training has
-looked at count as its own, though the system takes them back when it needs them: 2 bytes a word.
+The CSV repeats the demo corpus, each time with some of its words replaced by others and some by new ones. Memory is that of a
+command and all its child processes (USS), sampled four times a second. The pages of the token file that training has read
+count as its own, although the system reclaims them when it needs memory: 2 bytes a token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TRAIN = "--training.steps=150 --training.device=cpu --training.log_every=10 --tr
 
 
 def main() -> None:
-    """Make, prepare and train on both sizes, print a table, write the rows."""
+    """Write both CSVs, prepare and train on them, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=250)
     parser.add_argument("--tokenizer", default="word_tokenize")
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def write_csv(path: Path, size: int) -> int:
-    """Write a CSV of `size` bytes; gives its words, counted at blanks."""
+    """Write a CSV of `size` bytes; return the number of its words, separated by whitespace."""
     generator = random.Random(1)
     source = list(articles())
     vocabulary = [word for row in source for word in row[-1].split()]
@@ -92,7 +92,7 @@ def write_csv(path: Path, size: int) -> int:
 
 
 def watch(command: list[str], cwd: Path) -> tuple[float, int]:
-    """Run a command; gives its seconds and the highest memory of all its processes together, in MiB."""
+    """Run a command; return its seconds and the peak memory of all its processes together, in MiB."""
     began, peak = time.perf_counter(), 0
     with (cwd / "log").open("w") as log:
         child = subprocess.Popen([sys.executable, *command], cwd=cwd, stdout=log, stderr=log)
@@ -102,7 +102,7 @@ def watch(command: list[str], cwd: Path) -> tuple[float, int]:
             for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
                 used += process.memory_full_info().uss
         except psutil.Error:
-            pass  # one of them has just ended
+            pass  # one of them has just exited
         peak = max(peak, used)
         time.sleep(0.25)
     assert child.returncode == 0, (cwd / "log").read_text()[-2000:]

@@ -1,12 +1,12 @@
-"""How fast words are found, and text becomes a data folder: words a second against NLTK's own, memory against the text's size.
+"""Tokenization and lmdist-prepare: words/s of text against NLTK's, peak memory against the size of the text.
 
     python benchmarks/preparing.py [--csv NEWS.csv] [--json benchmarks/results/preparing-MACHINE-DATE.json] [--plot FILE.png]
     python benchmarks/preparing.py --quick          # less text, of two sizes
 
-First the words of one text are found on one core: by NLTK, which is the baseline, by a WordFinder that knows nothing yet, and
-by the same one again, in turns; that all find the same is asserted. The text is the demo corpus, or what the CSV holds. Then
-lmdist-prepare runs with one process and with one a core on CSVs of growing size, made as those of large.py. Words are counted
-at blanks. Memory is that of a command and all its processes (USS), sampled four times a second.
+First one text is tokenized on one core: by NLTK, which is the baseline, by a WordFinder with an empty cache, and by the same
+one again, in turns; that all find the same words is asserted. The text is the demo corpus, or the CSV. Then lmdist-prepare runs
+with one process and with one for each CPU, on CSVs of growing size as in large.py. Words are counted at whitespace. Memory is
+that of a command and all its child processes (USS), sampled four times a second.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ QUICK_MEGABYTES = (3, 42)
 def main() -> None:
     """Measure, print a table, write the rows and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", help="find the words of this, in place of the demo corpus")
+    parser.add_argument("--csv", help="tokenize this, in place of the demo corpus")
     parser.add_argument("--words", type=int, default=200_000, help="so many of them at most (default: 200,000)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="2 rounds with 40,000 words, and CSVs of 3 and 42 MB")
@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.words = 2, 40_000
-    rows = find(arguments.csv, arguments.words, arguments.rounds)
+    rows = tokenize(arguments.csv, arguments.words, arguments.rounds)
     rows += prepare(QUICK_MEGABYTES if arguments.quick else MEGABYTES)
     for row in rows:
         peak = f"peak {row['peak_mib']:>5,} MiB" if row["peak_mib"] else ""
@@ -64,8 +64,8 @@ def main() -> None:
         plot(rows, arguments.plot)
 
 
-def find(csv: str | None, most: int, rounds: int) -> list[dict[str, Any]]:
-    """The rows of the words found on one core."""
+def tokenize(csv: str | None, most: int, rounds: int) -> list[dict[str, Any]]:
+    """Return the rows of tokenization on one core."""
     texts = [document.text for document in Documents(find_files([csv]))] if csv else [row[-1] for row in articles()]
     punkt = train_punkt(texts)
     words = count = 0
@@ -79,7 +79,7 @@ def find(csv: str | None, most: int, rounds: int) -> list[dict[str, Any]]:
     def nltk(text: str) -> list[str]:
         return [word for sentence in find_sentences(text) for word in find_words(sentence)]
 
-    seconds: dict[str, list[float]] = {"baseline": [], "lmdist, all of it new": [], "lmdist, once more": []}
+    seconds: dict[str, list[float]] = {"baseline": [], "lmdist, empty cache": [], "lmdist, filled cache": []}
     for _ in range(rounds):
         finder = WordFinder(punkt)
         found = []
@@ -91,7 +91,7 @@ def find(csv: str | None, most: int, rounds: int) -> list[dict[str, Any]]:
     baseline = statistics.median(seconds["baseline"])
     return [
         {
-            "case": f"finding the words of {'news' if csv else 'the demo corpus'}",
+            "case": f"tokenizing {'news' if csv else 'the demo corpus'}",
             "variant": variant,
             "value": round(words / statistics.median(values)),
             "unit": "words/s",
@@ -106,12 +106,12 @@ def find(csv: str | None, most: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def each(function: Callable[[str], list[str]], texts: list[str]) -> list[int]:
-    """A hash of the words of each text: millions of words held in memory would slow down whoever comes second."""
+    """Return a hash of the words of each text: millions of words in memory would slow down the variant that comes second."""
     return [hash(tuple(function(text))) for text in texts]
 
 
 def prepare(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The rows of lmdist-prepare."""
+    """Return the rows of lmdist-prepare."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         for megabytes in sizes:
@@ -143,7 +143,7 @@ def prepare(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw words a second and memory against the size of the text."""
+    """Plot words/s and memory against the size of the text."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,7 +157,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         label = f"{workers} worker process{'es' if workers > 1 else ''}"
         speed.plot(millions, [row["words"] / row["seconds"] for row in of_these], "o-", label=label)
         memory.plot(millions, [row["peak_mib"] for row in of_these], "o-", label=label)
-    for axes, title in ((speed, "lmdist-prepare: words a second"), (memory, "peak of memory, MiB")):
+    for axes, title in ((speed, "lmdist-prepare: words/s"), (memory, "peak memory, MiB")):
         axes.set(title=title, xlabel="million words", xlim=0, ylim=0)
         axes.legend()
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""Writes the pages' tables of results from benchmarks/results, so that neither can differ: `python benchmarks/readme.py`.
+"""Write the pages' tables, of results from benchmarks/results and of options from the code: `python benchmarks/readme.py`.
 
 A table stands between two comments, `<!-- NAME: ... -->` and `<!-- /NAME -->`; NAME is a function below. With --check nothing
 is written, and it fails where a page is not what it would write; a test does that.
@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lmdist_export.options import GENERATION, REQUEST, Row
+
 ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving")
+        for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving", "bundle")
     ),
 )
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -51,7 +53,7 @@ def quality() -> str:
 
 
 def reliability() -> str:
-    """A line for each thing that was done to jobs."""
+    """Return a table with a row for each reliability test."""
     rows = []
     for *kills, whole in results("torture"):
         kinds = ", ".join(dict.fromkeys(row["variant"] for row in kills))
@@ -66,10 +68,9 @@ def reliability() -> str:
             [
                 f"an MLflow server that is {', '.join(states)}",
                 f"step p99 at most {p99:.2f} of that without MLflow, "
-                f"which itself varied by {alone['spread'] / alone['value']:.0%}; "
-                f"exit delayed by "
-                f"{max(row['value'] for row in figures['exit delay']):.1f} s at most; {lost:.0f} points missing or twice after "
-                "`lmdist-sync`",
+                f"whose own spread is {alone['spread'] / alone['value']:.0%}; "
+                f"exit delayed by at most {max(row['value'] for row in figures['exit delay']):.1f} s; "
+                f"{lost:.0f} points missing or duplicate after `lmdist-sync`",
             ]
         )
     for run in results("checkpointing"):
@@ -78,7 +79,7 @@ def reliability() -> str:
             rows.append(
                 [
                     f"a checkpoint of {copied['checkpoint_mib']:,.0f} MiB ({case.removesuffix(': pause')})",
-                    f"holds up the training for {copied['value']:,.0f} ms in place of {waiting['value']:,.0f} "
+                    f"blocks the training for {copied['value']:,.0f} ms instead of {waiting['value']:,.0f} "
                     f"({copied['ratio']:.1f}x less)",
                 ]
             )
@@ -87,14 +88,14 @@ def reliability() -> str:
             rows.append(
                 [
                     f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} words",
-                    f"at most {row['peak_mib']:,} MiB of memory; for a quarter of the text {quarter['peak_mib']:,}",
+                    f"peak memory {row['peak_mib']:,} MiB; for a quarter of the text {quarter['peak_mib']:,} MiB",
                 ]
             )
-    return markdown(["what was done", "what came of it"], rows)
+    return markdown(["test", "result"], rows)
 
 
 def reliability_summary() -> str:
-    """What was done to jobs by kills and by a server."""
+    """Return the rows about kills and about MLflow."""
     head, rule, *lines = reliability().splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if "kills" in line or "MLflow" in line)])
 
@@ -104,7 +105,7 @@ STEP = "step p99 after 10 s"
 
 
 def kills() -> str:
-    """Every kill of every torture run."""
+    """Return a table of every kill of every torture run."""
     rows = [
         [
             f"{whole['case']}, {whole['machine'].split(', ')[-1]}",
@@ -116,11 +117,11 @@ def kills() -> str:
         for *kills, whole in results("torture")
         for row in kills
     ]
-    return markdown(["run", "when", "kind", "what", "to the next step"], rows)
+    return markdown(["run", "when", "kind", "target", "recovery"], rows)
 
 
 def outages() -> str:
-    """The figures of the tracking benchmark, a line a state."""
+    """Return a table of the tracking benchmark with a row for each state of the server."""
     rows = []
     cases: list[str] = []
     for run in results("tracking"):
@@ -138,7 +139,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def preparing() -> str:
-    """Words a second, of the finding and of the whole command."""
+    """Words/s of tokenization and of lmdist-prepare."""
     rows = []
     for row in (row for run in results("preparing") for row in run):
         memory = f"{row['peak_mib']:,} MiB" if row["peak_mib"] else ""
@@ -147,7 +148,7 @@ def preparing() -> str:
             variant = "1 process" if "workers" in row else "NLTK"
         speed = f"{row['words'] / row['seconds']:,.0f}"
         rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.1f}x", memory])
-    return markdown(["what", "how", "time", "words a second", "ratio", "peak memory"], rows)
+    return markdown(["what", "how", "time", "words/s", "ratio", "peak memory"], rows)
 
 
 def training() -> str:
@@ -245,7 +246,7 @@ def sampling_speeds() -> str:
         for row in words_made()
         if row["variant"] in SAMPLING
     ]
-    return markdown([MODEL, "texts at a time", "how", "words a second", "ratio", "peak memory"], rows)
+    return markdown([MODEL, "texts at a time", "how", "words/s", "ratio", "peak memory"], rows)
 
 
 def sampling_options() -> str:
@@ -285,7 +286,7 @@ def sampling_limits() -> str:
 
 
 def scoring() -> str:
-    """Hypotheses a second, and how many times as many as the baseline."""
+    """Return hypotheses per second, and the ratio to the baseline."""
     rows = [
         [
             row["case"],
@@ -297,22 +298,56 @@ def scoring() -> str:
         for run in results("scoring")
         for row in run
     ]
-    return markdown(["model, text", "how", "hypotheses a second", "ratio", "peak memory"], rows)
+    return markdown(["model, text", "how", "hypotheses/s", "ratio", "peak memory"], rows)
 
 
 def serving() -> str:
-    """What 1, 8 and 32 clients see of a server."""
+    """Return throughput and latency of a server with 1, 8 and 32 clients."""
     rows = [
         [
             *row["case"].rsplit(", clients ", 1),
-            {"baseline": "requests one by one", "lmdist": "requests that share runs"}[row["variant"]],
+            {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
             f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
             *(f"{row['p50_ms']:,.0f} ms", f"{row['p99_ms']:,.0f} ms", f"{row['peak_mib']:,} MiB"),
         ]
         for run in results("serving")
         for row in run
     ]
-    return markdown(["model", "clients", "how", "words a second", "p50", "p99", "peak memory"], rows)
+    return markdown(["model", "clients", "how", "tokens/s", "p50", "p99", "peak memory"], rows)
+
+
+def options() -> str:
+    """Return the options of generation_config.json in the order in which they are applied."""
+    rows = sorted(GENERATION.values(), key=lambda row: (not row.option.order, row.option.order))
+    cells = [[str(row.option.order or ""), f"`{row.name}`", flag(row), *default(row), row.option.help] for row in rows]
+    return markdown(["step", "option", "flag", "default", "bounds", "what it does"], cells)
+
+
+def request_options() -> str:
+    """Return the options that only a request has."""
+    cells = [[str(row.option.order or ""), f"`{row.name}`", flag(row), row.option.help] for row in REQUEST.values()]
+    return markdown(["step", "option", "flag", "what it does"], cells)
+
+
+def generation_config() -> str:
+    """Return the fields of generation_config.json."""
+    cells = [
+        [f"`{row.name}`" + (f" = {row.option.metavar}" if row.option.metavar else ""), *default(row), row.option.help]
+        for row in GENERATION.values()
+    ]
+    return markdown(["field", "as exported", "bounds", "meaning"], cells)
+
+
+def flag(row: Row) -> str:
+    """Return a flag as it is written; an option of generation_config.json alone has none."""
+    if not row.option.group:
+        return ""
+    return f"`{row.flag} {row.option.metavar}`" if row.option.metavar else f"`{row.flag}`"
+
+
+def default(row: Row) -> tuple[str, str]:
+    """Return the default, as JSON, and the bounds of an option."""
+    return json.dumps(row.default), str(row.bounds or "")
 
 
 def precisions() -> str:
@@ -468,6 +503,9 @@ def main() -> None:
     tables = {
         function.__name__: function
         for function in (
+            options,
+            request_options,
+            generation_config,
             quality,
             reliability,
             reliability_summary,

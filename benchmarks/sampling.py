@@ -46,10 +46,14 @@ from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, Vocabulary
-from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
-from lmdist_export.graph.graphs import Network, Sizes, column_of, length_of, weights
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
+from lmdist_export.graph.network import Network, Target
 from lmdist_export.graph.onnx_file import FLOAT, Graph, model_bytes
-from lmdist_export.sampling.sampler import Runtime, Sampler, import_onnxruntime
+from lmdist_export.graph.sampling_nodes import column
+from lmdist_export.graph.sizes import Sizes, length_of, weights
+from lmdist_export.options import GenerationConfig
+from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
+from lmdist_export.sampling.sampler import Sampler
 from origin import facts, write_rows
 
 BASELINE = "baseline"
@@ -120,7 +124,7 @@ def random_model(kind: Callable[[ModelSettings, int], Any], model: Model) -> Any
 def write_bundle(model: Model, folder: Path, precision: str) -> None:
     """A bundle of a model that nobody trained, so that there is nothing to compare."""
     from lmdist.model.language_model import LanguageModel
-    from lmdist_export.conversion.convert import write_graphs
+    from lmdist_export.conversion.weights import write_graphs
 
     folder.mkdir()
     sizes = write_graphs(random_model(LanguageModel, model), folder, model.name, precision)
@@ -227,7 +231,7 @@ def loop(folder: Path, device: str, batch: int, option: str) -> Run:
     state = sampler.start([[END_ID]] * batch).seeded(0)
 
     def run(words: int) -> int:
-        return len(sampler.make(state, config, words)[0])
+        return len(sampler.generate(state, config, words)[0])
 
     return run
 
@@ -288,12 +292,12 @@ def limits(device: str, place: Path) -> dict[str, float]:
     return found
 
 
-def projection_graph(sizes: Sizes, location: str, *, cuda: bool, saturates: bool) -> bytes:
+def projection_graph(sizes: Sizes, target: Target) -> bytes:
     """The product with the projection alone; of its result one column comes out."""
     g = Graph("projection")
-    network = Network(sizes, g, location, cuda=cuda, saturates=saturates)
+    network = Network(sizes, g, target)
     logits = network.logits(g, g.input("hidden", FLOAT, ["batch", sizes.layer_sizes[-1]]))
-    g.output(column_of(g, logits, 0), "first", FLOAT, ["batch", 1])
+    g.output(column(g, logits, 0), "first", FLOAT, ["batch", 1])
     return model_bytes(g, {})
 
 

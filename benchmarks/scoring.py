@@ -1,14 +1,14 @@
-"""How many hypotheses of n-best lists are scored a second: lmdist's Scorer against torch, one by one and in padded batches.
+"""Hypotheses of n-best lists scored per second: lmdist's Scorer against torch, one by one and in padded batches.
 
     python benchmarks/scoring.py [--json benchmarks/results/scoring-MACHINE-DATE.json]
     python benchmarks/scoring.py --quick          # 2 rounds of one list of 20, by a small model
 
-The model has an embedding of 100, two layers of 1,024 and 33,278 words, and weights as they are before training. A list is a
-sentence of 5 to 40 words with one to four words changed, left out or put in, as recognisers and translators make them; a second
-case has sentences that have nothing in common. Words are drawn by Zipf's law. Both ways of torch get ids; lmdist gets text.
+The model has an embedding of 100, two layers of 1,024, a vocabulary of 33,278 and untrained weights. A list is a sentence of 5
+to 40 words with one to four words changed, deleted or inserted, as speech recognisers and translators produce them; a second
+case has unrelated sentences. Words are sampled by Zipf's law. Both variants with torch get ids; lmdist gets text.
 
-Each variant is a process of its own on one core, with the same weights, and they take turns; that all give the same scores is
-asserted. The first turn is not counted. Peak memory is that of the process less what it had before the model was read.
+Each variant is a process of its own on one core, with the same weights; they take turns. All must return the same scores. The
+first turn is not counted. Peak memory is that of the process less what it had before the model was read.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from origin import facts, write_rows
 from random_bundle import make_bundle
 
 VARIANTS = {"baseline": "torch, one by one", "torch": "torch, padded batches of 64", "lmdist": "lmdist"}
-ROWS = 64
+BATCH_SIZE = 64
 
 
 def main() -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--lists", type=int, default=3, help="n-best lists a round (default: 3)")
-    parser.add_argument("--hypotheses", type=int, default=100, help="a list (default: 100)")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of one list of 20, by a small model")
+    parser.add_argument("--lists", type=int, default=3, help="n-best lists per round (default: 3)")
+    parser.add_argument("--hypotheses", type=int, default=100, help="per list (default: 100)")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of one list of 20, with a small model")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--worker", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -59,7 +59,7 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['case']:<40}{VARIANTS[row['variant']]:<30}{row['value']:>8,.1f} {row['unit']:<14}{row['ratio']:>7.2f}"
-            f"{row['words'] / row['seconds']:>10,.0f} words/s   peak {row['peak_mib']:>5,} MiB"
+            f"{row['tokens'] / row['seconds']:>10,.0f} tokens/s   peak {row['peak_mib']:>5,} MiB"
         )
     if arguments.json:
         command = f"python benchmarks/scoring.py --rounds {arguments.rounds} --lists {arguments.lists}"
@@ -69,29 +69,29 @@ def main() -> None:
 
 
 def nbest(lists: int, hypotheses: int, vocabulary_size: int) -> list[list[int]]:
-    """The ids of the words of all hypotheses, list after list, without the end."""
+    """Return the tokens of all hypotheses, list after list, without the end mark."""
     generator = random.Random(lists)
-    words = range(2, vocabulary_size)
-    frequency = [1 / (word + 2.7) for word in words]
+    tokens = range(2, vocabulary_size)
+    frequency = [1 / (token + 2.7) for token in tokens]
 
-    def draw(count: int) -> list[int]:
-        return generator.choices(words, frequency, k=count)
+    def sample(count: int) -> list[int]:
+        return generator.choices(tokens, frequency, k=count)
 
-    made = []
+    texts = []
     for _ in range(lists):
-        sentence = draw(generator.randint(5, 40))
-        made.append(sentence)
+        sentence = sample(generator.randint(5, 40))
+        texts.append(sentence)
         for _ in range(hypotheses - 1):
             changed = list(sentence)
             for _ in range(generator.randint(1, 4)):
                 place = generator.randrange(len(changed))
-                changed[place : place + generator.randint(0, 1)] = draw(generator.randint(0, 1))
-            made.append(changed or draw(1))
-    return made
+                changed[place : place + generator.randint(0, 1)] = sample(generator.randint(0, 1))
+            texts.append(changed or sample(1))
+    return texts
 
 
 def measure(case: str, texts: list[list[int]], folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """The rows of one case: the variants in turns."""
+    """Return the rows of one case; the variants take turns."""
     workers = {
         variant: subprocess.Popen(
             [sys.executable, __file__, "--worker", variant, str(folder)],
@@ -106,7 +106,7 @@ def measure(case: str, texts: list[list[int]], folder: Path, rounds: int) -> lis
         for variant, process in workers.items():
             assert process.stdin
             assert process.stdout
-            process.stdin.write(json.dumps(texts[:ROWS] if turn == 0 else texts) + "\n")
+            process.stdin.write(json.dumps(texts[:BATCH_SIZE] if turn == 0 else texts) + "\n")
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())
             if turn:
@@ -128,7 +128,7 @@ def measure(case: str, texts: list[list[int]], folder: Path, rounds: int) -> lis
             "spread": round(len(texts) / min(values) - len(texts) / max(values), 1),
             "ratio": round(baseline / statistics.median(values), 2),
             "peak_mib": answers[variant][-1]["peak_mib"],
-            "words": sum(len(text) + 1 for text in texts),
+            "tokens": sum(len(text) + 1 for text in texts),
             "seconds": round(statistics.median(values), 3),
         }
         for variant, values in seconds.items()
@@ -139,11 +139,11 @@ def measure(case: str, texts: list[list[int]], folder: Path, rounds: int) -> lis
 
 
 def worker(variant: str, folder: Path) -> None:
-    """Answers each line on stdin, the ids of hypotheses, by their scores, the seconds these took, and the peak of memory."""
-    before, score = by_lmdist(folder) if variant == "lmdist" else by_torch(folder, 1 if variant == "baseline" else ROWS)
+    """Answer each line on stdin, the ids of hypotheses, with their scores, the seconds for them and the peak memory."""
+    before, score = by_lmdist(folder) if variant == "lmdist" else by_torch(folder, 1 if variant == "baseline" else BATCH_SIZE)
     for line in sys.stdin:
         texts = json.loads(line)
-        given: list[Any] = [" ".join(f"w{word}" for word in text) for text in texts] if variant == "lmdist" else texts
+        given: list[Any] = [" ".join(f"w{token}" for token in text) for text in texts] if variant == "lmdist" else texts
         began = time.perf_counter()
         scores = score(given)
         seconds = time.perf_counter() - began
@@ -151,12 +151,12 @@ def worker(variant: str, folder: Path) -> None:
 
 
 def peak() -> int:
-    """The largest memory of this process so far, in KiB; not getrusage's, which begins with that of the parent."""
+    """Return the peak memory of this process in KiB; getrusage's includes that of the parent."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def by_lmdist(folder: Path) -> tuple[int, Callable[[list[str]], list[float]]]:
-    """The memory before the model was read, and what scores text by lmdist."""
+    """Return the memory before the model was read, and a function that scores text with lmdist."""
     from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.sampler import Sampler
     from lmdist_export.sampling.scoring import Scorer
@@ -166,8 +166,8 @@ def by_lmdist(folder: Path) -> tuple[int, Callable[[list[str]], list[float]]]:
     return before, lambda sentences: [one.log_probability for one in scorer.score(sentences)]
 
 
-def by_torch(folder: Path, rows: int) -> tuple[int, Callable[[list[list[int]]], list[float]]]:
-    """The memory before the model was read, and what scores ids by torch, so many rows at a time, padded on the right."""
+def by_torch(folder: Path, batch_size: int) -> tuple[int, Callable[[list[list[int]]], list[float]]]:
+    """Return the memory before the model was read, and a function that scores ids with torch, padded on the right."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -181,11 +181,11 @@ def by_torch(folder: Path, rows: int) -> tuple[int, Callable[[list[list[int]]], 
     @torch.inference_mode()
     def score(texts: list[list[int]]) -> list[float]:
         scores: list[float] = []
-        for start in range(0, len(texts), rows):
-            batch = [torch.tensor([1, *text, 1]) for text in texts[start : start + rows]]
-            words = pad_sequence(batch, batch_first=True, padding_value=-1)  # (B, T + 1)
-            targets = words[:, 1:]
-            hidden, _ = model(words[:, :-1].clamp(min=0), model.initial_state(len(batch)))
+        for start in range(0, len(texts), batch_size):
+            batch = [torch.tensor([1, *text, 1]) for text in texts[start : start + batch_size]]
+            tokens = pad_sequence(batch, batch_first=True, padding_value=-1)  # (B, T + 1)
+            targets = tokens[:, 1:]
+            hidden, _ = model(tokens[:, :-1].clamp(min=0), model.initial_state(len(batch)))
             found = model.logits(hidden).log_softmax(dim=-1)  # (B, T, V)
             chosen = found.gather(2, targets.clamp(min=0)[..., None])[..., 0]  # (B, T)
             scores += chosen.masked_fill(targets < 0, 0).double().sum(dim=1).tolist()

@@ -1,4 +1,4 @@
-"""A real MLflow server that can be killed and stopped, and a proxy that makes it slow, failing or forgetful."""
+"""A real MLflow server that can be killed and stopped, and a proxy that delays, fails or loses responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class Server:
-    """`mlflow server` over a database in `folder`, on one port for all its lives."""
+    """`mlflow server` over a database in `folder`; it keeps its port when it is started again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,7 +44,7 @@ class Server:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=10).close()
                 return
             except OSError:
-                assert time.monotonic() < deadline, "the MLflow server does not come up"
+                assert time.monotonic() < deadline, "the MLflow server does not start"
                 time.sleep(0.2)
 
     def signal(self, number: int) -> None:
@@ -53,7 +53,7 @@ class Server:
         os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        """End it without warning."""
+        """Kill all its processes."""
         if self.process:
             self.signal(signal.SIGKILL)
             self.process.wait()
@@ -61,35 +61,36 @@ class Server:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to a server as `mode` says."""
+    """Forwards requests to a server as `mode` says."""
 
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, port: int) -> None:
-        super().__init__(("127.0.0.1", 0), Passage)
-        self.port_behind = port
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.target_port = port
         self.mode = "fine"
-        """fine, slow (a second an answer), error (500 to everything), lost (done, and answered with 500)"""
+        """fine, slow (responses are delayed), error (500 without forwarding), lost (forwarded, and answered with 500)"""
+        self.delay_seconds = 1.0
         self.uri = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
-class Passage(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """One connection through the proxy."""
 
     protocol_version = "HTTP/1.1"
 
     def answer(self) -> None:
-        """Pass one request on, or not."""
+        """Answer one request."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         assert isinstance(self.server, Proxy)
         mode = self.server.mode
-        status, headers, content = 500, {}, b"no"
+        status, headers, content = 500, {}, b"error"
         if mode == "slow":
-            time.sleep(1)
+            time.sleep(self.server.delay_seconds)
         if mode != "error":
-            behind = http.client.HTTPConnection("127.0.0.1", self.server.port_behind, timeout=60)
+            behind = http.client.HTTPConnection("127.0.0.1", self.server.target_port, timeout=60)
             behind.request(self.command, self.path, body, dict(self.headers))
             response = behind.getresponse()
             answered = response.read()
@@ -102,17 +103,17 @@ class Passage(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        with suppress(OSError):  # nobody waits for it any more
+        with suppress(OSError):  # the client has gone
             self.wfile.write(content)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that a system hands out, so that it stays free until it is used."""
+    """Return a port that nobody listens on, below the ephemeral ports, so that it stays free until it is used."""
     while True:
         port = 20_000 + secrets.randbelow(9_000)
         with socket.socket() as probe, suppress(OSError):

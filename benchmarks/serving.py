@@ -1,16 +1,16 @@
-"""How fast a served bundle answers 1, 8 and 32 clients: requests that share batches against requests one by one.
+"""Throughput and latency of a served bundle with 1, 8 and 32 clients: continuous batching against one request at a time.
 
     python benchmarks/serving.py [--bundle bundles/demo] [--json benchmarks/results/serving-MACHINE-DATE.json]
     python benchmarks/serving.py --quick          # a small random model, 2 rounds of a few seconds
 
-The server is MLflow's, uvicorn over the bundle's folder, as it is run in production. Two of them are up, and take turns with
-the same load: one as it is, and one whose batches have room for one text (`batch_size` 1), the baseline. Each client sends a
-request, waits for the answer and sends the next; all ask for 50 words with a prompt and a seed of their own, so that nobody
-asks for the same text twice. Latency is what the client sees, from the first byte it sends to the last it gets. That both
-servers give the same texts is asserted. The clients run on the cores of the server.
+The server is MLflow's, uvicorn over the bundle's folder, as in production. Two servers take turns with the same load: one as
+it is, and the baseline, whose batches hold one text (`batch_size` 1). Each client sends a request, waits for the answer and
+sends the next. All ask for 50 tokens, each with its own prompt and seed, so that no text is asked for twice. Latency is
+measured by the client, from the first byte sent to the last received. Both servers must return the same texts. The clients run
+on the server's CPUs.
 
-Peak memory is that of the server's process, and the seconds of its start are those until /ping answers. A first round is not
-counted. Without --bundle the weights are random.
+Peak memory is that of the server's process; the time to start ends when /ping answers. A first round is not counted. Without
+--bundle the weights are random.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from random_bundle import make_bundle
 CLIENTS = (1, 8, 32)
 PROMPTS = ["The people of the", "My fellow Americans, tonight", "We must", "In the past 5 years, the congress of the", ""]
 VARIANTS = {"baseline": 1, "lmdist": 16}
-"""Texts in a batch."""
+"""The batch size."""
 
 
 def main() -> None:
     """Measure, print a table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, help="(default: one of the demo's sizes with random weights)")
+    parser.add_argument("--bundle", type=Path, help="(default: a model of the demo's sizes with random weights)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=96, help="a round (default: 96)")
-    parser.add_argument("--words", type=int, default=50, help="a request (default: 50)")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 32 requests, by a small model")
+    parser.add_argument("--requests", type=int, default=96, help="per round (default: 96)")
+    parser.add_argument("--words", type=int, default=50, help="tokens per request (default: 50)")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 32 requests, with a small model")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -58,14 +58,14 @@ def main() -> None:
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         sizes = manifest["sizes"]
         layers = "-".join(map(str, sizes["layer_sizes"]))
-        case = f"{layers}, V {sizes['vocabulary_size']:,}, {sizes['precision']}, {arguments.words} words a request"
+        case = f"{layers}, V {sizes['vocabulary_size']:,}, {sizes['precision']}, {arguments.words} tokens per request"
         servers = {variant: running.enter_context(Server(bundle, size)) for variant, size in VARIANTS.items()}
         rows = measure(case, servers, arguments.rounds, arguments.requests, arguments.words)
     for row in rows:
         print(
-            f"{row['case']:<60}{row['variant']:<10}{row['value']:>8,.0f} {row['unit']:<8}{row['ratio']:>6.2f}x"
+            f"{row['case']:<60}{row['variant']:<10}{row['value']:>8,.0f} {row['unit']:<9}{row['ratio']:>6.2f}x"
             f"   p50 {row['p50_ms']:>7,.1f} ms   p99 {row['p99_ms']:>7,.1f} ms   peak {row['peak_mib']:,} MiB"
-            f"   up after {row['start_seconds']:.1f} s"
+            f"   started in {row['start_seconds']:.1f} s"
         )
     if arguments.json:
         command = f"python benchmarks/serving.py --rounds {arguments.rounds} --requests {arguments.requests}"
@@ -94,7 +94,7 @@ class Server:
         app = [sys.executable, "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app", "--port", str(self.port)]
         self.process = subprocess.Popen([*app, "--log-level", "error"], env=self.environment)
         while not self.answers():
-            assert self.process.poll() is None, "the server does not come up"
+            assert self.process.poll() is None, "the server did not start"
             time.sleep(0.05)
         self.start_seconds = time.perf_counter() - began
         return self
@@ -104,7 +104,7 @@ class Server:
         self.process.wait()
 
     def answers(self) -> bool:
-        """Whether the server is up."""
+        """Return whether the server answers."""
         try:
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
             connection.request("GET", "/ping")
@@ -113,11 +113,11 @@ class Server:
             return False
 
     def peak_mib(self) -> int:
-        """The largest memory of its process so far."""
+        """Return the peak memory of its process so far."""
         return int(Path(f"/proc/{self.process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
 
-    def load(self, clients: int, first: int, count: int, words: int) -> tuple[float, list[float], list[list[str]]]:
-        """Seconds for `count` requests from `clients` clients; the seconds of each, and its words."""
+    def load(self, clients: int, first: int, count: int, num_tokens: int) -> tuple[float, list[float], list[list[str]]]:
+        """Return the seconds for `count` requests from `clients` clients, the latency of each, and its text."""
         numbers = iter(range(first, first + count))
         taking = threading.Lock()
         latencies: list[float] = []
@@ -133,7 +133,7 @@ class Server:
                     return
                 asked = {
                     "dataframe_records": [{"prompt": PROMPTS[number % len(PROMPTS)]}],
-                    "params": {"max_new_tokens": words, "ignore_eos": True, "seed": number},
+                    "params": {"max_new_tokens": num_tokens, "ignore_eos": True, "seed": number},
                 }
                 body = json.dumps(asked)
                 began = time.perf_counter()
@@ -156,29 +156,29 @@ class Server:
         return time.perf_counter() - began, latencies, texts
 
 
-def measure(case: str, servers: dict[str, Server], rounds: int, requests: int, words: int) -> list[dict[str, Any]]:
-    """A row for each number of clients and each server; the servers take turns."""
+def measure(case: str, servers: dict[str, Server], rounds: int, requests: int, num_tokens: int) -> list[dict[str, Any]]:
+    """Return a row for each number of clients and each server; the servers take turns."""
     rows = []
     for clients in CLIENTS:
         seconds: dict[str, list[float]] = {variant: [] for variant in servers}
         latencies: dict[str, list[float]] = {variant: [] for variant in servers}
         for turn in range(rounds + 1):
-            made = {}
+            texts = {}
             for variant, server in servers.items():
-                taken, each, made[variant] = server.load(clients, turn * requests, requests, words)
+                taken, each, texts[variant] = server.load(clients, turn * requests, requests, num_tokens)
                 if turn:
                     seconds[variant].append(taken)
                     latencies[variant] += each
-            expected, *others = made.values()
-            assert all(texts == expected for texts in others), "the texts depend on what they were made beside"
+            expected, *others = texts.values()
+            assert all(other == expected for other in others), "a text depends on the batch that it was generated in"
         baseline = statistics.median(seconds["baseline"])
         rows += [
             {
                 "case": f"{case}, clients {clients}",
                 "variant": variant,
-                "value": round(requests * words / statistics.median(values), 1),
-                "unit": "words/s",
-                "spread": round(requests * words / min(values) - requests * words / max(values), 1),
+                "value": round(requests * num_tokens / statistics.median(values), 1),
+                "unit": "tokens/s",
+                "spread": round(requests * num_tokens / min(values) - requests * num_tokens / max(values), 1),
                 "ratio": round(baseline / statistics.median(values), 2),
                 "p50_ms": round(1000 * statistics.median(latencies[variant]), 1),
                 "p99_ms": round(1000 * statistics.quantiles(latencies[variant], n=100)[98], 1),

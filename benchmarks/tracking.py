@@ -1,4 +1,4 @@
-"""What tracking costs a training while the MLflow server is fine, slow, failing, stopped or dead: the outage table.
+"""What tracking costs a training while the MLflow server works, is slow, fails, is stopped or dead: the outage table.
 
     python benchmarks/tracking.py --json benchmarks/results/tracking-MACHINE-DATE.json
     python benchmarks/tracking.py --quick          # one round, 120 steps: does it run?
@@ -8,16 +8,16 @@
     dead       killed before the job starts
     killed     SIGKILL when half of the steps are done
     stopped    SIGSTOP when half of the steps are done
-    slow       by way of a proxy that answers a second late
-    error      by way of a proxy that answers 500
+    slow       through a proxy that delays each response by a second
+    error      through a proxy that answers 500
 
 Each round runs a real training in each state, one rank with one thread. A step is the time between two calls of
-`RunTracker.metrics`, which is all that tracking does in the training's process; a stopwatch around that call is the one thing
-added to the job. The follower imports MLflow in the first seconds, on the core beside the job's; so the steps after the first
-10 seconds are shown by themselves. The exit is the time from the last call to the end of the process, with checkpoint and
-picture; its delay is the difference to the baseline's in the same round.
-After each job the server is brought back, `lmdist-sync` runs, and the points of metrics.jsonl are looked up in MLflow. Values
-are medians over the rounds, spread is their range; ratio is the median over the rounds of the state's value over the
+`RunLogger.log_metrics`, which is all that tracking does in the training's process; the job differs from any other by a timer
+around that call. The uploader imports MLflow in the first seconds, on the core beside the job's; so the steps after the first
+10 seconds have a row of their own. The exit is the time from the last call to the end of the process, with checkpoint and
+picture; its delay is the difference from the baseline's in the same round.
+After each job the server is restarted, `lmdist-sync` runs, and the points of metrics.jsonl are looked up in MLflow. Values
+are medians over the rounds, spread is their range; ratio is the median over the rounds of the state's value divided by the
 baseline's in the same round.
 """
 
@@ -50,16 +50,16 @@ JOB = (
     "--model.embedding_size=128 --model.hidden_size=128 --data.global_batch=16 --data.window=35 --training.device=cpu "
     "--training.log_every=1 --checkpoint.every_steps=0 --checkpoint.every_minutes=0 --sample.words=5"
 ).split()
-STOPWATCH = """
+TIMED_JOB = """
 import sys, time
 from lmdist import train
-from lmdist.tracking.run_folder import RunTracker
-times, metrics = [], RunTracker.metrics
+from lmdist.tracking.logger import RunLogger
+times, log_metrics = [], RunLogger.log_metrics
 def timed(self, step, values):
     if "train/loss" in values:
         times.append(time.monotonic())
-    metrics(self, step, values)
-RunTracker.metrics = timed
+    log_metrics(self, step, values)
+RunLogger.log_metrics = timed
 train.main(sys.argv[2:])
 open(sys.argv[1], "w").write(repr(times))
 """
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--states", help="some of the states, with commas between; off is always among them")
+    parser.add_argument("--states", help="some of the states, separated by commas; off is always included")
     parser.add_argument("--quick", action="store_true", help="one round of 120 steps")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
@@ -95,8 +95,8 @@ def main() -> None:
     measured: list[tuple[int, str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="tracking-") as scratch:
         os.chdir(scratch)
-        words = {"train": chain(60_000, VOCABULARY), "valid": chain(1_000, VOCABULARY, seed=1)}
-        write_data_folder(Path("data"), words, VOCABULARY)
+        tokens = {"train": chain(60_000, VOCABULARY), "valid": chain(1_000, VOCABULARY, seed=1)}
+        write_data_folder(Path("data"), tokens, VOCABULARY)
         server = Server(Path(scratch))
         try:
             server.start()
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def cell(row: dict[str, Any] | None) -> str:
-    """A row's place in the printed table."""
+    """Return a row's cell in the printed table."""
     if row is None:
         return "-"
     ratio = f" ({row['ratio']:.3f})" if row["ratio"] and row["unit"] == "ms" else ""
@@ -125,7 +125,7 @@ def cell(row: dict[str, Any] | None) -> str:
 
 
 def measure(run: Path, state: str, server: Server, steps: int) -> dict[str, float]:
-    """One job in one state of the server; leaves the server running."""
+    """Run one job in one state of the server, which runs afterwards; return the figures."""
     proxy = Proxy(server.port)
     proxy.mode = state
     if state == "dead":
@@ -135,7 +135,7 @@ def measure(run: Path, state: str, server: Server, steps: int) -> dict[str, floa
     flags += [f"--training.validate_every={steps}", f"--tracking.mlflow={str(state != 'off').lower()}"]
     with Path(f"{run.name}.log").open("w") as log:
         job = subprocess.Popen(
-            [sys.executable, "-c", STOPWATCH, str(times), *flags],
+            [sys.executable, "-c", TIMED_JOB, str(times), *flags],
             stderr=log,
             env={
                 **os.environ,
@@ -161,7 +161,7 @@ def measure(run: Path, state: str, server: Server, steps: int) -> dict[str, floa
     marks: list[float] = json.loads(times.read_text())
     milliseconds = [1000 * (after - before) for before, after in pairwise(marks)]
     later = [1000 * (after - before) for before, after in pairwise(marks) if before - marks[0] > FIRST_SECONDS]
-    expected = 6 * steps + 2  # six figures a step, and two of the validation
+    expected = 6 * steps + 2  # six metrics a step, and two of the validation
     figures = {
         "step median": statistics.median(milliseconds),
         "step p99": p99(milliseconds),
@@ -177,27 +177,27 @@ def measure(run: Path, state: str, server: Server, steps: int) -> dict[str, floa
 
 
 def p99(values: list[float]) -> float:
-    """The 99th percentile."""
+    """Return the 99th percentile."""
     return statistics.quantiles(values, n=100, method="inclusive")[98]
 
 
 def compare(run: Path, uri: str, expected: int) -> dict[str, float]:
-    """What MLflow has of a run as its job left it, and after lmdist-sync."""
+    """Return what MLflow has of a run after its job, and after lmdist-sync."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
 
-    def there() -> Counter[tuple[str, int]]:
+    def uploaded() -> Counter[tuple[str, int]]:
         run_id = json.loads((run / "mlflow.json").read_text()).get("run_id")
         keys = {key for key, _ in points(run)}
         return Counter((key, point.step) for key in keys if run_id for point in client.get_metric_history(run_id, key))
 
-    at_exit = there()
+    at_exit = uploaded()
     environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
     subprocess.run(
         [sys.executable, "-m", "lmdist.tracking.sync", str(run)], check=True, env=environment, stdout=subprocess.DEVNULL
     )
-    after = there()
+    after = uploaded()
     found = client.get_run(json.loads((run / "mlflow.json").read_text())["run_id"])
     return {
         "points in MLflow when the job ended": len(at_exit) / expected,
@@ -208,19 +208,19 @@ def compare(run: Path, uri: str, expected: int) -> dict[str, float]:
 
 
 def lines(run: Path) -> list[str]:
-    """The lines of a run's metrics.jsonl."""
+    """Return the lines of a run's metrics.jsonl."""
     path = run / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []
 
 
 def points(run: Path) -> set[tuple[str, int]]:
-    """The points of a run's metrics.jsonl."""
+    """Return the points of a run's metrics.jsonl, as pairs of key and step."""
     rows = [json.loads(line) for line in lines(run)]
     return {(key, row["step"]) for row in rows for key in row if key not in ("step", "time")}
 
 
 def table(measured: list[tuple[int, str, dict[str, float]]], command: str) -> list[dict[str, Any]]:
-    """A row for each figure in each state."""
+    """Return a row for each figure in each state."""
     machine = f"{os.uname().machine}, {os.cpu_count()} cores, 1 rank, 1 thread, server beside it, {processor()}"
     beside = {**facts(PACKAGES, command), "machine": machine}
     rows = []

@@ -1,4 +1,4 @@
-"""What lmdist needs with some of its extras, a line each, so that an image installs it in a layer below lmdist's own.
+"""Print the requirements of lmdist with some of its extras, one per line, which an image installs in a layer below lmdist's.
 
 python requirements.py train demo < pyproject.toml > requirements.txt
 """

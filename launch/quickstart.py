@@ -1,6 +1,6 @@
-"""The main job on the demo corpus, from CSV to text, by the commands a user would type: `make quickstart`.
+"""The demo corpus from CSV to generated text, by the commands a user would type: `make quickstart`.
 
-Each command is shown before it runs. What is there already is not made again, and a training that was interrupted goes on.
+Each command is printed before it runs. A data folder that exists is used, and an interrupted training is resumed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import sys
 import time
 from pathlib import Path
 
+from lmdist.console import table
+
 RUN, BUNDLE, TEXT = Path("runs/demo"), Path("bundles/demo"), Path("sample.txt")
 BIN = Path(sys.executable).parent
 
 
 def command(line: str, *, capture: bool = False) -> str:
-    """Show a command and run it; its exit code becomes ours if it fails."""
+    """Print a command and run it; return its output where `capture`. Exit with its code if it fails."""
     print(f"\n$ {line}", flush=True)
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(shlex.split(line), env=environment, stdout=subprocess.PIPE if capture else None, text=True)
@@ -29,7 +31,7 @@ def command(line: str, *, capture: bool = False) -> str:
 
 
 def main() -> None:
-    """Prepare, train, evaluate, export, generate, and sum up."""
+    """Prepare, train, evaluate, export and generate, then print the results."""
     began = time.monotonic()
     if not Path("data/demo").exists():
         command("lmdist-prepare --recipe launch/demo.toml -o data/demo")
@@ -40,8 +42,8 @@ def main() -> None:
 
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row)
-    table = {
-        "test perplexity": f"{figures['perplexity']:,.1f}, where the unigram model has {figures['unigram_perplexity']:,.1f}",
+    results = {
+        "test perplexity": f"{figures['perplexity']:,.1f}; the unigram model has {figures['unigram_perplexity']:,.1f}",
         "training": f"{speed:,.0f} tokens/s; the whole chain took {time.monotonic() - began:.0f} s",
         "text": f"{TEXT}, 1,000 words",
         "run": str(RUN),
@@ -50,7 +52,7 @@ def main() -> None:
         "MLflow database": "mlflow.db",
         "MLflow page": f"{BIN.relative_to(Path.cwd())}/mlflow ui --backend-store-uri sqlite:///mlflow.db",
     }
-    print("\n" + "\n".join(f"{name:<18}{value}" for name, value in table.items()))
+    print(f"\n{table(results)}", end="")
     print(f"\n{' '.join(TEXT.read_text(encoding='utf-8').split()[:40])} ...")
 
 

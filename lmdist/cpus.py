@@ -1,8 +1,8 @@
-"""What of this machine is ours: the cores that a process may use.
+"""The number of CPUs that a process may use.
 
-A container sees all cores of its machine and may run on each of them, for a part of the time: `limits.cpu: 2` on a machine of
-64 cores is a quota of its control group. As many threads as the machine has cores would use it up in a moment, and then all of
-them stand still together. This module knows Linux' control groups, of either version, and nothing of lmdist.
+A container sees all CPUs of its machine and may run on each of them for a part of the time: `limits.cpu: 2` on a machine of
+64 CPUs is a quota of its control group. One thread for each CPU of the machine would use up the quota at once, and then all
+of them would be throttled together. This module knows the control groups of Linux, versions 1 and 2, and nothing of lmdist.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """Cores that this process may keep busy, at least one; `root` is where /proc and /sys are."""
+    """Return the number of CPUs that this process may keep busy, at least one; `root` is the folder of /proc and /sys."""
     may_run_on = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([may_run_on, *(math.ceil(quota) for quota in quotas(root))]))
 
 
 def quotas(root: Path) -> Iterator[float]:
-    """Processor seconds a second that this process' control group and those above it may use, where they are limited."""
+    """Yield the CPU seconds per second of this process' control group and its parents, where they are limited."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -31,8 +31,8 @@ def quotas(root: Path) -> Iterator[float]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         mounted = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        # A container may be told its path on the machine and have its own group mounted as if it were the topmost one: what
-        # is not there is passed over, and the walk ends at the mount.
+        # A container may see its path on the machine while its own group is mounted as the topmost one: folders that do not
+        # exist are skipped, and the walk ends at the mount.
         own = mounted.joinpath(*(part for part in path.split("/") if part not in ("", "..")))
         for group in [own, *own.parents]:
             with suppress(OSError, ValueError, ZeroDivisionError):  # no such file, or no limit: "max 100000"

@@ -1,8 +1,7 @@
 """The errors a user can cause, and the exit code of each.
 
 Every command runs inside `exit_on_error`, so that such an error becomes one line on stderr and the exit code of the table
-below. Whatever else is raised is a defect in lmdist and keeps its traceback. This module knows nothing about what the
-commands do.
+below. Any other exception is a defect in lmdist and keeps its traceback. This module does not know what the commands do.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 EXIT_USAGE = 64  # a wrong flag, key or combination of settings
-EXIT_DATA = 65  # the input is there and cannot be used
-EXIT_MISSING_INPUT = 66  # the input is not there
+EXIT_DATA = 65  # the input exists and cannot be used
+EXIT_MISSING_INPUT = 66  # the input does not exist
 EXIT_AGAIN = 75  # stopped on request: run the same command again
 
 
@@ -27,19 +26,19 @@ class UsageError(ValueError):
 
 
 class DataError(ValueError):
-    """An input that is there and cannot be used."""
+    """An input that exists and cannot be used."""
 
     exit_code = EXIT_DATA
 
 
 class MissingInputError(FileNotFoundError):
-    """An input that is not there."""
+    """An input that does not exist."""
 
     exit_code = EXIT_MISSING_INPUT
 
 
 class Stopped(Exception):
-    """Not an error: the job ends before its end, on request or for want of a peer, and can be run again."""
+    """Not an error: the job stops early, on request or because a peer is lost, and can be run again."""
 
     exit_code = EXIT_AGAIN
 
@@ -54,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
 
 @contextmanager
 def exit_on_error(command: str, *, quiet: bool = False) -> Iterator[None]:
-    """Turn a user's mistake into one line on stderr and its exit code; `quiet` (ranks other than 0) leaves it out."""
+    """Turn a user's mistake into one line on stderr and its exit code; `quiet` (ranks other than 0) omits the line."""
     try:
         yield
     except (UsageError, DataError, MissingInputError) as error:
@@ -70,7 +69,7 @@ def exit_on_error(command: str, *, quiet: bool = False) -> Iterator[None]:
             sys.stderr.write(f"{command}: interrupted\n")
         sys.exit(EXIT_AGAIN)
     except BrokenPipeError:
-        # `lmdist-generate ... | head` has read enough. Python would complain once more when it flushes at exit.
+        # `lmdist-generate ... | head` has read enough. Python would print the error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 

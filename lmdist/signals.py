@@ -1,8 +1,8 @@
-"""Stopping when asked, and not outliving the process that started this one.
+"""Requests to stop, and processes that are killed with their parent.
 
-SIGTERM is how Kubernetes, Slurm and torchrun ask a job to end; Ctrl-C is how a person does. While a job prepares, a request
-ends it at once. In the training loop it waits for the end of a step, so that the step can be saved. This module does not
-know what a step is, nor who else has to be asked.
+SIGTERM is how Kubernetes, Slurm and torchrun ask a job to stop; Ctrl-C is how a person does. During the preparation a request
+ends the job at once. In the training loop it is deferred to the end of a step, so that the step can be saved. This module
+does not know what a step is, nor which other processes must be informed.
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ from types import FrameType
 from lmdist.errors import Stopped
 
 AGENT = "LMDIST_AGENT"
-"""In the environment of ranks that the launcher started: the process id of their parent."""
+"""Environment variable of the ranks that the launcher started: the process id of their parent."""
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-SECOND_INTERRUPT = 2.0
-"""Seconds after which another Ctrl-C is meant as one; sooner it is the same one, by way of the launcher."""
+SECOND_INTERRUPT_SECONDS = 2.0
+"""A later Ctrl-C is a second request; an earlier one is the first, forwarded by the launcher."""
 
 
 class StopRequest:
-    """Whether this process has been asked to stop."""
+    """Whether this process was asked to stop."""
 
     def __init__(self) -> None:
         self.requested_at: float | None = None
-        self.patient = False
-        """A request waits until somebody looks at `requested`."""
+        self.deferred = False
+        """Whether a request only sets `requested`; otherwise it raises Stopped at once."""
 
     @property
     def requested(self) -> bool:
-        """Whether a request has come."""
+        """Whether a request has arrived."""
         return self.requested_at is not None
 
     def listen(self) -> StopRequest:
-        """Take SIGTERM and SIGINT from now on."""
+        """Handle SIGTERM and SIGINT from now on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
         return self
 
     def ignore(self) -> None:
-        """Take no more requests: Python gives up its handlers before it ends, and a late one would change the exit code."""
+        """Ignore further requests: Python removes its handlers before it exits, and a late one would change the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the request; raises Stopped where nothing is worth waiting for, KeyboardInterrupt at a second Ctrl-C."""
+        """Record the request. Raise Stopped unless requests are deferred, and KeyboardInterrupt at a second Ctrl-C."""
         if self.requested_at is None:
             self.requested_at = time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.requested_at > SECOND_INTERRUPT:
+        elif number == signal.SIGINT and time.monotonic() - self.requested_at > SECOND_INTERRUPT_SECONDS:
             raise KeyboardInterrupt
-        if not self.patient:
+        if not self.deferred:
             raise Stopped("stopped on request before the first step: run it again")
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when the one that started it ends; `parent` is that one's id, where it is known.
+    """Have the kernel kill this process when its parent exits; `parent` is the parent's id, where it is known.
 
-    Linux only: elsewhere a process whose parent is killed by SIGKILL goes on until it notices on its own.
+    Linux only. Elsewhere a process whose parent was killed by SIGKILL runs until it notices.
     """
     if not sys.platform.startswith("linux"):
         return
     parent = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the kernel was told
+    if os.getppid() != parent:  # it exited before the call
         os._exit(1)

@@ -1,6 +1,6 @@
-"""One thread a process: the models are tiny, and two cores are shared with the jobs that the tests start.
+"""One thread per process: the models are tiny, and the jobs that the tests start share the CPUs.
 
-No test measures time: Hypothesis' deadline for an example would fail on a busy machine and say nothing of the law.
+No test measures time: a deadline of Hypothesis for an example would fail on a busy machine only.
 """
 
 import os
@@ -9,9 +9,9 @@ import signal
 import torch
 from hypothesis import settings
 
-# A run's follower is as nice as can be: beside tests that fill all cores it would get a hundredth of one, and miss its time.
+# The uploader of a run has the lowest priority: beside tests of normal priority it would get too little CPU time.
 os.nice(19)
-# A shell's job in the background ignores Ctrl-C, and so would all that it starts.
+# A background job of a shell ignores Ctrl-C, and so would its child processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile("lmdist", deadline=None)

@@ -18,12 +18,12 @@ FILES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.
 HOMES = {
     "torch.distributed": {"lmdist/training/distributed.py", "lmdist/job/agent.py"},
     "mlflow": {
-        "lmdist/tracking/sync.py",
+        "lmdist/tracking/store.py",
         "export/lmdist_export/serving/mlflow_model.py",
         "export/lmdist_export/serving/registry.py",
     },
-    "onnxruntime": {"export/lmdist_export/sampling/sampler.py"},
-    "onnx": {"export/lmdist_export/conversion/convert.py", "export/lmdist_export/conversion/sherpa.py"},
+    "onnxruntime": {"export/lmdist_export/sampling/runtime.py"},
+    "onnx": {"export/lmdist_export/conversion/weights.py", "export/lmdist_export/conversion/sherpa.py"},
     "pandas": {"export/lmdist_export/serving/mlflow_model.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
     "jsonargparse": {"lmdist/config.py"},
@@ -40,12 +40,14 @@ FLOORS = {
         errors cpus perplexity
         bounds signals storage console
         settings
-        text model config tracking
+        config
+        text model tracking
         training
         train
         job
     """,
     "lmdist_export": """
+        options
         graph
         bundle lines
         sampling
@@ -57,16 +59,16 @@ FLOORS = {
 }
 WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
-    "lmdist.text": "data_folder vocabulary words tokenizer documents demo corpus prepare",
+    "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss language_model precision cuda_graph",
-    "lmdist.tracking": "run_folder sync plot",
+    "lmdist.tracking": "run_folder store replay uploader logger sync plot",
     "lmdist.training": "distributed metrics data optimizer sample checkpoints evaluate step run report loop",
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher",
-    "lmdist_export.graph": "onnx_file graphs",
-    "lmdist_export.sampling": "sampler generation beam_search scoring completion",
+    "lmdist_export.graph": "onnx_file cell sizes network sampling_nodes graphs",
+    "lmdist_export.sampling": "state runtime word_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
-    "lmdist_export.conversion": "tokenizer_json convert verify sherpa",
+    "lmdist_export.conversion": "tokenizer_json weights verify sherpa",
 }
 
 

@@ -235,7 +235,7 @@ def words_a_second(folder: Path) -> float:
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        sampler.make(state, bundle.generation, SPEED_WORDS)
+        sampler.generate(state, bundle.generation, SPEED_WORDS)
         seconds.append(time.perf_counter() - began)
     return SPEED_WORDS / min(seconds)
 
@@ -258,12 +258,14 @@ def write_bundle(
     from lmdist.storage.checksums import checksums
     from lmdist.storage.reading import write_json
     from lmdist.text.vocabulary import Vocabulary
-    from lmdist.tracking.run_folder import read_note
-    from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle, GenerationConfig
-    from lmdist_export.conversion.convert import write_graphs
+    from lmdist.tracking.run_folder import read_metadata
+    from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
     from lmdist_export.conversion.tokenizer_json import write_tokenizer
     from lmdist_export.conversion.verify import MOST_LOSS, TOLERANCES, check_perplexity, check_values
-    from lmdist_export.sampling.sampler import Sampler, runtime_version
+    from lmdist_export.conversion.weights import write_graphs
+    from lmdist_export.options import GenerationConfig
+    from lmdist_export.sampling.runtime import runtime_version
+    from lmdist_export.sampling.sampler import Sampler
     from lmdist_export.serving.mlflow_model import write_model
 
     if precision == "int4" and model.settings.head == "adaptive":
@@ -301,7 +303,7 @@ def write_bundle(
     }
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / "manifest.json", manifest)
-    write_model(folder, read_note(path.parent.parent).get("run_id"))
+    write_model(folder, read_metadata(path.parent.parent).get("run_id"))
     return manifest
 
 

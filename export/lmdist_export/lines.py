@@ -1,14 +1,18 @@
-"""Lines of text from files and from stdin: what commands read, one after the other and never all at once."""
+"""Lines of text from files and from stdin, read one after the other and never all at once.
+
+This module does not know what a command does with a line.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
+from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError, UsageError
 
 STDIN = "-"
@@ -16,15 +20,15 @@ PROGRESS_SECONDS = 10
 
 
 class Lines:
-    """The lines of files, one after the other, without their line breaks; says now and then how many there were."""
+    """The lines of files, one after the other, without their line breaks; progress is logged every PROGRESS_SECONDS."""
 
-    def __init__(self, files: Sequence[str], say: Callable[[str], None]) -> None:
-        """`say` takes a line of progress; raises MissingInputError or UsageError for what is no file."""
+    def __init__(self, files: Sequence[str], command: str) -> None:
+        """Raises MissingInputError or UsageError for a name that is not a file's; `command` is named in the log."""
         self.files = files
-        self.say = say
+        self.command = command
         self.count = 0
         self.place = ""
-        """Where the line that was read last stands."""
+        """Of the line that was read last: its file and number."""
         self.began = time.perf_counter()
         for name in files:
             if name != STDIN and not os.path.exists(name):
@@ -33,27 +37,27 @@ class Lines:
                 raise UsageError(f"{name} is a folder; a text file is expected, or {STDIN} for stdin")
 
     def __iter__(self) -> Iterator[str]:
-        self.began = said = time.perf_counter()
+        self.began = logged = time.perf_counter()
         for name in self.files:
             with opened(name) as file:
                 for number, line in enumerate(file, start=1):
                     self.count += 1
                     self.place = f"{'stdin' if name == STDIN else name}, line {number:,}"
-                    if time.perf_counter() - said > PROGRESS_SECONDS:
-                        said = time.perf_counter()
-                        self.say(f"{self.count:,} lines, {self.count / (said - self.began):,.0f} lines/s")
+                    if time.perf_counter() - logged > PROGRESS_SECONDS:
+                        logged = time.perf_counter()
+                        log(f"{self.count:,} lines, {self.count / (logged - self.began):,.0f} lines/s", self.command)
                     try:
                         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                     except UnicodeDecodeError as error:
                         raise DataError(
-                            f"{self.place}: byte {error.start + 1} is not UTF-8, which is expected; iconv -t UTF-8 makes it so"
+                            f"{self.place}: byte {error.start + 1} is not UTF-8, which is expected; iconv -t UTF-8 converts it"
                         ) from None
                     yield text.rstrip("\r\n")
 
 
 @contextmanager
 def opened(name: str) -> Iterator[IO[bytes]]:
-    """A file, or stdin; raises DataError where it cannot be read."""
+    """Open a file, or stdin; raises DataError where it cannot be read."""
     if name == STDIN:
         yield sys.stdin.buffer
         return

@@ -1,8 +1,8 @@
-"""How likely a bundle finds text: `lmdist-score BUNDLE [FILE ...]`, a sentence a line.
+"""Score text with a bundle: `lmdist-score BUNDLE [FILE ...]`, a sentence a line.
 
-Figures go to stdout, all else to stderr. A line begins after an end mark, as the training text did, and is written as soon as
-its batch is read, so that memory does not grow with the input. This module knows how lines are read and scores are printed;
-what a score is, scoring.py knows.
+Scores go to stdout, all else to stderr. A line begins after an end mark, as the training text did, and is scored with its
+batch, so that memory does not grow with the input. This module reads lines and prints scores; sampling/scoring.py computes
+them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from itertools import groupby, tee
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lmdist.bounds import at_least, check
+from lmdist.console import log, table
 from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
 from lmdist_export.lines import STDIN, Lines
 
 if TYPE_CHECKING:
     from lmdist_export.sampling.scoring import Scorer
 
+COMMAND = "lmdist-score"
 MOSES = "|||"
 
-# What goes with which kind of output. All else would do nothing, and is refused.
+# The kinds of output that an option has a meaning for; with any other it is an error.
 GOES_WITH = {
     "--no-eos": ("summary", "words", "sentences", "nbest", "accuracy"),
     "--carry-state": ("summary", "words", "sentences", "accuracy"),
@@ -41,21 +44,23 @@ GOES_WITH = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of lmdist-score."""
-    made = CommandParser(
-        prog="lmdist-score",
-        description="Score text with a bundle made by lmdist-export: log-probabilities and perplexity, the likeliest next "
-        "words, and how often they are right. A line is a sentence (or a document); without a further option a summary of all "
-        "is printed. Words are found as in the training text. A word outside of the vocabulary is scored as <unk> and counted.",
+    """Return the parser of the command line."""
+    parser = CommandParser(
+        prog=COMMAND,
+        description="Score text with a bundle written by lmdist-export: log-probabilities and perplexity, the most likely next "
+        "words, and how often they are correct. A line is a sentence (or a document); without a further option a summary is "
+        "printed. Text is tokenized as for training. A word outside of the vocabulary is scored as <unk> and counted.",
         epilog="Log-probabilities are in nats: divide them by 2.3026 for the log10 of KenLM and SRILM. The <eos> that ends a "
         "line is scored and counted as a word, and is all that an empty line has. Bytes are those of the text in UTF-8, line "
-        "breaks among them; perplexity per byte is too low where words are unknown, for <unk> does not say which.",
+        "breaks included; perplexity per byte is too low where words are unknown, since <unk> does not say which.",
     )
-    made.add_argument("bundle", type=Path, help="a folder made by lmdist-export")
-    made.add_argument("files", nargs="*", default=[STDIN], metavar="FILE", help="text in UTF-8 (default: -, which is stdin)")
-    kinds = made.add_argument_group("what is printed, TAB-separated").add_mutually_exclusive_group()
+    parser.add_argument("bundle", type=Path, help="a folder written by lmdist-export")
+    parser.add_argument("files", nargs="*", default=[STDIN], metavar="FILE", help="text in UTF-8 (default: -, which is stdin)")
+    kinds = parser.add_argument_group("what is printed, TAB-separated").add_mutually_exclusive_group()
     kinds.add_argument(
-        "--words", action="store_true", help="a line a word: number of the sentence, word, log-probability, 1 if unknown or 0"
+        "--words",
+        action="store_true",
+        help="a line a word: number of the sentence, word, log-probability, 1 if unknown, else 0",
     )
     kinds.add_argument(
         "--sentences", action="store_true", help="a line a sentence: log-probability, words, unknown words, sentence"
@@ -67,44 +72,45 @@ def parser() -> argparse.ArgumentParser:
         "the log-probability: to Moses' features as lmdist= X, else as a last column",
     )
     kinds.add_argument(
-        "--next", type=int, metavar="K", help="the K likeliest next words, never <unk>: word, probability, word, ..."
+        "--next", type=int, metavar="K", help="the K most likely next words, never <unk>: word, probability, word, ..."
     )
     kinds.add_argument(
         "--accuracy",
         action="store_true",
-        help="how often the next word is the likeliest, one of the likeliest 3 or 5, and the time to know them, "
-        "a word read at a time",
+        help="how often the next word is the most likely one, or among the 3 or 5 most likely; and the latency, a call a word",
     )
-    made.add_argument("--json", action="store_true", help="print JSON, an object a line")
-    made.add_argument("--no-eos", action="store_true", help="do not score the <eos> that ends a line")
-    made.add_argument(
-        "--carry-state", action="store_true", help="go on from line to line, as one text: the perplexity of lmdist-evaluate"
+    parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
+    parser.add_argument("--no-eos", action="store_true", help="do not score the <eos> that ends a line")
+    parser.add_argument(
+        "--carry-state",
+        action="store_true",
+        help="carry the state from line to line, as in one text: the perplexity of lmdist-evaluate",
     )
-    made.add_argument("--best", action="store_true", help="of the n-best lists, print the best line of each ID only")
-    made.add_argument(
+    parser.add_argument("--best", action="store_true", help="with --nbest: print only the best line of each ID")
+    parser.add_argument(
         "--lm-weight", type=float, metavar="X", help="best is the largest SCORE + X * log-probability + ... (default: 1)"
     )
-    made.add_argument("--word-bonus", type=float, metavar="X", help="... + X * words (default: 0)")
-    made.add_argument(
-        "--batch-size", type=int, metavar="N", help="lines read side by side (default: 256); 1: each is answered as it comes"
+    parser.add_argument("--word-bonus", type=float, metavar="X", help="... + X * words (default: 0)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="lines scored at a time (default: 256); 1: each is scored as it is read"
     )
-    made.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default: cpu)")
-    made.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: the cores, at most 4)")
-    made.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file, not to stdout")
-    return made
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default: cpu)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: available CPUs, at most 4)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file, not to stdout")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score text, or say in one line why not."""
-    arguments = parser().parse_intermixed_args(argv)  # else no file could stand behind an option
-    with exit_on_error("lmdist-score"):
+    """Score text, or print in one line why that is not possible."""
+    arguments = parser().parse_intermixed_args(argv)  # files may follow options
+    with exit_on_error(COMMAND):
         run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read the bundle, then line after line."""
-    kind = check(arguments)
-    # Only now: numpy and onnxruntime take longer to import than --help may.
+    """Read the bundle, then score line after line."""
+    kind = kind_of(arguments)
+    # Imported here, since numpy and onnxruntime take longer to import than --help may.
     from lmdist.storage.atomic import atomic_file, check_output_file
     from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.sampler import Sampler
@@ -115,18 +121,18 @@ def run(arguments: argparse.Namespace) -> None:
     sampler = Sampler(Bundle.load(arguments.bundle), arguments.provider, arguments.threads)
     batch_size = BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
     scorer = Scorer(sampler, end=not arguments.no_eos, carry_state=arguments.carry_state, batch_size=batch_size)
-    lines = Lines(arguments.files, say)
+    lines = Lines(arguments.files, COMMAND)
     with atomic_file(arguments.output) if arguments.output else nullcontext(utf8(sys.stdout)) as output:
         for piece in KINDS[kind](scorer, lines, arguments):
             output.write(piece)
             output.flush()
     seconds = time.perf_counter() - lines.began
     where = f" -> {arguments.output}" if arguments.output else ""
-    say(f"{lines.count:,} lines in {seconds:.2f} s, {lines.count / seconds:,.0f} lines/s{where}")
+    log(f"{lines.count:,} lines in {seconds:.2f} s, {lines.count / seconds:,.0f} lines/s{where}", COMMAND)
 
 
-def check(arguments: argparse.Namespace) -> str:
-    """What is to be printed; raises for what can be known to be wrong before anything is read."""
+def kind_of(arguments: argparse.Namespace) -> str:
+    """Return the kind of output; raises UsageError for mistakes that can be seen before anything is read."""
     chosen = [kind for kind in ("words", "sentences", "nbest", "accuracy") if getattr(arguments, kind)]
     kind = chosen[0] if chosen else "summary" if arguments.next is None else "next"
     for flag, kinds in GOES_WITH.items():
@@ -134,12 +140,12 @@ def check(arguments: argparse.Namespace) -> str:
         if value is not None and value is not False and kind not in kinds:
             with_these = ", ".join(f"--{name}" for name in kinds if name != "summary")
             raise UsageError(f"{flag} goes with {with_these}{' or none of these' if 'summary' in kinds else ''}: leave it out")
-    if arguments.next is not None and arguments.next < 1:
-        raise UsageError(f"--next is {arguments.next}; it must be at least 1")
+    if arguments.next is not None:
+        check("--next", arguments.next, at_least(1))
     for name in ("lm_weight", "word_bonus"):
         value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
         if value is not None and not (arguments.best or arguments.json):
-            raise UsageError(f"{flag} says which hypothesis is the best: give --best or --json beside it")
+            raise UsageError(f"{flag} decides which hypothesis is the best: give --best or --json as well")
         if value is not None and not math.isfinite(value):
             raise UsageError(f"{flag} is {value}; it must be finite")
     return kind
@@ -158,7 +164,7 @@ class Hypothesis:
 
     @classmethod
     def read(cls, line: str, place: str) -> Hypothesis:
-        """Take a line apart; raises DataError, with its `place`, where it is of neither format."""
+        """Parse a line; raises DataError, with its `place`, where it has neither format."""
         moses = MOSES in line
         fields = re.split(r"\s*\|\|\|\s*", line.strip()) if moses else line.split("\t")
         problem = "" if (len(fields) > 3 if moses else len(fields) in (2, 3)) else f"it has {len(fields)} fields"
@@ -177,28 +183,28 @@ class Hypothesis:
         return cls(fields, moses, number)
 
     def line(self, log_probability: float) -> str:
-        """The line with the log-probability in it."""
+        """Return the line with the log-probability added."""
         if not self.moses:
             return "\t".join([*self.fields, f"{log_probability:.6f}"])
         features = f"{self.fields[2]} lmdist= {log_probability:.6f}".strip()
         return f" {MOSES} ".join([*self.fields[:2], features, *self.fields[3:]])
 
 
-# --- printing: what each kind of output makes of the lines ----------------------------------------------------------
+# --- printing: a function for each kind of output ------------------------------------------------------------------
 
 
 def summary(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
-    """The sums over all lines."""
+    """Yield the sums over all lines."""
     from lmdist_export.sampling.scoring import Totals
 
     totals = Totals()
     for score in scorer.score(lines):
         totals.add(score)
-    yield table(totals.figures(), arguments.json)
+    yield figures(totals.figures(), arguments.json)
 
 
 def words(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
-    """A line a word, those of a sentence at a time."""
+    """Yield a line a word, those of a sentence at a time."""
     for number, score in enumerate(scorer.score(lines), start=1):
         scored = zip(score.words, score.log_probabilities.tolist(), score.unknown.tolist(), strict=True)
         yield "".join(
@@ -208,7 +214,7 @@ def words(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterat
 
 
 def sentences(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
-    """A line a sentence; JSON has its bytes, and what it is without its unknown words, too."""
+    """Yield a line a sentence; JSON has its bytes, and its log-probability without unknown words, too."""
     for score in scorer.score(lines):
         values = {"log_probability": score.log_probability, "words": len(score.words), "unknown": int(score.unknown.sum())}
         if arguments.json:
@@ -217,7 +223,7 @@ def sentences(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> It
 
 
 def nbest(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
-    """A line a hypothesis, or with --best a line a list."""
+    """Yield a line a hypothesis, or with --best a line a list."""
     weight = 1.0 if arguments.lm_weight is None else arguments.lm_weight
     bonus = arguments.word_bonus or 0.0
 
@@ -246,7 +252,7 @@ def nbest(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterat
 
 
 def next_words(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
-    """The likeliest words after each line."""
+    """Yield the most likely words after each line."""
     for line in lines:
         best = scorer.next_words(line, arguments.next)
         if arguments.json:
@@ -256,8 +262,8 @@ def next_words(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> I
 
 
 def accuracy(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
-    """How often the likeliest words are right, and how long they take."""
-    yield table(scorer.predict(lines).figures(), arguments.json)
+    """Yield how often the most likely words are correct, and the latency."""
+    yield figures(scorer.predict(lines).figures(), arguments.json)
 
 
 KINDS: dict[str, Callable[[Scorer, Lines, argparse.Namespace], Iterator[str]]] = {
@@ -270,17 +276,17 @@ KINDS: dict[str, Callable[[Scorer, Lines, argparse.Namespace], Iterator[str]]] =
 }
 
 
-def table(figures: dict[str, Any], as_json: bool) -> str:
-    """Figures as people read them, or as JSON."""
+def figures(values: dict[str, Any], as_json: bool) -> str:
+    """Return figures as a table, or as JSON."""
     if as_json:
-        return record(figures, True)
+        return record(values, True)
     from lmdist.training.evaluate import shown
 
-    return "".join(f"{name.replace('_', ' '):<38}{shown(value)}\n" for name, value in figures.items())
+    return table({name.replace("_", " "): shown(value) for name, value in values.items()}, width=38)
 
 
 def record(values: dict[str, Any], as_json: bool) -> str:
-    """A line of values, TAB-separated or as JSON."""
+    """Return a line of values, TAB-separated or as JSON."""
     if as_json:
         return json.dumps(values, ensure_ascii=False) + "\n"
     cells = (
@@ -291,15 +297,10 @@ def record(values: dict[str, Any], as_json: bool) -> str:
 
 
 def utf8(output: IO[str]) -> IO[str]:
-    """The same output, in the encoding of the input whatever the machine's own is."""
+    """Return the same output in UTF-8, whatever the machine's own encoding is."""
     if isinstance(output, io.TextIOWrapper):
         output.reconfigure(encoding="utf-8", newline="\n")
     return output
-
-
-def say(line: str) -> None:
-    """Say on stderr what is going on."""
-    sys.stderr.write(f"lmdist-score: {line}\n")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,4 @@
-"""The command lmdist-train: torchrun, started as often as it takes. Knows nothing of what the ranks compute."""
+"""The command `lmdist-train`: a launcher that starts torchrun, restarts it after failures, and forwards requests to stop.
+
+Nothing here knows what the ranks compute.
+"""

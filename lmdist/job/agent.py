@@ -1,7 +1,8 @@
-"""torchrun as the launcher starts it: `python -m lmdist.job.agent TORCHRUN_ARGUMENTS`, one for each attempt at a job.
+"""torchrun as the launcher starts it: `python -m lmdist.job.agent TORCHRUN_ARGUMENTS`, one process for each attempt.
 
-The agent starts the ranks of this machine and watches them. It adds to torchrun what the launcher needs: it ends with its
-launcher, leaves the signals to it, and says by its exit code how the ranks ended. It does not know what they compute.
+The agent starts the ranks of this machine and monitors them. It adds to torchrun what the launcher needs: it is killed with
+its launcher, leaves signals to it, and reports by its exit code how the ranks ended. It imports torch.distributed for the
+agent alone; the ranks' use is in training/distributed.py. It does not know what the ranks compute.
 """
 
 from __future__ import annotations
@@ -17,108 +18,113 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lmdist.console import log
 from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, UsageError, exit_on_error, one_line
 from lmdist.signals import AGENT, die_with_parent
 
-JOIN_SECONDS = 600.0
-"""Time that a machine waits for machine 0; torchrun's own."""
-PATIENCE = 10.0
-"""Seconds after which it says that it waits."""
-LAST_SECONDS = 5.0
-"""Time that an agent has to end by itself when machine 0 has ended."""
+COMMAND = "lmdist-train"
+DEFAULT_PORT = 29500
+"""torchrun's own."""
+JOIN_TIMEOUT_SECONDS = 600.0
+"""How long a machine tries to reach machine 0; torchrun's own."""
+REPORT_AFTER_SECONDS = 10.0
+"""Waiting for machine 0 is reported after this time."""
+EXIT_GRACE_SECONDS = 5.0
+"""How long an agent may take to exit by itself after machine 0 has ended the attempt."""
 
 
 def main() -> None:
-    """Run the ranks to their end."""
+    """Run the ranks until they have ended."""
     die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the launcher passes a stop on to the ranks; the agent waits for them
+    # The launcher forwards a stop to the ranks as SIGTERM, and the agent waits for them. A rank inherits SIG_IGN, but not a
+    # handler: so SIGTERM ends one that has no handler of its own yet, and is not lost.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[AGENT] = str(os.getpid())
 
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import run
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what there is to say is said below
-    with exit_on_error("lmdist-train"):
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its errors are reported below
+    with exit_on_error(COMMAND):
         arguments = read_arguments(sys.argv[1:])
     try:
         if arguments.rdzv_backend == "static" and arguments.nnodes != "1" and arguments.node_rank > 0:
-            hold_on_to_machine_0(arguments)
+            connection = connect(arguments.master_addr, arguments.master_port or DEFAULT_PORT)
+            threading.Thread(target=exit_with, args=(connection,), name="machine 0", daemon=True).start()
         run(arguments)
     except ChildFailedError as failed:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         for rank, code in sorted(codes.items()):
             if code < 0:
-                sys.stderr.write(f"lmdist-train: rank {rank} was ended by {signal.Signals(-code).name}\n")
+                log(f"rank {rank} was killed by {signal.Signals(-code).name}", COMMAND)
         sys.exit(exit_code(list(codes.values())))
     except (DistError, TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        sys.stderr.write(f"lmdist-train: the machines of the job did not find each other: {reason}\n")
+        log(f"the rendezvous of the machines failed: {reason}", COMMAND)
         sys.exit(EXIT_AGAIN)
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """torchrun's arguments, also those in PET_ variables; raises UsageError for one that means nothing on this machine."""
+    """Return torchrun's arguments, PET_ variables included. Raise UsageError for one that is invalid on this machine."""
     from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
 
-    def refuse(message: str) -> NoReturn:
-        raise UsageError(f"torchrun takes no such thing, from a flag or a PET_ variable: {message}")
+    def fail(message: str) -> NoReturn:
+        raise UsageError(f"torchrun rejects a flag or a PET_ variable: {message}")
 
     parser = get_args_parser()
-    parser.error = refuse  # its own would print all of torchrun's options
+    parser.error = fail  # its own would print all of torchrun's options
     arguments = parser.parse_args(argv)
-    for name, read in (("nnodes", parse_min_max_nnodes), ("nproc_per_node", determine_local_world_size)):
-        given = getattr(arguments, name)
+    for name, parse in (("nnodes", parse_min_max_nnodes), ("nproc_per_node", determine_local_world_size)):
+        value = getattr(arguments, name)
         try:
-            numbers = read(given)
+            numbers = parse(value)
         except (ValueError, RuntimeError) as error:
-            refuse(f"{name} is {given} ({one_line(error)})")
+            fail(f"{name} is {value} ({one_line(error)})")
         if min(numbers if isinstance(numbers, tuple) else (numbers,)) < 1:
-            refuse(f"{name} is {given}, and must be at least 1")
-    _, nodes = parse_min_max_nnodes(arguments.nnodes)
-    if not 0 <= arguments.node_rank < nodes:
-        refuse(f"node_rank is {arguments.node_rank}, and of {nodes} machines it must be at most {nodes - 1}")
+            fail(f"{name} is {value}, and must be at least 1")
+    _, num_nodes = parse_min_max_nnodes(arguments.nnodes)
+    if not 0 <= arguments.node_rank < num_nodes:
+        fail(f"node_rank is {arguments.node_rank}, and of {num_nodes} machines it must be at most {num_nodes - 1}")
     return arguments
 
 
-def hold_on_to_machine_0(arguments: argparse.Namespace) -> None:
-    """Keep a connection to the agent of machine 0, and end this attempt when that one ends.
-
-    All ranks meet in a store that lives in that agent. An agent which comes back quickly may still find the store of the
-    attempt before, and its ranks that of the next one: then either side waits for the other until a timeout.
-    """
-    place = (arguments.master_addr, arguments.master_port or 29500)
-    began, silent = time.monotonic(), True
+def connect(host: str, port: int) -> socket.socket:
+    """Return a connection to the agent of machine 0; raise TimeoutError after JOIN_TIMEOUT_SECONDS."""
+    began, reported = time.monotonic(), False
     while True:
         try:
-            connection = socket.create_connection(place, timeout=10)
-            break
+            return socket.create_connection((host, port), timeout=10)
         except OSError as error:
             waited = time.monotonic() - began
-            if waited > JOIN_SECONDS:
-                raise TimeoutError(f"{place[0]}:{place[1]} does not answer ({error})") from None
-            if silent and waited > PATIENCE:
-                silent = False
-                sys.stderr.write(f"lmdist-train: waiting for machine 0 at {place[0]}:{place[1]} ({error})\n")
+            if waited > JOIN_TIMEOUT_SECONDS:
+                raise TimeoutError(f"{host}:{port} does not answer ({error})") from None
+            if not reported and waited > REPORT_AFTER_SECONDS:
+                reported = True
+                log(f"waiting for machine 0 at {host}:{port} ({error})", COMMAND)
             time.sleep(0.2)
 
-    def wait() -> None:
-        connection.settimeout(None)
-        try:
-            while connection.recv(1024):
-                pass
-        except OSError:
-            pass
-        time.sleep(LAST_SECONDS)
-        sys.stderr.write("lmdist-train: machine 0 has ended its attempt\n")
-        os._exit(EXIT_AGAIN)  # and the ranks with it
 
-    threading.Thread(target=wait, name="machine 0", daemon=True).start()
+def exit_with(connection: socket.socket) -> NoReturn:
+    """Exit soon after the agent of machine 0, which closes its end of the connection when it exits.
+
+    The rendezvous store lives in that agent. An agent that restarts quickly may still find the store of the previous attempt,
+    while its peers use the store of the next one: either side would wait for the other until a timeout.
+    """
+    connection.settimeout(None)
+    try:
+        while connection.recv(1024):
+            pass
+    except OSError:
+        pass
+    time.sleep(EXIT_GRACE_SECONDS)
+    log("machine 0 has ended the attempt", COMMAND)
+    os._exit(EXIT_AGAIN)  # the ranks are killed with this process
 
 
 def exit_code(codes: list[int]) -> int:
-    """One exit code for all ranks: a user's mistake before a killed rank, a killed rank before what became of its peers."""
+    """Return one exit code for all ranks: a user's mistake before a killed rank, a killed rank before its peers' codes."""
     for mistake in (EXIT_USAGE, EXIT_DATA, EXIT_MISSING_INPUT):
         if mistake in codes:
             return mistake

@@ -1,15 +1,16 @@
-"""`lmdist-train`: a training job that can be left alone.
+"""`lmdist-train`: a training job that runs unattended.
 
-It starts torchrun (agent.py) as often as it takes, and is what a person, Kubernetes or Slurm talks to:
+The launcher starts torchrun (agent.py), restarts it after failures, and is the process that a person, Kubernetes or Slurm
+controls:
 
     lmdist-train ─ agent (torchrun) ─┬─ rank 0
                                      └─ rank 1 ...
 
-* SIGTERM and Ctrl-C go to the ranks, which agree on a step, save it and end; the launcher then ends with code 75.
-* When ranks or machines fail, the whole gang starts anew from the newest checkpoint, `--restarts` times in a row.
-* Whoever is killed, what hangs below dies; an agent that outlives its ranks is ended.
+* SIGTERM and Ctrl-C are forwarded to the ranks, which agree on a step, save it and exit; the launcher then exits with 75.
+* When a rank or a machine fails, all ranks restart from the newest checkpoint, up to `--restarts` times in a row.
+* Child processes are killed with their parent; an agent that outlives its ranks is killed.
 
-The launcher imports no torch, so that it hears a signal from its first moment on. It does not know what the ranks do.
+The launcher imports no torch, so that it handles signals from its first moment on. It does not know what the ranks compute.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmdist.console import log
 from lmdist.cpus import available_cpus
 from lmdist.errors import (
     EXIT_AGAIN,
@@ -37,27 +39,30 @@ from lmdist.errors import (
     UsageError,
     exit_on_error,
 )
+from lmdist.job.agent import COMMAND
 from lmdist.signals import StopRequest, die_with_parent
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
 
-FINAL = (0, EXIT_USAGE, EXIT_DATA, EXIT_MISSING_INPUT)
+FINAL_CODES = (0, EXIT_USAGE, EXIT_DATA, EXIT_MISSING_INPUT)
 """Exit codes that another attempt would only repeat."""
-AGENT_GRACE = 30.0
-"""Seconds that an agent may outlive its ranks; after a partition it may wait for its peers for minutes, or for ever."""
-CPU_RANKS = 4
-"""Ranks on a machine without GPUs, at most."""
-LOOK_SECONDS = 1.0
-"""Between two looks at the agent's children: each reads all processes of the machine."""
-LONGEST_PAUSE = 60.0
-"""Seconds between two attempts, at most; the pause doubles from one second on."""
+AGENT_GRACE_SECONDS = 30.0
+"""How long an agent may outlive its ranks; after a partition it could wait for its peers for minutes, or for ever."""
+MAX_CPU_RANKS = 4
+"""On a machine without GPUs."""
+POLL_SECONDS = 0.05
+LIST_SECONDS = 1.0
+"""Between two listings of the agent's children: each reads all processes of the machine."""
+LIST_SECONDS_STOPPING = 0.2
+LONGEST_BACKOFF_SECONDS = 60.0
+"""Between two attempts; the back-off doubles from one second on."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, again and again if need be, and exit as the ranks did."""
+    """Train, with restarts, and exit with the code of the ranks."""
     stop = StopRequest().listen()
-    with exit_on_error("lmdist-train"):
+    with exit_on_error(COMMAND):
         arguments, flags = parser().parse_known_args(argv)
 
         from lmdist import config
@@ -65,16 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.help:
             sys.stdout.write(parser().format_help() + "\nThe settings of the recipe:\n\n")
         recipe = config.load(["--help"] if arguments.help else flags)
-        stop.patient = True
-        code = attempts(arguments, flags, recipe, stop)
+        stop.deferred = True
+        code = run_attempts(arguments, flags, recipe, stop)
         stop.ignore()
         sys.exit(code)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The launcher's own options; whatever it does not know is the recipe's."""
-    made = CommandParser(
-        prog="lmdist-train",
+    """Return the parser of the launcher's own options; unknown ones are the recipe's."""
+    parser = CommandParser(
+        prog=COMMAND,
         usage="lmdist-train [--restarts N] [--nproc-per-node N] [--nnodes N --node-rank I --master-addr HOST] "
         "[--config RECIPE.toml] [--section.key VALUE ...]",
         description="Train on all GPUs of this machine, or on its CPU: torchrun with restarts, clean stops and exit codes.",
@@ -85,59 +90,60 @@ def parser() -> argparse.ArgumentParser:
     )
 
     def option(name: str, help: str, **more: object) -> None:
-        made.add_argument(f"--{name}", f"--{name.replace('-', '_')}", help=help, **more)  # type: ignore[arg-type]
+        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", help=help, **more)  # type: ignore[arg-type]
 
-    made.add_argument("-h", "--help", action="store_true", help="show this, and every setting of the recipe")
-    option("restarts", "start anew so many times in a row without a new checkpoint (default: 0)", type=int, default=0)
+    parser.add_argument("-h", "--help", action="store_true", help="show this, and every setting of the recipe")
+    option("restarts", "restart at most N times in a row without a new checkpoint (default: 0)", type=int, default=0)
     option("nproc-per-node", "ranks on this machine (default: one a GPU; without GPUs as many as divide the batch, up to 4)")
     option("nnodes", "machines of the job (default: 1)")
     option("node-rank", "number of this machine, from 0")
     option("master-addr", "name or address of machine 0")
     option("master-port", "a free port on machine 0 (default: 29500)")
-    return made
+    return parser
 
 
-def attempts(arguments: argparse.Namespace, flags: list[str], recipe: Recipe, stop: StopRequest) -> int:
-    """Start the job until it is done, asked to stop, or has failed too often; gives the exit code."""
+def run_attempts(arguments: argparse.Namespace, flags: list[str], recipe: Recipe, stop: StopRequest) -> int:
+    """Run attempts until the job is done, is asked to stop, or has failed too often; return the exit code."""
     from lmdist import config
 
-    ranks = arguments.nproc_per_node or os.environ.get("PET_NPROC_PER_NODE") or str(ranks_here(recipe, arguments.nnodes))
+    ranks = arguments.nproc_per_node or os.environ.get("PET_NPROC_PER_NODE") or str(default_ranks(recipe, arguments.nnodes))
     checkpoints = Path(recipe.run_folder) / "checkpoints"
-    left, pause, resume = arguments.restarts, 1.0, []
+    restarts_left, backoff, resume = arguments.restarts, 1.0, []
     while True:
         before = newest_name(checkpoints)
-        if before and config.is_finished(recipe):  # the other machines may have ended, and would not come to a meeting
-            sys.stderr.write(f"lmdist-train: {recipe.run_folder} is finished already\n")
+        if before and config.is_finished(recipe):  # the other machines may have exited, and would not join the rendezvous
+            log(f"{recipe.run_folder} is finished already", COMMAND)
             return 0
         with tempfile.TemporaryDirectory(prefix="lmdist-") as logs:
-            code = watch(start_agent(arguments, ranks, logs, [*flags, *resume]), stop)
+            code = wait_for(start_agent(arguments, ranks, logs, [*flags, *resume]), stop)
         if stop.requested:
-            return code if code in FINAL else EXIT_AGAIN
+            return code if code in FINAL_CODES else EXIT_AGAIN
         if newest_name(checkpoints) != before:
-            left, pause = arguments.restarts, 1.0  # it got on: what failed was something new
-        if code in FINAL or left == 0:
+            restarts_left, backoff = arguments.restarts, 1.0  # there was progress, so this failure is a new one
+        if code in FINAL_CODES or restarts_left == 0:
             return code
-        left -= 1
-        sys.stderr.write(
-            f"lmdist-train: starting anew from {newest_name(checkpoints) or 'the beginning'} in {pause:.0f} s "
-            f"({left} more without a new checkpoint)\n"
+        restarts_left -= 1
+        log(
+            f"restarting from {newest_name(checkpoints) or 'the beginning'} in {backoff:.0f} s "
+            f"({restarts_left} more without a new checkpoint)",
+            COMMAND,
         )
         resume = ["--resume=auto"]
-        wait_until = time.monotonic() + pause
-        while time.monotonic() < wait_until:
+        until = time.monotonic() + backoff
+        while time.monotonic() < until:
             if stop.requested:
                 return EXIT_AGAIN
-            time.sleep(0.05)
-        pause = min(2 * pause, LONGEST_PAUSE)
+            time.sleep(POLL_SECONDS)
+        backoff = min(2 * backoff, LONGEST_BACKOFF_SECONDS)
 
 
 def start_agent(arguments: argparse.Namespace, ranks: str, logs: str, flags: list[str]) -> subprocess.Popen[bytes]:
-    """Start torchrun, with the environment that makes a CPU fast."""
+    """Start torchrun, with the environment variables that make a CPU fast."""
     options = [f"--nproc-per-node={ranks}", "--max-restarts=0", f"--log-dir={logs}", "--signals-to-handle=SIGQUIT"]
-    given = {name: getattr(arguments, name) for name in ("nnodes", "node_rank", "master_addr", "master_port")}
-    options += [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    own = {name: getattr(arguments, name) for name in ("nnodes", "node_rank", "master_addr", "master_port")}
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value is not None]
     environment = dict(os.environ)
-    if ranks.isdigit() and int(ranks):  # torchrun's own words for it, such as gpu, are its own business
+    if ranks.isdigit() and int(ranks):  # torchrun resolves names, such as gpu
         environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // int(ranks))))
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for torch's tensors: up to a third faster
     launcher = os.getpid()
@@ -149,61 +155,71 @@ def start_agent(arguments: argparse.Namespace, ranks: str, logs: str, flags: lis
     )
 
 
-def watch(agent: subprocess.Popen[bytes], stop: StopRequest) -> int:
-    """Wait for an agent's end; pass a stop on to its ranks, and end it where it outlives them. Gives the exit code."""
-    import psutil
-
-    ranks: set[int] = set()
-    told: set[int] | None = None
-    without_ranks_since = None
-    looked = 0.0
+def wait_for(agent: subprocess.Popen[bytes], stop: StopRequest) -> int:
+    """Wait for an agent to exit; return its exit code. Forward a stop to its ranks; kill it where it outlives them."""
+    seen: set[int] = set()  # ranks that have run
+    signalled: set[int] = set()  # ranks that a stop was forwarded to
+    listed_at, ranks_ended_at, announced = 0.0, None, False
     try:
         while agent.poll() is None:
-            time.sleep(0.05)
-            if time.monotonic() - looked < (0.2 if stop.requested else LOOK_SECONDS):
+            time.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            if now - listed_at < (LIST_SECONDS_STOPPING if stop.requested else LIST_SECONDS):
                 continue
-            looked = time.monotonic()
-            try:
-                now = {child.pid for child in psutil.Process(agent.pid).children() if child.status() != psutil.STATUS_ZOMBIE}
-            except psutil.Error:
+            listed_at = now
+            ranks = children_of(agent)
+            if ranks is None:
                 continue
-            ranks |= now
-            if now or not ranks:
-                without_ranks_since = None
-            elif without_ranks_since is None:
-                without_ranks_since = time.monotonic()
-            elif time.monotonic() - without_ranks_since > AGENT_GRACE:
-                sys.stderr.write("lmdist-train: torchrun does not end after its ranks: ending it\n")
+            seen |= ranks
+            if ranks or not seen:
+                ranks_ended_at = None
+            elif ranks_ended_at is None:
+                ranks_ended_at = now
+            elif now - ranks_ended_at > AGENT_GRACE_SECONDS:
+                log("torchrun outlives its ranks: it is killed", COMMAND)
                 agent.kill()
             if stop.requested:
-                if told is None:
-                    told = set()
-                    sys.stderr.write("lmdist-train: asked to stop; the ranks finish their step and save it\n")
-                if not ranks:
-                    agent.kill()  # it waits for its peers, or is still being imported
-                for rank in now - told:
+                if not announced:
+                    announced = True
+                    log("stop requested; the ranks finish their step and save it", COMMAND)
+                if not seen:
+                    agent.kill()  # it waits for its peers, or is still importing torch
+                for rank in ranks - signalled:
                     with suppress(ProcessLookupError):
                         os.kill(rank, signal.SIGTERM)
-                told |= now
+                signalled |= ranks
     except KeyboardInterrupt:  # a second Ctrl-C does not wait for the step
         agent.kill()
         agent.wait()
-        raise Stopped("interrupted; the last checkpoint is as it was") from None
+        raise Stopped("interrupted; the last checkpoint is unchanged") from None
     return agent.returncode if agent.returncode >= 0 else EXIT_AGAIN
 
 
-def ranks_here(recipe: Recipe, nodes: str | None) -> int:
-    """As many ranks as this machine has GPUs, or a CPU has use for, and the global batch can be shared out over."""
-    most = min(available_cpus(), CPU_RANKS) if recipe.training.device == "cpu" else gpus() or min(available_cpus(), CPU_RANKS)
-    nodes = nodes or os.environ.get("PET_NNODES", "1")
-    if not nodes.isdigit():
-        raise UsageError(f"--nnodes is {nodes}; a number is expected, for the global batch is shared out evenly")
-    rows = recipe.data.global_batch // recipe.training.accumulation
-    return max((ranks for ranks in range(1, most + 1) if rows % (ranks * int(nodes)) == 0), default=1)
+def children_of(agent: subprocess.Popen[bytes]) -> set[int] | None:
+    """Return the process ids of an agent's running children; None where they cannot be listed."""
+    import psutil
+
+    try:
+        children = psutil.Process(agent.pid).children()
+        return {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
+    except psutil.Error:
+        return None
 
 
-def gpus() -> int:
-    """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves to us."""
+def default_ranks(recipe: Recipe, nnodes: str | None) -> int:
+    """Return the most ranks that this machine's GPUs, or its CPUs, can run and that divide the global batch evenly."""
+    most = min(available_cpus(), MAX_CPU_RANKS)
+    if recipe.training.device != "cpu":
+        most = num_gpus() or most
+    nnodes = nnodes or os.environ.get("PET_NNODES", "1")
+    if not nnodes.isdigit():
+        raise UsageError(f"--nnodes is {nnodes}; a number is expected, for the global batch is divided evenly")
+    batch_size = recipe.data.global_batch // recipe.training.accumulation
+    return max((ranks for ranks in range(1, most + 1) if batch_size % (ranks * int(nnodes)) == 0), default=1)
+
+
+def num_gpus() -> int:
+    """Return the number of this machine's GPUs that CUDA_VISIBLE_DEVICES allows."""
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -214,7 +230,7 @@ def gpus() -> int:
 
 
 def newest_name(checkpoints: Path) -> str:
-    """The name of the newest checkpoint, damaged or not; empty where there is none."""
+    """Return the name of the newest checkpoint, damaged or not; empty where there is none."""
     return max((folder.name for folder in checkpoints.glob("step-*")), default="")
 
 

@@ -1,1 +1,4 @@
-"""Files of our own: atomic writes, locks, checksums, and readers that trust nothing. Knows nothing of what the files mean."""
+"""Files that lmdist writes and reads: atomic writes, locks, checksums, JSON of an expected shape, distrustful reading.
+
+Data folders, run folders and bundles are all written and read through these. Nothing here knows what the files mean.
+"""

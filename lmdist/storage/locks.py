@@ -1,4 +1,4 @@
-"""A lock file that one process at a time may hold; the kernel releases it when its holder ends, however it ends."""
+"""A lock file that one process at a time can hold; the kernel releases it when its holder exits or is killed."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ from lmdist.errors import Stopped
 
 
 @contextmanager
-def exclusive_lock(path: Path, patience: float) -> Iterator[None]:
-    """Hold the lock `path`; raises Stopped where another process still holds it after `patience` seconds.
-
-    The kernel lets go of it when its holder ends, however it ends.
-    """
-    import fcntl  # not everywhere: a machine that only samples may be a Windows one
+def exclusive_lock(path: Path, patience_seconds: float) -> Iterator[None]:
+    """Hold the lock `path`; raises Stopped where another process still holds it after `patience_seconds`."""
+    import fcntl  # not on Windows, where a machine may sample
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        until = time.monotonic() + patience
+        until = time.monotonic() + patience_seconds
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise Stopped(f"{path.parent} is in use by another job: let it end, or take another folder") from None
+                    raise Stopped(f"{path.parent} is in use by another job: wait for its end, or take another folder") from None
                 time.sleep(0.2)
-            except OSError:  # a file system without locks keeps nobody out
+            except OSError:  # a file system without locks
                 break
         yield

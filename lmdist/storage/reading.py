@@ -1,4 +1,7 @@
-"""Read files as if a stranger had made them: missing, too large, not a file, not JSON. Each error names the path."""
+"""Read files that a stranger may have written: missing, too large, not a file, not JSON. Each error names the path.
+
+This module does not know what the files mean; schema.py checks what JSON holds.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,19 @@ from typing import Any
 
 from lmdist.errors import DataError, MissingInputError
 
-# What text.json holds of a large corpus is a tenth of it. Read, JSON may take twenty times its size.
-LARGEST_JSON = 64 << 20
+MAX_JSON_BYTES = 64 << 20
+"""Ten times the text.json of a large corpus. In memory, JSON may take twenty times its size."""
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as people read it."""
+    """Write indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises MissingInputError or DataError, each naming the file."""
     try:
-        value = json.loads(read_bytes_of(path, LARGEST_JSON))
+        value = json.loads(read_bytes(path, MAX_JSON_BYTES))
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
@@ -32,11 +35,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_bytes_of(path: Path, largest: int) -> bytes:
-    """The bytes of a file; raises MissingInputError, or DataError where it is unreadable or has more than `largest`."""
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read a file; raises MissingInputError, or DataError where it is unreadable or has more than `max_bytes`."""
     size = file_size(path)
-    if size > largest:
-        raise DataError(f"{path} has {size:,} bytes; at most {largest:,} are expected")
+    if size > max_bytes:
+        raise DataError(f"{path} has {size:,} bytes; at most {max_bytes:,} are expected")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -44,12 +47,12 @@ def read_bytes_of(path: Path, largest: int) -> bytes:
 
 
 def file_size(path: Path) -> int:
-    """The bytes of a file; raises MissingInputError, or DataError where it is a folder or a pipe, which would be waited for."""
+    """Return the size of a file in bytes; raises MissingInputError, or DataError for a folder or a pipe, which blocks."""
     try:
         status = path.stat()
     except FileNotFoundError:
         raise MissingInputError(f"{path} is not there") from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: not a possible name
         raise DataError(f"{path} cannot be read: {error}") from None
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path} is not a file, and one is expected")
@@ -57,7 +60,7 @@ def file_size(path: Path) -> int:
 
 
 def check_folder(path: Path, expected: str) -> None:
-    """Raise MissingInputError where nothing is at `path`, DataError where it is no folder; `expected` says what should be."""
+    """Raise MissingInputError where `path` does not exist, DataError where it is no folder; `expected` ends the message."""
     if not os.path.isdir(path):  # not Path.is_dir(), which raises where it may not look
         if os.path.lexists(path):
             raise DataError(f"{path} is not a folder; {expected}")

@@ -1,7 +1,7 @@
-"""Compare JSON with the types that are expected of it.
+"""Check JSON against expected types, given as Python annotations.
 
-`check_schema` is the one place that does so for data folders, checkpoints and bundles. Matching checksums are no proof of a
-well-formed file, for a stranger can compute them too.
+Data folders, checkpoints and bundles are all checked here. Matching checksums do not prove a well-formed file: a stranger
+can compute them too. This module does not know what the values mean.
 """
 
 from __future__ import annotations
@@ -14,82 +14,82 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from lmdist.errors import DataError, UsageError, one_line
 
-Made = TypeVar("Made")
+Kind = TypeVar("Kind")
 
-SIMPLE = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
+SIMPLE = {int: "an integer", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
 
 
 def check_version(value: dict[str, Any], expected: tuple[str, int], path: Path) -> None:
-    """Raise DataError unless a JSON object says that it has the expected format and version."""
+    """Raise DataError unless a JSON object has the expected format and version."""
     found = value.get("format"), value.get("version")
     if found != expected:
         raise DataError(
-            f"{path} says it is {reprlib.repr(found[0])}, version {reprlib.repr(found[1])}; "
+            f"{path} has the format {reprlib.repr(found[0])}, version {reprlib.repr(found[1])}; "
             f"this lmdist reads {expected[0]!r}, version {expected[1]}"
         )
 
 
-def check_schema(value: Any, shape: Any, path: Path, place: str = "") -> None:
-    """Raise DataError, naming the file and the place in it, unless a value of JSON has a shape.
+def check_schema(value: Any, schema: Any, path: Path, place: str = "") -> None:
+    """Raise DataError, naming the file and the place in it, unless a value of JSON has a schema.
 
-    A shape is a type, as annotations have it: int, float, str, bool, Literal[...], list[...], tuple[..., ...], a tuple of
-    certain length, dict[str, ...] or a union; or an object with at least certain keys: a dict of their shapes, a TypedDict or
-    a dataclass. Numbers are finite and fit into 64 bits.
+    A schema is a type, as in an annotation: int, float, str, bool, Literal[...], list[...], tuple[..., ...], a tuple of fixed
+    length, dict[str, ...] or a union; or an object with at least certain keys: a dict of their schemas, a TypedDict or a
+    dataclass. Numbers are finite and fit into 64 bits.
     """
-    problem = mismatch(value, shape)
+    problem = find_mismatch(value, schema)
     if problem:
         raise DataError(f"{path}: {(place + problem).lstrip('. ')}")
 
 
-def mismatch(value: Any, shape: Any) -> str:
-    """Where a value does not have a shape, and why not; empty where it has."""
-    if isinstance(shape, type) and shape in SIMPLE:
-        fits = is_number(value, shape) if shape in (int, float) else isinstance(value, shape)
-        return "" if fits else unlike(value, SIMPLE[shape])
-    kind, choices = get_origin(shape), get_args(shape)
+def find_mismatch(value: Any, schema: Any) -> str:
+    """Return the place in a value that does not match a schema, and why; empty if all of it does."""
+    if isinstance(schema, type) and schema in SIMPLE:
+        fits = is_number(value, schema) if schema in (int, float) else isinstance(value, schema)
+        return "" if fits else is_not(value, SIMPLE[schema])
+    kind, choices = get_origin(schema), get_args(schema)
     if kind in (Union, UnionType):
-        problems = [mismatch(value, choice) for choice in choices]
+        problems = [find_mismatch(value, choice) for choice in choices]
         return problems[0] if all(problems) else ""
     if kind is Literal:
-        return "" if value in choices else unlike(value, " or ".join(map(repr, choices)))
+        return "" if value in choices else is_not(value, " or ".join(map(repr, choices)))
     if kind in (list, tuple):
         if not isinstance(value, list):
-            return unlike(value, "a list")
-        each = kind is tuple and choices[-1] is not Ellipsis  # a shape for each item
+            return is_not(value, "a list")
+        each = kind is tuple and choices[-1] is not Ellipsis  # a schema for each item
         if each and len(value) != len(choices):
-            return unlike(value, f"a list of {len(choices)}")
+            return is_not(value, f"a list of {len(choices)}")
         for number, (item, choice) in enumerate(zip(value, choices if each else repeat(choices[0]), strict=False)):
-            if problem := mismatch(item, choice):
+            if problem := find_mismatch(item, choice):
                 return f"[{number}]{problem}"
         return ""
     if not isinstance(value, dict):
-        return unlike(value, "an object")
+        return is_not(value, "an object")
     if kind is dict:
         for key, item in value.items():
-            if problem := mismatch(item, choices[1]):
+            if problem := find_mismatch(item, choices[1]):
                 return f".{reprlib.repr(key)}{problem}"
         return ""
-    for key, expected in (shape if isinstance(shape, dict) else get_type_hints(shape)).items():
-        if problem := mismatch(value[key], expected) if key in value else " is missing":
+    for key, expected in (schema if isinstance(schema, dict) else get_type_hints(schema)).items():
+        if problem := find_mismatch(value[key], expected) if key in value else " is missing":
             return f".{key}{problem}"
     return ""
 
 
 def is_number(value: Any, kind: type) -> bool:
-    """Whether a value is an int, or a float where that is asked for, and fits into 64 bits."""
-    # In Python true is an int; in JSON it is none. And what is no number is not below anything.
+    """Return whether a value is an int, or a float where `kind` is float, and fits into 64 bits."""
+    # bool is a subclass of int in Python, not in JSON. NaN compares as False.
     return type(value) in (int, kind) and abs(value) < 2**63
 
 
-def unlike(value: Any, expected: str) -> str:
-    """That a value is not what is expected."""
+def is_not(value: Any, expected: str) -> str:
+    """Return the end of a message: what the value is, and what is expected."""
     return f" is {reprlib.repr(value)}; {expected} is expected"
 
 
-def dataclass_from_json(kind: type[Made], values: dict[str, Any], path: Path, place: str = "") -> Made:
-    """Make a dataclass of a JSON object; raises DataError for a name it does not know and for a value it does not take.
+def dataclass_from_json(kind: type[Kind], values: dict[str, Any], path: Path, place: str = "") -> Kind:
+    """Build a dataclass from a JSON object; raises DataError for an unknown name and for a value of the wrong type.
 
-    What the object does not name has its default: a field may be younger than the file. A list becomes a tuple.
+    A field that the object does not name has its default: it may be newer than the file. A list becomes a tuple.
     """
     hints = get_type_hints(kind)
     for name in values:

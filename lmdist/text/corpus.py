@@ -1,12 +1,12 @@
-"""The words of a corpus as numbers in a file: first in the order in which they come, at last by frequency.
+"""The tokens of a corpus on the disk: first with temporary ids, then with ids by frequency, split by split.
 
-    documents ---> words, found by worker processes ---> spool: numbers in the order in which words first come
+    documents ---> words, found by worker processes ---> temporary token file: ids in order of first occurrence
                                                              |  now the splits are known, and the counts of the train split
-    train.bin  valid.bin  test.bin <-------------------------+  numbers by falling frequency in the train split
+    train.bin  valid.bin  test.bin <-------------------------+  ids by falling frequency in the train split
 
-The text is read once. What grows with it lies on the disk; in memory are the words that are different, 20 bytes a document,
-and blocks of a fixed size. Neither the order of the input nor the number of workers changes which split a document goes to.
-This module does not know files of documents, nor how words are found.
+The text is read once. What grows with it lies on the disk; memory holds the distinct words, 20 bytes a document, and blocks
+of a fixed size. Neither the order of the input nor the number of workers changes which split a document goes to. This
+module does not know file formats, nor how text is tokenized.
 """
 
 from __future__ import annotations
@@ -18,42 +18,52 @@ import signal
 import threading
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lmdist.errors import DataError
 from lmdist.settings import SPLITS
-from lmdist.text.documents import EMPTY, Document, Documents
+from lmdist.text.data_folder import SplitFacts, dtype_of
+from lmdist.text.documents import EMPTY, Documents
+from lmdist.text.readers import Document
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID, Vocabulary
 
 UNTOKENIZABLE = "untokenizable"
 
-CHUNK_CHARACTERS = 200_000  # what a worker gets at a time: a twentieth of a second
-BLOCK_TOKENS = 1 << 20  # what is counted and renumbered at a time: some 20 MB
+CHUNK_CHARACTERS = 200_000  # what a worker tokenizes at a time: a twentieth of a second
+BLOCK_TOKENS = 1 << 20  # what is counted and given its ids at a time: some 20 MB
 
 
 class Chunk(NamedTuple):
+    """A few documents, with their keys (see `Corpus.keys`) and the bytes read up to them."""
+
+    texts: list[str]
+    keys: list[int]
+    bytes_read: int
+
+
+class Tokenized(NamedTuple):
     """The words of a few documents, one after the other."""
 
     words: list[str]
-    """The different ones."""
+    """The distinct ones."""
     ids: np.ndarray
-    """Where in `words` each word of the text is, (tokens,) uint32."""
+    """The index in `words` of each word of the text, (tokens,) uint32."""
     lengths: list[int]
-    """Words of each document; -1 where they could not be found."""
+    """Words of each document; -1 where the tokenizer gave up."""
 
 
-def find_words(texts: list[str], tokenizer: WordTokenizer) -> Chunk:
-    """Tokenise a few documents."""
-    ids: defaultdict[str, int] = defaultdict(count().__next__)  # a word that is asked for the first time gets the next one
+def tokenize(texts: list[str], tokenizer: WordTokenizer) -> Tokenized:
+    """Tokenize a few documents."""
+    ids: defaultdict[str, int] = defaultdict(count().__next__)  # a new word gets the next id
     flat: list[int] = []
     lengths = []
     for text in texts:
@@ -64,7 +74,7 @@ def find_words(texts: list[str], tokenizer: WordTokenizer) -> Chunk:
         else:
             flat.extend(map(ids.__getitem__, words))
             lengths.append(len(words))
-    return Chunk(list(ids), np.array(flat, dtype=np.uint32), lengths)
+    return Tokenized(list(ids), np.array(flat, dtype=np.uint32), lengths)
 
 
 # --- worker processes ----------------------------------------------------------------------------------------------
@@ -73,7 +83,7 @@ worker_tokenizer: WordTokenizer
 
 
 def start_worker(text_json: Path) -> None:
-    """Read the tokenizer, leave Ctrl-C to the parent, and do not outlive it: a pool's workers would wait for ever."""
+    """Load the tokenizer, leave Ctrl-C to the parent, and exit with it: a pool's workers would wait forever."""
     global worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -82,110 +92,102 @@ def start_worker(text_json: Path) -> None:
     worker_tokenizer = WordTokenizer.load(text_json)
 
 
-def find_words_in_worker(texts: list[str]) -> Chunk:
-    """Tokenise a few documents with the tokenizer of this process."""
-    return find_words(texts, worker_tokenizer)
+def tokenize_in_worker(texts: list[str]) -> Tokenized:
+    """Tokenize a few documents with the tokenizer of this process."""
+    return tokenize(texts, worker_tokenizer)
 
 
-def in_order(chunks: Iterable[tuple[Any, list[str]]], text_json: Path, workers: int) -> Iterator[tuple[Any, Chunk]]:
-    """The words of chunks, in the order of the chunks, each with what came beside it; few chunks are read ahead."""
+def tokenized(chunks: Iterable[Chunk], text_json: Path, workers: int) -> Iterator[tuple[Chunk, Tokenized]]:
+    """Yield each chunk and its words, in order; few chunks are read ahead."""
     if workers == 1:
         tokenizer = WordTokenizer.load(text_json)
-        for beside, texts in chunks:
-            yield beside, find_words(texts, tokenizer)
+        for chunk in chunks:
+            yield chunk, tokenize(chunk.texts, tokenizer)
         return
-    # Not fork: the caller may be a training process with the threads of torch in it.
+    # Not fork: the caller may be a training process with torch's threads in it.
     context = multiprocessing.get_context("spawn")
-    pending: deque[tuple[Any, Future[Chunk]]] = deque()
+    pending: deque[tuple[Chunk, Future[Tokenized]]] = deque()
     with ExitStack() as stack:
         pool = ProcessPoolExecutor(workers, context, start_worker, (text_json,))
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         try:
-            for beside, texts in chunks:
-                pending.append((beside, pool.submit(find_words_in_worker, texts)))
+            for chunk in chunks:
+                pending.append((chunk, pool.submit(tokenize_in_worker, chunk.texts)))
                 if len(pending) > 3 * workers:
-                    beside, future = pending.popleft()
-                    yield beside, future.result()
-            for beside, future in pending:
-                yield beside, future.result()
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            for chunk, future in pending:
+                yield chunk, future.result()
         except BrokenProcessPool:
-            raise DataError("a worker process was killed, most likely for want of memory: take fewer --workers") from None
+            raise DataError("a worker process was killed, most likely out of memory: lower --workers") from None
 
 
 # --- the corpus ----------------------------------------------------------------------------------------------------
 
 
 class Corpus:
-    """The documents as numbers, and which of them go together."""
+    """The documents as temporary ids in a file, and which of them belong together."""
 
-    def __init__(self, spool: Path, seed: int) -> None:
-        self.spool = spool
+    def __init__(self, temporary_file: Path, seed: int) -> None:
+        self.temporary_file = temporary_file
         self.seed = seed
         self.ids: dict[str, int] = {}
-        """Each word, and its number in the spool."""
+        """Each word and its temporary id."""
         self.lengths = array("Q")
-        """Words of each document."""
+        """Tokens of each document."""
         self.keys = array("Q")
-        """Documents with the same key belong together: their split, where it was given, or else a hash."""
+        """Documents with the same key belong together: the index of a given split, or else a hash."""
         self.tokens = 0
         self.skipped: Counter[str] = Counter()
+        """Documents without a word, by reason."""
 
-    def read(
-        self,
-        documents: Documents,
-        split: str,
-        text_json: Path,
-        workers: int,
-        *,
-        keep_empty: bool,
-        tell: Callable[[int], None],
-    ) -> None:
-        """Append the words of documents; `split` is the one they are for, or "" where `split_by_key` chooses.
+    def read(self, documents: Documents, split: str, text_json: Path, workers: int, *, keep_empty: bool) -> Iterator[int]:
+        """Append the tokens of documents chunk by chunk; yield the bytes read after each.
 
-        `tell` is called from time to time with the bytes whose words are there.
+        `split` is the one that the documents are for, or "" where `split_by_key` will choose.
         """
-        with self.spool.open("ab") as spool:
-            for (keys, bytes_read), chunk in in_order(self.chunks(documents, split), text_json, workers):
-                numbers = [self.ids.setdefault(word, len(self.ids)) for word in chunk.words]
-                spool.write(np.array(numbers, dtype="<u4")[chunk.ids].tobytes())
-                self.tokens += len(chunk.ids)
-                for key, length in zip(keys, chunk.lengths, strict=True):
+        with self.temporary_file.open("ab") as file:
+            for chunk, found in tokenized(self.chunks(documents, split), text_json, workers):
+                ids = [self.ids.setdefault(word, len(self.ids)) for word in found.words]
+                file.write(np.array(ids, dtype="<u4")[found.ids].tobytes())
+                self.tokens += len(found.ids)
+                for key, length in zip(chunk.keys, found.lengths, strict=True):
                     if length > 0 or (length == 0 and keep_empty):
                         self.lengths.append(length)
                         self.keys.append(key)
                     else:
                         self.skipped[EMPTY if length == 0 else UNTOKENIZABLE] += 1
-                tell(bytes_read)
+                yield chunk.bytes_read
 
-    def chunks(self, documents: Documents, split: str) -> Iterator[tuple[tuple[list[int], int], list[str]]]:
-        """Some documents at a time: their keys, the bytes read so far, their texts."""
-        keys: list[int] = []
+    def chunks(self, documents: Documents, split: str) -> Iterator[Chunk]:
+        """Yield some documents at a time."""
         texts: list[str] = []
+        keys: list[int] = []
         characters = 0
         for document in documents:
-            keys.append(SPLITS.index(split) if split else self.key(document))
             texts.append(document.text)
+            keys.append(SPLITS.index(split) if split else self.key(document))
             characters += len(document.text) + 1
             if characters >= CHUNK_CHARACTERS:
-                yield (keys, documents.bytes_read), texts
-                keys, texts, characters = [], [], 0
+                yield Chunk(texts, keys, documents.bytes_read)
+                texts, keys, characters = [], [], 0
         if texts:
-            yield (keys, documents.bytes_read), texts
+            yield Chunk(texts, keys, documents.bytes_read)
 
     def key(self, document: Document) -> int:
-        """A hash of the seed and of the group; a document without one is its own group."""
+        """Return a hash of the seed and of the group; a document without a group is its own."""
         name = f"text {document.text}" if document.group is None else f"group {document.group}"
         digest = hashlib.blake2b(name.encode(), digest_size=8, salt=self.seed.to_bytes(16, "little", signed=True))
         return int.from_bytes(digest.digest())
 
     def given_splits(self) -> np.ndarray:
-        """The split of each document, where all were given: its place in SPLITS, (documents,)."""
+        """Return the split of each document, where all were given: its index in SPLITS, (documents,)."""
         return np.array(self.keys, dtype=np.uint8)
 
     def split_by_key(self, valid_fraction: float, test_fraction: float) -> np.ndarray:
-        """The split of each document: its place in SPLITS, (documents,); raises DataError where there are too few."""
+        """Return the split of each document: its index in SPLITS, (documents,); raises DataError where there are too few."""
         keys = np.array(self.keys, dtype=np.uint64)
-        groups = np.unique(keys)  # sorted by the hash: the first validate, the next test
+        groups = np.unique(keys)  # sorted by the hash: the first are valid, the next test
         valid, test = (max(1, round(share * len(groups))) if share else 0 for share in (valid_fraction, test_fraction))
         if valid + test >= len(groups):
             raise DataError(
@@ -196,50 +198,54 @@ class Corpus:
         return np.where(place < valid, 1, np.where(place < valid + test, 2, 0)).astype(np.uint8)
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Some documents at a time: which, their lengths, and their words as numbers of the spool."""
+        """Yield some documents at a time: which, their lengths, and their temporary ids."""
         lengths = np.array(self.lengths, dtype=np.int64)
         ends = np.cumsum(lengths)
         first = 0
-        with self.spool.open("rb") as spool:
+        with self.temporary_file.open("rb") as file:
             while first < len(lengths):
                 before = int(ends[first - 1]) if first else 0
                 last = max(first + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
-                # At most so many documents too: blank lines have no words.
+                # The number of documents is limited too: blank lines have no tokens.
                 last = min(last, first + BLOCK_TOKENS)
-                yield slice(first, last), lengths[first:last], np.fromfile(spool, "<u4", int(ends[last - 1]) - before)
+                yield slice(first, last), lengths[first:last], np.fromfile(file, "<u4", int(ends[last - 1]) - before)
                 first = last
 
     def vocabulary(self, splits: np.ndarray, min_count: int, size: int, *, own_unknown: bool) -> Vocabulary:
-        """The words of the train split by falling frequency, those with the same by the alphabet."""
+        """Return the words of the train split by falling frequency, those of the same frequency in alphabetical order.
+
+        `own_unknown`: the text marks its unknown words as <unk> itself; raises DataError where it does not.
+        """
         counts = np.zeros(len(self.ids), dtype=np.int64)
         for documents, lengths, tokens in self.blocks():
             counts += np.bincount(tokens[np.repeat(splits[documents] == 0, lengths)], minlength=len(counts))
         if own_unknown and not (UNKNOWN in self.ids and counts[self.ids[UNKNOWN]]):
-            raise DataError(f"unknown is file, and the text to train on has no {UNKNOWN}: leave it out, or bring such a text")
+            raise DataError(f"unknown is file, and the text to train on has no {UNKNOWN}: leave it out, or take text with it")
         kept = [(-int(counts[number]), word) for word, number in self.ids.items() if counts[number] >= min_count]
         words = [word for _, word in sorted(kept) if word not in (UNKNOWN, END)]
         return Vocabulary([UNKNOWN, END, *(words[: size - 2] if size else words)])
 
-    def write(self, path: Path, documents_of_split: np.ndarray, vocabulary: Vocabulary, dtype: str) -> dict[str, Any]:
-        """Write the documents of a split, an end mark after each; gives their figures."""
-        numbers = np.fromiter((vocabulary.ids.get(word, UNKNOWN_ID) for word in self.ids), dtype=dtype, count=len(self.ids))
-        written = documents_written = unknown = 0
+    def write(self, path: Path, in_split: np.ndarray, vocabulary: Vocabulary) -> SplitFacts:
+        """Write the token file of a split, <eos> after each document; `in_split` is a mask, (documents,)."""
+        dtype = np.dtype(dtype_of(len(vocabulary))).newbyteorder("<")
+        final_ids = np.fromiter((vocabulary.ids.get(word, UNKNOWN_ID) for word in self.ids), dtype=dtype, count=len(self.ids))
+        num_tokens = num_documents = num_unknown = 0
         with path.open("wb") as file:
             for documents, lengths, tokens in self.blocks():
-                wanted = documents_of_split[documents]
+                wanted = in_split[documents]
                 ends = np.cumsum(lengths[wanted] + 1) - 1
                 block = np.empty(int(ends[-1]) + 1 if len(ends) else 0, dtype=dtype)
                 is_word = np.ones(len(block), dtype=bool)
                 is_word[ends] = False
-                block[is_word] = numbers[tokens[np.repeat(wanted, lengths)]]
+                block[is_word] = final_ids[tokens[np.repeat(wanted, lengths)]]
                 block[ends] = END_ID
                 file.write(block.tobytes())
-                written += len(block)
-                documents_written += len(ends)
-                unknown += int(np.count_nonzero(block == UNKNOWN_ID))
+                num_tokens += len(block)
+                num_documents += len(ends)
+                num_unknown += int(np.count_nonzero(block == UNKNOWN_ID))
         return {
-            "tokens": written,
-            "documents": documents_written,
-            "unknown_tokens": unknown,
-            "unknown_rate": unknown / max(1, written),
+            "tokens": num_tokens,
+            "documents": num_documents,
+            "unknown_tokens": num_unknown,
+            "unknown_rate": num_unknown / max(1, num_tokens),
         }

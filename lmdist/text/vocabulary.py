@@ -1,7 +1,7 @@
-"""Words and their numbers: `vocab.txt`, one word a line, the line number is the id.
+"""Words and their token ids: `vocab.txt`, one word a line, the line number is the id.
 
-Id 0 is the unknown word, id 1 the end mark, then the words of the train split by falling frequency. This module does
-not know where words come from.
+Id 0 is the unknown word, id 1 the end of a document, then the words of the train split by falling frequency. This module
+does not know where words come from.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 from lmdist.errors import DataError
-from lmdist.storage.reading import read_bytes_of
+from lmdist.storage.reading import read_bytes
 
-# Some 25 million words: as many as a model of this kind could ever number.
-LARGEST = 256 << 20
+MAX_BYTES = 256 << 20
+"""Some 25 million words, more than a model of this kind could have."""
 
 UNKNOWN = "<unk>"
 END = "<eos>"
@@ -24,7 +24,7 @@ END_ID = 1
 
 
 class Vocabulary:
-    """The words of a model, in the order of their ids."""
+    """The words of a model, in the order of their ids; raises DataError for words that cannot be a vocabulary."""
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = list(words)
@@ -33,7 +33,7 @@ class Vocabulary:
                 f"a vocabulary begins with {UNKNOWN} and {END}; this one begins with {reprlib.repr(self.words[:2])}"
             )
         if len(self.ids) != len(self.words):
-            raise DataError(f"a vocabulary holds each word once; {len(self.words) - len(self.ids)} of these come again")
+            raise DataError(f"a vocabulary holds each word once; {len(self.words) - len(self.ids)} of these are repeated")
         if "" in self.ids:
             raise DataError(f"a vocabulary holds words; line {self.ids[''] + 1} of this one is empty")
 
@@ -46,12 +46,12 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, words: Iterable[str]) -> list[int]:
-        """The ids of `words`; a word that is not in the vocabulary has the id of `<unk>`."""
+        """Return the ids of `words`; a word that is not in the vocabulary has the id of `<unk>`."""
         ids = self.ids
         return [ids.get(word, UNKNOWN_ID) for word in words]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
-        """The words of `ids`."""
+        """Return the words of `ids`."""
         return [self.words[index] for index in ids]
 
     def save(self, path: Path) -> None:
@@ -62,11 +62,11 @@ class Vocabulary:
     def load(cls, path: Path) -> Vocabulary:
         """Read one word a line; raises MissingInputError or DataError, each naming the file."""
         try:
-            text = read_bytes_of(path, LARGEST).decode("utf-8")
+            text = read_bytes(path, MAX_BYTES).decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8: {error}") from None
         try:
-            # Not splitlines(): a word may hold one of the rarer line ends of Unicode.
+            # Not splitlines(): a word may contain one of the rarer line breaks of Unicode.
             return cls(text.removesuffix("\n").split("\n"))
         except DataError as error:
             raise DataError(f"{path}: {error}") from None

@@ -1,15 +1,16 @@
-"""NLTK's own words, most of them found without NLTK: a document's sentences, then the words of each.
+"""The words that NLTK finds, most of them found without NLTK: a document's sentences, then the words of each.
 
     finder = WordFinder(punkt)
     finder("Mr. Smith went home.")      # ["Mr.", "Smith", "went", "home", "."]
 
-NLTK finds some 50,000 words a second. But whether a mark ends a sentence follows from the word before it and the one after it,
-and the words in what stands between two blanks follow from that alone, but at the ends of a sentence. So NLTK is asked once for
-each, the answer is kept, and what is as plain as most words are needs no asking. A sentence with something in it that NLTK's
-rules look at across a blank goes to NLTK whole. tests/test_words.py compares all of it with NLTK, token for token.
+NLTK finds some 50,000 words/s. Yet whether punctuation ends a sentence depends only on the word before it and the word after
+it, and the words in a chunk (what stands between two spaces) depend on the chunk alone, except at the ends of a sentence. So
+NLTK is called once for each context and each chunk, and its result is cached; a chunk as plain as most words needs no call. A
+sentence that NLTK's rules do not treat chunk by chunk goes to NLTK as it is. tests/text/test_words.py compares all of it with
+NLTK, word for word.
 
-This holds for the rules of NLTK 3.10; any other NLTK finds all words itself. Importing it takes 1.5 seconds, so that waits
-until it is asked. This module does not know about settings, nor how Punkt learns.
+This holds for the rules of NLTK 3.10; with any other NLTK all words come from NLTK. Importing it takes 1.5 seconds, and is
+delayed to the first call. This module does not know about settings, nor how Punkt learns.
 """
 
 from __future__ import annotations
@@ -27,85 +28,85 @@ if TYPE_CHECKING:
 
 RULES = ["3", "10"]
 
-# How many answers of each kind are kept, 10 to 30 MB, and the longest text that one is kept for.
-ANSWERS = 100_000
-LONGEST = 100
+# How many results of each kind are cached, 10 to 30 MB, and the longest text that is cached.
+MAX_CACHED = 100_000
+MAX_CHARACTERS = 100
 
-# Blanks to Python, but not to the package `regex`, with which NLTK matches: such a document is left to NLTK.
+# Whitespace to Python, but not to the package `regex`, with which NLTK matches: such a document is left to NLTK.
 SEPARATOR = re.compile("[\x1c-\x1f]")
 
 # --- sentences -----------------------------------------------------------------------------------------------------
 
 CLOSERS = "\"')\\]}\u2018\u2019\u201c\u201d\xab\xbb"
-# A mark that may end a sentence, as PunktLanguageVars has it: another mark follows, or blanks and a word.
+# Punctuation that may end a sentence, as PunktLanguageVars has it: more punctuation follows, or whitespace and a word.
 MARK = re.compile(rf"[.?!](?=[{CLOSERS};*:@({{\[?!]|\s+(\S+))")
-# What stands after the mark and goes with the sentence before it.
+# What follows the punctuation and belongs to the sentence before it.
 CLOSING = re.compile(rf"[{CLOSERS}]+?(?:\s+|(?=--)|$)", re.MULTILINE)
-# The blanks that part words for Punkt; all but " " are unprintable.
-BLANK = re.compile(r"[\t\n\r\x0b\x0c]")
-# What always ends a sentence: a bracket or quote with a full stop, or a word with a mark. Such a word is neither an initial nor
-# a number; that it is no abbreviation, and belongs to no words after it, must be seen to.
+# The whitespace that separates words for Punkt, beside " "; all of it is unprintable.
+WHITESPACE = re.compile(r"[\t\n\r\x0b\x0c]")
+# What always ends a sentence: a bracket or quote with a full stop, or a word with punctuation. Such a word is no initial and
+# no number; that it is no abbreviation and starts no collocation must be checked.
 ORDINARY = re.compile(r"(?:\S*[)\]}\"]\.|([^\W\d_]{2,})[.?!])[\s\"'”’)]")
 
 # --- words ---------------------------------------------------------------------------------------------------------
 
-# A quote after " " opens and after a line break it closes; an apostrophe before " " is cut off first, before a line break last.
+# A quote opens after " " and closes after a line break; an apostrophe is split off first before " ", last before a line break.
 ACROSS = re.compile(r"""[^\S ]["']|'[^\S ]""")
-# A full stop with nothing but these and blanks behind it is the last of a sentence, and cut off.
+# A full stop followed by nothing but these and whitespace is the last of a sentence, and is split off.
 AFTER_FULL_STOP = "])}>\"'»”’"
 FULL_STOP = re.compile(r"(.*[^.])\.([\])}>\"»”’]*)", re.DOTALL)
 
-# What plain text consists of: characters that no rule touches, clitics, and marks that are always cut off. A quote opens where
-# it is the first character and closes elsewhere, but not after a mark that opens: around some of these NLTK puts blanks first.
+# What plain text consists of: characters that no rule touches, clitics, and punctuation that is always split off. A quote opens
+# as the first character and closes elsewhere, but not after an opening bracket: NLTK puts spaces around some of these first.
 OPENERS = "(\\[{<«“‘„"
-ALWAYS_CUT = rf"{OPENERS}\])}}>»”’;@#$%&*?!\u2012-\u2015"
-LETTER = rf"(?:[^\s\"'`:,.{ALWAYS_CUT}-]|(?<!\.)\.(?!\.)|(?<!-)-(?!-)|[,:](?=[0-9]))"
-CLITIC = rf"(?:n't|N'T|'(?:[sSmMdD]|ll|LL|re|RE|ve|VE))(?=[\"{ALWAYS_CUT}]|[,:](?!\d)|\.\.|--|\Z)"
-CUT = rf"[{ALWAYS_CUT}]|[,:](?![\d,:])|\.{{2,}}|(?<!-)--(?!-)|\A\"(?!\")|(?<![{OPENERS}])(?<!\A)\""
+ALWAYS_SPLIT = rf"{OPENERS}\])}}>»”’;@#$%&*?!\u2012-\u2015"
+LETTER = rf"(?:[^\s\"'`:,.{ALWAYS_SPLIT}-]|(?<!\.)\.(?!\.)|(?<!-)-(?!-)|[,:](?=[0-9]))"
+CLITIC = rf"(?:n't|N'T|'(?:[sSmMdD]|ll|LL|re|RE|ve|VE))(?=[\"{ALWAYS_SPLIT}]|[,:](?!\d)|\.\.|--|\Z)"
+CUT = rf"[{ALWAYS_SPLIT}]|[,:](?![\d,:])|\.{{2,}}|(?<!-)--(?!-)|\A\"(?!\")|(?<![{OPENERS}])(?<!\A)\""
 PIECE = re.compile(rf"(?=.*'){LETTER}+?(?={CLITIC})|{CLITIC}|{LETTER}+|{CUT}")
-# These are cut in two.
+# These are split in two.
 CONTRACTED = re.compile("cannot|gimme|gonna|gotta|lemme|wanna", re.IGNORECASE)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-class Answers(dict[str, Answer]):
-    """Answers to questions; a new question is asked, and when there are too many answers all are forgotten."""
+class Cache(dict[str, Result]):
+    """The results of a function by its argument; cleared when there are too many. A dict's lookup costs no Python call."""
 
-    def __init__(self, ask: Callable[[str], Answer]) -> None:
-        self.ask = ask
+    def __init__(self, function: Callable[[str], Result]) -> None:
+        self.function = function
 
-    def __missing__(self, question: str) -> Answer:
-        answer = self.ask(question)
-        if len(self) >= ANSWERS:
+    def __missing__(self, argument: str) -> Result:
+        result = self.function(argument)
+        if len(self) >= MAX_CACHED:
             self.clear()
-        if len(question) <= LONGEST:
-            self[question] = answer
-        return answer
+        if len(argument) <= MAX_CHARACTERS:
+            self[argument] = result
+        return result
 
 
 class WordFinder:
-    """Finds the words that NLTK's word_tokenize finds, with what Punkt has learnt."""
+    """Finds the words that NLTK's word_tokenize finds, with the parameters of Punkt."""
 
     def __init__(self, punkt: dict[str, Any] | None) -> None:
-        """Without `punkt` a document is one sentence: its marks were taken away."""
+        """Without `punkt` a document is one sentence: its punctuation was removed."""
         self.punkt = punkt
         self.unusual = {*punkt["abbreviations"], *(pair[0] for pair in punkt["collocations"] if pair)} if punkt else set[str]()
-        """Words whose mark may not end a sentence."""
+        """Words whose punctuation may not end a sentence."""
         self.has_rules = version("nltk").split(".")[:2] == RULES
-        self.breaks = Answers(lambda context: self.nltk_punkt.text_contains_sentbreak(context))
-        """Whether a mark ends a sentence, by the word that it follows, itself, and what follows it."""
-        self.inner = Answers(lambda chunk: plain(chunk) or tuple(self.nltk_words(f"x {chunk} x")[1:-1]))
-        """The words in what stands between two blanks."""
-        self.first = Answers(lambda chunk: plain(chunk) or tuple(self.nltk_words(f"{chunk} x")[:-1]))
-        """... and begins a sentence."""
-        self.last = Answers(self._last)
-        """... and ends a sentence."""
-        self.whole = Answers(lambda sentence: tuple(self.nltk_words(sentence)))
-        """The words of a sentence that cannot be cut at its blanks."""
+        self.breaks = Cache(lambda context: self.nltk_punkt.text_contains_sentbreak(context))
+        """Whether punctuation ends a sentence, by the word before it, itself, and what follows it."""
+        self.inner = Cache(lambda chunk: plain(chunk) or tuple(self.nltk_words(f"x {chunk} x")[1:-1]))
+        """The words of a chunk inside a sentence."""
+        self.first = Cache(lambda chunk: plain(chunk) or tuple(self.nltk_words(f"{chunk} x")[:-1]))
+        """The words of a chunk that begins a sentence."""
+        self.last = Cache(self._last)
+        """The words of a chunk that ends a sentence."""
+        self.uncut = Cache(lambda sentence: tuple(self.nltk_words(sentence)))
+        """The words of a sentence that cannot be treated chunk by chunk."""
 
     def __call__(self, document: str) -> list[str]:
-        """The words of a document; raises TimeoutError where NLTK gives up."""
+        """Return the words of a document; raises TimeoutError where NLTK gives up."""
         if self.has_rules and not SEPARATOR.search(document):
             sentences = self.sentences(document) if self.punkt else [document.strip()]
             return list(chain.from_iterable(map(self.words, sentences)))
@@ -113,27 +114,27 @@ class WordFinder:
         return list(chain.from_iterable(map(self.nltk_words, sentences)))
 
     def sentences(self, document: str) -> list[str]:
-        """The sentences of a document without SEPARATOR, as PunktSentenceTokenizer.tokenize gives them."""
-        blanks = document if document.isprintable() else BLANK.sub(" ", document)
+        """Return the sentences of a document without SEPARATOR, as PunktSentenceTokenizer.tokenize does."""
+        spaced = document if document.isprintable() else WHITESPACE.sub(" ", document)
         candidates: list[tuple[int, re.Match[str]]] = []
         word = mark = 0
         for match in MARK.finditer(document):
-            blank = blanks.rfind(" ", mark, match.start())
-            if blank > mark:
-                word = blank + 1
-            if word < mark:  # of several marks in a word the last counts
+            space = spaced.rfind(" ", mark, match.start())
+            if space > mark:
+                word = space + 1
+            if word < mark:  # of several in a word the last counts
                 candidates.pop()
             mark = match.start()
             candidates.append((word, match))
 
         starts, stops = [], []
         for word, match in candidates:
-            blank_follows = match[1] is not None
-            context = document[word : match.end(1) if blank_follows else match.end() + 1]
+            space_follows = match[1] is not None
+            context = document[word : match.end(1) if space_follows else match.end() + 1]
             ordinary = ORDINARY.match(context)
             if (ordinary and (ordinary[1] or ".").lower() not in self.unusual) or self.breaks[context]:
                 stops.append(match.end())
-                starts.append(match.start(1) if blank_follows else match.end())
+                starts.append(match.start(1) if space_follows else match.end())
         stops.append(len(document.rstrip()))
 
         sentences = []
@@ -146,14 +147,14 @@ class WordFinder:
         return [sentence for sentence in sentences if sentence]
 
     def words(self, sentence: str) -> list[str]:
-        """The words of a sentence without SEPARATOR and with no blank at its end, as NLTKWordTokenizer.tokenize gives them."""
+        """Return the words of a sentence without SEPARATOR and trailing whitespace, as NLTKWordTokenizer.tokenize does."""
         *chunks, last = sentence.split() or [""]
         if not last.strip(AFTER_FULL_STOP) or (not sentence.isprintable() and ACROSS.search(sentence)):
-            return [*self.whole[sentence]]
+            return [*self.uncut[sentence]]
         words: list[str] = []
-        if sentence[0] in "\"'.":  # on what else a sentence begins with, no rule does what it would not do after " "
+        if sentence[0] in "\"'.":  # any other beginning is treated as it is after " "
             if not chunks:
-                return [*self.whole[sentence]]
+                return [*self.uncut[sentence]]
             words += self.first[chunks.pop(0)]
         words += chain.from_iterable(map(self.inner.__getitem__, chunks))
         words += self.last[last]
@@ -167,7 +168,7 @@ class WordFinder:
 
     @cached_property
     def nltk_punkt(self) -> PunktSentenceTokenizer:
-        """NLTK's finder of sentences."""
+        """NLTK's sentence splitter."""
         from nltk.tokenize.punkt import PunktSentenceTokenizer
 
         assert self.punkt is not None
@@ -175,15 +176,15 @@ class WordFinder:
 
     @cached_property
     def nltk_words(self) -> Callable[[str], list[str]]:
-        """NLTK's finder of a sentence's words."""
+        """NLTK's function that splits a sentence into words."""
         from nltk.tokenize.destructive import NLTKWordTokenizer
 
         return NLTKWordTokenizer().tokenize
 
 
 def plain(chunk: str) -> tuple[str, ...]:
-    """The words in what stands between blanks, where it is not long and consists of PIECEs; else none."""
-    words: list[str] = PIECE.findall(chunk[:LONGEST])
+    """Return the words of a chunk that is not long and consists of PIECEs, else none."""
+    words: list[str] = PIECE.findall(chunk[:MAX_CHARACTERS])
     if "".join(words) != chunk or CONTRACTED.search(chunk):
         return ()
     if words[0] == '"':
@@ -192,13 +193,13 @@ def plain(chunk: str) -> tuple[str, ...]:
 
 
 def punkt_parameters(punkt: dict[str, Any]) -> PunktParameters:
-    """NLTK's PunktParameters from the JSON of `text.train_punkt`."""
+    """Return NLTK's PunktParameters from the JSON of `tokenizer.train_punkt`."""
     from nltk.tokenize.punkt import PunktParameters
 
     parameters = PunktParameters()
     parameters.abbrev_types = set(punkt["abbreviations"])
     parameters.collocations = set(map(tuple, punkt["collocations"]))
     parameters.sent_starters = set(punkt["sentence_starters"])
-    # Not the defaultdict that NLTK has: that one grows by every word it is asked for and does not know.
+    # Not a defaultdict as in NLTK, which grows by every unknown word that is looked up.
     parameters.ortho_context = Counter(punkt["contexts"])  # pyright: ignore[reportAttributeAccessIssue]
     return parameters

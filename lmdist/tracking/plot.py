@@ -1,4 +1,4 @@
-"""The picture of a run's losses, drawn from metrics.jsonl. It knows nothing of training."""
+"""The picture of a run's losses, plotted from metrics.jsonl. It knows nothing of training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from lmdist.tracking.run_folder import read_metrics
 
 
-def draw_losses(metrics: Path, picture: Path) -> None:
-    """Draw training and validation loss over the steps, with perplexity on the right-hand axis, as a PNG."""
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """Plot training and validation loss over the steps, with perplexity on the right-hand axis, as a PNG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -22,7 +22,7 @@ def draw_losses(metrics: Path, picture: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.3)
     axes.set_xlabel("step")
-    axes.set_ylabel("nats a word")
+    axes.set_ylabel("nats per token")
     axes.set_title(f"Loss of {metrics.parent.name}")
     axes.grid(alpha=0.3)
     axes.legend()

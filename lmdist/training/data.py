@@ -34,11 +34,10 @@ from torch import Tensor
 
 from lmdist.errors import DataError, MissingInputError
 from lmdist.model.loss import IGNORED
-from lmdist.settings import SPLITS, DataSettings
+from lmdist.settings import DataSettings
 from lmdist.storage.checksums import verify_checksums
-from lmdist.storage.reading import check_folder, file_size, read_json
-from lmdist.storage.schema import check_schema, check_version
-from lmdist.text.data_folder import FORMAT, META, VERSION
+from lmdist.storage.reading import check_folder, file_size
+from lmdist.text.data_folder import TEXT, VOCABULARY, read_meta, token_file
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END_ID, Vocabulary
 
@@ -69,17 +68,12 @@ class DataFolder:
     def __init__(self, path: Path) -> None:
         """Read all but the token files: a sample hours later needs the vocabulary and the tokenizer."""
         check_folder(path, f"a data folder is expected: lmdist-prepare YOUR.csv -o {path} writes it")
-        meta_json = path / "meta.json"
         self.path = path
-        self.meta: dict[str, Any] = read_json(meta_json)
-        check_version(self.meta, (FORMAT, VERSION), meta_json)
-        check_schema(self.meta, META, meta_json)
-        files, names = self.meta["files"], ("vocab.txt", "text.json")
-        if not all(split in SPLITS and f"{split}.bin" in files for split in self.meta["splits"]):
-            raise DataError(f"{meta_json} is damaged: its splits are not its files")
+        self.meta = read_meta(path)
+        files, names = self.meta["files"], (VOCABULARY, TEXT)
         verify_checksums(path, {name: files[name] for name in names if name in files}, names)
-        self.tokenizer = WordTokenizer.load(path / "text.json")
-        self.vocabulary = Vocabulary.load(path / "vocab.txt")
+        self.tokenizer = WordTokenizer.load(path / TEXT)
+        self.vocabulary = Vocabulary.load(path / VOCABULARY)
         if self.meta["vocabulary_size"] != self.vocabulary_size:
             raise DataError(f"{path}: vocab.txt has {self.vocabulary_size} words, meta.json {self.meta['vocabulary_size']}")
 
@@ -101,7 +95,7 @@ class DataFolder:
         """Return the tokens of a split, (N,) uint16 or uint32, memory-mapped."""
         if not self.has(split):
             raise MissingInputError(f"{self.path} has no {split} split; it has {', '.join(self.meta['splits'])}")
-        path = self.path / f"{split}.bin"
+        path = self.path / token_file(split)
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         expected, size = self.meta["splits"][split]["tokens"], file_size(path)
         if size != expected * dtype.itemsize:

@@ -108,13 +108,14 @@ def tokens_of_file(checkpoint: Path, file: str) -> np.ndarray:
     import numpy as np
 
     from lmdist.text.documents import Documents, find_files
+    from lmdist.text.readers import ReadOptions
     from lmdist.text.tokenizer import WordTokenizer
     from lmdist.text.vocabulary import END_ID, Vocabulary
 
     tokenizer = WordTokenizer.load(checkpoint / "text.json")
     vocabulary = Vocabulary.load(checkpoint / "vocab.txt")
     ids: list[int] = []
-    for document in Documents(find_files([file]), lines=tokenizer.settings.tokenizer == "whitespace"):
+    for document in Documents(find_files([file]), ReadOptions(lines=tokenizer.settings.tokenizer == "whitespace")):
         ids += vocabulary.encode(tokenizer.tokenize(document.text))
         ids.append(END_ID)
     return np.array(ids, dtype=np.uint32)

@@ -33,7 +33,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     saver = Saver(run.path / "checkpoints", config.as_dict(recipe), run.folder.path, recipe.checkpoint.keep)
     nats, last_save = Nats(world, progress.nats, progress.counted), time.monotonic()
     saving = stopping = False
-    stop.patient = True  # from here on a request to stop waits for the end of a step
+    stop.deferred = True  # from here on a request to stop waits for the end of a step
 
     with report_on(run) as report, closing(saver):
         while True:

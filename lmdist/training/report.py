@@ -15,8 +15,8 @@ from lmdist import config
 from lmdist.console import ProgressBar, duration
 from lmdist.perplexity import perplexity
 from lmdist.storage.atomic import write_atomic
-from lmdist.tracking.plot import draw_losses
-from lmdist.tracking.run_folder import RunTracker, Tracker
+from lmdist.tracking.logger import MetricsLogger, RunLogger
+from lmdist.tracking.plot import plot_losses
 from lmdist.training.run import Run
 from lmdist.training.sample import sample
 
@@ -27,28 +27,28 @@ LARGE_VOCABULARY = 100_000
 
 @contextmanager
 def report_on(run: Run) -> Iterator[Report]:
-    """Open the tracker and the progress bar of a run, and print what the job is about to do."""
+    """Open the logger and the progress bar of a run, and print what the job is about to do."""
     total, done, silent = run.total_steps, run.progress.step, not run.world.is_main
-    with open_tracker(run) as tracker, ProgressBar(total, "step", done=done, silent=silent) as console:
+    with open_logger(run) as logger, ProgressBar(total, "step", done=done, silent=silent) as console:
         for line in [*announcement(run), *run.hints]:
             console.log(line)
-        yield Report(run, tracker, console)
+        yield Report(run, logger, console)
 
 
-def open_tracker(run: Run) -> Tracker:
-    """Return rank 0's tracker, after writing the resolved recipe; on other ranks one that writes nothing."""
+def open_logger(run: Run) -> MetricsLogger:
+    """Return rank 0's logger, after writing the resolved recipe; on other ranks one that writes nothing."""
     if not run.world.is_main:
-        return Tracker()
+        return MetricsLogger()
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(run.path / "recipe.toml", config.as_toml(run.recipe))
-    return RunTracker(
+    return RunLogger(
         run.path,
         run.recipe.tracking,
         config.flat(run.recipe),
         run.folder.path.name,
         run.folder.meta,
         run.progress.step,
-        going_on=run.recipe.resume == "auto",
+        resume=run.recipe.resume == "auto",
     )
 
 
@@ -76,9 +76,9 @@ def announcement(run: Run) -> list[str]:
 class Report:
     """Reports on a run in the course of training."""
 
-    def __init__(self, run: Run, tracker: Tracker, console: ProgressBar) -> None:
+    def __init__(self, run: Run, logger: MetricsLogger, console: ProgressBar) -> None:
         self.run = run
-        self.tracker = tracker
+        self.logger = logger
         self.console = console
         self.tokens_before = run.progress.tokens
         self.seconds_before = run.progress.seconds
@@ -95,7 +95,7 @@ class Report:
         seconds_left = (total_steps - progress.step) * progress.seconds / progress.step
         figures = f"loss {nats:.4f}  ppl {perplexity(nats):,.1f}  tokens/s {speed:,.0f}  lr {learning_rate:.3g}"
         self.console.show(figures, f"step {progress.step}/{total_steps}  {figures}  eta {duration(seconds_left)}")
-        self.tracker.metrics(
+        self.logger.log_metrics(
             progress.step,
             {
                 "train/loss": nats,
@@ -116,12 +116,12 @@ class Report:
         self.console.log(
             f"valid step {progress.step}  loss {nats:.4f}  ppl {perplexity(nats):,.2f}  best {perplexity(best):,.2f}"
         )
-        self.tracker.metrics(progress.step, {"valid/loss": nats, "valid/perplexity": perplexity(nats)})
+        self.logger.log_metrics(progress.step, {"valid/loss": nats, "valid/perplexity": perplexity(nats)})
         self.write_picture_and_sample(f"samples/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
 
     def end(self) -> None:
         """Write the last sample and picture, and print where the results are."""
-        if not self.tracker.writes:
+        if not self.logger.writes:
             return
         run, path, num_tokens = self.run, self.run.path, self.run.recipe.sample.final_words
         self.write_picture_and_sample(FINAL_SAMPLE, num_tokens)
@@ -130,7 +130,7 @@ class Report:
             f"  run      {path}",
             *([f"  sample   {path / FINAL_SAMPLE}"] if num_tokens else []),
             f"  picture  {path / 'loss.png'}",
-            *([f"  MLflow   {self.tracker.page}"] if self.tracker.page else []),
+            *([f"  MLflow   {self.logger.page}"] if self.logger.page else []),
             f"next: lmdist-evaluate {path}; lmdist-export {path} -o bundles/{path.name}",
         ]
         for line in lines:
@@ -138,15 +138,15 @@ class Report:
 
     def write_picture_and_sample(self, name: str, num_tokens: int) -> None:
         """Draw the losses so far, and write a sample of `num_tokens` tokens to the file `name` of the run folder."""
-        if not self.tracker.writes:
+        if not self.logger.writes:
             return
         picture = self.run.path / "loss.png"
         try:
             # All ranks wait for the picture, and a long run has many points: at most one a minute, and one at the end.
             if name == FINAL_SAMPLE or age(picture) > SECONDS_BETWEEN_PICTURES:
-                draw_losses(self.run.path / "metrics.jsonl", picture)
+                plot_losses(self.run.path / "metrics.jsonl", picture)
             if num_tokens:
-                self.tracker.text(name, self.sample(num_tokens))
+                self.logger.log_text(name, self.sample(num_tokens))
         except OSError as error:  # a full disk costs these, not the run
             self.console.log(f"warning: the picture and the sample could not be written: {error}")
 

@@ -1,4 +1,4 @@
-"""The hosts and pods of the other tests are what they say."""
+"""The hosts and pods of the other tests: networks, names, processes, users and writable places of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.hosts import Pod, first_process, hosts, needs_hosts, needs_pods
+import namespaces
+from support.hosts import Sandbox, first_process, hosts, needs_hosts, needs_pods
 
 SERVER = "import socket; s = socket.create_server(('', 4000)); s.accept()[0].sendall(socket.gethostname().encode())"
 CLIENT = """
@@ -52,7 +53,7 @@ def test_hosts_reach_each_other_by_name_until_a_cable_is_pulled():
         first.kill_all()
         assert running.wait(timeout=60) == -signal.SIGKILL
         assert beside.poll() is None
-    assert beside.wait(timeout=60) == -signal.SIGKILL, "a host that is removed leaves nothing"
+    assert beside.wait(timeout=60) == -signal.SIGKILL, "no process of a removed host is left"
     assert os.uname().nodename == here
     assert "lmdist" not in Path("/etc/hosts").read_text()
 
@@ -60,8 +61,7 @@ def test_hosts_reach_each_other_by_name_until_a_cable_is_pulled():
 @needs_hosts
 def test_hosts_of_a_killed_test_are_removed_by_the_next():
     script = "import os, signal, namespaces\nwith namespaces.hosts('a') as (a,): os.kill(os.getpid(), signal.SIGKILL)"
-    benchmarks = str(Path(__file__).parents[2] / "benchmarks")
-    killed = subprocess.Popen([sys.executable, "-c", script], cwd=benchmarks)
+    killed = subprocess.Popen([sys.executable, "-c", script], cwd=Path(namespaces.__file__).parent)
     assert killed.wait(timeout=60) == -signal.SIGKILL
     left = f"lmdist-{killed.pid}-"
     assert left in output(["ip", "netns", "list"])
@@ -70,12 +70,12 @@ def test_hosts_of_a_killed_test_are_removed_by_the_next():
 
 
 @needs_pods
-def test_a_pod_is_alone_and_writes_to_its_mounts_only(tmp_path):
+def test_a_pod_is_isolated_and_writes_to_its_mounts_only(tmp_path):
     (tmp_path / "runs").mkdir()
     os.chown(tmp_path / "runs", 10001, 10001)
     (tmp_path / "recipe.toml").write_text("[model]\n")
     with hosts("pod-0.pods", "pod-1.pods") as (first, second):
-        pod = Pod(
+        pod = Sandbox(
             first,
             {"PATH": "/usr/bin:/bin", "A": "b c"},
             mounts={"/runs": tmp_path / "runs"},
@@ -98,10 +98,10 @@ def test_a_pod_is_alone_and_writes_to_its_mounts_only(tmp_path):
         assert lines[-1].split() == ["10.77.0.2", "pod-1.pods", "pod-1"]
         assert (tmp_path / "runs" / "probe").stat().st_uid == 10001
 
-        python = Pod(second, {"PATH": str(Path(sys.executable).parent)}).command(
+        python = Sandbox(second, {"PATH": str(Path(sys.executable).parent)}).command(
             "python", "-c", "import os; print(os.getpid())"
         )
-        assert output(python) == "1", "Python is there, wherever it is installed"
+        assert output(python) == "1", "the pod has Python, wherever it is installed"
 
         job = subprocess.Popen(pod.command("sh", "-c", "sleep 600 & : > /runs/started; wait"))
         process = first_process(job)

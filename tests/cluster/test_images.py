@@ -1,4 +1,4 @@
-"""The images of k8s/Dockerfile: what hadolint and we ask of it, and its `sample` target built and run without docker."""
+"""The images of k8s/Dockerfile: linted, checked by rules of our own, and the target `sample` built and run without docker."""
 
 from __future__ import annotations
 
@@ -21,29 +21,15 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "k8s" / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = {"train": "SIGTERM", "sample": "SIGINT"}
-"""The images, and the signal that what runs in each hears as process 1."""
+"""The images, and the signal that stops process 1 of each."""
 PATTERNS = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
 BASE = re.compile(r"python:(\d+\.\d+)\.\d+-slim-[a-z]+(@sha256:[0-9a-f]{64})?")
-READ_ONLY = [
-    "bwrap",
-    "--ro-bind",
-    "/",
-    "/",
-    "--dev",
-    "/dev",
-    "--proc",
-    "/proc",
-    "--unshare-user",
-    "--uid",
-    "1000",
-    "--gid",
-    "1000",
-]
+READ_ONLY = f"{shutil.which('bwrap')} --ro-bind / / --dev /dev --proc /proc --unshare-user --uid 1000 --gid 1000".split()
 PROMPT = ("--prompt", "the cat said", "--max-new-tokens", "30", "--seed", "3")
 
 
 def hadolint(text: str) -> list[str]:
-    """The rules that hadolint finds broken, those of style included."""
+    """Return the rules that hadolint finds violated, those of style included."""
     command = [Path(sys.executable).parent / "hadolint", "--failure-threshold", "style", "--format", "json", "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT)
     found = [line["code"] for line in json.loads(done.stdout)]
@@ -52,7 +38,7 @@ def hadolint(text: str) -> list[str]:
 
 
 def extras(stages: dict[str, dockerfiles.Stage], target: str) -> list[str]:
-    """The extras that a target installs, `$EXTRA` at its default."""
+    """Return the extras that a target installs, with `$EXTRA` at its default."""
     command = next(text for name, text in stages["requirements"].instructions if name == "RUN")
     words = re.search(rf"requirements\.py ([^<]*)< pyproject\.toml > {target}\.txt", command)
     assert words, command
@@ -60,7 +46,7 @@ def extras(stages: dict[str, dockerfiles.Stage], target: str) -> list[str]:
 
 
 def stage_faults(stage: dockerfiles.Stage, earlier: list[str]) -> Iterator[str]:
-    """What is wrong with what a stage is made from."""
+    """Yield the faults of the base and the sources of a stage."""
     base = BASE.fullmatch(stage.base)
     if stage.base not in earlier and not base:
         yield f"{stage.base} is not pinned to a patch version and a release of Debian"
@@ -68,37 +54,37 @@ def stage_faults(stage: dockerfiles.Stage, earlier: list[str]) -> Iterator[str]:
         yield "the modules of this Python are not compiled"
     for source in dockerfiles.sources(stage):
         if not dockerfiles.context_files(ROOT, source):
-            yield f"{source} is not there, or .dockerignore keeps it out"
+            yield f"{source} does not exist, or .dockerignore excludes it"
 
 
 def target_faults(target: str, stages: dict[str, dockerfiles.Stage]) -> Iterator[str]:
-    """What is wrong with an image, of what hadolint does not ask."""
+    """Yield the faults of an image that hadolint does not look for."""
     stage = stages[target]
     if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", stage.last("USER")):
-        yield "the user is not a number, which runAsNonRoot needs, or is root"
+        yield "the user is root, or not a number, which runAsNonRoot needs"
     if stage.last("STOPSIGNAL") != TARGETS[target]:
         yield f"not stopped by {TARGETS[target]}"
     if not stage.last("ENTRYPOINT").startswith("[") or stage.last("CMD")[:1] not in ("", "["):
         yield "a shell is process 1"
     elif json.loads(stage.last("ENTRYPOINT"))[0] not in PROJECT["scripts"]:
-        yield "the entry point is no command of lmdist"
+        yield "the entry point is not a command of lmdist"
     if ("ARG", f"VERSION={lmdist.__version__}") not in stage.instructions:
         yield f"the version is not {lmdist.__version__}"
     runs = [dockerfiles.read_run(text) for name, text in stage.instructions if name == "RUN"]
     with_code = [any(mount.get("from") == "wheel" for mount in run.mounts) for run in runs]
     if any(name == "COPY" for name, _ in stage.instructions) or with_code != [False, True]:
-        yield "the dependencies do not have a layer of their own, below that of the code"
+        yield "the dependencies have no layer of their own below that of the code"
     known = PROJECT["optional-dependencies"]
     for extra in extras(stages, target):
         if extra not in known:
             yield f"pyproject.toml has no extra {extra}"
     needs = [line for extra in extras(stages, target) for line in known.get(extra, [])]
     if (target == "train") != any(re.match(r"torch\b", line) for line in needs):
-        yield "torch is where it is not wanted, or is not where it is"
+        yield "torch is installed in sample, or is missing in train"
 
 
 def faults(text: str) -> list[str]:
-    """What is wrong with a Dockerfile of lmdist, each fault behind the name of its stage."""
+    """Return the faults of a Dockerfile of lmdist, each after the name of its stage."""
     stages = dockerfiles.read(text)
     names = list(stages)
     found = [f"{name}: {fault}" for name in names for fault in stage_faults(stages[name], names[: names.index(name)])]
@@ -106,7 +92,7 @@ def faults(text: str) -> list[str]:
 
 
 def mutated(old: str, new: str) -> str:
-    """The Dockerfile with its last `old` replaced."""
+    """Return the Dockerfile with its last `old` replaced."""
     before, found, after = DOCKERFILE.rpartition(old)
     assert found, old
     return before + new + after
@@ -131,7 +117,7 @@ def test_hadolint_finds_nothing():
         ("/wheel/*.whl", "$WHEEL/*.whl", "SC2086"),
     ],
 )
-def test_hadolint_rejects(old: str, new: str, rule: str):
+def test_hadolint_finds(old: str, new: str, rule: str):
     assert rule in hadolint(mutated(old, new))
 
 
@@ -154,9 +140,9 @@ def test_the_dockerfile_has_no_fault():
         ("STOPSIGNAL SIGINT", "STOPSIGNAL SIGTERM", "sample: not stopped"),
         ("VERSION=0", "VERSION=9", "sample: the version"),
         ("WORKDIR /home", "COPY lmdist /opt/lmdist/\nWORKDIR /home", "sample: the dependencies"),
-        ("FROM base AS sample\n", "FROM base AS sample\nCOPY docs /docs/\n", "sample: docs is not there, or .dockerignore"),
-        ("source=constraints.txt", "source=constraint.txt", "sample: constraint.txt is not there"),
-        ("COPY lmdist lmdist", "COPY lmdists lmdist", "wheel: lmdists is not there"),
+        ("FROM base AS sample\n", "FROM base AS sample\nCOPY docs /docs/\n", "sample: docs does not exist, or .dockerignore"),
+        ("source=constraints.txt", "source=constraint.txt", "sample: constraint.txt does not exist"),
+        ("COPY lmdist lmdist", "COPY lmdists lmdist", "wheel: lmdists does not exist"),
         ('requirements.py serve "${EXTRA:-cpu}"', "requirements.py serve tpu", "sample: pyproject.toml has no extra tpu"),
         ('requirements.py serve "${EXTRA:-cpu}"', "requirements.py cpu train", "sample: torch"),
         ("train demo zstd", "demo zstd", "train: torch"),
@@ -168,60 +154,40 @@ def test_a_fault_is_found(old: str, new: str, fault: str):
 
 @pytest.mark.parametrize(
     "path",
-    [
-        "lmdist/train.py",
-        "export/lmdist_export/bundle.py",
-        "README.md",
-        "LICENSE",
-        "pyproject.toml",
-        "k8s/requirements.py",
-    ],
+    ["lmdist/train.py", "export/lmdist_export/bundle.py", "README.md", "LICENSE", "pyproject.toml", "k8s/requirements.py"],
 )
-def test_what_the_wheel_is_made_of_is_let_through(path: str):
+def test_the_sources_of_the_wheel_are_in_the_context(path: str):
     assert (ROOT / path).is_file()
-    assert dockerfiles.let_through(path, PATTERNS)
+    assert dockerfiles.included(path, PATTERNS)
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        *(
-            ".git/HEAD",
-            ".venv/bin/python",
-            "data/news/train.bin",
-            "runs/demo/recipe.toml",
-            "bundles/demo/weights.bin",
-            "mlflow.db",
-        ),
-        *(
-            "tests/test_images.py",
-            "benchmarks/speed.py",
-            "lmdist/__pycache__/train.pyc",
-            "k8s/Dockerfile",
-            "export/more.py",
-            "x.csv",
-        ),
+        *(".git/HEAD", ".venv/bin/python", "data/news/train.bin", "runs/demo/recipe.toml", "bundles/demo/weights.bin"),
+        *("mlflow.db", "tests/test_images.py", "benchmarks/speed.py", "lmdist/__pycache__/train.pyc", "k8s/Dockerfile"),
+        *("export/more.py", "x.csv"),
     ],
 )
-def test_everything_else_is_kept_out(path: str):
-    assert not dockerfiles.let_through(path, PATTERNS)
+def test_everything_else_is_excluded(path: str):
+    assert not dockerfiles.included(path, PATTERNS)
 
 
 @pytest.mark.parametrize(
     "line", ["ADD x y", "COPY --from=wheel /wheel /wheel", "RUN --network=host true", "USER 1:1\nRUN true"]
 )
-def test_an_instruction_that_is_not_known_is_an_error(line: str, tmp_path: Path):
+def test_an_unknown_instruction_is_an_error(line: str, tmp_path: Path):
     with pytest.raises(NotImplementedError):
         dockerfiles.Build(dockerfiles.read(f"FROM x AS y\n{line}\n"), ROOT, tmp_path, {}).image("y")
 
 
-def test_a_command_that_fails_ends_the_build(tmp_path: Path):
+def test_a_failing_command_stops_the_build(tmp_path: Path):
     with pytest.raises(RuntimeError, match="no such thing"):
         dockerfiles.Build(dockerfiles.read("FROM x AS y\nRUN echo no such thing; exit 3\n"), ROOT, tmp_path, {}).image("y")
 
 
 @pytest.mark.slow
-def test_the_environment_of_the_tests_has_what_train_installs(tmp_path: Path):
+def test_the_environment_of_the_tests_has_the_packages_of_train(tmp_path: Path):
     command = [sys.executable, "k8s/requirements.py", *extras(dockerfiles.read(DOCKERFILE), "train")]
     with (ROOT / "pyproject.toml").open() as pyproject:
         listed = subprocess.run(command, cwd=ROOT, stdin=pyproject, capture_output=True, text=True, check=True).stdout
@@ -262,29 +228,23 @@ def test_the_sample_target_samples_without_torch_on_a_read_only_root(tmp_path: P
     entry = json.loads(build.stages["sample"].last("ENTRYPOINT"))
 
     def started(*command: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*sandbox(tmp_path, image.folder / "tmp"), *command],
-            cwd=image.workdir,
-            env=image.environment,
-            capture_output=True,
-            text=True,
-        )
+        boxed = [*sandbox(tmp_path, image.folder / "tmp"), *command]
+        return subprocess.run(boxed, cwd=image.workdir, env=image.environment, capture_output=True, text=True)
 
     assert started(*entry, *json.loads(build.stages["sample"].last("CMD"))).stdout.startswith("usage: lmdist-generate")
-    made = started(*entry, bundle, *PROMPT)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout == expected.stdout
-    assert len(made.stdout.split()) > 10
+    generated = started(*entry, bundle, *PROMPT)
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout == expected.stdout
+    assert len(generated.stdout.split()) > 10
     assert started("lmdist-score", "--help").returncode == 0
     assert "No module named 'torch'" in started("python", "-c", "import torch").stderr
     if sandbox(tmp_path, image.folder / "tmp"):
-        nothing_kept = f'id -u && ! touch here && lmdist-generate "$@" > /dev/null && ls -A {image.folder / "tmp"}'
-        assert started("/bin/sh", "-c", nothing_kept, "sh", bundle, *PROMPT).stdout == "1000\n"
+        nothing_left = f'id -u && ! touch here && lmdist-generate "$@" > /dev/null && ls -A {image.folder / "tmp"}'
+        assert started("/bin/sh", "-c", nothing_left, "sh", bundle, *PROMPT).stdout == "1000\n"
 
 
 def sandbox(visible: Path, writable: Path) -> list[str | Path]:
-    """What makes a command run as uid 1000 on a read-only root with an empty /tmp, where this machine can."""
-    can = shutil.which("bwrap") and subprocess.run([*READ_ONLY, "true"], capture_output=True).returncode == 0
-    if not can:
+    """Return what runs a command as uid 1000 on a read-only root with an empty /tmp, where this machine can."""
+    if not shutil.which("bwrap") or subprocess.run([*READ_ONLY, "true"], capture_output=True).returncode:
         return []
     return [*READ_ONLY, "--tmpfs", "/tmp", "--ro-bind", visible, visible, "--tmpfs", writable]

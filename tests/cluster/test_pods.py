@@ -1,9 +1,8 @@
-"""The manifests do what they say: their own commands run in pods on this machine, under a Job controller.
+"""The manifests at work: their own commands run in pods on this machine, under a Job controller.
 
-What no machine without GPUs can do is changed, and nothing else: PET_NPROC_PER_NODE is 1 in place of gpu, the device is the
-CPU, and flags after the manifest's own make the model small and the training short. Where the demo corpus is written if it is
-not there, a short text lies already. The claims are folders; whatever else of a cluster is not here stands in IGNORED of
-pods.py and cluster.py.
+Only what needs GPUs is changed: PET_NPROC_PER_NODE is 1 instead of gpu, the device is the CPU, and flags after the manifest's
+own make the model small and the training short. A short text replaces the demo corpus. The claims are folders; what else of a
+cluster is missing stands in IGNORED of pods.py and cluster.py.
 """
 
 from __future__ import annotations
@@ -45,29 +44,29 @@ SMALL = (
 
 
 def changed(found: Sequence[Document], *flags: str) -> list[Document]:
-    """The objects with flags after those of the Job, and a rank for each pod in place of a rank for each GPU."""
-    made = copy.deepcopy(list(found))
-    for document in made:
+    """Return the objects with more flags of the Job, and one rank per pod instead of one per GPU."""
+    changed_objects = copy.deepcopy(list(found))
+    for document in changed_objects:
         if document["kind"] == "Job":
             (container,) = document["spec"]["template"]["spec"]["containers"]
             container["args"] += flags
             for variable in container["env"]:
                 if variable["name"] == "PET_NPROC_PER_NODE" and variable["value"] == "gpu":
                     variable["value"] = "1"
-    return made
+    return changed_objects
 
 
 def with_recipe(found: Sequence[Document], recipe: str) -> list[Document]:
-    """The objects with another recipe in their ConfigMap."""
-    made = copy.deepcopy(list(found))
-    for document in made:
+    """Return the objects with another recipe in their ConfigMap."""
+    changed_objects = copy.deepcopy(list(found))
+    for document in changed_objects:
         if document["kind"] == "ConfigMap" and "recipe.toml" in document["data"]:
             document["data"]["recipe.toml"] = recipe
-    return made
+    return changed_objects
 
 
 def write_text(claims: Path) -> None:
-    """Put a short text where lmdist-prepare would write the demo corpus, as a pod of the overlay shell would."""
+    """Write a short text in place of the demo corpus, as a pod of the overlay shell would."""
     path = claims / "lmdist-data" / "demo.csv"
     path.parent.mkdir(parents=True)
     with path.open("w", newline="") as file:
@@ -78,7 +77,7 @@ def write_text(claims: Path) -> None:
 
 
 def step(run: Path) -> int:
-    """How far a run has come."""
+    """Return the last logged step of a run."""
     try:
         return rows(run)[-1]["step"]
     except (OSError, IndexError, ValueError):
@@ -92,33 +91,33 @@ def multi_node() -> list[Document]:
 
 @dataclass
 class Trained:
-    """A namespace in which the Job of the overlay cpu-smoke has ended."""
+    """A namespace in which the Job of the overlay cpu-smoke has finished."""
 
     cluster: Cluster
     server: RunningPod
-    """Of the overlay mlflow, from before the Job on."""
+    """Of the overlay mlflow, started before the Job."""
     job: Job
     writable: set[str]
-    """Where the pods of the Job could write."""
+    """The writable places of the pods of the Job."""
 
     @property
     def run(self) -> Path:
         return self.cluster.claims / "lmdist-runs" / "lmdist-smoke"
 
     def tracked(self) -> list[tuple[str, str]]:
-        """The runs that the server knows, and their status."""
+        """Return the runs of the server, and their status."""
         return runs(self.cluster.claims / "mlflow" / "mlflow.db")
 
 
 def runs(database: Path) -> list[tuple[str, str]]:
-    """The names of the runs in a store of MLflow, and their status."""
+    """Return the names of the runs in an MLflow store, and their status."""
     with closing(sqlite3.connect(database)) as connection:
         return connection.execute("select name, status from runs").fetchall()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Iterator[Trained]:
-    """The overlays mlflow and cpu-smoke in one namespace; of 200 steps 60 are done."""
+    """The overlays mlflow and cpu-smoke in one namespace; the Job trains 60 of 200 steps."""
     with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         write_text(cluster.claims)
         for overlay in ("mlflow", "serve", "export"):
@@ -126,23 +125,23 @@ def trained(tmp_path_factory) -> Iterator[Trained]:
         cluster.apply(changed(documents("cpu-smoke"), *SMALL))
         server = start(cluster, "mlflow", "/health")
         job = Job(cluster, "lmdist-smoke")
-        made = Trained(cluster, server, job, set.union(*(pod.writable() for pod in job.active.values())))
-        # The end of a job waits for a server for some seconds only, in which a busy machine does not import mlflow: the
-        # training stands still until the server has heard of it.
-        assert not job.run(until=lambda: step(made.run) > 0)
+        result = Trained(cluster, server, job, set.union(*(pod.writable() for pod in job.active.values())))
+        # At its end a job waits for the server for a few seconds only, too short to import mlflow on a busy machine: the
+        # training is suspended until the server has the run.
+        assert not job.run(until=lambda: step(result.run) > 0)
         ranks = [process for pod in job.active.values() for process in pod.processes() if is_rank(process)]
         assert len(ranks) == 2
         for rank in ranks:
             rank.suspend()
-        cluster.wait(lambda: bool(made.tracked()), 100)
+        cluster.wait(lambda: bool(result.tracked()), 100)
         for rank in ranks:
             rank.resume()
         job.run()
-        yield made
+        yield result
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """Whether a process of a pod computes; the agent and the follower have other command lines."""
+    """Return whether a process of a pod is a rank, not the agent or the uploader."""
     with suppress(psutil.NoSuchProcess):
         return process.cmdline()[1:4] == ["-u", "-m", "lmdist.train"]
     return False
@@ -153,12 +152,12 @@ def test_two_nodes_train_to_the_end_and_write_to_their_volumes_only(trained, tmp
     assert job.condition == "Complete"
     assert [pod.exit_code for pod in job.ended] == [0, 0]
     assert {pod.host.name for pod in job.ended} == {"lmdist-smoke-0", "lmdist-smoke-1"}
-    assert "on 2 rank(s)" in job.ended[0].said() + job.ended[1].said()
+    assert "on 2 rank(s)" in job.ended[0].printed() + job.ended[1].printed()
 
     assert trained.writable == {"/data", "/runs", "/tmp", "/dev/shm"}
     owners = {(path.stat().st_uid, path.stat().st_gid) for path in claims.glob("lmdist-*/**/*")}
     assert owners == {(1000, 1000)}
-    assert not (run.parent / "mlflow.db").exists(), "figures go to the server"
+    assert not (run.parent / "mlflow.db").exists(), "metrics go to the server"
     assert trained.tracked() == [("lmdist-smoke", "FINISHED")]
     with closing(sqlite3.connect(claims / "mlflow" / "mlflow.db")) as database:
         (points,) = database.execute("select count(*) from metrics where key = 'train/loss'").fetchone()
@@ -174,7 +173,7 @@ def test_two_nodes_train_to_the_end_and_write_to_their_volumes_only(trained, tmp
 
 
 def test_the_loss_of_a_node_and_a_drain_cost_a_few_steps(trained, multi_node, tmp_path):
-    """A namespace without a server ends where the one with one did, which nothing disturbed."""
+    """In a namespace without a server, the result is that of the undisturbed job with a server."""
     with Cluster(tmp_path) as cluster:
         shutil.copytree(trained.cluster.claims / "lmdist-data", cluster.claims / "lmdist-data")
         cluster.apply(changed(multi_node, "--tracking.mlflow=false"))
@@ -184,24 +183,24 @@ def test_the_loss_of_a_node_and_a_drain_cost_a_few_steps(trained, multi_node, tm
         lost, survivor = job.active[1], job.active[0]
         job.lose(1)
         assert not job.run(until=lambda: step(run) >= 30)
-        assert job.active[0] is survivor, "a pod whose peer is lost keeps its place, and starts its ranks anew"
+        assert job.active[0] is survivor, "a pod whose peer is lost stays, and restarts its ranks"
         assert job.active[1].host.address != lost.host.address
         drained = job.active[0]
         job.drain(0)
         assert job.run() == "Complete"
         assert (lost.exit_code, drained.exit_code) == (137, 75)
         assert job.exit_codes()[0] == 2
-        assert job.failures == 0, "neither is the Job's fault"
+        assert job.failures == 0, "neither counts as a failure of the Job"
 
         template = copy.deepcopy(job.template)
         template["spec"]["containers"][0] |= {"command": ["lmdist-sync"], "args": ["/runs/lmdist-train"]}
         pod = cluster.start(template, "lmdist-sync-x2x7z")
         cluster.wait(lambda: pod.exit_code is not None, 300)
-        assert pod.exit_code == 0, pod.said()
+        assert pod.exit_code == 0, pod.printed()
     assert losses(run) == losses(trained.run)
     assert fingerprint(run) == fingerprint(trained.run)
     assert {path.name for path in run.parent.iterdir()} == {"lmdist-train", "mlflow.db", "mlruns"}
-    assert runs(run.parent / "mlflow.db") == [("lmdist-train", "FINISHED")], "without a server it is a file"
+    assert runs(run.parent / "mlflow.db") == [("lmdist-train", "FINISHED")], "without a server the store is a file"
 
 
 def test_what_a_cluster_has_trained_is_exported_and_served(trained):
@@ -212,7 +211,7 @@ def test_what_a_cluster_has_trained_is_exported_and_served(trained):
     container["args"] = [argument.replace("/runs/lmdist-train", "/runs/lmdist-smoke") for argument in container["args"]]
     export = Job(cluster, "lmdist-export")
     assert not export.run(until=lambda: bool(export.active[0].processes()))
-    assert export.active[0].writable() == {"/runs", "/tmp", "/dev/shm"}, "data is mounted to be read"
+    assert export.active[0].writable() == {"/runs", "/tmp", "/dev/shm"}, "data is mounted read-only"
     assert export.run() == "Complete"
 
     (container,) = cluster.objects["Deployment", "lmdist-serve"]["spec"]["template"]["spec"]["containers"]
@@ -225,7 +224,7 @@ def test_what_a_cluster_has_trained_is_exported_and_served(trained):
     (prediction,) = json.loads(answer(request(server, model, "/invocations", body)))["predictions"]
     assert prediction["text"].startswith("w3 w5")
     model.stop()
-    assert answer(request(server, model, "/ping")), "it answers until all have heard that it leaves"
+    assert answer(request(server, model, "/ping")), "it answers until all nodes have removed it from the Service"
     assert model.hook
     model.hook.terminate()
     cluster.wait(lambda: model.exit_code is not None, model.container.grace_seconds)
@@ -238,20 +237,19 @@ def test_what_a_cluster_has_trained_is_exported_and_served(trained):
 
 
 def start(cluster: Cluster, deployment: str, health: str) -> RunningPod:
-    """A pod of a Deployment, once its probes are answered."""
+    """Start a pod of a Deployment, and return it once it answers its probes."""
     pod = cluster.start(cluster.objects["Deployment", deployment]["spec"]["template"], f"{deployment}-5d4c7b8f96-x2x7z")
-    assert {probe.path for probe in pod.container.probes.values()} == {health}
-    assert set(pod.container.probes) == {"startupProbe", "readinessProbe", "livenessProbe"}
+    assert pod.container.health == dict.fromkeys(("startupProbe", "readinessProbe", "livenessProbe"), health)
     probe = subprocess.Popen(request(pod, pod, health, patience=300), stdout=subprocess.DEVNULL)
     cluster.wait(lambda: probe.poll() is not None or pod.exit_code is not None, 330)
-    assert probe.returncode == 0, pod.said()
+    assert probe.returncode == 0, pod.printed()
     return pod
 
 
 def request(asker: RunningPod, pod: RunningPod, path: str, body: str = "", patience: int = 0) -> list[str]:
-    """A command that asks a pod at the port of its probes, from the host of a pod, for so many seconds until it listens.
+    """Return a command that sends a request to a pod from the host of a pod, and repeats it for `patience` seconds.
 
-    It is one process however often it asks: to start Python for each time takes the processor from the pod.
+    It is one process for all attempts: starting Python for each would take the CPU from the pod.
     """
     script = """if True:
         import sys, time, urllib.error, urllib.request
@@ -267,12 +265,12 @@ def request(asker: RunningPod, pod: RunningPod, path: str, body: str = "", patie
                     raise
                 time.sleep(0.2)
     """
-    address = f"http://{pod.host.address}:{pod.container.probes['readinessProbe'].port}{path}"
+    address = f"http://{pod.host.address}:{pod.container.port}{path}"
     return asker.host.command(sys.executable, "-c", script, address, body, str(patience))
 
 
 def answer(request: list[str]) -> str:
-    """What a request is answered; it is an error where it is not."""
+    """Return the answer to a request, which has to succeed."""
     return subprocess.run(request, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -305,12 +303,12 @@ def test_a_mistake_fails_the_job_at_once_in_one_line(mistake, tmp_path):
         failed = [pod for pod in job.ended if pod.exit_code == code]
         assert failed, job.exit_codes()
         assert set(job.exit_codes()) <= {code, 75}
-        assert len(job.ended) == job.completions, "no pod comes twice"
+        assert len(job.ended) == job.completions, "no pod is replaced"
         for pod in failed:
-            assert len([line for line in pod.said().splitlines() if "error" in line]) <= 1
-            assert "starting anew" not in pod.said()
-            assert "Traceback" not in pod.said()
-        assert message in "".join(pod.said() for pod in failed)
+            assert len([line for line in pod.printed().splitlines() if "error" in line]) <= 1
+            assert "restarting from" not in pod.printed()
+            assert "Traceback" not in pod.printed()
+        assert message in "".join(pod.printed() for pod in failed)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
@@ -321,7 +319,7 @@ def test_a_node_without_the_gpus_that_were_promised_fails_the_job(tmp_path):
         assert job.run() == "Failed: PodFailurePolicy"
         first = job.ended[0]
         assert first.exit_code == 64
-        (line,) = first.said().splitlines()
+        (line,) = first.printed().splitlines()
         assert "nproc_per_node is gpu (Cuda is not available.)" in line
 
 
@@ -329,9 +327,9 @@ def test_a_pod_killed_for_its_memory_counts_as_a_failure(multi_node, tmp_path):
     with Cluster(tmp_path) as cluster:
         cluster.apply(multi_node)
         job = Job(cluster, "lmdist-train")
-        assert not job.run(until=lambda: len(job.active[0].processes()) > 1)  # its launcher hears a signal from here on
+        assert not job.run(until=lambda: len(job.active[0].processes()) > 1)  # its launcher handles signals from here on
         for failures in range(1, job.backoff_limit + 2):
             job.kill(1)
             job.run(until=lambda failures=failures: job.failures == failures)
         assert job.run() == "Failed: BackoffLimitExceeded"
-        assert job.exit_codes() == {137: 4, 75: 1}, "the other one is stopped with the Job"
+        assert job.exit_codes() == {137: 4, 75: 1}, "the other pod is stopped with the Job"

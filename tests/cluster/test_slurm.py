@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch under a real Slurm on two hosts of this machine, and its decisions under a stand-in as well."""
+"""launch/slurm.sbatch under a real Slurm on two hosts of this machine, and its decisions under a mock as well."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ClusterName=lmdist
 SlurmctldHost=node-0
 AuthType=auth/none
 CredType=cred/none
-AuthInfo=cred_expire=5  # a job that is queued again waits for so long
+AuthInfo=cred_expire=5  # a requeued job waits for so long
 SlurmUser=root
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
@@ -39,7 +39,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,bf_interval=1
-# What only ends what hangs is generous: the machine may be busy.
+# Timeouts are generous: the machine may be busy.
 MessageTimeout=60
 TCPTimeout=30
 BatchStartTimeout=120
@@ -63,24 +63,24 @@ class Slurm:
     configuration: Path
 
     def run(self, *command: str | Path) -> str:
-        """Run one of Slurm's commands, and give what it prints."""
+        """Run one of Slurm's commands, and return its output."""
         environment = {**installed(), "SLURM_CONF": str(self.configuration)}
         done = subprocess.run(self.login.command(*command), cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def submit(self, folder: Path, *flags: str) -> str:
-        """Queue a job of two machines without GPUs, and give its number."""
+        """Submit a job of two nodes without GPUs, and return its id."""
         options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={folder}/log", "--parsable"]
         return self.run("sbatch", *options, SCRIPT, f"--data.folder={folder}/data", f"--run_folder={folder}/run", *flags)
 
     def facts(self, job: str) -> dict[str, str]:
-        """What Slurm says of a job."""
+        """Return the fields of a job."""
         said = self.run("scontrol", "show", "job", job, "--oneliner")
         return {name: value for name, _, value in (fact.partition("=") for fact in said.split())}
 
     def end(self, job: str) -> tuple[str, str, str]:
-        """How a job has ended, when it has: its state, its exit code, how often it was queued again."""
+        """Wait for a job, and return its state, its exit code, and how often it was requeued."""
         until = time.monotonic() + 300
         while True:
             facts = self.facts(job)
@@ -92,11 +92,11 @@ class Slurm:
 
 @contextmanager
 def cluster() -> Iterator[Slurm]:
-    """A cluster for as long as the context lasts; its daemons and jobs end with its hosts."""
+    """Start a cluster, whose daemons and jobs are terminated with the context."""
     with tempfile.TemporaryDirectory(prefix="lmdist-slurm-") as folder, hosts("node-0", "node-1") as machines:
         configuration = Path(folder) / "slurm.conf"
         configuration.write_text(CONFIGURATION.format(folder=folder))
-        # slurmd wants to know a version, though nothing is done by control groups; these hosts have none.
+        # slurmd requires a version, although these hosts have no control groups.
         (Path(folder) / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         for name in ("state", "node-0", "node-1"):
             (Path(folder) / name).mkdir()
@@ -136,15 +136,15 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 @needs_hosts
-def test_a_job_that_is_stopped_is_queued_again_and_one_that_is_cancelled_is_not(slurm, folder, tmp_path_factory):
-    """Both save when they are asked, and the first one ends where the other one, not stopped until then, came by."""
+def test_a_stopped_job_is_requeued_and_a_cancelled_one_is_not(slurm, folder, tmp_path_factory):
+    """Both save on request, and the first one ends in the state that the other one, not stopped until then, passes."""
     job = slurm.submit(folder, *LONG)
     wait_for_steps(folder / "run", 20)
-    slurm.run("scancel", "--signal=TERM", job)  # what --signal has Slurm send ahead of the time limit
+    slurm.run("scancel", "--signal=TERM", job)  # as --signal makes Slurm send before the time limit
     assert slurm.end(job) == ("COMPLETED", "0:0", "1"), (folder / "log").read_text()
     log = (folder / "log").read_text()
     assert "on 2 rank(s)" in log
-    assert log.count("stopped on request after step") == log.count("the job is queued again") == 1
+    assert log.count("stopped on request after step") == log.count("the job is requeued") == 1
 
     cancelled = tmp_path_factory.mktemp("cancelled")
     (cancelled / "data").symlink_to(folder / "data")
@@ -170,9 +170,9 @@ def test_a_wrong_recipe_fails_once(slurm, folder):
     assert "--model.nhid" in (folder / "log").read_text()
 
 
-# --- a stand-in ----------------------------------------------------------------------------------------------------
+# --- a mock --------------------------------------------------------------------------------------------------------
 
-STAND_INS = {
+MOCKS = {
     "srun": f"""#!{sys.executable}
 import os, signal, subprocess, sys, time
 command = sys.argv[1:]
@@ -209,7 +209,7 @@ exit "$end"
 DECISIONS = {
     "done": (["0", "0"], 0),
     "asked to stop": (["75", "75"], 75),
-    "one gives up, the other is asked": (["75", "wait"], 75),
+    "one gives up, the other is asked to stop": (["75", "wait"], 75),
     "the usage is wrong": (["64", "64"], 64),
     "bad data on machine 0": (["65", "wait"], 65),
     "a missing recipe on machine 1": (["wait", "66"], 66),
@@ -219,9 +219,9 @@ DECISIONS = {
 
 
 @pytest.mark.parametrize("case", DECISIONS)
-def test_75_alone_is_queued_again_and_a_mistake_counts_for_more(case, tmp_path):
+def test_only_75_is_requeued_and_a_mistake_takes_precedence(case, tmp_path):
     ends, code = DECISIONS[case]
-    for name, script in STAND_INS.items():
+    for name, script in MOCKS.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
@@ -245,7 +245,7 @@ def test_75_alone_is_queued_again_and_a_mistake_counts_for_more(case, tmp_path):
     assert (requeued.read_text() if requeued.exists() else "") == ("20042\n" if code == 75 else "")
 
 
-def test_a_job_from_another_folder_says_so(tmp_path):
+def test_a_job_from_another_folder_is_an_error(tmp_path):
     done = subprocess.run(["bash", SCRIPT], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 66
     assert f"there is no launch/node.sh in {tmp_path}" in done.stderr

@@ -28,23 +28,16 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist_export import PRECISIONS, export
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationConfig
-from lmdist_export.conversion import convert, verify
+from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
+from lmdist_export.conversion import verify
 from lmdist_export.conversion.verify import torch_step
-from lmdist_export.graph import onnx_file
-from lmdist_export.graph.graphs import (
-    EVERY_FEATURE,
-    NBITS_BLOCK,
-    Features,
-    Sizes,
-    file_length,
-    generation_graph,
-    score_graph,
-    step_graph,
-    weights,
-    word_graph,
-)
+from lmdist_export.conversion.weights import quantize_int4, quantize_int8, write_graphs
+from lmdist_export.graph import cell, onnx_file
+from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, word_graph
+from lmdist_export.graph.network import Target
 from lmdist_export.graph.onnx_file import Graph, attribute, message, model_bytes
+from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, file_length, weights
+from lmdist_export.options import EVERY_FEATURE, GRAPH, Features, GenerationConfig
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import (
     ADAPTIVE,
@@ -103,18 +96,18 @@ def rounded(model: LanguageModel, precision: str) -> LanguageModel:
             if precision == "fp16" and values.ndim == 2:
                 values = values.astype(np.float16)
             elif precision == "int4" and name == "projection.weight":
-                values = from_four_bits(*convert.four_bits(values), values.shape[1])
+                values = dequantize_int4(*quantize_int4(values), values.shape[1])
             elif precision in ("int8", "int4") and values.ndim == 2:
-                whole, scale = convert.eight_bits(values)
-                values = whole * scale[:, None]
+                integers, scale = quantize_int8(values)
+                values = integers * scale[:, None]
             parameter.copy_(torch.from_numpy(values))
     return model
 
 
-def from_four_bits(whole: NDArray[np.uint8], scale: NDArray[np.float32], inputs: int) -> NDArray[np.float32]:
-    """What the numbers of `four_bits` are worth, by the words of the document of MatMulNBits: the low half byte first."""
-    numbers = np.stack([whole & 15, whole >> 4], axis=-1).reshape(*whole.shape[:2], -1).astype(np.float32) - 8
-    return (numbers * scale.reshape(*whole.shape[:2], 1)).reshape(len(whole), -1)[:, :inputs]
+def dequantize_int4(integers: NDArray[np.uint8], scale: NDArray[np.float32], inputs: int) -> NDArray[np.float32]:
+    """The values of `quantize_int4`, as the documentation of MatMulNBits has them: the low half byte first."""
+    numbers = np.stack([integers & 15, integers >> 4], axis=-1).reshape(*integers.shape[:2], -1).astype(np.float32) - 8
+    return (numbers * scale.reshape(*integers.shape[:2], 1)).reshape(len(integers), -1)[:, :inputs]
 
 
 # Rows of more than one block of 4-bit numbers.
@@ -135,7 +128,7 @@ def test_the_graph_answers_as_torch_does(settings: ModelSettings, precision: str
     model = rounded(make_model(settings, VOCABULARY_SIZE), precision)
     random = np.random.default_rng(1)
     # Over many words an LSTM makes much of little.
-    for rows, length in [(1, 1), (9, 1), (50, 1)] if sampler.sizes.whole else [(1, 1), (2, 3), (7, 11), (1, 40), (9, 1)]:
+    for rows, length in [(1, 1), (9, 1), (50, 1)] if sampler.sizes.is_quantized else [(1, 1), (2, 3), (7, 11), (1, 40), (9, 1)]:
         tokens = random.integers(0, VOCABULARY_SIZE, (rows, length))
         state = tuple(random.uniform(-1, 1, (2, rows, sum(model.layer_sizes))).astype(np.float32))
         logits, after = sampler.step(tokens, state)
@@ -160,13 +153,13 @@ def test_few_bits_are_half_a_unit_off_at_most(rows: int, inputs: int, seed: int,
     random = np.random.default_rng(seed)
     values = (random.normal(size=(rows, inputs)) * 10.0**digits).astype(np.float32)
     values[random.random((rows, inputs)) < 0.1] = 0
-    whole, scale = convert.eight_bits(values)
-    assert np.abs(whole).max() <= 127
-    assert (np.abs(whole * scale[:, None] - values) <= 0.5001 * scale[:, None]).all()
-    whole, scale = convert.four_bits(values)
-    assert whole.shape == (rows, -(-inputs // NBITS_BLOCK), NBITS_BLOCK // 2)
+    integers, scale = quantize_int8(values)
+    assert np.abs(integers).max() <= 127
+    assert (np.abs(integers * scale[:, None] - values) <= 0.5001 * scale[:, None]).all()
+    integers, scale = quantize_int4(values)
+    assert integers.shape == (rows, -(-inputs // NBITS_BLOCK), NBITS_BLOCK // 2)
     units = np.repeat(scale.reshape(rows, -1), NBITS_BLOCK, axis=1)[:, :inputs]  # with the sign of what is -8 of them
-    off = np.abs(from_four_bits(whole, scale, inputs) - values)
+    off = np.abs(dequantize_int4(integers, scale, inputs) - values)
     # There is one more below zero than above: what is as large as the largest on the other side is a whole unit off.
     assert (off <= 1.0001 * np.abs(units)).all()
     assert (off <= 0.5001 * np.abs(units))[values / units <= 7.5].all()
@@ -174,9 +167,9 @@ def test_few_bits_are_half_a_unit_off_at_most(rows: int, inputs: int, seed: int,
 
 def test_rows_of_zeros_stay_zeros() -> None:
     nothing = np.zeros((2, 70), np.float32)
-    whole, scale = convert.eight_bits(nothing)
-    assert not (whole * scale[:, None]).any()
-    assert not from_four_bits(*convert.four_bits(nothing), 70).any()
+    integers, scale = quantize_int8(nothing)
+    assert not (integers * scale[:, None]).any()
+    assert not dequantize_int4(*quantize_int4(nothing), 70).any()
 
 
 # --- the files of the graphs ---------------------------------------------------------------------------------------
@@ -239,17 +232,12 @@ def test_names_types_axes_and_metadata_of_the_generation_graph(tmp_path: Path) -
         "bias": (TensorProto.FLOAT, [PADDED]),
         "stops": (TensorProto.INT64, ["stop_words"]),
         "going": (TensorProto.BOOL, ["batch"]),
-        "inverse_temperature": number,
         "counts": of_words,
         "in_prompt": (TensorProto.BOOL, ["batch", PADDED]),
         "row_bias": (TensorProto.FLOAT, ["rows", PADDED]),
-        "repetition_penalty": number,
-        "presence_penalty": number,
-        "frequency_penalty": number,
+        "inverse_temperature": number,
         "top_k": (TensorProto.INT64, [1]),
-        "top_p": number,
-        "min_p": number,
-        "typical_p": number,
+        **{name: number for name in GRAPH if name not in ("temperature", "top_k")},
     }
     assert described(model.graph.output) == {
         "words": (TensorProto.INT64, ["made_words", "batch"]),
@@ -308,10 +296,10 @@ def test_graphs_are_what_onnx_expects(precision: str, tmp_path: Path) -> None:
         with (tmp_path / WEIGHTS).open("wb") as file:
             file.truncate(file_length(sizes))
         # The same on a processor of another kind: whole numbers run on no other.
-        for where in ({"cuda": False}, {"saturates": True} if sizes.whole else {"cuda": True}):
-            graphs = [step_graph(sizes, WEIGHTS, "small", **where), score_graph(sizes, WEIGHTS, **where)]
-            graphs += [generation_graph(sizes, features, WEIGHTS, "small", **where) for features in SOME_FEATURES]
-            graphs += [word_graph(sizes, features, WEIGHTS, **where) for features in SOME_FEATURES]
+        for target in (Target(WEIGHTS), Target(WEIGHTS, cuda=not sizes.is_quantized, int8_saturates=sizes.is_quantized)):
+            graphs = [step_graph(sizes, target, "small"), score_graph(sizes, target)]
+            graphs += [generation_graph(sizes, features, target, "small") for features in SOME_FEATURES]
+            graphs += [word_graph(sizes, features, target) for features in SOME_FEATURES]
             for graph in graphs:
                 path.write_bytes(graph)
                 onnx.checker.check_model(path, full_check=True)
@@ -325,7 +313,7 @@ def test_weights_have_places_of_their_own(sizes: Sizes, precision: str) -> None:
     taken = sorted(
         (weight.offset, weight.offset + int(np.prod(weight.shape)) * onnx_file.TYPES[weight.kind].itemsize)
         for name, weight in table.items()
-        if name != "embedding" or sizes.whole or not sizes.tied
+        if name != "embedding" or sizes.is_quantized or not sizes.tied
     )
     assert all(end <= start for (_, end), (start, _) in pairwise(taken))
     assert all(start % 4096 == 0 for start, _ in taken)
@@ -362,7 +350,7 @@ def test_what_is_written_is_what_onnx_reads(shape: list[int], kind: int, texts: 
     name = g.constant(values)
     assert g.constant(values.copy()) == name  # what is the same is there once
     outer = g("Add", x, name)
-    body = g.body("inside")
+    body = g.subgraph("inside")
     body.output(body("Add", outer, body.constant(values)), "inner", kind, [])
     g.output(g("If", x, then_branch=body, else_branch=body), "y", kind, ["rows", 3])
     model = onnx.load_model_from_string(model_bytes(g, texts))
@@ -389,7 +377,7 @@ def test_a_wrong_graph_is_not_written(
     def torchs_own_order(parameter: NDArray[np.float32]) -> NDArray[np.float32]:
         return parameter
 
-    monkeypatch.setattr(convert, "input_output_forget_cell", torchs_own_order)
+    monkeypatch.setattr(cell, "onnx_gates", torchs_own_order)
     code, message = failure([run, "-o", tmp_path / "bundle"], capsys)
     assert code == 1
     assert re.search(r"nothing was written: logits for 1 rows of 1 words: the largest difference .* allowed is", message)
@@ -400,7 +388,9 @@ def test_a_wrong_graph_leaves_the_bundle_that_is_there(
     run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
-    monkeypatch.setattr(convert, "array", lambda parameter: parameter.detach().numpy() * np.float32(1.01))
+    monkeypatch.setattr(
+        "lmdist_export.conversion.weights.array", lambda parameter: parameter.detach().numpy() * np.float32(1.01)
+    )
     code, _ = failure([run, "-o", tmp_path / "bundle", "--overwrite"], capsys)
     assert code == 1
     assert Bundle.load(tmp_path / "bundle").manifest == Bundle.load(bundle).manifest
@@ -434,7 +424,7 @@ def test_a_model_whose_logits_are_no_numbers_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_parameter("projection.weight").fill_(3e38)
     with pytest.raises(DataError, match="the logits of the model are not finite"):
-        verify.check_values(Sampler(dataclasses.replace(made, sizes=convert.write_graphs(model, made.folder, "small"))), model)
+        verify.check_values(Sampler(dataclasses.replace(made, sizes=write_graphs(model, made.folder, "small"))), model)
 
 
 def test_perplexity_is_that_of_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,7 +508,9 @@ def test_the_manifest_says_what_the_bundle_is(bundle: Path) -> None:
     loaded = Bundle.load(bundle)
     assert dataclasses.asdict(loaded.sizes) == manifest["sizes"]
     assert loaded.generation == GenerationConfig()
-    assert json.loads((bundle / "generation_config.json").read_text(encoding="utf-8")) == {
+    written = json.loads((bundle / "generation_config.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(dataclasses.asdict(GenerationConfig())))
+    assert written == written | {
         "bos_token_id": 1,
         "eos_token_id": 1,
         "do_sample": True,
@@ -551,20 +543,18 @@ def test_each_precision_is_exported(run: Path, tmp_path: Path, capsys: pytest.Ca
         assert loaded.manifest["held_out"]["loss_percent"] < {"int8": 1, "int4": 3}.get(precision, 0.1)
         assert f"MB, {precision}, " in capsys.readouterr().out
         sampler = Sampler(loaded, threads=1)
-        words, _ = sampler.make(sampler.start([[1]]).seeded(0), loaded.generation, 5)
+        words, _ = sampler.generate(sampler.start([[1]]).seeded(0), loaded.generation, 5)
         assert words.shape == (5, 1)
 
 
 def test_a_precision_that_costs_too_much(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = convert.eight_bits
-
     def too_large(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        whole, scale = right(rows)
-        return whole, 2 * scale
+        integers, scale = quantize_int8(rows)
+        return integers, 2 * scale
 
-    monkeypatch.setattr(convert, "eight_bits", too_large)
+    monkeypatch.setattr("lmdist_export.conversion.weights.quantize_int8", too_large)
     output = tmp_path / "bundle"
     code, message = failure([run, "-o", output, "--precision", "int8"], capsys)
     found = re.search(
@@ -738,33 +728,33 @@ def test_generation_config_may_be_edited(bundle: Path, tmp_path: Path) -> None:
         ({"temperature": "hot"}, "temperature is 'hot'; a number"),
         ({"temperature": True}, "temperature is True"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be"),
-        ({"top_k": 1.5}, "top_k is 1.5; a whole number"),
+        ({"top_k": 1.5}, "top_k is 1.5; an integer"),
         ({"top_p": 0}, "top_p is 0; it must be"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 10**15}, "max_new_tokens is 1000000000000000; it must be at most 1,000,000"),
         ({"suppress_tokens": 0}, "suppress_tokens is 0; a list"),
-        ({"suppress_tokens": [99]}, "99 is no word's id"),
-        ({"suppress_tokens": ["<unk>"]}, r"suppress_tokens\[0\] is '<unk>'; a whole number"),
-        ({"suppress_tokens": list(range(len(WORDS) + 2))}, "leaves no word"),
+        ({"suppress_tokens": [99]}, "99 is not the id of a token"),
+        ({"suppress_tokens": ["<unk>"]}, r"suppress_tokens\[0\] is '<unk>'; an integer"),
+        ({"suppress_tokens": list(range(len(WORDS) + 2))}, "leaves no token"),
         ({"min_p": 1.5}, "min_p is 1.5; it must be from 0"),
         ({"typical_p": 0.0}, "typical_p is 0.0; it must be above 0"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
-        ({"repetition_penalty": 1e-7}, "repetition_penalty is 1e-07; it must be above 0, from 1e-06 to 1,000,000"),
-        ({"presence_penalty": 1e7}, "presence_penalty is 10000000.0; it must be a number, at most 1,000,000"),
-        ({"frequency_penalty": -1e18}, "it must be a number, at most 1,000,000"),
-        ({"sequence_bias": [[[5], 1e7]]}, "it must be words and numbers, at most 1,000,000"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be from 1e-06"),
+        ({"repetition_penalty": 1e-7}, "repetition_penalty is 1e-07; it must be from 1e-06 to 1,000,000"),
+        ({"presence_penalty": 1e7}, "presence_penalty is 10000000.0; it must be from -1,000,000 to 1,000,000"),
+        ({"frequency_penalty": -1e18}, "it must be from -1,000,000 to 1,000,000"),
+        ({"sequence_bias": [[[5], 1e7]]}, "it must be tokens and numbers, at most 1,000,000"),
         ({"min_new_tokens": 201}, "min_new_tokens is 201; it must be from 0 to max_new_tokens, 200"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
         ({"num_beams": 0}, "num_beams is 0"),
         ({"num_beams": 10**9}, "num_beams is 1000000000; it must be from 1"),
-        ({"bad_words_ids": [[5], []]}, "sequences of at least one word"),
+        ({"bad_words_ids": [[5], []]}, "sequences of at least one token"),
         ({"bad_words_ids": [5]}, r"bad_words_ids\[0\] is 5; a list"),
-        ({"bad_words_ids": [[5, 99]]}, "99 is no word's id"),
-        ({"sequence_bias": [[[5, 6], 1.0]]}, "words one by one"),
+        ({"bad_words_ids": [[5, 99]]}, "99 is not the id of a token"),
+        ({"sequence_bias": [[[5, 6], 1.0]]}, "tokens one by one"),
         ({"sequence_bias": [[[5], "much"]]}, r"sequence_bias\[0\]\[1\] is 'much'; a number"),
         ({"sequence_bias": [[[5]]]}, r"sequence_bias\[0\] is \[\[5\]\]; a list of 2 is expected"),
-        ({"sequence_bias": [[[99], 1.0]]}, "99 is no word's id"),
-        ({"eos_token_id": -1}, "-1 is no word's id"),
+        ({"sequence_bias": [[[99], 1.0]]}, "99 is not the id of a token"),
+        ({"eos_token_id": -1}, "-1 is not the id of a token"),
     ],
 )
 def test_generation_config_with_a_wrong_value(bundle: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:

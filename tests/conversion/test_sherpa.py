@@ -23,7 +23,8 @@ from lmdist.settings import ModelSettings
 from lmdist.training.checkpoints.read import load_model
 from lmdist_export import export
 from lmdist_export.conversion import sherpa
-from lmdist_export.sampling.sampler import open_session
+from lmdist_export.graph import cell
+from lmdist_export.sampling.runtime import open_session
 from support.small_bundles import ADAPTIVE, SINGLE, TIED, UNTIED, WORDS, command, make_bundle, make_run
 
 STEP = "checkpoints/step-000000007"
@@ -264,7 +265,7 @@ def test_a_wrong_graph_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path, UNTIED)
-    monkeypatch.setattr(sherpa, "input_output_forget_cell", lambda parameter: parameter)
+    monkeypatch.setattr(cell, "onnx_gates", lambda parameter: parameter)
     code, message = failure([run, "-o", tmp_path / "out/sherpa"], capsys)
     assert code == 1
     assert "nothing was written: log_softmax for 1 rows, word 1: the largest difference" in message

@@ -1,4 +1,4 @@
-"""lmdist-train as an operator meets it: real torchrun, real signals, real kills."""
+"""lmdist-train as an operator uses it: real torchrun, real signals, real kills."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,36 +39,43 @@ def start(tmp_path: Path, *flags: str, ranks: int = 2, **variables: str) -> subp
         return subprocess.Popen(command, cwd=tmp_path, env={**environment(), **variables}, stderr=stderr, text=True)
 
 
-def said(tmp_path: Path) -> str:
+def printed(tmp_path: Path) -> str:
     return (tmp_path / "stderr").read_text()
 
 
-def below(job: subprocess.Popen[str]) -> list[psutil.Process]:
+def descendants(job: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(job.pid).children(recursive=True)
 
 
 def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = [process for process in below(job) if process.ppid() != job.pid]
-    return sorted((process for process in found if "RANK" in process.environ()), key=lambda process: process.environ()["RANK"])
+    found = [process for process in descendants(job) if process.ppid() != job.pid]
+    return sorted((process for process in found if rank_of(process)), key=rank_of)
+
+
+def rank_of(process: psutil.Process) -> str:
+    """Return the rank of a process; empty where it has none, or not any more."""
+    with suppress(psutil.Error):
+        return process.environ().get("RANK", "")
+    return ""
 
 
 @pytest.mark.slow
-def test_a_killed_rank_and_two_clean_stops_end_as_an_undisturbed_run(data, tmp_path):
+def test_a_killed_rank_and_two_clean_stops_give_the_result_of_an_undisturbed_run(data, tmp_path):
     train(2, *LONG, "--data.folder=data", "--run_folder=whole", cwd=tmp_path)
     run = tmp_path / "disturbed"
     flags = [*LONG, "--run_folder=disturbed", "--resume=auto", "--restarts=1"]
     job = start(tmp_path, *flags)
     wait_for_steps(run, 20)
     ranks_of(job)[1].kill()
-    wait_for_steps(run, 40)  # the launcher has brought it back
-    ranks_of(job)[1].send_signal(signal.SIGTERM)  # one rank alone is asked, as on a node that is drained
-    wait_for_steps(run, 60)  # what another asked for is a restart to this launcher
+    wait_for_steps(run, 40)  # the launcher has restarted the ranks
+    ranks_of(job)[1].send_signal(signal.SIGTERM)  # one rank alone, as on a node that is drained
+    wait_for_steps(run, 60)  # a stop that the launcher did not request is a failure to it
     job.send_signal(signal.SIGINT)  # Ctrl-C is a stop like any other
     assert job.wait(timeout=60) == 75
-    assert "rank 1 was ended by SIGKILL" in said(tmp_path)
-    assert said(tmp_path).count("starting anew from step-") == 2
-    assert f"stopped on request after step {rows(run)[-1]['step']}" in said(tmp_path)
-    assert fingerprint(run)[0] == f"step-{rows(run)[-1]['step']:09d}", "the step of the stop is the one that was saved"
+    assert "rank 1 was killed by SIGKILL" in printed(tmp_path)
+    assert printed(tmp_path).count("restarting from step-") == 2
+    assert f"stopped on request after step {rows(run)[-1]['step']}" in printed(tmp_path)
+    assert fingerprint(run)[0] == f"step-{rows(run)[-1]['step']:09d}", "the last step is saved"
 
     train(2, *LONG, "--data.folder=data", f"--run_folder={run}", "--resume=auto", cwd=tmp_path)
     assert losses(run) == losses(tmp_path / "whole")
@@ -77,10 +84,10 @@ def test_a_killed_rank_and_two_clean_stops_end_as_an_undisturbed_run(data, tmp_p
 
 
 @pytest.mark.slow
-def test_a_launcher_that_is_killed_leaves_no_orphan_and_one_that_gives_up_says_75(data, tmp_path):
+def test_a_launcher_that_is_killed_leaves_no_orphan_and_one_that_gives_up_exits_with_75(data, tmp_path):
     job = start(tmp_path, *LONG, "--run_folder=run")
     wait_for_steps(tmp_path / "run", 5)
-    processes = below(job)
+    processes = descendants(job)
     assert len(processes) >= 3
     job.kill()
     job.wait()
@@ -91,14 +98,13 @@ def test_a_launcher_that_is_killed_leaves_no_orphan_and_one_that_gives_up_says_7
     wait_for_steps(tmp_path / "run", len(rows(tmp_path / "run")) + 5)
     ranks_of(job)[0].kill()
     assert job.wait(timeout=60) == 75
-    assert "rank 0 was ended by SIGKILL" in said(tmp_path)
-    assert "Traceback" not in said(tmp_path)
+    assert "rank 0 was killed by SIGKILL" in printed(tmp_path)
+    assert "Traceback" not in printed(tmp_path)
 
 
 MISTAKES = {
     "a flag of nobody's": (["--nproc=2", "--model.nhid=3"], 64, "nhid"),
-    "ranks that do not divide": (["--nproc-per-node=3"], 64, "a number of ranks out of [1, 2, 4, 8]"),
-    "no ranks": (["--nproc-per-node=0"], 64, "nproc_per_node is 0, and must be at least 1"),
+    "ranks that do not divide": (["--data.global_batch=9"], 64, "a number of ranks out of [1, 3, 9]"),
     "a machine in words": (["--node-rank=first"], 64, "invalid int value: 'first'"),
     "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 tokens to train on"),
     "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere is not there"),
@@ -108,34 +114,38 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_said_once_and_its_exit_code_comes_through(data, tmp_path, mistake):
+def test_a_mistake_is_reported_once_and_its_exit_code_is_returned(data, tmp_path, mistake):
     flags, code, message = MISTAKES[mistake]
     job = start(tmp_path, *SMALL, "--restarts=3", *flags)
     assert job.wait(timeout=60) == code
-    assert said(tmp_path).count(message) == 1
-    assert "Traceback" not in said(tmp_path)
-    assert "starting anew" not in said(tmp_path), "another attempt would only repeat it"
+    assert printed(tmp_path).count(message) == 1
+    assert "Traceback" not in printed(tmp_path)
+    assert "restarting from" not in printed(tmp_path), "another attempt would only repeat it"
 
 
-def hears(job: subprocess.Popen[str], number: signal.Signals) -> bool:
+def handles(job: subprocess.Popen[str], number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal; Python sets one up only when it runs."""
     caught = next(line for line in Path(f"/proc/{job.pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) & 1 << number - 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.1, 0.7, 2.2])
-def test_a_stop_before_the_first_step_is_a_stop(data, tmp_path, seconds):
+@pytest.mark.parametrize("moment", ["the launcher has started", "the agent imports torch", "a rank has started"])
+def test_a_stop_before_the_first_step_is_a_stop(data, tmp_path, moment):
     job = start(tmp_path, *LONG, "--run_folder=run")
-    while not hears(job, signal.SIGTERM):
+    while not handles(job, signal.SIGTERM):
         time.sleep(0.01)
-    time.sleep(seconds)
-    processes = below(job)
+    if moment == "a rank has started":  # and handles no signal yet
+        while not ranks_of(job):
+            time.sleep(0.01)
+    else:
+        time.sleep({"the launcher has started": 0.1, "the agent imports torch": 0.7}[moment])
+    processes = descendants(job)
     job.terminate()
     assert job.wait(timeout=60) == 75
     assert not psutil.wait_procs(processes, timeout=60)[1]
-    assert "stop" in said(tmp_path)
-    assert "Traceback" not in said(tmp_path)
+    assert "stop" in printed(tmp_path)
+    assert "Traceback" not in printed(tmp_path)
 
 
 def can_unshare() -> bool:
@@ -145,7 +155,7 @@ def can_unshare() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_unshare(), reason="no right to make a PID namespace")
-def test_as_process_1_it_hears_a_stop(data, tmp_path):
+def test_as_process_1_it_handles_a_stop(data, tmp_path):
     flags = ["--nproc-per-node=1", "--data.folder=data", *LONG, "--run_folder=run"]
     inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m", "lmdist.job.launcher", *flags]
     with (tmp_path / "stderr").open("w") as stderr:
@@ -154,11 +164,11 @@ def test_as_process_1_it_hears_a_stop(data, tmp_path):
     (first,) = psutil.Process(container.pid).children()
     first.terminate()
     assert container.wait(timeout=60) == 75
-    assert "stopped on request after step" in said(tmp_path)
+    assert "stopped on request after step" in printed(tmp_path)
 
 
 @pytest.mark.slow
-def test_torchruns_variables_make_two_nodes_one_job(data, tmp_path):
+def test_torchruns_variables_join_two_nodes_in_one_job(data, tmp_path):
     """One launcher with flags, the other with the variables that Kubeflow's trainer sets."""
     flags = [*SMALL, "--model.dropout=0", "--training.steps=6"]
     port = str(29600 + os.getpid() % 1000)
@@ -180,7 +190,7 @@ def test_torchruns_variables_make_two_nodes_one_job(data, tmp_path):
     )
     assert first.wait(timeout=120) == 0
     assert second.wait(timeout=60) == 0
-    assert "on 2 rank(s)" in said(tmp_path)
+    assert "on 2 rank(s)" in printed(tmp_path)
     train_here(*flags, f"--data.folder={data}", f"--run_folder={tmp_path / 'one'}")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
 
@@ -194,7 +204,7 @@ def test_help_shows_the_launchers_options_and_the_recipes(tmp_path):
 
 
 def test_a_second_stop_does_not_change_the_exit_code():
-    """As when Slurm or Kubernetes asks the launcher of one machine twice: Python's handlers are gone when it ends."""
+    """As when Slurm or Kubernetes signals one launcher twice: Python removes its handlers before it exits."""
     script = """if True:
         import os
         from lmdist.job import launcher
@@ -202,31 +212,31 @@ def test_a_second_stop_does_not_change_the_exit_code():
             def __init__(self): self.kill, self.process = os.kill, os.getpid()
             def __del__(self): self.kill(self.process, 15)
         late = Late()
-        launcher.attempts = lambda *_: 75
+        launcher.run_attempts = lambda *_: 75
         launcher.main([])
     """
     assert subprocess.run([sys.executable, "-c", script]).returncode == 75
 
 
-def test_a_machine_that_comes_back_to_a_finished_run_waits_for_nobody(data, tmp_path, monkeypatch):
-    """As when the last one of two is lost after the other has ended: there is nobody to meet, and nothing to do."""
+def test_a_machine_that_restarts_after_the_end_of_the_run_waits_for_no_peer(data, tmp_path, monkeypatch):
+    """As when one of two machines is lost after the other has exited: there is no peer, and nothing to do."""
     monkeypatch.chdir(tmp_path)
     train_here("--data.folder=data", "--training.steps=3")
     machine_1 = ["--nnodes=2", "--node-rank=1", "--master-addr=127.0.0.1", "--master-port=1"]
     assert start(tmp_path, *machine_1, *SMALL, "--training.steps=3", "--resume=auto").wait(timeout=60) == 0
-    assert said(tmp_path) == "lmdist-train: runs/demo is finished already\n"
+    assert printed(tmp_path) == "lmdist-train: runs/demo is finished already\n"
     other = load(["--data.folder=data", "--training.steps=4", "--resume=auto", *SMALL])
     assert not config.is_finished(other), "more steps are to be done"
 
 
-def test_an_agent_that_outlives_its_ranks_is_ended(monkeypatch, capsys):
-    monkeypatch.setattr(launcher, "AGENT_GRACE", 0.3)
-    monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)  # or its child may come and go between two looks
+def test_an_agent_that_outlives_its_ranks_is_killed(monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "AGENT_GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(launcher, "LIST_SECONDS", 0.1)  # or its child may start and exit between two listings
     script = "import subprocess, time; subprocess.run(['sleep', '0.5']); time.sleep(600)"
     torchrun = subprocess.Popen([sys.executable, "-c", script])
-    assert launcher.watch(torchrun, StopRequest()) == 75
+    assert launcher.wait_for(torchrun, StopRequest()) == 75
     assert torchrun.returncode == -signal.SIGKILL
-    assert "does not end after its ranks" in capsys.readouterr().err
+    assert "torchrun outlives its ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -238,29 +248,29 @@ def test_an_agent_that_outlives_its_ranks_is_ended(monkeypatch, capsys):
         (["--nnodes=2", "--node_rank=2"], "node_rank is 2, and of 2 machines it must be at most 1"),
     ],
 )
-def test_an_argument_that_means_nothing_to_torchrun_is_the_users_mistake(arguments, message):
+def test_an_argument_that_torchrun_rejects_is_the_users_mistake(arguments, message):
     with pytest.raises(UsageError, match=message):
         agent.read_arguments([*arguments, "-m", "lmdist.train"])
 
 
-def test_a_machine_that_waits_for_machine_0_says_so_once(monkeypatch, capsys):
-    monkeypatch.setattr(agent, "PATIENCE", 0.2)
-    monkeypatch.setattr(agent, "JOIN_SECONDS", 1.0)
+def test_a_machine_that_waits_for_machine_0_reports_it_once(monkeypatch, capsys):
+    monkeypatch.setattr(agent, "REPORT_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(agent, "JOIN_TIMEOUT_SECONDS", 1.0)
     with pytest.raises(TimeoutError, match="does not answer"):
-        agent.hold_on_to_machine_0(Namespace(master_addr="127.0.0.1", master_port=1))
+        agent.connect("127.0.0.1", 1)
     assert capsys.readouterr().err.count("waiting for machine 0 at 127.0.0.1:1") == 1
 
 
-def test_ranks_are_chosen_so_that_they_divide_the_batch(monkeypatch):
-    monkeypatch.setattr(launcher, "gpus", lambda: 8)
-    assert launcher.ranks_here(load(["--data.global_batch=20"]), None) == 5
-    assert launcher.ranks_here(load(["--data.global_batch=20"]), "2") == 5
-    assert launcher.ranks_here(load(["--data.global_batch=20", "--training.accumulation=4"]), "1") == 5
+def test_the_default_number_of_ranks_divides_the_batch(monkeypatch):
+    monkeypatch.setattr(launcher, "num_gpus", lambda: 8)
+    assert launcher.default_ranks(load(["--data.global_batch=20"]), None) == 5
+    assert launcher.default_ranks(load(["--data.global_batch=20"]), "2") == 5
+    assert launcher.default_ranks(load(["--data.global_batch=20", "--training.accumulation=4"]), "1") == 5
     monkeypatch.setattr(launcher, "available_cpus", lambda: 64)
-    assert launcher.ranks_here(load(["--data.global_batch=20", "--training.device=cpu"]), None) == 4
+    assert launcher.default_ranks(load(["--data.global_batch=20", "--training.device=cpu"]), None) == 4
 
 
-def test_a_users_mistake_counts_before_a_killed_rank_before_its_peers():
+def test_a_users_mistake_precedes_a_killed_rank_and_that_its_peers():
     assert exit_code([75, 65]) == 65
     assert exit_code([-9, 1, 75]) == 75
     assert exit_code([1, 75]) == 1

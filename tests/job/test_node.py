@@ -1,4 +1,4 @@
-"""launch/node.sh on two hosts, as launch/multi-node.md starts it, and what it says to wrong usage."""
+"""launch/node.sh on two hosts, as launch/multi-node.md starts it, and its answer to wrong usage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE = NODE.with_name("multi-node.md")
 
 @pytest.mark.slow
 @needs_hosts
-def test_the_page_makes_two_machines_one_job_by_ssh_and_stops_them(tmp_path):
+def test_the_page_joins_two_machines_by_ssh_and_stops_them(tmp_path):
     """With the same losses as one rank, though the machines have nothing in common but a network and the run folder."""
     start_all, stop_all = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
     write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
@@ -52,9 +52,9 @@ def test_the_page_makes_two_machines_one_job_by_ssh_and_stops_them(tmp_path):
             shell.communicate()
     logs = [(tmp_path / f"node-{rank}.log").read_text() for rank in range(2)]
     assert "on 2 rank(s)" in logs[0]
-    assert "rank(s)" not in logs[1], "machine 0 alone speaks"
+    assert "rank(s)" not in logs[1], "machine 0 alone logs"
     assert "stopped on request after step" in logs[0]
-    assert all("asked to stop" in log for log in logs), logs
+    assert all("stop requested" in log for log in logs), logs
     places = [f"--config={tmp_path / 'my.toml'}", f"--data.folder={tmp_path / 'data'}", f"--run_folder={tmp_path / 'one'}"]
     train_here(*places, "--training.steps=6")
     np.testing.assert_allclose(losses(tmp_path / "run")[:6], losses(tmp_path / "one"), rtol=0, atol=1e-5)
@@ -90,7 +90,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_usage_is_said(case):
+def test_wrong_usage_is_reported(case):
     arguments, message = WRONG[case]
     done = subprocess.run([NODE, *arguments], capture_output=True, text=True)
     assert done.returncode == 64
@@ -98,13 +98,13 @@ def test_wrong_usage_is_said(case):
     assert "usage: launch/node.sh NODE_RANK NNODES MASTER_ADDR" in done.stderr
 
 
-def test_help_is_no_mistake():
+def test_help_exits_with_0():
     done = subprocess.run([NODE, "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: launch/node.sh")
 
 
-def test_flags_come_after_its_own_and_are_passed_on_word_by_word(tmp_path):
+def test_flags_follow_its_own_and_are_passed_on_unchanged(tmp_path):
     (tmp_path / "lmdist-train").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done; exit 66\n')
     (tmp_path / "lmdist-train").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"

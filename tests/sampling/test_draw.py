@@ -14,10 +14,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lmdist_export.bundle import GenerationConfig
-from lmdist_export.graph.graphs import BLOCK, Features, Sizes, adjusted, draw, draw_inputs
 from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
-from lmdist_export.sampling.sampler import features_of, open_session
+from lmdist_export.graph.sampling_nodes import SamplingNodes, option_inputs
+from lmdist_export.graph.sizes import BLOCK, Sizes
+from lmdist_export.options import Features, GenerationConfig, features_of
+from lmdist_export.sampling.runtime import open_session
+from lmdist_export.sampling.sampler import option_feed
 from support.draw_reference import NEAR, Past, expected, scores_of
 
 LAST = 1 - 2**-24  # the largest number that a generator gives
@@ -31,10 +33,10 @@ def session(padded: int, features: Features, cuda: bool) -> Any:
     sizes = Sizes([8], padded, 8, tied=True)
     logits = g.input("logits", FLOAT, ["batch", padded])
     uniform = g.input("uniform", FLOAT, ["batch", features.attempts])
-    options = draw_inputs(g, sizes, features)
+    sampling = SamplingNodes(sizes, features, option_inputs(g, sizes, features), cuda)
     if features.adjusted:
-        logits = adjusted(g, logits, options["counts"], options)
-    word, mass = draw(g, sizes, features, logits, uniform, options, cuda=cuda)
+        logits = sampling.penalize(g, logits, sampling.options["counts"])
+    word, mass = sampling.sample(g, logits, uniform)
     g.output(word, "word", INT64, ["batch", 1])
     g.output(mass, "mass", FLOAT, ["batch", 1])
     return open_session(model_bytes(g, {}), Path(), "cpu", 1)
@@ -60,20 +62,12 @@ def drawn(
     feed: dict[str, Any] = {
         "logits": np.tile(row, (rows, 1)),
         "uniform": np.minimum(uniform[:, : features.attempts], LAST),
-        "inverse_temperature": inverse,
-        "top_k": np.array([min(config.top_k or vocabulary_size, vocabulary_size)]),
-        "top_p": config.top_p,
-        "min_p": config.min_p,
-        "typical_p": config.typical_p,
-    }
+    } | option_feed(config, features, vocabulary_size)
     if past:
         feed |= {
             "counts": np.tile(np.pad(past.counts, (0, beyond)), (rows, 1)),
             "in_prompt": np.tile(np.pad(past.in_prompt, (0, beyond)), (rows, 1)),
             "row_bias": np.pad(past.row_bias or np.zeros(vocabulary_size), (0, beyond))[None] * inverse,
-            "repetition_penalty": config.repetition_penalty,
-            "presence_penalty": config.presence_penalty * inverse,
-            "frequency_penalty": config.frequency_penalty * inverse,
         }
     made = session(padded, features, cuda)
     types = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}

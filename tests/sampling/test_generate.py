@@ -61,8 +61,8 @@ def test_the_command(bundle: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("The president said")
     assert first.stdout == second.stdout
-    assert "30 words in" in first.stderr
-    assert "warning: not in the vocabulary, and read as <unk>: The; known in small letters: the" in first.stderr
+    assert "30 tokens in" in first.stderr
+    assert "warning: not in the vocabulary, and read as <unk>: The; known in lowercase: the" in first.stderr
 
 
 def test_the_seed_decides(bundle: Path, written) -> None:
@@ -115,7 +115,7 @@ def test_a_text_stops_at_its_end(by_blanks: Path, written) -> None:
     whole, _ = written(by_blanks, "--seed", 3, "--max-new-tokens", 300, "--ignore-eos")
     out, err = written(by_blanks, "--seed", 3, "--max-new-tokens", 300)
     assert out == whole.partition("\n")[0] + "\n"
-    assert f"{len(out.split())} words in" in err
+    assert f"{len(out.split())} tokens in" in err
 
 
 def test_unknown_words_are_written_only_when_allowed(by_blanks: Path, written) -> None:
@@ -132,7 +132,7 @@ def test_several_texts(by_blanks: Path, written) -> None:
     assert len(set(texts)) == 3
     assert all(text.startswith("the dog") for text in texts)
     assert written(*arguments)[0].strip() == texts[0]
-    assert f"{sum(len(text.split()) - 2 for text in texts)} words in" in err
+    assert f"{sum(len(text.split()) - 2 for text in texts)} tokens in" in err
 
 
 def test_a_file_in_place_of_stdout(bundle: Path, tmp_path: Path, written) -> None:
@@ -147,7 +147,7 @@ def test_values_come_from_the_bundle_and_flags_go_above(bundle: Path, tmp_path: 
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     edit_json(copy / "generation_config.json", max_new_tokens=7, do_sample=False)
     greedy, err = written(copy, "--ignore-eos")
-    assert "7 words in" in err
+    assert "7 tokens in" in err
     assert "seed" not in err
     assert greedy == written(bundle, "--ignore-eos", "--temperature", 0, "--max-new-tokens", 7)[0]
     sampled = written(copy, "--ignore-eos", "--temperature", 1, "--seed", 1, "--max-new-tokens", 40)[0]
@@ -157,20 +157,20 @@ def test_values_come_from_the_bundle_and_flags_go_above(bundle: Path, tmp_path: 
 def test_unknown_words_of_the_prompt(bundle: Path, written) -> None:
     out, err = written(bundle, "--prompt", "The zebra said Xylophone zebra", "--seed", 1)
     assert out.startswith("The zebra said Xylophone zebra")
-    assert "read as <unk>: The, zebra, Xylophone; known in small letters: the\n" in err
+    assert "read as <unk>: The, zebra, Xylophone; known in lowercase: the\n" in err
     assert "warning" not in written(bundle, "--prompt", "the cat", "--seed", 1)[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--temperature", -1), "temperature is -1.0; it must be 0"),
-        (("--temperature", "nan"), "temperature is nan"),
+        (("--temperature", -1), "--temperature is -1.0; it must be at least 0"),
+        (("--temperature", "nan"), "--temperature is nan"),
         (("--temperature", "hot"), "invalid float value: 'hot'"),
-        (("--top-p", 0), "top_p is 0.0; it must be above 0"),
-        (("--top-p", 1.5), "top_p is 1.5"),
-        (("--top-k", -1), "top_k is -1"),
-        (("--max-new-tokens", 0), "max_new_tokens is 0; it must be at least 1"),
+        (("--top-p", 0), "--top-p is 0.0; it must be above 0"),
+        (("--top-p", 1.5), "--top-p is 1.5"),
+        (("--top-k", -1), "--top-k is -1"),
+        (("--max-new-tokens", 0), "--max-new-tokens is 0; it must be at least 1"),
         (("--n", 0), "--n is 0; it must be at least 1"),
         (("--n", 2, "--stream"), "--stream prints one text"),
         (("--seed", -1), "--seed is -1"),
@@ -205,12 +205,12 @@ WRONG_TOGETHER = [
     (("--stop", "the zebra"), "'zebra' is not in the vocabulary"),
     (("--bad-words", " "), "has no words"),
     (("--batch-size", 0), "--batch-size is 0"),
-    *((("--min-p", value), "min_p is") for value in (-0.1, 1.1)),
-    *((("--typical-p", value), "typical_p is") for value in (0, 1.1)),
-    (("--repetition-penalty", 0), "repetition_penalty is 0"),
-    (("--presence-penalty", "nan"), "presence_penalty is nan"),
-    (("--no-repeat-ngram-size", -1), "no_repeat_ngram_size is -1"),
-    (("--num-beams", 0), "num_beams is 0"),
+    *((("--min-p", value), "--min-p is") for value in (-0.1, 1.1)),
+    *((("--typical-p", value), "--typical-p is") for value in (0, 1.1)),
+    (("--repetition-penalty", 0), "--repetition-penalty is 0"),
+    (("--presence-penalty", "nan"), "--presence-penalty is nan"),
+    (("--no-repeat-ngram-size", -1), "--no-repeat-ngram-size is -1"),
+    (("--num-beams", 0), "--num-beams is 0"),
 ]
 
 
@@ -380,12 +380,12 @@ def test_a_text_that_no_word_may_follow_takes_no_other_with_it(
     ]  # fmt: skip
     warnings = [line for line in err.splitlines() if "warning" in line]
     assert len(warnings) == 2
-    assert "prompt_number 3, index 0 ends after 3 words" in "".join(warnings)
-    assert "13 words in" in err
+    assert "prompt_number 3, index 0 ends after 3 tokens" in "".join(warnings)
+    assert "13 tokens in" in err
     if not search:
         out, err = written(*arguments, *seed, "--stream", "--prompt", prompts[3])
         assert out == texts[3]["text"] + "\n"
-        assert "prompt_number 0, index 0 ends after 3 words" in err
+        assert "prompt_number 0, index 0 ends after 3 tokens" in err
 
 
 def test_what_is_no_bundle(bundle: Path, tmp_path: Path, refused) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,15 @@ from hypothesis import strategies as st
 
 from lmdist.errors import UsageError
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
-from lmdist_export.bundle import Bundle, GenerationConfig
+from lmdist_export.bundle import Bundle
+from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling import generation
 from lmdist_export.sampling.beam_search import beam_search
-from lmdist_export.sampling.generation import Text, add, continuations, forbidden, log_probabilities
+from lmdist_export.sampling.generation import Text, append, banned_tokens, continuations, log_probabilities
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import PLAIN_WORDS, UNTIED, make_bundle, make_model
 
+ROOT = Path(__file__).parents[2]
 SIZE = len(PLAIN_WORDS) + 2
 PROMPTS = ([], [3, 4], [5, 6, 7, 8, 9, 2], [4], [3, 4])
 
@@ -42,12 +46,12 @@ def grown(
         texts[key] = text
         shown[key] = shown.get(key, []) + words
     assert all(text.finish_reason for text in texts.values())
-    assert {key: text.words for key, text in texts.items()} == shown  # what is shown is never taken back
+    assert {key: text.tokens for key, text in texts.items()} == shown  # what is shown is never taken back
     return texts
 
 
 def words_of(texts: dict[tuple[int, int], Text]) -> dict[tuple[int, int], list[int]]:
-    return {key: text.words for key, text in texts.items()}
+    return {key: text.tokens for key, text in texts.items()}
 
 
 CONFIGS = {
@@ -77,7 +81,7 @@ def test_texts_are_the_same_alone_and_in_batches_at_once_and_word_by_word(
             alone = words_of(grown(sampler, [prompt], config, **options))
             assert alone[0, 0] == expected[number, 0]
         with monkeypatch.context() as patch:
-            patch.setattr(generation, "WORDS_AT_ONCE", 1)
+            patch.setattr(generation, "TOKENS_PER_CALL", 1)
             assert words_of(grown(sampler, PROMPTS, config, n=2, **options)) == expected
         assert words_of(grown(sampler, PROMPTS, config, n=2, stream=True, **options)) == expected
     assert words_of(grown(sampler, PROMPTS, config, n=2, seed=4)) != expected or config.greedy
@@ -106,8 +110,8 @@ def test_a_long_prompt_is_read_in_pieces(sampler: Sampler, monkeypatch: pytest.M
     prompt = np.random.default_rng(0).integers(2, SIZE, 50).tolist()
     expected = words_of(grown(sampler, [prompt, prompt[:9]], CONFIGS["plain"]))
     for pieces in (2, 7, 50):
-        monkeypatch.setattr("lmdist_export.sampling.sampler.READ_AT_ONCE", pieces)
-        monkeypatch.setattr(generation, "READ_AT_ONCE", pieces)
+        monkeypatch.setattr("lmdist_export.sampling.sampler.PREFILL_TOKENS", pieces)
+        monkeypatch.setattr(generation, "PREFILL_TOKENS", pieces)
         assert words_of(grown(sampler, [prompt, prompt[:9]], CONFIGS["plain"])) == expected
 
 
@@ -115,14 +119,14 @@ def test_lengths(sampler: Sampler) -> None:
     free = grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=9), n=6)
     assert {text.finish_reason for text in free.values()} == {"stop", "length"}
     for text in free.values():
-        assert (len(text.words) == 9) == (text.finish_reason == "length")
-        assert END_ID not in text.words
-        assert UNKNOWN_ID not in text.words
-    assert min(len(text.words) for text in free.values()) < 8
+        assert (len(text.tokens) == 9) == (text.finish_reason == "length")
+        assert END_ID not in text.tokens
+        assert UNKNOWN_ID not in text.tokens
+    assert min(len(text.tokens) for text in free.values()) < 8
     least = grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=60, min_new_tokens=8), n=4)
-    assert min(len(text.words) for text in least.values()) >= 8
+    assert min(len(text.tokens) for text in least.values()) >= 8
     on = grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=60), n=4, ignore_end=True)
-    assert {(len(text.words), text.finish_reason) for text in on.values()} == {(60, "length")}
+    assert {(len(text.tokens), text.finish_reason) for text in on.values()} == {(60, "length")}
 
 
 def test_a_text_ends_before_the_first_of_its_stops(sampler: Sampler) -> None:
@@ -131,13 +135,13 @@ def test_a_text_ends_before_the_first_of_its_stops(sampler: Sampler) -> None:
     stops = [[4, 5], [6, 7, 8], [9]]
     stopped = grown(sampler, PROMPTS, config, ignore_end=True, stops=stops)
     for key, text in stopped.items():
-        words = whole[key].words
+        words = whole[key].tokens
         places = [place for place in range(len(words)) if any(words[place : place + len(stop)] == stop for stop in stops)]
         # The stop that is complete first ends the text.
         ends = sorted(
             (place + len(stop), place) for place in places for stop in stops if words[place : place + len(stop)] == stop
         )
-        assert text.words == words[: ends[0][1]]
+        assert text.tokens == words[: ends[0][1]]
         assert text.finish_reason == "stop"
 
 
@@ -153,9 +157,9 @@ def test_what_is_shown_does_not_depend_on_how_words_come(words: list[int], stops
         text, result = Text([], 0, 0), []
         for piece in pieces:
             if not text.finish_reason:
-                result += add(text, piece, config, (END_ID,), stops)
+                result += append(text, piece, config, (END_ID,), stops)
         if text.finish_reason:
-            assert result == text.words
+            assert result == text.tokens
         return result, text.finish_reason
 
     starts = np.cumsum([0, *cuts]).tolist()
@@ -165,7 +169,7 @@ def test_what_is_shown_does_not_depend_on_how_words_come(words: list[int], stops
 
 @given(words=st.lists(st.integers(2, 5), max_size=20), size=st.integers(1, 4))
 def test_a_forbidden_word_is_one_that_would_repeat_a_sequence(words: list[int], size: int) -> None:
-    found = set(forbidden(Text(words[:3], 0, 0, words[3:]), GenerationConfig(no_repeat_ngram_size=size), (END_ID,)))
+    found = set(banned_tokens(Text(words[:3], 0, 0, words[3:]), GenerationConfig(no_repeat_ngram_size=size), (END_ID,)))
     seen = {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
     expected = {
         word for word in range(2, 6) if len(words) >= size - 1 and (*words[len(words) - size + 1 :], word)[-size:] in seen
@@ -199,7 +203,7 @@ def test_a_rule_of_the_caller(sampler: Sampler) -> None:
 
     config = GenerationConfig(max_new_tokens=100)
     free = words_of(grown(sampler, PROMPTS, config, ignore_end=True))
-    ruled = words_of(grown(sampler, PROMPTS, config, ignore_end=True, rule=no_word_twice_in_a_row))
+    ruled = words_of(grown(sampler, PROMPTS, config, ignore_end=True, custom_bias=no_word_twice_in_a_row))
     assert any(one == other for text in free.values() for one, other in pairwise(text))
     assert not any(one == other for text in ruled.values() for one, other in pairwise(text))
 
@@ -210,7 +214,7 @@ def test_no_word_is_left(sampler: Sampler) -> None:
     every = list(range(1, SIZE))  # but <unk>, which never comes
     prompts = [[], every[:10], every]
     expected = grown(sampler, prompts, config, ignore_end=True)
-    assert {key: (len(text.words), text.finish_reason) for key, text in expected.items()} == {
+    assert {key: (len(text.tokens), text.finish_reason) for key, text in expected.items()} == {
         (0, 0): (15, "length"),
         (1, 0): (len(every) - 10, "exhausted"),
         (2, 0): (0, "exhausted"),
@@ -221,7 +225,7 @@ def test_no_word_is_left(sampler: Sampler) -> None:
     # The first word of a stop waits for its second, which may not come.
     stops = [[word, word] for word in every]
     assert grown(sampler, prompts, config, ignore_end=True, stops=stops) == expected
-    with pytest.raises(UsageError, match="take all of them"):
+    with pytest.raises(UsageError, match="mask all of them"):
         grown(sampler, [[]], GenerationConfig(bad_words_ids=tuple([word] for word in range(SIZE))))
 
 
@@ -229,12 +233,12 @@ def test_log_probabilities_are_those_of_torch(sampler: Sampler, monkeypatch: pyt
     text = Text([3, 4], 0, 0, np.random.default_rng(1).integers(1, SIZE, 30).tolist())
     model = make_model(UNTIED, SIZE)
     with torch.inference_mode():
-        hidden, _ = model(torch.tensor([[END_ID, *text.prompt, *text.words]]), model.initial_state(1))
+        hidden, _ = model(torch.tensor([[END_ID, *text.prompt, *text.tokens]]), model.initial_state(1))
         expected = model.logits(hidden).log_softmax(-1)[0, 2:-1]  # (T, V)
     for pieces in (64, 7):
-        monkeypatch.setattr(generation, "PREFILL_WORDS", pieces)
+        monkeypatch.setattr(generation, "STEP_TOKENS", pieces)
         of_words, tops = log_probabilities(sampler, text, 4)
-        np.testing.assert_allclose(of_words, expected[range(30), text.words], atol=1e-5)
+        np.testing.assert_allclose(of_words, expected[range(30), text.tokens], atol=1e-5)
         best, ids = expected.topk(4)
         assert [[index for index, _ in top] for top in tops] == ids.tolist()
         np.testing.assert_allclose([[value for _, value in top] for top in tops], best, atol=1e-5)
@@ -246,14 +250,14 @@ def test_log_probabilities_are_those_of_torch(sampler: Sampler, monkeypatch: pyt
 
 def every_text(sampler: Sampler, prompt: list[int], config: GenerationConfig) -> list[tuple[float, tuple[int, ...]]]:
     """All texts there are and their scores, the best first: by looking at each."""
-    bias = generation.bias_of(config, SIZE)
+    bias = generation.fixed_bias(config, SIZE)
     found = []
 
     def follow(words: tuple[int, ...], score: float) -> None:
         if len(words) == config.max_new_tokens:
             found.append((score / len(words) ** config.length_penalty, words))
             return
-        logits, _ = sampler.prefill([END_ID, *prompt, *words])
+        logits, _ = sampler.next_logits([END_ID, *prompt, *words])
         scores = torch.from_numpy(logits[0]).double().log_softmax(0).numpy() + bias
         for word in np.flatnonzero(np.isfinite(scores)).tolist():
             if word == END_ID:
@@ -271,7 +275,7 @@ def test_a_search_wide_enough_finds_the_best_texts(sampler: Sampler, length_pena
     config = GenerationConfig(max_new_tokens=2, num_beams=17, length_penalty=length_penalty)
     expected = every_text(sampler, [3, 5], config)[:6]
     found = beam_search(sampler, [3, 5], config, n=6)
-    assert [tuple(text.words) for text in found] == [words for _, words in expected]
+    assert [tuple(text.tokens) for text in found] == [words for _, words in expected]
     assert [text.number for text in found] == list(range(6))
 
 
@@ -279,7 +283,7 @@ def test_a_search_of_one_beam_without_an_end_is_greedy(sampler: Sampler) -> None
     config = GenerationConfig(max_new_tokens=25, do_sample=False)
     greedy = grown(sampler, [[3, 5]], config, ignore_end=True)[0, 0]
     (found,) = beam_search(sampler, [3, 5], config, ignore_end=True)
-    assert (found.words, found.finish_reason) == (greedy.words, "length")
+    assert (found.tokens, found.finish_reason) == (greedy.tokens, "length")
 
 
 def test_a_wider_search_is_no_worse_and_keeps_the_rules(sampler: Sampler) -> None:
@@ -289,7 +293,7 @@ def test_a_wider_search_is_no_worse_and_keeps_the_rules(sampler: Sampler) -> Non
 
     def best(beams: int, **options: Any) -> list[int]:
         config = GenerationConfig(max_new_tokens=12, num_beams=beams, min_new_tokens=12, **options)
-        return beam_search(sampler, [3, 5], config)[0].words
+        return beam_search(sampler, [3, 5], config)[0].tokens
 
     assert score(best(8)) >= score(best(1)) - 1e-5
     free, kept = best(4), best(4, no_repeat_ngram_size=1, bad_words_ids=([7],))
@@ -302,9 +306,9 @@ def test_a_search_where_no_word_is_left(sampler: Sampler) -> None:
     config = GenerationConfig(no_repeat_ngram_size=1, max_new_tokens=20, num_beams=3)
     every = list(range(1, SIZE))
     texts = beam_search(sampler, every[:-2], config, n=3, ignore_end=True)
-    assert sorted(text.words for text in texts) == [every[-2:], every[:-3:-1]]
+    assert sorted(text.tokens for text in texts) == [every[-2:], every[:-3:-1]]
     (text,) = beam_search(sampler, every, config, n=3, ignore_end=True)
-    assert [text.words, *(text.finish_reason for text in texts), text.finish_reason] == [[], *["exhausted"] * 3]
+    assert [text.tokens, *(text.finish_reason for text in texts), text.finish_reason] == [[], *["exhausted"] * 3]
     # Texts that end are found before those that cannot go on, however many of these there are.
     found = beam_search(sampler, every[1:-2], config, n=3)
     assert [text.finish_reason for text in found] == ["stop"] * 3
@@ -312,12 +316,25 @@ def test_a_search_where_no_word_is_left(sampler: Sampler) -> None:
 
 def test_a_search_stops_before_a_stop(sampler: Sampler) -> None:
     config = GenerationConfig(max_new_tokens=20, num_beams=3)
-    free = beam_search(sampler, [3], config, ignore_end=True)[0].words
+    free = beam_search(sampler, [3], config, ignore_end=True)[0].tokens
     stop = free[4:6]
     texts = beam_search(sampler, [3], config, n=3, stops=[stop], ignore_end=True)
     for text in texts:
-        assert not any(text.words[at : at + 2] == stop for at in range(len(text.words)))
+        assert not any(text.tokens[at : at + 2] == stop for at in range(len(text.tokens)))
 
 
 def test_the_exported_file_has_the_defaults(sampler: Sampler) -> None:
     assert sampler.bundle.generation == GenerationConfig()
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_page_runs(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(sampler.bundle.folder.parent)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, "docs/sampling.md", "exec"), {})
+    *_, last = capsys.readouterr().out.split("\n\n")
+    assert set(last.split()) <= {*PLAIN_WORDS, "<eos>"}

@@ -21,19 +21,14 @@ from test_draw import check_frequencies
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import ModelSettings
-from lmdist_export.bundle import GENERATION, Bundle, GenerationConfig
-from lmdist_export.graph.graphs import EVERY_FEATURE, Sizes, step_graph
-from lmdist_export.sampling import sampler
-from lmdist_export.sampling.sampler import (
-    PREFILL_WORDS,
-    Runtime,
-    Sampler,
-    State,
-    features_of,
-    joined,
-    restored,
-    uniform_numbers,
-)
+from lmdist_export.bundle import GENERATION, Bundle
+from lmdist_export.graph.graphs import step_graph
+from lmdist_export.graph.sizes import Sizes
+from lmdist_export.options import EVERY_FEATURE, GenerationConfig, features_of
+from lmdist_export.sampling import runtime
+from lmdist_export.sampling.runtime import Runtime
+from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler
+from lmdist_export.sampling.state import State, joined, restored, uniform_numbers
 from support.draw_reference import NEAR, Past, expected, scores_of
 from support.mutations import damaged
 from support.small_bundles import ADAPTIVE, TIED, UNTIED, bare_bundle, make_model
@@ -113,22 +108,22 @@ def test_words_do_not_depend_on_how_they_are_asked_for(kind: str, opened: Opened
     for config, (row_bias, in_prompt) in zip(CONFIGS, of_rows, strict=True):
         start = made.start(PROMPTS).seeded(3)
         options: dict[str, Any] = {"bias": bias, "row_bias": row_bias, "in_prompt": in_prompt}
-        words, after = made.make(start, config, 20, **options)
+        words, after = made.generate(start, config, 20, **options)
         assert words.shape == (20, 4)
         assert np.isfinite(bias[words]).all()
         for lengths in ([1] * 20, [7, 13]):
             pieces, state = [], start
             for length in lengths:
-                piece, state = made.make(state, config, length, **options)
+                piece, state = made.generate(state, config, length, **options)
                 pieces.append(piece)
             assert np.array_equal(np.concatenate(pieces), words), config
-            np.testing.assert_array_equal(state.words, after.words)
-            np.testing.assert_allclose(state.h, after.h, atol=1e-5)
+            np.testing.assert_array_equal(state.tokens, after.tokens)
+            np.testing.assert_allclose(state.model, after.model, atol=1e-5)
         for row in range(4):
             of_row: dict[str, Any] = {
                 name: None if value is None else value[row : row + 1] for name, value in options.items() if name != "bias"
             }
-            alone, _ = made.make(start.rows([row]), config, 20, bias=bias, **of_row)
+            alone, _ = made.generate(start.rows([row]), config, 20, bias=bias, **of_row)
             assert np.array_equal(alone[:, 0], words[:, row]), (config, row)
 
 
@@ -145,12 +140,12 @@ def test_words_are_those_of_the_reference(kind: str, opened: Opened) -> None:
     for config in CONFIGS:
         features = features_of(config, False)
         options: dict[str, Any] = {"row_bias": row_bias, "in_prompt": in_prompt} if features.adjusted else {}
-        words, _ = made.make(made.start(prompts).seeded(5), config, 15, bias=bias, **options)
+        words, _ = made.generate(made.start(prompts).seeded(5), config, 15, bias=bias, **options)
         for row, prompt in enumerate(prompts):
             uniform = np.random.default_rng([5, row]).random((15, features.attempts), np.float32)
             counts = np.zeros(V)
             for place, word in enumerate(words[:, row].tolist()):
-                logits, _ = made.prefill([*prompt, *words[:place, row].tolist()])
+                logits, _ = made.next_logits([*prompt, *words[:place, row].tolist()])
                 past = Past(counts.tolist(), in_prompt[row].tolist(), row_bias[row].tolist()) if options else None
                 total = (logits[0] + bias).tolist()
                 if config.greedy:
@@ -169,20 +164,20 @@ def test_words_are_those_of_the_reference(kind: str, opened: Opened) -> None:
 def test_the_seed_decides_and_rows_do_not_depend_on_the_others(opened: Opened) -> None:
     made, config = opened("fp32"), GenerationConfig(top_p=0.8)
     prompts = [PROMPTS[1]] * 3
-    three, _ = made.make(made.start(prompts).seeded(4), config, 40)
-    assert np.array_equal(made.make(made.start(prompts).seeded(4), config, 40)[0], three)
-    assert np.array_equal(made.make(made.start(prompts[:2]).seeded(4), config, 40)[0], three[:, :2])
-    assert not np.array_equal(made.make(made.start(prompts).seeded(5), config, 40)[0], three)
+    three, _ = made.generate(made.start(prompts).seeded(4), config, 40)
+    assert np.array_equal(made.generate(made.start(prompts).seeded(4), config, 40)[0], three)
+    assert np.array_equal(made.generate(made.start(prompts[:2]).seeded(4), config, 40)[0], three[:, :2])
+    assert not np.array_equal(made.generate(made.start(prompts).seeded(5), config, 40)[0], three)
     assert not np.array_equal(three[:, 0], three[:, 1])
 
 
 def test_words_of_any_seed_follow_the_models_law(opened: Opened) -> None:
     made = opened("int8")
-    logits, _ = made.prefill([1, 7])
-    state = made.read(made.start([[1, 7]]))
+    logits, _ = made.next_logits([1, 7])
+    state = made.prefill(made.start([[1, 7]]))
     for config in (GenerationConfig(), GenerationConfig(top_p=0.8), GenerationConfig(min_p=0.02, temperature=1.5)):
         right = expected(logits[0].tolist(), config)
-        words, _ = made.make(state.fork(4_000, seed=9), config, 1)
+        words, _ = made.generate(state.fork(4_000, seed=9), config, 1)
         assert set(words[0].tolist()) <= set(right.words)
         check_frequencies(words[0], dict(zip(right.words, right.probabilities, strict=True)))
 
@@ -192,13 +187,13 @@ def test_what_was_read_is_not_read_again(opened: Opened, monkeypatch: pytest.Mon
     made = opened("fp32")
     prompts = [*PROMPTS, [1, *range(2, 25)]]
     for config in (GenerationConfig(), ALL_OPTIONS):
-        words, _ = made.make(made.start(prompts).seeded(2), config, 10)
+        words, _ = made.generate(made.start(prompts).seeded(2), config, 10)
         for at_once in (512, 24, 23, 5, 2):
-            monkeypatch.setattr(sampler, "READ_AT_ONCE", at_once)
-            state = made.read(made.start(prompts), config)
-            assert state.words.shape == (5, 1)
-            assert np.array_equal(state.words[:, 0], [prompt[-1] for prompt in prompts])
-            assert np.array_equal(made.make(state.seeded(2), config, 10)[0], words)
+            monkeypatch.setattr("lmdist_export.sampling.sampler.PREFILL_TOKENS", at_once)
+            state = made.prefill(made.start(prompts), config)
+            assert state.tokens.shape == (5, 1)
+            assert np.array_equal(state.tokens[:, 0], [prompt[-1] for prompt in prompts])
+            assert np.array_equal(made.generate(state.seeded(2), config, 10)[0], words)
 
 
 def test_an_early_stop_is_no_stop(opened: Opened) -> None:
@@ -206,48 +201,48 @@ def test_an_early_stop_is_no_stop(opened: Opened) -> None:
     made = opened("fp32")
     for config in (GenerationConfig(), ALL_OPTIONS, GenerationConfig(top_p=0.8, presence_penalty=0.5)):
         start = made.start(PROMPTS).seeded(1)
-        words, end = made.make(start, config, 80)
+        words, end = made.generate(start, config, 80)
         ends = [2, 6, 3, 5]
         stops = {int(words[place, row]) for row, place in enumerate(ends)}
         first = max(int(np.flatnonzero(np.isin(words[:, row], list(stops)))[0]) for row in range(4)) + 1
         assert 1 < first <= 7
-        some, state = made.make(start, config, 80, stops=sorted(stops))
+        some, state = made.generate(start, config, 80, stops=sorted(stops))
         assert np.array_equal(some, words[:first])
-        rest, after = made.make(state, config, 80 - first)
+        rest, after = made.generate(state, config, 80 - first)
         assert np.array_equal(rest, words[first:])
         assert same(after, end)
         # One text has no such word: all are made.
         never = next(word for word in range(V) if word not in words[:, 0])
-        assert len(made.make(start, config, 80, stops=[never])[0]) == 80
+        assert len(made.generate(start, config, 80, stops=[never])[0]) == 80
 
 
 def test_no_words_at_all(opened: Opened) -> None:
     made = opened("fp32")
     for config in CONFIGS:
-        words, state = made.make(made.start(PROMPTS).seeded(1), config, 0)
+        words, state = made.generate(made.start(PROMPTS).seeded(1), config, 0)
         assert words.shape == (0, 4)
-        after, _ = made.make(state, config, 6)
-        assert np.array_equal(after, made.make(made.start(PROMPTS).seeded(1), config, 6)[0])
+        after, _ = made.generate(state, config, 6)
+        assert np.array_equal(after, made.generate(made.start(PROMPTS).seeded(1), config, 6)[0])
 
 
 def test_options_that_fp32_does_not_know(opened: Opened) -> None:
     """Values that are allowed and rounded to nothing, or to more than any number."""
     made = opened("fp32")
     start = made.start([[1, 5]] * 3).seeded(0)
-    likeliest, _ = made.make(start, GenerationConfig(temperature=0.0), 5)
+    likeliest, _ = made.generate(start, GenerationConfig(temperature=0.0), 5)
     narrowest: list[dict[str, Any]] = [
         *({"temperature": 1e-37}, {"temperature": 1e-45}, {"temperature": sys.float_info.min}, {"top_p": 1e-50}),
         *({"min_p": 1.0}, {"min_p": 1.0, "top_p": 1e-9}, {"top_p": 1e-50, "top_k": 7}, {"top_k": 1}),
     ]
     for narrow in narrowest:
-        assert np.array_equal(made.make(start, GenerationConfig(**narrow), 5)[0], likeliest), narrow
+        assert np.array_equal(made.generate(start, GenerationConfig(**narrow), 5)[0], likeliest), narrow
     largest: dict[str, Any] = {"repetition_penalty": 1e6, "presence_penalty": 1e6, "frequency_penalty": -1e6}
     for temperature in (1e-45, 1.0, 1e60):
-        words, _ = made.make(start, GenerationConfig(temperature=temperature, **largest), 40)
+        words, _ = made.generate(start, GenerationConfig(temperature=temperature, **largest), 40)
         assert words.max() < V
-    words, _ = made.make(start, GenerationConfig(temperature=1e60), 100)
+    words, _ = made.generate(start, GenerationConfig(temperature=1e60), 100)
     assert len(np.unique(words)) > 100  # all words are equally likely
-    words, _ = made.make(start, GenerationConfig(typical_p=1e-50), 20)
+    words, _ = made.generate(start, GenerationConfig(typical_p=1e-50), 20)
     assert words.max() < V
 
 
@@ -256,36 +251,36 @@ def test_options_that_fp32_does_not_know(opened: Opened) -> None:
 
 def test_forks_go_on_as_texts_of_their_own(opened: Opened) -> None:
     made, config = opened("fp32"), GenerationConfig(top_k=40, frequency_penalty=0.3)
-    words, _ = made.make(made.start([PROMPTS[1]] * 3).seeded(8), config, 12)
-    fork = made.read(made.start([PROMPTS[1]]), config).fork(3, seed=8)
+    words, _ = made.generate(made.start([PROMPTS[1]] * 3).seeded(8), config, 12)
+    fork = made.prefill(made.start([PROMPTS[1]]), config).fork(3, seed=8)
     assert len(fork) == 3
-    assert np.array_equal(made.make(fork, config, 12)[0], words)
+    assert np.array_equal(made.generate(fork, config, 12)[0], words)
     assert len({tuple(column) for column in words.T.tolist()}) == 3
 
 
 def test_rows_of_a_state_go_on_as_they_would_have(opened: Opened) -> None:
     made, config = opened("fp32"), ALL_OPTIONS
-    _, state = made.make(made.start(PROMPTS).seeded(1), config, 5)
-    words, _ = made.make(state, config, 8)
+    _, state = made.generate(made.start(PROMPTS).seeded(1), config, 5)
+    words, _ = made.generate(state, config, 8)
     some = state.rows([3, 1, 1])
     for _ in range(2):  # a state is not used up
-        assert np.array_equal(made.make(some, config, 8)[0], words[:, [3, 1, 1]])
-    assert np.array_equal(made.make(state, config, 8)[0], words)
+        assert np.array_equal(made.generate(some, config, 8)[0], words[:, [3, 1, 1]])
+    assert np.array_equal(made.generate(state, config, 8)[0], words)
 
 
 def test_joined_states_go_on_as_they_would_have(opened: Opened) -> None:
     """One with words still to read and no counts, one in the midst of its text."""
     made, config = opened("fp32"), ALL_OPTIONS
-    _, old = made.make(made.start(PROMPTS[:2]).seeded(1), config, 9)
+    _, old = made.generate(made.start(PROMPTS[:2]).seeded(1), config, 9)
     new = made.start(PROMPTS[2:]).seeded(2)
     assert old.counts is not None
     assert new.counts is None
     for states in ([old, new], [new, old]):
-        words, after = made.make(joined(states), config, 8)
-        apart = [made.make(state, config, 8) for state in states]
+        words, after = made.generate(joined(states), config, 8)
+        apart = [made.generate(state, config, 8) for state in states]
         assert np.array_equal(words, np.concatenate([piece for piece, _ in apart], axis=1))
-        again, _ = made.make(after, config, 8)
-        assert np.array_equal(again, np.concatenate([made.make(state, config, 8)[0] for _, state in apart], axis=1))
+        again, _ = made.generate(after, config, 8)
+        assert np.array_equal(again, np.concatenate([made.generate(state, config, 8)[0] for _, state in apart], axis=1))
     plain = joined([made.start(PROMPTS[:1]).seeded(1), new])
     assert plain.counts is None
     assert len(plain) == 3
@@ -294,12 +289,12 @@ def test_joined_states_go_on_as_they_would_have(opened: Opened) -> None:
 @pytest.mark.parametrize("config", [GenerationConfig(), ALL_OPTIONS], ids=["plain", "counted"])
 def test_a_state_goes_on_from_its_file(config: GenerationConfig, opened: Opened, tmp_path: Path) -> None:
     made = opened("adaptive")
-    for state in (made.start(PROMPTS).seeded(6), made.make(made.start(PROMPTS).seeded(6), config, 7)[1]):
+    for state in (made.start(PROMPTS).seeded(6), made.generate(made.start(PROMPTS).seeded(6), config, 7)[1]):
         state.save(tmp_path / "state.npz")
         loaded = State.load(tmp_path / "state.npz")
         assert same(loaded, state)
         fresh = Sampler(made.bundle, threads=1)
-        assert np.array_equal(fresh.make(loaded, config, 9)[0], made.make(state, config, 9)[0])
+        assert np.array_equal(fresh.generate(loaded, config, 9)[0], made.generate(state, config, 9)[0])
     unseeded = made.start(PROMPTS)
     unseeded.save(tmp_path / "state.npz")
     assert State.load(tmp_path / "state.npz").generators == ()
@@ -311,19 +306,22 @@ def test_a_state_of_another_model_is_refused(opened: Opened, tmp_path: Path) -> 
     larger = Sampler(bare_bundle(tmp_path / "larger", TIED, vocabulary_size=2 * V), threads=1)
     for state, message in (
         (other.start([[1, 4], [5]]), r"h is \(2, 20\); \(2, 32\) is expected"),
-        (replace(here.start([[1]]), c=np.zeros((1, 5), np.float32)), r"c is \(1, 5\); \(1, 32\) is expected"),
-        (larger.make(larger.start([[1]]).seeded(1), ALL_OPTIONS, 1)[1], r"counts is \(1, 768\); \(1, 512\) is expected"),
-        (larger.start([[1, V]]), f"word is {V}; one below {V} is expected"),
+        (
+            replace(here.start([[1]]), model=(here.initial_state(1)[0], np.zeros((1, 5), np.float32))),
+            r"c is \(1, 5\); \(1, 32\) is expected",
+        ),
+        (larger.generate(larger.start([[1]]).seeded(1), ALL_OPTIONS, 1)[1], r"counts is \(1, 768\); \(1, 512\) is expected"),
+        (larger.start([[1, V]]), f"token is {V}; one below {V} is expected"),
     ):
         with pytest.raises(UsageError, match=f"the state is not this model's: .*{message}"):
-            here.make(state.seeded(1), ALL_OPTIONS, 2)
+            here.generate(state.seeded(1), ALL_OPTIONS, 2)
         with pytest.raises(UsageError, match="not this model's"):
-            here.read(state)
+            here.prefill(state)
 
 
 def test_a_file_that_holds_no_state(opened: Opened, tmp_path: Path) -> None:
     path = tmp_path / "state.npz"
-    with pytest.raises(MissingInputError, match=r"state\.npz is not there"):
+    with pytest.raises(MissingInputError, match=r"state\.npz does not exist"):
         State.load(path)
     np.save(tmp_path / "other.npy", np.zeros(3))
     np.savez(tmp_path / "names.npz", words=np.zeros((1, 1), np.int64))
@@ -335,7 +333,7 @@ def test_a_file_that_holds_no_state(opened: Opened, tmp_path: Path) -> None:
             State.load(tmp_path / name)
         assert "\n" not in str(raised.value)
     made = opened("fp32")
-    made.make(made.start(PROMPTS).seeded(6), ALL_OPTIONS, 2)[1].save(path)
+    made.generate(made.start(PROMPTS).seeded(6), ALL_OPTIONS, 2)[1].save(path)
     whole, messages = path.read_bytes(), []
     for seed in range(200):
         path.write_bytes(damaged(whole, np.random.default_rng(seed)))
@@ -376,7 +374,7 @@ def test_scores_are_those_of_steps_and_of_torch(kind: str, opened: Opened, monke
     assert np.abs(scores - right).max() < allowed
 
     for places in (1, 2, 12, 30):
-        monkeypatch.setattr(sampler, "LOGITS_AT_ONCE", places * made.sizes.padded)
+        monkeypatch.setattr("lmdist_export.sampling.sampler.LOGITS_AT_ONCE", places * made.sizes.padded)
         in_pieces, end = made.score(tokens, targets, (h, c))
         np.testing.assert_allclose(in_pieces, scores, atol=1e-4)
         np.testing.assert_allclose(end, after, atol=1e-5)
@@ -401,8 +399,8 @@ def test_scores_do_not_depend_on_what_is_on_the_right(kind: str, opened: Opened)
 
 def test_reading_at_once_is_reading_word_by_word(opened: Opened) -> None:
     made = opened("fp32")
-    context = np.random.default_rng(0).integers(0, V, 2 * PREFILL_WORDS + 5).tolist()
-    logits, state = made.prefill(context)
+    context = np.random.default_rng(0).integers(0, V, 2 * STEP_TOKENS + 5).tolist()
+    logits, state = made.next_logits(context)
     step_logits, step_state = np.zeros(0), made.initial_state(1)
     for word in context:
         step_logits, step_state = made.step(np.array([[word]]), step_state)
@@ -410,15 +408,15 @@ def test_reading_at_once_is_reading_word_by_word(opened: Opened) -> None:
     np.testing.assert_allclose(logits, step_logits[:, -1], atol=1e-5)
     np.testing.assert_allclose(state, step_state, atol=1e-5)
     # What makes words reads as the step graph does.
-    after = made.read(made.start([context]))
-    np.testing.assert_allclose(np.stack([after.h, after.c]), made.prefill(context[:-1])[1], atol=1e-5)
+    after = made.prefill(made.start([context]))
+    np.testing.assert_allclose(after.model, made.next_logits(context[:-1])[1], atol=1e-5)
 
 
 def test_threads_change_nothing(bundle: Bundle) -> None:
     tokens = np.arange(12).reshape(3, 4)
     one, two = Sampler(bundle, threads=1), Sampler(bundle, threads=2)
     np.testing.assert_allclose(one.step(tokens, one.initial_state(3))[0], two.step(tokens, two.initial_state(3))[0], atol=1e-5)
-    words = [made.make(made.start(PROMPTS).seeded(1), GenerationConfig(), 20)[0] for made in (one, two)]
+    words = [made.generate(made.start(PROMPTS).seeded(1), GenerationConfig(), 20)[0] for made in (one, two)]
     assert np.array_equal(words[0], words[1])
 
 
@@ -439,10 +437,10 @@ def test_the_exported_graph_makes_the_same_words_by_itself(kind: str, opened: Op
         assert features_of(config, False) == EVERY_FEATURE
         start = made.start(PROMPTS).seeded(3)
         generators = [restored(generator.bit_generator.state) for generator in start.generators]
-        words, after = made.make(start, config, 20)
+        words, after = made.generate(start, config, 20)
         rows, padded = len(PROMPTS), made.sizes.padded
         feed = {
-            "prompt": start.words,
+            "prompt": start.tokens,
             "lengths": start.lengths,
             "h": np.zeros((rows, made.sizes.state_size), np.float32),
             "c": np.zeros((rows, made.sizes.state_size), np.float32),
@@ -470,7 +468,7 @@ def test_the_exported_graph_makes_the_same_words_by_itself(kind: str, opened: Op
         assert set(feed) == {value.name for value in session.get_inputs()}
         found: dict[str, Any] = dict(zip([value.name for value in session.get_outputs()], session.run(None, feed), strict=True))
         assert np.array_equal(found["words"], words)
-        np.testing.assert_allclose(found["next_h"], after.h, atol=1e-6)
+        np.testing.assert_allclose([found["next_h"], found["next_c"]], after.model, atol=1e-6)
         assert np.array_equal(found["next_counts"].sum(axis=1), [20] * rows)
 
 
@@ -481,13 +479,13 @@ def test_processors_whose_products_saturate_make_the_same_words(
     bundle = opened(kind).bundle
     found = []
     for saturates in (False, True):
-        monkeypatch.setattr(sampler, "products_saturate", lambda threads, saturates=saturates: saturates)
-        if not saturates and Sampler(bundle).runtime.saturates:
+        monkeypatch.setattr(runtime, "int8_saturates", lambda threads, saturates=saturates: saturates)
+        if not saturates and Sampler(bundle).runtime.target.int8_saturates:
             pytest.skip("this processor's products saturate")
         made = Sampler(bundle, threads=1)
-        assert made.runtime.saturates == saturates
+        assert made.runtime.target.int8_saturates == saturates
         tokens = np.arange(12).reshape(3, 4)
-        words = [made.make(made.start(PROMPTS).seeded(1), config, 20)[0] for config in (CONFIGS[0], ALL_OPTIONS)]
+        words = [made.generate(made.start(PROMPTS).seeded(1), config, 20)[0] for config in (CONFIGS[0], ALL_OPTIONS)]
         found.append((*words, made.step(tokens, made.initial_state(3))[0], made.score(tokens, tokens)[0]))
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -534,7 +532,7 @@ def on_cuda() -> Any:
 
 def test_cuda_that_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
-    monkeypatch.setattr(sampler, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
+    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
     assert on_cuda().get_providers() == ["CUDAExecutionProvider"]
     assert capfd.readouterr().out == ""
 
@@ -542,7 +540,7 @@ def test_cuda_that_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 @pytest.mark.parametrize(("running", "message"), [("CPUExecutionProvider", "fell back to the CPU"), (None, "here: no cuDNN")])
 def test_cuda_that_does_not_run(monkeypatch: pytest.MonkeyPatch, running: str | None, message: str) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
-    monkeypatch.setattr(sampler, "import_onnxruntime", lambda: FakeRuntime(running))
+    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: FakeRuntime(running))
     with pytest.raises(UsageError, match=f"{message}.*--provider cpu"):
         on_cuda()
 
@@ -552,13 +550,13 @@ def test_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", no_driver)
-    monkeypatch.setattr(sampler, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
+    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: FakeRuntime("CUDAExecutionProvider"))
     with pytest.raises(UsageError, match="no NVIDIA driver"):
         on_cuda()
 
 
 def test_cuda_with_the_wheel_for_cpus(bundle: Bundle) -> None:
-    if "CUDAExecutionProvider" in sampler.import_onnxruntime().get_available_providers():
+    if "CUDAExecutionProvider" in runtime.import_onnxruntime().get_available_providers():
         pytest.skip("this onnxruntime is built with CUDA")
     with pytest.raises(UsageError, match=r"built without CUDA.*lmdist\[gpu\]"):
         Sampler(bundle, provider="cuda")
@@ -566,22 +564,22 @@ def test_cuda_with_the_wheel_for_cpus(bundle: Bundle) -> None:
 
 def test_onnxruntime_that_is_not_there_or_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     wheels: set[str] = {"onnxruntime", "onnxruntime-gpu"}
-    monkeypatch.setattr(sampler, "installed", lambda name: name in wheels)
+    monkeypatch.setattr(runtime, "installed", lambda name: name in wheels)
     with pytest.raises(UsageError, match="both installed"):
-        sampler.import_onnxruntime()
+        runtime.import_onnxruntime()
     # What uninstalling one of the two leaves: a module with nothing in it.
-    monkeypatch.setattr(sampler.importlib, "import_module", lambda name: SimpleNamespace())
+    monkeypatch.setattr(runtime.importlib, "import_module", lambda name: SimpleNamespace())
     wheels.remove("onnxruntime-gpu")
     with pytest.raises(UsageError, match=r"pip install --force-reinstall onnxruntime$"):
-        sampler.import_onnxruntime()
+        runtime.import_onnxruntime()
     wheels.clear()
 
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(sampler.importlib, "import_module", missing)
+    monkeypatch.setattr(runtime.importlib, "import_module", missing)
     with pytest.raises(UsageError, match=r"pip install 'lmdist\[cpu\]'"):
-        sampler.import_onnxruntime()
+        runtime.import_onnxruntime()
 
 
 def test_a_folder_without_weights(bundle: Bundle, tmp_path: Path) -> None:
@@ -595,5 +593,5 @@ def test_onnxruntime_reports_to_its_makers_only_where_that_is_asked_for(monkeypa
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", given or "")
     if given is None:
         monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
-    sampler.import_onnxruntime()
+    runtime.import_onnxruntime()
     assert os.environ["ORT_DISABLE_TELEMETRY"] == kept

@@ -27,7 +27,7 @@ from lmdist_export import score
 from lmdist_export.bundle import Bundle
 from lmdist_export.sampling import sampler as sampler_module
 from lmdist_export.sampling.sampler import Sampler
-from lmdist_export.sampling.scoring import Scorer, side_by_side
+from lmdist_export.sampling.scoring import Scorer, score_batch
 from support.small_bundles import PLAIN_WORDS, TIED, UNTIED, command, in_fresh_process, make_bundle
 
 # With common beginnings, one that is the beginning of another, one twice, an empty one, and words that are not known.
@@ -145,10 +145,10 @@ def test_the_end_can_be_left_out(sampler) -> None:
         assert one.bytes == other.bytes - 1 == len(one.text)
 
 
-def test_random_texts_side_by_side_are_as_one_by_one(sampler) -> None:
+def test_random_texts_score_batch_are_as_one_by_one(sampler) -> None:
     random = np.random.default_rng(0)
     texts = [random.integers(0, 4, random.integers(0, 9)).tolist() for _ in range(200)]  # 4 words: many begin the same
-    for ids, scores in zip(texts, side_by_side(sampler, texts), strict=True):
+    for ids, scores in zip(texts, score_batch(sampler, texts), strict=True):
         alone, _ = sampler.score(np.array([[1, *ids[:-1]]])[:, : len(ids)], np.array([ids], np.int64))
         np.testing.assert_allclose(scores, alone[0], atol=2e-5)
 
@@ -166,7 +166,7 @@ def test_what_texts_begin_with_is_read_once(sampler, monkeypatch) -> None:
 
     for name in ("step", "score"):
         monkeypatch.setattr(sampler, name, counting(getattr(sampler, name)))
-    side_by_side(sampler, [[5, 6, 7, 8, 1], [5, 6, 7, 9, 1], [5, 6, 7, 8, 1], [5, 6, 1]])
+    score_batch(sampler, [[5, 6, 7, 8, 1], [5, 6, 7, 9, 1], [5, 6, 7, 8, 1], [5, 6, 1]])
     # <eos>; the words behind which one is scored: 5 and 6 of all; 6 of the third row's end; 7 twice, 8 and 9.
     assert read == 1 + 1 + 2 + 2 + 2
 

@@ -15,10 +15,15 @@ import pytest
 
 from lmdist.errors import UsageError
 from lmdist_export import PRECISIONS, export
-from lmdist_export.bundle import Bundle, GenerationConfig
-from lmdist_export.graph.graphs import Features, Sizes, capturable, file_length, generation_graph, step_graph, word_graph
-from lmdist_export.sampling import sampler
-from lmdist_export.sampling.sampler import Sampler, State, WordSession
+from lmdist_export.bundle import Bundle
+from lmdist_export.graph.graphs import capturable, generation_graph, step_graph, word_graph
+from lmdist_export.graph.network import Target
+from lmdist_export.graph.sizes import Sizes, file_length
+from lmdist_export.options import Features, GenerationConfig, features_of
+from lmdist_export.sampling import runtime
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.state import State
+from lmdist_export.sampling.word_session import WordSession
 from support.small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, make_run
 
 PROMPTS = [[1], [3, 4, 5], [6, 7], [2, 8, 9, 3, 4, 4]]
@@ -31,7 +36,7 @@ CONFIGS = {
     "typical": GenerationConfig(typical_p=0.6),
     "all": GenerationConfig(frequency_penalty=0.3, top_k=9, top_p=0.9, min_p=0.01, typical_p=0.9),
 }
-ALL_FEATURES = {name: sampler.features_of(config, False) for name, config in CONFIGS.items()}
+ALL_FEATURES = {name: features_of(config, False) for name, config in CONFIGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +64,15 @@ def plain(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def pair(bundle: Bundle) -> tuple[Sampler, Sampler]:
     """One that makes words by the Loop, and one that makes them one a run."""
     one, two = Sampler(bundle), Sampler(bundle)
-    two.by_word = True
+    two.uses_word_graph = True
     return one, two
 
 
 def compare(found: State, expected: State) -> None:
     """The same state, but for the rounding of sums."""
-    for name in ("words", "lengths"):
+    for name in ("tokens", "lengths"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    for name in ("h", "c"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-5)
+    np.testing.assert_allclose(found.model, expected.model, atol=1e-5)
     assert (found.counts is None) == (expected.counts is None)
     if found.counts is not None and expected.counts is not None:
         np.testing.assert_array_equal(found.counts, expected.counts)
@@ -82,8 +86,8 @@ def test_words_and_state_are_those_of_the_loop(bundle: Bundle, config: Generatio
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:3], PROMPTS):
         one, two = (made.start(prompts).seeded(5) for made in (loop, by_word))
         for words, stops in ((7, ()), (1, ()), (30, (3, 4, 5)), (0, ()), (4, (99,))):
-            expected, one = loop.make(one, config, words, stops)
-            found, two = by_word.make(two, config, words, stops)
+            expected, one = loop.generate(one, config, words, stops)
+            found, two = by_word.generate(two, config, words, stops)
             np.testing.assert_array_equal(found, expected)
             assert found.dtype == expected.dtype
             compare(two, one)
@@ -98,20 +102,21 @@ def test_what_is_added_to_logits(bundle: Bundle) -> None:
     }
     config = replace(CONFIGS["adjusted"], repetition_penalty=2)
     loop, by_word = pair(bundle)
-    (expected, one), (found, two) = (made.make(made.start(PROMPTS).seeded(1), config, 12, **added) for made in (loop, by_word))
+    expected, one = loop.generate(loop.start(PROMPTS).seeded(1), config, 12, **added)
+    found, two = by_word.generate(by_word.start(PROMPTS).seeded(1), config, 12, **added)
     np.testing.assert_array_equal(found, expected)
     compare(two, one)
 
 
 def test_the_state_that_went_in_is_as_it_was(plain: Bundle) -> None:
     made = pair(plain)[1]
-    _, state = made.make(made.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 3)
-    before = [state.h.copy(), state.c.copy(), np.array(state.counts)]
-    first = made.make(state, CONFIGS["adjusted"], 5)
-    again = made.make(state, CONFIGS["adjusted"], 5)
+    _, state = made.generate(made.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 3)
+    before = [*(part.copy() for part in state.model), np.array(state.counts)]
+    first = made.generate(state, CONFIGS["adjusted"], 5)
+    again = made.generate(state, CONFIGS["adjusted"], 5)
     np.testing.assert_array_equal(first[0], again[0])
     compare(again[1], first[1])
-    for array, expected in zip((state.h, state.c, state.counts), before, strict=True):
+    for array, expected in zip((*state.model, state.counts), before, strict=True):
         np.testing.assert_array_equal(array, expected)
 
 
@@ -121,7 +126,7 @@ def addresses(session: WordSession) -> list[dict[str, int]]:
 
 def test_values_stay_where_they_are_while_their_shapes_do(plain: Bundle) -> None:
     made = pair(plain)[1]
-    made.make(made.start(PROMPTS).seeded(1), CONFIGS["plain"], 3)
+    made.generate(made.start(PROMPTS).seeded(1), CONFIGS["plain"], 3)
     session = made.word_session(ALL_FEATURES["plain"])
     first, bindings = addresses(session), session.bindings
     differing = {name for name in first[0] if first[0][name] != first[1][name]}
@@ -131,10 +136,10 @@ def test_values_stay_where_they_are_while_their_shapes_do(plain: Bundle) -> None
         outputs = [value.name.removeprefix("next_") for value in session.session.get_outputs()]
         found = dict(zip(outputs, (value.data_ptr() for value in binding.get_outputs()), strict=True))
         assert found == {name: after[name] for name in outputs}
-    made.make(made.start(PROMPTS[::-1]).seeded(2), replace(CONFIGS["plain"], temperature=1.5), 8)
+    made.generate(made.start(PROMPTS[::-1]).seeded(2), replace(CONFIGS["plain"], temperature=1.5), 8)
     assert addresses(session) == first
     assert session.bindings is bindings
-    made.make(made.start(PROMPTS[:2]).seeded(1), CONFIGS["plain"], 3)
+    made.generate(made.start(PROMPTS[:2]).seeded(1), CONFIGS["plain"], 3)
     assert session.bindings is not bindings
 
 
@@ -149,8 +154,8 @@ def test_a_run_twice_is_a_run(plain: Bundle) -> None:
             once(number)
 
     session.run = thrice
-    expected, one = loop.make(loop.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 9)
-    found, two = by_word.make(by_word.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 9)
+    expected, one = loop.generate(loop.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 9)
+    found, two = by_word.generate(by_word.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 9)
     np.testing.assert_array_equal(found, expected)
     compare(two, one)
 
@@ -170,13 +175,13 @@ def test_graphs_for_cuda_are_valid(precision: str, cutoffs: list[int], features:
     (tmp_path / "weights.bin").write_bytes(bytes(file_length(sizes)))
     for make in (step_graph, partial(generation_graph, features=features), partial(word_graph, features=features)):
         path = tmp_path / "graph.onnx"
-        path.write_bytes(make(sizes, location="weights.bin", cuda=True))
+        path.write_bytes(make(sizes, target=Target("weights.bin", cuda=True)))
         onnx.checker.check_model(str(path), full_check=True)
 
 
 @pytest.mark.parametrize("features", ALL_FEATURES.values(), ids=ALL_FEATURES)
 def test_what_is_captured_has_nothing_that_a_cuda_graph_cannot_replay(features: Features) -> None:
-    graph = onnx.load_from_string(word_graph(sizes_of("fp16", []), features, "weights.bin", cuda=True)).graph
+    graph = onnx.load_from_string(word_graph(sizes_of("fp16", []), features, Target("weights.bin", cuda=True))).graph
     operators = {node.op_type for node in graph.node}
     # Control flow; a shape, which lies on the host; kernels that copy tables from the host.
     unfit = operators & {"Loop", "Scan", "If", "Shape", "GatherND", "ScatterND", "Concat"}
@@ -191,18 +196,17 @@ def test_what_is_captured_has_nothing_that_a_cuda_graph_cannot_replay(features: 
 def test_graphs_for_cuda_compute_the_same(precision: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export.main([str(run), "-o", str(tmp_path / "bundle"), "--precision", precision])
     bundle = Bundle.load(tmp_path / "bundle")
-    expected, one = (made := Sampler(bundle)).make(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
-    opened = sampler.Runtime.open
+    expected, one = (made := Sampler(bundle)).generate(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
+    opened = runtime.Runtime.open
 
-    def as_for_cuda(self: sampler.Runtime, graph: Any, captured: bool = False) -> Any:
-        return opened(self, lambda *arguments, **options: graph(*arguments, **(options | {"cuda": True})), captured)
+    def as_for_cuda(self: runtime.Runtime, graph: Any, captured: bool = False) -> Any:
+        return opened(self, lambda sizes, target: graph(sizes, target=replace(target, cuda=True)), captured)
 
-    monkeypatch.setattr(sampler.Runtime, "open", as_for_cuda)
+    monkeypatch.setattr(runtime.Runtime, "open", as_for_cuda)
     made = pair(bundle)[1]
-    found, two = made.make(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
+    found, two = made.generate(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
     np.testing.assert_array_equal(found, expected)
-    for name in ("h", "c"):
-        np.testing.assert_allclose(getattr(two, name), getattr(one, name), atol=1e-5 if precision == "fp32" else 1e-2)
+    np.testing.assert_allclose(two.model, one.model, atol=1e-5 if precision == "fp32" else 1e-2)
 
 
 # --- a CUDA graph that cannot be -----------------------------------------------------------------------------------
@@ -232,9 +236,9 @@ def test_words_are_made_without_a_cuda_graph_where_there_can_be_none(
 
     monkeypatch.setattr(by_word.runtime, "open", refuse)
     session.captured = True
-    session.session = session.opened()
-    expected, _ = loop.make(loop.start(PROMPTS).seeded(1), CONFIGS["plain"], 9)
-    found, _ = by_word.make(by_word.start(PROMPTS).seeded(1), CONFIGS["plain"], 9)
+    session.session = session.open()
+    expected, _ = loop.generate(loop.start(PROMPTS).seeded(1), CONFIGS["plain"], 9)
+    found, _ = by_word.generate(by_word.start(PROMPTS).seeded(1), CONFIGS["plain"], 9)
     np.testing.assert_array_equal(found, expected)
     assert [asked.count(captured) for captured in (True, False)] == [1, 2]  # the prompts' graph is one
 
@@ -250,7 +254,7 @@ def test_the_options_of_a_captured_session(monkeypatch: pytest.MonkeyPatch) -> N
         def add_session_config_entry(self, key: str, value: str) -> None: ...
 
     fake = SimpleNamespace(SessionOptions=Options, InferenceSession=make_session)
-    monkeypatch.setattr(sampler, "import_onnxruntime", lambda: fake)
+    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: fake)
     for captured in (True, False):
-        sampler.open_session(b"", Path(), "cuda", 1, captured)
+        runtime.open_session(b"", Path(), "cuda", 1, captured)
     assert given == [[("CUDAExecutionProvider", {"enable_cuda_graph": "1"})], ["CUDAExecutionProvider"]]

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 
 from lmdist.errors import UsageError
-from lmdist_export.bundle import GenerationConfig
+from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.generation import Text, continuations
-from lmdist_export.sampling.sampler import Sampler, State
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.state import State
 from lmdist_export.serving import batching
-from lmdist_export.serving.batching import Batcher, Overdue, Request
+from lmdist_export.serving.batching import Batcher, Request, RequestTimeout
 from support.small_bundles import bare_bundle
 
 CONFIG = GenerationConfig(max_new_tokens=40)
@@ -25,7 +26,7 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
 
 
 def words_of(texts: Sequence[Text]) -> list[tuple[int, int, list[int], str]]:
-    return [(text.prompt_number, text.number, text.words, text.finish_reason) for text in texts]
+    return [(text.prompt_number, text.number, text.tokens, text.finish_reason) for text in texts]
 
 
 def alone(sampler: Sampler, request: Request) -> list[tuple[int, int, list[int], str]]:
@@ -43,7 +44,7 @@ def test_requests_of_many_settings_get_what_each_gets_alone(sampler: Sampler) ->
     ]
     batcher = Batcher(sampler, batch_size=4)
     with ThreadPoolExecutor(24) as clients:
-        answers = list(clients.map(lambda request: batcher.make(request, 60), requests))
+        answers = list(clients.map(lambda request: batcher.generate(request, 60), requests))
     assert [words_of(texts) for texts in answers] == [alone(sampler, request) for request in requests]
     assert not batcher.batches
 
@@ -56,72 +57,72 @@ def test_a_request_that_fails_takes_no_other_with_it(sampler: Sampler) -> None:
 
     def answer(prompt: list[int]) -> list[Text] | str:
         try:
-            return batcher.make(Request(sampler, [prompt], config, 1, ignore_end=True), 60)
+            return batcher.generate(Request(sampler, [prompt], config, 1, ignore_end=True), 60)
         except UsageError as error:
             return str(error)
 
     with ThreadPoolExecutor(3) as clients:
         first, second, third = clients.map(answer, prompts)
     assert isinstance(second, str)
-    assert "the id of a word is 300" in second
+    assert "the id of a token is 300" in second
     for texts in (first, third):
         assert isinstance(texts, list)
-        assert len(texts[0].words) == 200
+        assert len(texts[0].tokens) == 200
 
 
 def test_a_request_that_takes_too_long_makes_room(sampler: Sampler) -> None:
     batcher = Batcher(sampler, batch_size=1)
     config = replace(CONFIG, max_new_tokens=1_000_000)
-    with pytest.raises(Overdue):
-        batcher.make(Request(sampler, [[]], config, 1, ignore_end=True), 0.2)
+    with pytest.raises(RequestTimeout):
+        batcher.generate(Request(sampler, [[]], config, 1, ignore_end=True), 0.2)
     request = Request(sampler, [[3]], replace(config, max_new_tokens=5), 1, ignore_end=True)
-    assert words_of(batcher.make(request, 60)) == alone(sampler, request)
-    with pytest.raises(Overdue):  # of the same settings, so that it comes after one that nobody waits for
-        batcher.make(Request(sampler, [[]], config, 1, ignore_end=True), 0.2)
+    assert words_of(batcher.generate(request, 60)) == alone(sampler, request)
+    with pytest.raises(RequestTimeout):  # of the same settings, so that it comes after one that nobody waits for
+        batcher.generate(Request(sampler, [[]], config, 1, ignore_end=True), 0.2)
 
 
 def test_texts_that_nobody_waits_for_leave_the_batch_and_those_beside_them_stay(sampler: Sampler) -> None:
     """Given up at the worst moment, while its first text begins."""
     config = replace(CONFIG, max_new_tokens=3_000)
     left = Request(sampler, [[3]], config, 1, n=3, ignore_end=True)
-    beginnings = left.beginnings
+    unchanged = left.new_texts
 
     def leaving() -> Iterator[tuple[Text, State]]:
-        for text, state in beginnings:
-            left.give_up()
+        for text, state in unchanged:
+            left.cancel()
             yield text, state
 
-    left.beginnings = leaving()
+    left.new_texts = leaving()
     stays = Request(sampler, [[4]], config, 2, ignore_end=True)
     batcher = Batcher(sampler, batch_size=2)
     with ThreadPoolExecutor(2) as clients:
-        asked = [clients.submit(batcher.make, request, 60) for request in (left, stays)]
-    with pytest.raises(Overdue):
+        asked = [clients.submit(batcher.generate, request, 60) for request in (left, stays)]
+    with pytest.raises(RequestTimeout):
         asked[0].result()
     assert words_of(asked[1].result()) == alone(sampler, stays)
-    assert [text.finish_reason for text in left.texts] == ["given up"]
-    assert len(left.texts[0].words) < 3_000
+    assert [text.finish_reason for text in left.texts] == ["cancelled"]
+    assert len(left.texts[0].tokens) < 3_000
 
 
 def test_a_search_that_nobody_waits_for_ends_with_its_prompt(sampler: Sampler) -> None:
     request = Request(sampler, [[3], [4]], replace(CONFIG, max_new_tokens=5, num_beams=3), 0)
-    request.give_up()
-    with pytest.raises(Overdue):
-        Batcher(sampler).make(request, 60)
+    request.cancel()
+    with pytest.raises(RequestTimeout):
+        Batcher(sampler).generate(request, 60)
     assert not request.texts
 
 
 def test_a_search_waits_for_another_no_longer_than_its_time(sampler: Sampler) -> None:
     batcher = Batcher(sampler)
     request = Request(sampler, [[3], [4]], replace(CONFIG, max_new_tokens=5, num_beams=3), 0, 2)
-    assert [(text.prompt_number, text.number) for text in batcher.make(request, 60)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    with batcher.searching, pytest.raises(Overdue):
-        batcher.make(request, 0.05)
+    assert [(text.prompt_number, text.number) for text in batcher.generate(request, 60)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    with batcher.searching, pytest.raises(RequestTimeout):
+        batcher.generate(request, 0.05)
 
 
 def test_graphs_are_kept_for_a_few_kinds_of_options(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(batching, "MAX_GRAPHS", 2)
     batcher = Batcher(sampler)
     for options in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"typical_p": 0.9}, {}):
         request = Request(sampler, [[3]], replace(CONFIG, **options), 1)
-        assert words_of(batcher.make(request, 60)) == alone(sampler, request)
+        assert words_of(batcher.generate(request, 60)) == alone(sampler, request)

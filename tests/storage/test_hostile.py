@@ -18,8 +18,6 @@ import pickle
 import resource
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -36,10 +34,11 @@ from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import DataSettings, ModelSettings, PrepareSettings, Recipe
 from lmdist.storage.checksums import sha256
-from lmdist.storage.reading import LARGEST_JSON, read_json
+from lmdist.storage.reading import MAX_JSON_BYTES, read_json
 from lmdist.text.documents import Documents
 from lmdist.text.prepare import main as prepare_main
 from lmdist.text.prepare import prepare
+from lmdist.text.readers import ReadOptions
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.training import evaluate
 from lmdist.training.checkpoints.format import Progress
@@ -48,14 +47,16 @@ from lmdist.training.checkpoints.retain import best_checkpoint, find_checkpoint,
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder, training_batches
 from lmdist_export import export, generate
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle, GenerationConfig
-from lmdist_export.graph import graphs as graph
+from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
 from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
+from lmdist_export.graph.sizes import weights
+from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import continuations
-from lmdist_export.sampling.sampler import Runtime, Sampler
-from support.jobs import SMALL, environment
-from support.mutations import Random, damaged, mutated, one, other_lines, other_tensors, other_weights, with_right_sums
+from lmdist_export.sampling.runtime import Runtime
+from lmdist_export.sampling.sampler import Sampler
+from support.jobs import SMALL, train
+from support.mutations import Random, damaged, mutated, one, other_lines, other_tensors, other_weights, with_correct_checksums
 from support.small_bundles import ADAPTIVE, SINGLE, edit_json, make_bundle
 
 TIMES = 1_000
@@ -166,8 +167,8 @@ def use_bundle(folder: Path, every_option: bool = True) -> None:
         else:
             texts = [text for text, _ in continuations(sampler, [words], way, seed=1, n=2) if text.finish_reason]
         for text in texts:
-            assert len(text.words) <= 5
-            assert bundle.tokenizer.detokenize(bundle.vocabulary.decode(text.words)) is not None
+            assert len(text.tokens) <= 5
+            assert bundle.tokenizer.detokenize(bundle.vocabulary.decode(text.tokens)) is not None
     tokens = np.array([[bundle.generation.bos_token_id, *words]])
     scores, _ = sampler.score(tokens[:, :-1], tokens[:, 1:])
     assert scores.shape == (1, len(words))
@@ -192,7 +193,7 @@ def use_data(folder: Path) -> None:
 def use_table(folder: Path, every: int = 1) -> None:
     """Read the table in the folder; make and open a data folder of it, which takes ten times as long, one time in `every`."""
     [file] = folder.iterdir()
-    for document in Documents([file], group_by="title"):
+    for document in Documents([file], ReadOptions(group_by="title")):
         document.text.encode()
     if file.stat().st_size % every:
         return
@@ -286,7 +287,7 @@ def remembered_sessions(monkeypatch: pytest.MonkeyPatch) -> dict[object, Any]:
     open_new = Runtime.open
 
     def open_once(runtime: Runtime, graph: Callable[..., bytes]) -> Any:
-        key = repr((graph, runtime.sizes, runtime.saturates)), sha256(runtime.folder / WEIGHTS)
+        key = repr((graph, runtime.sizes, runtime.target)), sha256(runtime.folder / WEIGHTS)
         if key not in sessions:
             sessions[key] = open_new(runtime, graph)
         return sessions[key]
@@ -313,7 +314,7 @@ def test_a_thousand_mutations_give_a_result_or_one_line(kind: str, request: pyte
             message = str(error)
             assert "\n" not in message, f"seed {seed} ({done}): {message}"
             # What is wrong with a table may be how little there is in it, and with options that they leave no word.
-            named = kind == "table" or "no word is left to draw" in message or str(folder) in message
+            named = kind == "table" or "no token is left to sample" in message or str(folder) in message
             assert named, f"seed {seed} ({done}): {message}"
             assert len(message) < 2_000, f"seed {seed} ({done}): {message}"
         except BaseException as error:
@@ -355,7 +356,7 @@ def test_a_pickle_is_not_unpickled(copied: Path, tmp_path: Path, name: str, pack
         torch.save(Trap(tmp_path / "sprung"), copied / name)
     else:
         (copied / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    with_right_sums(copied, "manifest.json")
+    with_correct_checksums(copied, "manifest.json")
     with pytest.raises(DataError, match=name):
         use_checkpoint(copied)
     assert not (tmp_path / "sprung").exists()
@@ -371,7 +372,7 @@ def test_a_pickle_is_not_unpickled(copied: Path, tmp_path: Path, name: str, pack
         ({"num_layers": 3}, "the shape of 'layers.1"),
         ({"tied": False}, "the shape of 'layers.1"),
         ({"hidden_size": -1}, "model.hidden_size is -1"),
-        ({"hidden_size": 2**63}, "a whole number is expected"),
+        ({"hidden_size": 2**63}, "an integer is expected"),
         ({"dropout": 7}, "model.dropout is 7"),
         ({"color": "red"}, "'color' is not known in model"),
     ],
@@ -386,11 +387,11 @@ def test_a_model_of_another_size_is_refused_before_it_is_made(copied: Path, valu
 def test_tensors_larger_than_their_file(copied: Path) -> None:
     header = json.dumps({"embedding.weight": {"dtype": "F32", "shape": [10**12, 6], "data_offsets": [0, 24 * 10**12]}})
     (copied / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
-    with_right_sums(copied, "manifest.json")
+    with_correct_checksums(copied, "manifest.json")
     with pytest.raises(DataError, match="is not a file of safetensors"):
         use_checkpoint(copied)
     (copied / "model.safetensors").write_bytes(struct.pack("<Q", 10**15))
-    with_right_sums(copied, "manifest.json")
+    with_correct_checksums(copied, "manifest.json")
     with pytest.raises(DataError, match="is not a file of safetensors"):
         use_checkpoint(copied)
 
@@ -401,7 +402,7 @@ def test_numbers_that_are_none(copied: Path, file: str, name: str, value: float)
     tensors = safetensors.numpy.load_file(copied / f"{file}.safetensors")
     tensors[name][0] = value
     safetensors.numpy.save_file(tensors, copied / f"{file}.safetensors")
-    with_right_sums(copied, "manifest.json")
+    with_correct_checksums(copied, "manifest.json")
     with pytest.raises(DataError, match=rf"{file}.safetensors: '{name}' holds numbers that are not finite"):
         use_checkpoint(copied)
 
@@ -455,7 +456,7 @@ def test_json_that_is_none(copied: Path, text: str) -> None:
 def test_json_larger_than_any(copied: Path, bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     for file, use in ((copied / "manifest.json", use_checkpoint), (copy / "generation_config.json", use_bundle)):
-        os.truncate(file, LARGEST_JSON + 1)
+        os.truncate(file, MAX_JSON_BYTES + 1)
         with pytest.raises(DataError, match="at most 67,108,864 are expected"):
             use(file.parent)
 
@@ -490,7 +491,7 @@ def test_states_of_other_streams(copied: Path) -> None:
     tensors = safetensors.numpy.load_file(copied / "training.safetensors")
     for name, value in (("streams.h", tensors["streams.h"][:2]), ("optimizer.0.exp_avg", np.zeros((2, 2), np.float32))):
         safetensors.numpy.save_file(tensors | {name: value}, copied / "training.safetensors")
-        with_right_sums(copied, "manifest.json")
+        with_correct_checksums(copied, "manifest.json")
         with pytest.raises(DataError, match=f"the shape of '{name}'"):
             use_checkpoint(copied)
 
@@ -546,13 +547,13 @@ def edit_sizes(folder: Path, **values: object) -> None:
 
 def edit_weights(folder: Path, value: float, *names: str, beyond: int = 0) -> None:
     """Make weights of a bundle all `value`, from row `beyond` on, and make its sums right again."""
-    table = graph.weights(Bundle.load(folder).sizes)
+    table = weights(Bundle.load(folder).sizes)
     with (folder / WEIGHTS).open("r+b") as file:
         for name in names:
             assert table[name].kind == FLOAT
             file.seek(table[name].offset + 4 * int(np.prod((beyond, *table[name].shape[1:]))))
             file.write(np.full((table[name].shape[0] - beyond, *table[name].shape[1:]), value, np.float32).tobytes())
-    with_right_sums(folder, "manifest.json")
+    with_correct_checksums(folder, "manifest.json")
 
 
 SIZES_OF_NOTHING: list[dict[str, object]] = [
@@ -612,14 +613,14 @@ def refuse_within_little_memory(folder: Path, message: str) -> None:
     [
         ({"layer_sizes": None}, r"sizes\.layer_sizes is None; a list is expected"),
         ({"layer_sizes": "7"}, "a list is expected"),
-        ({"layer_sizes": [7.0]}, r"layer_sizes\[0\] is 7\.0; a whole number is expected"),
-        ({"layer_sizes": [10**30]}, "a whole number is expected"),
-        ({"layer_sizes": [[7]]}, "a whole number is expected"),
-        ({"layer_sizes": [True]}, "a whole number is expected"),
-        ({"vocabulary_size": "many"}, "a whole number is expected"),
-        ({"vocabulary_size": 10**400}, "a whole number is expected"),
+        ({"layer_sizes": [7.0]}, r"layer_sizes\[0\] is 7\.0; an integer is expected"),
+        ({"layer_sizes": [10**30]}, "an integer is expected"),
+        ({"layer_sizes": [[7]]}, "an integer is expected"),
+        ({"layer_sizes": [True]}, "an integer is expected"),
+        ({"vocabulary_size": "many"}, "an integer is expected"),
+        ({"vocabulary_size": 10**400}, "an integer is expected"),
         ({"tied": 1}, "tied is 1; true or false is expected"),
-        ({"precision": 32}, "precision is 32; a text is expected"),
+        ({"precision": 32}, "precision is 32; a string is expected"),
         ({"cutoffs": {}}, "cutoffs is {}; a list is expected"),
     ],
 )
@@ -645,7 +646,7 @@ def test_weights_of_another_length(spoiled: Path, length: int) -> None:
     """Negative: so many bytes less; otherwise up to there, or so many more."""
     size = (spoiled / WEIGHTS).stat().st_size
     os.truncate(spoiled / WEIGHTS, size + length if length else 0)
-    with_right_sums(spoiled, "manifest.json")
+    with_correct_checksums(spoiled, "manifest.json")
     with pytest.raises(DataError, match=r"names sizes that no model with [\d,]+ bytes of weights\.bin has"):
         use_bundle(spoiled)
 
@@ -672,11 +673,11 @@ def test_a_graph_of_a_stranger_never_runs(bundle: Path, spoiled: Path, content: 
     """Whatever the files of the graphs hold, with right sums, the same words come out."""
     for name in (MODEL, GENERATION):
         (spoiled / name).write_bytes(content)
-    with_right_sums(spoiled, "manifest.json")
+    with_correct_checksums(spoiled, "manifest.json")
     found = []
     for folder in (bundle, spoiled):
         sampler = Sampler(Bundle.load(folder), threads=1)
-        words, _ = sampler.make(sampler.start([[1, 5], [1]]).seeded(1), GenerationConfig(), 20)
+        words, _ = sampler.generate(sampler.start([[1, 5], [1]]).seeded(1), GenerationConfig(), 20)
         tokens = np.arange(8).reshape(2, 4)
         found.append((words, sampler.step(tokens, sampler.initial_state(2))[0], sampler.score(tokens, tokens)[0]))
     for ours, theirs in zip(*found, strict=True):
@@ -725,7 +726,7 @@ def test_words_that_no_vocabulary_has(spoiled: Path) -> None:
         words[:-4],
     ):
         (spoiled / "vocab.txt").write_bytes(content)
-        with_right_sums(spoiled, "manifest.json")
+        with_correct_checksums(spoiled, "manifest.json")
         with pytest.raises(DataError, match=r"vocab\.txt"):
             use_bundle(spoiled)
 
@@ -734,11 +735,11 @@ def test_words_that_no_vocabulary_has(spoiled: Path) -> None:
     ("values", "message"),
     [
         ({"settings": {"tokenizer": "magic"}}, "tokenizer is 'magic'"),
-        ({"settings": {"tokenizer": "word_tokenize"}, "punkt": None}, "needs what Punkt has learnt"),
+        ({"settings": {"tokenizer": "word_tokenize"}, "punkt": None}, "needs the parameters of Punkt"),
         ({"settings": []}, "settings is \\[\\]; an object is expected"),
         ({"punkt": {"contexts": {}}}, "punkt.abbreviations is missing"),
         ({"punkt": 7}, "punkt is 7; an object is expected"),
-        ({"nltk": 3}, "nltk is 3; a text is expected"),
+        ({"nltk": 3}, "nltk is 3; a string is expected"),
     ],
 )
 def test_text_settings_that_are_none(spoiled: Path, values: dict[str, object], message: str) -> None:
@@ -775,7 +776,7 @@ def test_words_beyond_the_vocabulary(data: Path, tmp_path: Path) -> None:
     tokens = np.fromfile(folder / "train.bin", "<u2")
     tokens[-1] = WORDS
     tokens.tofile(folder / "train.bin")
-    with_right_sums(folder, "meta.json")
+    with_correct_checksums(folder, "meta.json")
     with pytest.raises(DataError, match=r"train\.bin is damaged: it has a token 20, and the vocabulary ends at 19"):
         use_data(folder)
     edit_json(folder / "meta.json", splits={"train": {"tokens": 0}})
@@ -786,11 +787,11 @@ def test_words_beyond_the_vocabulary(data: Path, tmp_path: Path) -> None:
 
 def texts(path: Path, **settings: Any) -> list[str]:
     """The documents of a file."""
-    return [document.text for document in Documents([path], **settings)]
+    return [document.text for document in Documents([path], ReadOptions(**settings))]
 
 
 def test_a_line_or_a_row_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmdist.text.documents.LONGEST_ROW", 1 << 16)
+    monkeypatch.setattr("lmdist.text.readers.LONGEST_ROW", 1 << 16)
     for name in ("a.csv", "a.jsonl", "a.txt"):
         path = tmp_path / f"{name}.gz"
         path.write_bytes(gzip.compress(b"content" + bytes(1 << 22)))
@@ -809,14 +810,14 @@ def test_halves_of_surrogate_pairs(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b", "title": "\\udfff"}\n')
     (tmp_path / "a.csv").write_bytes(b"text\na +2AA- b\n")
     assert texts(tmp_path / "a.csv", encoding="utf-7") == texts(tmp_path / "a.jsonl") == ["a \ufffd b"]
-    [document] = Documents([tmp_path / "a.jsonl"], group_by="title")
+    [document] = Documents([tmp_path / "a.jsonl"], ReadOptions(group_by="title"))
     assert document.group == "\ufffd"
 
 
 def test_encodings_that_are_none_of_text(tmp_path: Path) -> None:
     for name in ("rot13", "zlib", "undefined"):
         with pytest.raises(UsageError, match=f"encoding is '{name}'"):
-            Documents([], encoding=name)
+            Documents([], ReadOptions(encoding=name))
 
 
 def test_columns_with_odd_names_are_one_line(tmp_path: Path) -> None:
@@ -865,7 +866,7 @@ def test_weights_too_large_to_be_trained(copied: Path, data: Path, tmp_path: Pat
     for name in ("embedding.weight", "projection.bias"):
         tensors[name][:] = 3e38
     safetensors.numpy.save_file(tensors, copied / "model.safetensors")
-    with_right_sums(copied, "manifest.json")
+    with_correct_checksums(copied, "manifest.json")
     assert "weights are too large" in refused(evaluate.main, capsys, 65, copied)
     with pytest.raises(SystemExit) as stop:
         export.main([str(copied), "-o", str(tmp_path / "bundle")])
@@ -874,33 +875,27 @@ def test_weights_too_large_to_be_trained(copied: Path, data: Path, tmp_path: Pat
     assert not (tmp_path / "bundle").exists()
 
 
-def run(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user starts it."""
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment() | variables, capture_output=True, text=True)
-
-
 @pytest.mark.slow
 def test_training_refuses_a_checkpoint_by_a_stranger(data: Path, tmp_path: Path) -> None:
     flags = [*SMALL, f"--data.folder={data}", "--run_folder=run", "--resume=auto", "--training.steps=2"]
-    assert run("lmdist.train", *flags, cwd=tmp_path).returncode == 0
+    train(1, *flags, cwd=tmp_path)
     folder = find_checkpoint(tmp_path / "run")
     tensors = safetensors.numpy.load_file(folder / "training.safetensors")
     safetensors.numpy.save_file({**tensors, "streams.h": tensors["streams.h"][:1]}, folder / "training.safetensors")
-    with_right_sums(folder, "manifest.json")
-    done = run("lmdist.train", *flags, cwd=tmp_path)
-    assert done.returncode == 65, done.stderr
+    with_correct_checksums(folder, "manifest.json")
+    done = train(1, *flags, cwd=tmp_path, code=65)
     assert "the shape of 'streams.h'" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_secret_in_the_environment_gets_into_no_file(data: Path, tmp_path: Path) -> None:
+def test_a_secret_in_the_environment_gets_into_no_file(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "s3cr3t-and-long-enough"
-    variables = {"LMDIST_TOKEN": secret, "AWS_SECRET_ACCESS_KEY": secret, "MLFLOW_TRACKING_PASSWORD": secret}
-    flags = [*SMALL, f"--data.folder={data}", "--run_folder=run", "--training.steps=2"]
-    assert run("lmdist.train", *flags, cwd=tmp_path, **variables).returncode == 0
-    assert run("lmdist_export.export", "run", "-o", "bundle", cwd=tmp_path, **variables).returncode == 0
+    for name in ("LMDIST_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.chdir(tmp_path)
+    train(1, *SMALL, f"--data.folder={data}", "--run_folder=run", "--training.steps=2", cwd=tmp_path)
+    export.main(["run", "-o", "bundle"])
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"recipe.toml", "model.safetensors", "model.onnx", "weights.bin", "metrics.jsonl"} <= {path.name for path in written}
     for path in written:

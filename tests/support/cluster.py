@@ -1,4 +1,4 @@
-"""Kubernetes without a cluster: pods on this machine, and a Job controller for them.
+"""Kubernetes without a cluster: pods on this machine, and a controller of their Job.
 
     with Cluster(tmp_path) as cluster:
         cluster.apply(documents("multi-node"))
@@ -7,9 +7,9 @@
         job.drain(0)
         assert job.run() == "Complete"
 
-A pod is what its template says (pods.py) in a box of bubblewrap's on a host of its own (hosts.py): a new pod has a new
-address. Its names are those that the Services of the manifest give it, and the others hear of them a little later, as by DNS.
-What a cluster does and this does not: IGNORED, here and in pods.py.
+A pod is what its template says (pods.py) in a sandbox of bubblewrap on a host of its own (hosts.py): a new pod has a new
+address. Its names are those that the Services of the manifest publish, and the other pods see them a little later, as by DNS.
+What a cluster does and this does not stands in IGNORED, here and in pods.py.
 """
 
 from __future__ import annotations
@@ -25,29 +25,28 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
-from support.hosts import ROOT, Host, Pod, first_process, hosts
-from support.manifests import Document, selects
-from support.pods import Container, Fields, Namespace, read_pod
+from support.hosts import ROOT, Host, Sandbox, first_process, hosts
+from support.manifests import JOB_INDEX, JOB_NAME, Document, selects
+from support.pods import Container, read, read_pod
 
 NODES = 8
 """Addresses that the pods of a cluster have in turn."""
 NAME_SECONDS = 2.0
-"""After which the other pods find a new pod by its name; until then they find the one before."""
+"""After which the name of a new pod resolves to it; until then it resolves to the pod before."""
 SHARED_MEMORY = 64 * 2**20
 """Bytes of a container's /dev/shm where the manifest mounts nothing there."""
 IGNORED: Mapping[str, str] = {
     "Deployment": "a test starts as many of its pods as it likes",
     "HorizontalPodAutoscaler": "a test starts as many pods as it likes",
-    "NetworkPolicy": "the hosts' switch forbids nothing",
+    "NetworkPolicy": "the switch of the hosts forwards everything",
     "PodDisruptionBudget": "a test drains as it likes",
-    "ServiceAccount": "there is no API server to ask anything of",
+    "ServiceAccount": "there is no API server",
 }
-"""Kinds of objects that are read by nobody, or by a test alone."""
+"""Kinds of objects that have no effect here."""
 IMAGE = {
     "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
     "PYTHONPATH": f"{ROOT}:{ROOT / 'export'}",
@@ -61,7 +60,7 @@ IMAGE = {
     "PYTHONUNBUFFERED": "1",
     "OMP_NUM_THREADS": "1",
 }
-"""The image's environment, as k8s/Dockerfile has it, except where Python is; a rank has one thread, as in all tests."""
+"""The environment of k8s/Dockerfile, with the Python of the tests; a rank has one thread, as in all tests."""
 
 
 @dataclass
@@ -73,20 +72,20 @@ class RunningPod:
     container: Container
     host: Host
     """Where it runs; its `names` are the pod's own /etc/hosts."""
-    box: Pod
+    box: Sandbox
     log: Path
     process: subprocess.Popen[bytes]
     started: float
     index: int = 0
     disrupted: bool = False
-    """Whether it has the condition DisruptionTarget: the cluster took it away."""
+    """Whether it has the condition DisruptionTarget."""
     kill_at: float | None = None
-    """When it is killed, where it has been asked to stop."""
+    """When it is killed, once it has been asked to stop."""
     hook: subprocess.Popen[bytes] | None = None
     exit_code: int | None = None
 
     def stop(self) -> None:
-        """Ask it to end as the kubelet does: its hook, SIGTERM, and SIGKILL after the grace."""
+        """Stop it as the kubelet does: its hook, SIGTERM, and SIGKILL after the grace."""
         if self.kill_at is not None:
             return
         self.kill_at = time.monotonic() + self.container.grace_seconds
@@ -97,23 +96,22 @@ class RunningPod:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to its process 1, if it still has one."""
-        with suppress(ProcessLookupError, psutil.NoSuchProcess):
-            first_process(self.process).send_signal(number)
+        for process in self.processes()[:1]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
-    def look(self) -> bool:
-        """Do what is due; gives whether it runs."""
+    def look(self) -> None:
+        """Do what is due."""
         if self.hook and self.hook.poll() is not None:
             self.hook = None
             self.send(signal.SIGTERM)
         if self.kill_at and time.monotonic() > self.kill_at and self.process.poll() is None:
             self.host.kill_all()
-        code = self.process.poll()
-        if code is not None:
+        if (code := self.process.poll()) is not None:
             self.exit_code = code if code >= 0 else 128 - code
-        return code is None
 
     def inside(self, *command: str) -> list[str]:
-        """A command line that runs a command in the running pod, as kubectl exec does."""
+        """Return a command line that runs a command in the pod, as kubectl exec does."""
         container = self.container
         enter = ["nsenter", f"--target={first_process(self.process).pid}", "--mount", "--pid", "--net", "--uts", "--ipc"]
         rights = ["setpriv", f"--reuid={container.user}", f"--regid={container.group}", "--clear-groups", "--no-new-privs"]
@@ -121,47 +119,45 @@ class RunningPod:
         return [*enter, *rights, "env", "--ignore-environment", *variables, *command]
 
     def processes(self) -> list[psutil.Process]:
-        """All that runs in it; nothing where it has ended."""
+        """Return all of its processes, process 1 first; none once it has finished."""
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             first = first_process(self.process)
             return [first, *first.children(recursive=True)]
         return []
 
     def writable(self) -> set[str]:
-        """Where its file systems can be written to, beside /proc and /dev, which are a container's own."""
+        """Return the writable places of its file systems, except for a container's own /proc and /dev."""
         lines = Path(f"/proc/{first_process(self.process).pid}/mountinfo").read_text().splitlines()
         places = {line.split()[4] for line in lines if "rw" in line.split()[5].split(",")}
         return {place for place in places if place == "/dev/shm" or not place.startswith(("/proc", "/dev"))}
 
-    def said(self) -> str:
-        """Its log."""
+    def printed(self) -> str:
+        """Return its log."""
         return self.log.read_text(errors="replace")
 
 
 @dataclass
 class Cluster:
-    """A namespace with its objects and its running pods; all of them are gone when its context ends."""
+    """A namespace with its objects and its running pods, which are terminated when its context ends."""
 
     folder: Path
-    """For the claims, and what the pods need besides."""
     objects: dict[tuple[str, str], Document] = field(default_factory=dict)
     pods: list[RunningPod] = field(default_factory=list)
     published: dict[str, str] = field(default_factory=dict)
-    """Addresses by name, as all pods know them."""
+    """Addresses by name, as all pods resolve them."""
 
     def __enter__(self) -> Self:
         self.stack = ExitStack()
         self.nodes = itertools.cycle(self.stack.enter_context(hosts(*(f"node-{number}" for number in range(NODES)))))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stack.close()  # kills all that runs on the hosts
-        for pod in self.pods:
-            for process in filter(None, (pod.process, pod.hook)):
-                process.wait(timeout=60)
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()  # kills all processes on the hosts
+        for process in (process for pod in self.pods for process in (pod.process, pod.hook) if process):
+            process.wait(timeout=60)
 
     def apply(self, documents: Sequence[Document]) -> None:
-        """Take in rendered objects."""
+        """Add rendered objects."""
         known = {"Job", "Service", "ConfigMap", "Secret", "PersistentVolumeClaim", *IGNORED}
         for document in documents:
             if document["kind"] not in known:
@@ -175,20 +171,22 @@ class Cluster:
 
     def start(self, template: Document, name: str, hostname: str = "", **more: Mapping[str, str]) -> RunningPod:
         """Start a pod of a template; `more` are labels and annotations that a controller adds."""
-        given = template.get("metadata", {})
-        with Fields("template", template) as fields:
-            fields.take("metadata", {})
-            spec = fields.take("spec")
-        metadata: dict[str, Any] = {key: {**given.get(key, {}), **more.get(key, {})} for key in ("labels", "annotations")}
-        metadata |= {"name": name, "namespace": "lmdist"}
+        read("template", template, "metadata spec")
+        own = template.get("metadata", {})
+        metadata = {key: {**own.get(key, {}), **more.get(key, {})} for key in ("labels", "annotations")}
         scratch = self.folder / "pods" / name
         scratch.mkdir(parents=True)
-        container = read_pod(spec, metadata, hostname or name, Namespace(self.objects, self.claims), scratch)
+        facts = {**metadata, "name": name, "namespace": "lmdist"}
+        objects = list(self.objects.values())
+        container = read_pod(template["spec"], facts, hostname or name, objects, self.claims, scratch)
         assert len(self.running()) < NODES, "no address is free"
         node = next(node for node in self.nodes if node.address not in {pod.host.address for pod in self.running()})
         host = replace(node, name=container.hostname, names=scratch / "hosts")
         host.names.touch()
-        box = put_into_box(container, host)
+        variables = {**IMAGE, "HOSTNAME": container.hostname, **container.environment}
+        empty = {"/dev/shm": SHARED_MEMORY, **container.empty}
+        folders = (container.mounts, container.read_only, empty)
+        box = Sandbox(host, variables, *folders, container.user, container.group, container.folder)
         log = scratch / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(box.command(*container.command), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
@@ -198,58 +196,52 @@ class Cluster:
         return pod
 
     def running(self) -> list[RunningPod]:
-        """The pods that have not ended."""
+        """Return the pods that have not finished."""
         return [pod for pod in self.pods if pod.exit_code is None]
 
     def look(self) -> None:
-        """Look after all pods, once."""
+        """Look at all pods once."""
         for pod in self.running():
             pod.look()
         self.publish()
 
     def publish(self) -> None:
-        """Tell the pods each other's names, each a little after it has changed; its own a pod knows at once."""
+        """Write each pod's /etc/hosts: its own names at once, those of the others a little after they have changed."""
         now = time.monotonic()
         ready = [pod for pod in self.running() if now - pod.started >= NAME_SECONDS]
-        names = {name: pod.host.address for pod in ready for name in self.names(pod)}
-        # Who has just ended is still found, until another has the name.
-        self.published |= names
+        # The names of a finished pod resolve until another pod has them.
+        self.published |= {name: pod.host.address for pod in ready for name in self.names(pod)}
         shared = [f"{address} {name}" for name, address in self.published.items()]
         for pod in self.running():
-            own = [
-                pod.host.name,
-                *([f"{pod.host.name}.{pod.container.subdomain}.lmdist.svc.cluster.local"] * bool(pod.container.subdomain)),
-            ]
-            lines = ["127.0.0.1 localhost", f"{pod.host.address} {' '.join(own)}", *shared]
-            text = "\n".join(lines) + "\n"
+            subdomain = pod.container.subdomain
+            own = [pod.host.name, *([f"{pod.host.name}.{subdomain}.lmdist.svc.cluster.local"] if subdomain else [])]
+            text = "\n".join(["127.0.0.1 localhost", f"{pod.host.address} {' '.join(own)}", *shared, ""])
             if pod.host.names.read_text() != text:
                 pod.host.names.write_text(text)  # not renamed into its place: it is mounted in the pod
 
     def names(self, pod: RunningPod) -> list[str]:
-        """The names that the Services give a pod: HOST.SUBDOMAIN, and that of a Service which passes nothing on."""
-        made = []
+        """Return the names that the Services give a pod: HOST.SUBDOMAIN, and that of a Service with the same ports."""
+        found = []
         for (kind, name), document in self.objects.items():
             if kind != "Service" or not selects({"matchLabels": document["spec"]["selector"]}, dict(pod.labels)):
                 continue
-            if document["spec"].get("clusterIP") != "None":
-                # A Service whose ports are others than its pods' is called by nobody here.
-                ports = [(port["port"], port.get("targetPort", port["port"])) for port in document["spec"]["ports"]]
-                if all(pod.container.ports.get(target, target) == port for port, target in ports):
-                    made.append(name)
-            elif name == pod.container.subdomain:
-                made.append(f"{pod.container.hostname}.{name}")
-        return [f"{name}{domain}" for name in made for domain in ("", ".lmdist", ".lmdist.svc")]
+            targets = {port.get("targetPort", port["port"]): port["port"] for port in document["spec"]["ports"]}
+            if document["spec"].get("clusterIP") == "None":
+                found += [f"{pod.container.hostname}.{name}"] if name == pod.container.subdomain else []
+            elif all(pod.container.ports.get(target, target) == port for target, port in targets.items()):
+                found.append(name)  # nothing here translates ports
+        return [f"{name}{domain}" for name in found for domain in ("", ".lmdist", ".lmdist.svc")]
 
     def wait(self, until: Callable[[], bool], seconds: float) -> None:
-        """Look after the pods until something holds; it is an error if that takes longer than `seconds`."""
+        """Look at the pods until a condition holds; TimeoutError after `seconds`."""
         limit = time.monotonic() + seconds
         while True:
             self.look()
             if until():
                 return
             if time.monotonic() > limit:
-                logs = [f"{pod.name} ({pod.exit_code}): {pod.said()[-3000:]}" for pod in self.pods]
-                raise TimeoutError(f"waited {seconds:.0f} s in vain; the pods say\n" + "\n".join(logs))
+                logs = [f"{pod.name} ({pod.exit_code}): {pod.printed()[-3000:]}" for pod in self.pods]
+                raise TimeoutError(f"waited {seconds:.0f} s; the logs of the pods are\n" + "\n".join(logs))
             time.sleep(0.1)
 
 
@@ -259,31 +251,29 @@ class Job:
     def __init__(self, cluster: Cluster, name: str) -> None:
         """Start the pods of a Job of the cluster."""
         self.cluster, self.name = cluster, name
-        self.letters = random.Random()
         self.ended: list[RunningPod] = []
         self.active: dict[int, RunningPod] = {}
         self.completed: set[int] = set()
         self.failures = 0
-        """Of pods that count."""
+        """Of the pods whose failure counts."""
         self.condition = ""
-        """Complete, Failed because of something, or nothing yet."""
-        document = cluster.objects["Job", name]
-        with Fields("Job", document["spec"]) as spec:
-            self.indexed = spec.take("completionMode", "NonIndexed") == "Indexed"
-            self.completions, self.parallelism = spec.take("completions", 1), spec.take("parallelism", 1)
-            self.backoff_limit = spec.take("backoffLimit", 6)
-            self.deadline = time.monotonic() + spec.take("activeDeadlineSeconds", float("inf"))
-            self.rules = spec.take("podFailurePolicy", {"rules": []})["rules"]
-            self.template = spec.take("template")
-            spec.expect("podReplacementPolicy", "Failed")
-            spec.expect("suspend", False, None)
-            spec.take("ttlSecondsAfterFinished", None)  # the test is over long before
+        """Complete, or Failed with its reason; empty until then."""
+        names = "completionMode completions parallelism backoffLimit activeDeadlineSeconds podFailurePolicy template"
+        fixed = {"podReplacementPolicy": ["Failed"], "suspend": [False, None]}
+        spec = cluster.objects["Job", name]["spec"]
+        read("Job", spec, f"{names} ttlSecondsAfterFinished", **fixed)  # a test ends long before a Job is deleted
+        self.indexed = spec.get("completionMode") == "Indexed"
+        self.completions, self.parallelism = spec.get("completions", 1), spec.get("parallelism", 1)
+        self.backoff_limit = spec.get("backoffLimit", 6)
+        self.deadline = time.monotonic() + spec.get("activeDeadlineSeconds", float("inf"))
+        self.rules = spec.get("podFailurePolicy", {"rules": []})["rules"]
+        self.template = spec["template"]
         assert self.template["spec"]["restartPolicy"] == "Never", "the controller restarts pods, not the kubelet"
         assert self.indexed or self.completions == 1, "only Indexed Jobs have several pods here"
         self.look()
 
     def look(self) -> None:
-        """Judge the pods that have ended, and start those that are missing."""
+        """Judge the pods that have finished, and start those that are missing."""
         for index, pod in list(self.active.items()):
             if pod.exit_code is not None:
                 del self.active[index]
@@ -291,8 +281,6 @@ class Job:
                 self.judge(pod)
         if time.monotonic() > self.deadline:
             self.end("Failed: DeadlineExceeded")
-        if self.condition:
-            return
         if len(self.completed) == self.completions:
             self.end("Complete")
         for index in range(0 if self.condition else self.completions):
@@ -301,18 +289,17 @@ class Job:
 
     def start(self, index: int) -> RunningPod:
         """Start a pod of an index, with what the controller adds to its template."""
-        letters = "".join(self.letters.choices("bcdfghjklmnpqrstvwxz2456789", k=5))
-        labels = {"batch.kubernetes.io/job-name": self.name, "job-name": self.name}
-        if not self.indexed:
-            return self.cluster.start(self.template, f"{self.name}-{letters}", labels=labels)
-        number = {"batch.kubernetes.io/job-completion-index": str(index)}
-        name = f"{self.name}-{index}"
-        pod = self.cluster.start(self.template, f"{name}-{letters}", name, labels=labels | number, annotations=number)
+        letters = "".join(random.Random().choices("bcdfghjklmnpqrstvwxz2456789", k=5))
+        number = {JOB_INDEX: str(index)} if self.indexed else {}
+        hostname = f"{self.name}-{index}" if self.indexed else ""
+        labels = {JOB_NAME: self.name, "job-name": self.name, **number}
+        name = f"{hostname or self.name}-{letters}"
+        pod = self.cluster.start(self.template, name, hostname, labels=labels, annotations=number)
         pod.index = index
         return pod
 
     def judge(self, pod: RunningPod) -> None:
-        """Say what becomes of the Job because of a pod that has ended, by the first rule that fits."""
+        """Apply the first rule of the podFailurePolicy that fits a finished pod."""
         if pod.exit_code == 0:
             self.completed.add(pod.index)
         if pod.exit_code == 0 or self.condition:
@@ -327,40 +314,36 @@ class Job:
         elif action != "Ignore":
             raise NotImplementedError(f"podFailurePolicy: {action}")
 
-    def fits(self, given: Document, pod: RunningPod) -> bool:
-        """Whether a rule of the podFailurePolicy is about such an end."""
-        with Fields("rule", given) as rule:
-            rule.take("action")
-            conditions, codes = rule.take("onPodConditions", None), rule.take("onExitCodes", None)
-        if conditions is not None:
-            assert conditions == [{"type": "DisruptionTarget", "status": "True"}], conditions
+    def fits(self, rule: Document, pod: RunningPod) -> bool:
+        """Return whether a rule of the podFailurePolicy fits a finished pod."""
+        read("rule", rule, "action onExitCodes", onPodConditions=[None, [{"type": "DisruptionTarget", "status": "True"}]])
+        if "onPodConditions" in rule:
             return pod.disrupted
-        with Fields("onExitCodes", codes) as of:
-            named, operator, values = of.take("containerName", None), of.take("operator"), of.take("values")
-        return named in (None, pod.container.name) and (pod.exit_code in values) == {"In": True, "NotIn": False}[operator]
+        codes = read("onExitCodes", rule["onExitCodes"], "containerName values", operator=["In"])
+        return codes.get("containerName", pod.container.name) == pod.container.name and pod.exit_code in codes["values"]
 
     def end(self, condition: str) -> None:
-        """Say what has become of the Job, and end what still runs of it."""
+        """Set the condition of the Job, and stop its pods."""
         self.condition = self.condition or condition
         for pod in self.active.values():
             pod.stop()
 
     def drain(self, index: int) -> None:
-        """Evict a pod: its node is drained, or somebody more important wants it."""
+        """Evict a pod: its node is drained, or a pod of higher priority preempts it."""
         self.active[index].disrupted = True
         self.active[index].stop()
 
     def lose(self, index: int) -> None:
-        """Lose the node of a pod with all that runs there."""
+        """Lose the node of a pod with all of its processes."""
         self.active[index].disrupted = True
         self.active[index].host.kill_all()
 
     def kill(self, index: int) -> None:
-        """Kill the container of a pod, as the kernel does where it takes more memory than it may."""
+        """Kill the container of a pod, as the kernel does when it exceeds its memory."""
         self.active[index].send(signal.SIGKILL)
 
     def run(self, until: Callable[[], bool] = lambda: False, seconds: float = 300.0) -> str:
-        """Go on until something holds or the Job has ended with all its pods; gives its condition."""
+        """Continue until a condition holds or the Job has finished with all its pods; return the condition of the Job."""
 
         def reached() -> bool:
             self.look()
@@ -370,19 +353,5 @@ class Job:
         return self.condition
 
     def exit_codes(self) -> Counter[int | None]:
-        """How the pods ended, as yet."""
+        """Return the exit codes of the pods that have finished."""
         return Counter(pod.exit_code for pod in self.ended)
-
-
-def put_into_box(container: Container, host: Host) -> Pod:
-    """The container as a box of bubblewrap's on a host."""
-    mounts: dict[str, Path] = {}
-    read_only: dict[str, Path] = {}
-    empty = {"/dev/shm": SHARED_MEMORY}
-    for place, volume in container.mounts.items():
-        if isinstance(volume.source, int):
-            empty[place] = volume.source
-        else:
-            (read_only if volume.read_only else mounts)[place] = volume.source
-    environment = {**IMAGE, "HOSTNAME": container.hostname, **container.environment}
-    return Pod(host, environment, mounts, read_only, empty, container.user, container.group, container.folder)

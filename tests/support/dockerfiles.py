@@ -1,8 +1,8 @@
-"""A Dockerfile read, and a stage of it carried out on a machine without docker, as far as lmdist's own goes.
+"""Execute a stage of a Dockerfile without docker, as far as lmdist's own goes.
 
-A stage is a folder: `/opt/lmdist` of the image is `FOLDER/opt/lmdist`. The link `root` points at the stage being built, so a
-path that one stage writes into a script holds in the stages made from it. What the base image brings is this machine's, and its
-Python that of the tests. An instruction, flag or mount that is not known here is an error.
+A stage is a folder: `/opt/lmdist` of the image is `FOLDER/opt/lmdist`. The link `root` points to the stage that is being built,
+so a path that one stage writes into a script is valid in the stages built from it. This machine replaces the base image, and
+the Python of the tests its Python. An unknown instruction, flag or mount is an error.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FOLDERS = ("etc", "home", "opt", "root", "tmp", "var")
-"""What a base image has, of what a stage may write to."""
+"""The folders of a base image that a stage may write to."""
 PASSED_ON = re.compile(r"PIP_|SSL_CERT|REQUESTS_CA|https?_proxy$|HTTPS?_PROXY$")
-"""Variables of this machine that say how its pip reaches packages."""
+"""Variables of this machine by which its pip reaches packages."""
 
 
 @dataclass
 class Stage:
-    """What a stage is made from, and its instructions as (name, text), continuation lines joined."""
+    """The base of a stage, and its instructions as (name, text), continuation lines joined."""
 
     base: str
     instructions: list[tuple[str, str]] = field(default_factory=list)
 
     def last(self, name: str) -> str:
-        """The text of the last instruction of a name, which is the one that counts; empty where there is none."""
+        """Return the text of the last instruction of a name, which overrides earlier ones; empty where there is none."""
         return next((text for instruction, text in reversed(self.instructions) if instruction == name), "")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A RUN: its mounts, each as its options, and what the shell is told."""
+    """A RUN: its mounts, each as its options, and the command of the shell."""
 
     mounts: list[dict[str, str]]
     command: str
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass
 class Image:
-    """A stage that was built: its folder, the variables of its processes, and where they start."""
+    """A built stage: its folder, the variables of its processes, and their working directory."""
 
     folder: Path
     environment: dict[str, str]
@@ -55,7 +55,7 @@ class Image:
 
 
 def read(text: str) -> dict[str, Stage]:
-    """The stages of a Dockerfile, by name."""
+    """Return the stages of a Dockerfile, by name."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     stages: dict[str, Stage] = {}
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
@@ -69,7 +69,7 @@ def read(text: str) -> dict[str, Stage]:
 
 
 def read_run(text: str) -> Run:
-    """A RUN's mounts and its command."""
+    """Return the mounts and the command of a RUN."""
     mounts = []
     while flag := re.match(r"--(\w+)=(\S+)\s+", text):
         if flag[1] != "mount":
@@ -80,7 +80,7 @@ def read_run(text: str) -> Run:
 
 
 def sources(stage: Stage) -> Iterator[str]:
-    """What a stage takes from the folder that docker is called on, by COPY and by mounts."""
+    """Yield the sources of a stage in the build context, of COPY and of mounts."""
     for name, text in stage.instructions:
         if name == "COPY" and not text.startswith("--from="):
             yield from text.split()[:-1]
@@ -88,29 +88,29 @@ def sources(stage: Stage) -> Iterator[str]:
             yield from (mount["source"] for mount in read_run(text).mounts if mount["type"] == "bind" and "from" not in mount)
 
 
-def let_through(path: str, patterns: list[str]) -> bool:
-    """Whether .dockerignore lets a file into the build: the last pattern that fits it, or a folder above it, decides."""
-    through = True
+def included(path: str, patterns: list[str]) -> bool:
+    """Return whether .dockerignore includes a file: the last pattern that matches it, or a folder above it, decides."""
+    found = True
     for pattern in patterns:
         if "?" in pattern or "[" in pattern:
             raise NotImplementedError(pattern)
         expression = re.escape(pattern.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
         if any(re.fullmatch(expression, str(part)) for part in (Path(path), *Path(path).parents)):
-            through = pattern.startswith("!")
-    return through
+            found = pattern.startswith("!")
+    return found
 
 
 def context_files(context: Path, source: str) -> list[Path]:
-    """The files of a source that .dockerignore lets through."""
+    """Return the files of a source that .dockerignore includes."""
     patterns = [line for line in (context / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     found = (
         [context / source] if (context / source).is_file() else sorted(p for p in (context / source).rglob("*") if p.is_file())
     )
-    return [path for path in found if let_through(path.relative_to(context).as_posix(), patterns)]
+    return [path for path in found if included(path.relative_to(context).as_posix(), patterns)]
 
 
 class Build:
-    """Stages of a Dockerfile, built on demand below a folder."""
+    """Stages of a Dockerfile, built on demand in a folder."""
 
     def __init__(self, stages: dict[str, Stage], context: Path, folder: Path, arguments: dict[str, str]) -> None:
         self.stages, self.context, self.folder, self.arguments = stages, context, folder, arguments
@@ -123,14 +123,14 @@ class Build:
             (self.commands / name).chmod(0o755)
 
     def image(self, name: str) -> Image:
-        """A stage as a folder; the link `root` points at it."""
+        """Return a built stage; the link `root` points to it."""
         if name not in self.images:
             self.images[name] = self.build(name)
         self.enter(self.images[name].folder)
         return self.images[name]
 
     def build(self, name: str) -> Image:
-        """Carry out a stage's instructions."""
+        """Execute the instructions of a stage."""
         stage, folder = self.stages[name], self.folder / name
         if stage.base in self.stages:
             base = self.image(stage.base)
@@ -165,22 +165,22 @@ class Build:
                 case "USER":
                     user = text
                 case "LABEL" | "STOPSIGNAL" | "ENTRYPOINT" | "CMD":
-                    pass  # they say how the image is run
+                    pass  # for running the image
                 case _:
                     raise NotImplementedError(f"{instruction} {text}")
         return image
 
     def enter(self, folder: Path) -> None:
-        """Let the link `root` point at a stage."""
+        """Point the link `root` to a stage."""
         self.root.unlink(missing_ok=True)
         self.root.symlink_to(folder)
 
     def mapped(self, text: str) -> str:
-        """A text with the image's absolute paths turned into those of the stage that is being built."""
+        """Return a text with the absolute paths of the image replaced by those of the stage that is being built."""
         return re.sub(r"(?<![\w.:/*$}])/(?=\w)", f"{self.root}/", text)
 
     def copy(self, text: str, image: Image) -> None:
-        """COPY files or folders of the context, as .dockerignore lets them through."""
+        """COPY files or folders of the context that .dockerignore includes."""
         if text.startswith("--"):
             raise NotImplementedError(f"COPY {text}")
         *names, target = text.split()
@@ -204,7 +204,7 @@ class Build:
 
     @contextmanager
     def mounted(self, mounts: list[dict[str, str]], image: Image) -> Iterator[None]:
-        """Lay what is mounted where it is to be, and take it away again; a cache is empty."""
+        """Copy mounted files to their targets, and remove them again; a cache is empty."""
         targets = []
         for mount in mounts:
             target = image.folder / mount["target"].lstrip("/")
@@ -222,7 +222,7 @@ class Build:
             target.unlink() if target.is_file() else shutil.rmtree(target)
 
     def run(self, run: Run, image: Image, arguments: dict[str, str]) -> None:
-        """RUN a command by the shell."""
+        """RUN a command in the shell."""
         passed = {name: value for name, value in os.environ.items() if PASSED_ON.match(name)}
         given = {name: value for name, value in arguments.items() if value}
         with self.mounted(run.mounts, image):

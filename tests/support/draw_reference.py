@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdist_export.bundle import GenerationConfig
+from lmdist_export.options import GenerationConfig
 
 NEAR = 1e-5
 """Nothing is said of what is nearer to a boundary than this: there fp32 may decide otherwise."""

@@ -1,11 +1,11 @@
-"""Machines and pods on this machine, for tests of jobs on several of them.
+"""Hosts and sandboxes on this machine, for tests of jobs on several nodes.
 
     with hosts("lmdist-train-0.lmdist-train", "lmdist-train-1.lmdist-train") as machines:
-        pod = Pod(machines[0], environment={"PATH": PATH}, mounts={"/runs": tmp_path / "runs"})
+        pod = Sandbox(machines[0], environment={"PATH": PATH}, mounts={"/runs": tmp_path / "runs"})
         job = subprocess.Popen(pod.command("lmdist-train", "--run_folder=/runs/a"))
         first_process(job).terminate()          # as Kubernetes stops a pod
 
-Hosts are network namespaces (benchmarks/namespaces.py). A pod is a host on which commands run as in a container.
+Hosts are network namespaces (benchmarks/namespaces.py). A sandbox is a host on which commands run as in a container.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ import pytest
 
 from namespaces import Host, can_make_hosts, hosts
 
-__all__ = ["Host", "Pod", "can_make_hosts", "can_make_pods", "first_process", "hosts", "needs_hosts", "needs_pods"]
+__all__ = ["Host", "Sandbox", "first_process", "hosts", "needs_hosts", "needs_pods"]
 
 ROOT = Path(__file__).parents[2]
 IMAGE = [
     *(Path(folder) for folder in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")),
     *(Path("/etc") / name for name in ("alternatives", "group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd", "ssl")),
 ]
-"""What a pod sees of this machine, beside Python's environment and this repository: what an image would bring."""
+"""What replaces an image: the files of this machine that a pod sees, beside Python's environment and this repository."""
 can_make_hosts = cache(can_make_hosts)
 
 
 @dataclass(frozen=True)
-class Pod:
-    """A container on a host of its own: read-only but for its mounts and its empty folders, and without any privilege."""
+class Sandbox:
+    """A container on a host of its own: read-only except for its mounts and its empty folders, and without privileges."""
 
     host: Host
     environment: Mapping[str, str] = field(default_factory=dict)
-    """All that the command finds; PATH as well."""
+    """All variables of the command, PATH included."""
     mounts: Mapping[str, Path] = field(default_factory=dict)
-    """Folders that can be written to, by their place in the pod. Whose they are is not changed, as without an fsGroup."""
+    """Writable folders by their place in the pod. Their owner is not changed, as without an fsGroup."""
     configuration: Mapping[str, Path] = field(default_factory=dict)
-    """Files and folders that can only be read, by their place in the pod."""
+    """Read-only files and folders by their place in the pod."""
     empty: Mapping[str, int] = field(default_factory=lambda: {"/dev/shm": 0, "/tmp": 0})
-    """Empty folders in memory that anybody may write to, by their place, with their size in bytes; 0: as large as memory."""
+    """The size in bytes of empty folders in memory, writable by everybody, by their place; 0 is unlimited."""
     user: int = 10001
     group: int = 10001
     folder: str = "/"
     image: Sequence[Path] = (*IMAGE, Path(sys.prefix), Path(sys.base_prefix), ROOT)
 
     def command(self, *command: str | Path) -> list[str]:
-        """A command line that runs a command as process 1 of the pod, and ends as it does.
+        """Return a command line that runs a command as process 1 of the pod, and exits with its code.
 
-        The process that it starts is the one that started the pod: signals go to `first_process`.
+        Signals go to `first_process`, not to the process of this command line.
         """
         box = ["bwrap", "--unshare-pid", "--unshare-ipc", "--as-pid-1", "--die-with-parent", "--clearenv"]
         box += ["--proc", "/proc", "--dev", "/dev"]
         for place, size in self.empty.items():
             box += ["--perms", "1777", *(["--size", str(size)] if size else []), "--tmpfs", place]
-        # What is mounted later is seen: Python lies in /tmp now and then.
+        # Later mounts hide earlier ones: Python may lie in /tmp.
         for path in self.image:
             if path.is_symlink():
                 box += ["--symlink", os.readlink(path), str(path)]
@@ -77,44 +77,39 @@ class Pod:
         box += ["--remount-ro", "/", "--chdir", self.folder]
         for name, value in self.environment.items():
             box += ["--setenv", name, value]
-        # The user is changed last: to make namespaces takes root.
-        person = [
-            shutil.which("setpriv") or "setpriv",
-            f"--reuid={self.user}",
-            f"--regid={self.group}",
-            "--clear-groups",
-            "--inh-caps=-all",
-        ]
-        return self.host.command(*box, "--", *person, "--bounding-set=-all", "--no-new-privs", "--", *command)
+        # The user is changed last, because creating namespaces takes root.
+        user = [shutil.which("setpriv") or "setpriv", f"--reuid={self.user}", f"--regid={self.group}", "--clear-groups"]
+        rights = ["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"]
+        return self.host.command(*box, "--", *user, *rights, "--", *command)
 
 
 def mount(how: str, path: Path, place: str) -> list[str]:
-    """bwrap's options that mount a path, in folders that everybody may enter."""
+    """Return bwrap's options that mount a path, in folders that everybody may enter."""
     parents = [str(parent) for parent in reversed(Path(place).parents)]
     return [*(option for parent in parents[1:] for option in ("--dir", parent)), how, str(path), place]
 
 
 def first_process(pod: subprocess.Popen[str] | subprocess.Popen[bytes]) -> psutil.Process:
-    """Process 1 of a pod that was just started; who kills it kills the pod. ProcessLookupError where the pod has ended."""
+    """Return process 1 of a started pod; killing it kills the pod. ProcessLookupError where the pod has terminated."""
     until = time.monotonic() + 300
     while pod.poll() is None:
-        with suppress(psutil.NoSuchProcess):  # it ends between two looks
+        with suppress(psutil.NoSuchProcess):  # it terminates between two looks
             shell = psutil.Process(pod.pid)  # it sets up the host first, and becomes bubblewrap then
             if shell.name() == "bwrap" and (children := shell.children()) and children[0].name() != "bwrap":
-                return children[0]  # it is in its box: until it becomes the command it is bubblewrap, which still builds
+                return children[0]  # until then bubblewrap is still building the sandbox
         assert time.monotonic() < until
         time.sleep(0.01)
-    raise ProcessLookupError(f"the pod has ended with {pod.returncode}")
+    raise ProcessLookupError(f"the pod has exited with {pod.returncode}")
 
 
 @cache
 def can_make_pods() -> bool:
-    """Hosts, and the tools that make a container."""
+    """Return whether this machine permits hosts and has the tools for sandboxes."""
     if not can_make_hosts() or not all(shutil.which(tool) for tool in ("bwrap", "setpriv")):
         return False
     with hosts("pod") as (host,):
-        return subprocess.run(Pod(host).command("/usr/bin/true"), capture_output=True).returncode == 0
+        return subprocess.run(Sandbox(host).command("/usr/bin/true"), capture_output=True).returncode == 0
 
 
-needs_hosts = pytest.mark.skipif(not can_make_hosts(), reason="no right to make network namespaces, or no iproute2")
-needs_pods = pytest.mark.skipif(not can_make_pods(), reason="no bubblewrap, or no right to make network namespaces")
+needs_hosts = pytest.mark.skipif(not can_make_hosts(), reason="no right to create network namespaces, or no iproute2")
+needs_pods = pytest.mark.skipif(not can_make_pods(), reason="no bubblewrap, or no right to create network namespaces")

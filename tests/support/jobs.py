@@ -1,7 +1,7 @@
-"""Jobs on the CPU, small enough to take seconds: as a user starts them, by forks that have torch already, and in this process.
+"""Jobs on the CPU that take seconds: started as by a user, as forks that have imported torch, and in this process.
 
-torchrun(4, *SMALL, "--run_folder=run", cwd=tmp_path)   # 6 CPU seconds a rank: where the start itself is to be proven
-train(4, *SMALL, "--run_folder=run", cwd=tmp_path)      # the same ranks, processes that meet by gloo, without the imports
+torchrun(4, *SMALL, "--run_folder=run", cwd=tmp_path)   # 6 CPU seconds per rank: for tests of the start itself
+train(4, *SMALL, "--run_folder=run", cwd=tmp_path)      # the same ranks over gloo, without the imports
 train_here("--run_folder=run")                          # the loop alone, on one rank
 """
 
@@ -32,7 +32,7 @@ from lmdist.training.distributed import World
 from servers import free_port
 
 FORKS = multiprocessing.get_context("forkserver")
-# The last two are what the first optimizer of a process and the picture of its losses import.
+# The first optimizer of a process and its loss curve import the last two.
 FORKS.set_forkserver_preload(["lmdist.training.loop", "torch._dynamo", "matplotlib.pyplot"])
 
 SMALL = (
@@ -42,29 +42,29 @@ SMALL = (
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, as torchrun has it, so that one rank adds up in the same order."""
+    """Return the environment with one thread per rank, as torchrun sets it: a single rank sums in the same order."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def installed() -> dict[str, str]:
-    """The same, with the commands of the package that is tested."""
+    """Return the same with the commands of the tested package in PATH."""
     return {**environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def command(ranks: int, *flags: str) -> list[str]:
-    """The command line of a training job."""
+    """Return the command line of a training job."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *start, "-m", "lmdist.train", *flags]
 
 
 def torchrun(ranks: int, *flags: str, cwd: Path) -> None:
-    """Run a job to its end as its user does."""
+    """Run a job to its end by torchrun."""
     done = subprocess.run(command(ranks, *flags), cwd=cwd, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a job to its end and check the exit code of each rank."""
+    """Run a job to its end by forks, and check the exit code of each rank."""
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
         started = start(ranks, *flags, cwd=cwd, said=said)
@@ -76,9 +76,9 @@ def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.Compl
 
 
 def start(ranks: int, *flags: str, cwd: Path, said: list[Path]) -> list[ForkServerProcess]:
-    """The ranks of a job that has begun, which write to two files what they say."""
+    """Start the ranks of a job, which write stdout and stderr to two files."""
     variables = environment()
-    if ranks > 1:  # what torchrun tells them
+    if ranks > 1:  # as torchrun sets them
         variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for number in range(ranks):
@@ -89,7 +89,7 @@ def start(ranks: int, *flags: str, cwd: Path, said: list[Path]) -> list[ForkServ
 
 
 def run_rank(flags: tuple[str, ...], cwd: Path, said: list[Path], variables: Mapping[str, str]) -> None:
-    """What a rank does, in a process of its own."""
+    """Run a rank in its own process."""
     for number, path in enumerate(said, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     os.chdir(cwd)
@@ -112,7 +112,7 @@ def loop_here(*flags: str) -> None:
 def after_one_step(
     settings: ModelSettings, vocabulary_size: int, rows: int
 ) -> tuple[LanguageModel, torch.optim.Optimizer, State, dict[str, Any]]:
-    """A model, its optimizer after one step, the state of its streams, and the recipe of such a run."""
+    """Return a model, its optimizer after one step, the state of its streams, and the recipe."""
     model = LanguageModel(settings, vocabulary_size)
     optimizer = torch.optim.AdamW(model.parameters())
     hidden, (h, c) = model(torch.randint(vocabulary_size, (rows, 5)), model.initial_state(rows))
@@ -123,17 +123,17 @@ def after_one_step(
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """Return the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run: Path, key: str = "train/loss") -> list[float]:
-    """The loss curve of a run."""
+    """Return the loss curve of a run."""
     return [row[key] for row in rows(run) if key in row]
 
 
 def wait_for_steps(run: Path, steps: int) -> None:
-    """Wait until a job that runs has written so many lines of metrics."""
+    """Wait until a running job has written so many lines of metrics."""
     until = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(rows(run)) < steps:
         assert time.monotonic() < until
@@ -141,6 +141,6 @@ def wait_for_steps(run: Path, steps: int) -> None:
 
 
 def fingerprint(run: Path) -> tuple[str, dict[str, dict[str, str]]]:
-    """The name of the newest checkpoint and the sums of its files."""
+    """Return the name of the newest checkpoint and the checksums of its files."""
     newest = (run / "checkpoints" / "newest").read_text().strip()
     return newest, read_json(run / "checkpoints" / newest / "manifest.json")["files"]

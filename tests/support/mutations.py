@@ -1,6 +1,6 @@
-"""Broken and hostile files: bytes that flip and vanish, JSON that says something else, tensors of other shapes.
+"""Broken and hostile files: flipped and missing bytes, JSON with other values, tensors of other shapes.
 
-Every mutation is drawn from a numpy generator, so a seed tells it again.
+A numpy generator chooses every mutation, so a seed reproduces it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lmdist.storage.checksums import sha256
 Random = np.random.Generator
 
 DEEP = "[" * 5_000 + "]" * 5_000
-# Values that stand where another is expected. Written as JSON by hand: Python's writer would not write some of them.
+# Values in place of expected ones. They are JSON texts, because Python's writer would not write some of them.
 JUNK = [
     *("null", "true", "false", "0", "-1", "1", "2", "0.5", "-0.0", "1e400", "NaN", "-Infinity", "1e308", str(2**63)),
     *(str(10**12), str(10**400), "9" * 5_000, '""', '"x"', '"../../../etc/passwd"', '"/dev/zero"', '"a\\nb"', '"\\ud800"'),
@@ -31,7 +31,7 @@ NAMES = ["", ".", "..", "../vocab.txt", "/etc/passwd", "a/../vocab.txt", "a\nb",
 
 
 def damaged(data: bytes, random: Random) -> bytes:
-    """Bytes with one to four accidents."""
+    """Return bytes with one to four defects."""
     for _ in range(random.integers(1, 5)):
         start, end = sorted(random.integers(0, len(data) + 1, 2).tolist())
         end = min(end, start + int(random.choice([1, 2, 8, 100, 10_000])))
@@ -54,7 +54,7 @@ def damaged(data: bytes, random: Random) -> bytes:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) below a value."""
+    """Return every (container, key) below a value."""
     found: list[tuple[Any, Any]] = []
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         found += [(value, key), *places(inner)]
@@ -62,7 +62,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def other_json(text: str, random: Random) -> str:
-    """A JSON object in which one to three things are others: gone, of another type, absurd, under another name."""
+    """Return a JSON object with one to three changes: a value removed, of another type, absurd, or under another name."""
     value = json.loads(text)
     for _ in range(random.integers(1, 4)):
         holder, key = one(places(value) or [([value], 0)], random)
@@ -81,7 +81,7 @@ def other_json(text: str, random: Random) -> str:
 
 
 def other_tensors(data: bytes, random: Random) -> bytes:
-    """A file of safetensors with a tensor that is gone, of another name, shape or type, or not finite; or another header."""
+    """Return a safetensors file with a tensor removed, renamed, reshaped, cast or not finite; or with another header."""
     if random.random() < 0.3:
         length = int.from_bytes(data[:8], "little")
         header = other_json(data[8 : 8 + length].decode(), random).encode()
@@ -107,7 +107,7 @@ def other_tensors(data: bytes, random: Random) -> bytes:
 
 
 def other_lines(data: bytes, random: Random) -> bytes:
-    """A text with lines that are gone, come twice, are empty, or stand elsewhere."""
+    """Return a text with lines removed, duplicated, emptied or moved."""
     lines = data.split(b"\n")
     for _ in range(random.integers(1, 4)):
         first, second = random.integers(len(lines), size=2).tolist()
@@ -126,8 +126,8 @@ def other_lines(data: bytes, random: Random) -> bytes:
     return b"\n".join(lines)
 
 
-def with_right_sums(folder: Path, manifest: str) -> None:
-    """Make the sums in a manifest those of the files that are there, as a stranger would."""
+def with_correct_checksums(folder: Path, manifest: str) -> None:
+    """Write the checksums of the existing files into a manifest, as an attacker would."""
     path = folder / manifest
     try:
         value = json.loads(path.read_bytes())
@@ -137,11 +137,11 @@ def with_right_sums(folder: Path, manifest: str) -> None:
                 facts |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
         path.write_text(json.dumps(value), encoding="utf-8")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
-        pass  # it is too broken to hold sums
+        pass  # it is too broken to hold checksums
 
 
 def mutated(folder: Path, manifest: str, others: dict[str, Callable[[bytes, Random], bytes]], random: Random) -> str:
-    """Change one or two files of a folder; gives what was done."""
+    """Change one or two files of a folder, and return a description."""
     done = []
     for _ in range(random.integers(1, 3)):
         file = folder / one(sorted(path.name for path in folder.iterdir()), random)
@@ -154,14 +154,14 @@ def mutated(folder: Path, manifest: str, others: dict[str, Callable[[bytes, Rand
                     file.write_text(other_json(data.decode(), random), encoding="utf-8")
                 else:
                     file.write_bytes(others[file.suffix](data, random))
-                done.append(f"{file.name} says something else")
+                done.append(f"{file.name} has other values")
                 continue
         except (ValueError, LookupError, RecursionError, SafetensorError):
-            pass  # it is broken already: break it more
+            pass  # it is broken already: damage its bytes
         match random.integers(12):
             case 0:
                 file.unlink()
-                done.append(f"{file.name} is gone")
+                done.append(f"{file.name} is removed")
             case 1:
                 file.unlink()
                 file.mkdir()
@@ -170,18 +170,18 @@ def mutated(folder: Path, manifest: str, others: dict[str, Callable[[bytes, Rand
                 file.write_bytes(damaged(data, random))
                 done.append(f"{file.name} is damaged")
     if random.random() < 0.7:
-        with_right_sums(folder, manifest)
-        done.append("sums are right")
+        with_correct_checksums(folder, manifest)
+        done.append("checksums are correct")
     return ", ".join(done)
 
 
 def one(choices: list[Any], random: Random) -> Any:
-    """One of some choices."""
+    """Return one of some choices."""
     return choices[int(random.integers(len(choices)))]
 
 
 def other_weights(data: bytes, random: Random) -> bytes:
-    """A file of weights with numbers that are none, huge or nothing, or of another length."""
+    """Return a file of weights with NaN, infinite, huge or zero numbers, or of another length."""
     if random.random() < 0.2:
         return one([b"", data[:-1], data[: len(data) // 2], data + b"\0", data * 2], random)
     numbers = np.frombuffer(data[: len(data) // 4 * 4], np.uint32).copy()

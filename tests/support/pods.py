@@ -1,91 +1,56 @@
-"""What a pod of a rendered manifest is: its command, environment, volumes, rights and names, as the kubelet reads a template.
+"""A pod of a rendered manifest as the kubelet reads it: command, environment, volumes, user and names. cluster.py starts it.
 
-Every field of a pod is read, stands in IGNORED with a reason, or is an error: a manifest cannot say anything that the tests
-do not hear. This module starts nothing; cluster.py does.
+Every field of a pod is read, stands in IGNORED with a reason, or is an error: a manifest says nothing that the tests overlook.
 """
 
 from __future__ import annotations
 
 import base64
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from support.manifests import Document, amount, expanded
+from support.manifest_fields import missing
+from support.manifests import Document, amount, environment, expanded, find, look
 
-REQUIRED = object()
 IGNORED: Mapping[str, Mapping[str, str]] = {
     "pod": {
-        "affinity": "all pods run on this machine",
-        "tolerations": "all pods run on this machine",
-        "topologySpreadConstraints": "all pods run on this machine",
-        "serviceAccountName": "there is no API server to ask anything of, and no token is mounted",
+        **dict.fromkeys(("affinity", "tolerations", "topologySpreadConstraints"), "all pods run on this machine"),
+        "serviceAccountName": "there is no API server, and no token is mounted",
     },
     "container": {
-        "image": "Python, lmdist and mlflow of the tests stand for it, in a read-only root",
-        "resources": "nothing here hands out GPUs, or holds a process to its share of memory",
+        "image": "Python, lmdist and mlflow of the tests replace it, in a read-only root",
+        "resources": "nothing here assigns GPUs, or limits a process to its share of memory",
     },
     "probe": dict.fromkeys(
         ("periodSeconds", "timeoutSeconds", "failureThreshold", "successThreshold", "initialDelaySeconds"),
-        "a test waits for a probe's answer as long as it likes",
+        "a test waits for the answer of a probe as long as it likes",
     ),
     "pod's securityContext": {
-        "seccompProfile": "it forbids calls that no container makes which has no privilege",
-        "fsGroupChangePolicy": "a claim is given to its group each time",
+        "seccompProfile": "it forbids calls that a container without privileges does not make",
+        "fsGroupChangePolicy": "a claim gets its group each time",
     },
 }
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 
 
-class Fields:
-    """An object of a manifest, of which every field must be taken before its context ends."""
+def read(where: str, given: Document, names: str = "", **fixed: Sequence[Any]) -> Document:
+    """Return an object of a manifest once it is known that nothing in it is overlooked.
 
-    def __init__(self, where: str, given: Mapping[str, Any]) -> None:
-        self.where = where
-        self.left = {name: value for name, value in given.items() if name not in IGNORED.get(where, {})}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None and self.left:
-            raise NotImplementedError(f"{self.where}: nobody here knows what {self.left} means")
-
-    def take(self, name: str, otherwise: Any = REQUIRED) -> Any:
-        """A field's value, or `otherwise` where it is not given."""
-        if otherwise is REQUIRED and name not in self.left:
-            raise LookupError(f"{self.where}: {name} is missing; there are {sorted(self.left)}")
-        return self.left.pop(name, otherwise)
-
-    def expect(self, name: str, *values: Any) -> None:
-        """Take a field that must have one of these values; None among them: or be absent."""
-        value = self.take(name, None)
-        if value not in values:
-            raise NotImplementedError(f"{self.where}: {name} is {value}, and only {values} can be had here")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Where a container says that it is well."""
-
-    path: str
-    port: int
-
-
-@dataclass(frozen=True)
-class Volume:
-    """What is mounted somewhere in a pod: a folder of this machine, or an empty one in memory of so many bytes."""
-
-    source: Path | int
-    read_only: bool
+    `names` are the fields that are read; each of `fixed` has one of its values, None where it may be absent.
+    """
+    unknown = set(given) - {*names.split(), *fixed, *IGNORED.get(where, {})}
+    wrong = {name: given.get(name) for name, allowed in fixed.items() if given.get(name) not in allowed}
+    if unknown or wrong:
+        raise NotImplementedError(f"{where}: nothing here implements { ({name: given[name] for name in unknown} | wrong) }")
+    return given
 
 
 @dataclass(frozen=True)
 class Container:
-    """All that is needed to run a pod of one container."""
+    """What is needed to run a pod of one container."""
 
     name: str
     command: Sequence[str]
@@ -94,163 +59,114 @@ class Container:
     folder: str
     user: int
     group: int
-    mounts: Mapping[str, Volume]
     grace_seconds: float
     hostname: str
     subdomain: str
+    mounts: Mapping[str, Path]
+    """Folders of this machine by their place in the pod."""
+    read_only: Mapping[str, Path]
+    empty: Mapping[str, int]
+    """The bytes of each empty folder in memory."""
     ports: Mapping[str, int] = field(default_factory=dict)
-    probes: Mapping[str, Probe] = field(default_factory=dict)
+    health: Mapping[str, str] = field(default_factory=dict)
+    """The path that each probe requests."""
+    port: int = 0
+    """The port of the probes."""
     before_stop: Sequence[str] = ()
     """A command that runs in the pod before it gets SIGTERM."""
 
 
-@dataclass(frozen=True)
-class Namespace:
-    """Where a pod finds what its template only names: ConfigMaps, Secrets and the folders that stand for claims."""
-
-    objects: Mapping[tuple[str, str], Document]
-    """By kind and name."""
-    claims: Path
-
-    def data(self, kind: str, name: str, *, optional: bool) -> dict[str, bytes] | None:
-        """The entries of a ConfigMap or a Secret; None for an optional one that is not there."""
-        if (kind, name) not in self.objects:
-            if optional:
-                return None
-            raise LookupError(f"there is no {kind} {name}: the pod would wait for it")
-        read = base64.b64decode if kind == "Secret" else str.encode
-        return {key: read(value) for key, value in self.objects[kind, name]["data"].items()}
-
-
-def read_pod(template: Document, metadata: Document, hostname: str, namespace: Namespace, scratch: Path) -> Container:
-    """The one container of a pod that has this metadata; files that its volumes need are written into `scratch`."""
-    with Fields("pod", template) as pod:
-        pod.expect("automountServiceAccountToken", False)
-        pod.expect("enableServiceLinks", False)  # else each Service of the namespace would be in the environment
-        pod.expect("restartPolicy", "Never", "Always", None)
-        (container,) = pod.take("containers")
-        with Fields("pod's securityContext", pod.take("securityContext")) as rights:
-            user, group = rights.take("runAsUser"), rights.take("runAsGroup")
-            owner = rights.take("fsGroup")
-            assert user != 0 or not rights.take("runAsNonRoot"), "the kubelet refuses to run this as root"
-            rights.expect("runAsNonRoot", True, None)
-        volumes = {volume["name"]: read_volume(volume, owner, namespace, scratch) for volume in pod.take("volumes", [])}
-        grace, subdomain = pod.take("terminationGracePeriodSeconds", 30), pod.take("subdomain", "")
-    with Fields("container", container) as given:
-        with Fields("container's securityContext", given.take("securityContext")) as rights:
-            rights.expect("allowPrivilegeEscalation", False)
-            rights.expect("readOnlyRootFilesystem", True)
-            rights.expect("capabilities", {"drop": ["ALL"]})
-        ports = {port["name"]: port["containerPort"] for port in given.take("ports", [])}
-        probes = [name for name in given.left if name.endswith("Probe")]
-        environment = read_environment(given.take("env", []), metadata, namespace)
-        command = [*given.take("command"), *given.take("args", [])]
-        return Container(
-            name=given.take("name"),
-            command=[expanded(word, environment) for word in command],
-            environment=environment,
-            folder=given.take("workingDir", "/"),
-            user=user,
-            group=group,
-            mounts={mount["mountPath"]: read_mount(mount, volumes) for mount in given.take("volumeMounts", [])},
-            grace_seconds=grace,
-            hostname=hostname,
-            subdomain=subdomain,
-            ports=ports,
-            probes={name: read_probe(given.take(name), ports) for name in probes},
-            before_stop=read_lifecycle(given.take("lifecycle", {})),
-        )
+def read_pod(
+    spec: Document, metadata: Document, hostname: str, objects: list[Document], claims: Path, scratch: Path
+) -> Container:
+    """Return the one container of a pod; `claims` is the folder of the claims, `scratch` one for files of other volumes."""
+    if faults := list(missing(spec, objects)):
+        raise LookupError(f"the pod would wait: {faults}")
+    read("pod", spec, "containers volumes securityContext terminationGracePeriodSeconds subdomain", **FIXED_OF_PODS)
+    rights = read("pod's securityContext", spec["securityContext"], "runAsUser runAsGroup fsGroup", runAsNonRoot=[True])
+    assert rights["runAsUser"] != 0, "the kubelet does not run this as root"
+    (container,) = spec["containers"]
+    read(
+        "container",
+        container,
+        f"name command args env workingDir volumeMounts securityContext ports lifecycle {' '.join(PROBES)}",
+    )
+    read("container's securityContext", container["securityContext"], **FIXED_OF_CONTAINERS)
+    volumes = {
+        volume["name"]: read_volume(volume, rights.get("fsGroup", -1), objects, claims, scratch)
+        for volume in spec.get("volumes", [])
+    }
+    mounts = [read("volumeMount", mount, "name mountPath readOnly") for mount in container.get("volumeMounts", [])]
+    sources = {mount["mountPath"]: volumes[mount["name"]] for mount in mounts}
+    protected = {mount["mountPath"] for mount in mounts if mount.get("readOnly")}
+    folders = {place: source for place, source in sources.items() if isinstance(source, Path)}
+    variables = environment(container, metadata, objects)
+    ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
+    requests = {
+        name: read("httpGet", read("probe", container[name], "httpGet")["httpGet"], "path port")
+        for name in PROBES
+        if name in container
+    }
+    (port,) = {ports[request["port"]] for request in requests.values()} or {0}
+    lifecycle = read("preStop", read("lifecycle", container.get("lifecycle", {}), "preStop").get("preStop", {}), "exec")
+    return Container(
+        name=container["name"],
+        command=[expanded(word, variables) for word in [*container["command"], *container.get("args", [])]],
+        environment=variables,
+        folder=container.get("workingDir", "/"),
+        user=rights["runAsUser"],
+        group=rights["runAsGroup"],
+        grace_seconds=spec.get("terminationGracePeriodSeconds", 30),
+        hostname=hostname,
+        subdomain=spec.get("subdomain", ""),
+        mounts={place: source for place, source in folders.items() if place not in protected},
+        read_only={place: source for place, source in folders.items() if place in protected},
+        empty={place: source for place, source in sources.items() if isinstance(source, int)},
+        ports=ports,
+        health={name: request["path"] for name, request in requests.items()},
+        port=port,
+        before_stop=look(lifecycle, "exec", "command") or (),
+    )
 
 
-def read_environment(given: Sequence[Document], metadata: Document, namespace: Namespace) -> dict[str, str]:
-    """The variables of a container, each of which may mention those before it."""
-    made: dict[str, str] = {}
-    for entry in given:
-        with Fields("env", entry) as variable:
-            name, value = variable.take("name"), variable.take("value", None)
-            source = variable.take("valueFrom", None)
-        if source is None:
-            made[name] = expanded(value or "", made)
-            continue
-        with Fields("valueFrom", source) as origin:
-            if "fieldRef" in origin.left:
-                made[name] = read_field(origin.take("fieldRef"), metadata)
-            else:
-                kind = "ConfigMap" if "configMapKeyRef" in origin.left else "Secret"
-                with Fields("keyRef", origin.take("configMapKeyRef" if kind == "ConfigMap" else "secretKeyRef")) as key:
-                    optional, entry_name = key.take("optional", False), key.take("key")
-                    entries = namespace.data(kind, key.take("name"), optional=optional)
-                if entries is not None and (entry_name in entries or not optional):
-                    made[name] = entries[entry_name].decode()
-    return made
+FIXED_OF_PODS = {
+    "automountServiceAccountToken": [False],
+    "enableServiceLinks": [False],  # otherwise the environment would name each Service of the namespace
+    "restartPolicy": ["Never", "Always", None],
+}
+FIXED_OF_CONTAINERS = {
+    "allowPrivilegeEscalation": [False],
+    "readOnlyRootFilesystem": [True],
+    "capabilities": [{"drop": ["ALL"]}],
+}
 
 
-def read_field(given: Document, metadata: Document) -> str:
-    """A field of the pod itself: its name, its namespace, a label or an annotation."""
-    with Fields("fieldRef", given) as field_reference:
-        path = field_reference.take("fieldPath")
-        field_reference.expect("apiVersion", "v1", None)
-    found = re.fullmatch(r"metadata\.(name|namespace)|metadata\.(labels|annotations)\['([^']+)'\]", path)
-    if not found:
-        raise NotImplementedError(f"fieldRef {path}")
-    return metadata[found[1]] if found[1] else metadata[found[2]].get(found[3], "")
-
-
-def read_volume(given: Document, owner: int, namespace: Namespace, scratch: Path) -> Path | int:
-    """A folder that stands for a volume, or the size of one in memory."""
-    with Fields("volume", given) as volume:
-        folder = scratch / volume.take("name")
-        ((kind, source),) = volume.left.items()
-        volume.take(kind)
-    with Fields(kind, source or {}) as of:
-        if kind == "emptyDir":  # in memory whatever its medium: it is as empty, and as full at its limit
-            of.expect("medium", "Memory", None)
-            return round(amount(of.take("sizeLimit")))
-        if kind == "persistentVolumeClaim":
-            claim = of.take("claimName")
-            assert ("PersistentVolumeClaim", claim) in namespace.objects, (
-                f"there is no claim {claim}: the pod would wait for it"
-            )
-            folder = namespace.claims / claim
-            folder.mkdir(parents=True, exist_ok=True)
-            give_to_group(folder, owner)
-            return folder
-        if kind in ("configMap", "secret"):
-            name = of.take("name" if kind == "configMap" else "secretName")
-            entries = namespace.data(
-                "ConfigMap" if kind == "configMap" else "Secret", name, optional=of.take("optional", False)
-            )
-            folder.mkdir(parents=True)
-            for key, content in (entries or {}).items():
-                (folder / key).write_bytes(content)
-                (folder / key).chmod(0o644)
-            return folder
-    raise NotImplementedError(f"a volume of the kind {kind}")
+def read_volume(volume: Document, group: int, objects: list[Document], claims: Path, scratch: Path) -> Path | int:
+    """Return the folder of a volume, or the size of an empty one."""
+    ((kind, source),) = ((key, value) for key, value in volume.items() if key != "name")
+    folder = scratch / volume["name"]
+    if kind == "emptyDir":  # in memory whatever its medium: it is as empty, and as full at its limit
+        return round(amount(read(kind, source, "sizeLimit", medium=["Memory", None])["sizeLimit"]))
+    if kind == "persistentVolumeClaim":
+        folder = claims / read(kind, source, "claimName")["claimName"]
+        folder.mkdir(parents=True, exist_ok=True)
+        give_to_group(folder, group)
+        return folder
+    names = {"configMap": ("ConfigMap", "name"), "secret": ("Secret", "secretName")}
+    if kind not in names:
+        raise NotImplementedError(f"a volume of the kind {kind}")
+    read(kind, source, f"{names[kind][1]} optional")
+    entries = look(find(objects, names[kind][0], source[names[kind][1]]), "data") or {}
+    folder.mkdir(parents=True)
+    for key, text in entries.items():
+        (folder / key).write_bytes(base64.b64decode(text) if kind == "secret" else text.encode())
+        (folder / key).chmod(0o644)
+    return folder
 
 
 def give_to_group(folder: Path, group: int) -> None:
-    """What fsGroup does: all that is in a volume belongs to the group, which may write it and whatever comes later."""
+    """Do what fsGroup does: all files of a volume belong to the group, which may write to them and to later ones."""
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             os.chown(path, -1, group)
             path.chmod(path.stat().st_mode | (0o2770 if path.is_dir() else 0o660))
-
-
-def read_mount(given: Document, volumes: Mapping[str, Path | int]) -> Volume:
-    """What is mounted at a container's mount path."""
-    with Fields("volumeMount", given) as mount:
-        mount.take("mountPath")
-        return Volume(volumes[mount.take("name")], mount.take("readOnly", False))
-
-
-def read_probe(given: Document, ports: Mapping[str, int]) -> Probe:
-    """Where a probe asks."""
-    with Fields("probe", given) as probe, Fields("httpGet", probe.take("httpGet")) as request:
-        port = request.take("port")
-        return Probe(request.take("path"), ports[port] if isinstance(port, str) else port)
-
-
-def read_lifecycle(given: Document) -> Sequence[str]:
-    """The command to run before a pod is asked to stop."""
-    with Fields("lifecycle", given) as lifecycle, Fields("preStop", lifecycle.take("preStop", {})) as hook:
-        return hook.take("exec", {"command": []})["command"]

@@ -14,7 +14,7 @@ import torch
 
 from lmdist import config
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import DataSettings, ModelSettings, Recipe, TextSettings
+from lmdist.settings import DataSettings, ModelSettings, Recipe, TextSettings, Tokenizer
 from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
@@ -22,8 +22,9 @@ from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist_export import export
-from lmdist_export.bundle import Bundle, GenerationConfig
-from lmdist_export.conversion.convert import write_graphs
+from lmdist_export.bundle import Bundle
+from lmdist_export.conversion.weights import write_graphs
+from lmdist_export.options import GenerationConfig
 
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
 PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()
@@ -35,7 +36,7 @@ SINGLE = ModelSettings(embedding_size=7, hidden_size=7, num_layers=1, dropout=0.
 
 
 def make_model(settings: ModelSettings, vocabulary_size: int) -> LanguageModel:
-    """A model whose probabilities are far from equal."""
+    """Return a model whose probabilities are far from equal."""
     torch.manual_seed(0)
     model = LanguageModel(settings, vocabulary_size).eval()
     with torch.no_grad():
@@ -44,8 +45,12 @@ def make_model(settings: ModelSettings, vocabulary_size: int) -> LanguageModel:
     return model
 
 
-def make_data(folder: Path, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS) -> Path:
+def make_data(folder: Path, tokenizer: Tokenizer = "word_tokenize", words: Sequence[str] = WORDS) -> Path:
+<<<<<<< .merge_file_smnzH2
     """A data folder with a train and a valid split of 600 random words."""
+=======
+    """Write a data folder with a train and a valid split of 600 random tokens."""
+>>>>>>> .merge_file_ancY8K
     folder.mkdir(parents=True)
     vocabulary = Vocabulary(["<unk>", "<eos>", *words])
     vocabulary.save(folder / "vocab.txt")
@@ -66,9 +71,9 @@ def make_data(folder: Path, tokenizer: str = "word_tokenize", words: Sequence[st
 
 
 def make_run(
-    folder: Path, settings: ModelSettings = TIED, tokenizer: str = "word_tokenize", words: Sequence[str] = WORDS
+    folder: Path, settings: ModelSettings = TIED, tokenizer: Tokenizer = "word_tokenize", words: Sequence[str] = WORDS
 ) -> Path:
-    """A run with one checkpoint, beside its data folder."""
+    """Write a run with one checkpoint, beside its data folder."""
     data = make_data(folder / "data", tokenizer, words)
     model = make_model(settings, len(words) + 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -82,17 +87,17 @@ def make_run(
 def make_bundle(
     folder: Path,
     settings: ModelSettings = TIED,
-    tokenizer: str = "word_tokenize",
+    tokenizer: Tokenizer = "word_tokenize",
     words: Sequence[str] = WORDS,
     precision: str = "fp32",
 ) -> Path:
-    """A bundle, exported as a user exports it."""
+    """Export a bundle by the command."""
     export.main([str(make_run(folder, settings, tokenizer, words)), "-o", str(folder / "bundle"), "--precision", precision])
     return folder / "bundle"
 
 
 def bare_bundle(folder: Path, settings: ModelSettings = TIED, precision: str = "fp32", vocabulary_size: int = 300) -> Bundle:
-    """A bundle of `make_model` that nothing has compared with torch, which is much faster than to export it."""
+    """Write a bundle of `make_model` without verifying it against torch, which is much faster than an export."""
     folder.mkdir(parents=True)
     sizes = write_graphs(make_model(settings, vocabulary_size), folder, "small", precision)
     words = Vocabulary(["<unk>", "<eos>", *(f"word{number}" for number in range(2, vocabulary_size))])
@@ -118,7 +123,7 @@ def command(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
 
 
 def in_fresh_process(name: str, arguments: Sequence[object], packages: set[str]) -> subprocess.CompletedProcess[str]:
-    """Run `main` of a file of lmdist_export, which must not fail; its last line on stderr is the set of loaded `packages`."""
+    """Run `main` of a file of lmdist_export in a new process; its last line on stderr is the set of loaded `packages`."""
     code = (
         f"import sys; from lmdist_export import {name}\n"
         f"try: {name}.main({[*map(str, arguments)]!r})\n"

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmdist.config import descriptions, read_section
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.checksums import verify_checksums
-from lmdist.text.prepare import field_help, parser, prepare
+from lmdist.text.prepare import parser, prepare, resolve
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
@@ -287,7 +288,7 @@ def folder(tmp_path_factory) -> Path:
         (64, "articles1.csv -o .", ["--overwrite"]),
         (64, "articles1.csv -o . --overwrite", ["not a data folder"]),
         (64, "articles1.csv -o out --recipe wrong.toml", ["wrong.toml", "colour", "text_column"]),
-        (64, "articles1.csv -o out --recipe type.toml", ["rows", "all", "int"]),
+        (64, "articles1.csv -o out --recipe type.toml", ["type.toml", "prepare.rows", "all", "int"]),
         (64, "articles1.csv -o out --recipe broken.toml", ["broken.toml"]),
         (65, "words.csv -o out", ["words.csv", "content", "id, words", "--text-column"]),
         (65, "articles1.csv -o out --group-by authors", ["authors", "title"]),
@@ -332,12 +333,10 @@ def test_a_recipe_gives_the_defaults_and_flags_win(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["demo", "tutorial", "wikitext2-small"])
 def test_the_recipes_of_the_repository_are_right(name):
-    from lmdist.text.prepare import from_recipe
-
     recipe = Path(__file__).parents[2] / "launch" / f"{name}.toml"
     if not recipe.is_file():
         pytest.skip(f"{recipe} is not here")
-    PrepareSettings(**from_recipe(recipe))
+    resolve(read_section(recipe, "prepare", PrepareSettings), {})
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
@@ -356,7 +355,7 @@ def test_stopped_on_request_it_leaves_nothing(tmp_path, number):
     command = [sys.executable, "-m", "lmdist.text.prepare", "a.csv", "-o", "out", "--tokenizer", "wordpunct"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.*/words.spool")):
+    while not list(tmp_path.glob(".out.*/tokens.tmp")):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -394,7 +393,7 @@ def test_help_is_quick_and_tells_of_every_setting():
     assert not slow & {line.rpartition(" ")[2] for line in seen.stderr.splitlines()}
     assert done.returncode == 0
     assert "lmdist-prepare INPUT" in done.stdout
-    texts = field_help()
+    texts = descriptions(PrepareSettings)
     for name in PrepareSettings.__dataclass_fields__:
         assert texts[name], name
         assert name == "inputs" or f"--{name.replace('_', '-')}" in done.stdout

@@ -152,7 +152,7 @@ def test_tokenizing_does_not_grow_what_was_learnt(english):
     [
         ("{", "is not JSON"),
         ("[]", "a JSON object is expected"),
-        ("{}", "says it is None"),
+        ("{}", "has the format None"),
         ('{"format": "lmdist text", "version": 9}', "version 9"),
         ('{"format": "lmdist text", "version": 1}', "damaged"),
         ('{"format": "lmdist text", "version": 1, "settings": {"colour": 1}, "punkt": null, "nltk": "3"}', "colour"),

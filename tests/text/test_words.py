@@ -123,13 +123,13 @@ def test_it_finds_what_nltk_finds(finder, nltk, document):
 
 
 def test_what_it_has_kept_is_forgotten_in_time(finder, nltk, monkeypatch):
-    monkeypatch.setattr(words, "ANSWERS", 3)
-    monkeypatch.setattr(words, "LONGEST", 6)
+    monkeypatch.setattr(words, "MAX_CACHED", 3)
+    monkeypatch.setattr(words, "MAX_CHARACTERS", 6)
     small = WordFinder(finder.punkt)
     for _ in range(2):
         same(small, nltk, f"{TEXT[0]} 'Twas so. {' '.join(TOKENS)}")
     assert small.inner
-    assert all(len(kept) <= 3 for kept in (small.breaks, small.inner, small.first, small.last, small.whole))
+    assert all(len(kept) <= 3 for kept in (small.breaks, small.inner, small.first, small.last, small.uncut))
 
 
 def test_another_nltk_finds_all_the_words_itself(finder, nltk, monkeypatch):

@@ -1,10 +1,12 @@
-"""What MLflow has of a run when its server was dead, stopped, failing or forgetful, and what lmdist-sync makes of that.
+"""What MLflow has of a run when its server was dead, stopped, failing or forgetful, and what lmdist-sync adds later.
 
-The servers are real. Most jobs here are a tracker without a training: the follower does not know the difference.
+The servers are real. Most jobs here are a logger without a training: the uploader does not know the difference.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import resource
 import shutil
@@ -13,8 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import mlflow
 import psutil
@@ -25,10 +29,15 @@ from lmdist import config
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TrackingSettings
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json
-from lmdist.tracking.run_folder import RunTracker, read_note
+from lmdist.tracking import sync as command
+from lmdist.tracking import uploader
+from lmdist.tracking.logger import RunLogger
+from lmdist.tracking.run_folder import read_metadata
 from servers import Proxy, Server
 from support.jobs import SMALL, rows, train
 
+FREQUENT = ("-c", "from lmdist.tracking import sync, uploader; uploader.PERIOD_SECONDS = 1; sync.main()", "--follow")
+"""The uploader with a shorter period."""
 SECRETS = {"MLFLOW_TRACKING_PASSWORD": "planted-1", "AWS_SECRET_ACCESS_KEY": "planted-2", "LMDIST_TOKEN": "planted-3"}
 
 
@@ -56,10 +65,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-class Job(RunTracker):
-    """A job's tracking without the job."""
+@pytest.fixture
+def frequent(monkeypatch):
+    monkeypatch.setattr(uploader, "COMMAND", FREQUENT)
 
-    def __init__(self, run: str, step: int = 0, *, going_on: bool = False, mlflow: bool = True, **parameters: object) -> None:
+
+class Job(RunLogger):
+    """A job's logger without the training."""
+
+    def __init__(self, run: str, step: int = 0, *, resume: bool = False, mlflow: bool = True, **parameters: object) -> None:
         path = Path("runs") / run
         path.mkdir(parents=True, exist_ok=True)
         settings = TrackingSettings(mlflow=mlflow)
@@ -68,33 +82,33 @@ class Job(RunTracker):
             "files": {"train.bin": {"sha256": "ab" * 32}},
             "sources": [],
         }
-        super().__init__(path, settings, {"seed": 1, **parameters}, "data", meta, step, going_on=going_on)
+        super().__init__(path, settings, {"seed": 1, **parameters}, "data", meta, step, resume=resume)
 
     def log(self, first: int, last: int) -> None:
         """Lines of so many steps."""
         for step in range(first, last + 1):
-            self.metrics(step, {"train/loss": 1 / step, "train/tokens": float(step)})
+            self.log_metrics(step, {"train/loss": 1 / step, "train/tokens": float(step)})
 
     def close(self, status: str) -> None:
-        """End as a job does, and wait for a follower that it killed: a real job is gone before it is dead."""
+        """End as a job does, and wait for an uploader that it killed: a real job exits before the uploader is dead."""
         super().close(status)
-        if self.follower and self.follower.child:
-            self.follower.child.wait(60)
+        if self.uploader and self.uploader.child:
+            self.uploader.child.wait(60)
 
     def until_found(self) -> None:
         """Wait until MLflow has the run."""
-        until(lambda: "run_id" in read_note(self.run))
+        until(lambda: "run_id" in read_metadata(self.run))
 
 
-class Heard:
-    """All that has been said on stderr."""
+class Stderr:
+    """All that was printed on stderr."""
 
     def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
         self.capfd = capfd
         self.text = ""
 
     def all(self) -> str:
-        """What was said so far."""
+        """Return what was printed so far."""
         self.text += self.capfd.readouterr().err
         return self.text
 
@@ -103,7 +117,7 @@ class Heard:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait for what a follower does."""
+    """Wait for what an uploader does."""
     deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
@@ -111,91 +125,109 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def sync(*runs: str, code: int = 0) -> str:
-    """What lmdist-sync says."""
+    """Return what lmdist-sync prints."""
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "lmdist.tracking.sync", *runs], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert time.monotonic() - start < 100
-    said = done.stdout + done.stderr
-    assert "Traceback" not in said
-    return said
+    printed = done.stdout + done.stderr
+    assert "Traceback" not in printed
+    return printed
+
+
+def sync_here(*runs: str, code: int = 0) -> str:
+    """The same in this process, which has imported MLflow already. For servers only: MLflow caches the default store."""
+    start = time.monotonic()
+    printed = StringIO()
+    with patch.dict(os.environ), redirect_stdout(printed), redirect_stderr(printed), pytest.raises(SystemExit) as ended:
+        command.main(runs)
+    logging.disable(logging.NOTSET)
+    assert ended.value.code == code, printed.getvalue()
+    assert time.monotonic() - start < 100
+    return printed.getvalue()
 
 
 def points(store: str, run_id: str, key: str) -> list[tuple[int, int, float]]:
-    """Step, time and value of a figure in MLflow."""
+    """Return step, time and value of each point of a metric in MLflow."""
     history = mlflow.MlflowClient(store).get_metric_history(run_id, key)
     return sorted((point.step, point.timestamp, point.value) for point in history)
 
 
 def check(store: str, run: str | Path, status: str) -> str:
-    """MLflow has the run once, with each point once and the status; gives its id."""
+    """Assert that MLflow has the run once, each point once, and the status; return the run's id."""
     run = Path("runs") / run
-    note = read_json(run / "mlflow.json")
+    metadata = read_json(run / "mlflow.json")
     client = mlflow.MlflowClient(store)
     experiment = client.get_experiment_by_name("lmdist")
     assert experiment
     named = [found for found in client.search_runs([experiment.experiment_id]) if found.info.run_name == run.name]
-    (found,) = (found for found in named if found.data.tags["lmdist.run_key"] == note["run_key"])
-    assert found.info.run_id == note["run_id"]
+    (found,) = (found for found in named if found.data.tags["lmdist.run_key"] == metadata["run_key"])
+    assert found.info.run_id == metadata["run_id"]
     assert found.info.status == status
     for key in {key for row in rows(run) for key in row} - {"step", "time"}:
         expected = sorted((row["step"], int(row["time"] * 1000), row[key]) for row in rows(run) if key in row)
-        assert points(store, note["run_id"], key) == expected, key
-    assert found.data.params.keys() == note["parameters"].keys()
+        assert points(store, metadata["run_id"], key) == expected, key
+    assert found.data.params.keys() == metadata["parameters"].keys()
     assert found.inputs
-    assert len(found.inputs.dataset_inputs) == len(note["datasets"])
-    artifacts = {item.path for folder in (None, "samples") for item in client.list_artifacts(note["run_id"], folder)}
+    assert len(found.inputs.dataset_inputs) == len(metadata["datasets"])
+    artifacts = {item.path for folder in (None, "samples") for item in client.list_artifacts(metadata["run_id"], folder)}
     files = {
         path.relative_to(run).as_posix() for name in ("recipe.toml", "*.png", "*.txt", "samples/*") for path in run.glob(name)
     }
     assert artifacts - {"samples"} == files
-    return note["run_id"]
+    return metadata["run_id"]
 
 
 @pytest.mark.slow
-def test_a_server_that_was_dead_at_the_start_or_died_on_the_way_gets_all_of_it_later(server, here, monkeypatch, capfd):
+def test_a_server_that_was_dead_at_the_start_or_died_during_the_job_gets_all_of_it_later(
+    server, here, monkeypatch, capfd, frequent
+):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    heard = Heard(capfd)
+    stderr = Stderr(capfd)
     died = Job("died")
     with died:
         died.log(1, 20)
         died.until_found()
         server.kill()
+        dead = Job("dead")
         died.log(21, 40)
-        died.text("samples/step-000000040.txt", "some words\n")
-        until(lambda: "warning" in heard)
+        died.log_text("samples/step-000000040.txt", "some words\n")
+        with suppress(ZeroDivisionError), dead:
+            dead.log(1, 2000)
+            until(lambda: "MLflow does not accept this run's points (ConnectionError); they are in runs/dead/metrics" in stderr)
+            dead.log(0, 0)
+        until(lambda: "they are in runs/died/metrics" in stderr)
         began = time.monotonic()
     assert time.monotonic() - began < 60
-    with suppress(ZeroDivisionError), Job("dead") as dead:
-        dead.log(1, 2000)
-        until(lambda: "MLflow does not take this run's points (ConnectionError); they are in runs/dead/metrics" in heard)
-        dead.log(0, 0)
-    assert "warning: MLflow has not got all of this run; lmdist-sync runs/dead brings in the rest" in heard
-    assert "Traceback" not in heard
+    for run in ("died", "dead"):
+        assert f"warning: MLflow has not received all of this run; lmdist-sync runs/{run} uploads the rest" in stderr
+    assert "Traceback" not in stderr
     server.start()
     both = ("runs/died", "runs/dead")
-    said = sync(*both)
-    assert "runs/died: " in said
-    assert "1 file brought in, FINISHED" in said
-    assert "runs/dead: 4,000 points brought in, FAILED" in said
+    printed = sync_here(*both)
+    assert "runs/died: " in printed
+    assert "1 file uploaded, FINISHED" in printed
+    assert "runs/dead: 4,000 points uploaded, FAILED" in printed
     check(server.uri, "died", "FINISHED")
     run_id = check(server.uri, "dead", "FAILED")
     found = mlflow.MlflowClient(server.uri).get_run(run_id)
-    assert found.info.start_time == read_note(Path("runs/dead"))["start_time"]
+    assert found.info.start_time == read_metadata(Path("runs/dead"))["start_time"]
     assert found.info.end_time == int(rows(Path("runs/dead"))[-1]["time"] * 1000)
-    assert re.search("runs/died: nothing was missing, FINISHED .*\nruns/dead: nothing was missing, FAILED", sync(*both))
+    assert re.search("runs/died: nothing was missing, FINISHED .*\nruns/dead: nothing was missing, FAILED", sync_here(*both))
     check(server.uri, "died", "FINISHED")
 
 
 @pytest.mark.slow
-def test_a_server_that_is_stopped_does_not_hold_a_job_up(server, here, monkeypatch, request):
+def test_a_server_that_is_stopped_does_not_hold_a_job_up(server, here, monkeypatch, request, frequent):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    assert uploader.SERVER_WAIT_SECONDS + 1 <= 10, "a kill takes up to a second more"
+    monkeypatch.setattr(uploader, "SERVER_WAIT_SECONDS", 3)
     job = Job("one")
     with job:
         job.log(1, 20)
         job.until_found()
-        client, run_id = mlflow.MlflowClient(server.uri), read_note(job.run)["run_id"]
+        client, run_id = mlflow.MlflowClient(server.uri), read_metadata(job.run)["run_id"]
         until(lambda: "system/cpu_utilization_percentage" in client.get_run(run_id).data.metrics)
         server.signal(signal.SIGSTOP)
         request.addfinalizer(lambda: server.signal(signal.SIGCONT))
@@ -206,30 +238,30 @@ def test_a_server_that_is_stopped_does_not_hold_a_job_up(server, here, monkeypat
     with monkeypatch.context() as hurried:
         hurried.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
         hurried.setenv("MLFLOW_TRACKING_URI", server.uri.replace("http://", "http://somebody:pass-word@"))
-        said = sync("runs/one", code=75)
-    assert said.startswith(f"lmdist-sync: MLflow ({server.uri}) does not take runs/one (")
-    assert said.count("\n") == 1
+        printed = sync_here("runs/one", code=75)
+    assert printed.startswith(f"lmdist-sync: MLflow ({server.uri}) does not accept runs/one (")
+    assert printed.count("\n") == 1
     server.signal(signal.SIGCONT)
-    sync("runs/one")
+    sync_here("runs/one")
     check(server.uri, "one", "FINISHED")
 
 
 @pytest.mark.slow
-def test_answers_that_are_lost_or_failures_make_nothing_twice(server, proxy, here, monkeypatch, capfd):
+def test_lost_responses_and_failures_create_nothing_twice(server, proxy, here, monkeypatch, capfd, frequent):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri)
-    heard = Heard(capfd)
-    proxy.mode = "lost"  # the server makes an experiment, a run, points, and the follower does not hear of it
+    stderr = Stderr(capfd)
+    proxy.mode = "lost"  # the server creates an experiment, a run, points, and the uploader does not learn of it
     job = Job("one")
     with job:
         job.log(1, 20)
-        until(lambda: "warning: MLflow does not take this run's points" in heard)
+        until(lambda: "warning: MLflow does not accept this run's points" in stderr)
         proxy.mode = "fine"
-        until(lambda: "MLflow takes this run's points again" in heard)
+        until(lambda: "MLflow accepts this run's points again" in stderr)
         proxy.mode = "lost"
         job.log(21, 40)
-    assert heard.all().count("MLflow does not take this run's points") == 2  # once an outage
-    proxy.mode = "slow"
-    sync("runs/one")
+    assert stderr.all().count("MLflow does not accept this run's points") == 2  # once an outage
+    proxy.mode, proxy.delay_seconds = "slow", 0.2
+    sync_here("runs/one")
     check(server.uri, "one", "FINISHED")
 
 
@@ -242,17 +274,17 @@ def test_no_secret_gets_anywhere(server, proxy, here, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri.replace("http://", "http://somebody:pass-word@"))
     proxy.mode = "error"
     flags = [*SMALL, f"--data.folder={data}", "--tracking.mlflow=true", "--training.steps=5", "--run_folder=runs/one"]
-    said = train(1, *flags, cwd=here)
-    said = said.stdout + said.stderr
-    assert "warning: MLflow has not got all of this run" in said
+    done = train(1, *flags, cwd=here)
+    printed = done.stdout + done.stderr
+    assert "warning: MLflow has not received all of this run" in printed
     proxy.mode = "fine"
-    said += sync("runs/one")
+    printed += sync("runs/one")
     run_id = check(server.uri, "one", "FINISHED")
     assert mlflow.MlflowClient(server.uri).get_run(run_id).data.params["seed"] == "1"
     assert "127.0.0.1" not in Path("runs/one/mlflow.json").read_text()
-    assert f"({proxy.uri})" in said
+    assert f"({proxy.uri})" in printed
     shutil.copytree(server.folder, here / "server")
-    texts = [said.encode(), *(path.read_bytes() for path in here.rglob("*") if path.is_file())]
+    texts = [printed.encode(), *(path.read_bytes() for path in here.rglob("*") if path.is_file())]
     for secret in ("pass-word", "somebody", *SECRETS.values()):
         assert not any(secret.encode() in text for text in texts), secret
 
@@ -261,37 +293,37 @@ ENDLESS = """
 import time
 from pathlib import Path
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TrackingSettings
-from lmdist.tracking.run_folder import RunTracker
-with RunTracker(Path("runs/one"), TrackingSettings(), {"seed": 1}, "data", {}, 0, going_on=False) as tracker:
+from lmdist.tracking.logger import RunLogger
+with RunLogger(Path("runs/one"), TrackingSettings(), {"seed": 1}, "data", {}, 0, resume=False) as logger:
     for step in range(1, 31):
-        tracker.metrics(step, {"train/loss": 1 / step, "train/tokens": float(step)})
+        logger.log_metrics(step, {"train/loss": 1 / step, "train/tokens": float(step)})
     time.sleep(600)
 """
 
 
 @pytest.mark.slow
-def test_a_job_that_is_killed_leaves_nothing_behind_and_goes_on_as_the_same_run(server, here, monkeypatch):
+def test_a_job_that_is_killed_leaves_no_process_and_resumes_as_the_same_run(server, here, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     run = Path("runs/one")
     run.mkdir(parents=True)
     job = subprocess.Popen([sys.executable, "-c", ENDLESS])
     client = mlflow.MlflowClient(server.uri)
-    until(lambda: "run_id" in read_note(run) and points(server.uri, read_note(run)["run_id"], "train/loss"))
-    (follower,) = psutil.Process(job.pid).children()
-    follower.send_signal(signal.SIGINT)  # Ctrl-C and Slurm reach it, too
-    follower.send_signal(signal.SIGTERM)
+    until(lambda: "run_id" in read_metadata(run) and points(server.uri, read_metadata(run)["run_id"], "train/loss"))
+    (child,) = psutil.Process(job.pid).children()
+    child.send_signal(signal.SIGINT)  # Ctrl-C and Slurm reach it as well
+    child.send_signal(signal.SIGTERM)
     job.kill()
     killed = time.monotonic()
     job.wait()
-    while follower.is_running() and follower.status() != psutil.STATUS_ZOMBIE:
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() - killed < 60  # 5 on a machine that is not busy
         time.sleep(0.05)
-    run_id = read_note(run)["run_id"]
+    run_id = read_metadata(run)["run_id"]
     if client.get_run(run_id).info.status == "RUNNING":  # it had four seconds; nobody else may say so
-        sync("runs/one")
+        sync_here("runs/one")
     check(server.uri, "one", "KILLED")
 
-    again = Job("one", 20, going_on=True, learning_rate=2.0)  # a setting that is new, and steps that come again
+    again = Job("one", 20, resume=True, learning_rate=2.0)  # a new setting, and steps that come again
     with again:
         until(lambda: client.get_run(run_id).info.status == "RUNNING")
         again.log(21, 50)
@@ -303,7 +335,7 @@ def test_a_job_that_is_killed_leaves_nothing_behind_and_goes_on_as_the_same_run(
 
 
 @pytest.mark.slow
-def test_two_jobs_make_the_default_store_at_once(here, capfd):
+def test_two_jobs_create_the_default_store_at_once(here, capfd):
     first, second = Job("one"), Job("two")
     with first, second:
         first.log(1, 5)
@@ -316,14 +348,14 @@ def test_two_jobs_make_the_default_store_at_once(here, capfd):
 
 
 @pytest.mark.slow
-def test_a_run_without_mlflow_is_brought_in_by_its_recipe(here, monkeypatch):
+def test_a_run_without_mlflow_is_uploaded_by_its_recipe(here, monkeypatch):
     data = write_data_folder(here / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
     with Job("one", mlflow=False) as job:
         job.log(1, 5)
     recipe = Recipe(data=DataSettings(folder=str(data)), model=ModelSettings(hidden_size=24))
     Path("runs/one/recipe.toml").write_text(config.as_toml(recipe))
     assert not Path("runs/one/mlflow.json").exists()
-    assert "brought in, FINISHED (sqlite:///mlflow.db)" in sync("runs/one")
+    assert "uploaded, FINISHED (sqlite:///mlflow.db)" in sync("runs/one")
     run_id = check(f"sqlite:///{here}/mlflow.db", "one", "FINISHED")
     found = mlflow.MlflowClient(f"sqlite:///{here}/mlflow.db").get_run(run_id)
     assert found.data.params["model.hidden_size"] == "24"
@@ -336,17 +368,17 @@ def test_a_run_without_mlflow_is_brought_in_by_its_recipe(here, monkeypatch):
     assert "mlflow.db is not here, and MLflow has had runs/one" in sync("runs/one", code=66)
 
 
-def test_lmdist_sync_leaves_a_run_to_its_follower(here):
+def test_lmdist_sync_leaves_a_run_to_its_uploader(here):
     with Job("one", mlflow=False) as job:
-        job.metrics(1, {"train/loss": 1.0})
+        job.log_metrics(1, {"train/loss": 1.0})
     Path("runs/one/recipe.toml").write_text('seed = 1\n[tracking]\nexperiment = "lmdist"\n[data]\nfolder = "data"\n')
     with exclusive_lock(Path("runs/one/.mlflow.lock"), 0):
-        assert "runs/one: its job is bringing it in itself, or another lmdist-sync is" in sync("runs/one", code=75)
+        assert "runs/one: its job or another lmdist-sync is uploading it" in sync("runs/one", code=75)
     assert not Path("mlflow.db").exists()
 
 
 @pytest.mark.parametrize(
-    ("files", "code", "said"),
+    ("files", "code", "message"),
     [
         (None, 66, "lmdist-sync: error: runs/one is not there; the folder of a run is expected"),
         ({}, 65, "runs/one holds no recipe.toml: it is not the folder of a run"),
@@ -355,35 +387,35 @@ def test_lmdist_sync_leaves_a_run_to_its_follower(here):
         ({"mlflow.json": "{"}, 65, "runs/one/mlflow.json is not JSON"),
     ],
 )
-def test_what_is_no_run_is_said_in_one_line(here, files, code, said):
+def test_what_is_no_run_is_reported_in_one_line(here, files, code, message):
     if files is not None:
         Path("runs/one").mkdir(parents=True)
         for name, text in files.items():
             Path("runs/one", name).write_text(text)
     line = sync("runs/one", code=code)
-    assert said in line
+    assert message in line
     assert line.count("\n") == 1
     assert not Path("mlflow.db").exists()
 
 
-def test_a_follower_that_cannot_start_or_dies_costs_a_warning(here, monkeypatch, capfd):
+def test_an_uploader_that_cannot_start_or_is_killed_costs_a_warning(here, monkeypatch, capfd):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with Job("one") as job:
-        job.metrics(1, {"train/loss": 1.0})
-    assert "warning: MLflow has not got all of this run; lmdist-sync runs/one brings in the rest" in capfd.readouterr().err
+        job.log_metrics(1, {"train/loss": 1.0})
+    assert "warning: MLflow has not received all of this run; lmdist-sync runs/one uploads the rest" in capfd.readouterr().err
     monkeypatch.undo()
     monkeypatch.chdir(here)
     with Job("two") as job:
-        assert job.follower
-        assert job.follower.child
-        job.follower.child.kill()
-        job.follower.child.wait()
-        job.metrics(1, {"train/loss": 1.0})
-    assert "lmdist-sync runs/two brings in the rest" in capfd.readouterr().err
+        assert job.uploader
+        assert job.uploader.child
+        job.uploader.child.kill()
+        job.uploader.child.wait()
+        job.log_metrics(1, {"train/loss": 1.0})
+    assert "lmdist-sync runs/two uploads the rest" in capfd.readouterr().err
     assert read_json(Path("runs/two/mlflow.json"))["status"] == "FINISHED"
 
 
-def test_lines_that_find_no_room_on_the_disk_are_written_later(here, capfd):
+def test_lines_that_a_full_disk_rejects_are_written_later(here, capfd):
     job = Job("one", mlflow=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with job:

@@ -110,7 +110,7 @@ def test_four_ranks_resume_bit_for_bit(data, tmp_path):
     flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0.3", "--schedule.name=constant", "--model.hidden_size=160"]
     train(4, *flags, "--training.steps=12", "--run_folder=whole", cwd=tmp_path)
     train(4, *flags, "--training.steps=5", "--run_folder=parts", cwd=tmp_path)
-    torchrun(4, *flags, "--training.steps=12", "--run_folder=parts", "--resume=auto", cwd=tmp_path)
+    train(4, *flags, "--training.steps=12", "--run_folder=parts", "--resume=auto", cwd=tmp_path)
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "parts")[name], value), name
 
@@ -247,6 +247,7 @@ MISTAKES = {
     "not a number": (["--data.window=many"], 64, "window"),
     "out of range": (["--model.dropout=1"], 64, "model.dropout is 1"),
     "no such choice": (["--optimizer.name=lion"], 64, "lion"),
+    "a recipe without a name": (["--config"], 64, "--config: expected one argument"),
     "no such recipe": (["--config=nowhere.toml"], 66, "the recipe nowhere.toml is not there"),
     "no such data": (["--data.folder=nowhere"], 66, "lmdist-prepare"),
     "text too short": (["--data.window=70"], 65, "451 tokens to train on; 8 sequence(s) of 70 need 560"),
@@ -288,7 +289,7 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_p
 
 def test_help_comes_at_once_and_explains_the_settings(tmp_path):
     done = train(1, "--help", cwd=tmp_path)
-    assert "Numbers in the state of an LSTM layer" in " ".join(done.stdout.split())
+    assert "Size of an LSTM layer's state" in " ".join(done.stdout.split())
     seen = subprocess.run([sys.executable, "-X", "importtime", "-m", "lmdist.train", "--help"], capture_output=True, text=True)
     assert " torch\n" not in seen.stderr
 
@@ -301,6 +302,13 @@ def test_every_recipe_is_read_and_every_line_has_a_reason(path):
     for section, values in tomllib.loads(path.read_text()).items():
         for key, value in values.items() if isinstance(values, dict) else ():
             assert getattr(getattr(asked, section), key) == value
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_flags_win_over_a_recipe_wherever_they_stand(order):
+    arguments = [[f"--config={LAUNCH / 'tutorial.toml'}"], ["--data.window", "3"]]
+    asked = config.load([word for part in arguments[::order] for word in part])
+    assert (asked.data.window, asked.data.stride) == (3, 1)
 
 
 def test_a_terminal_gets_a_bar(data, tmp_path):

@@ -44,9 +44,10 @@ from lmdist.errors import DataError
 from lmdist.model.language_model import LanguageModel
 from lmdist.storage.atomic import atomic_folder
 from lmdist.text.vocabulary import END_ID, Vocabulary
-from lmdist_export.conversion.convert import array, input_output_forget_cell
 from lmdist_export.conversion.verify import TOLERANCES, difference, torch_step
-from lmdist_export.sampling.sampler import open_session
+from lmdist_export.conversion.weights import array
+from lmdist_export.graph import cell
+from lmdist_export.sampling.runtime import open_session
 
 MODEL = "with-state-rnnlm.onnx"  # icefall's are with-state-epoch-99-avg-1.onnx and the like
 MODEL_DATA = f"{MODEL}.data"
@@ -196,7 +197,7 @@ def weights(model: LanguageModel) -> dict[str, NDArray[np.float32]]:
     if not model.settings.tied:
         found["projection"] = array(projection.weight)  # (V, H)
     for layer, module in enumerate(model.layers):
-        parameters = {name: input_output_forget_cell(array(value)) for name, value in module.named_parameters()}
+        parameters = {name: cell.onnx_gates(array(value)) for name, value in module.named_parameters()}
         found[f"layer_{layer}.W"] = parameters["weight_ih_l0"][None]  # (1, 4H, E)
         found[f"layer_{layer}.R"] = parameters["weight_hh_l0"][None]  # (1, 4H, H)
         found[f"layer_{layer}.B"] = np.concatenate([parameters["bias_ih_l0"], parameters["bias_hh_l0"]])[None]  # (1, 8H)

@@ -24,7 +24,8 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED
 from lmdist.perplexity import perplexity
 from lmdist.training.data import Streams
-from lmdist_export.sampling.sampler import LOGITS_AT_ONCE, ModelState, Sampler
+from lmdist_export.sampling.sampler import LOGITS_AT_ONCE, Sampler
+from lmdist_export.sampling.state import ModelState
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
 """The largest difference allowed, as a part of the largest value compared, or of 1 where all are smaller."""

@@ -1,13 +1,13 @@
-"""Writes ONNX's own file format: a graph is put together node by node and becomes the bytes that any runtime reads.
+"""Write ONNX's own file format: a graph is built node by node and serialized to the bytes that any runtime reads.
 
     graph = Graph("double")
     graph.input("x", FLOAT, ["batch", 3])
     graph.output(graph("Mul", "x", graph.constant(np.float32(2))), "y", FLOAT, ["batch", 3])
     model_bytes(graph, {"format": "an example"})
 
-A machine that samples has no onnx, and makes the graphs it needs from this (graph.py); lmdist-export writes the same bytes to
-files and has onnx check them. It knows protobuf and no model. The fields' numbers are those of onnx.proto3 of
-https://github.com/onnx/onnx; weights lie outside, in a file beside the graph.
+A machine that samples has no onnx, so its graphs are built by this module; lmdist-export writes the same bytes to files and has
+onnx check them. This module knows protobuf and no model. The fields' numbers are those of onnx.proto3 of
+https://github.com/onnx/onnx; weights are external data, in a file beside the graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16 = 1, 2, 3, 6, 7, 9, 10  # types of numbers
+FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16 = 1, 2, 3, 6, 7, 9, 10  # of tensors
 TYPES = {
     FLOAT: np.dtype("<f4"),
     UINT8: np.dtype("u1"),
@@ -35,13 +35,13 @@ MICROSOFT = "com.microsoft"  # where onnxruntime keeps its own operators
 MICROSOFT_OPERATORS = ("MatMulIntegerToFloat", "MatMulNBits")
 
 Shape = Sequence[int | str]
-"""Of each axis its length, or the name of a length that is free."""
+"""Of each axis its length, or the name of a free length."""
 
 
 class Graph:
-    """A graph that grows: `graph("Add", a, b)` adds a node and gives the name of its output.
+    """A graph in construction: `graph("Add", a, b)` adds a node and returns the name of its output.
 
-    A graph inside another one (the body of a Loop or a Scan) sees all names of the outer one; its constants lie there too.
+    A subgraph (the body of a Loop or a Scan) sees all names of the outer graph and keeps its constants there.
     """
 
     def __init__(self, name: str, outer: Graph | None = None) -> None:
@@ -54,22 +54,22 @@ class Graph:
         self.constants: dict[tuple[Any, ...], str] = outer.constants if outer else {}
         self.numbers: count[int] = outer.numbers if outer else count()
 
-    def body(self, name: str) -> Graph:
-        """A graph inside this one."""
+    def subgraph(self, name: str) -> Graph:
+        """Return a new subgraph of this graph."""
         return Graph(name, self)
 
     def input(self, name: str, kind: int, shape: Shape) -> str:
-        """Declare what goes in."""
+        """Declare an input and return its name."""
         self.inputs.append(value_info(name, kind, shape))
         return name
 
     def output(self, value: str, name: str, kind: int, shape: Shape) -> None:
-        """Give `value` out under `name`."""
+        """Declare `value` as the output `name`."""
         self.nodes.append(node("Identity", [value], [name], {}))
         self.outputs.append(value_info(name, kind, shape))
 
     def weight(self, name: str, kind: int, shape: Sequence[int], location: str, offset: int) -> str:
-        """Declare a tensor that lies in the file `location` beside the graph."""
+        """Declare a tensor in the file `location` beside the graph and return its name."""
         length = int(np.prod(shape, dtype=np.int64)) * TYPES[kind].itemsize
         where = {"location": location, "offset": str(offset), "length": str(length)}
         outside = [(13, pair(key, value)) for key, value in where.items()]
@@ -77,7 +77,7 @@ class Graph:
         return name
 
     def constant(self, value: Any) -> str:
-        """The name of a tensor of these numbers: whole ones int64, others float32 unless they are an array of a type."""
+        """Return the name of a constant tensor: int64 of Python's integers, float32 of floats, else of the array's type."""
         array = np.asarray(value)
         if array.dtype == np.float64:
             array = array.astype(np.float32)
@@ -90,17 +90,17 @@ class Graph:
         return self.constants[key]
 
     def __call__(self, operator: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node of one output; give its name. An input that is left out is ""."""
+        """Add a node with one output and return its name. An input that is left out is ""."""
         return self.several(operator, 1, *inputs, **attributes)[0]
 
     def several(self, operator: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
-        """Add a node of several outputs; give their names."""
+        """Add a node with several outputs and return their names."""
         names = [f"{operator}_{next(self.numbers)}" for _ in range(outputs)]
         self.nodes.append(node(operator, inputs, names, attributes))
         return names
 
     def encoded(self) -> bytes:
-        """The graph as protobuf has it."""
+        """Return the graph as a protobuf message."""
         return message(
             [
                 *((1, part) for part in self.nodes),
@@ -113,7 +113,7 @@ class Graph:
 
 
 def model_bytes(graph: Graph, metadata: Mapping[str, str]) -> bytes:
-    """The file of a graph, with metadata that a runtime can ask it for."""
+    """Return the bytes of a graph's file, with metadata that a runtime can read."""
     return message(
         [
             (1, IR_VERSION),
@@ -127,7 +127,7 @@ def model_bytes(graph: Graph, metadata: Mapping[str, str]) -> bytes:
 
 
 def node(operator: str, inputs: Iterable[str], outputs: Iterable[str], attributes: Mapping[str, Any]) -> bytes:
-    """A node."""
+    """Return a node as a protobuf message."""
     outputs = list(outputs)
     return message(
         [
@@ -142,7 +142,7 @@ def node(operator: str, inputs: Iterable[str], outputs: Iterable[str], attribute
 
 
 def attribute(name: str, value: float | Sequence[int] | Graph) -> bytes:
-    """An attribute of a node: a number, whole numbers, or a graph."""
+    """Return an attribute of a node: a number, integers, or a graph."""
     if isinstance(value, Graph):
         return message([(1, name), (6, value.encoded()), (20, 5)])
     if isinstance(value, float):
@@ -153,32 +153,32 @@ def attribute(name: str, value: float | Sequence[int] | Graph) -> bytes:
 
 
 def value_info(name: str, kind: int, shape: Shape) -> bytes:
-    """The name, type and axes of what goes in or out."""
+    """Return the name, type and axes of an input or output."""
     axes = message([(1, message([(1 if isinstance(axis, int) else 2, axis)])) for axis in shape])
     return message([(1, name), (2, message([(1, message([(1, kind), (2, axes)]))]))])
 
 
 def pair(key: str, value: str) -> bytes:
-    """A text under a key."""
+    """Return a string under a key."""
     return message([(1, key), (2, value)])
 
 
 def message(fields: Iterable[tuple[int, int | float | str | bytes]]) -> bytes:
-    """Fields by their numbers, as protobuf writes them: a whole number, a 32-bit one, or bytes of a length."""
+    """Return fields by their numbers, as protobuf writes them: a varint, a 32-bit float, or bytes with their length."""
     parts: list[bytes] = []
     for number, value in fields:
         if isinstance(value, float):
-            parts += [whole_number(number << 3 | 5), struct.pack("<f", value)]
+            parts += [varint(number << 3 | 5), struct.pack("<f", value)]
         elif isinstance(value, int):
-            parts += [whole_number(number << 3), whole_number(value & (1 << 64) - 1)]
+            parts += [varint(number << 3), varint(value & (1 << 64) - 1)]
         else:
             data = value.encode() if isinstance(value, str) else value
-            parts += [whole_number(number << 3 | 2), whole_number(len(data)), data]
+            parts += [varint(number << 3 | 2), varint(len(data)), data]
     return b"".join(parts)
 
 
-def whole_number(value: int) -> bytes:
-    """A number of 7 bits a byte, the lowest first."""
+def varint(value: int) -> bytes:
+    """Return an integer of at least 0 as a varint: 7 bits a byte, the lowest first."""
     result = bytearray()
     while value > 127:
         result.append(value & 127 | 128)

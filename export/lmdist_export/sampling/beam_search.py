@@ -1,9 +1,9 @@
-"""The likeliest text instead of a drawn one: beam search.
+"""Beam search: the most likely text, instead of a sampled one.
 
-Of all texts of a length the `num_beams` likeliest are kept; each step reads one word of each and keeps the best of what may
-follow. A text that comes to its end is set aside with its score, its log-probability over its length to the power of
-`length_penalty` (Hugging Face's convention; Wu et al. 2016 have another). The search is over when no text that still grows can
-beat those set aside. A text that no word may follow is found only where too few others are.
+Of all texts of a length the `num_beams` most likely are kept; each step reads one token of each and keeps the best
+continuations. A text that ends is set aside with its score, its log-probability over its length to the power of
+`length_penalty` (Hugging Face's convention; Wu et al. 2016, arXiv:1609.08144, have another). The search ends when no growing
+text can beat those set aside. A text that no token may follow is returned only where fewer than `n` others are.
 
 Shapes: K beams, V vocabulary, S the sum of the layers' sizes.
 """
@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lmdist_export.bundle import GenerationConfig
-from lmdist_export.sampling.generation import Text, bias_of, ends_with, none_left, row_bias
+from lmdist_export.options import GenerationConfig
+from lmdist_export.sampling.generation import Text, all_masked, ends_with, fixed_bias, row_bias
 from lmdist_export.sampling.sampler import Sampler, log_softmax
+from lmdist_export.sampling.state import select
 
 
 def beam_search(
@@ -27,55 +28,55 @@ def beam_search(
     stops: Sequence[Sequence[int]] = (),
     ignore_end: bool = False,
 ) -> list[Text]:
-    """The `n` likeliest texts found (`num_beams` at most), the best first."""
+    """Return the `n` most likely texts found (`num_beams` at most), the best first."""
     assert n <= config.num_beams, (n, config.num_beams)
     end = () if ignore_end else (config.eos_token_id,)
-    bias = bias_of(config, sampler.sizes.vocabulary_size)
-    logits, (h, c) = sampler.prefill([config.bos_token_id, *prompt])  # (1, V), (1, S)
-    growing = [Text(list(prompt), 0, 0)]
+    bias = fixed_bias(config, sampler.sizes.vocabulary_size)
+    logits, state = sampler.next_logits([config.bos_token_id, *prompt])  # (1, V), (1, S)
+    beams = [Text(list(prompt), 0, 0)]
     scores = np.zeros(1)
-    done: list[tuple[float, Text]] = []
+    ended: list[tuple[float, Text]] = []
     exhausted: list[Text] = []
     for length in range(1, config.max_new_tokens + 1):
-        follow = log_softmax(logits) + row_bias(growing, config, len(bias), end, None) + bias
-        # The best first: the longest, and of these the likeliest.
-        exhausted = [*(text for text, row in zip(growing, follow, strict=True) if none_left(row)), *exhausted][:n]
-        total = scores[:, None] + follow  # (K, V)
-        # One of the best 2K at least each beam can go on with: a beam has one end and few stops.
-        wanted = min((2 + len(stops)) * config.num_beams, total.size)
-        best = np.argpartition(-total, wanted - 1, axis=None)[:wanted]
+        next_scores = log_softmax(logits) + row_bias(beams, config, len(bias), end) + bias
+        # The best first: the longest, and of these the most likely.
+        exhausted = [*(text for text, row in zip(beams, next_scores, strict=True) if all_masked(row)), *exhausted][:n]
+        total = scores[:, None] + next_scores  # (K, V)
+        # Each beam has one end and few stops, so among these are num_beams texts that have not ended, if there are so many.
+        candidates = min((2 + len(stops)) * config.num_beams, total.size)
+        best = np.argpartition(-total, candidates - 1, axis=None)[:candidates]
         best = best[np.argsort(-total.ravel()[best], kind="stable")]
         kept: list[tuple[int, int, float]] = []
         for place in best.tolist():
-            row, word = divmod(place, total.shape[1])
-            score = float(total[row, word])
+            row, token = divmod(place, total.shape[1])
+            score = float(total[row, token])
             if score == -np.inf or len(kept) == config.num_beams:
                 break
-            words = [*growing[row].words, word]
-            stop = next((stop for stop in stops if ends_with(words, stop)), None)
-            if word in end or stop is not None:
-                ended = words[:-1] if stop is None else words[: -len(stop)]
-                done.append((score / length**config.length_penalty, Text(list(prompt), 0, 0, ended, "stop")))
+            tokens = [*beams[row].tokens, token]
+            stop = next((stop for stop in stops if ends_with(tokens, stop)), None)
+            if token in end or stop is not None:
+                before = tokens[:-1] if stop is None else tokens[: -len(stop)]
+                ended.append((score / length**config.length_penalty, Text(list(prompt), 0, 0, before, "stop")))
             else:
-                kept.append((row, word, score))
-        done = sorted(done, key=lambda found: -found[0])[: config.num_beams]
+                kept.append((row, token, score))
+        ended = sorted(ended, key=lambda found: -found[0])[: config.num_beams]
         rows = [row for row, _, _ in kept]
-        growing = [growing[row].grown(word) for row, word, _ in kept]
+        beams = [beams[row].extended(token) for row, token, _ in kept]
         scores = np.array([score for _, _, score in kept])
-        # A logarithm only falls: with no more words than now a text's score is at most what it has.
+        # A log-probability only falls: however a text continues, its score is at most the present one over this length.
         longest = config.max_new_tokens if config.length_penalty > 0 else length
-        if not kept or (len(done) == config.num_beams and done[-1][0] >= scores[0] / longest**config.length_penalty):
+        if not kept or (len(ended) == config.num_beams and ended[-1][0] >= scores[0] / longest**config.length_penalty):
             break
         if length < config.max_new_tokens:
-            step, (h, c) = sampler.step(np.array([[word] for _, word, _ in kept]), (h[rows], c[rows]))
+            step, state = sampler.step(np.array([[token] for _, token, _ in kept]), select(state, rows))
             logits = step[:, -1]  # (K, V)
     else:
-        for text, score in zip(growing, scores.tolist(), strict=True):
+        for text, score in zip(beams, scores.tolist(), strict=True):
             text.finish_reason = "length"
-            done.append((score / config.max_new_tokens**config.length_penalty, text))
+            ended.append((score / config.max_new_tokens**config.length_penalty, text))
     for text in exhausted:
         text.finish_reason = "exhausted"
-    found = [*(text for _, text in sorted(done, key=lambda found: -found[0])), *exhausted][:n]
+    found = [*(text for _, text in sorted(ended, key=lambda found: -found[0])), *exhausted][:n]
     for number, text in enumerate(found):
         text.number = number
     return found

@@ -1,7 +1,8 @@
-"""What is asked of a generation and what comes of it, as people write both: options by name in, texts and JSON out.
+"""From the options of a request to a generation config, and from a generated text to JSON.
 
-Shared by the command (generate.py) and the server (served_model.py), so that both take the same options, refuse the same
-mistakes and give the same objects. Needs neither numpy nor onnxruntime until there is a text.
+The command (generate.py) and the server (serving/mlflow_model.py) share it, so both accept the same options, report the same
+mistakes and return the same objects. options.py has the options. This module needs neither numpy nor onnxruntime until there
+is a text.
 """
 
 from __future__ import annotations
@@ -15,152 +16,114 @@ from typing import TYPE_CHECKING, Any
 
 from lmdist.errors import UsageError
 from lmdist.text.vocabulary import UNKNOWN_ID
+from lmdist_export.options import PARAMS, GenerationConfig, Options
 
 if TYPE_CHECKING:
-    from lmdist_export.bundle import Bundle, GenerationConfig
+    from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.generation import Text
     from lmdist_export.sampling.sampler import Sampler
 
-# Options that are fields of generation_config.json; the first have no say in a search.
-DRAWN = (
-    *("temperature", "top_k", "top_p", "min_p", "typical_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-)
-NUMBERS = (*DRAWN, "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "length_penalty")
+
+def generation_config(options: Options, bundle: Bundle) -> GenerationConfig:
+    """Return the bundle's config with the values of `options` in it; raises UsageError for options that exclude each other."""
+    values: dict[str, Any] = dict(options.given)
+    if "temperature" in values:
+        values["do_sample"] = values["temperature"] > 0
+    if options.allow_unk:
+        values["suppress_tokens"] = tuple(token for token in bundle.generation.suppress_tokens if token != UNKNOWN_ID)
+    if options.bad_words:
+        values["bad_words_ids"] = (*bundle.generation.bad_words_ids, *token_sequences(options, bundle, "bad_words"))
+    if options.logit_bias:
+        added = (token_bias(options, bundle, given) for given in options.logit_bias)
+        values["sequence_bias"] = (*bundle.generation.sequence_bias, *added)
+    if "min_new_tokens" in values and "max_new_tokens" not in values:
+        values["max_new_tokens"] = max(values["min_new_tokens"], bundle.generation.max_new_tokens)
+    config = dataclasses.replace(bundle.generation, **values)
+    check_search(options, config)
+    return config
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is asked for, by the names of lmdist-generate's flags; None is what the bundle's generation_config.json says."""
-
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
-    num_beams: int | None = None
-    length_penalty: float | None = None
-    seed: int | None = None
-    n: int = 1
-    logprobs: int | None = None
-    stop: Sequence[str] = ()
-    bad_words: Sequence[str] = ()
-    logit_bias: Sequence[str] = ()
-    ignore_eos: bool = False
-    allow_unk: bool = False
-    echo: bool = True
-
-    def __post_init__(self) -> None:
-        """Raise UsageError for what is wrong with any bundle."""
-        if self.n < 1:
-            raise UsageError(f"{self.called('n')} is {self.n}; it must be at least 1")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise UsageError(f"{self.called('logprobs')} is {self.logprobs}; it must be 0 (those of the words alone) or above")
-        if self.seed is not None and self.seed < 0:
-            raise UsageError(f"{self.called('seed')} is {self.seed}; it must not be negative")
-
-    def called(self, name: str) -> str:
-        """What whoever gave an option calls it."""
-        return name
-
-    def generation_config(self, bundle: Bundle) -> GenerationConfig:
-        """The bundle's values, and above them those given; raises UsageError for what does not go together."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in NUMBERS if getattr(self, name) is not None}
-        if self.temperature is not None:
-            values["do_sample"] = self.temperature > 0
-        if self.allow_unk:
-            values["suppress_tokens"] = tuple(index for index in bundle.generation.suppress_tokens if index != UNKNOWN_ID)
-        if self.bad_words:
-            bad = (self.known_words(bundle, words, "bad_words") for words in self.bad_words)
-            values["bad_words_ids"] = (*bundle.generation.bad_words_ids, *bad)
-        if self.logit_bias:
-            added = (self.added(bundle, one) for one in self.logit_bias)
-            values["sequence_bias"] = (*bundle.generation.sequence_bias, *added)
-        if self.min_new_tokens is not None and self.max_new_tokens is None:
-            # Asked for so many, it may have them.
-            values["max_new_tokens"] = max(self.min_new_tokens, bundle.generation.max_new_tokens)
-        config = dataclasses.replace(bundle.generation, **values)
-        if config.num_beams > 1:
-            drawn = next((name for name in (*DRAWN, "seed") if getattr(self, name) is not None), None)
-            if drawn:
-                raise UsageError(self.no_search(self.called(drawn)))
-            if self.n > config.num_beams:
-                raise UsageError(
-                    f"{self.called('n')} is {self.n}; a search with {config.num_beams} beams finds at most so many texts"
-                )
-        elif self.length_penalty is not None:
-            raise UsageError(f"{self.called('length_penalty')} is for a search: give {self.called('num_beams')} as well")
-        return config
-
-    def no_search(self, option: str) -> str:
-        """That an option is none of a search."""
-        return f"{self.called('num_beams')} searches for the likeliest text and draws nothing: {option} does not go with it"
-
-    def stops(self, bundle: Bundle) -> list[list[int]]:
-        """The ids of the sequences that end a text."""
-        return [self.known_words(bundle, stop, "stop") for stop in self.stop]
-
-    def added(self, bundle: Bundle, given: str) -> tuple[list[int], float]:
-        """A word's id, in a list, and what is to be added to its logit, of WORD=X."""
-        name = self.called("logit_bias")
-        word, _, number = given.rpartition("=")
-        try:
-            value = float(number)
-            if not word or math.isnan(value):
-                raise ValueError
-        except ValueError:
+def check_search(options: Options, config: GenerationConfig) -> None:
+    """Raise UsageError for options of sampling beside a beam search, and for options of a beam search without one."""
+    num_beams = options.called("num_beams")
+    if config.num_beams > 1:
+        for name, row in PARAMS.items():
+            if row.option.sampling_only and options.is_given(name):
+                raise UsageError(no_search(options, options.called(name)))
+        if options.n > config.num_beams:
             raise UsageError(
-                f"{name} {reprlib.repr(given)} is not understood; WORD=X is expected, as in {name} the=-2.5"
-            ) from None
-        return [self.known_word(bundle, word, "logit_bias")], value
+                f"{options.called('n')} is {options.n}; a beam search with {config.num_beams} beams finds at most so many texts"
+            )
+    elif options.is_given("length_penalty"):
+        raise UsageError(f"{options.called('length_penalty')} is for a beam search: give {num_beams} as well")
 
-    def known_words(self, bundle: Bundle, text: str, name: str) -> list[int]:
-        """The ids of the words of a text; raises UsageError where there are none, or where the model has no such word."""
+
+def no_search(options: Options, name: str) -> str:
+    """Return the message that an option has no meaning in a beam search."""
+    return f"{options.called('num_beams')} is a beam search, which samples nothing: {name} does not go with it"
+
+
+def token_sequences(options: Options, bundle: Bundle, name: str) -> list[list[int]]:
+    """Return the ids of each of the word sequences of the option `name`.
+
+    Raises UsageError for a text without words, and for a word that is not in the vocabulary.
+    """
+    sequences = []
+    for text in getattr(options, name):
         words = bundle.tokenizer.tokenize(text)
         if not words:
-            raise UsageError(f"{self.called(name)} {reprlib.repr(text)} has no words")
-        return [self.known_word(bundle, word, name) for word in words]
-
-    def known_word(self, bundle: Bundle, word: str, name: str) -> int:
-        """The id of a word."""
-        if word not in bundle.vocabulary.ids:
-            raise UsageError(
-                f"{self.called(name)}: {reprlib.repr(word)} is not in the vocabulary, so that it never comes; "
-                "vocab.txt has all words"
-            )
-        return bundle.vocabulary.ids[word]
+            raise UsageError(f"{options.called(name)} {reprlib.repr(text)} has no words")
+        sequences.append([token_of(options, bundle, word, name) for word in words])
+    return sequences
 
 
-def readable(bundle: Bundle, text: Text, prompt: Sequence[str], *, echo: bool) -> str:
-    """The words of a text as people write them, with its prompt or without."""
-    words = [*prompt, *(bundle.vocabulary.words[index] for index in text.words)]
-    pieces = bundle.tokenizer.pieces(words)
+def token_bias(options: Options, bundle: Bundle, given: str) -> tuple[list[int], float]:
+    """Return the id of a word, in a list, and what is added to its logit, from WORD=X."""
+    name = options.called("logit_bias")
+    word, _, number = given.rpartition("=")
+    try:
+        value = float(number)
+        if not word or math.isnan(value):
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{name} is {reprlib.repr(given)}; WORD=X is expected, as in {name} the=-2.5") from None
+    return [token_of(options, bundle, word, "logit_bias")], value
+
+
+def token_of(options: Options, bundle: Bundle, word: str, name: str) -> int:
+    """Return the id of a word of the option `name`; raises UsageError where it is not in the vocabulary."""
+    if word not in bundle.vocabulary.ids:
+        raise UsageError(
+            f"{options.called(name)}: {reprlib.repr(word)} is not in the vocabulary, so it is never generated; "
+            "vocab.txt has all words"
+        )
+    return bundle.vocabulary.ids[word]
+
+
+def detokenized(bundle: Bundle, text: Text, prompt: Sequence[str], *, echo: bool) -> str:
+    """Return a generated text as people write it, with its prompt or without."""
+    pieces = bundle.tokenizer.pieces([*prompt, *bundle.vocabulary.decode(text.tokens)])
     return "".join(pieces) if echo else "".join(islice(pieces, len(prompt), None)).removeprefix(" ")
 
 
 def as_object(sampler: Sampler, text: Text, prompt: Sequence[str], options: Options) -> dict[str, Any]:
-    """A text as an object of JSON, by the names of the OpenAI completions API where it has one."""
-    bundle = sampler.bundle
-    made: dict[str, Any] = {
+    """Return a generated text as a JSON object; the names are those of the OpenAI completions API where it has one."""
+    vocabulary = sampler.bundle.vocabulary
+    words = vocabulary.decode(text.tokens)
+    result: dict[str, Any] = {
         "prompt_number": text.prompt_number,
         "index": text.number,
-        "text": readable(bundle, text, prompt, echo=options.echo),
-        "words": [bundle.vocabulary.words[index] for index in text.words],
+        "text": detokenized(sampler.bundle, text, prompt, echo=options.echo),
+        "words": words,
         "finish_reason": text.finish_reason,
     }
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
 
-        of_words, likeliest = log_probabilities(sampler, text, options.logprobs)
-        made["logprobs"] = {
-            "tokens": made["words"],
-            "token_logprobs": of_words,
-            "top_logprobs": [{bundle.vocabulary.words[index]: value for index, value in top} for top in likeliest],
+        token_logprobs, top_logprobs = log_probabilities(sampler, text, options.logprobs)
+        result["logprobs"] = {
+            "tokens": words,
+            "token_logprobs": token_logprobs,
+            "top_logprobs": [{vocabulary.words[token]: value for token, value in top} for top in top_logprobs],
         }
-    return made
+    return result

@@ -1,13 +1,13 @@
-"""Texts that grow: prompts in, words out, until each text ends.
+"""Texts that grow: prompts in, tokens out, until each text ends.
 
-    for text, words in continuations(sampler, prompts, config, seed=1):
-        ...     # `words` were added to `text`; text.finish_reason says when it is done
+    for text, tokens in continuations(sampler, prompts, config, seed=1):
+        ...     # `tokens` were appended to `text`; text.finish_reason says when it has ended
 
-Many texts are made at a time, and when one ends the next prompt takes its place. Most options are nodes of the generation
-graph. Those that depend on which words stand side by side (no-repeat-ngram, sequences that may not come, a rule of the
-caller's) are found here before each word and go into the graph as numbers added to the logits. This module knows ids only.
+Many texts are generated at a time; when one ends, the next prompt takes its place. Most options are nodes of the generation
+graph. Those that depend on sequences of tokens (no-repeat-ngram, bad sequences, a bias of the caller's) are computed here
+before each token and enter the graph as a bias of each row. This module knows ids only.
 
-Shapes: B rows, N new words, V vocabulary.
+Shapes: B rows, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdist.errors import UsageError
-from lmdist_export.bundle import GenerationConfig
-from lmdist_export.sampling.sampler import PREFILL_WORDS, READ_AT_ONCE, Sampler, State, joined, log_softmax
+from lmdist_export.options import GenerationConfig
+from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, log_softmax
+from lmdist_export.sampling.state import State, joined
 
 BATCH_SIZE = 16
-WORDS_AT_ONCE = 32  # in one run of the graph: a text that ends inside it is made on for nothing
-STREAM_SECONDS = 0.02  # words that come within this time may come together: nobody sees it
+TOKENS_PER_CALL = 32  # of the graph: a text that ends within a call is generated to the call's end for nothing
+STREAM_SECONDS = 0.02  # tokens of so short a time may be shown together: nobody sees it
 
-Rule = Callable[[Sequence[int]], NDArray[np.floating]]
-"""Of the words of a text so far, its prompt included, the numbers (V) to be added to the logits of the next."""
+CustomBias = Callable[[Sequence[int]], NDArray[np.floating]]
+"""From the tokens of a text so far, its prompt included, to what is added to the logits (V) of the next one."""
 
 
 @dataclass
 class Text:
-    """A text that goes on from a prompt."""
+    """A text that continues a prompt."""
 
     prompt: list[int]
     prompt_number: int
     number: int
     """Which of the texts of this prompt."""
-    words: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     """Those after the prompt, without the end mark or the stop that ended it."""
     finish_reason: str = ""
-    """stop: its end or a stop came; length: it has max_new_tokens words; exhausted: no word may follow; empty: it goes on."""
-    followers: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
-    """Of words that stand side by side in it those that came next: what `repeats` has found so far."""
-    indexed: int = field(default=0, repr=False, compare=False)
-    """How many words, those of the prompt among them, `followers` knows."""
+    """stop: its end or a stop came; length: it has max_new_tokens tokens; exhausted: no token is allowed; empty: not ended."""
+    ngrams: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """The tokens that followed each sequence of n - 1 tokens: an index that `banned_by_ngrams` extends."""
+    num_indexed: int = field(default=0, repr=False, compare=False)
+    """How many tokens, those of the prompt included, are in `ngrams`."""
 
     def last(self, count: int) -> list[int]:
-        """The last `count` words, those of the prompt among them, or all."""
-        words = self.words[max(0, len(self.words) - count) :]
-        return [*self.prompt[max(0, len(self.prompt) - (count - len(words))) :], *words]
+        """Return the last `count` tokens, those of the prompt included, or all."""
+        tokens = self.tokens[max(0, len(self.tokens) - count) :]
+        return [*self.prompt[max(0, len(self.prompt) - (count - len(tokens))) :], *tokens]
 
-    def grown(self, word: int) -> Text:
-        """The text with one word more, beside which it can go on with another."""
-        return replace(self, words=[*self.words, word], followers=dict(self.followers))
+    def extended(self, token: int) -> Text:
+        """Return a copy with one token more; this one can be extended by another."""
+        return replace(self, tokens=[*self.tokens, token], ngrams=dict(self.ngrams))
 
 
 def continuations(
@@ -69,214 +70,225 @@ def continuations(
     ignore_end: bool = False,
     batch_size: int = BATCH_SIZE,
     stream: bool = False,
-    rule: Rule | None = None,
+    custom_bias: CustomBias | None = None,
 ) -> Iterator[tuple[Text, list[int]]]:
-    """Yield (text, new words) as `n` texts go on from each of `prompts`, `batch_size` at a time.
+    """Yield (text, new tokens) as `n` texts continue each of `prompts`, `batch_size` at a time.
 
-    Text i of a prompt depends on the prompt, the seed and i, not on what is made beside it. It ends with its end mark, or
-    before any of the sequences `stops`. With `stream` words come as soon as they are made.
+    Text i of a prompt depends on the prompt, the seed and i, not on the texts in the same batch. It ends with its end mark, or
+    before any of the sequences `stops`. With `stream` tokens are yielded as soon as they are sampled.
     """
-    waiting = beginnings(sampler, prompts, config, seed, n)
-    for made in runs(
-        sampler, lambda room: list(islice(waiting, room)), config, stops, ignore_end, batch_size, stream=stream, rule=rule
-    ):
-        yield from made
+    waiting = new_texts(sampler, prompts, config, seed, n)
+
+    def admit(free: int) -> list[tuple[Text, State]]:
+        return list(islice(waiting, free))
+
+    how = {"stream": stream, "custom_bias": custom_bias}
+    for growth in generation_steps(sampler, admit, config, stops, ignore_end, batch_size, **how):
+        yield from growth
 
 
-def runs(
+def generation_steps(
     sampler: Sampler,
-    begin: Callable[[int], list[tuple[Text, State]]],
+    admit: Callable[[int], list[tuple[Text, State]]],
     config: GenerationConfig,
     stops: Sequence[Sequence[int]] = (),
     ignore_end: bool = False,
     batch_size: int = BATCH_SIZE,
     *,
     stream: bool = False,
-    rule: Rule | None = None,
+    custom_bias: CustomBias | None = None,
 ) -> Iterator[list[tuple[Text, list[int]]]]:
-    """Yield what each run of the graph has added to its texts, (text, new words), until no text is left.
+    """Yield what each call of the graph has appended to its texts, (text, new tokens), until no text is left.
 
-    Before each run `begin` gives texts that are to be made as well, at most as many as there is room for. A text is left out
-    of the next run when it has a finish_reason, whoever gave it one.
+    Before each call `admit` returns new texts, at most as many as there are free places. A text leaves the batch when it has
+    a finish_reason, whoever set it.
     """
     end = () if ignore_end else (config.eos_token_id,)
-    single = [stop[0] for stop in stops if len(stop) == 1]
-    step_by_step = bool(config.no_repeat_ngram_size or any(len(words) > 1 for words in config.bad_words_ids) or rule)
-    with_row_bias = step_by_step or (config.min_new_tokens > 0 and not ignore_end)
-    bias = bias_of(config, sampler.sizes.vocabulary_size)
+    single_stops = [stop[0] for stop in stops if len(stop) == 1]
+    by_token = bool(config.no_repeat_ngram_size or any(len(tokens) > 1 for tokens in config.bad_words_ids) or custom_bias)
+    has_row_bias = by_token or (config.min_new_tokens > 0 and not ignore_end)
+    bias = fixed_bias(config, sampler.sizes.vocabulary_size)
     texts: list[Text] = []
     state: State | None = None
-    words_at_once = 1 if stream else WORDS_AT_ONCE
+    tokens_per_call = 1 if by_token or stream else TOKENS_PER_CALL
     while True:
-        begun = begin(batch_size - len(texts))
-        texts += [text for text, _ in begun]
+        admitted = admit(batch_size - len(texts))
+        texts += [text for text, _ in admitted]
         if not texts:
             return
-        state = joined([*([state] if state else []), *(start for _, start in begun)])
-        count = min(config.max_new_tokens - len(text.words) for text in texts)
-        count = min([count, *(config.min_new_tokens - len(text.words) for text in texts if not may_end(text, config))])
-        count = 1 if step_by_step else min(count, words_at_once)
+        state = joined([*([state] if state else []), *(start for _, start in admitted)])
         began = time.perf_counter()
-        added = row_bias(texts, config, len(bias), end, rule) if with_row_bias else None
-        exhausted = [] if added is None else [text for text, row in zip(texts, added + bias, strict=True) if none_left(row)]
-        if exhausted:  # they end; the others go on with the next run
+        added = row_bias(texts, config, len(bias), end, custom_bias) if has_row_bias else None
+        exhausted = [] if added is None else [text for text, row in zip(texts, added + bias, strict=True) if all_masked(row)]
+        if exhausted:  # they end; the others continue with the next call
             for text in exhausted:
                 text.finish_reason = "exhausted"
-            yield [(text, add(text, [], config, end, stops)) for text in exhausted]
+            yield [(text, append(text, [], config, end, stops)) for text in exhausted]
         else:
-            made, state = sampler.make(
+            sampled, state = sampler.generate(
                 state,
                 config,
-                count,
-                stops=(*end, *single),
+                min(tokens_per_call, most_tokens(texts, config)),
+                stops=(*end, *single_stops),
                 bias=bias,
                 row_bias=added,
-                in_prompt=words_of_prompts(texts, sampler.sizes.vocabulary_size) if config.repetition_penalty != 1 else None,
-            )
-            if stream:
-                seconds = (time.perf_counter() - began) / len(made)
-                words_at_once = max(1, min(WORDS_AT_ONCE, int(STREAM_SECONDS / seconds)))
-            yield [(text, add(text, words, config, end, stops)) for text, words in zip(texts, made.T.tolist(), strict=True)]
+                in_prompt=prompt_mask(texts, sampler.sizes.vocabulary_size) if config.repetition_penalty != 1 else None,
+            )  # (N, B)
+            if stream and not by_token:
+                seconds = (time.perf_counter() - began) / len(sampled)
+                tokens_per_call = max(1, min(TOKENS_PER_CALL, int(STREAM_SECONDS / seconds)))
+            columns = sampled.T.tolist()
+            yield [(text, append(text, tokens, config, end, stops)) for text, tokens in zip(texts, columns, strict=True)]
         going = [row for row, text in enumerate(texts) if not text.finish_reason]
         texts = [texts[row] for row in going]
         state = state.rows(going) if going else None
 
 
-def beginnings(
+def most_tokens(texts: Sequence[Text], config: GenerationConfig) -> int:
+    """Return how many tokens every text can be given by one call: none becomes too long, or must not end and then may."""
+    to_longest = [config.max_new_tokens - len(text.tokens) for text in texts]
+    to_shortest = [config.min_new_tokens - len(text.tokens) for text in texts if not may_end(text, config)]
+    return min(to_longest + to_shortest)
+
+
+def new_texts(
     sampler: Sampler, prompts: Iterable[Sequence[int]], config: GenerationConfig, seed: int, n: int
 ) -> Iterator[tuple[Text, State]]:
-    """Each text to be made, and the state from which it goes on. A prompt of several texts is read once."""
+    """Yield each text and the state from which it starts. A prompt of several texts is read once."""
     for prompt_number, prompt in enumerate(prompts):
         state = sampler.start([[config.bos_token_id, *prompt]])
-        if n > 1 or len(prompt) > READ_AT_ONCE:
-            state = sampler.read(state, config)
+        if n > 1 or len(prompt) > PREFILL_TOKENS:
+            state = sampler.prefill(state, config)
         for number in range(n):
-            # The prompt is in it, so that texts of different prompts are not drawn alike.
+            # The prompt is part of the seed, so that texts of different prompts have different random numbers.
             generator = np.random.default_rng([seed, number, *prompt])
             yield Text(list(prompt), prompt_number, number), replace(state, generators=(generator,))
 
 
-def add(
-    text: Text, words: list[int], config: GenerationConfig, end: Collection[int], stops: Sequence[Sequence[int]]
+def append(
+    text: Text, tokens: list[int], config: GenerationConfig, end: Collection[int], stops: Sequence[Sequence[int]]
 ) -> list[int]:
-    """Add new words to a text up to where it ends; give those that will stay.
+    """Append new tokens to a text up to where it ends; return those that are certain to stay.
 
-    Words that may turn out to be the beginning of a stop wait until it is known.
+    Tokens that may turn out to be the beginning of a stop are held back until that is known.
     """
-    shown = len(text.words) - waiting_words(text.words, stops)
-    for word in words:
-        if word in end:
+    shown = len(text.tokens) - num_held_back(text.tokens, stops)
+    for token in tokens:
+        if token in end:
             text.finish_reason = "stop"
             break
-        text.words.append(word)
-        stop = next((stop for stop in stops if ends_with(text.words, stop)), None)
+        text.tokens.append(token)
+        stop = next((stop for stop in stops if ends_with(text.tokens, stop)), None)
         if stop is not None:
-            del text.words[-len(stop) :]
+            del text.tokens[-len(stop) :]
             text.finish_reason = "stop"
             break
-        if len(text.words) == config.max_new_tokens:
+        if len(text.tokens) == config.max_new_tokens:
             text.finish_reason = "length"
             break
-    until = len(text.words) if text.finish_reason else len(text.words) - waiting_words(text.words, stops)
-    return text.words[shown:until]
+    until = len(text.tokens) if text.finish_reason else len(text.tokens) - num_held_back(text.tokens, stops)
+    return text.tokens[shown:until]
 
 
-def waiting_words(words: Sequence[int], stops: Sequence[Sequence[int]]) -> int:
-    """How many of the last words are the beginning of a stop."""
-    lengths = [length for stop in stops for length in range(1, len(stop)) if ends_with(words, stop[:length])]
+def num_held_back(tokens: Sequence[int], stops: Sequence[Sequence[int]]) -> int:
+    """Return how many of the last tokens are the beginning of a stop."""
+    lengths = [length for stop in stops for length in range(1, len(stop)) if ends_with(tokens, stop[:length])]
     return max(lengths, default=0)
 
 
-def ends_with(words: Sequence[int], last: Sequence[int]) -> bool:
-    """Whether the last of `words` are these."""
-    return list(words[-len(last) :]) == list(last)
+def ends_with(tokens: Sequence[int], last: Sequence[int]) -> bool:
+    """Return whether the last of `tokens` are these."""
+    return list(tokens[-len(last) :]) == list(last)
 
 
 def may_end(text: Text, config: GenerationConfig) -> bool:
-    """Whether a text has the words that it must have, so that it may end."""
-    return len(text.words) >= config.min_new_tokens
+    """Return whether a text has min_new_tokens tokens."""
+    return len(text.tokens) >= config.min_new_tokens
 
 
-def log_probabilities(sampler: Sampler, text: Text, likeliest: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """Of each word of a text its log-probability, and the `likeliest` words in its place with theirs, the best first.
+def log_probabilities(sampler: Sampler, text: Text, top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """Return the log-probability of each token of a text, and the `top` most likely tokens in its place, the best first.
 
-    They are the model's own: no option of the generation is in them.
+    They are the model's own: no option of the generation changes them.
     """
     context = [sampler.bundle.generation.bos_token_id, *text.prompt]
-    if not text.words:
+    if not text.tokens:
         return [], []
-    logits, state = sampler.prefill(context)  # (1, V)
-    of_words, tops = [], []
-    for start in range(0, len(text.words), PREFILL_WORDS):
-        words = np.array(text.words[start : start + PREFILL_WORDS])
-        after, state = sampler.step(words[None], state)  # (1, T, V)
+    logits, state = sampler.next_logits(context)  # (1, V)
+    of_tokens, tops = [], []
+    for start in range(0, len(text.tokens), STEP_TOKENS):
+        tokens = np.array(text.tokens[start : start + STEP_TOKENS])
+        after, state = sampler.step(tokens[None], state)  # (1, T, V)
         scores = log_softmax(np.concatenate([logits, after[0, :-1]]))  # (T, V)
         logits = after[:, -1]
-        of_words += scores[np.arange(len(words)), words].tolist()
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :likeliest]
-        tops += [[(index, float(row[index])) for index in best] for row, best in zip(scores, order.tolist(), strict=True)]
-    return of_words, tops
+        of_tokens += scores[np.arange(len(tokens)), tokens].tolist()
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+        tops += [[(token, float(row[token])) for token in best] for row, best in zip(scores, order.tolist(), strict=True)]
+    return of_tokens, tops
 
 
 # --- what is added to logits ---------------------------------------------------------------------------------------
 
 
-def bias_of(config: GenerationConfig, vocabulary_size: int) -> NDArray[np.float32]:
-    """What is added to the logits (V) of every text, always: -inf for a word that never comes."""
+def fixed_bias(config: GenerationConfig, vocabulary_size: int) -> NDArray[np.float32]:
+    """Return what is added to the logits (V) of every token of every text: -inf for a token that is never generated."""
     bias = np.zeros(vocabulary_size, np.float32)
-    for words, value in config.sequence_bias:
-        bias[words] += np.float32(value)
+    for tokens, value in config.sequence_bias:
+        bias[tokens] += np.float32(value)
     bias[list(config.suppress_tokens)] = -np.inf
-    bias[[words[0] for words in config.bad_words_ids if len(words) == 1]] = -np.inf
-    if none_left(bias):
-        raise UsageError("no word is left to draw: suppress_tokens, bad words and logit bias take all of them")
+    bias[[tokens[0] for tokens in config.bad_words_ids if len(tokens) == 1]] = -np.inf
+    if all_masked(bias):
+        raise UsageError("no token is left to sample: suppress_tokens, bad words and logit bias mask all of them")
     return bias
 
 
 def row_bias(
-    texts: Sequence[Text], config: GenerationConfig, vocabulary_size: int, end: Collection[int], rule: Rule | None
+    texts: Sequence[Text],
+    config: GenerationConfig,
+    vocabulary_size: int,
+    end: Collection[int],
+    custom_bias: CustomBias | None = None,
 ) -> NDArray[np.float32]:
-    """What is added to the logits of each text (B, V) before its next word."""
-    added = np.zeros((len(texts), vocabulary_size), np.float32)
-    for row, text in zip(added, texts, strict=True):
-        if rule:
-            row += np.asarray(rule([*text.prompt, *text.words]), np.float32)
-        row[forbidden(text, config, end)] = -np.inf
-    return added
+    """Return what is added to the logits of the next token of each text, (B, V)."""
+    bias = np.zeros((len(texts), vocabulary_size), np.float32)
+    for row, text in zip(bias, texts, strict=True):
+        if custom_bias:
+            row += np.asarray(custom_bias([*text.prompt, *text.tokens]), np.float32)
+        row[banned_tokens(text, config, end)] = -np.inf
+    return bias
 
 
-def none_left(added: NDArray[np.floating]) -> bool:
-    """Whether what is added to logits (V) leaves no word that may come."""
-    return bool(np.isneginf(added).all())
+def all_masked(bias: NDArray[np.floating]) -> bool:
+    """Return whether a bias (V) leaves no token that can be sampled."""
+    return bool(np.isneginf(bias).all())
 
 
-def forbidden(text: Text, config: GenerationConfig, end: Collection[int]) -> list[int]:
-    """The words that may not come next: they would end the text too early, repeat a sequence, or complete a bad one."""
-    found = [] if may_end(text, config) else list(end)
+def banned_tokens(text: Text, config: GenerationConfig, end: Collection[int]) -> list[int]:
+    """Return the tokens that must not come next: they would end the text too early, repeat an n-gram, or complete a bad one."""
+    banned = [] if may_end(text, config) else list(end)
     if config.no_repeat_ngram_size:
-        found += repeats(text, config.no_repeat_ngram_size)
-    found += [bad[-1] for bad in config.bad_words_ids if len(bad) > 1 and text.last(len(bad) - 1) == list(bad[:-1])]
-    return found
+        banned += banned_by_ngrams(text, config.no_repeat_ngram_size)
+    banned += [bad[-1] for bad in config.bad_words_ids if len(bad) > 1 and text.last(len(bad) - 1) == list(bad[:-1])]
+    return banned
 
 
-def repeats(text: Text, size: int) -> tuple[int, ...]:
-    """The words that have come after the last `size` - 1 words of a text before.
+def banned_by_ngrams(text: Text, size: int) -> tuple[int, ...]:
+    """Return the tokens that would complete an n-gram of `size` tokens that the text already has.
 
-    Only the words that are new since the last call are looked at, so the time for a text grows with its length, not with its
-    square.
+    Only the tokens since the last call are indexed, so the time for a text grows with its length, not with its square.
     """
-    length = len(text.prompt) + len(text.words)
-    words = text.last(length - text.indexed + size - 1)
-    for start in range(len(words) - size + 1):
-        *before, word = words[start : start + size]
-        text.followers[*before,] = (*text.followers.get((*before,), ()), word)
-    text.indexed = length
-    return text.followers.get(tuple(text.last(size - 1)), ())
+    length = len(text.prompt) + len(text.tokens)
+    tokens = text.last(length - text.num_indexed + size - 1)
+    for start in range(len(tokens) - size + 1):
+        *before, token = tokens[start : start + size]
+        text.ngrams[*before,] = (*text.ngrams.get((*before,), ()), token)
+    text.num_indexed = length
+    return text.ngrams.get(tuple(text.last(size - 1)), ())
 
 
-def words_of_prompts(texts: Sequence[Text], vocabulary_size: int) -> NDArray[np.bool_]:
-    """Which words (B, V) the prompt of each text has."""
-    there = np.zeros((len(texts), vocabulary_size), np.bool_)
-    for row, text in zip(there, texts, strict=True):
+def prompt_mask(texts: Sequence[Text], vocabulary_size: int) -> NDArray[np.bool_]:
+    """Return which tokens (B, V) the prompt of each text has."""
+    mask = np.zeros((len(texts), vocabulary_size), np.bool_)
+    for row, text in zip(mask, texts, strict=True):
         row[text.prompt] = True
-    return there
+    return mask

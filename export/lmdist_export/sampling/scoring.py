@@ -1,19 +1,19 @@
-"""How likely a model finds text: word by word, and which words it expects next.
+"""Log-probabilities of text, word by word, and the most likely next words.
 
     scorer = Scorer(Sampler(Bundle.load(Path("bundle"))))
     for score in scorer.score(["the cat is here .", "we said it ."]):
         score.log_probability, score.words, score.unknown
 
-Sentences are read side by side, a column of words at a time, and what several of them begin with is read once. Of the lists
-of hypotheses that recognisers and translators make, most is such a beginning. In order of their words:
+Sentences are scored in batches, a column of tokens at a time, and a prefix that several of them have is read once. The n-best
+lists of speech recognisers and translators consist mostly of such prefixes. Sorted by their tokens:
 
     the  cat  sat  .     <eos>
-               is  here  .     <eos>      goes on from the state after "the cat" above it
-    we   said  it  .     <eos>            from the state after <eos>, with which every text begins
+               is  here  .     <eos>      continues the state after "the cat" above it
+    we   said  it  .     <eos>            continues the state after <eos>, with which every text begins
 
-So no place is read in vain, as padded ones would be. This module does not know files, nor how a score is printed.
+There is no padding to read. This module does not read files, and does not print scores.
 
-Shapes: B rows, T words, V vocabulary, S the sum of the layers' sizes.
+Shapes: B rows, T tokens, V vocabulary, S the sum of the layers' sizes.
 """
 
 from __future__ import annotations
@@ -28,32 +28,34 @@ from itertools import islice, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from lmdist.bounds import at_least, check
 from lmdist.errors import DataError, UsageError
 from lmdist.perplexity import perplexity
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN_ID
-from lmdist_export.sampling.sampler import ModelState, Sampler, log_softmax
+from lmdist_export.sampling.sampler import Sampler, log_softmax
+from lmdist_export.sampling.state import ModelState, select
 
-BATCH_SIZE = 256  # as many rows as keep a core's arithmetic busy also where half of them are read already
-TOPS = (1, 3, 5)  # a keyboard shows three words, or five
+BATCH_SIZE = 256  # enough rows for fast matrix multiplication also where half of the prefixes are shared
+TOPS = (1, 3, 5)  # a keyboard suggests three words, or five
 
 
 @dataclass(frozen=True, eq=False)
 class SentenceScore:
-    """A sentence with the log-probability of each of its words."""
+    """A sentence and the log-probability of each of its words."""
 
     text: str
     words: list[str]
-    """As the tokenizer finds them; the last is the `<eos>` that ends the sentence, where it is scored."""
+    """As tokenized; the last is the `<eos>` that ends the sentence, where it is scored."""
     unknown: NDArray[np.bool_]
-    """Of each word, whether it is not in the vocabulary, and scored as `<unk>`: (T,)."""
+    """(T,): whether a word is not in the vocabulary, and scored as `<unk>`."""
     log_probabilities: NDArray[np.float32]
-    """Of each word, in nats: (T,)."""
+    """(T,), in nats."""
     bytes: int
-    """Of the text in UTF-8, and one for the line break that `<eos>` stands for, where it is scored."""
+    """Of the text in UTF-8, and one for the line break in place of `<eos>`, where it is scored."""
 
     @property
     def log_probability(self) -> float:
-        """Of the whole sentence, in nats."""
+        """Of the sentence, in nats."""
         return float(self.log_probabilities.sum(dtype=np.float64))
 
     @property
@@ -66,97 +68,96 @@ class Scorer:
     """A bundle that scores text."""
 
     def __init__(self, sampler: Sampler, *, end: bool = True, carry_state: bool = False, batch_size: int = BATCH_SIZE) -> None:
-        """Read `batch_size` sentences side by side; with `end` the `<eos>` after each is scored too.
+        """Score `batch_size` sentences at a time; with `end` the `<eos>` after each is scored too.
 
-        With `carry_state` a sentence begins where the one before ended, as in training, and not from the state zero.
-        Raises UsageError where that contradicts itself.
+        With `carry_state` a sentence continues the state of the one before, as in training. Raises UsageError for options
+        that exclude each other.
         """
-        if batch_size < 1:
-            raise UsageError(f"the batch size is {batch_size}; it must be at least 1")
+        check("the batch size", batch_size, at_least(1))
         if carry_state and not end:
-            raise UsageError("a state that is carried on has read the <eos> between two sentences: it cannot be left out")
+            raise UsageError("a carried state has read the <eos> between two sentences: it cannot be left out")
         self.sampler = sampler
         self.end = end
         self.carry_state = carry_state
         self.batch_size = batch_size
 
     def encode(self, sentence: str) -> tuple[list[str], list[int]]:
-        """The words that are scored, and their ids."""
+        """Return the words that are scored, and their ids."""
         words = self.sampler.bundle.tokenizer.tokenize(sentence) if sentence else []
         if self.end:
             words.append(END)
         return words, self.sampler.bundle.vocabulary.encode(words)
 
     def score(self, sentences: Iterable[str]) -> Iterator[SentenceScore]:
-        """The score of each sentence, in their order; no more than a batch of them is held at a time."""
+        """Yield the score of each sentence, in their order; no more than a batch of them is held at a time."""
         coming = iter(sentences)
         state = self.sampler.initial_state(1)
         while batch := list(islice(coming, self.batch_size)):
             encoded = [self.encode(sentence) for sentence in batch]
             texts = [ids for _, ids in encoded]
             if self.carry_state:
-                scores, state = one_after_another(self.sampler, texts, state)
+                scores, state = score_stream(self.sampler, texts, state)
             else:
-                scores = side_by_side(self.sampler, texts)
+                scores = score_batch(self.sampler, texts)
             for sentence, (words, ids), log_probabilities in zip(batch, encoded, scores, strict=True):
                 unknown = np.array(ids, np.int64) == UNKNOWN_ID
                 yield SentenceScore(sentence, words, unknown, log_probabilities, len(sentence.encode()) + self.end)
 
     def next_words(self, text: str, count: int) -> list[tuple[str, float]]:
-        """The `count` likeliest words after `text`, never `<unk>`, and the probability that the model gives to each."""
+        """Return the `count` most likely words after `text`, never `<unk>`, each with its probability."""
         words = self.sampler.bundle.tokenizer.tokenize(text) if text else []
         vocabulary = self.sampler.bundle.vocabulary
-        logits, _ = self.sampler.prefill([END_ID, *vocabulary.encode(words)])
-        best = likeliest(logits[0], count)
+        logits, _ = self.sampler.next_logits([END_ID, *vocabulary.encode(words)])
+        best = most_likely(logits[0], count)
         return list(zip(vocabulary.decode(best), np.exp(log_softmax(logits[0])[best]).tolist(), strict=True))
 
     def predict(self, sentences: Iterable[str]) -> Predictions:
-        """Read sentences as a keyboard does, word by word, and see how often the next one is among the likeliest."""
+        """Predict each word of sentences from those before it, one call a word, as a keyboard does."""
         step = self.sampler.step
         beginning = self.sampler.initial_state(1)
-        step(np.array([[END_ID]]), beginning)  # the first run of a session takes longer than any after it
+        step(np.array([[END_ID]]), beginning)  # the first call of a session takes longer than any after it
         found, state = Predictions(), beginning
         for sentence in sentences:
             _, ids = self.encode(sentence)
             found.sentences += 1
             if not self.carry_state:
                 state = beginning
-            for before, word in pairwise([END_ID, *ids]):
+            for before, token in pairwise([END_ID, *ids]):
                 began = time.perf_counter()
                 logits, state = step(np.array([[before]]), state)
-                best = likeliest(logits[0, 0], max(TOPS))
+                best = most_likely(logits[0, 0], max(TOPS))
                 found.seconds.append(time.perf_counter() - began)
-                found.unknown += word == UNKNOWN_ID
-                if word in best:
-                    found.places[int(np.flatnonzero(best == word)[0])] += 1
+                found.unknown += token == UNKNOWN_ID
+                if token in best:
+                    found.ranks[int(np.flatnonzero(best == token)[0])] += 1
         return found
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def side_by_side(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
-    """The log-probabilities of the words of each text, every text from its beginning, after `<eos>`, on."""
+def score_batch(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
+    """Return the log-probabilities of the tokens of each text; each begins after `<eos>`."""
     order = sorted(range(len(texts)), key=texts.__getitem__)
     rows = [texts[index] for index in order]
     lengths = np.array([len(row) for row in rows])
-    # How many words a row has in common with the one above it: those are not read again.
-    shared = np.array([0, *(common(above, row) for above, row in pairwise(rows))])
+    # The length of the prefix that a row has in common with the one above it: it is not read again.
+    shared = np.array([0, *(common_prefix(above, row) for above, row in pairwise(rows))])
     found = [np.empty(length, np.float32) for length in lengths]
 
-    logits, (h, c) = sampler.prefill([END_ID])
+    logits, state = sampler.next_logits([END_ID])
     first = log_softmax(logits[0])  # (V,)
     for row, scores in zip(rows, found, strict=True):
         scores[:1] = first[row[:1]]
     above = np.array([0])
-    # Which rows are read changes where one begins to differ from that above it, and where one ends.
+    # The set of rows to read changes where a row begins to differ from the one above it, and where one ends.
     places = np.union1d(shared, lengths)
     for start, stop in pairwise([1, *places[places > 1].tolist()]):
         reading = np.flatnonzero((shared <= start) & (lengths > start))
-        # A row that was not read before goes on from the nearest above it that was: the words are the same so far.
+        # A row that was not read before continues the nearest above it that was: their tokens are the same so far.
         from_row = np.searchsorted(above, reading, side="right") - 1
-        words = np.array([rows[index][start - 1 : stop] for index in reading], np.int64)
-        scores, (h, c) = sampler.score(words[:, :-1], words[:, 1:], (h[from_row], c[from_row]))  # (B, T), (B, S) each
+        tokens = np.array([rows[index][start - 1 : stop] for index in reading], np.int64)  # (B, T + 1)
+        scores, state = sampler.score(tokens[:, :-1], tokens[:, 1:], select(state, from_row))  # (B, T), (B, S) each
         for index, piece in zip(reading, scores, strict=True):
             found[index][start:stop] = piece
         above = reading
@@ -167,39 +168,39 @@ def side_by_side(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[n
     return [in_order[index] for index in range(len(texts))]
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many words two texts begin with that are the same."""
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the longest common prefix."""
     differing = (place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
     return next(differing, min(len(one), len(other)))
 
 
-def one_after_another(
+def score_stream(
     sampler: Sampler, texts: Sequence[list[int]], state: ModelState
 ) -> tuple[list[NDArray[np.float32]], ModelState]:
-    """The log-probabilities of the words of each text, all of them one stream from `state` on; and the state after it.
+    """Return the log-probabilities of the tokens of each text, all read as one stream from `state`, and the state after it.
 
-    What stands before the stream is `<eos>`, and each text ends with it.
+    The token before the stream is `<eos>`, and each text ends with one.
     """
-    words = np.array([END_ID, *(word for text in texts for word in text)], np.int64)[None]  # (1, T + 1)
-    scores, state = sampler.score(words[:, :-1], words[:, 1:], state)
+    tokens = np.array([END_ID, *(token for text in texts for token in text)], np.int64)[None]  # (1, T + 1)
+    scores, state = sampler.score(tokens[:, :-1], tokens[:, 1:], state)
     ends = np.cumsum([len(text) for text in texts])
     return np.split(scores[0], ends[:-1]), state
 
 
-def likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """The ids of the `count` likeliest words by logits (V,), the best first, never `<unk>`; fewer where there are no more."""
-    words = -logits
-    words[UNKNOWN_ID] = np.inf
-    count = min(count, len(words) - 1)
-    best = np.sort(np.argpartition(words, count - 1)[:count])
-    return best[np.argsort(words[best], kind="stable")]
+def most_likely(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return the ids of the `count` most likely tokens by logits (V,), the best first, never `<unk>`; fewer if V is smaller."""
+    costs = -logits
+    costs[UNKNOWN_ID] = np.inf
+    count = min(count, len(costs) - 1)
+    best = np.sort(np.argpartition(costs, count - 1)[:count])
+    return best[np.argsort(costs[best], kind="stable")]
 
 
 # --- sums ----------------------------------------------------------------------------------------------------------
 
 
 class Totals:
-    """What the scores of many sentences come to: sums and counts, divided once, at the end."""
+    """Sums and counts over the scores of many sentences, divided once, at the end."""
 
     def __init__(self) -> None:
         self.sentences = self.words = self.unknown = self.bytes = self.unknown_bytes = 0
@@ -217,7 +218,7 @@ class Totals:
         self.known_nats -= score.known_log_probability
 
     def figures(self) -> dict[str, int | float | None]:
-        """Counts, rates and perplexities by name; None where nothing is left to divide by. Raises DataError for no words."""
+        """Return counts, rates and perplexities by name; None where the divisor is 0. Raises DataError without any words."""
         if not self.words:
             raise DataError("there are no words to score; at least one line is expected")
         known_words, known_bytes = self.words - self.unknown, self.bytes - self.unknown_bytes
@@ -238,17 +239,17 @@ class Totals:
 
 
 class Predictions:
-    """How often the next word was among the likeliest, and how long it took to know them."""
+    """How often the next word was among the most likely ones, and the time for each prediction."""
 
     def __init__(self) -> None:
         self.sentences = self.unknown = 0
-        self.places = [0] * max(TOPS)
-        """How often the next word was the likeliest, the second, and so on."""
+        self.ranks = [0] * max(TOPS)
+        """How often the next word was the most likely, the second, and so on."""
         self.seconds = array("d")
-        """Of each word: to read the one before it, and to find the likeliest."""
+        """Of each prediction: to read the word before it, and to find the most likely ones."""
 
     def figures(self) -> dict[str, int | float]:
-        """Counts, shares of the words, and percentiles by name. Raises DataError for no words."""
+        """Return counts, accuracies and latency percentiles by name. Raises DataError without any words."""
         words = len(self.seconds)
         if not words:
             raise DataError("there are no words to predict; at least one line is expected")
@@ -258,7 +259,7 @@ class Predictions:
             "words": words,
             "unknown_words": self.unknown,
             "unknown_rate": self.unknown / words,
-            **{f"top_{top}_accuracy": sum(self.places[:top]) / words for top in TOPS},
+            **{f"top_{top}_accuracy": sum(self.ranks[:top]) / words for top in TOPS},
             "latency_p50_ms": p50,
             "latency_p95_ms": p95,
             "latency_p99_ms": p99,

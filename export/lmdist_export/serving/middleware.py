@@ -1,13 +1,13 @@
-"""A request as it comes over HTTP: what is wrong with its form is answered here, in a sentence, before MLflow reads it.
+"""An ASGI middleware before MLflow's server: it validates the body of a request, and tells when the client disconnects.
 
-MLflow's server has an answer of its own for each thing that it cannot read, with the whole input in it or a traceback, and
-passes over what it does not know. So this stands before it: what comes through is JSON of one form, with texts for prompts
-and params of the right types. It says as well when nobody waits for an answer any more.
+MLflow's server answers malformed input in several ways, with the whole input in the answer or a traceback, and ignores names
+that it does not know. The middleware answers such requests with one sentence and lets through JSON of one form, with strings
+for prompts and params of the correct types.
 
-    Door(app)        an ASGI application around MLflow's
-    CLIENT_GONE      in the thread that answers a request: done when its client has gone, or has its answer
+    RequestMiddleware(app)     an ASGI application around MLflow's
+    CLIENT_DISCONNECTED        in the thread that answers a request: done when its client has disconnected, or has its answer
 
-This module knows HTTP and JSON; what a model does with prompts and params it leaves to served_model.py.
+This module knows HTTP and JSON; what a model does with prompts and params is known by mlflow_model.py.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from functools import cache
 from types import ModuleType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from lmdist.errors import UsageError
-from lmdist_export.sampling.completion import Options
+from lmdist_export.options import PARAMS, Row
 
-MOST_BYTES = 2**20
-"""Of a body: 50 for each of the words that a request may have."""
-MOST_REQUESTS = 64
-"""At a time: those beyond wait in the server. Threads that wait cost little; each of them makes room in a batch."""
-MOST_SHOWN = 40
-"""Characters of what was given, in a sentence about it."""
+MAX_BODY_BYTES = 2**20
+"""50 for each of the tokens that a request may have."""
+MAX_REQUESTS = 64
+"""At a time; others wait in the server. Threads that wait cost little, and each can add a request to a batch."""
+MAX_QUOTED = 40
+"""Characters of the given value in a message."""
 
 FORMS = {
     "inputs": '["We must"]',
@@ -38,11 +37,12 @@ FORMS = {
     "dataframe_records": '[{"prompt": "We must"}]',
     "dataframe_split": '{"columns": ["prompt"], "data": [["We must"]]}',
 }
-"""The names that MLflow has for what goes into a model, and how each is written."""
+"""MLflow's names for the input of a model, and an example of each."""
 EXAMPLE = '{"inputs": ["We must"], "params": {"seed": 7}}'
 JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*("utf-8"|utf-8)\s*)?', re.IGNORECASE)
+TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
-CLIENT_GONE: ContextVar[Future[None] | None] = ContextVar("CLIENT_GONE", default=None)
+CLIENT_DISCONNECTED: ContextVar[Future[None] | None] = ContextVar("CLIENT_DISCONNECTED", default=None)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -50,70 +50,70 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
-class Wrong(UsageError):
-    """What is answered to a request that has no right form."""
+class BadRequest(UsageError):
+    """A request that the middleware answers itself."""
 
-    def __init__(self, sentence: str, status: int = 400) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
         self.status = status
 
 
 # --- the server ----------------------------------------------------------------------------------------------------
 
 
-def stand_before(module: ModuleType | None) -> None:
-    """Put a door before the app of a module that is being imported; nothing where no server imports it.
+def install(module: ModuleType | None) -> None:
+    """Put the middleware before the `app` of a module that is being imported; None is no module, as without a server.
 
-    A server takes `app` from the module that loads the model, the last moment that both of its commands share.
+    The server takes `app` from the module that loads the model: that is the last moment which both of its commands share.
     """
     if module is not None:
-        module.__class__ = BehindDoor
+        module.__class__ = ModuleWithMiddleware
 
 
-class BehindDoor(ModuleType):
-    """A module whose `app` has a door before it."""
+class ModuleWithMiddleware(ModuleType):
+    """A module whose `app` is behind the middleware."""
 
     @property
-    def app(self) -> Door:
-        """What the module calls so, behind a door."""
-        return Door(vars(self)["app"])
+    def app(self) -> RequestMiddleware:
+        """The `app` of the module, behind the middleware."""
+        return RequestMiddleware(vars(self)["app"])
 
 
-class Door:
+class RequestMiddleware:
     """An ASGI application around that of MLflow's server."""
 
     def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer what has a wrong form, and let all else through."""
+        """Answer malformed requests to /invocations, and pass everything else on."""
         if scope["type"] == "lifespan":
             # MLflow answers each request in a thread of the loop's pool, which has six on two cores: behind six long requests
             # a short one would wait for all of one, and it would not share a batch.
-            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MOST_REQUESTS))
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_REQUESTS))
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith("/invocations"):
             await self.app(scope, receive, send)
             return
         try:
             headers = dict(scope["headers"])
-            check_type(headers.get(b"content-type", b"").decode("latin-1"))
+            check_content_type(headers.get(b"content-type", b"").decode("latin-1"))
             body = await read_body(receive)
             if body is None:
                 return
-            plain = json.dumps(plain_form(body)).encode()
-        except Wrong as wrong:
-            await answer(send, wrong)
+            normalized = json.dumps(normalize(body)).encode()
+        except BadRequest as error:
+            await answer(send, error)
             return
         others = [(name, value) for name, value in scope["headers"] if name not in (b"content-type", b"content-length")]
         typed = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
-        await self.let_through(typed, plain, receive, send)
+        await self.pass_on(typed, normalized, receive, send)
 
-    async def let_through(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
-        """Have MLflow answer a request with this body, and say in its context when nobody waits for the answer."""
-        gone: Future[None] = Future()
-        CLIENT_GONE.set(gone)
+    async def pass_on(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
+        """Have MLflow answer a request with this body, and set CLIENT_DISCONNECTED in its context."""
+        disconnected: Future[None] = Future()
+        CLIENT_DISCONNECTED.set(disconnected)
         leaving = asyncio.ensure_future(disconnect(receive))
-        leaving.add_done_callback(lambda _: gone.set_result(None))
+        leaving.add_done_callback(lambda _: disconnected.set_result(None))
         bodies = iter([{"type": "http.request", "body": body}])
 
         async def received() -> Message:
@@ -126,16 +126,17 @@ class Door:
 
 
 async def disconnect(receive: Receive) -> Message:
-    """The message that a client has gone."""
+    """Wait for the message that the client has disconnected."""
     while (message := await receive())["type"] != "http.disconnect":
         pass
     return message
 
 
 async def read_body(receive: Receive) -> bytes | None:
-    """The body of a request; None where its client goes before it is all there.
+    """Return the body of a request; None where the client disconnects before its end.
 
-    Raises Wrong where it is too long, after it all has come: clients read no answer before they have sent everything.
+    Raises BadRequest for a body that is too long, once all of it was received: clients read no answer before they have sent
+    everything.
     """
     body, length, more = bytearray(), 0, True
     while more:
@@ -144,66 +145,67 @@ async def read_body(receive: Receive) -> bytes | None:
             return None
         piece = message.get("body", b"")
         length += len(piece)
-        if length <= MOST_BYTES:
+        if length <= MAX_BODY_BYTES:
             body += piece
         more = message.get("more_body", False)
-    if length > MOST_BYTES:
-        raise Wrong(f"the body has {length:,} bytes; this server takes at most {MOST_BYTES:,}", 413)
+    if length > MAX_BODY_BYTES:
+        raise BadRequest(f"the body has {length:,} bytes; this server accepts at most {MAX_BODY_BYTES:,}", 413)
     return bytes(body)
 
 
-async def answer(send: Send, wrong: Wrong) -> None:
-    """Send what is wrong."""
-    body = error_body("INVALID_PARAMETER_VALUE", str(wrong)).encode()
+async def answer(send: Send, error: BadRequest) -> None:
+    """Send an error."""
+    body = error_body("INVALID_PARAMETER_VALUE", str(error)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": wrong.status, "headers": headers})
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def error_body(code: str, sentence: str) -> str:
-    """The body of an answer that is an error: an object with the names that MLflow's has."""
-    return json.dumps({"error_code": code, "message": sentence})
+def error_body(code: str, message: str) -> str:
+    """Return the body of an error: an object with the names that MLflow's has."""
+    return json.dumps({"error_code": code, "message": message})
 
 
-# --- the form ------------------------------------------------------------------------------------------------------
+# --- the body ------------------------------------------------------------------------------------------------------
 
 
-def check_type(content_type: str) -> None:
-    """Raise Wrong for what is no JSON in UTF-8."""
+def check_content_type(content_type: str) -> None:
+    """Raise BadRequest unless a Content-Type is that of JSON in UTF-8."""
     if not JSON_TYPE.fullmatch(content_type.strip()):
-        given = f"Content-Type is {shown(content_type)}" if content_type else "no Content-Type is given"
-        raise Wrong(f"{given}; application/json is expected, in UTF-8", 415)
+        given = f"Content-Type is {quoted(content_type)}" if content_type else "no Content-Type is given"
+        raise BadRequest(f"{given}; application/json is expected, in UTF-8", 415)
 
 
-def plain_form(body: bytes) -> dict[str, Any]:
-    """What a body says, in the one form that MLflow is given; raises Wrong where it says it in none."""
+def normalize(body: bytes) -> dict[str, Any]:
+    """Return a body in the one form that MLflow is given; raises BadRequest for a body of no known form."""
     try:
         given = json.loads(body)
     except json.JSONDecodeError as error:
-        raise Wrong(
-            f"the body is no JSON ({error.msg}: line {error.lineno}, column {error.colno}); what is expected is {EXAMPLE}"
+        raise BadRequest(
+            f"the body is not JSON ({error.msg}: line {error.lineno}, column {error.colno}); expected is {EXAMPLE}"
         ) from None
     except UnicodeDecodeError as error:
-        raise Wrong(f"byte {error.start + 1} of the body is not UTF-8, in which JSON is expected") from None
+        raise BadRequest(f"byte {error.start + 1} of the body is not UTF-8, in which JSON is expected") from None
     except RecursionError:
-        raise Wrong(f"the body has too many brackets in brackets; what is expected is {EXAMPLE}") from None
+        raise BadRequest(f"the body is nested too deeply; expected is {EXAMPLE}") from None
     except ValueError:
-        raise Wrong("the body has a number of thousands of digits; one of at most 64 bits is expected") from None
+        raise BadRequest("the body has a number of thousands of digits; one of at most 64 bits is expected") from None
     if not isinstance(given, dict):
-        raise Wrong(f"the body is {shown(given)}; an object is expected, as {EXAMPLE}")
+        raise BadRequest(f"the body is {quoted(given)}; an object is expected, as {EXAMPLE}")
     for name in given:
         if name not in FORMS and name != "params":
-            raise Wrong(f"the body has {shown(name)}, which is not known; known are {', '.join(FORMS)} and params")
+            raise BadRequest(f"the body has {quoted(name)}, which is not known; known are {', '.join(FORMS)} and params")
     forms = [name for name in FORMS if name in given]
     if len(forms) != 1:
-        raise Wrong(f"the body has {' and '.join(forms) or 'no input'}; one of {', '.join(FORMS)} is expected, as {EXAMPLE}")
+        found = " and ".join(forms) or "no input"
+        raise BadRequest(f"the body has {found}; one of {', '.join(FORMS)} is expected, as {EXAMPLE}")
     prompts = prompts_of(forms[0], given[forms[0]])
     params = params_of(given.get("params"))
     return {"dataframe_split": {"columns": ["prompt"], "data": [[prompt] for prompt in prompts]}, "params": params}
 
 
 def prompts_of(form: str, given: Any) -> list[str]:
-    """The prompts that are written in one of FORMS."""
+    """Return the prompts of an input in one of FORMS."""
     rows: list[Any]
     match form, given:
         case "dataframe_split", {"columns": ["prompt"], "data": list(rows)} if given.keys() <= {"columns", "data", "index"}:
@@ -213,61 +215,50 @@ def prompts_of(form: str, given: Any) -> list[str]:
         case "inputs" | "instances" | "dataframe_records", list(rows):
             found = [row["prompt"] if isinstance(row, dict) and row.keys() == {"prompt"} else row for row in rows]
         case _:
-            raise Wrong(f"{form} is {shown(given)}; what is expected is {FORMS[form]}")
-    return texts_of("prompt", found, f", as in {FORMS[form]}")
+            raise BadRequest(f"{form} is {quoted(given)}; expected is {FORMS[form]}")
+    return strings_of("prompt", found, f", as in {FORMS[form]}")
 
 
 def params_of(given: Any) -> dict[str, Any]:
-    """The params that are given, and not null, each of its type."""
+    """Return the params that are given, and not null; raises BadRequest for an unknown name or a wrong type."""
     if given is None:
         return {}
     if not isinstance(given, dict):
-        raise Wrong(f'params is {shown(given)}; an object is expected, as {{"seed": 7}}')
-    known = param_types()
+        raise BadRequest(f'params is {quoted(given)}; an object is expected, as {{"seed": 7}}')
     for name, value in given.items():
-        if name not in known:
-            raise Wrong(f"params: {shown(name)} is not known; known are {', '.join(known)}")
+        if name not in PARAMS:
+            raise BadRequest(f"params: {quoted(name)} is not known; known are {', '.join(PARAMS)}")
         if value is not None:
-            check_param(name, value, *known[name])
+            check_param(PARAMS[name], value)
     return {name: value for name, value in given.items() if value is not None}
 
 
-@cache
-def param_types() -> dict[str, tuple[type, bool]]:
-    """Of each param its type, and whether it is a list of these."""
-    found = {}
-    for name, hint in get_type_hints(Options).items():
-        of = next(of for of in (bool, int, float, str) if hint is of or of in get_args(hint))
-        found[name] = of, get_origin(hint) is Sequence
-    return found
-
-
-def check_param(name: str, value: Any, of: type, is_list: bool) -> None:
-    """Raise Wrong for a value of another type; a whole number is a number too."""
-    if is_list:
+def check_param(row: Row, value: Any) -> None:
+    """Raise BadRequest for a value of another type than the param's; an integer is a number too."""
+    if row.is_list:
         if not isinstance(value, list):
-            raise Wrong(f"{name} is {shown(value)}; a list of texts is expected")
-        texts_of(name, value)
+            raise BadRequest(f"{row.name} is {quoted(value)}; a list of strings is expected")
+        strings_of(row.name, value)
         return
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if type(value) is not of and (of, type(value)) != (float, int):
-        raise Wrong(f"{name} is {shown(value)}; {names[of]} is expected")
+    expected = TYPE_NAMES[row.type]
+    if type(value) is not row.type and (row.type, type(value)) != (float, int):
+        raise BadRequest(f"{row.name} is {quoted(value)}; {expected} is expected")
     if type(value) is int and abs(value) >= 2**64:
-        raise Wrong(f"{name} is {shown(value)}; {names[of]} of at most 64 bits is expected")
+        raise BadRequest(f"{row.name} is {quoted(value)}; {expected} of at most 64 bits is expected")
 
 
-def texts_of(name: str, values: Iterable[Any], example: str = "") -> list[str]:
-    """The values; raises Wrong where one is no text."""
+def strings_of(name: str, values: Iterable[Any], example: str = "") -> list[str]:
+    """Return the values; raises BadRequest where one is not a string."""
     found = list(values)
     for place, value in enumerate(found):
         if not isinstance(value, str):
-            raise Wrong(f"{name} number {place} is {shown(value)}; a text is expected{example}")
+            raise BadRequest(f"{name} number {place} is {quoted(value)}; a string is expected{example}")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise Wrong(f"{name} number {place} has half of a character, \\ud800 to \\udfff; a text is expected{example}")
+            raise BadRequest(f"{name} number {place} has a lone surrogate, \\ud800 to \\udfff; a string is expected{example}")
     return found
 
 
-def shown(value: Any) -> str:
-    """A value as JSON writes it, or the beginning of that."""
+def quoted(value: Any) -> str:
+    """Return a value as JSON, cut off after MAX_QUOTED characters."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."

@@ -1,37 +1,34 @@
-"""A bundle goes into MLflow: a LoggedModel with its files, a version of a registered model, and an alias that names it.
+"""Register a bundle in MLflow: a LoggedModel with its files, a version of a registered model, and an alias for the version.
 
     lmdist-export runs/demo -o bundles/demo --register demo          # or later: lmdist-export bundles/demo --register demo
 
-The store is the one that training logs to (tracking.py). The bundle has its run's id in `MLmodel`; where the store has that
-run, the LoggedModel is one of its models. As in sync.py no address with a password is shown, nor the text of an error.
+The store is the one that training uploads to (lmdist/tracking/store.py). The bundle has its run's id in `MLmodel`; where the
+store has that run, the LoggedModel belongs to it. Messages contain no password of an address and no text of an exception.
+This module does not know how a bundle is built.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lmdist.console import table
 from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.settings import TrackingSettings
-from lmdist.tracking.run_folder import DEFAULT_STORE, store_address
-from lmdist.tracking.sync import MLFLOW_SETTINGS, experiment_id, make_default_store, name_of, silence, without_password
+from lmdist.tracking.store import Store, configure, error_name, silence, store_address, without_password
 from lmdist_export.bundle import Bundle
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
 CHAMPION = "champion"
-SETTINGS = MLFLOW_SETTINGS | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}
-"""A server may pass a whole file on before it answers."""
+REQUEST_TIMEOUT_SECONDS = 120
+"""A server may forward a large file to its artifact store before it answers."""
 
 
 def check_names(name: str, alias: str) -> None:
-    """Raise UsageError for names that MLflow does not take, or that `models:/NAME@ALIAS` cannot say."""
+    """Raise UsageError for names that MLflow rejects, or that `models:/NAME@ALIAS` cannot express."""
     if not name.strip() or not name.isprintable() or set("/:@") & set(name) or name in (".", "..") or len(name) > 255:
         raise UsageError(f"--register {name!r} is no name for a model: at least one letter is expected, and no / : @")
     if not re.fullmatch(r"[\w-]{1,255}", alias) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
@@ -39,42 +36,39 @@ def check_names(name: str, alias: str) -> None:
 
 
 def register(folder: Path, name: str, alias: str) -> str:
-    """Register a bundle; gives lines that say how it is known and served. Raises Stopped where MLflow does not take it."""
+    """Register a bundle; return lines with its name and how to serve it. Raise Stopped where MLflow does not accept it."""
     bundle = Bundle.load(folder)
     if not (folder / "MLmodel").is_file():
         raise DataError(f"{folder} has no MLmodel, which lmdist-export writes: export it again")
-    for key, value in SETTINGS.items():
-        os.environ.setdefault(key, value)
-    store = store_address()
+    configure(REQUEST_TIMEOUT_SECONDS)
+    address = without_password(store_address())
     try:
         with silence():
-            version, run = record(bundle, store, name, alias)
-    except Exception as error:  # whatever MLflow and the libraries below it raise
+            version, run = upload(bundle, Store(store_address()), name, alias)
+    except Exception as error:  # any exception of MLflow and the libraries below it
         again = shlex.join(["lmdist-export", str(folder), "--register", name, *(["--alias", alias] * (alias != CHAMPION))])
         raise Stopped(
-            f"MLflow ({without_password(store)}) does not take the bundle ({name_of(error)}); "
+            f"MLflow ({address}) does not accept the bundle ({error_name(error)}); "
             f"it is in {folder}, and this registers it later: {again}"
         ) from None
-    lines = {
-        "registered": f"{name}, version {version}, alias {alias}  ({without_password(store)})",
+    rows = {
+        "registered": f"{name}, version {version}, alias {alias}  ({address})",
         "of run": run,
         "serve": shlex.join(["mlflow", "models", "serve", "-m", f"models:/{name}@{alias}", "--env-manager", "local"]),
     }
-    return "".join(f"{key:<13}{value}\n" for key, value in lines.items())
+    return table(rows, width=13)
 
 
-def record(bundle: Bundle, store: str, name: str, alias: str) -> tuple[str, str]:
-    """Bring a bundle into MLflow; gives its version and the run it belongs to. May raise anything."""
-    from mlflow import MlflowClient, MlflowException
+def upload(bundle: Bundle, store: Store, name: str, alias: str) -> tuple[str, str]:
+    """Upload a bundle; return its version and a description of its run. Raise any exception of MLflow."""
+    from mlflow import MlflowException
     from mlflow.entities import Metric
     from mlflow.models import Model
 
-    if store == DEFAULT_STORE:
-        make_default_store()
-    client = MlflowClient(store)
+    client = store.client
     trained = Model.load(str(bundle.folder)).run_id
-    run_id, experiment = (trained and run_of(client, trained)) or new_run(client, bundle.manifest["run"])
-    title = re.sub(r"[/:.%\"']", "_", name)  # MLflow takes fewer of these here than in the name of a registered model
+    run_id, experiment = (trained and find_run(store, trained)) or create_run(store, bundle.manifest["run"])
+    title = re.sub(r"[/:.%\"']", "_", name)  # MLflow allows these in the name of a registered model only
     model = client.create_logged_model(experiment, title, run_id, params=parameters(bundle), model_type="lmdist bundle")
     try:
         client.log_model_artifacts(model.model_id, str(bundle.folder))
@@ -97,29 +91,22 @@ def record(bundle: Bundle, store: str, name: str, alias: str) -> tuple[str, str]
     return str(version), run_id if run_id == trained else f"{run_id}  (a new one: the training's is not in this store)"
 
 
-def run_of(client: MlflowClient, run_id: str) -> tuple[str, str] | None:
-    """The run of this id and its experiment's id; None where this store has none."""
-    from mlflow import MlflowException
-
-    try:
-        found = client.get_run(run_id).info
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
-    return None if found.lifecycle_stage == "deleted" else (run_id, found.experiment_id)
+def find_run(store: Store, run_id: str) -> tuple[str, str] | None:
+    """Return the ids of a run and of its experiment; None where the store does not have the run."""
+    run = store.get_run(run_id)
+    return None if run is None or run.info.lifecycle_stage == "deleted" else (run_id, run.info.experiment_id)
 
 
-def new_run(client: MlflowClient, name: str) -> tuple[str, str]:
-    """A run for the figures of a bundle whose training is not known here, and its experiment's id."""
-    experiment = experiment_id(client, TrackingSettings.experiment)
-    run_id = client.create_run(experiment, run_name=name).info.run_id
-    client.set_terminated(run_id)
+def create_run(store: Store, name: str) -> tuple[str, str]:
+    """Create a run for the metrics of a bundle whose training the store does not have; return the ids as `find_run` does."""
+    experiment = store.experiment_id(TrackingSettings.experiment)
+    run_id = store.client.create_run(experiment, run_name=name).info.run_id
+    store.client.set_terminated(run_id)
     return run_id, experiment
 
 
 def parameters(bundle: Bundle) -> dict[str, str]:
-    """What a bundle is, for people who choose among several."""
+    """Return the parameters that tell bundles apart."""
     sizes, manifest = bundle.sizes, bundle.manifest
     facts: dict[str, Any] = {
         "run": manifest["run"],
@@ -136,7 +123,7 @@ def parameters(bundle: Bundle) -> dict[str, str]:
 
 
 def metrics(bundle: Bundle) -> dict[str, float]:
-    """What a bundle costs, in bytes and on held-out text."""
+    """Return the size of a bundle and its quality on held-out text."""
     held_out = bundle.manifest["held_out"] or {}
     split = held_out.get("split")
     found = {

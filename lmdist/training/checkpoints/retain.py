@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdist.errors import DataError, MissingInputError
-from lmdist.storage.reading import check_folder, read_bytes_of
+from lmdist.storage.reading import check_folder, read_bytes
 from lmdist.training.checkpoints.format import NEWEST
 from lmdist.training.checkpoints.read import read_manifest, read_verified_manifest
 
@@ -31,7 +31,7 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """Return the newest undamaged checkpoint; warn of each one that is damaged or missing."""
     with contextlib.suppress(DataError, MissingInputError):
-        last = read_bytes_of(checkpoints / NEWEST, 1000).decode(errors="replace").strip()
+        last = read_bytes(checkpoints / NEWEST, 1000).decode(errors="replace").strip()
         if not os.path.isdir(checkpoints / last):
             sys.stderr.write(f"warning: the checkpoint that was written last, {reprlib.repr(last)}, is missing\n")
     return next((folder for folder, _ in readable(checkpoints, read_verified_manifest)), None)

@@ -1,4 +1,4 @@
-"""Figures arrive in metrics.jsonl and in MLflow's own file; what happens when MLflow is away is test_sync.py's matter."""
+"""Metrics arrive in metrics.jsonl and in MLflow's default store. For a server that is away see test_sync.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from corpora import chain, write_data_folder
 from lmdist.errors import Stopped, UsageError
 from lmdist.settings import TrackingSettings
 from lmdist.storage.reading import read_json
-from lmdist.tracking.run_folder import RunTracker, read_metrics, read_note, write_note
+from lmdist.tracking.logger import RunLogger
+from lmdist.tracking.run_folder import read_metadata, read_metrics, write_metadata
 from support.jobs import SMALL, rows, train
 
 
@@ -78,23 +79,23 @@ def test_a_run_and_its_second_half_are_one_mlflow_run_without_a_point_twice(data
     ],
 )
 def test_how_a_run_ended(tmp_path, error, status):
-    write_note(tmp_path, {"status": "RUNNING"})
-    with suppress(BaseException), RunTracker(tmp_path, TrackingSettings(mlflow=False), {}, "data", {}, 0, going_on=True):
-        assert read_note(tmp_path)["status"] == "RUNNING"
+    write_metadata(tmp_path, {"status": "RUNNING"})
+    with suppress(BaseException), RunLogger(tmp_path, TrackingSettings(mlflow=False), {}, "data", {}, 0, resume=True):
+        assert read_metadata(tmp_path)["status"] == "RUNNING"
         if error:
             raise error
-    assert read_note(tmp_path)["status"] == status
+    assert read_metadata(tmp_path)["status"] == status
 
 
 def test_metrics_beyond_the_checkpoint_are_written_once(tmp_path):
     settings = TrackingSettings(mlflow=False)
-    with RunTracker(tmp_path, settings, {}, "data", {}, 0, going_on=False) as tracker:
+    with RunLogger(tmp_path, settings, {}, "data", {}, 0, resume=False) as logger:
         for step in range(1, 6):
-            tracker.metrics(step, {"train/loss": 1.0})
+            logger.log_metrics(step, {"train/loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/lo')  # a kill in the middle of a line
-    with RunTracker(tmp_path, settings, {}, "data", {}, 3, going_on=True) as tracker:
-        tracker.metrics(4, {"train/loss": 2.0})
+    with RunLogger(tmp_path, settings, {}, "data", {}, 3, resume=True) as logger:
+        logger.log_metrics(4, {"train/loss": 2.0})
     assert [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
         (1, 1.0),
         (2, 1.0),

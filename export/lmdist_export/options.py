@@ -1,0 +1,428 @@
+"""The options of generation, one table for all: a field of `GenerationConfig` or `Options` is a row.
+
+    top_k: Annotated[int, at_least(0), Option("sample from the K most likely tokens", ...)] = 0
+
+A row has a name, a type, bounds, a default and a help text; an option that is an input of the graphs says how. From the rows
+come the keys of generation_config.json, the flags of lmdist-generate, the params of the server and their MLflow signature,
+the inputs of the graphs and what is fed to them, and the tables of docs/sampling.md, which says how to add an option.
+
+This module needs neither numpy nor onnxruntime, so that `lmdist-generate --help` is quick.
+"""
+
+# No `from __future__ import annotations`: annotations that are functions could not be read from strings.
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from lmdist.bounds import Bounds, at_least, between, check, check_bounds
+from lmdist.errors import UsageError
+from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
+
+MAX_BEAMS = 1_000
+MAX_BIAS = 1_000_000  # added to a logit, or multiplied with it: fp32 has no numbers far beyond the products
+FP32_LIMIT = 1e30  # the graphs are fed nothing beyond it nor, where they divide or multiply, below 1 / it
+ATTEMPTS = 24  # uniform numbers a token where it may be rejected; each rejection leaves about half of what is not allowed
+
+CONTENT = "what to write"
+SAMPLING = "how tokens are sampled"
+OUTPUT = "how it is written"
+
+
+Role = Literal["temperature", "penalty", "filter"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """How an option enters the graphs that generate."""
+
+    role: Role
+    """A penalty changes the logits of tokens that the text has; a filter says which tokens can be sampled."""
+    neutral: float
+    """The value with which the option does nothing: a graph has no nodes for it."""
+    value: Callable[[Any, int], float] = lambda value, vocabulary_size: value
+    """Return the value of the input for one of the option and the size of the vocabulary."""
+    name: str = ""
+    """Of the input, where it is not the option's."""
+    dtype: Literal["float32", "int64"] = "float32"
+    shape: tuple[int, ...] = ()
+    per_temperature: bool = False
+    """Whether the input is divided by the temperature, as the logits are from which it is subtracted."""
+    sorts: bool = False
+    """Whether the filter needs the tokens sorted; else it rejects tokens that were sampled (docs/sampling.md)."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row of the table but for its name, type, bounds and default."""
+
+    help: str
+    group: str = ""
+    """Of the flags in the help of lmdist-generate; an option without a group is one of generation_config.json only."""
+    metavar: str = ""
+    graph: GraphInput | None = None
+    order: int = 0
+    """When it is applied to the logits: 1 is the first."""
+    sampling_only: bool = False
+    """Whether a beam search has no use for it."""
+    first: bool = False
+    """Whether it is listed before all others."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    name: str
+    type: type
+    is_list: bool
+    default: Any
+    bounds: Bounds | None
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """The flag of lmdist-generate."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+def at_least_tiny(share: float, vocabulary_size: int) -> float:
+    """Return a share of probability that fp32 can multiply."""
+    return max(share, 1 / FP32_LIMIT)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The options of generation and their defaults; the names are those of Hugging Face, or of the OpenAI API."""
+
+    bos_token_id: Annotated[int, Option("the token before the first: a text begins where another ended")] = END_ID
+    eos_token_id: Annotated[int, Option("the token that ends a text")] = END_ID
+    do_sample: Annotated[bool, Option("false is greedy, as temperature 0 is", order=5)] = True
+    temperature: Annotated[
+        float,
+        between(0, math.inf, "0 is greedy", includes_high=False),
+        Option(
+            "divide the logits by X: below 1 likely tokens become likelier, above 1 rare ones do",
+            group=SAMPLING,
+            metavar="X",
+            order=5,
+            sampling_only=True,
+            graph=GraphInput(
+                "temperature",
+                neutral=1,
+                name="inverse_temperature",
+                value=lambda temperature, _: min(max(1 / temperature, 1 / FP32_LIMIT), FP32_LIMIT),
+            ),
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        at_least(0, "0 keeps all"),
+        Option(
+            "sample from the K most likely tokens",
+            group=SAMPLING,
+            metavar="K",
+            order=6,
+            sampling_only=True,
+            graph=GraphInput(
+                "filter",
+                neutral=0,
+                value=lambda top_k, vocabulary_size: min(top_k or vocabulary_size, vocabulary_size),
+                dtype="int64",
+                shape=(1,),
+                sorts=True,
+            ),
+        ),
+    ] = 0
+    top_p: Annotated[
+        float,
+        between(0, 1, "1 keeps all", includes_low=False),
+        Option(
+            "sample from the fewest most likely tokens that together have probability P, and those as likely as the last of "
+            "them (nucleus sampling)",
+            group=SAMPLING,
+            metavar="P",
+            order=7,
+            sampling_only=True,
+            graph=GraphInput("filter", neutral=1, value=at_least_tiny),
+        ),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        between(0, 1, "0 keeps all"),
+        Option(
+            "sample from tokens with at least P times the probability of the most likely one",
+            group=SAMPLING,
+            metavar="P",
+            order=8,
+            sampling_only=True,
+            graph=GraphInput("filter", neutral=0),
+        ),
+    ] = 0.0
+    typical_p: Annotated[
+        float,
+        between(0, 1, "1 keeps all", includes_low=False),
+        Option(
+            "sample from the fewest tokens that together have probability P, those first whose surprisal, -log p, is nearest "
+            "to the entropy (locally typical sampling)",
+            group=SAMPLING,
+            metavar="P",
+            order=9,
+            sampling_only=True,
+            graph=GraphInput("filter", neutral=1, value=at_least_tiny, sorts=True),
+        ),
+    ] = 1.0
+    repetition_penalty: Annotated[
+        float,
+        between(1 / MAX_BIAS, MAX_BIAS, "1 is none"),
+        Option(
+            "divide the positive logits of tokens that the text or its prompt has by X, and multiply the negative ones",
+            group=SAMPLING,
+            metavar="X",
+            order=2,
+            sampling_only=True,
+            graph=GraphInput("penalty", neutral=1),
+        ),
+    ] = 1.0
+    presence_penalty: Annotated[
+        float,
+        between(-MAX_BIAS, MAX_BIAS, "0 is none"),
+        Option(
+            "subtract X from the logits of tokens that the text has, its prompt aside",
+            group=SAMPLING,
+            metavar="X",
+            order=3,
+            sampling_only=True,
+            graph=GraphInput("penalty", neutral=0, per_temperature=True),
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        between(-MAX_BIAS, MAX_BIAS, "0 is none"),
+        Option(
+            "subtract X from the logit of a token for each time that the text has it, its prompt aside",
+            group=SAMPLING,
+            metavar="X",
+            order=3,
+            sampling_only=True,
+            graph=GraphInput("penalty", neutral=0, per_temperature=True),
+        ),
+    ] = 0.0
+    no_repeat_ngram_size: Annotated[
+        int,
+        at_least(0, "0 allows any"),
+        Option(
+            "no sequence of N tokens comes twice, the prompt included",
+            group=SAMPLING,
+            metavar="N",
+            order=4,
+        ),
+    ] = 0
+    min_new_tokens: Annotated[
+        int,
+        at_least(0),
+        Option("tokens to generate before a text may end", group=CONTENT, metavar="N", order=4),
+    ] = 0
+    max_new_tokens: Annotated[
+        int,
+        at_least(1),
+        Option("tokens to generate at most", group=CONTENT, metavar="N", first=True),
+    ] = 200
+    num_beams: Annotated[
+        int,
+        between(1, MAX_BEAMS, "1 is no search"),
+        Option("beam search with K beams instead of sampling", group=SAMPLING, metavar="K"),
+    ] = 1
+    length_penalty: Annotated[
+        float,
+        between(-math.inf, math.inf, includes_low=False, includes_high=False),
+        Option(
+            "beam search ranks texts by log-probability / length ** X: above 1 favors longer texts, below 1 shorter ones",
+            group=SAMPLING,
+            metavar="X",
+        ),
+    ] = 1.0
+    suppress_tokens: Annotated[
+        tuple[int, ...], Option("tokens that are never generated; `--allow-unk` takes `<unk>` off the list", order=1)
+    ] = (UNKNOWN_ID,)
+    bad_words_ids: Annotated[
+        tuple[list[int], ...],
+        Option("sequences of tokens that are never generated; `--bad-words` adds to them (of several tokens: step 4)", order=1),
+    ] = ()
+    sequence_bias: Annotated[
+        tuple[tuple[list[int], float], ...],
+        Option(
+            "tokens, each in a list of its own, and what is added to its logit, at most 1,000,000; `--logit-bias` adds to it",
+            order=1,
+        ),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+        def expect(name: str, correct: bool, expected: str) -> None:
+            if not correct:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be {expected}")
+
+        expect("min_new_tokens", self.min_new_tokens <= self.max_new_tokens, f"from 0 to max_new_tokens, {self.max_new_tokens}")
+        expect("bad_words_ids", all(self.bad_words_ids), "sequences of at least one token")
+        expect(
+            "sequence_bias",
+            all(len(tokens) == 1 for tokens, _ in self.sequence_bias),
+            "tokens one by one, each in a list of its own",
+        )
+        expect(
+            "sequence_bias",
+            all(value == -math.inf or abs(value) <= MAX_BIAS for _, value in self.sequence_bias),
+            f"tokens and numbers, at most {MAX_BIAS:,}",
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always chosen."""
+        return not self.do_sample or self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a request, or a command line, asks for: `given` of GenerationConfig's options, and options of its own.
+
+    Raises UsageError for values out of bounds, by the names that the caller knows: flags, or params.
+    """
+
+    given: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    as_flags: bool = False
+    seed: Annotated[
+        int | None,
+        at_least(0),
+        Option("the same seed gives the same text (default: random, and printed)", group=SAMPLING, sampling_only=True),
+    ] = None
+    n: Annotated[int, at_least(1), Option("texts to generate for each prompt", group=CONTENT)] = 1
+    logprobs: Annotated[
+        int | None,
+        at_least(0),
+        Option(
+            "with --json: the log-probability of each token, and the K most likely ones in its place", group=OUTPUT, metavar="K"
+        ),
+    ] = None
+    stop: Annotated[
+        Sequence[str],
+        Option("end a text before these words; may be given several times", group=CONTENT, metavar="TEXT"),
+    ] = ()
+    bad_words: Annotated[
+        Sequence[str],
+        Option("words that never come in a row; may be given several times", group=SAMPLING, metavar="TEXT", order=4),
+    ] = ()
+    logit_bias: Annotated[
+        Sequence[str],
+        Option("add X to a word's logit; may be given several times", group=SAMPLING, metavar="WORD=X", order=1),
+    ] = ()
+    ignore_eos: Annotated[bool, Option("continue after the end of a text, with the next one", group=CONTENT)] = False
+    allow_unk: Annotated[bool, Option("allow the unknown token to be generated", group=SAMPLING, order=1)] = False
+    echo: Annotated[bool, Option("begin a text with its prompt (default: yes)", group=OUTPUT)] = True
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], *, as_flags: bool = False) -> Self:
+        """Return the options among `values`; None is as if it were not there."""
+        given = {name: value for name, value in values.items() if value is not None and name in PARAMS}
+        own = {name: given.pop(name) for name in list(given) if name in REQUEST}
+        return cls(given, as_flags, **own)
+
+    def __post_init__(self) -> None:
+        for name, value in {**self.given, **{name: getattr(self, name) for name in REQUEST}}.items():
+            bounds = PARAMS[name].bounds
+            if bounds and value is not None:
+                check(self.called(name), value, bounds)
+
+    def called(self, name: str) -> str:
+        """Return what the caller calls an option."""
+        return PARAMS[name].flag if self.as_flags else name
+
+    def is_given(self, name: str) -> bool:
+        """Whether the caller has set an option."""
+        return name in self.given or (name in REQUEST and getattr(self, name) != REQUEST[name].default)
+
+
+def rows_of(kind: type) -> dict[str, Row]:
+    """Return the rows of the table that are the fields of a dataclass."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    rows = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if get_origin(hint) is not Annotated:
+            continue
+        plain, *metadata = get_args(hint)
+        option = next(extra for extra in metadata if isinstance(extra, Option))
+        bounds = next((extra for extra in metadata if isinstance(extra, Bounds)), None)
+        simple = next((simple for simple in (bool, int, float, str) if plain is simple or simple in get_args(plain)), list)
+        rows[name] = Row(name, simple, get_origin(plain) is Sequence, defaults[name], bounds, option)
+    return rows
+
+
+GENERATION = rows_of(GenerationConfig)
+"""The options of generation_config.json."""
+REQUEST = rows_of(Options)
+"""The options of a request alone."""
+LISTED = sorted(GENERATION.values(), key=lambda row: (not row.option.first, row.option.group != CONTENT))
+PARAMS = {row.name: row for row in LISTED if row.option.group} | REQUEST
+"""The flags of lmdist-generate, and the params of the server, in their order."""
+APPLIED = sorted((row for row in PARAMS.values() if row.option.order), key=lambda row: row.option.order)
+"""Those of them that change which token is sampled, in the order in which they are applied."""
+
+
+# --- the graphs ----------------------------------------------------------------------------------------------------
+
+GRAPH = {name: row.option.graph for name, row in GENERATION.items() if row.option.graph}
+"""The options that the graphs apply."""
+FILTERS = {name: graph for name, graph in GRAPH.items() if graph.role == "filter"}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a graph that generates can do; it has no nodes for anything else. A filter has a field of its name."""
+
+    greedy: bool = False
+    adjusted: bool = False
+    """Whether it applies penalties, and a bias of each row, to the logits."""
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+    typical_p: bool = False
+
+    @property
+    def filters(self) -> list[GraphInput]:
+        """The filters that it applies."""
+        return [graph for name, graph in FILTERS.items() if getattr(self, name)]
+
+    @property
+    def sorted(self) -> bool:
+        """Whether it sorts the tokens: for the first few, or for an order that is not that of likelihood."""
+        return any(graph.sorts for graph in self.filters)
+
+    @property
+    def attempts(self) -> int:
+        """A: uniform numbers a token."""
+        return ATTEMPTS if self.filters and not (self.sorted or self.greedy) else 1
+
+
+EVERY_FEATURE = Features(adjusted=True, **dict.fromkeys(FILTERS, True))
+
+
+def features_of(config: GenerationConfig, row_bias: bool = False) -> Features:
+    """Return what a graph must be able to do for `config`, with a bias of each row or without."""
+    active = {name: graph.role for name, graph in GRAPH.items() if getattr(config, name) != graph.neutral}
+    adjusted = row_bias or "penalty" in active.values()
+    filters = {name: True for name in FILTERS if name in active and not config.greedy}
+    return Features(config.greedy, adjusted, **filters)
+
+
+def graph_inputs(features: Features, role: Role) -> dict[str, GraphInput]:
+    """Return the options of a role that are inputs of a graph with these features."""
+    if role == "filter":
+        # TopK sorts for the other filters too: without top-k all tokens are its candidates.
+        return {
+            name: graph for name, graph in FILTERS.items() if getattr(features, name) or (name == "top_k" and features.sorted)
+        }
+    present = features.adjusted if role == "penalty" else not features.greedy
+    return {name: graph for name, graph in GRAPH.items() if graph.role == role and present}

@@ -1,0 +1,147 @@
+"""The one home of onnxruntime: find it, check provider and processor, and open sessions of graphs over a file of weights.
+
+It knows no sampling. No torch and no onnx: a machine that samples has neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.metadata
+import io
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmdist.cpus import available_cpus
+from lmdist.errors import DataError, UsageError, one_line
+from lmdist_export.bundle import PROVIDERS, WEIGHTS
+from lmdist_export.graph.network import Target
+from lmdist_export.graph.onnx_file import FLOAT, UINT8, Graph, model_bytes
+from lmdist_export.graph.sizes import Sizes
+
+
+class Runtime:
+    """Opens graphs over one file of weights, on one provider."""
+
+    def __init__(self, folder: Path, sizes: Sizes, provider: str, threads: int) -> None:
+        """Raises UsageError for a provider that does not run here, or not in the precision of the weights."""
+        if provider not in PROVIDERS:
+            raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
+        if threads < 0:
+            raise UsageError(f"threads is {threads}; it must be at least 1, or 0 to choose by the machine")
+        if provider == "cuda" and sizes.is_quantized:
+            raise UsageError(
+                f"precision {sizes.precision} runs on a CPU only: use --provider cpu, or export with --precision fp16"
+            )
+        onnxruntime = import_onnxruntime()
+        onnxruntime.set_default_logger_severity(4)
+        if provider == "cuda":
+            load_cuda(onnxruntime)
+        self.folder, self.sizes, self.provider, self.threads = folder, sizes, provider, threads
+        self.target = Target(WEIGHTS, provider == "cuda", sizes.is_quantized and int8_saturates(threads))
+
+    def open(self, graph: Callable[..., bytes], captured: bool = False) -> Any:
+        """Return a session of the graph that `graph` builds from the sizes, `captured` as a CUDA graph at its first call."""
+        return open_session(graph(self.sizes, target=self.target), self.folder, self.provider, self.threads, captured)
+
+
+@cache
+def int8_saturates(threads: int) -> bool:
+    """Return whether this processor's int8 matrix multiplication saturates at 16 bits, as without VNNI."""
+    g = Graph("probe")
+    left = g.input("left", UINT8, ["rows", 64])
+    right = g.constant(np.full((64, 64), 127, np.int8))
+    scale, zero = g.constant(np.float32(1)), g.constant(np.uint8(0))
+    g.output(g("MatMulIntegerToFloat", left, right, scale, scale, zero, ""), "product", FLOAT, ["rows", 64])
+    session = open_session(model_bytes(g, {}), Path(), "cpu", threads)
+    return session.run(None, {"left": np.full((1, 64), 255, np.uint8)})[0][0, 0] != 64 * 255 * 127
+
+
+def open_session(graph: bytes, folder: Path, provider: str, threads: int, captured: bool = False) -> Any:
+    """Return a session of `graph`, with weights in `folder`, on `provider` and no other; or raise UsageError."""
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or default_threads()
+    # Between two steps the threads wait: spinning would take the cores from other processes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[provider]
+    reason = "onnxruntime fell back to the CPU"
+    try:
+        # Without enable_fallback=0 onnxruntime replaces a provider that fails, and prints it to stdout, amid the text.
+        providers = [(name, {"enable_cuda_graph": "1"})] if captured else [name]
+        session = onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+        # get_available_providers() lists what was compiled in, get_providers() what runs.
+        if session.get_providers()[0] == name:
+            return session
+    except Exception as error:  # onnxruntime's errors have no common base class
+        if provider == "cpu":
+            raise DataError(f"{folder} cannot be opened by onnxruntime {onnxruntime.__version__}: {one_line(error)}") from None
+        reason = one_line(error)
+    raise UsageError(
+        f"provider cuda does not run here: {reason}. Check nvidia-smi and that CUDA and cuDNN are there "
+        "(pip install 'lmdist[gpu]'), or use --provider cpu"
+    )
+
+
+def import_onnxruntime() -> Any:
+    """Return the onnxruntime module; raises UsageError with the remedy if none or two of its wheels are installed."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it sends telemetry by default, on Linux too
+    wheels = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed(name)]
+    if len(wheels) == 2:
+        raise UsageError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'lmdist[cpu]' or 'lmdist[gpu]'"
+        )
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+        # If one of two wheels was uninstalled, an empty module is left.
+        assert onnxruntime.InferenceSession
+    except (ImportError, AttributeError) as error:
+        remedy = f"pip install --force-reinstall {wheels[0]}" if wheels else "pip install 'lmdist[cpu]' (or 'lmdist[gpu]')"
+        raise UsageError(f"onnxruntime cannot be imported ({one_line(error)}): {remedy}") from None
+    return onnxruntime
+
+
+def runtime_version() -> str:
+    """Return the version of onnxruntime."""
+    return import_onnxruntime().__version__
+
+
+def installed(distribution: str) -> bool:
+    """Return whether a distribution is installed, working or not."""
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def load_cuda(onnxruntime: Any) -> None:
+    """Load the libraries of the CUDA provider; raises UsageError if the driver or the provider is missing."""
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise UsageError(
+            "provider cuda: this onnxruntime is built without CUDA: "
+            "pip uninstall -y onnxruntime, then pip install 'lmdist[gpu]'; or use --provider cpu"
+        )
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise UsageError(
+            "provider cuda: libcuda.so.1 does not load, so this machine has no NVIDIA driver: use --provider cpu"
+        ) from None
+    # CUDA and cuDNN of pip's nvidia-* wheels. It prints what it does not find; opening the session shows whether that matters.
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()
+
+
+def default_threads() -> int:
+    """Return the number of threads: the available CPUs, at most 4, since a step is too small for more."""
+    return min(4, available_cpus())

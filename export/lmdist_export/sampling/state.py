@@ -1,0 +1,129 @@
+"""The state of texts between two calls: what was read, what is still to read, and the random numbers to come.
+
+No onnxruntime here: a state is saved, forked and joined without it.
+
+Shapes: B batch, P tokens of a prompt, N new tokens, A uniform numbers a token, V vocabulary (V' rounded up to whole blocks), S
+the sum of the layers' sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmdist.errors import DataError, MissingInputError, one_line
+from lmdist_export.graph.cell import STATE
+
+ModelState = tuple[NDArray[np.float32], ...]
+"""The parts of the state in the order of cell.STATE, each (B, S): the layers side by side. Row b is all that the model knows of
+text b."""
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of B texts: what was read, the tokens still to read, and the random numbers to come."""
+
+    tokens: NDArray[np.int64]
+    """(B, P): the tokens that were not read yet, of each row its first `lengths`."""
+    lengths: NDArray[np.int64]
+    """(B)"""
+    model: ModelState
+    """The model's state before `tokens`."""
+    generators: tuple[np.random.Generator, ...] = ()
+    """Of each row; none before the state is seeded. States share them, so whoever samples copies them first."""
+    counts: NDArray[np.float32] | None = None
+    """(B, V'): how often each token was generated; None if nothing asked for it."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def seeded(self, seed: int) -> State:
+        """Return the same texts with new generators of random numbers: that of row b is seeded with the seed and b."""
+        return replace(self, generators=tuple(np.random.default_rng([seed, row]) for row in range(len(self))))
+
+    def fork(self, texts: int, seed: int) -> State:
+        """Return `texts` rows that all continue this one, each with random numbers of its own."""
+        assert len(self) == 1, len(self)
+        return self.rows([0] * texts).seeded(seed)
+
+    def rows(self, numbers: Sequence[int]) -> State:
+        """Return the rows with these numbers."""
+        index = list(numbers)
+        return State(
+            self.tokens[index],
+            self.lengths[index],
+            select(self.model, index),
+            tuple(self.generators[row] for row in index) if self.generators else (),
+            None if self.counts is None else self.counts[index],
+        )
+
+    def counts_like(self, other: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the counts (B, V'), zeros if nothing asked for them yet; V' is that of the counts of an `other` state."""
+        return np.zeros((len(self), other.shape[1]), np.float32) if self.counts is None else self.counts
+
+    def save(self, path: Path) -> None:
+        """Write the state to a file."""
+        arrays = {"words": self.tokens, "lengths": self.lengths, **dict(zip(STATE, self.model, strict=True))}
+        if self.counts is not None:
+            arrays["counts"] = self.counts
+        generators = json.dumps([generator.bit_generator.state for generator in self.generators])
+        with path.open("wb") as file:
+            np.savez(file, generators=np.array(generators), allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> State:
+        """Read a state; raises MissingInputError, or DataError if the file holds none."""
+        try:
+            # Opened here, because numpy does not close a file that is damaged.
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                generators = tuple(restored(state) for state in json.loads(str(file["generators"])))
+                counts = file.get("counts")
+                model = tuple(file[name] for name in STATE)
+                return cls(file["words"], file["lengths"], model, generators, counts)
+        except FileNotFoundError:
+            raise MissingInputError(f"{path} does not exist; a state written by State.save is expected") from None
+        except Exception as error:  # numpy, zipfile and json each have errors of their own
+            raise DataError(f"{path} is not a state written by State.save: {one_line(error)}") from None
+
+
+def joined(states: Sequence[State]) -> State:
+    """Return the rows of all `states`, one after the other."""
+    longest = max(state.tokens.shape[1] for state in states)
+    padded = [np.pad(state.tokens, ((0, 0), (0, longest - state.tokens.shape[1]))) for state in states]
+    counted = next((state.counts for state in states if state.counts is not None), None)
+    return State(
+        np.concatenate(padded),
+        np.concatenate([state.lengths for state in states]),
+        tuple(np.concatenate(parts) for parts in zip(*(state.model for state in states), strict=True)),
+        tuple(generator for state in states for generator in state.generators),
+        None if counted is None else np.concatenate([state.counts_like(counted) for state in states]),
+    )
+
+
+def select(state: ModelState, rows: Sequence[int] | NDArray[np.integer]) -> ModelState:
+    """Return these rows of a model's state."""
+    return tuple(part[rows] for part in state)
+
+
+def copied(generator: np.random.Generator) -> np.random.Generator:
+    """Return a generator of the same numbers."""
+    return restored(generator.bit_generator.state)
+
+
+def restored(state: Any) -> np.random.Generator:
+    """Return the generator that has this state."""
+    generator = np.random.default_rng(0)
+    generator.bit_generator.state = state
+    return generator
+
+
+def uniform_numbers(generators: Sequence[np.random.Generator], num_tokens: int, attempts: int) -> NDArray[np.float32]:
+    """Return the next uniform numbers of each row, (N, B, A), which advances the generators."""
+    rows = [generator.random((num_tokens, attempts), np.float32) for generator in generators]
+    return np.ascontiguousarray(np.stack(rows, axis=1))

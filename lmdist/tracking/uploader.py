@@ -1,0 +1,185 @@
+"""The uploader: a process beside rank 0 that replays the run's folder into MLflow while the job runs.
+
+`Uploader` is its handle in rank 0: it starts the process and, at the end, sends it the status of the run through a pipe.
+`follow` is what the process does. It uploads every PERIOD_SECONDS, retries with back-off while MLflow does not answer, and
+exits at most ORPHAN_SECONDS after its job, however that ended. It does not know how a run is uploaded (replay.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from threading import Event, Thread
+from typing import IO, Any
+
+from lmdist.errors import EXIT_AGAIN, Stopped
+from lmdist.storage.locks import exclusive_lock
+from lmdist.tracking.replay import Replay
+from lmdist.tracking.run_folder import METRICS, UPLOAD_LOCK, update_metadata
+from lmdist.tracking.store import error_name, is_file, silence, store_address
+
+COMMAND = ("-m", "lmdist.tracking.sync", "--follow")
+"""Arguments of Python that start the process; the run's folder follows."""
+SERVER_WAIT_SECONDS = 9.0
+"""How long the end of a job waits for a server; with the kill and the rest of the exit it stays below 10."""
+FILE_WAIT_SECONDS = 120.0
+"""The same for a store in a file, which is only slow when many jobs share it."""
+PERIOD_SECONDS = 10.0
+"""Between two uploads. Each takes some 50 ms of a core that a training may want, so they are rare: below 1 %."""
+LONGEST_BACKOFF_SECONDS = 30.0
+"""Between two attempts while MLflow does not answer; the back-off doubles from one second on."""
+MAX_ATTEMPTS = 3
+"""Failures in a row after which the end of a job does not retry."""
+ORPHAN_SECONDS = 4.0
+"""How long the process outlives its job, at most."""
+
+
+class Uploader:
+    """Rank 0's handle of the uploader process. It never raises, whatever becomes of the process."""
+
+    def __init__(self, run: Path) -> None:
+        """Start the process for the folder `run`."""
+        self.wait_seconds = FILE_WAIT_SECONDS if is_file(store_address()) else SERVER_WAIT_SECONDS
+        self.child: subprocess.Popen[bytes] | None = None
+        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+        with suppress(OSError):  # no memory or no process left: the end of the job reports that points are missing
+            self.child = subprocess.Popen(
+                [sys.executable, *COMMAND, str(run)],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, **one_thread},
+                process_group=0,  # Ctrl-C and signals to a process group are for the job, which informs the uploader
+            )
+
+    def finish(self, status: str) -> bool:
+        """Send the run's status and wait for the process to exit; return whether MLflow has all of the run."""
+        if self.child is None:
+            return False
+        assert self.child.stdin
+        try:
+            with suppress(OSError):  # it has exited already
+                self.child.stdin.write(f"{status}\n".encode())
+            return self.child.wait(self.wait_seconds) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            self.child.kill()
+            with suppress(subprocess.TimeoutExpired):  # a process that hangs in a file system cannot be killed
+                self.child.wait(1)
+            self.child.stdin.close()
+
+
+def follow(run: Path, stderr: IO[str]) -> int:
+    """Upload a run until its job, at the other end of stdin, has ended; return the exit code. Messages go to `stderr`."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a job is often ended by a signal to all its processes; uploads remain
+    os.nice(19)  # at 10 it still takes a tenth of a core from a training that uses them all
+    job = JobStatus(sys.stdin)
+    with silence(), ExitStack() as stack:
+        while True:
+            with suppress(Stopped):  # held by the uploader of a job that was just killed, or by lmdist-sync
+                stack.enter_context(exclusive_lock(run / UPLOAD_LOCK, 1))
+                break
+            if job.ended.is_set():
+                return EXIT_AGAIN
+        replay = Replay(run, update_metadata(run, status="RUNNING"), live=True)
+        points, files = Retry("points", run / METRICS, run, stderr), Retry("files", run, run, stderr)
+
+        def upload_files() -> None:
+            replay.upload_files()
+            replay.monitor_system()
+
+        while not job.ended.wait(1):
+            if points.due:
+                points.attempt(replay.upload_points)
+            if points.succeeded and files.due:
+                files.attempt(upload_files)
+        replay.metadata = update_metadata(run, status=job.status)
+        complete = points.persist(lambda: replay.upload_status(job.status)) and files.persist(
+            lambda: replay.upload_files(ended=True)
+        )
+        return 0 if complete else EXIT_AGAIN
+
+
+class JobStatus:
+    """The status of the job, received through a pipe by a thread."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self.pipe = pipe
+        self.ended = Event()
+        self.status = "RUNNING"
+        Thread(target=self.listen, name="job", daemon=True).start()
+
+    def listen(self) -> None:
+        """Read the line with the status, then end this process soon after the pipe is closed: the job's process is gone."""
+        for line in iter(self.pipe.readline, ""):
+            self.status = line.strip()
+            self.ended.set()
+        if not self.ended.is_set():
+            self.status = "KILLED"
+            self.ended.set()
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(EXIT_AGAIN)
+
+
+class Retry:
+    """One kind of upload with back-off: one warning in an outage, one line when uploads succeed again."""
+
+    def __init__(self, what: str, place: Path, run: Path, stderr: IO[str]) -> None:
+        """Retry the upload of `what`, which lies in `place`, a part of the folder `run`."""
+        self.what = what
+        self.place = place
+        self.run = run
+        self.stderr = stderr
+        self.failures = 0
+        self.next_time = 0.0
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the last attempt succeeded."""
+        return self.failures == 0
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for the next attempt."""
+        return time.monotonic() >= self.next_time
+
+    def attempt(self, upload: Callable[[], Any]) -> bool:
+        """Try once; return whether it succeeded. A first failure is not reported: an idle connection may have been closed."""
+        try:
+            upload()
+        except Exception as error:  # any exception of MLflow and the libraries below it: tracking never hurts training
+            self.next_time = time.monotonic() + min(2**self.failures, LONGEST_BACKOFF_SECONDS)
+            self.failures += 1
+            if self.failures == 2:
+                self.print(
+                    f"warning: MLflow does not accept this run's {self.what} ({error_name(error)}); they are in {self.place}; "
+                    f"lmdist-sync {self.run} uploads them later"
+                )
+            return False
+        if self.failures > 1:
+            self.print(f"MLflow accepts this run's {self.what} again")
+        self.next_time = time.monotonic() + PERIOD_SECONDS
+        self.failures = 0
+        return True
+
+    def persist(self, upload: Callable[[], Any]) -> bool:
+        """Try up to MAX_ATTEMPTS times, once where it has failed for long; return whether it succeeded."""
+        while not self.attempt(upload):
+            if self.failures >= MAX_ATTEMPTS:
+                return False
+            time.sleep(max(0.0, self.next_time - time.monotonic()))
+        return True
+
+    def print(self, line: str) -> None:
+        """Print a line, if the other end still reads."""
+        with suppress(OSError):
+            self.stderr.write(f"{line}\n")
+            self.stderr.flush()
