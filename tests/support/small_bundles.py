@@ -46,11 +46,7 @@ def make_model(settings: ModelSettings, vocabulary_size: int) -> LanguageModel:
 
 
 def make_data(folder: Path, tokenizer: Tokenizer = "word_tokenize", words: Sequence[str] = WORDS) -> Path:
-<<<<<<< .merge_file_smnzH2
-    """A data folder with a train and a valid split of 600 random words."""
-=======
     """Write a data folder with a train and a valid split of 600 random tokens."""
->>>>>>> .merge_file_ancY8K
     folder.mkdir(parents=True)
     vocabulary = Vocabulary(["<unk>", "<eos>", *words])
     vocabulary.save(folder / "vocab.txt")
