@@ -1,9 +1,9 @@
-"""What each precision of a bundle costs: a trained run is exported in all of them, and each says what it lost.
+"""What each precision of a bundle costs: export a trained run in all of them, and read the cost from the manifests.
 
     python benchmarks/precisions.py runs/demo [--json FILE]
 
-Perplexity on held-out text, how often the likeliest word is that of torch, the largest difference of a logit, and megabytes:
-the figures of each bundle's manifest. The baseline is fp32. `make quickstart` trains runs/demo.
+Perplexity on held-out text, how often the most likely token is torch's, the max absolute error of a logit, and megabytes. The
+baseline is fp32. `make quickstart` trains runs/demo.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lmdist_export.export import export
+from lmdist_export.conversion.exporting import Checkpoint, export_bundle, held_out_text
 from origin import facts, write_rows
 
 NAMES = ("fp32", "fp16", "int8", "int4")
@@ -26,16 +26,18 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run with its data folder where the training had it")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
+    checkpoint = Checkpoint.load(arguments.run)
+    held_out_tokens = held_out_text(checkpoint, None)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for precision in NAMES:
-            manifest = export(arguments.run, Path(folder) / precision, None, precision, ANY_LOSS)
+            manifest = export_bundle(checkpoint, Path(folder) / precision, held_out_tokens, precision, ANY_LOSS)
             held_out = manifest["held_out"]
             figures = {
                 "perplexity": held_out["onnxruntime"],
                 "% lost": held_out["loss_percent"],
-                "same likeliest word": held_out["top_1_agreement"],
-                "largest logit difference": held_out["largest_logit_difference"],
+                "top-1 agreement": held_out["top_1_agreement"],
+                "max logit error": held_out["largest_logit_difference"],
                 "MB": manifest["files"]["weights.bin"]["bytes"] / 1e6,
             }
             variant = "baseline" if precision == "fp32" else precision

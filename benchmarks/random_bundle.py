@@ -1,4 +1,4 @@
-"""A bundle whose weights are as they are before training, for benchmarks that ask how fast and not what."""
+"""A bundle with random weights, for benchmarks that measure speed and not quality."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 
 
 def make_bundle(folder: Path, embedding_size: int, hidden_size: int, vocabulary_size: int) -> Path:
-    """Write a checkpoint of two layers, runs/random, and give its bundle."""
+    """Write a checkpoint of two layers, runs/random, export it, and return its bundle."""
     data = folder / "data"
     data.mkdir()
     Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(data / "vocab.txt")

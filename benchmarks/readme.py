@@ -200,14 +200,14 @@ def parts() -> str:
 
 
 def sampling() -> str:
-    """Words a second of the baseline, and how many times as many the other ways make."""
-    ways = [name for name in SAMPLING if any(row["variant"] == name for row in words_made())]
+    """Return the speed of the baseline, and the ratios of the other ways to it."""
+    ways = [name for name in SAMPLING if any(row["variant"] == name for row in sampling_speed_rows())]
     rows = []
-    for case in dict.fromkeys(row["case"] for row in words_made()):
-        here = {row["variant"]: row for row in words_made() if row["case"] == case}
+    for case in dict.fromkeys(row["case"] for row in sampling_speed_rows()):
+        here = {row["variant"]: row for row in sampling_speed_rows() if row["case"] == case}
         cells = [faster(here[name]) if name in here else "" for name in ways]
         rows.append([*case.split(", batch "), *cells])
-    return markdown([MODEL, "texts at a time", *(SAMPLING[name] for name in ways)], rows)
+    return markdown([MODEL, "batch size", *(SAMPLING[name] for name in ways)], rows)
 
 
 def sampling_summary() -> str:
@@ -217,25 +217,25 @@ def sampling_summary() -> str:
 
 
 SAMPLING = {
-    "baseline": "torch, a step a word",
-    "torch, all words again": "torch, all words again for each",
+    "baseline": "torch, a step a token",
+    "torch, all tokens again": "torch, all tokens again for each",
     "torch.compile": "torch.compile",
-    "onnxruntime, word by word": "onnxruntime, word by word",
+    "onnxruntime, token by token": "onnxruntime, token by token",
     **{f"lmdist {precision}": f"lmdist {precision}" for precision in ("fp32", "fp16", "int8", "int4")},
 }
-"""How words are made, and how the tables call it."""
+"""The variants, and their names in the tables."""
 MODEL = "model: embedding, layers, vocabulary"
 
 
 def faster(row: dict[str, Any]) -> str:
-    """The words a second of a baseline, or the ratio of another way to it."""
+    """Return the speed of a baseline, or the ratio of another way to it."""
     if row["variant"] == "baseline":
-        return f"{row['value']:,.0f} words/s"
+        return f"{row['value']:,.0f} tokens/s"
     return f"**{row['ratio']:.1f}x**" if row["variant"].startswith("lmdist") else f"{row['ratio']:.1f}x"
 
 
 def sampling_speeds() -> str:
-    """Words a second and memory of every way, with the spread of the rounds."""
+    """Return speed and memory of every variant, with the spread of the rounds."""
     rows = [
         [
             *row["case"].split(", batch "),
@@ -243,40 +243,40 @@ def sampling_speeds() -> str:
             f"{row['value']:,.0f} ± {row['spread'] / 2:,.0f}",
             *(f"{row['ratio']:.1f}x", f"{row['peak_mib']:,} MiB"),
         ]
-        for row in words_made()
+        for row in sampling_speed_rows()
         if row["variant"] in SAMPLING
     ]
-    return markdown([MODEL, "texts at a time", "how", "words/s", "ratio", "peak memory"], rows)
+    return markdown([MODEL, "batch size", "how", "tokens/s", "ratio", "peak memory"], rows)
 
 
 def sampling_options() -> str:
-    """What the options of a draw cost."""
+    """Return what the options of sampling cost."""
     rows = []
-    for row in words_made():
+    for row in sampling_speed_rows():
         way, comma, option = row["variant"].partition(", ")
         if way.startswith("lmdist") and comma:
-            (without,) = (other for other in words_made() if other["case"] == row["case"] and other["variant"] == way)
+            (without,) = (other for other in sampling_speed_rows() if other["case"] == row["case"] and other["variant"] == way)
             of_it = f"{row['value'] / without['value']:.0%}"
-            rows.append([*row["case"].split(", batch "), way, option, f"{row['value']:,.0f} words/s", of_it])
-    return markdown([MODEL, "texts at a time", "", "option", "speed", "of that without"], rows)
+            rows.append([*row["case"].split(", batch "), way, option, f"{row['value']:,.0f} tokens/s", of_it])
+    return markdown([MODEL, "batch size", "", "option", "speed", "of that without"], rows)
 
 
 def sampling_shares() -> str:
-    """How much of what the machine can do is used."""
+    """Return the share of the machine's limits that is used."""
     found = [row for row in newest_sampling() if row["unit"] == "share"]
     rows = []
     for case in dict.fromkeys(row["case"] for row in found):
         here = {row["variant"]: row for row in found if row["case"] == case}
         cells = [f"{here[name]['value']:.0%}" if name in here else "" for name in SHARES]
         rows.append([*case.split(", batch "), next(iter(here.values()))["of"], *cells])
-    return markdown([MODEL, "texts at a time", "of what can be done by", *(SAMPLING[name] for name in SHARES)], rows)
+    return markdown([MODEL, "batch size", "of the limit of", *(SAMPLING[name] for name in SHARES)], rows)
 
 
 SHARES = ("baseline", "lmdist fp32", "lmdist int8", "lmdist int4")
 
 
 def sampling_limits() -> str:
-    """What the machine can do, and how long whole processes take."""
+    """Return the machine's limits, and the times of whole processes."""
     rows = [
         ["`import torch`" if row["variant"] == "baseline" else row["variant"], f"{row['value']:g} {row['unit']}"]
         for row in newest_sampling()
@@ -351,7 +351,7 @@ def default(row: Row) -> tuple[str, str]:
 
 
 def precisions() -> str:
-    """What each precision costs a trained model."""
+    """Return what each precision costs a trained model."""
     rows = []
     for run in results("precisions"):
         for variant in dict.fromkeys(row["variant"] for row in run):
@@ -360,12 +360,12 @@ def precisions() -> str:
                 [
                     "fp32" if variant == "baseline" else variant,
                     f"{figures['perplexity']:,.2f} ({figures['% lost']:+.2f} %)",
-                    f"{figures['same likeliest word']:.1%}",
-                    f"{figures['largest logit difference']:.2g}",
+                    f"{figures['top-1 agreement']:.1%}",
+                    f"{figures['max logit error']:.2g}",
                     f"{figures['MB']:.1f}",
                 ]
             )
-    return markdown(["precision", "perplexity", "the likeliest word is torch's", "largest difference of a logit", "MB"], rows)
+    return markdown(["precision", "perplexity", "top-1 agreement with torch", "max error of a logit", "MB"], rows)
 
 
 def newest_sampling() -> list[dict[str, Any]]:
@@ -373,9 +373,9 @@ def newest_sampling() -> list[dict[str, Any]]:
     return next(reversed(results("sampling-cpu2")), [])
 
 
-def words_made() -> list[dict[str, Any]]:
-    """Those of its rows that are words a second."""
-    return [row for row in newest_sampling() if row["unit"] == "words/s"]
+def sampling_speed_rows() -> list[dict[str, Any]]:
+    """Return those of its rows that are speeds."""
+    return [row for row in newest_sampling() if row["unit"] == "tokens/s"]
 
 
 def curves() -> str:

@@ -1,25 +1,25 @@
-"""How many words a second a model makes: lmdist against the PyTorch and onnxruntime that people write.
+"""How many tokens a second a model generates: lmdist against the PyTorch and onnxruntime that people write.
 
     python benchmarks/sampling.py [--json benchmarks/results/sampling-MACHINE-DATE.json] [--plot FILE]     # one CPU core
     python benchmarks/sampling.py --quick
     python benchmarks/sampling.py --device cuda --json benchmarks/results/sampling-MACHINE-DATE.json
 
-Three models with random weights, and one, 16 or 64 texts at a time. Every variant draws each word from the whole
-distribution, at temperature 1. The baseline is a step of `nn.LSTM` a word, softmax and `torch.multinomial`. Beside it stand:
-the same with all words so far read again for each new one, as tutorials do it, of a text that grows to 30 words; the step by
-`torch.compile`, with frozen weights; lmdist's step graph called word by word, with numpy to draw; and lmdist's own way, the
-loop in the graph, in each precision. What options cost is measured with the model M in int8 (fp16 on a GPU).
+Three models with random weights, and batch sizes 1, 16 and 64. Every variant samples from the whole distribution, at
+temperature 1. The baseline is a step of `nn.LSTM` a token, softmax and `torch.multinomial`. The others: the same with all
+tokens so far read again for each new one, as tutorials do it, for a text that grows to 30 tokens; the step by
+`torch.compile`, with frozen weights; lmdist's step graph called token by token, with numpy to sample; and lmdist's own way,
+the loop in the graph, in each precision. The cost of options is measured with the model M in int8 (fp16 on a GPU).
 
-Every variant is a process of its own on one core, and they take turns, every round in another order; so a machine that slows
-down slows all of them. The value is the median of the rounds. Peak memory is that of the process, less what it had before the
-model was made; of torch.compile, compiling is in it.
+Every variant is a process of its own on one core. They take turns, every round in another order, so a machine that slows down
+slows all of them. The value is the median of the rounds. Peak memory is that of the process, less what it had before the
+model was built; for torch.compile it includes compiling.
 
-`share` rows say how much of what the machine can do is used. With one text each weight is read once a word: its bytes, against
-the fastest of four ways to read 256 MiB of fp32 numbers by numpy, or torch on a GPU. With 64 texts the multiplications count,
-against onnxruntime's product of 64 x 1024 numbers with M's projection in the same precision. Both are measured before and after
-all else, on the same core, and the best counts.
+`share` rows are the share of the machine's limits that is used. At batch size 1 each weight is read once a token: its bytes,
+against the fastest of four ways to read 256 MiB of fp32 numbers by numpy, or torch on a GPU. At batch size 64 the
+multiplications count, against onnxruntime's matmul of 64 x 1024 numbers with M's projection in the same precision. Both are
+measured before and after everything else, on the same core, and the best counts.
 
-The time to the first word is that of a whole process: `lmdist-generate` with a prompt, against `import torch` alone.
+The time to the first token is that of a whole process: `lmdist-generate` with a prompt, against `import torch` alone.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ from lmdist_export.sampling.sampler import Sampler
 from origin import facts, write_rows
 
 BASELINE = "baseline"
-AGAIN = "torch, all words again"
+AGAIN = "torch, all tokens again"
 COMPILED = "torch.compile"
-STEPS = "onnxruntime, word by word"
+STEPS = "onnxruntime, token by token"
 LIMITS = "limits"
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp32", "fp16")}
 OPTIONS = {"greedy": {"do_sample": False}, "top-k 40": {"top_k": 40}, "top-p 0.9": {"top_p": 0.9}}
@@ -67,22 +67,22 @@ OPTIONS_MODEL, OPTIONS_BATCHES, OPTIONS_PRECISION = "M", (1, 64), {"cpu": "int8"
 AGAIN_LENGTHS = (8, 23)  # as long in the mean as all from 1 to 30
 COMPILE_SECONDS = 240  # a step that takes longer to compile has no row
 BYTES_READ = 2**28  # far more than any cache holds
-FIRST_WORD = ["--prompt", "w7 w77 w777", "--max-new-tokens", "1", "--seed", "1"]
+FIRST_TOKEN = ["--prompt", "w7 w77 w777", "--max-new-tokens", "1", "--seed", "1"]
 
 STYLES: dict[str, dict[str, Any]] = {
-    AGAIN: {"label": "torch, all words again", "color": "#c7c7c7", "marker": "v"},
-    BASELINE: {"label": "torch, a step a word", "color": "#7f7f7f", "marker": "s"},
+    AGAIN: {"label": "torch, all tokens again", "color": "#c7c7c7", "marker": "v"},
+    BASELINE: {"label": "torch, a step a token", "color": "#7f7f7f", "marker": "s"},
     COMPILED: {"label": "torch.compile", "color": "#3f3f3f", "marker": "D"},
-    STEPS: {"label": "onnxruntime, word by word", "color": "#e69f00", "marker": "^"},
+    STEPS: {"label": "onnxruntime, token by token", "color": "#e69f00", "marker": "^"},
     "lmdist fp32": {"label": "lmdist fp32", "color": "#9ecae1", "marker": "o", "linewidth": 2},
     "lmdist fp16": {"label": "lmdist fp16", "color": "#2171b5", "marker": "o", "linewidth": 2},
     "lmdist int4": {"label": "lmdist int4", "color": "#54278f", "marker": "o", "linewidth": 2, "linestyle": "--"},
     "lmdist int8": {"label": "lmdist int8", "color": "#2171b5", "marker": "o", "linewidth": 2},
 }
-"""Of the lines in the picture."""
+"""Of the lines in the plot."""
 
 Run = Callable[[int], int]
-"""Makes about so many words of each text; gives how many it made."""
+"""Generates about so many tokens of each text; returns how many they were."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ MODELS = (
 
 
 def random_model(kind: Callable[[ModelSettings, int], Any], model: Model) -> Any:
-    """A model of torch whose words come about as often as English ones: by Zipf's law, with Mandelbrot's 2.7."""
+    """Return a torch model whose tokens are about as frequent as English words: by Zipf's law, with Mandelbrot's 2.7."""
     import torch
 
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def random_model(kind: Callable[[ModelSettings, int], Any], model: Model) -> Any
 
 
 def write_bundle(model: Model, folder: Path, precision: str) -> None:
-    """A bundle of a model that nobody trained, so that there is nothing to compare."""
+    """Write a bundle with random weights, which nothing verifies."""
     from lmdist.model.language_model import LanguageModel
     from lmdist_export.conversion.weights import write_graphs
 
@@ -139,7 +139,7 @@ def write_bundle(model: Model, folder: Path, precision: str) -> None:
 
 
 def torch_steps(model: Model, device: str, batch: int, *, again: bool) -> Run:
-    """The PyTorch that people write: a step a word with the state kept, or all words so far read `again` for each."""
+    """Return the PyTorch that people write: a step a token with the state kept, or all tokens so far read `again` for each."""
     import torch
 
     from training import PlainModel
@@ -147,9 +147,9 @@ def torch_steps(model: Model, device: str, batch: int, *, again: bool) -> Run:
     plain = random_model(PlainModel, model).to(device)
 
     @torch.inference_mode()
-    def run(words: int) -> int:
+    def run(num_tokens: int) -> int:
         tokens, states, made = torch.full((batch, 1), END_ID, device=device), None, []
-        for number in range(words):
+        for number in range(num_tokens):
             if again:
                 text = tokens[:, -1:].expand(-1, AGAIN_LENGTHS[number % len(AGAIN_LENGTHS)])  # (B, T)
                 logits = plain(text, None)[0]
@@ -163,7 +163,7 @@ def torch_steps(model: Model, device: str, batch: int, *, again: bool) -> Run:
 
 
 def compiled_steps(model: Model, device: str, batch: int) -> Run:
-    """The step by torch.compile: plain products, since it cannot take `nn.LSTM`, and weights that it may rearrange."""
+    """Return the step by torch.compile: matmuls, because it cannot compile `nn.LSTM`, and weights that it may rearrange."""
     import torch
     from torch import Tensor, nn
     from torch._inductor import config
@@ -192,11 +192,11 @@ def compiled_steps(model: Model, device: str, batch: int) -> Run:
     step = torch.compile(random_model(Step, model).to(device), fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
-    def run(words: int) -> int:
+    def run(num_tokens: int) -> int:
         tokens, made = torch.full((batch,), END_ID, device=device), []
         h = [torch.zeros(batch, size, device=device) for size in model.settings.layer_sizes]
         c = [torch.zeros(batch, size, device=device) for size in model.settings.layer_sizes]
-        for _ in range(words):
+        for _ in range(num_tokens):
             tokens, h, c = step(tokens, h, c)
             made.append(tokens)
         return len(torch.stack(made).cpu())
@@ -205,14 +205,14 @@ def compiled_steps(model: Model, device: str, batch: int) -> Run:
 
 
 def onnxruntime_steps(folder: Path, device: str, batch: int) -> Run:
-    """The step graph called word by word, with numpy to draw."""
+    """Return the step graph called token by token, with numpy to sample."""
     sampler = Sampler(Bundle.load(folder), device, threads=1)
     session, random = sampler.step_session, np.random.default_rng(0)
 
-    def run(words: int) -> int:
+    def run(num_tokens: int) -> int:
         (h, c), made = sampler.initial_state(batch), []
         tokens = np.full((batch, 1), END_ID)
-        for _ in range(words):
+        for _ in range(num_tokens):
             logits, h, c = session.run(["logits", "next_h", "next_c"], {"tokens": tokens, "h": h, "c": c})
             logits = logits[:, -1]  # (B, V)
             up_to = np.exp(logits - logits.max(axis=1, keepdims=True)).cumsum(axis=1)
@@ -225,13 +225,13 @@ def onnxruntime_steps(folder: Path, device: str, batch: int) -> Run:
 
 
 def loop(folder: Path, device: str, batch: int, option: str) -> Run:
-    """lmdist: the loop in the graph."""
+    """Return lmdist's way: the loop in the graph."""
     sampler = Sampler(Bundle.load(folder), device, threads=1)
     config = GenerationConfig(**OPTIONS.get(option, {}))  # type: ignore[arg-type]
     state = sampler.start([[END_ID]] * batch).seeded(0)
 
-    def run(words: int) -> int:
-        return len(sampler.generate(state, config, words)[0])
+    def run(num_tokens: int) -> int:
+        return len(sampler.generate(state, config, num_tokens)[0])
 
     return run
 
@@ -240,7 +240,7 @@ def loop(folder: Path, device: str, batch: int, option: str) -> Run:
 
 
 def worker(model: Model, variant: str, batch: int, device: str, place: Path) -> None:
-    """Answers each line on stdin, a number of words, by the words made of all texts, the seconds and the peak of memory."""
+    """Answer each line on stdin, a number of tokens, by the tokens generated, the seconds and the peak memory."""
     on_torch = variant in (BASELINE, AGAIN, COMPILED)
     if on_torch:
         import torch
@@ -260,19 +260,19 @@ def worker(model: Model, variant: str, batch: int, device: str, place: Path) -> 
         run = loop(place / f"{model.name}-{precision}", device, batch, option)
     for line in sys.stdin:
         began = time.perf_counter()
-        made = batch * run(int(line))
+        generated = batch * run(int(line))
         seconds = time.perf_counter() - began
-        print(json.dumps({"words": made, "seconds": seconds, "peak_mib": (peak() - before) // 1024}), flush=True)
+        print(json.dumps({"tokens": generated, "seconds": seconds, "peak_mib": (peak() - before) // 1024}), flush=True)
 
 
 def peak() -> int:
-    """The most memory that this process has had, KiB; of getrusage it would inherit what its parent had."""
+    """Return the peak memory of this process, KiB; getrusage would include what it inherited from its parent."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def limits(device: str, place: Path) -> dict[str, float]:
-    """What the machine can do: bytes read a second, and of each precision multiplications a second."""
+    """Return the machine's limits: bytes read a second, and for each precision multiplications a second."""
     if device == "cuda":
         import torch
 
@@ -293,7 +293,7 @@ def limits(device: str, place: Path) -> dict[str, float]:
 
 
 def projection_graph(sizes: Sizes, target: Target) -> bytes:
-    """The product with the projection alone; of its result one column comes out."""
+    """Return the graph of the matmul with the projection alone; its output is one column of the result."""
     g = Graph("projection")
     network = Network(sizes, g, target)
     logits = network.logits(g, g.input("hidden", FLOAT, ["batch", sizes.layer_sizes[-1]]))
@@ -302,7 +302,7 @@ def projection_graph(sizes: Sizes, target: Target) -> bytes:
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Return how long `action` takes."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
@@ -312,13 +312,13 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"
 CORE = min(os.sched_getaffinity(0))
 
 
-def hold() -> None:
-    """Hold this process on one core."""
+def pin() -> None:
+    """Pin this process to one core."""
     os.sched_setaffinity(0, {CORE})
 
 
 class Worker:
-    """A worker process, held on one core."""
+    """A worker process, pinned to one core."""
 
     def __init__(self, *what: Any) -> None:
         self.process = subprocess.Popen(
@@ -327,11 +327,11 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=ENVIRONMENT,
-            preexec_fn=hold,
+            preexec_fn=pin,
         )
 
     def ask(self, question: str, seconds: float = 3600) -> dict[str, Any] | None:
-        """Its answer; None where it fails or takes longer."""
+        """Return its answer; None if it fails or takes longer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         alarm = threading.Timer(seconds, self.process.kill)
@@ -346,7 +346,7 @@ class Worker:
         return json.loads(answer) if answer else None
 
     def close(self) -> None:
-        """End it."""
+        """Terminate it."""
         self.process.communicate()
 
 
@@ -354,7 +354,7 @@ class Worker:
 
 
 def limits_of_core(device: str, place: Path) -> dict[str, float]:
-    """What a process held on the core finds that it can do."""
+    """Return the limits that a process pinned to the core measures."""
     one = Worker("", LIMITS, 0, device, str(place))
     answer = one.ask("")
     one.close()
@@ -365,7 +365,7 @@ def limits_of_core(device: str, place: Path) -> dict[str, float]:
 def measure(
     model: Model, batch: int, device: str, place: Path, rounds: int, seconds_a_turn: float, *, compiled: bool
 ) -> list[dict[str, Any]]:
-    """The rows of a model with so many texts at a time."""
+    """Return the rows of a model at a batch size."""
     variants = [AGAIN, BASELINE, *([COMPILED] if compiled else []), STEPS, *(f"lmdist {name}" for name in PRECISIONS[device])]
     if model.name == OPTIONS_MODEL and batch in OPTIONS_BATCHES:
         variants += [f"lmdist {OPTIONS_PRECISION[device]}, {name}" for name in OPTIONS]
@@ -395,15 +395,15 @@ def measure(
 
 
 def of_batch(model: Model, batch: int, device: str, taken: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of all variants with so many texts at a time."""
-    speeds = {name: [answer["words"] / answer["seconds"] for answer in answers] for name, answers in taken.items()}
+    """Return the rows of all variants at a batch size."""
+    speeds = {name: [answer["tokens"] / answer["seconds"] for answer in answers] for name, answers in taken.items()}
     baseline = statistics.median(speeds[BASELINE])
     return [
         {
             "case": f"{model.case}, batch {batch}",
             "variant": variant,
             "value": round(statistics.median(values), 1),
-            "unit": "words/s",
+            "unit": "tokens/s",
             "spread": round(max(values) - min(values), 1),
             "ratio": round(statistics.median(values) / baseline, 2),
             "peak_mib": taken[variant][-1]["peak_mib"] if device == "cpu" else None,
@@ -415,7 +415,7 @@ def of_batch(model: Model, batch: int, device: str, taken: dict[str, list[dict[s
 
 
 def shares(rows: list[dict[str, Any]], limit: dict[str, float], place: Path) -> list[dict[str, Any]]:
-    """What is used of what the machine can do: of memory with one text at a time, of its multiplications with 64."""
+    """Return the used share of the limits: of memory bandwidth at batch size 1, of multiplications at 64."""
     found = []
     for row in rows:
         if row["batch"] not in (1, 64) or (row["variant"] != BASELINE and ", " in row["variant"]) or row["variant"] == COMPILED:
@@ -450,7 +450,7 @@ def shares(rows: list[dict[str, Any]], limit: dict[str, float], place: Path) -> 
 
 
 def multiplications(sizes: Sizes) -> dict[str, int]:
-    """Of each matrix, to make a word."""
+    """Return the multiplications with each matrix for one token."""
     plain = weights(Sizes(sizes.layer_sizes, sizes.vocabulary_size, sizes.embedding_size, sizes.tied))
     return {
         name: weight.shape[0] * weight.shape[1]
@@ -460,7 +460,7 @@ def multiplications(sizes: Sizes) -> dict[str, int]:
 
 
 def limit_rows(limit: dict[str, float]) -> list[dict[str, Any]]:
-    """What the machine can do, as rows."""
+    """Return the limits as rows."""
     nothing = {"spread": None, "ratio": None, "peak_mib": None}
     return [
         {
@@ -475,20 +475,20 @@ def limit_rows(limit: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def start_up(device: str, place: Path, rounds: int) -> list[dict[str, Any]]:
-    """How long whole processes take, in turns."""
+    """Return how long whole processes take, in turns."""
     generate = [sys.executable, "-m", "lmdist_export.generate"]
     commands = {
         BASELINE: [sys.executable, "-c", "import torch"],
         "lmdist-generate --help": [*generate, "--help"],
     } | {
-        f"first word of S, {precision}": [*generate, str(place / f"S-{precision}"), *FIRST_WORD, "--provider", device]
+        f"first token of S, {precision}": [*generate, str(place / f"S-{precision}"), *FIRST_TOKEN, "--provider", device]
         for precision in PRECISIONS[device]
     }
     taken: dict[str, list[float]] = {variant: [] for variant in commands}
     for _ in range(rounds):
         for variant, command in commands.items():
             began = time.perf_counter()
-            done = subprocess.run(command, env=ENVIRONMENT, preexec_fn=hold, capture_output=True, text=True)
+            done = subprocess.run(command, env=ENVIRONMENT, preexec_fn=pin, capture_output=True, text=True)
             taken[variant].append(time.perf_counter() - began)
             assert done.returncode == 0, f"{variant}: {done.stderr}"
     baseline = statistics.median(taken[BASELINE])
@@ -516,7 +516,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="S, and M with one text, 2 rounds, no torch.compile")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--plot", type=Path, help="draw words a second here")
+    parser.add_argument("--plot", type=Path, help="plot tokens a second here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -536,11 +536,11 @@ def main() -> None:
     if arguments.json:
         write_rows(arguments.json, rows)
     if arguments.plot:
-        draw(rows, arguments.plot)
+        plot(rows, arguments.plot)
 
 
 def measure_all(device: str, rounds: int, *, quick: bool) -> list[dict[str, Any]]:
-    """All rows."""
+    """Return all rows."""
     models = MODELS[:2] if quick else MODELS
     rounds = 2 if quick else rounds
     with tempfile.TemporaryDirectory() as name:
@@ -565,22 +565,22 @@ def measure_all(device: str, rounds: int, *, quick: bool) -> list[dict[str, Any]
 
 
 def show(row: dict[str, Any]) -> None:
-    """A line of the table."""
+    """Print a line of the table."""
     ratio = "" if row["ratio"] is None else f"{row['ratio']:>8.2f}x"
     memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:>8,} MiB"
     unit = f"{row['unit']} of {row['of']}" if "of" in row else row["unit"]
     print(f"{row['case']:<44}{row['variant']:<28}{row['value']:>12,.6g} {unit:<10}{ratio}{memory}", flush=True)
 
 
-def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Words a second against texts at a time, a panel a model, a line a variant."""
+def plot(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Plot tokens/s against the batch size, a panel a model, a line a variant."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    measured = [row for row in rows if row["unit"] == "words/s" and row["variant"] in STYLES]
+    measured = [row for row in rows if row["unit"] == "tokens/s" and row["variant"] in STYLES]
     models = list(dict.fromkeys(row["model"] for row in measured))
     figure, panels = pyplot.subplots(
         1, len(models), figsize=(4 * len(models) + 1, 4.4), sharey=True, layout="constrained", squeeze=False
@@ -590,13 +590,13 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
         for variant in dict.fromkeys(row["variant"] for row in here):
             points = [row for row in here if row["variant"] == variant]
             axes.plot([row["batch"] for row in points], [row["value"] for row in points], **STYLES[variant], markersize=5)
-        axes.set(title=here[0]["case"].rpartition(", batch")[0], xlabel="texts at a time", xscale="log", yscale="log")
+        axes.set(title=here[0]["case"].rpartition(", batch")[0], xlabel="batch size", xscale="log", yscale="log")
         axes.set_xlim(0.8, 80)
         axes.set_xticks([1, 16, 64], ["1", "16", "64"])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("words a second")
+    panels[0][0].set_ylabel("tokens/s")
     lines = dict(zip(*panels[0][0].get_legend_handles_labels()[::-1], strict=True))
     labels = [str(style["label"]) for style in reversed(STYLES.values()) if style["label"] in lines]
     figure.legend([lines[label] for label in labels], labels, loc="outside right center", frameon=False, fontsize=9)

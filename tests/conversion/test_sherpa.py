@@ -268,7 +268,7 @@ def test_a_wrong_graph_is_not_written(
     monkeypatch.setattr(cell, "onnx_gates", lambda parameter: parameter)
     code, message = failure([run, "-o", tmp_path / "out/sherpa"], capsys)
     assert code == 1
-    assert "nothing was written: log_softmax for 1 rows, word 1: the largest difference" in message
+    assert "nothing was written: log_softmax for 1 rows, token 1: the max error" in message
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -298,7 +298,7 @@ def test_weights_beyond_protobufs_limit_lie_beside_the_graph(tmp_path: Path, mon
 def test_a_word_with_a_blank_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path, SINGLE, words=["good", "good bye"])
     code, message = failure([run, "-o", tmp_path / "sherpa"], capsys)
-    assert (code, "'good bye' has a blank in it" in message) == (65, True)
+    assert (code, "'good bye' has whitespace in it" in message) == (65, True)
     assert not (tmp_path / "sherpa").exists()
 
 

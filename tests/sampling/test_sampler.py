@@ -17,7 +17,6 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from test_draw import check_frequencies
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import ModelSettings
@@ -29,8 +28,8 @@ from lmdist_export.sampling import runtime
 from lmdist_export.sampling.runtime import Runtime
 from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler
 from lmdist_export.sampling.state import State, joined, restored, uniform_numbers
-from support.draw_reference import NEAR, Past, expected, scores_of
 from support.mutations import damaged
+from support.sampling_reference import NEAR, Past, check_frequencies, expected, scores_of
 from support.small_bundles import ADAPTIVE, TIED, UNTIED, bare_bundle, make_model
 
 V = 300  # two blocks
@@ -152,10 +151,10 @@ def test_words_are_those_of_the_reference(kind: str, opened: Opened) -> None:
                     assert word == np.argmax(scores_of(total, config, past))
                 else:
                     right = expected(total, config, past)
-                    [wanted], [certain] = right.drawn(uniform[place, :1])
-                    assert word in right.words or right.margin < NEAR
+                    [wanted], [certain] = right.sampled(uniform[place, :1])
+                    assert word in right.tokens or right.margin < NEAR
                     unsure += not certain or right.margin < NEAR
-                    # Where a first word is refused it takes more than one number: test_draw.py has the law of it.
+                    # Where a first word is refused it takes more than one number: test_sampling_nodes.py has the law of it.
                     assert word == wanted or not certain or right.margin < NEAR or features.attempts > 1
                 counts[word] += 1
     assert unsure < 10
@@ -178,8 +177,8 @@ def test_words_of_any_seed_follow_the_models_law(opened: Opened) -> None:
     for config in (GenerationConfig(), GenerationConfig(top_p=0.8), GenerationConfig(min_p=0.02, temperature=1.5)):
         right = expected(logits[0].tolist(), config)
         words, _ = made.generate(state.fork(4_000, seed=9), config, 1)
-        assert set(words[0].tolist()) <= set(right.words)
-        check_frequencies(words[0], dict(zip(right.words, right.probabilities, strict=True)))
+        assert set(words[0].tolist()) <= set(right.tokens)
+        check_frequencies(words[0], dict(zip(right.tokens, right.probabilities, strict=True)))
 
 
 def test_what_was_read_is_not_read_again(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """What several test files share; nothing here is a test.
 
 * jobs.py: trainings on the CPU, as real processes, as forks that have torch, and in this process.
-* small_bundles.py, draw_reference.py: bundles of random weights, and sampling written plainly as a reference.
+* small_bundles.py, sampling_reference.py: bundles of random weights, and sampling written plainly as a reference.
 * mutations.py: damaged and hostile files from a seed.
 * manifests.py, manifest_*.py: the manifests of k8s/, rendered, with the rules that they obey and wrong changes of them.
 * hosts.py, pods.py, cluster.py: hosts, pods and a Job controller on this machine, from network namespaces and bubblewrap.

@@ -1,29 +1,28 @@
-"""`lmdist-export --layout sherpa-onnx`: the model as sherpa-onnx takes a language model, to help a speech recogniser choose.
+"""`lmdist-export --layout sherpa-onnx`: the model as sherpa-onnx takes a language model for a speech recognizer.
 
     with-state-rnnlm.onnx    x (N, 1) int64, h0, c0 (L, N, H)  ->  log_softmax (N, V), next_h0, next_c0 (L, N, H)
     tokens.txt               a word and its id a line
 
-This is the contract of the recurrent model that icefall (rnn_lm/export-onnx.py) exports with its state, and that
-sherpa-onnx's streaming transducers take as `lm` in modified beam search (online-rnn-lm.cc). What is known of it:
+This is the contract of the recurrent model that icefall (rnn_lm/export-onnx.py) exports with its state, and that sherpa-onnx's
+streaming transducers take as `lm` in modified beam search (online-rnn-lm.cc):
 
-* Inputs and outputs are taken by their place, not by their name; icefall's names are kept for people.
-* sherpa-onnx reads `num_layers`, `hidden_size` and `sos_id` of the metadata, as decimal numbers, to make the state before the
-  first word, which is zero, and to read `sos_id` from it once. `model_type`, `eos_id`, `vocab_size` and `embedding_dim` are
-  icefall's, and for others to read. A text of lmdist begins and ends with `<eos>`, so `sos_id` and `eos_id` are the same.
-* In each step it asks for log_softmax[0, word] of the word it thinks of, then feeds that word, as x (1, 1), with the state.
-  It takes the state for nothing but what the last step gave. `eos_id` is never asked for.
-* Id 0 is its blank: neither it nor the word `<unk>` is ever asked for or fed. That both are lmdist's id 0 does no harm.
+* Inputs and outputs are found by position, not by name; icefall's names are kept for people.
+* sherpa-onnx reads `num_layers`, `hidden_size` and `sos_id` of the metadata, as decimal numbers. From them it creates the first
+  state, zeros, and feeds `sos_id` once. `model_type`, `eos_id`, `vocab_size` and `embedding_dim` are icefall's, for others. A
+  text of lmdist begins and ends with `<eos>`, so `sos_id` and `eos_id` are the same.
+* In each step it reads log_softmax[0, token] of a candidate, then feeds that token, as x (1, 1), with the state. `eos_id` is
+  never read.
+* Id 0 is its blank: neither it nor `<unk>` is ever read or fed, so it does no harm that both are lmdist's id 0.
 * The ids of the transducer and of the model must be the same: its units are the words of tokens.txt, in that order.
 
-x has one word a row, for icefall's own graph answers for the first word of a row only. sherpa-onnx has a second way, rescoring
-(`lm_shallow_fusion=False`): it feeds several words and takes the first number of the answer for their negative log-probability.
-A graph that refuses two words makes an error of that, not a wrong number. The model for whole sentences of offline recognisers
+x has one token a row, because icefall's own graph answers only for the first token of a row. sherpa-onnx's rescoring
+(`lm_shallow_fusion=False`) feeds several tokens and takes the first number of the answer for their negative log-probability: a
+graph that rejects two tokens turns a wrong number into an error. The model for whole sentences of offline recognizers
 (`x, x_lens -> nll`) is another contract and not written.
 
-Layers of several sizes are as one to the contract: the state has the size of the largest, and what a smaller one leaves of it
-is zero.
+The contract knows one layer size: the state has the size of the largest layer, padded with zeros for smaller ones.
 
-Shapes: N rows, V vocabulary, E embedding, H the largest layer's size, L layers.
+Shapes: N batch, V vocabulary, E embedding, H the largest layer's size, L layers.
 """
 
 from __future__ import annotations
@@ -44,9 +43,10 @@ from lmdist.errors import DataError
 from lmdist.model.language_model import LanguageModel
 from lmdist.storage.atomic import atomic_folder
 from lmdist.text.vocabulary import END_ID, Vocabulary
-from lmdist_export.conversion.verify import TOLERANCES, difference, torch_step
+from lmdist_export.conversion.verify import TOLERANCES, max_error, random_state, torch_step
 from lmdist_export.conversion.weights import array
 from lmdist_export.graph import cell
+from lmdist_export.graph.cell import STATE
 from lmdist_export.sampling.runtime import open_session
 
 MODEL = "with-state-rnnlm.onnx"  # icefall's are with-state-epoch-99-avg-1.onnx and the like
@@ -56,11 +56,11 @@ OPSET = 13  # icefall's own: whatever sherpa-onnx was built with reads it
 IR_VERSION = 7  # the file format that came with that opset
 PROTOBUF_LIMIT = 2**31 - 2**24  # protobuf ends at 2 GiB; 16 MiB are left for the nodes
 ROWS = (1, 3)
-WORDS = 20
+TOKENS_READ = 20
 
 
 def is_layout(folder: Path) -> bool:
-    """Whether a folder holds what this layout writes and nothing else, so that nothing of others is lost with it."""
+    """Return whether a folder holds what this layout writes and nothing else, so that it can be replaced."""
     try:
         names = set(os.listdir(folder))
     except OSError:  # no folder, or one that may not be read
@@ -69,9 +69,9 @@ def is_layout(folder: Path) -> bool:
 
 
 def write(model: LanguageModel, vocabulary: Vocabulary, output: Path, origin: str) -> dict[str, float]:
-    """Write the folder, once its graph answers as torch does; give the largest differences.
+    """Write the folder, atomically, if its graph agrees with torch; return the max errors.
 
-    Raises MismatchError where it does not, and DataError for a word that tokens.txt cannot hold.
+    Raises MismatchError if it does not, and DataError for a word that tokens.txt cannot hold.
     """
     with atomic_folder(output) as folder:
         write_tokens(vocabulary, folder / TOKENS)
@@ -84,16 +84,16 @@ def write(model: LanguageModel, vocabulary: Vocabulary, output: Path, origin: st
 
 
 def write_tokens(vocabulary: Vocabulary, path: Path) -> None:
-    """Write a word and its id a line; raises DataError for a word with a blank in it."""
+    """Write a word and its id a line; raises DataError for a word with whitespace in it."""
     for word in vocabulary.words:
         if word.split() != [word]:
-            raise DataError(f"the word {word!r} has a blank in it, and {TOKENS} of sherpa-onnx ends a word there")
+            raise DataError(f"the word {word!r} has whitespace in it, where {TOKENS} of sherpa-onnx ends a word")
     lines = (f"{word} {index}\n" for index, word in enumerate(vocabulary.words))
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def rnn_lm(model: LanguageModel, origin: str) -> onnx.ModelProto:
-    """The graph of the contract with its metadata; `origin` says for people where it comes from."""
+    """Return the graph of the contract with its metadata; `origin` tells people where it comes from."""
     sizes, vocabulary_size = model.layer_sizes, model.vocabulary_size
     state = [len(sizes), "N", max(sizes)]
     nodes = [
@@ -107,13 +107,11 @@ def rnn_lm(model: LanguageModel, origin: str) -> onnx.ModelProto:
         "rnn_lm",
         inputs=[
             helper.make_tensor_value_info("x", TensorProto.INT64, ["N", 1]),
-            helper.make_tensor_value_info("h0", TensorProto.FLOAT, state),
-            helper.make_tensor_value_info("c0", TensorProto.FLOAT, state),
+            *(helper.make_tensor_value_info(f"{part}0", TensorProto.FLOAT, state) for part in STATE),
         ],
         outputs=[
             helper.make_tensor_value_info("log_softmax", TensorProto.FLOAT, ["N", vocabulary_size]),
-            helper.make_tensor_value_info("next_h0", TensorProto.FLOAT, state),
-            helper.make_tensor_value_info("next_c0", TensorProto.FLOAT, state),
+            *(helper.make_tensor_value_info(f"next_{part}0", TensorProto.FLOAT, state) for part in STATE),
         ],
         initializer=[numpy_helper.from_array(value, name) for name, value in (weights(model) | constants(model)).items()],
     )
@@ -136,14 +134,14 @@ def rnn_lm(model: LanguageModel, origin: str) -> onnx.ModelProto:
 
 
 def layer_nodes(sizes: list[int]) -> Iterator[onnx.NodeProto]:
-    """From embedded (1, N, E) to hidden (N, H), with the state taken apart and put together again."""
+    """Yield the nodes from embedded (1, N, E) to hidden (N, H), which split and concatenate the state by layers."""
     layers, inputs = range(len(sizes)), "embedded"
-    for state in ("h", "c"):
+    for state in STATE:
         parts = [f"{state}_{layer}" for layer in layers]
         yield helper.make_node("Split", [f"{state}0", "one_each"], parts, axis=0)  # (1, N, H) each
     for layer, size in enumerate(sizes):
         name = f"layer_{layer}"
-        before, after = [f"h_{layer}", f"c_{layer}"], [f"next_h_{layer}", f"next_c_{layer}"]
+        before, after = [f"{part}_{layer}" for part in STATE], [f"next_{part}_{layer}" for part in STATE]
         is_smaller = size < max(sizes)
         if is_smaller:
             for state in before:
@@ -152,24 +150,24 @@ def layer_nodes(sizes: list[int]) -> Iterator[onnx.NodeProto]:
         made = [f"{state}.used" if is_smaller else state for state in after]
         weights = [f"{name}.W", f"{name}.R", f"{name}.B"]
         yield helper.make_node("LSTM", [inputs, *weights, "", *used], ["", *made], name, hidden_size=size)
-        inputs = made[0]  # (1, N, H): after one word the state h is all of the output
+        inputs = made[0]  # (1, N, H): after one token the state h is all of the output
         if is_smaller:
             for state in after:
                 yield helper.make_node("Pad", [f"{state}.used", f"{name}.rest"], [state])
-    for state in ("h", "c"):
+    for state in STATE:
         parts = [f"next_{state}_{layer}" for layer in layers]
         yield helper.make_node("Concat", parts, [f"next_{state}0"], axis=0)  # (L, N, H)
     yield helper.make_node("Squeeze", [inputs, "axis_0"], ["hidden"])
 
 
 def head_nodes(model: LanguageModel) -> Iterator[onnx.NodeProto]:
-    """From hidden (N, H) to log_softmax (N, V)."""
+    """Yield the nodes from hidden (N, H) to log_softmax (N, V)."""
     if not isinstance(model.projection, nn.AdaptiveLogSoftmaxWithLoss):
         matrix = "embedding" if model.settings.tied else "projection"
         yield helper.make_node("Gemm", ["hidden", matrix, "projection_bias"], ["scores"], transB=1)
         yield helper.make_node("LogSoftmax", ["scores"], ["log_softmax"], axis=1)
         return
-    # The probability of a rare word is that of its cluster, times its own inside the cluster.
+    # The probability of a rare word is that of its cluster times its own inside the cluster.
     clusters = range(model.projection.n_clusters)
     yield helper.make_node("Gemm", ["hidden", "projection", "projection_bias"], ["scores"], transB=1)
     yield helper.make_node("LogSoftmax", ["scores"], ["first"], axis=1)  # (N, frequent words + clusters)
@@ -185,7 +183,7 @@ def head_nodes(model: LanguageModel) -> Iterator[onnx.NodeProto]:
 
 
 def weights(model: LanguageModel) -> dict[str, NDArray[np.float32]]:
-    """The parameters of the model, as the operators take them."""
+    """Return the parameters of the model, as the operators take them."""
     projection = model.projection
     found = {"embedding": array(model.embedding.weight)}  # (V, E)
     if isinstance(projection, nn.AdaptiveLogSoftmaxWithLoss):
@@ -205,7 +203,7 @@ def weights(model: LanguageModel) -> dict[str, NDArray[np.float32]]:
 
 
 def constants(model: LanguageModel) -> dict[str, NDArray[np.int64]]:
-    """The numbers in the graph that are no parameters."""
+    """Return the constants of the graph."""
     sizes, projection = model.layer_sizes, model.projection
     numbers = {"axis_0": [0], "one_each": [1] * len(sizes)}
     for layer, size in enumerate(sizes):
@@ -222,48 +220,47 @@ def constants(model: LanguageModel) -> dict[str, NDArray[np.int64]]:
 
 
 def check(path: Path, model: LanguageModel) -> dict[str, float]:
-    """The largest differences from torch, word by word with the state fed back; raises MismatchError beyond the tolerance."""
+    """Return the max errors against torch, token by token with the state fed back, or raise MismatchError."""
     session = open_session(path.read_bytes(), path.parent, "cpu", 0)
     random = np.random.default_rng(0)
-    largest = {"log_softmax": 0.0, "next_h0": 0.0, "next_c0": 0.0}
+    inputs, outputs = [f"{part}0" for part in STATE], [f"next_{part}0" for part in STATE]
+    largest = dict.fromkeys(["log_softmax", *outputs], 0.0)
     for rows in ROWS:
-        h = random.uniform(-1, 1, (rows, sum(model.layer_sizes))).astype(np.float32)
-        state = h, 2 * h[::-1]  # a cell is not bound by 1 as h is
+        state = random_state(random, rows, sum(model.layer_sizes))
         fed = [stacked(part, model.layer_sizes) for part in state]
-        for place in range(WORDS):
-            word = random.integers(0, model.vocabulary_size, (rows, 1))
-            # By their places, as sherpa-onnx takes them.
-            log_softmax, *fed = session.run(None, {"x": word, "h0": fed[0], "c0": fed[1]})
-            logits, state = torch_step(model, word, state)
+        for place in range(TOKENS_READ):
+            token = random.integers(0, model.vocabulary_size, (rows, 1))
+            # Outputs by position, as sherpa-onnx takes them.
+            log_softmax, *fed = session.run(None, {"x": token, **dict(zip(inputs, fed, strict=True))})
+            logits, state = torch_step(model, token, state)
             expected = torch.from_numpy(logits[:, 0]).log_softmax(1).numpy()
             if not np.isfinite(expected).all():
-                raise DataError("the logits of the model are not finite, so its weights are of no trained model")
+                raise DataError("the logits of the model are not finite, so these are not the weights of a trained model")
             pairs = {"log_softmax": (log_softmax, expected)}
-            for name, found, part in zip(("next_h0", "next_c0"), fed, state, strict=True):
+            for name, found, part in zip(outputs, fed, state, strict=True):
                 pairs[name] = found, stacked(part, model.layer_sizes)
-            for name, (found, right) in pairs.items():
-                where = f"{name} for {rows} rows, word {place + 1}"
-                largest[name] = max(largest[name], difference(where, found, right, TOLERANCES["fp32"]))
+            for name, (found, expected) in pairs.items():
+                where = f"{name} for {rows} rows, token {place + 1}"
+                largest[name] = max(largest[name], max_error(where, found, expected, TOLERANCES["fp32"]))
     return largest
 
 
 def stacked(state: NDArray[np.float32], sizes: list[int]) -> NDArray[np.float32]:
-    """The layers' states side by side (N, S) as a layer after the other (L, N, H), smaller ones filled up with zeros."""
+    """Return the layers' states side by side (N, S) as a layer after the other (L, N, H), smaller ones padded with zeros."""
     ends = [0, *accumulate(sizes)]
     parts = [state[:, start:end] for start, end in pairwise(ends)]
     return np.stack([np.pad(part, ((0, 0), (0, max(sizes) - part.shape[1]))) for part in parts])
 
 
-def table(output: Path, differences: dict[str, float], origin: str) -> str:
-    """What was written, in a few lines, and how sherpa-onnx takes it."""
+def rows_of(output: Path, errors: dict[str, float], origin: str) -> dict[str, str]:
+    """Return the rows of the table of what was written, and of how sherpa-onnx takes it."""
     megabytes = sum(file.stat().st_size for file in output.iterdir()) / 1e6
-    lines = {
+    return {
         "written": f"{output / MODEL} and {TOKENS}  ({megabytes:,.1f} MB)",
-        "made of": origin,
-        "differences": ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        "created from": origin,
+        "max error": ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
         + f"  (allowed: {TOLERANCES['fp32']:.0e})",
         "next": "sherpa_onnx.OnlineRecognizer.from_transducer(tokens=..., encoder=..., decoder=..., joiner=...,",
         "": f'    decoding_method="modified_beam_search", lm="{output / MODEL}", lm_scale=0.5)',
         "its units": f"a transducer whose ids are those of {output / TOKENS}; id 0 is its blank",
     }
-    return "".join(f"{name:<13}{value}\n" for name, value in lines.items())

@@ -1,6 +1,7 @@
 """`tokenizer.json`: the words of `wordpunct` and `whitespace` in the format of Hugging Face's `tokenizers`, id for id the same.
 
-    write_tokenizer(folder)     # beside text.json and vocab.txt; nothing, where `obstacle` gives a reason
+    if not obstacle(settings, vocabulary):
+        write_tokenizer(folder, settings, vocabulary)
 
     tokenizers.Tokenizer.from_file("bundle/tokenizer.json").encode("The president said").ids
 
@@ -26,7 +27,7 @@ from typing import Any
 
 from lmdist.settings import TextSettings
 from lmdist.storage.reading import write_json
-from lmdist.text.tokenizer import WORDPUNCT, WordTokenizer
+from lmdist.text.tokenizer import WORDPUNCT
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
 TOKENIZER = "tokenizer.json"
@@ -37,16 +38,9 @@ CHARACTERS = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
 Replacement = dict[str, Any]
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json beside text.json and vocab.txt, where it can be exact."""
-    text = text_of(folder)
-    if not obstacle(*text):
-        write_json(folder / TOKENIZER, tokenizer_json(*text))
-
-
-def text_of(folder: Path) -> tuple[TextSettings, Vocabulary]:
-    """How the texts of a checkpoint or a bundle become words, and the words that it knows."""
-    return WordTokenizer.load(folder / "text.json").settings, Vocabulary.load(folder / "vocab.txt")
+def write_tokenizer(folder: Path, settings: TextSettings, vocabulary: Vocabulary) -> None:
+    """Write tokenizer.json into `folder`, for settings and a vocabulary that have no `obstacle`."""
+    write_json(folder / TOKENIZER, tokenizer_json(settings, vocabulary))
 
 
 def obstacle(settings: TextSettings, vocabulary: Vocabulary) -> str:

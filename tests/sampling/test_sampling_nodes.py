@@ -1,4 +1,4 @@
-"""How the graph draws words from logits, against a plain reference, at the edges of what numbers can be, and by its law."""
+"""Sampling nodes against a plain reference, at the edges of fp32, and by their distribution."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from lmdist_export.graph.sizes import BLOCK, Sizes
 from lmdist_export.options import Features, GenerationConfig, features_of
 from lmdist_export.sampling.runtime import open_session
 from lmdist_export.sampling.sampler import option_feed
-from support.draw_reference import NEAR, Past, expected, scores_of
+from support.sampling_reference import NEAR, Past, check_frequencies, expected, scores_of
 
-LAST = 1 - 2**-24  # the largest number that a generator gives
+LAST = 1 - 2**-24  # the largest number that a generator returns
 SWEEP = np.array([*np.linspace(0, 1, 1_998, endpoint=False), 2**-24, LAST], np.float32)
 
 
 @cache
 def session(padded: int, features: Features, cuda: bool) -> Any:
-    """The draw alone, from logits that are an input."""
-    g = Graph("draw")
+    """Return a session of the sampling nodes alone, from logits that are an input."""
+    g = Graph("sampling")
     sizes = Sizes([8], padded, 8, tied=True)
     logits = g.input("logits", FLOAT, ["batch", padded])
     uniform = g.input("uniform", FLOAT, ["batch", features.attempts])
     sampling = SamplingNodes(sizes, features, option_inputs(g, sizes, features), cuda)
     if features.adjusted:
         logits = sampling.penalize(g, logits, sampling.options["counts"])
-    word, mass = sampling.sample(g, logits, uniform)
-    g.output(word, "word", INT64, ["batch", 1])
+    token, mass = sampling.sample(g, logits, uniform)
+    g.output(token, "token", INT64, ["batch", 1])
     g.output(mass, "mass", FLOAT, ["batch", 1])
     return open_session(model_bytes(g, {}), Path(), "cpu", 1)
 
 
-def drawn(
+def sample(
     logits: Sequence[float],
     config: GenerationConfig,
     uniform: NDArray[np.floating],
     past: Past | None = None,
     cuda: bool = False,
 ) -> NDArray[np.int64]:
-    """The words that the graph draws, one for each row of `uniform` (B, A); a column of numbers has others put beside it."""
+    """Return the tokens that the graph samples, one for each row of `uniform` (B, A), to which missing columns are added."""
     features = replace(features_of(config, False), adjusted=past is not None)
     rows, vocabulary_size = len(uniform), len(logits)
     padded = -(-vocabulary_size // BLOCK) * BLOCK
@@ -71,39 +71,26 @@ def drawn(
         }
     made = session(padded, features, cuda)
     types = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
-    words, mass = made.run(None, {value.name: np.asarray(feed[value.name], types[value.type]) for value in made.get_inputs()})
+    tokens, mass = made.run(None, {value.name: np.asarray(feed[value.name], types[value.type]) for value in made.get_inputs()})
     assert np.isfinite(mass).all()
-    return words[:, 0]
+    return tokens[:, 0]
 
 
 def check(logits: Sequence[float], config: GenerationConfig, past: Past | None = None) -> None:
-    """Draw by many uniform numbers: each word is the reference's, or where words are refused they have its frequencies."""
+    """Sample with many uniform numbers: tokens are the reference's, or with rejection sampling have its frequencies."""
     of_reference = expected(logits, config, past)
     assume(of_reference.margin > NEAR)
     features = features_of(config, False)
-    words = drawn(logits, config, SWEEP[:, None], past)
-    assert set(words.tolist()) <= set(of_reference.words)
+    tokens = sample(logits, config, SWEEP[:, None], past)
+    assert set(tokens.tolist()) <= set(of_reference.tokens)
     if features.attempts == 1:
-        right, certain = of_reference.drawn(SWEEP)
-        assert (words == right)[certain].all()
+        right, certain = of_reference.sampled(SWEEP)
+        assert (tokens == right)[certain].all()
         return
     rows = 4_000
-    words = drawn(logits, config, np.random.default_rng(1).random((rows, features.attempts)), past)
-    assert set(words.tolist()) <= set(of_reference.words)
-    check_frequencies(words, dict(zip(of_reference.words, of_reference.probabilities, strict=True)))
-
-
-def check_frequencies(words: NDArray[np.int64], probabilities: dict[int, float]) -> None:
-    """The words come as often as they should, by chi square; rare ones count as one."""
-    counts = np.bincount(words, minlength=max(probabilities) + 1)[list(probabilities)]
-    wanted = len(words) * np.array(list(probabilities.values()))
-    rare = wanted < 10
-    counts = np.append(counts[~rare], counts[rare].sum())
-    wanted = np.append(wanted[~rare], wanted[rare].sum())
-    there = wanted > 5
-    chi_square = ((counts - wanted)[there] ** 2 / wanted[there]).sum()
-    free = there.sum()
-    assert chi_square < free + 8 * (2 * free) ** 0.5 + 20, (chi_square, free)  # one of a hundred million is above
+    tokens = sample(logits, config, np.random.default_rng(1).random((rows, features.attempts)), past)
+    assert set(tokens.tolist()) <= set(of_reference.tokens)
+    check_frequencies(tokens, dict(zip(of_reference.tokens, of_reference.probabilities, strict=True)))
 
 
 # --- each option, and many together --------------------------------------------------------------------------------
@@ -145,14 +132,14 @@ ONE_BY_ONE = [
 
 
 def named(config: GenerationConfig) -> str:
-    """What of a config is not as it is by default."""
+    """Return the options of a config that are not the defaults."""
     return ",".join(f"{name}={value}" for name, value in vars(config).items() if value != getattr(GenerationConfig, name))
 
 
 @pytest.mark.parametrize("config", ONE_BY_ONE, ids=named)
 @settings(max_examples=12)
 @given(logits=some_logits, every=st.sampled_from([0, 0, 2, 3]))
-def test_each_option_draws_the_words_of_the_reference(config: GenerationConfig, logits: list[float], every: int) -> None:
+def test_each_option_samples_the_tokens_of_the_reference(config: GenerationConfig, logits: list[float], every: int) -> None:
     check(without_some(logits, every), config)
 
 
@@ -174,24 +161,24 @@ penalties = st.builds(
 
 
 def random_past(vocabulary_size: int, seed: int) -> Past:
-    """Some words made, up to four times, some in the prompt, some with numbers added to their logits or forbidden."""
+    """Some tokens generated, up to four times, some in the prompt, some with a bias or banned."""
     random = np.random.default_rng(seed)
-    there = random.random((2, vocabulary_size)) < 0.3
+    mask = random.random((2, vocabulary_size)) < 0.3
     added = np.where(random.random(vocabulary_size) < 0.3, -np.inf, random.integers(-4, 5, vocabulary_size) / 4)
     added[random.integers(vocabulary_size)] = 0
-    counts = there[0] * random.integers(1, 5, vocabulary_size)
-    return Past(counts.tolist(), there[1].tolist(), added.tolist())
+    counts = mask[0] * random.integers(1, 5, vocabulary_size)
+    return Past(counts.tolist(), mask[1].tolist(), added.tolist())
 
 
 @settings(max_examples=80)
 @given(logits=some_logits, config=configs)
-def test_options_together_draw_the_words_of_the_reference(logits: list[float], config: GenerationConfig) -> None:
+def test_options_together_sample_the_tokens_of_the_reference(logits: list[float], config: GenerationConfig) -> None:
     check(logits, config)
 
 
 @settings(max_examples=60)
 @given(logits=some_logits, config=configs, penalties=penalties, seed=seeds)
-def test_penalties_draw_the_words_of_the_reference(
+def test_penalties_sample_the_tokens_of_the_reference(
     logits: list[float], config: GenerationConfig, penalties: dict[str, float], seed: int
 ) -> None:
     check(logits, replace(config, **penalties), random_past(len(logits), seed))
@@ -202,26 +189,26 @@ def test_penalties_draw_the_words_of_the_reference(
 def test_greedy_is_the_first_of_the_likeliest(logits: list[float], penalties: dict[str, float], seed: int) -> None:
     uniform = np.zeros((2, 1))
     config = GenerationConfig(temperature=0.0)
-    assert drawn(logits, config, uniform).tolist() == [int(np.argmax(logits))] * 2
+    assert sample(logits, config, uniform).tolist() == [int(np.argmax(logits))] * 2
     config, past = replace(config, **penalties), random_past(len(logits), seed)
-    assert drawn(logits, config, uniform, past).tolist() == [int(np.argmax(scores_of(logits, config, past)))] * 2
+    assert sample(logits, config, uniform, past).tolist() == [int(np.argmax(scores_of(logits, config, past)))] * 2
 
 
 def test_of_equals_top_k_keeps_those_of_lower_ids() -> None:
     logits = [0.0] * 600
     for top_k in (1, 2, 255, 300, 599):
-        assert set(drawn(logits, GenerationConfig(top_k=top_k), SWEEP[:, None]).tolist()) == set(range(top_k))
+        assert set(sample(logits, GenerationConfig(top_k=top_k), SWEEP[:, None]).tolist()) == set(range(top_k))
 
 
 @settings(max_examples=40)
 @given(logits=some_logits, config=configs)
-def test_the_graph_for_cuda_draws_the_same_words(logits: list[float], config: GenerationConfig) -> None:
-    """Its nodes are others, and run here too."""
+def test_the_graph_for_cuda_samples_the_same_tokens(logits: list[float], config: GenerationConfig) -> None:
+    """It has other nodes, which run here too."""
     uniform = SWEEP[:, None]
-    assert np.array_equal(drawn(logits, config, uniform), drawn(logits, config, uniform, cuda=True))
+    assert np.array_equal(sample(logits, config, uniform), sample(logits, config, uniform, cuda=True))
 
 
-# --- the law, by many draws ----------------------------------------------------------------------------------------
+# --- the distribution, by many samples ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,18 +224,18 @@ def test_the_graph_for_cuda_draws_the_same_words(logits: list[float], config: Ge
     ],
     ids=named,
 )
-def test_words_come_as_often_as_they_should(config: GenerationConfig) -> None:
+def test_tokens_have_the_expected_frequencies(config: GenerationConfig) -> None:
     random = np.random.default_rng(7)
-    logits = (-np.log(1 + random.permutation(600))).tolist()  # by Zipf's law, likely words anywhere
+    logits = (-np.log(1 + random.permutation(600))).tolist()  # by Zipf's law, likely tokens anywhere
     of_reference = expected(logits, config)
-    words = drawn(logits, config, random.random((10_000, 24)))
-    assert set(words.tolist()) <= set(of_reference.words)
+    tokens = sample(logits, config, random.random((10_000, 24)))
+    assert set(tokens.tolist()) <= set(of_reference.tokens)
     right = np.zeros(600)
-    right[of_reference.words] = of_reference.probabilities
-    found = np.bincount(words, minlength=600) / len(words)
-    # Of a fair draw the distance is about sqrt(words / draws / 2 pi): a bias of one in a hundred would be seen.
-    assert np.abs(found - right).sum() / 2 < 0.005 + 1.5 * np.sqrt(len(of_reference.words) / len(words) / (2 * np.pi))
-    check_frequencies(words, dict(zip(of_reference.words, of_reference.probabilities, strict=True)))
+    right[of_reference.tokens] = of_reference.probabilities
+    found = np.bincount(tokens, minlength=600) / len(tokens)
+    # For a correct sampler the distance is about sqrt(tokens / samples / 2 pi): a bias of one in a hundred would be seen.
+    assert np.abs(found - right).sum() / 2 < 0.005 + 1.5 * np.sqrt(len(of_reference.tokens) / len(tokens) / (2 * np.pi))
+    check_frequencies(tokens, dict(zip(of_reference.tokens, of_reference.probabilities, strict=True)))
 
 
 # --- the edges -----------------------------------------------------------------------------------------------------
@@ -269,26 +256,26 @@ EDGES = [
 
 @pytest.mark.parametrize("logits", EDGES, ids=lambda logits: f"{logits[0]}..{len(logits)}")
 @pytest.mark.parametrize("number", [0.0, 2**-24, 0.5, LAST])
-def test_the_edges_of_numbers_give_words_that_may_be_drawn(logits: list[float], number: float) -> None:
+def test_the_edges_of_numbers_give_words_that_may_be_sample(logits: list[float], number: float) -> None:
     uniform = np.full((3, 24), number)
     uniform[1, 1:] = 0.0
     uniform[2, 1:] = LAST
     every = [*ONE_BY_ONE, GenerationConfig(top_p=0.5, min_p=1.0), GenerationConfig(top_k=2, top_p=0.9, min_p=0.1)]
     for config in [*every, *(replace(config, temperature=1e-3) for config in every)]:
-        allowed = expected(logits, config).words
-        assert set(drawn(logits, config, uniform).tolist()) <= set(allowed), config
+        allowed = expected(logits, config).tokens
+        assert set(sample(logits, config, uniform).tolist()) <= set(allowed), config
 
 
 @pytest.mark.parametrize("config", [replace(config, temperature=1e-30) for config in ONE_BY_ONE], ids=named)
-def test_almost_no_temperature_draws_one_of_the_likeliest(config: GenerationConfig) -> None:
+def test_almost_no_temperature_samples_one_of_the_likeliest(config: GenerationConfig) -> None:
     logits = [-1.0, 2.0, 1.75, 2.0, 0.0, *[-3.0] * 300]
-    assert set(drawn(logits, config, SWEEP[:, None]).tolist()) <= {1, 3}
+    assert set(sample(logits, config, SWEEP[:, None]).tolist()) <= {1, 3}
 
 
-def test_min_p_of_1_never_refuses_the_likeliest() -> None:
-    """Products of quotients are rounded: a word that is compared with itself may seem to be below."""
+def test_min_p_of_1_never_rejects_the_likeliest() -> None:
+    """Products of quotients are rounded: a token that is compared with itself may seem to be below."""
     random = np.random.default_rng(3)
     for _ in range(30):
         logits = random.normal(size=300).astype(np.float32).tolist()
-        words = drawn(logits, GenerationConfig(min_p=1.0), random.random((500, 24)))
-        assert set(words.tolist()) == {int(np.argmax(logits))}
+        tokens = sample(logits, GenerationConfig(min_p=1.0), random.random((500, 24)))
+        assert set(tokens.tolist()) == {int(np.argmax(logits))}

@@ -1,0 +1,217 @@
+"""Export a checkpoint: write its bundle, compare it with torch, and move it into place.
+
+    checkpoint = Checkpoint.load(Path("runs/news"))
+    manifest = export_bundle(checkpoint, Path("bundles/news"), held_out_text(checkpoint, None), "int8")
+
+The graphs are written, opened by onnxruntime and compared with torch (verify.py) before the bundle appears under its name. A
+bundle that differs leaves nothing behind, nor does a precision that costs too much. bundle.py and docs/bundle.md describe the
+files. The command is lmdist-export (export.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from lmdist import __version__
+from lmdist.console import log
+from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.model.language_model import LanguageModel
+from lmdist.settings import TextSettings
+from lmdist.storage.atomic import atomic_folder
+from lmdist.storage.checksums import checksums
+from lmdist.storage.reading import write_json
+from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.vocabulary import Vocabulary
+from lmdist.tracking.run_folder import read_metadata
+from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.retain import find_checkpoint
+from lmdist.training.data import DataFolder
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
+from lmdist_export.conversion.tokenizer_json import TOKENIZER, obstacle, write_tokenizer
+from lmdist_export.conversion.verify import MAX_LOSS_PERCENT, TOLERANCES, check_perplexity, check_values
+from lmdist_export.conversion.weights import write_graphs
+from lmdist_export.options import GenerationConfig
+from lmdist_export.sampling.runtime import runtime_version
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.serving.mlflow_model import write_model
+
+COMMAND = "lmdist-export"
+AUTO_PRECISIONS = ("fp32", "int8", "int4")
+SPEED_TOKENS = 30
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory: all that an export takes from it."""
+
+    path: Path
+    model: LanguageModel
+    manifest: dict[str, Any]
+    vocabulary: Vocabulary
+    text: TextSettings
+
+    @classmethod
+    def load(cls, run_or_checkpoint: Path) -> Self:
+        """Load a checkpoint, of a run the best one; raises MissingInputError or DataError."""
+        path = find_checkpoint(run_or_checkpoint)
+        model, manifest = load_model(path)
+        text = WordTokenizer.load(path / "text.json").settings
+        return cls(path, model, manifest, Vocabulary.load(path / "vocab.txt"), text)
+
+    @property
+    def run(self) -> str:
+        """Return NAME of runs/NAME/checkpoints/STEP, or the folder's own name if it lies elsewhere."""
+        path = self.path.resolve()
+        return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+
+    @property
+    def step(self) -> int:
+        """Return the step at which it was written."""
+        return self.manifest["progress"]["step"]
+
+    @property
+    def origin(self) -> str:
+        """Return the run and the step, for people."""
+        return f"{self.run}, step {self.step:,}"
+
+
+class HeldOutText(NamedTuple):
+    """A split of a data folder."""
+
+    split: str
+    tokens: np.ndarray
+
+
+def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | None:
+    """Return a split of the folder `data`, or of the one that the model was trained on; None if `data` is "none".
+
+    It is the valid split, or another if there is none: two runtimes are compared, not two models.
+    """
+    if data == "none":
+        return None
+    path = Path(data or checkpoint.manifest["recipe"]["data"]["folder"])
+    if not path.is_dir():
+        raise MissingInputError(
+            f"the data folder {path}, which has the held-out text, does not exist: give its place by --data FOLDER, "
+            "or export without held-out text by --data none"
+        )
+    folder = DataFolder(path)
+    folder.check_vocabulary(checkpoint.manifest)
+    split = next(name for name in ("valid", "test", "train") if folder.has(name))
+    tokens = folder.tokens(split)
+    if len(tokens) == 0:
+        raise DataError(f"the {split} split of {path} is empty: export without held-out text by --data none")
+    return HeldOutText(split, tokens)
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    output: Path,
+    held_out: HeldOutText | None,
+    precision: str = "fp32",
+    max_loss_percent: float | None = None,
+) -> dict[str, Any]:
+    """Write and verify the bundle `output`, atomically; return its manifest.
+
+    Raises MismatchError for a graph that differs from torch, UsageError for a precision that is impossible or costs too much.
+    """
+    if held_out is None and precision not in ("fp32", "fp16"):
+        raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
+    if reason := obstacle(checkpoint.text, checkpoint.vocabulary):
+        log(f"without {TOKENIZER}: {reason}", COMMAND)
+    export = Export(checkpoint, held_out, max_loss_percent)
+    with atomic_folder(output) as folder:
+        return export.write(folder, precision) if precision != "auto" else export.write_fastest(folder)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checkpoint, and how the bundles of its precisions are judged."""
+
+    checkpoint: Checkpoint
+    held_out: HeldOutText | None
+    max_loss_percent: float | None
+
+    def write_fastest(self, folder: Path) -> dict[str, Any]:
+        """Write bundles of several precisions and keep the one that generates one text fastest here; return its manifest."""
+        speeds: dict[str, float] = {}
+        manifests: dict[str, dict[str, Any]] = {}
+        for precision in AUTO_PRECISIONS:
+            trial = folder / precision
+            trial.mkdir()
+            try:
+                manifests[precision] = self.write(trial, precision)
+            except UsageError as error:
+                log(f"without {precision}: {error}", COMMAND)
+                continue
+            speeds[precision] = tokens_per_second(trial)
+            log(f"{precision}: {speeds[precision]:,.0f} tokens/s", COMMAND)
+        fastest = max(speeds, key=lambda precision: speeds[precision])
+        for file in (folder / fastest).iterdir():
+            file.rename(folder / file.name)
+        for trial in [path for path in folder.iterdir() if path.is_dir()]:
+            shutil.rmtree(trial)
+        return manifests[fastest]
+
+    def write(self, folder: Path, precision: str) -> dict[str, Any]:
+        """Write the bundle of one precision into an empty folder and verify it; return its manifest."""
+        checkpoint, model = self.checkpoint, self.checkpoint.model
+        if precision == "int4" and model.settings.head == "adaptive":
+            raise UsageError(
+                "--precision int4 stores a projection of one row a word, and this model has an adaptive head: use int8"
+            )
+        sizes = write_graphs(model, folder, checkpoint.run, precision)
+        for name in ("vocab.txt", "text.json"):
+            shutil.copyfile(checkpoint.path / name, folder / name)
+        if not obstacle(checkpoint.text, checkpoint.vocabulary):
+            write_tokenizer(folder, checkpoint.text, checkpoint.vocabulary)
+        files = checksums(folder)
+        log(f"comparing {precision} with torch" + ("" if self.held_out is None else ", also on held-out text"), COMMAND)
+        generation = GenerationConfig()
+        sampler = Sampler(Bundle(folder, {}, sizes, checkpoint.vocabulary, generation))
+        max_loss = MAX_LOSS_PERCENT.get(precision, 0.0) if self.max_loss_percent is None else self.max_loss_percent
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "sizes": dataclasses.asdict(sizes),
+            "run": checkpoint.run,
+            "step": checkpoint.step,
+            "tolerance": TOLERANCES.get(precision),
+            "differences": check_values(sampler, model),
+            "held_out": None if self.held_out is None else check_perplexity(sampler, model, *self.held_out, max_loss),
+            "versions": {
+                "lmdist": __version__,
+                "torch": torch.__version__,
+                "onnx": version("onnx"),
+                "onnxruntime": runtime_version(),
+            },
+            # generation_config.json is not among them, because users edit it, nor are MLflow's files.
+            "files": files,
+        }
+        write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
+        write_json(folder / "manifest.json", manifest)
+        write_model(folder, read_metadata(checkpoint.path.parent.parent).get("run_id"))
+        return manifest
+
+
+def tokens_per_second(folder: Path) -> float:
+    """Return the speed at which a bundle generates one text here, with one thread."""
+    bundle = Bundle.load(folder)
+    sampler = Sampler(bundle, threads=1)
+    state = sampler.start([[bundle.generation.bos_token_id]]).seeded(0)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        sampler.generate(state, bundle.generation, SPEED_TOKENS)
+        seconds.append(time.perf_counter() - started)
+    return SPEED_TOKENS / min(seconds)

@@ -1,0 +1,162 @@
+"""The graphs' files: names, types, axes and metadata, by onnx's own checker, and the layout of their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from lmdist.settings import ModelSettings
+from lmdist_export import PRECISIONS
+from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
+from lmdist_export.graph import onnx_file
+from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, word_graph
+from lmdist_export.graph.network import Target
+from lmdist_export.graph.sizes import Sizes, file_length, weights
+from lmdist_export.options import EVERY_FEATURE, GRAPH, Features
+from support.onnx_models import described, metadata_of
+from support.small_bundles import (
+    TIED,
+    bare_bundle,
+)
+
+VOCABULARY_SIZE = 23
+
+
+def bare(settings: ModelSettings, folder: Path, precision: str = "fp32") -> Bundle:
+    """A bundle of a model of few words that nothing has compared yet."""
+    return bare_bundle(folder / "bare", settings, precision, VOCABULARY_SIZE)
+
+
+STATE = (TensorProto.FLOAT, ["batch", 12 + 12 + 8])
+PADDED = 256
+METADATA = {
+    "version": 2,
+    "layer_sizes": [12, 12, 8],
+    "vocabulary_size": VOCABULARY_SIZE,
+    "embedding_size": 8,
+    "tied": True,
+    "precision": "fp32",
+    "cutoffs": [],
+    "eos_id": 1,
+    "unknown_id": 0,
+    "run": "small",
+}
+
+
+def test_names_types_axes_and_metadata_of_the_step_graph(tmp_path: Path) -> None:
+    model = onnx.load(bare(TIED, tmp_path).folder / MODEL, load_external_data=False)
+    assert described(model.graph.input) == {"tokens": (TensorProto.INT64, ["batch", "time"]), "h": STATE, "c": STATE}
+    assert described(model.graph.output) == {
+        "logits": (TensorProto.FLOAT, ["batch", "time", VOCABULARY_SIZE]),
+        "next_h": STATE,
+        "next_c": STATE,
+    }
+    assert metadata_of(model) == METADATA | {"format": "lmdist step graph"}
+    assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 17), ("com.microsoft", 1)}
+    assert {node.domain for node in model.graph.node} == {""}  # fp32 needs nothing of onnxruntime's own
+
+
+def test_names_types_axes_and_metadata_of_the_generation_graph(tmp_path: Path) -> None:
+    model = onnx.load(bare(TIED, tmp_path).folder / GENERATION, load_external_data=False)
+    number, of_words = (TensorProto.FLOAT, []), (TensorProto.FLOAT, ["batch", PADDED])
+    assert described(model.graph.input) == {
+        "prompt": (TensorProto.INT64, ["batch", "prompt_words"]),
+        "lengths": (TensorProto.INT64, ["batch"]),
+        "h": STATE,
+        "c": STATE,
+        "uniform": (TensorProto.FLOAT, ["new_words", "batch", 1]),
+        "bias": (TensorProto.FLOAT, [PADDED]),
+        "stops": (TensorProto.INT64, ["stop_words"]),
+        "going": (TensorProto.BOOL, ["batch"]),
+        "counts": of_words,
+        "in_prompt": (TensorProto.BOOL, ["batch", PADDED]),
+        "row_bias": (TensorProto.FLOAT, ["rows", PADDED]),
+        "inverse_temperature": number,
+        "top_k": (TensorProto.INT64, [1]),
+        **{name: number for name in GRAPH if name not in ("temperature", "top_k")},
+    }
+    assert described(model.graph.output) == {
+        "words": (TensorProto.INT64, ["made_words", "batch"]),
+        "mass": (TensorProto.FLOAT, ["made_words", "batch"]),
+        "next_going": (TensorProto.BOOL, ["batch"]),
+        "next_h": STATE,
+        "next_c": STATE,
+        "next_counts": of_words,
+    }
+    features = dataclasses.asdict(EVERY_FEATURE)
+    assert metadata_of(model) == METADATA | {"format": "lmdist generation graph", "features": features}
+
+
+def test_a_tied_matrix_is_stored_once(tmp_path: Path) -> None:
+    model = onnx.load(bare(TIED, tmp_path).folder / MODEL, load_external_data=False)
+    places = {
+        value.name: {entry.key: entry.value for entry in value.external_data}
+        for value in model.graph.initializer
+        if value.external_data
+    }
+    assert places["embedding"]["offset"] == places["projection"]["offset"]
+    others = [place["offset"] for name, place in places.items() if name != "embedding"]
+    assert len(set(others)) == len(others)
+    # Each place begins on a whole page, so that little is left between them.
+    stored = sum(int(place["length"]) for name, place in places.items() if name != "embedding")
+    assert stored <= (tmp_path / "bare" / WEIGHTS).stat().st_size < stored + 4096 * len(others)
+
+
+EVERY_SIZE = [
+    Sizes([12], 23, 12, tied=True),
+    Sizes([7, 9, 5], 300, 5, tied=True),
+    Sizes([70], 513, 3, tied=False),
+    Sizes([64, 32], 512, 20, tied=False),
+    Sizes([20, 17], 40, 6, tied=False, cutoffs=[20]),
+    Sizes([64], 700, 8, tied=False, cutoffs=[100, 256, 600]),
+]
+SOME_FEATURES = [
+    Features(),
+    EVERY_FEATURE,
+    Features(greedy=True),
+    Features(greedy=True, adjusted=True),
+    Features(top_p=True),
+    Features(min_p=True, adjusted=True),
+    Features(top_p=True, min_p=True),
+    Features(top_k=True),
+    Features(typical_p=True, min_p=True),
+]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_graphs_are_what_onnx_expects(precision: str, tmp_path: Path) -> None:
+    """onnx's checker infers all types and shapes anew and compares them with those that are declared."""
+    path = tmp_path / "graph.onnx"
+    for sizes in EVERY_SIZE:
+        sizes = dataclasses.replace(sizes, precision=precision)
+        with (tmp_path / WEIGHTS).open("wb") as file:
+            file.truncate(file_length(sizes))
+        # The same on a processor of another kind: whole numbers run on no other.
+        for target in (Target(WEIGHTS), Target(WEIGHTS, cuda=not sizes.is_quantized, int8_saturates=sizes.is_quantized)):
+            graphs = [step_graph(sizes, target, "small"), score_graph(sizes, target)]
+            graphs += [generation_graph(sizes, features, target, "small") for features in SOME_FEATURES]
+            graphs += [word_graph(sizes, features, target) for features in SOME_FEATURES]
+            for graph in graphs:
+                path.write_bytes(graph)
+                onnx.checker.check_model(path, full_check=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("sizes", EVERY_SIZE, ids=lambda sizes: f"{sizes.layer_sizes}")
+def test_weights_have_places_of_their_own(sizes: Sizes, precision: str) -> None:
+    sizes = dataclasses.replace(sizes, precision=precision)
+    table = weights(sizes)
+    taken = sorted(
+        (weight.offset, weight.offset + int(np.prod(weight.shape)) * onnx_file.TYPES[weight.kind].itemsize)
+        for name, weight in table.items()
+        if name != "embedding" or sizes.is_quantized or not sizes.tied
+    )
+    assert all(end <= start for (_, end), (start, _) in pairwise(taken))
+    assert all(start % 4096 == 0 for start, _ in taken)
+    assert taken[-1][1] == file_length(sizes)
