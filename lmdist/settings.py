@@ -138,7 +138,7 @@ class DataSettings:
             raise UsageError("data.window is 1; windows need at least 2 tokens, of which the first is not predicted")
 
     @property
-    def row_length(self) -> int:
+    def sequence_length(self) -> int:
         """Tokens predicted in a sequence of a step."""
         return self.window if self.batching == "streams" else self.window - 1
 

@@ -151,7 +151,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     nats = evaluate(model, tokens, arguments.streams, 256, world).mean()
     seconds = time.perf_counter() - start_time
     if not math.isfinite(nats):
-        raise DataError(f"{path}: the loss on {name} is {nats}, so its weights are not those of a trained model")
+        raise DataError(f"{path}: the loss on {name} is {nats}, so its weights are too large for a trained model")
     result: dict[str, Any] = {
         "checkpoint": str(path),
         "text": name,

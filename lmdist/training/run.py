@@ -80,7 +80,7 @@ def set_up(recipe: Recipe, world: World) -> Run:
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
     step = TrainingStep(recipe, model, precision, world)
-    hints = prepare_for(precision, model, world.device, part_size, recipe.data.row_length)
+    hints = prepare_for(precision, model, world.device, part_size, recipe.data.sequence_length)
     progress = Progress() if newest is None else restore(newest, recipe, folder, step)
     step.rehearse()
     return Run(recipe, world, folder, batches, validation, model, step, progress, total_steps, precision, hints)

@@ -36,7 +36,7 @@ class TrainingStep:
         self.global_batch = recipe.data.global_batch
         self.batch_size = recipe.data.global_batch // world.size
         self.accumulation = recipe.training.accumulation
-        self.window = recipe.data.row_length
+        self.window = recipe.data.sequence_length
         self.penalties = (recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty)
         self.clip = recipe.optimizer.clip or math.inf
         self.network = world.wrap(model, recipe.training.gradient_compression)

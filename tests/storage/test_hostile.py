@@ -708,7 +708,7 @@ def test_weights_of_words_that_no_vocabulary_has(
     seed = [] if "--num-beams" in arguments else ["--seed", "1"]
     try:
         generate.main([str(spoiled), *seed, "--max-new-tokens", "9", "--ignore-eos", *arguments])
-        assert " words in " in capsys.readouterr().err
+        assert " tokens in " in capsys.readouterr().err
     except SystemExit as stop:
         assert stop.code == 65  # noqa: PT017
         assert "logits that are not finite" in capsys.readouterr().err.splitlines()[-1]
