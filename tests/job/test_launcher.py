@@ -200,7 +200,7 @@ def test_help_shows_the_launchers_options_and_the_recipes(tmp_path):
     assert done.returncode == 0
     shown = " ".join(done.stdout.split())
     assert "--restarts" in shown
-    assert "Numbers in the state of an LSTM layer" in shown
+    assert "Size of an LSTM layer's state" in shown
 
 
 def test_a_second_stop_does_not_change_the_exit_code():
