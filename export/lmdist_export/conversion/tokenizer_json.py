@@ -6,9 +6,9 @@
     tokenizers.Tokenizer.from_file("bundle/tokenizer.json").encode("The president said").ids
 
 The file has replacements, then a split into words, then a lookup. Python, Rust and their versions of Unicode differ in what a
-letter, whitespace or lowercase is, so the file leaves none of it to `tokenizers`: its character classes are spelled out as Python
-has them, and uppercase letters are replaced one by one, those only that could matter to a word of the vocabulary. Any other
-word is `<unk>`, however it is written.
+letter, whitespace or lowercase is, so the file leaves none of it to `tokenizers`: its character classes are spelled out as
+Python has them, and uppercase letters are replaced one by one, those only that could matter to a word of the vocabulary. Any
+other word is `<unk>`, however it is written.
 
 There are no added tokens: `tokenizers` would find `<unk>` inside words too, where lmdist does not.
 
