@@ -29,6 +29,8 @@ IGNORED = -100
 """The target of padding: torch's default `ignore_index`."""
 CHUNK_SIZE = 512
 """The least tokens of a chunk: with fewer, reading the projection again for each chunk costs more than it saves."""
+BLOCK_BYTES = 1 << 20
+"""On a CPU the softmax of a chunk is computed in blocks of so many bytes per thread, which stay in its core's L2 cache."""
 
 
 def summed_nats(hidden: Tensor, projection: nn.Module, targets: Tensor) -> Tensor:
@@ -80,6 +82,29 @@ def activation_penalty(raw: Tensor, dropped: Tensor, activation: float, temporal
     return penalty
 
 
+def softmax_in_place(logits: Tensor, ids: Tensor, exact: torch.dtype) -> Tensor:
+    """Replace logits (C, V) by the gradient of -log p(ids), p - one_hot(ids); return their log-sum-exp (C, 1).
+
+    `ids` is (C, 1). Both are computed in the type `exact`, and the gradient is rounded to that of the logits. On a CPU a few
+    rows at a time, because elementwise work on the whole matrix is bound by the memory.
+    """
+    size = len(logits)
+    if logits.device.type == "cpu":
+        size = max(1, torch.get_num_threads() * BLOCK_BYTES // (logits.shape[1] * exact.itemsize))
+    buffer = None if logits.dtype == exact else logits.new_empty(min(size, len(logits)), logits.shape[1], dtype=exact)
+    log_sum_exp = logits.new_empty(len(logits), 1, dtype=exact)
+    for block, targets, result in zip(logits.split(size), ids.split(size), log_sum_exp.split(size), strict=True):
+        p = block if buffer is None else buffer[: len(block)].copy_(block)
+        largest = p.amax(1, keepdim=True)
+        torch.softmax(p, 1, out=p)
+        # The largest probability is exp(largest - log-sum-exp) and at least 1 / V: its logarithm is exact.
+        torch.sub(largest, p.amax(1, keepdim=True).log(), out=result)
+        p.scatter_add_(1, targets, p.new_full((1, 1), -1).expand_as(targets))
+        if buffer is not None:
+            block.copy_(p)
+    return log_sum_exp
+
+
 class LinearNats(torch.autograd.Function):
     """Projection and cross-entropy in one, chunk by chunk, with the gradients computed in the forward pass."""
 
@@ -99,15 +124,12 @@ class LinearNats(torch.autograd.Function):
             mask = (ids != IGNORED).unsqueeze(1)  # (C, 1)
             ids = ids.clamp(min=0).unsqueeze(1)  # (C, 1)
             logits = functional.linear(vectors, matrix, offset)  # (C, V)
-            largest, correct = logits.amax(1, keepdim=True), logits.gather(1, ids)  # (C, 1)
-            # In place, because the logits are not needed any more: in fp32 there is never a second matrix of this size.
-            p = torch.softmax(logits, 1, out=logits) if low == exact else torch.softmax(logits, 1, dtype=exact)
-            # The largest probability is exp(largest - log-sum-exp) and at least 1 / V: its logarithm is exact.
-            log_sum_exp = largest.to(exact) - p.amax(1, keepdim=True).log()
+            correct = logits.gather(1, ids)  # (C, 1)
+            log_sum_exp = softmax_in_place(logits, ids, exact)  # (C, 1)
             nats += ((log_sum_exp - correct) * mask).sum()
             if not with_gradients:
                 continue
-            by_logits = p.scatter_add_(1, ids, p.new_full((1, 1), -1).expand_as(ids)).to(low)  # (C, V)
+            by_logits = logits  # (C, V), in place
             # Masking the operands and results is less work than masking the logits' gradient.
             by_vectors.copy_((by_logits @ matrix) * mask)  # (C, H)
             vectors, weights = vectors * mask, mask.squeeze(1).to(low)  # (C, H), (C)
