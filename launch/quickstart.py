@@ -50,7 +50,7 @@ def main() -> None:
         "loss curve": str(RUN / "loss.png"),
         "bundle": str(BUNDLE),
         "MLflow database": "mlflow.db",
-        "MLflow page": f"{BIN.relative_to(Path.cwd())}/mlflow ui --backend-store-uri sqlite:///mlflow.db",
+        "MLflow page": f"{os.path.relpath(BIN)}/mlflow ui --backend-store-uri sqlite:///mlflow.db",
     }
     print(f"\n{table(results)}", end="")
     print(f"\n{' '.join(TEXT.read_text(encoding='utf-8').split()[:40])} ...")
