@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmdist.bounds import at_least, check
 from lmdist.console import log
 from lmdist.cpus import available_cpus
 from lmdist.errors import (
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from lmdist import config
 
+        check("--restarts", arguments.restarts, at_least(0))
         if arguments.help:
             sys.stdout.write(parser().format_help() + "\nThe settings of the recipe:\n\n")
         recipe = config.load(["--help"] if arguments.help else flags)

@@ -109,6 +109,7 @@ MISTAKES = {
     "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 tokens to train on"),
     "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere is not there"),
     "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
+    "restarts without end": (["--restarts=-1"], 64, "--restarts is -1; it must be at least 0"),
 }
 
 

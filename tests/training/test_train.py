@@ -104,6 +104,13 @@ def test_a_job_goes_on_with_another_number_of_ranks(data, tmp_path):
                 torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5, msg=f"{key} on {ranks} ranks")
 
 
+def test_the_first_losses_are_those_written_here(data):
+    """Any change of the training arithmetic shows: fp32, one rank, no dropout, whose masks depend on the machine's libraries."""
+    train_here(*into_run(data, "--training.steps=4", "--model.dropout=0"))
+    golden = [3.385228293, 3.318396432, 3.194803238, 3.184272494]
+    np.testing.assert_allclose(losses(data.parent / "run"), golden, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_four_ranks_resume_bit_for_bit(data, tmp_path):
     """On more than two ranks a sum depends on how the gradients are laid out, too."""
