@@ -42,6 +42,7 @@ from lmdist.errors import (
 )
 from lmdist.job.agent import COMMAND
 from lmdist.signals import StopRequest, die_with_parent
+from lmdist.tracking.run_folder import CHECKPOINTS, is_finished
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
@@ -106,14 +107,12 @@ def parser() -> argparse.ArgumentParser:
 
 def run_attempts(arguments: argparse.Namespace, flags: list[str], recipe: Recipe, stop: StopRequest) -> int:
     """Run attempts until the job is done, is asked to stop, or has failed too often; return the exit code."""
-    from lmdist import config
-
     ranks = arguments.nproc_per_node or os.environ.get("PET_NPROC_PER_NODE") or str(default_ranks(recipe, arguments.nnodes))
-    checkpoints = Path(recipe.run_folder) / "checkpoints"
+    checkpoints = Path(recipe.run_folder) / CHECKPOINTS
     restarts_left, backoff, resume = arguments.restarts, 1.0, []
     while True:
         before = newest_name(checkpoints)
-        if before and config.is_finished(recipe):  # the other machines may have exited, and would not join the rendezvous
+        if before and is_finished(recipe):  # the other machines may have exited, and would not join the rendezvous
             log(f"{recipe.run_folder} is finished already", COMMAND)
             return 0
         with tempfile.TemporaryDirectory(prefix="lmdist-") as logs:

@@ -86,7 +86,7 @@ def well_formed(text: str) -> str:
 
 
 def find_files(patterns: Iterable[str]) -> list[Path]:
-    """Return the files that names and globs match, each once; raises MissingInputError naming what does not exist."""
+    """Return the files that names and globs match, each once; raise MissingInputError naming what does not exist."""
     files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
@@ -100,7 +100,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
                 raise MissingInputError(f"no file matches {pattern}")
             files |= dict.fromkeys(found)
         else:
-            raise MissingInputError(f"{pattern} is not there{near(path)}")
+            raise MissingInputError(f"{pattern} does not exist{near(path)}")
     return list(files)
 
 
