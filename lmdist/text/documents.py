@@ -107,7 +107,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
 def near(path: Path) -> str:
     """Return what else lies in the folder of a missing file, as the rest of a sentence."""
     if not os.path.isdir(path.parent):
-        return f", nor is the folder {path.parent}"
+        return f", nor does the folder {path.parent}"
     if not os.access(path.parent, os.R_OK | os.X_OK):
         return f"; {path.parent} cannot be listed"
     names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
