@@ -41,9 +41,9 @@ from torch import Tensor, distributed
 
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
-from lmdist.model.precision import Precision, choose, prepare_for
+from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TrainingSettings
-from lmdist.training.distributed import World, start
+from lmdist.training.distributed import World, join_job
 from lmdist.training.step import TrainingStep
 from origin import facts, write_rows
 from scaling_model import NETWORKS, Row, bare, draw, fit, predict
@@ -259,7 +259,7 @@ def gradient_sizes(model: LanguageModel, dtype: torch.dtype) -> dict[str, float]
 def work(arguments: argparse.Namespace) -> None:
     """Measure, as one rank, the steps and the messages of a case; rank 0 writes the answer."""
     case = CASES[arguments.worker]
-    world = start(arguments.device, int(os.environ["WORLD_SIZE"]), 1, timeout_seconds=120)
+    world = join_job(arguments.device, int(os.environ["WORLD_SIZE"]), 1, timeout_seconds=120)
     training = Training(world, case, Precision(arguments.precision, ""), arguments.compression)
     dtype = torch.bfloat16 if arguments.compression == "bf16" else torch.float32
     sizes = gradient_sizes(training.model, dtype)
@@ -302,7 +302,7 @@ class Training:
         )
         self.training_step = TrainingStep(recipe, self.model, precision, world)
         self.learning_rate = recipe.optimizer.learning_rate
-        prepare_for(precision, self.model, world.device, case.batch_size, case.window)
+        configure_precision(precision, self.model, world.device, case.batch_size, case.window)
 
     def measure(self, batch_size: int, seconds: float) -> Figures:
         """Return median seconds of a step, of one that exchanges nothing, of their difference, and of a backward pass alone.

@@ -40,7 +40,7 @@ from torch.nn import functional
 from lmdist.model.cuda_graph import Graphed
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
-from lmdist.model.precision import Precision, choose, prepare_for
+from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings, Recipe
 from lmdist.training.distributed import World
 from lmdist.training.step import TrainingStep
@@ -168,7 +168,7 @@ class Job:
         data = DataSettings(global_batch=case.batch_size, window=case.length)
         recipe = Recipe(data=data, model=case.model, optimizer=case.optimizer)
         self.training_step = TrainingStep(recipe, self.model, precision, World(0, 1, device))
-        prepare_for(precision, self.model, device, case.batch_size, case.length)
+        configure_precision(precision, self.model, device, case.batch_size, case.length)
         self.weight = torch.full((), 1 / (case.batch_size * case.length), device=device)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -24,9 +24,6 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from lmdist.errors import EXIT_USAGE, CommandParser, MissingInputError, UsageError
 from lmdist.settings import Recipe
 
-FINISHED = "finished.toml"
-"""In a run's folder after the last step: the recipe that it was trained by, with `resume` auto."""
-
 
 class RecipeParser(ArgumentParser):
     """jsonargparse, with the project's exit code and one line for wrong usage."""
@@ -72,7 +69,7 @@ def load(argv: Sequence[str] | None = None, *, quiet: bool = False) -> Recipe:
         found, flags = recipes.parse_known_args(argv)
         for file in found.config:
             if not Path(file).is_file():
-                raise MissingInputError(f"the recipe {file} is not there; launch/ has recipes to start from")
+                raise MissingInputError(f"the recipe {file} does not exist; launch/ has recipes to start from")
         built = parser()
         # The last argument wins with jsonargparse, so recipes come first.
         values = built.instantiate(built.parse_args([*(f"--config={file}" for file in found.config), *flags]))
@@ -114,7 +111,7 @@ def read_section(path: Path, name: str, section: type) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
     except FileNotFoundError:
-        raise MissingInputError(f"the recipe {path} is not there") from None
+        raise MissingInputError(f"the recipe {path} does not exist") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise UsageError(f"{path} is not a recipe: {error}") from None
     if not isinstance(values, dict):
@@ -152,9 +149,3 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     for key, value in as_dict(recipe).items():
         pairs.update({f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value})
     return pairs
-
-
-def is_finished(recipe: Recipe) -> bool:
-    """Return whether the run was trained to its end by this very recipe, and may be resumed."""
-    finished = Path(recipe.run_folder) / FINISHED
-    return recipe.resume == "auto" and finished.is_file() and finished.read_text("utf-8", "replace") == as_toml(recipe)

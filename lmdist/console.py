@@ -1,6 +1,6 @@
 """What a command prints while it works: log lines, a progress bar on a terminal, and the table of names and values at the end.
 
-All of it but the table goes to stderr; stdout is for results. tqdm is imported only to draw a bar, so commands that sample
+All of it but the table goes to stderr; stdout is for results. tqdm is imported only to show a bar, so commands that sample
 work without it. This module does not know what the commands do.
 """
 
@@ -26,6 +26,13 @@ def table(rows: Mapping[str, object], width: int = 0) -> str:
     """Return a line for each name and its value, the values aligned at column `width` or after the longest name."""
     width = max(width, 2 + max(map(len, rows)))
     return "".join(f"{name:<{width}}{value}\n" for name, value in rows.items())
+
+
+def shown(value: object) -> str:
+    """Return a figure as people read it."""
+    if isinstance(value, float):
+        return f"{value:,.4f}" if abs(value) < 10 else f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 class ProgressBar:
@@ -73,7 +80,7 @@ class ProgressBar:
             self.bar.update(position - self.bar.n)
 
     def show(self, figures: str, line: str) -> None:
-        """Show figures beside the bar; where there is none print `line`, which says how far the work is as well."""
+        """Show figures beside the bar; where there is none print `line`, which includes the progress."""
         if self.bar is not None:
             self.bar.set_postfix_str(figures)
         elif time.perf_counter() - self.shown >= self.seconds_between_lines:

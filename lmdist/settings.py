@@ -15,9 +15,7 @@ from lmdist.bounds import above, at_least, between, check_bounds
 from lmdist.errors import UsageError
 
 Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace"]
-TOKENIZERS: tuple[Tokenizer, ...] = get_args(Tokenizer)
 Cleaning = Literal["none", "tutorial"]
-CLEANINGS: tuple[Cleaning, ...] = get_args(Cleaning)
 
 DEMO = "demo"
 """In place of a file name: the demo corpus."""
@@ -44,7 +42,7 @@ class TextSettings:
 
     @property
     def needs_sentences(self) -> bool:
-        """Whether a document is split into sentences first; the tutorial's cleaning leaves no full stop."""
+        """Return whether a document is split into sentences first; the tutorial's cleaning leaves no full stop."""
         return self.tokenizer == "word_tokenize" and self.clean != "tutorial"
 
 
@@ -107,7 +105,7 @@ class PrepareSettings:
 
     @property
     def text(self) -> TextSettings:
-        """The settings of the tokenizer alone."""
+        """Return the settings of the tokenizer alone."""
         return TextSettings(self.tokenizer, self.clean, self.lowercase)
 
 
@@ -139,7 +137,7 @@ class DataSettings:
 
     @property
     def sequence_length(self) -> int:
-        """Tokens predicted in a sequence of a step."""
+        """Return the number of tokens predicted in a sequence of a step."""
         return self.window if self.batching == "streams" else self.window - 1
 
 
@@ -176,7 +174,7 @@ class ModelSettings:
 
     @property
     def layer_sizes(self) -> list[int]:
-        """The size of each layer's state, first layer first."""
+        """Return the size of each layer's state, first layer first."""
         sizes = [self.hidden_size] * self.num_layers
         if self.tied:
             sizes[-1] = self.embedding_size
@@ -298,7 +296,7 @@ class Recipe:
     run_folder: str = "runs/demo"
     """The folder of the run: recipe, metrics, checkpoints, samples."""
     resume: Literal["auto", "never"] = "never"
-    """auto: resume from the newest valid checkpoint of the run, or start it; never: refuse a run that exists."""
+    """auto: resume from the newest valid checkpoint of the run, or start it; never: raise an error if the run exists."""
     seed: int = 1
     """Seed of parameters, dropout and shuffling."""
     prepare: PrepareSettings = field(default_factory=PrepareSettings)

@@ -33,7 +33,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a request has arrived."""
+        """Return whether a request has arrived."""
         return self.requested_at is not None
 
     def listen(self) -> StopRequest:

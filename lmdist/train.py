@@ -24,8 +24,8 @@ from lmdist.tracking.run_folder import JOB_LOCK
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just exiting, such as the one before a restart."""
 PEERS_FIRST = 2.0
-"""Seconds that a rank waits before it exits for a lost peer, or for an error that rank 0 has as well: torchrun reports the rank
-that exits first."""
+"""torchrun reports the first rank that exits. A rank that lost a peer, or that fails as rank 0 does, waits so many seconds, so
+that it is not the first."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with exclusive_lock(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext():
             settings = recipe.training
             try:
-                world = distributed.start(
+                world = distributed.join_job(
                     settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
                 )
                 loop.train(recipe, world, stop)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if not distributed.lost_peer(error):
                     raise
                 time.sleep(PEERS_FIRST)
-                raise Stopped("another rank was lost; --resume auto goes on from the last checkpoint") from None
+                raise Stopped("another rank was lost; --resume auto continues from the last checkpoint") from None
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def test_a_changed_manifest_is_refused(bundle: Path, tmp_path: Path, values: dic
 
 
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match="is not there"):
+    with pytest.raises(MissingInputError, match="does not exist"):
         Bundle.load(tmp_path / "none")
     with pytest.raises(MissingInputError, match="is not a bundle"):
         Bundle.load(tmp_path)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lmdist.bounds import at_least, check
-from lmdist.console import log, table
+from lmdist.console import log, shown, table
 from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
 from lmdist_export.lines import STDIN, Lines
 
@@ -280,8 +280,6 @@ def figures(values: dict[str, Any], as_json: bool) -> str:
     """Return figures as a table, or as JSON."""
     if as_json:
         return record(values, True)
-    from lmdist.training.evaluate import shown
-
     return table({name.replace("_", " "): shown(value) for name, value in values.items()}, width=38)
 
 

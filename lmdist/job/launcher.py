@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmdist.bounds import at_least, check
 from lmdist.console import log
 from lmdist.cpus import available_cpus
 from lmdist.errors import (
@@ -41,6 +42,7 @@ from lmdist.errors import (
 )
 from lmdist.job.agent import COMMAND
 from lmdist.signals import StopRequest, die_with_parent
+from lmdist.tracking.run_folder import CHECKPOINTS, is_finished
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from lmdist import config
 
+        check("--restarts", arguments.restarts, at_least(0))
         if arguments.help:
             sys.stdout.write(parser().format_help() + "\nThe settings of the recipe:\n\n")
         recipe = config.load(["--help"] if arguments.help else flags)
@@ -104,14 +107,12 @@ def parser() -> argparse.ArgumentParser:
 
 def run_attempts(arguments: argparse.Namespace, flags: list[str], recipe: Recipe, stop: StopRequest) -> int:
     """Run attempts until the job is done, is asked to stop, or has failed too often; return the exit code."""
-    from lmdist import config
-
     ranks = arguments.nproc_per_node or os.environ.get("PET_NPROC_PER_NODE") or str(default_ranks(recipe, arguments.nnodes))
-    checkpoints = Path(recipe.run_folder) / "checkpoints"
+    checkpoints = Path(recipe.run_folder) / CHECKPOINTS
     restarts_left, backoff, resume = arguments.restarts, 1.0, []
     while True:
         before = newest_name(checkpoints)
-        if before and config.is_finished(recipe):  # the other machines may have exited, and would not join the rendezvous
+        if before and is_finished(recipe):  # the other machines may have exited, and would not join the rendezvous
             log(f"{recipe.run_folder} is finished already", COMMAND)
             return 0
         with tempfile.TemporaryDirectory(prefix="lmdist-") as logs:

@@ -7,11 +7,12 @@ with the result without a graph. This module does not know what is computed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from lmdist.console import log
 
 WARM_UP = 3
 """Calls before the recording, in which cuBLAS and cuDNN choose their kernels."""
@@ -50,7 +51,7 @@ class Graphed:
         return self.replay(*arguments)
 
     def record(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Record the graph and compare it with the function; if that fails, go on without a graph."""
+        """Record the graph and compare it with the function; if that fails, continue without a graph."""
         generator = torch.cuda.get_rng_state()
         expected = self.function(*arguments), [parameter.grad for parameter in self.parameters]
         try:
@@ -67,7 +68,7 @@ class Graphed:
         except RuntimeError as failure:
             self.calls = -1
             reason = str(failure).partition("\n")[0]
-            sys.stderr.write(f"warning: training goes on without a CUDA graph, more slowly: {reason}\n")
+            log(f"warning: training continues without a CUDA graph, more slowly: {reason}")
             for parameter, gradient in zip(self.parameters, expected[1], strict=True):
                 parameter.grad = gradient
             return expected[0]

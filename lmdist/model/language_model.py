@@ -35,8 +35,8 @@ class LanguageModel(nn.Module):
             Layer(*sizes, settings.weight_dropout) for sizes in zip(input_sizes, self.layer_sizes, strict=True)
         )
         self.dropout = nn.Dropout(settings.dropout)
-        # An embedding of the usual 0.1 gives the LSTM inputs so small that it stays at the unigram model for hundreds of
-        # steps; the projection is small, so that the first loss is close to log V.
+        # An embedding of the usual 0.1 makes the LSTM's inputs so small that training stays at the unigram loss for hundreds
+        # of steps; the projection is small, so that the first loss is close to log V.
         nn.init.uniform_(self.embedding.weight, -0.5, 0.5)
         self.projection: nn.Linear | nn.AdaptiveLogSoftmaxWithLoss
         if settings.head == "adaptive":

@@ -65,7 +65,7 @@ class Precision:
 def choose(setting: str, before: str, device: torch.device, settings: ModelSettings, batch_size: int) -> Precision:
     """Return the precision for the setting `training.precision` and the batch size of a forward pass.
 
-    For `auto`, a run goes on in the precision it had `before`, if the device has it.
+    For `auto`, a run continues in the precision it had `before`, if the device has it.
     """
     if setting not in ("auto", *PRECISIONS[device.type]):
         raise UsageError(f"training.precision {setting} needs a GPU; on a CPU it must be auto, fp32 or bf16")
@@ -74,16 +74,16 @@ def choose(setting: str, before: str, device: torch.device, settings: ModelSetti
     if before in PRECISIONS[device.type]:
         return Precision(before, "as the run was started")
     if device.type == "cpu":
-        gain = gain_of_bf16(settings)
+        gain = bf16_speedup(settings)
         return Precision("bf16" if gain >= WORTHWHILE else "fp32", f"bf16 runs at {gain:.1f} times the speed of fp32 here")
-    if not misses_of_the_persistent_kernel(settings, batch_size, "fp16"):
+    if not unmet_persistent_conditions(settings, batch_size, "fp16"):
         return Precision("fp16", "with these sizes torch takes cuDNN's persistent LSTM kernel")
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Precision("bf16", "this GPU has it, and these sizes miss cuDNN's persistent LSTM kernel, which needs fp16")
     return Precision("fp16", "this GPU has no bf16")
 
 
-def gain_of_bf16(settings: ModelSettings) -> float:
+def bf16_speedup(settings: ModelSettings) -> float:
     """Return the speed of bf16 relative to fp32 in a CPU's multiplication of matrices of about the model's sizes."""
     operands = torch.rand(512, settings.hidden_size), torch.rand(settings.hidden_size, 2048)
     seconds = {}
@@ -100,7 +100,9 @@ def seconds_of_matmul(left: Tensor, right: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def prepare_for(precision: Precision, model: LanguageModel, device: torch.device, batch_size: int, length: int) -> list[str]:
+def configure_precision(
+    precision: Precision, model: LanguageModel, device: torch.device, batch_size: int, length: int
+) -> list[str]:
     """Set torch and the model up for a precision and batches of (`batch_size`, `length`) tokens; return hints for the user."""
     if device.type == "cpu":
         return choose_kernels(model, batch_size, length) if precision.name == "bf16" else []
@@ -108,7 +110,7 @@ def prepare_for(precision: Precision, model: LanguageModel, device: torch.device
     fp32_precision = "tf32" if precision.name == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = fp32_precision  # type: ignore[attr-defined]
-    misses = misses_of_the_persistent_kernel(model.settings, batch_size, precision.name)
+    misses = unmet_persistent_conditions(model.settings, batch_size, precision.name)
     if not misses:
         return []
     return [f"  hint   cuDNN's persistent LSTM kernel, the fastest one, is missed by {'; '.join(misses)}"]
@@ -162,7 +164,7 @@ def gradient_error(layer: Layer, kernel: str, batch_size: int, length: int) -> f
     return float(max(error.nan_to_num(torch.inf) for error in errors))
 
 
-def misses_of_the_persistent_kernel(settings: ModelSettings, batch_size: int, precision: str) -> list[str]:
+def unmet_persistent_conditions(settings: ModelSettings, batch_size: int, precision: str) -> list[str]:
     """Return the conditions that torch sets for cuDNN's persistent LSTM kernel and that are not met.
 
     From torch's source: fp16, one layer in one direction, hidden size at most 1024, sizes in multiples of 128, a batch size in

@@ -87,7 +87,7 @@ def write_atomic(path: Path, text: str) -> None:
 def check_output_file(output: Path) -> None:
     """Raise UsageError where `atomic_file` could not write the file that -o names."""
     if output.exists() and not output.is_file():
-        # Devices are refused as well: the rename would replace them.
+        # Devices are rejected as well: the rename would replace them.
         raise UsageError(f"-o {output} is not a file; a file's name is expected")
     if not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
         raise UsageError(f"-o {output}: nothing can be written in {output.parent}; create it first, or give another name")

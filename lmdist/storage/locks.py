@@ -12,7 +12,7 @@ from lmdist.errors import Stopped
 
 @contextmanager
 def exclusive_lock(path: Path, patience_seconds: float) -> Iterator[None]:
-    """Hold the lock `path`; raises Stopped where another process still holds it after `patience_seconds`."""
+    """Hold the lock `path`; raise Stopped where another process still holds it after `patience_seconds`."""
     import fcntl  # not on Windows, where a machine may sample
 
     path.parent.mkdir(parents=True, exist_ok=True)

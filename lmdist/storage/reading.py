@@ -23,7 +23,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises MissingInputError or DataError, each naming the file."""
+    """Read a JSON object; raise MissingInputError or DataError, each naming the file."""
     try:
         value = json.loads(read_bytes(path, MAX_JSON_BYTES))
     except DataError:
@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read a file; raises MissingInputError, or DataError where it is unreadable or has more than `max_bytes`."""
+    """Read a file; raise MissingInputError, or DataError where it is unreadable or has more than `max_bytes`."""
     size = file_size(path)
     if size > max_bytes:
         raise DataError(f"{path} has {size:,} bytes; at most {max_bytes:,} are expected")
@@ -47,11 +47,11 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def file_size(path: Path) -> int:
-    """Return the size of a file in bytes; raises MissingInputError, or DataError for a folder or a pipe, which blocks."""
+    """Return the size of a file in bytes; raise MissingInputError, or DataError for a folder or a pipe, which blocks."""
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise MissingInputError(f"{path} is not there") from None
+        raise MissingInputError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:  # ValueError: not a possible name
         raise DataError(f"{path} cannot be read: {error}") from None
     if not stat.S_ISREG(status.st_mode):
@@ -64,4 +64,4 @@ def check_folder(path: Path, expected: str) -> None:
     if not os.path.isdir(path):  # not Path.is_dir(), which raises where it may not look
         if os.path.lexists(path):
             raise DataError(f"{path} is not a folder; {expected}")
-        raise MissingInputError(f"{path} is not there; {expected}")
+        raise MissingInputError(f"{path} does not exist; {expected}")

@@ -87,7 +87,7 @@ def is_not(value: Any, expected: str) -> str:
 
 
 def dataclass_from_json(kind: type[Kind], values: dict[str, Any], path: Path, place: str = "") -> Kind:
-    """Build a dataclass from a JSON object; raises DataError for an unknown name and for a value of the wrong type.
+    """Build a dataclass from a JSON object; raise DataError for an unknown name and for a value of the wrong type.
 
     A field that the object does not name has its default: it may be newer than the file. A list becomes a tuple.
     """

@@ -185,7 +185,7 @@ class Corpus:
         return np.array(self.keys, dtype=np.uint8)
 
     def split_by_key(self, valid_fraction: float, test_fraction: float) -> np.ndarray:
-        """Return the split of each document: its index in SPLITS, (documents,); raises DataError where there are too few."""
+        """Return the split of each document: its index in SPLITS, (documents,); raise DataError where there are too few."""
         keys = np.array(self.keys, dtype=np.uint64)
         groups = np.unique(keys)  # sorted by the hash: the first are valid, the next test
         valid, test = (max(1, round(share * len(groups))) if share else 0 for share in (valid_fraction, test_fraction))
@@ -214,7 +214,7 @@ class Corpus:
     def vocabulary(self, splits: np.ndarray, min_count: int, size: int, *, own_unknown: bool) -> Vocabulary:
         """Return the words of the train split by falling frequency, those of the same frequency in alphabetical order.
 
-        `own_unknown`: the text marks its unknown words as <unk> itself; raises DataError where it does not.
+        `own_unknown`: the text marks its unknown words as <unk> itself; raise DataError where it does not.
         """
         counts = np.zeros(len(self.ids), dtype=np.int64)
         for documents, lengths, tokens in self.blocks():

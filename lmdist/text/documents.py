@@ -86,7 +86,7 @@ def well_formed(text: str) -> str:
 
 
 def find_files(patterns: Iterable[str]) -> list[Path]:
-    """Return the files that names and globs match, each once; raises MissingInputError naming what does not exist."""
+    """Return the files that names and globs match, each once; raise MissingInputError naming what does not exist."""
     files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
@@ -100,14 +100,14 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
                 raise MissingInputError(f"no file matches {pattern}")
             files |= dict.fromkeys(found)
         else:
-            raise MissingInputError(f"{pattern} is not there{near(path)}")
+            raise MissingInputError(f"{pattern} does not exist{near(path)}")
     return list(files)
 
 
 def near(path: Path) -> str:
     """Return what else lies in the folder of a missing file, as the rest of a sentence."""
     if not os.path.isdir(path.parent):
-        return f", nor is the folder {path.parent}"
+        return f", nor does the folder {path.parent}"
     if not os.access(path.parent, os.R_OK | os.X_OK):
         return f"; {path.parent} cannot be listed"
     names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]

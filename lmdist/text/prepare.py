@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     Sources = Mapping[str, Documents]
     """The documents of each given split, or of the inputs under the name ""."""
 
+COMMAND = "lmdist-prepare"
+
 # One process tokenizes less than this before worker processes have started and filled their caches.
 ONE_PROCESS_BYTES = {"word_tokenize": 40_000_000, "wordpunct": 60_000_000, "whitespace": 60_000_000}
 
@@ -47,7 +49,7 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False)
         for documents in sources.values():
             documents.check()
         with atomic_folder(output) as folder:
-            meta = fill(folder, settings, sources)
+            meta = write_data_folder(folder, settings, sources)
     except MissingInputError:
         raise
     except OSError as error:
@@ -103,7 +105,7 @@ def demo_csv(folder: Path) -> Path:
     return path
 
 
-def fill(folder: Path, settings: PrepareSettings, sources: Sources) -> dict[str, Any]:
+def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources) -> dict[str, Any]:
     """Write the files of a data folder; return the content of meta.json."""
     from lmdist.text.corpus import Corpus
 
@@ -137,7 +139,7 @@ def fill(folder: Path, settings: PrepareSettings, sources: Sources) -> dict[str,
 
 
 def read_all(corpus: Corpus, settings: PrepareSettings, sources: Sources, text_json: Path) -> None:
-    """Tokenize all sources into the corpus; raises DataError where they have no text."""
+    """Tokenize all sources into the corpus; raise DataError where they have no text."""
     size = sum(documents.bytes for documents in sources.values())
     workers = (settings.workers or available_cpus()) if size > ONE_PROCESS_BYTES[settings.tokenizer] else 1
     with ProgressBar(size, "B", unit_scale=True, seconds_between_lines=SECONDS_BETWEEN_LINES) as bar:
@@ -205,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     from lmdist.config import add_flags
 
     built = CommandParser(
-        prog="lmdist-prepare",
+        prog=COMMAND,
         usage="lmdist-prepare INPUT [INPUT ...] -o FOLDER [--flag VALUE ...]",
         description="Turn text into a data folder that lmdist.train reads: token ids, split into train, valid and test.",
         epilog="Examples: lmdist-prepare demo -o data/demo;  lmdist-prepare 'news/*.csv.gz' -o data/news --lowercase;  "
@@ -243,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
     if not flags.get("inputs"):
         flags.pop("inputs", None)
-    with exit_on_error("lmdist-prepare"):
+    with exit_on_error(COMMAND):
         from lmdist.config import read_section
 
         # As Ctrl-C does: the unfinished folder and the workers are removed.

@@ -100,7 +100,7 @@ class Format(NamedTuple):
 
 
 def read(source: Source) -> Iterator[Row]:
-    """Yield the rows of a file; raises DataError, naming the file, for what cannot be read."""
+    """Yield the rows of a file; raise DataError, naming the file, for what cannot be read."""
     path, options = source.path, source.options
     found = format_of(path)
     if not found.has_columns and (options.group_by or options.text_column):
@@ -246,7 +246,7 @@ PLAIN_TEXT = Format("plain text", (), read_text, has_columns=False, keeps_duplic
 
 
 def find_columns(names: Sequence[str], source: Source) -> tuple[int, int | None]:
-    """Return the index of the text column and of the group column, if any; raises DataError naming the columns that exist."""
+    """Return the index of the text column and of the group column, if any; raise DataError naming the columns that exist."""
     folded = [name.strip().casefold() for name in names]
 
     def find(wanted: Iterable[str], flag: str) -> int:

@@ -107,7 +107,7 @@ class WordTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> WordTokenizer:
-        """Read text.json; raises MissingInputError or DataError, each naming the file."""
+        """Read text.json; raise MissingInputError or DataError, each naming the file."""
         value = read_json(path)
         check_version(value, (FORMAT, VERSION), path)
         check_schema(value, SAVED, path)
@@ -119,7 +119,7 @@ class WordTokenizer:
 
     @cached_property
     def _split(self) -> Callable[[str], list[str]]:
-        """The function that splits a document into words."""
+        """Return the function that splits a document into words."""
         if self.settings.tokenizer == "whitespace":
             return split_lines
         if self.settings.tokenizer == "wordpunct":

@@ -24,7 +24,7 @@ END_ID = 1
 
 
 class Vocabulary:
-    """The words of a model, in the order of their ids; raises DataError for words that cannot be a vocabulary."""
+    """The words of a model, in the order of their ids; raise DataError for words that cannot be a vocabulary."""
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = list(words)
@@ -39,7 +39,7 @@ class Vocabulary:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """The id of each word."""
+        """Return the id of each word."""
         return {word: index for index, word in enumerate(self.words)}
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """Read one word a line; raises MissingInputError or DataError, each naming the file."""
+        """Read one word a line; raise MissingInputError or DataError, each naming the file."""
         try:
             text = read_bytes(path, MAX_BYTES).decode("utf-8")
         except UnicodeDecodeError as error:

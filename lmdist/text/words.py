@@ -106,7 +106,7 @@ class WordFinder:
         """The words of a sentence that cannot be treated chunk by chunk."""
 
     def __call__(self, document: str) -> list[str]:
-        """Return the words of a document; raises TimeoutError where NLTK gives up."""
+        """Return the words of a document; raise TimeoutError where NLTK gives up."""
         if self.has_rules and not SEPARATOR.search(document):
             sentences = self.sentences(document) if self.punkt else [document.strip()]
             return list(chain.from_iterable(map(self.words, sentences)))
@@ -168,7 +168,7 @@ class WordFinder:
 
     @cached_property
     def nltk_punkt(self) -> PunktSentenceTokenizer:
-        """NLTK's sentence splitter."""
+        """Return NLTK's sentence splitter."""
         from nltk.tokenize.punkt import PunktSentenceTokenizer
 
         assert self.punkt is not None
@@ -176,7 +176,7 @@ class WordFinder:
 
     @cached_property
     def nltk_words(self) -> Callable[[str], list[str]]:
-        """NLTK's function that splits a sentence into words."""
+        """Return NLTK's function that splits a sentence into words."""
         from nltk.tokenize.destructive import NLTKWordTokenizer
 
         return NLTKWordTokenizer().tokenize

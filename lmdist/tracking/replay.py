@@ -16,13 +16,13 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from lmdist.storage.checksums import sha256
-from lmdist.tracking.run_folder import METRICS, parse_row, update_metadata
+from lmdist.tracking.run_folder import METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES, parse_row, update_metadata
 from lmdist.tracking.store import POINTS_PER_REQUEST, Point, Store, UploadError, logged_contexts, store_address
 
 if TYPE_CHECKING:
     from lmdist.tracking.store import Run, SystemMetricsMonitor
 
-FILES = ("recipe.toml", "loss.png", "sample.txt", "samples/*.txt")
+FILES = (RECIPE, PICTURE, SAMPLE, f"{SAMPLES}/*.txt")
 """The files that are uploaded; checkpoints are too large."""
 ROWS_PER_READ = 500
 

@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmdist.console import log
 from lmdist.errors import DataError, Stopped
@@ -17,7 +17,18 @@ from lmdist.storage.atomic import write_atomic
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json
 
+if TYPE_CHECKING:
+    from lmdist.settings import Recipe
+
+CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+RECIPE = "recipe.toml"
+"""The resolved recipe."""
+FINISHED = "finished.toml"
+"""Written after the last step: the recipe that the run was trained by, with `resume` auto."""
 METRICS = "metrics.jsonl"
+PICTURE = "loss.png"
+SAMPLE = "sample.txt"
+"""The last sample."""
 RUN_METADATA = "mlflow.json"
 """What it takes to find the run in MLflow or to create it there, and how the run ended. It holds no address."""
 JOB_LOCK = ".lock"
@@ -125,6 +136,14 @@ def update_metadata(run: Path, **changes: Any) -> dict[str, Any]:
     metadata = {**read_metadata(run), **changes}
     write_metadata(run, metadata)
     return metadata
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Return whether the run was trained to its end by this very recipe, and may be resumed."""
+    from lmdist import config
+
+    finished = Path(recipe.run_folder) / FINISHED
+    return recipe.resume == "auto" and finished.is_file() and finished.read_text("utf-8", "replace") == config.as_toml(recipe)
 
 
 def is_training(run: Path) -> bool:

@@ -107,7 +107,7 @@ class Store:
         return {point.step for point in self.client.get_metric_history(run_id, key)}
 
     def monitor_system(self, run_id: str) -> SystemMetricsMonitor:
-        """Start MLflow's own logging of CPU, memory, disk, network and GPUs: a thread that gives up when the server is away."""
+        """Start MLflow's own logging of CPU, memory, disk, network and GPUs: a thread that stops when the server is away."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.address)
@@ -131,7 +131,7 @@ def create_default_store() -> None:
 
     if DEFAULT_FILE.exists():
         return
-    temporary = Path(f"{DEFAULT_FILE}.making-{os.getpid()}")
+    temporary = Path(f"{DEFAULT_FILE}.writing-{os.getpid()}")
     try:
         MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
         try:

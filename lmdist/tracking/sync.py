@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lmdist.console import log
 from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputError, Stopped, exit_on_error
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json
 from lmdist.tracking.replay import Replay
 from lmdist.tracking.run_folder import (
     METRICS,
+    RECIPE,
     RUN_METADATA,
     UPLOAD_LOCK,
     dataset_inputs,
@@ -41,11 +43,13 @@ from lmdist.tracking.store import (
 )
 from lmdist.tracking.uploader import follow
 
+COMMAND = "lmdist-sync"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Upload runs, or follow one while its job runs."""
     configure()
-    with exit_on_error("lmdist-sync"):
+    with exit_on_error(COMMAND):
         arguments = parser().parse_args(argv)
         if not arguments.follow:
             sys.exit(sync(arguments.runs))
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             code = follow(arguments.runs[0], sys.stderr)
         except Exception as error:  # a defect; its text may hold an address, and the job reports that points are missing
-            sys.stderr.write(f"warning: the uploader of {arguments.runs[0]} has failed ({type(error).__name__})\n")
+            log(f"warning: the uploader of {arguments.runs[0]} has failed ({type(error).__name__})")
         finally:
             os._exit(code)  # MLflow's threads may be waiting for a server
 
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parser() -> CommandParser:
     """Return the parser of the command line."""
     parser = CommandParser(
-        prog="lmdist-sync",
+        prog=COMMAND,
         description="Upload to MLflow what it lacks of a run: points, settings, samples and the picture, and how the run "
         "ended. A job does so by itself while it runs; this is for what was left over when its server was away.",
         epilog="MLflow is where MLFLOW_TRACKING_URI says, else mlflow.db in this directory: go to where the job ran. Nothing "
@@ -128,12 +132,12 @@ def upload(run: Path) -> str:
 def load_metadata(run: Path) -> dict[str, Any]:
     """Return the metadata of a run, built from its recipe where it has none. Raise MissingInputError or DataError."""
     if not run.is_dir():
-        raise MissingInputError(f"{run} is not there; the folder of a run is expected, such as runs/demo")
+        raise MissingInputError(f"{run} does not exist; the folder of a run is expected, such as runs/demo")
     metadata = read_json(run / RUN_METADATA) if (run / RUN_METADATA).exists() else {}
     if "run_key" in metadata:
         return metadata
     try:
-        recipe = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+        recipe = tomllib.loads((run / RECIPE).read_text(encoding="utf-8"))
         parameters = {key: value for key, value in recipe.items() if not isinstance(value, dict)}
         for section in [key for key in recipe if key not in parameters]:
             parameters |= {f"{section}.{key}": value for key, value in recipe[section].items()}

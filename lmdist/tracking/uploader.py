@@ -143,12 +143,12 @@ class Retry:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the last attempt succeeded."""
+        """Return whether the last attempt succeeded."""
         return self.failures == 0
 
     @property
     def due(self) -> bool:
-        """Whether it is time for the next attempt."""
+        """Return whether it is time for the next attempt."""
         return time.monotonic() >= self.next_time
 
     def attempt(self, upload: Callable[[], Any]) -> bool:
@@ -171,7 +171,7 @@ class Retry:
         return True
 
     def persist(self, upload: Callable[[], Any]) -> bool:
-        """Try up to MAX_ATTEMPTS times, once where it has failed for long; return whether it succeeded."""
+        """Try up to MAX_ATTEMPTS times, only once if as many attempts have failed already; return whether it succeeded."""
         while not self.attempt(upload):
             if self.failures >= MAX_ATTEMPTS:
                 return False

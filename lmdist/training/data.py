@@ -88,7 +88,7 @@ class DataFolder:
 
     def check_vocabulary(self, manifest: dict[str, Any]) -> None:
         """Raise DataError unless the folder has the vocabulary of the checkpoint with this manifest."""
-        if self.meta["files"]["vocab.txt"]["sha256"] != manifest["files"]["vocab.txt"]["sha256"]:
+        if self.meta["files"][VOCABULARY]["sha256"] != manifest["files"][VOCABULARY]["sha256"]:
             raise DataError(f"{self.path} has another vocabulary than the model: name the model's own folder by --data FOLDER")
 
     def tokens(self, split: str) -> np.ndarray:
@@ -133,7 +133,7 @@ class Streams:
         offset = position * self.window
         starts, ends = self.bounds[:-1] + offset, self.bounds[1:]
         length = min(self.window, self.longest - offset)
-        return cut(self.tokens, starts, ends, length, part, state_reset=position == 0)
+        return batch_of(self.tokens, starts, ends, length, part, state_reset=position == 0)
 
 
 class Windows:
@@ -156,10 +156,10 @@ class Windows:
         window = permute(index % self.count, self.count, (self.seed, epoch))
         starts = window * self.stride + 1
         ends = np.where(exists, np.minimum(starts - 1 + self.window, len(self.tokens)), 0)
-        return cut(self.tokens, starts, ends, self.window - 1, part, state_reset=True)
+        return batch_of(self.tokens, starts, ends, self.window - 1, part, state_reset=True)
 
 
-def cut(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, length: int, part: slice, *, state_reset: bool) -> Batch:
+def batch_of(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, length: int, part: slice, *, state_reset: bool) -> Batch:
     """Return the sequences `part` of a global batch whose sequence g predicts tokens[starts[g]:ends[g]], `length` at most."""
     num_tokens = int(np.clip(ends - starts, 0, length).sum())
     starts, ends = starts[part, None], ends[part, None]  # (B, 1)

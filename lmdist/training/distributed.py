@@ -36,7 +36,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes."""
+        """Return whether this is rank 0, which writes."""
         return self.rank == 0
 
     def part_of(self, global_batch: int) -> slice:
@@ -118,7 +118,7 @@ def lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
-def start(device: str, global_batch: int, accumulation: int, timeout_seconds: float) -> World:
+def join_job(device: str, global_batch: int, accumulation: int, timeout_seconds: float) -> World:
     """Join the job that torchrun has started; raise UsageError if the device or the number of ranks does not fit."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if global_batch % (size * accumulation):

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmdist.bounds import at_least, check
+from lmdist.console import shown, table
 from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
 
 if TYPE_CHECKING:
@@ -24,22 +26,24 @@ if TYPE_CHECKING:
     from lmdist.model.language_model import LanguageModel
     from lmdist.signals import StopRequest
     from lmdist.training.distributed import World
-    from lmdist.training.metrics import Nats
+    from lmdist.training.metrics import NatsTotal
+
+COMMAND = "lmdist-evaluate"
 
 
 def evaluate(
     model: LanguageModel, tokens: np.ndarray, streams: int, window: int, world: World, stop: StopRequest | None = None
-) -> Nats:
+) -> NatsTotal:
     """Return the summed nats of `tokens`, read as `streams` streams divided over the ranks; a `stop` request cuts it short."""
     import torch
 
     from lmdist.model.loss import IGNORED, summed_nats
     from lmdist.training.data import Streams
-    from lmdist.training.metrics import Nats
+    from lmdist.training.metrics import NatsTotal
 
     was_training = model.training
     model.eval()
-    nats = Nats(world)
+    nats = NatsTotal(world)
     # A rank reads entire streams. If the ranks do not divide their number, some read one more; no rank waits for another.
     part = slice(world.rank * streams // world.size, (world.rank + 1) * streams // world.size)
     batches = Streams(tokens, streams, window)
@@ -68,7 +72,7 @@ def unigram_nats(train: np.ndarray, tokens: np.ndarray, vocabulary_size: int) ->
 def parser() -> argparse.ArgumentParser:
     """Return the command line of lmdist-evaluate."""
     command = CommandParser(
-        prog="lmdist-evaluate",
+        prog=COMMAND,
         description="Measure the perplexity of a trained model: one stream, the state carried on, each token counted once.",
     )
     command.add_argument("checkpoint", type=Path, help="a run (runs/NAME: its best checkpoint is taken) or a checkpoint")
@@ -84,36 +88,29 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     arguments = parser().parse_args(argv)
-    with exit_on_error("lmdist-evaluate"):
+    with exit_on_error(COMMAND):
         if arguments.file and (arguments.split or arguments.data):
             raise UsageError("--file takes the place of --split and --data: give one or the other")
-        if arguments.streams < 1:
-            raise UsageError(f"--streams is {arguments.streams}; it must be at least 1")
+        check("--streams", arguments.streams, at_least(1))
         result = measure(arguments)
         if arguments.json:
             sys.stdout.write(json.dumps(result) + "\n")
         else:
-            sys.stdout.write("".join(f"{key.replace('_', ' '):<22}{shown(value)}\n" for key, value in result.items()))
-
-
-def shown(value: Any) -> str:
-    """Return a figure as people read it."""
-    if isinstance(value, float):
-        return f"{value:,.4f}" if abs(value) < 10 else f"{value:,.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+            sys.stdout.write(table({key.replace("_", " "): shown(value) for key, value in result.items()}, width=22))
 
 
 def tokens_of_file(checkpoint: Path, file: str) -> np.ndarray:
     """Return the ids of a file, (N,), tokenized as the training text was, with an end mark after each document."""
     import numpy as np
 
+    from lmdist.text.data_folder import TEXT, VOCABULARY
     from lmdist.text.documents import Documents, find_files
     from lmdist.text.readers import ReadOptions
     from lmdist.text.tokenizer import WordTokenizer
     from lmdist.text.vocabulary import END_ID, Vocabulary
 
-    tokenizer = WordTokenizer.load(checkpoint / "text.json")
-    vocabulary = Vocabulary.load(checkpoint / "vocab.txt")
+    tokenizer = WordTokenizer.load(checkpoint / TEXT)
+    vocabulary = Vocabulary.load(checkpoint / VOCABULARY)
     ids: list[int] = []
     for document in Documents(find_files([file]), ReadOptions(lines=tokenizer.settings.tokenizer == "whitespace")):
         ids += vocabulary.encode(tokenizer.tokenize(document.text))
@@ -130,11 +127,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from lmdist.training.checkpoints.read import load_model
     from lmdist.training.checkpoints.retain import find_checkpoint
     from lmdist.training.data import DataFolder
-    from lmdist.training.distributed import start
+    from lmdist.training.distributed import join_job
 
     path = find_checkpoint(arguments.checkpoint)
     model, manifest = load_model(path)
-    world = start(arguments.device, global_batch=1, accumulation=1, timeout_seconds=120)
+    world = join_job(arguments.device, global_batch=1, accumulation=1, timeout_seconds=120)
     model.to(world.device)
     folder = None
     if arguments.file:

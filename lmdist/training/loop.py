@@ -16,10 +16,11 @@ from lmdist import config
 from lmdist.errors import Stopped, UsageError
 from lmdist.settings import Recipe
 from lmdist.signals import StopRequest
+from lmdist.tracking.run_folder import CHECKPOINTS
 from lmdist.training.checkpoints.write import Saver, take_snapshot
 from lmdist.training.distributed import World
 from lmdist.training.evaluate import evaluate
-from lmdist.training.metrics import Nats
+from lmdist.training.metrics import NatsTotal
 from lmdist.training.optimizer import learning_rate
 from lmdist.training.report import mark_finished, report_on
 from lmdist.training.run import set_up
@@ -29,9 +30,9 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     """Train by `recipe`, from its newest checkpoint or from scratch; raise Stopped when `stop` is requested."""
     torch.set_flush_denormal(True)
     run = set_up(recipe, world)
-    recipe, progress, step = run.recipe, run.progress, run.step  # the recipe with the chosen precision
-    saver = Saver(run.path / "checkpoints", config.as_dict(recipe), run.folder.path, recipe.checkpoint.keep)
-    nats, last_save = Nats(world, progress.nats, progress.counted), time.monotonic()
+    recipe, progress, training_step = run.recipe, run.progress, run.training_step  # the recipe with the chosen precision
+    saver = Saver(run.path / CHECKPOINTS, config.as_dict(recipe), run.folder.path, recipe.checkpoint.keep)
+    nats, last_save = NatsTotal(world, progress.nats, progress.counted), time.monotonic()
     saving = stopping = False
     stop.deferred = True  # from here on a request to stop waits for the end of a step
 
@@ -51,10 +52,10 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                     report.validation()
                 saving = True
             if saving:
-                progress.loss_scale = step.scaler.state_dict()
-                streams = tuple(world.gather(part) for part in step.state)  # parts (G, S)
+                progress.loss_scale = training_step.scaler.state_dict()
+                streams = tuple(world.gather(part) for part in training_step.state)  # parts (G, S)
                 if world.is_main:
-                    saver.save(take_snapshot(progress, run.model, step.optimizer, streams))
+                    saver.save(take_snapshot(progress, run.model, training_step.optimizer, streams))
                 last_save = time.monotonic()
             if stopping or run.finished:
                 break
@@ -65,12 +66,12 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             torch.manual_seed((recipe.seed * 1_000_003 + progress.step) * 65_537 + world.rank)
             peak, total_steps = recipe.optimizer.learning_rate, run.total_steps
             rate = learning_rate(peak, recipe.schedule, progress.step, total_steps, progress.divisions)
-            step.forward_backward(batch, nats)
-            norm = step.clip_and_update(rate)
+            training_step.forward_backward(batch, nats)
+            norm = training_step.clip_and_update(rate)
             progress.step += 1
             progress.tokens += batch.num_tokens
             progress.valid_nats = None
-            report.step()
+            report.show_progress()
 
             # Decide at the same step on every rank: stop, log, save. Only reading the loss waits for a GPU.
             stopping = world.any_delayed(stop.requested)
@@ -85,15 +86,17 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                     check_finite(norm.item(), "norm of the gradient", progress.step)
                 if logging:
                     report.training(loss, norm.item(), rate)
-                    nats, progress.nats, progress.counted = Nats(world), 0.0, 0
+                    nats, progress.nats, progress.counted = NatsTotal(world), 0.0, 0
                     minutes = (time.monotonic() - last_save) / 60
                     saving = saving or world.any(0 < recipe.checkpoint.every_minutes <= minutes)
 
         saver.close()
         if stopping:
             world.close()  # after the last checkpoint is written: torchrun would kill the rank that writes it
-            raise Stopped(f"stopped on request after step {progress.step:,}, which is saved; --resume auto goes on from there")
-        report.end()
+            raise Stopped(
+                f"stopped on request after step {progress.step:,}, which is saved; --resume auto continues from there"
+            )
+        report.finish()
     mark_finished(run)
     world.close()  # after all is written: a rank that is lost and restarted earlier would have no peers
 

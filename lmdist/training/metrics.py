@@ -14,7 +14,7 @@ from torch import Tensor
 from lmdist.training.distributed import World
 
 
-class Nats:
+class NatsTotal:
     """Summed nats and the number of tokens they belong to."""
 
     def __init__(self, world: World, nats: float = 0.0, count: int = 0) -> None:

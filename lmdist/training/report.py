@@ -1,4 +1,4 @@
-"""What a run reports: console lines, metrics, samples and pictures. Rank 0 writes; on the other ranks nothing is.
+"""What a run reports: console lines, metrics, samples and pictures. Only rank 0 writes.
 
 This module does not know how a step is computed.
 """
@@ -17,10 +17,10 @@ from lmdist.perplexity import perplexity
 from lmdist.storage.atomic import write_atomic
 from lmdist.tracking.logger import MetricsLogger, RunLogger
 from lmdist.tracking.plot import plot_losses
+from lmdist.tracking.run_folder import FINISHED, METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES
 from lmdist.training.run import Run
 from lmdist.training.sample import sample
 
-FINAL_SAMPLE = "sample.txt"
 SECONDS_BETWEEN_PICTURES = 60.0
 LARGE_VOCABULARY = 100_000
 
@@ -40,7 +40,7 @@ def open_logger(run: Run) -> MetricsLogger:
     if not run.world.is_main:
         return MetricsLogger()
     run.path.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.path / "recipe.toml", config.as_toml(run.recipe))
+    write_atomic(run.path / RECIPE, config.as_toml(run.recipe))
     return RunLogger(
         run.path,
         run.recipe.tracking,
@@ -58,7 +58,7 @@ def announcement(run: Run) -> list[str]:
     num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
     layers = "-".join(str(size) for size in [recipe.model.embedding_size, *run.model.layer_sizes])
     head = ", adaptive head" if recipe.model.head == "adaptive" else " tied" if recipe.model.tied else ""
-    start = f"going on after step {run.progress.step:,}" if run.progress.step else "starting"
+    start = f"resuming after step {run.progress.step:,}" if run.progress.step else "starting"
     lines = [
         f"{run.path}: {start}, to step {run.total_steps:,} ({run.batches.steps_per_epoch:,} per epoch)",
         f"  data   {folder.path}: {folder.meta['splits']['train']['tokens']:,} tokens to train on, "
@@ -83,7 +83,7 @@ class Report:
         self.tokens_before = run.progress.tokens
         self.seconds_before = run.progress.seconds
 
-    def step(self) -> None:
+    def show_progress(self) -> None:
         """Move the progress bar."""
         self.console.update(self.run.progress.step)
 
@@ -117,19 +117,19 @@ class Report:
             f"valid step {progress.step}  loss {nats:.4f}  ppl {perplexity(nats):,.2f}  best {perplexity(best):,.2f}"
         )
         self.logger.log_metrics(progress.step, {"valid/loss": nats, "valid/perplexity": perplexity(nats)})
-        self.write_picture_and_sample(f"samples/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
+        self.write_picture_and_sample(f"{SAMPLES}/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Write the last sample and picture, and print where the results are."""
         if not self.logger.writes:
             return
         run, path, num_tokens = self.run, self.run.path, self.run.recipe.sample.final_words
-        self.write_picture_and_sample(FINAL_SAMPLE, num_tokens)
+        self.write_picture_and_sample(SAMPLE, num_tokens)
         lines = [
             f"done: {run.progress.step:,} steps, {run.progress.tokens:,} tokens in {duration(run.progress.seconds)}",
             f"  run      {path}",
-            *([f"  sample   {path / FINAL_SAMPLE}"] if num_tokens else []),
-            f"  picture  {path / 'loss.png'}",
+            *([f"  sample   {path / SAMPLE}"] if num_tokens else []),
+            f"  picture  {path / PICTURE}",
             *([f"  MLflow   {self.logger.page}"] if self.logger.page else []),
             f"next: lmdist-evaluate {path}; lmdist-export {path} -o bundles/{path.name}",
         ]
@@ -140,11 +140,11 @@ class Report:
         """Draw the losses so far, and write a sample of `num_tokens` tokens to the file `name` of the run folder."""
         if not self.logger.writes:
             return
-        picture = self.run.path / "loss.png"
+        picture = self.run.path / PICTURE
         try:
             # All ranks wait for the picture, and a long run has many points: at most one a minute, and one at the end.
-            if name == FINAL_SAMPLE or age(picture) > SECONDS_BETWEEN_PICTURES:
-                plot_losses(self.run.path / "metrics.jsonl", picture)
+            if name == SAMPLE or age(picture) > SECONDS_BETWEEN_PICTURES:
+                plot_losses(self.run.path / METRICS, picture)
             if num_tokens:
                 self.logger.log_text(name, self.sample(num_tokens))
         except OSError as error:  # a full disk costs these, not the run
@@ -163,7 +163,7 @@ def age(path: Path) -> float:
 
 
 def mark_finished(run: Run) -> None:
-    """Write the recipe to finished.toml, which tells a restarted job that nothing is left to do."""
+    """Write the recipe to finished.toml, so that a restarted job exits at once."""
     if run.world.is_main:
         with suppress(OSError):  # on a full disk the checkpoint is what counts
-            write_atomic(run.path / config.FINISHED, config.as_toml(dataclasses.replace(run.recipe, resume="auto")))
+            write_atomic(run.path / FINISHED, config.as_toml(dataclasses.replace(run.recipe, resume="auto")))

@@ -15,11 +15,13 @@ import torch
 
 from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
-from lmdist.model.precision import Precision, choose, prepare_for
+from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import Recipe
+from lmdist.text.data_folder import VOCABULARY, token_file
+from lmdist.tracking.run_folder import CHECKPOINTS
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import load_parameters, load_training, read_verified_manifest
-from lmdist.training.checkpoints.retain import newest_checkpoint, remove_unfinished
+from lmdist.training.checkpoints.retain import newest_verified, remove_unfinished
 from lmdist.training.data import DataFolder, Streams, Windows, training_batches
 from lmdist.training.distributed import World
 from lmdist.training.step import TrainingStep
@@ -40,7 +42,7 @@ class Run:
     validation: np.ndarray | None
     """The tokens of the valid split, (N,)."""
     model: LanguageModel
-    step: TrainingStep
+    training_step: TrainingStep
     progress: Progress
     total_steps: int
     precision: Precision
@@ -79,30 +81,29 @@ def set_up(recipe: Recipe, world: World) -> Run:
 
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
-    step = TrainingStep(recipe, model, precision, world)
-    hints = prepare_for(precision, model, world.device, part_size, recipe.data.sequence_length)
-    progress = Progress() if newest is None else restore(newest, recipe, folder, step)
-    step.rehearse()
-    return Run(recipe, world, folder, batches, validation, model, step, progress, total_steps, precision, hints)
+    training_step = TrainingStep(recipe, model, precision, world)
+    hints = configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
+    progress = Progress() if newest is None else restore(newest, recipe, folder, training_step)
+    training_step.warm_up_ddp()
+    return Run(recipe, world, folder, batches, validation, model, training_step, progress, total_steps, precision, hints)
 
 
 def find_newest(recipe: Recipe, world: World) -> Checkpoint | None:
     """Return the newest undamaged checkpoint of the run folder and its manifest; raise UsageError if `resume` forbids it."""
-    checkpoints = Path(recipe.run_folder) / "checkpoints"
-    found = ""
+    checkpoints = Path(recipe.run_folder) / CHECKPOINTS
+    newest = None
     if world.is_main:
         remove_unfinished(checkpoints)
-        found = str(newest_checkpoint(checkpoints) or "")
-    found = world.broadcast(found)
-    if not found:
+        newest = newest_verified(checkpoints)
+    path = world.broadcast(str(newest[0]) if newest else "")
+    if not path:
         return None
-    newest = Path(found)
     if recipe.resume == "never":
         raise UsageError(
-            f"{recipe.run_folder} holds a run already ({newest.name}): --resume auto goes on with it, "
+            f"{recipe.run_folder} holds a run already ({Path(path).name}): --resume auto continues it, "
             "--run_folder NAME starts another"
         )
-    return newest, read_verified_manifest(newest)
+    return newest or (Path(path), read_verified_manifest(Path(path)))
 
 
 def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, part_size: int) -> Precision:
@@ -113,15 +114,16 @@ def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, 
     return Precision(name, reason)
 
 
-def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, step: TrainingStep) -> Progress:
+def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, training_step: TrainingStep) -> Progress:
     """Restore model, optimizer, loss scaler and LSTM state from a checkpoint; return the progress.
 
     Raise UsageError if the checkpoint was trained with other data, another model or another optimizer.
     """
     path, manifest = newest
+    train = token_file("train")
     pairs = {
-        "vocabulary": (manifest["files"]["vocab.txt"], folder.meta["files"]["vocab.txt"]),
-        "train.bin": (manifest["data"]["files"]["train.bin"], folder.meta["files"]["train.bin"]),
+        "vocabulary": (manifest["files"][VOCABULARY], folder.meta["files"][VOCABULARY]),
+        train: (manifest["data"]["files"][train], folder.meta["files"][train]),
         "seed": (manifest["recipe"]["seed"], recipe.seed),
         "optimizer.name": (manifest["recipe"]["optimizer"]["name"], recipe.optimizer.name),
     }
@@ -132,11 +134,11 @@ def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, step: Traini
     for name, (before, now) in pairs.items():
         if before != now:
             raise UsageError(f"{path} was trained with another {name}: {before}, and this recipe has {now}")
-    load_parameters(step.model, path)
-    progress, streams = load_training(path, step.optimizer)
+    load_parameters(training_step.model, path)
+    progress, streams = load_training(path, training_step.optimizer)
     if progress.loss_scale:
-        step.scaler.load_state_dict(progress.loss_scale)
+        training_step.scaler.load_state_dict(progress.loss_scale)
     if streams is not None:
-        part = step.world.part_of(recipe.data.global_batch)
-        step.state = tuple(stream[part].to(step.world.device) for stream in streams)  # parts (B, S)
+        part = training_step.world.part_of(recipe.data.global_batch)
+        training_step.state = tuple(stream[part].to(training_step.world.device) for stream in streams)  # parts (B, S)
     return progress

@@ -22,7 +22,7 @@ from lmdist.model.precision import Precision
 from lmdist.settings import Recipe
 from lmdist.training.data import Batch
 from lmdist.training.distributed import World
-from lmdist.training.metrics import Nats
+from lmdist.training.metrics import NatsTotal
 from lmdist.training.optimizer import build_optimizer
 
 
@@ -49,11 +49,11 @@ class TrainingStep:
         if is_plain and world.device.type == "cuda":
             self.compute_part = Graphed(self.forward_backward_part, model)
 
-    def rehearse(self) -> None:
+    def warm_up_ddp(self) -> None:
         """Go once through DDP before the first step, and discard the gradients.
 
         After its first backward pass DDP rebuilds its buckets, and on more than two ranks sums over other buckets are rounded
-        differently. With the rehearsal a resumed run computes what a run without a stop does, bit for bit.
+        differently. With this warm-up a resumed run computes what a run without a stop does, bit for bit.
         """
         if self.world.size == 1:
             return
@@ -63,7 +63,7 @@ class TrainingStep:
         self.forward_backward_part(tokens, tokens, weight, *self.model.initial_state(part_size))
         self.model.zero_grad(set_to_none=True)
 
-    def forward_backward(self, batch: Batch, nats: Nats) -> None:
+    def forward_backward(self, batch: Batch, nats: NatsTotal) -> None:
         """Compute the gradients of `batch`, this rank's part of a global batch; add its loss to `nats`; carry the state on."""
         if batch.state_reset:
             self.state = self.model.initial_state(self.batch_size)

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from lmdist.settings import CLEANINGS, TextSettings
+from lmdist.settings import Cleaning, TextSettings
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist_export import export
@@ -29,7 +30,7 @@ DATA = Path(os.environ.get("LMDIST_DATA", Path(__file__).parents[3] / "shared" /
 SETTINGS = [
     TextSettings(tokenizer, clean, lowercase)
     for tokenizer in ("wordpunct", "whitespace")
-    for clean in CLEANINGS
+    for clean in get_args(Cleaning)
     for lowercase in (False, True)
 ]
 # Blanks of Python and of others, capitals that are more than one letter in small or depend on their neighbours, marks that

@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 from corpora import chain, write_data_folder
-from lmdist import config
 from lmdist.config import load
 from lmdist.errors import UsageError
 from lmdist.job import agent, launcher
 from lmdist.job.agent import exit_code
 from lmdist.signals import StopRequest
+from lmdist.tracking.run_folder import is_finished
 from support.jobs import SMALL, environment, fingerprint, losses, rows, train, train_here, wait_for_steps
 
 LONG = [*SMALL, "--model.dropout=0.3", "--training.epochs=25", "--checkpoint.every_steps=5", "--training.timeout_seconds=10"]
@@ -107,8 +107,9 @@ MISTAKES = {
     "ranks that do not divide": (["--data.global_batch=9"], 64, "a number of ranks out of [1, 3, 9]"),
     "a machine in words": (["--node-rank=first"], 64, "invalid int value: 'first'"),
     "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 tokens to train on"),
-    "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere is not there"),
+    "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere does not exist"),
     "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
+    "restarts without end": (["--restarts=-1"], 64, "--restarts is -1; it must be at least 0"),
 }
 
 
@@ -226,7 +227,7 @@ def test_a_machine_that_restarts_after_the_end_of_the_run_waits_for_no_peer(data
     assert start(tmp_path, *machine_1, *SMALL, "--training.steps=3", "--resume=auto").wait(timeout=60) == 0
     assert printed(tmp_path) == "lmdist-train: runs/demo is finished already\n"
     other = load(["--data.folder=data", "--training.steps=4", "--resume=auto", *SMALL])
-    assert not config.is_finished(other), "more steps are to be done"
+    assert not is_finished(other), "more steps are to be done"
 
 
 def test_an_agent_that_outlives_its_ranks_is_killed(monkeypatch, capsys):

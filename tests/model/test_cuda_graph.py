@@ -77,7 +77,7 @@ def test_a_graph_with_incorrect_results_is_abandoned_with_a_warning(model, monke
     for _ in range(WARM_UP + 4):
         run(graphed, model, 4)
     assert recording.replays == 1
-    assert "goes on without a CUDA graph, more slowly: its results differ by" in capsys.readouterr().err
+    assert "continues without a CUDA graph, more slowly: its results differ by" in capsys.readouterr().err
 
 
 def test_a_graph_that_cannot_be_recorded_is_abandoned_with_a_warning(model, monkeypatch, capsys):

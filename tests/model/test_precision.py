@@ -12,7 +12,7 @@ from lmdist.errors import UsageError
 from lmdist.model import lstm, precision
 from lmdist.model.language_model import LanguageModel, cutoffs
 from lmdist.model.lstm import KERNELS, Layer
-from lmdist.model.precision import Precision, choose, choose_kernels, gradient_error, misses_of_the_persistent_kernel
+from lmdist.model.precision import Precision, choose, choose_kernels, gradient_error, unmet_persistent_conditions
 from lmdist.settings import ModelSettings
 from lmdist.training.checkpoints.read import load_model
 from lmdist.training.checkpoints.retain import find_checkpoint
@@ -114,7 +114,7 @@ def test_a_layer_without_a_correct_kernel_stays_in_fp32_with_a_warning(monkeypat
 
 @pytest.mark.parametrize(("gain", "name"), [(5.0, "bf16"), (1.5, "fp32"), (0.3, "fp32")])
 def test_auto_takes_bf16_on_a_cpu_that_is_much_faster_by_it(monkeypatch, gain, name):
-    monkeypatch.setattr(precision, "gain_of_bf16", lambda settings: gain)
+    monkeypatch.setattr(precision, "bf16_speedup", lambda settings: gain)
     assert choose("auto", "", CPU, SETTINGS, 8) == Precision(name, f"bf16 runs at {gain} times the speed of fp32 here")
     assert choose("auto", "bf16", CPU, SETTINGS, 8).name == "bf16"  # as the run was begun
     assert choose("auto", "fp16", CPU, SETTINGS, 8).name == name  # begun on a GPU
@@ -122,7 +122,7 @@ def test_auto_takes_bf16_on_a_cpu_that_is_much_faster_by_it(monkeypatch, gain, n
 
 
 def test_the_gain_is_measured():
-    assert 0.01 < precision.gain_of_bf16(SETTINGS) < 100
+    assert 0.01 < precision.bf16_speedup(SETTINGS) < 100
 
 
 @pytest.mark.parametrize("name", ["fp16", "tf32"])
@@ -133,12 +133,12 @@ def test_what_a_cpu_has_not_is_refused(name):
 
 def test_what_misses_the_persistent_kernel_is_named():
     fast = ModelSettings(embedding_size=256, hidden_size=1024)
-    assert misses_of_the_persistent_kernel(fast, 64, "fp16") == []
-    assert misses_of_the_persistent_kernel(fast, 20, "bf16") == [
+    assert unmet_persistent_conditions(fast, 64, "fp16") == []
+    assert unmet_persistent_conditions(fast, 20, "bf16") == [
         "precision bf16 (fp16)",
         "batch size 20 per GPU (a multiple of 8, at most 128)",
     ]
-    assert misses_of_the_persistent_kernel(ModelSettings(embedding_size=400, hidden_size=1152), 80, "fp16") == [
+    assert unmet_persistent_conditions(ModelSettings(embedding_size=400, hidden_size=1152), 80, "fp16") == [
         "embedding_size 400 (a multiple of 128)",
         "a layer of 1152 (at most 1024)",
     ]
@@ -171,10 +171,10 @@ def test_training_in_bf16_follows_fp32(data, monkeypatch, large_layer):
 
 
 def test_auto_is_resolved_once_for_a_run(data, monkeypatch, capfd):
-    monkeypatch.setattr(precision, "gain_of_bf16", lambda settings: 7.0)
+    monkeypatch.setattr(precision, "bf16_speedup", lambda settings: 7.0)
     curve(data, "run", "--training.precision=auto", "--training.steps=3")
     assert "speed  bf16 (bf16 runs at 7.0 times the speed of fp32 here)" in capfd.readouterr().err
-    monkeypatch.setattr(precision, "gain_of_bf16", lambda settings: 0.5)
+    monkeypatch.setattr(precision, "bf16_speedup", lambda settings: 0.5)
     curve(data, "run", "--training.precision=auto", "--training.steps=5", "--resume=auto")
     assert "speed  bf16 (as the run was started)" in capfd.readouterr().err
     assert 'precision = "bf16"' in (data.parent / "run" / "recipe.toml").read_text()

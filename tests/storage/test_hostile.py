@@ -511,7 +511,7 @@ def test_what_lies_among_the_checkpoints(copied: Path, capsys: pytest.CaptureFix
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 + 3 * 2  # what is no folder is none of ours
     assert "is missing" in warnings[0]
-    assert all(line.startswith("warning: passing over a damaged checkpoint: ") for line in warnings[1:])
+    assert all(line.startswith("warning: skipping a damaged checkpoint: ") for line in warnings[1:])
 
 
 def test_what_may_not_be_read(copied: Path) -> None:
@@ -844,7 +844,7 @@ def test_files_in_place_of_folders(saved: Path, bundle: Path, tmp_path: Path, ca
     torch.save({"model": torch.zeros(3)}, tmp_path / "model.pt")
     for main, rest in ((evaluate.main, []), (export.main, ["-o", tmp_path / "bundle"]), (generate.main, [])):
         assert "model.pt is not a folder" in refused(main, capsys, 65, tmp_path / "model.pt", *rest)
-        assert "none is not there" in refused(main, capsys, 66, tmp_path / "none", *rest)
+        assert "none does not exist" in refused(main, capsys, 66, tmp_path / "none", *rest)
     assert "not a folder" in refused(evaluate.main, capsys, 65, saved, "--data", tmp_path / "model.pt")
     assert "not a folder" in refused(generate.main, capsys, 65, bundle / "model.onnx")
     assert "not there" in refused(prepare_main, capsys, 66, "x" * 5_000, "-o", tmp_path / "data")

@@ -267,7 +267,7 @@ def test_globs_and_what_is_not_there(tmp_path, monkeypatch):
         write(tmp_path / name, "content\none\n")
     found = find_files([str(tmp_path / "articles1.csv"), str(tmp_path / "*.csv")])
     assert [path.name for path in found] == ["articles1.csv", "articles2.csv"]
-    with pytest.raises(MissingInputError, match=r"article1\.csv is not there; .* has: articles"):
+    with pytest.raises(MissingInputError, match=r"article1\.csv does not exist; .* has: articles"):
         find_files([str(tmp_path / "article1.csv")])
     with pytest.raises(MissingInputError, match="no file matches"):
         find_files([str(tmp_path / "*.parquet")])

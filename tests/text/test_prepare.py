@@ -298,7 +298,7 @@ def folder(tmp_path_factory) -> Path:
         (65, "articles1.csv -o out --tokenizer wordpunct --min-count 9999", ["9999", "--min-count"]),
         (65, "-o out --train plain.txt --tokenizer whitespace --unknown file", ["<unk>"]),
         (65, "-o out --train plain.txt --valid empty.csv --tokenizer whitespace --min-count 1", ["empty.csv", "valid"]),
-        (66, "article1.csv -o out", ["article1.csv is not there", "articles1.csv"]),
+        (66, "article1.csv -o out", ["article1.csv does not exist", "articles1.csv"]),
         (66, "*.parquet -o out", ["*.parquet"]),
         (66, "nowhere/a.csv -o out", ["nowhere"]),
         (66, "articles1.csv -o out --recipe nowhere.toml", ["nowhere.toml"]),

@@ -3,13 +3,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.settings import CLEANINGS, TOKENIZERS, TextSettings
+from lmdist.settings import Cleaning, TextSettings, Tokenizer
 from lmdist.text.tokenizer import WordTokenizer
 
 NEWS = [
@@ -78,7 +79,7 @@ def test_whitespace_gives_a_file_as_it_gives_its_lines(lines):
     assert [*whole, "<eos>"] == [word for line in lines for word in [*tokenizer.tokenize(line), "<eos>"]]
 
 
-@given(st.text(), st.sampled_from(TOKENIZERS), st.sampled_from(CLEANINGS), st.booleans())
+@given(st.text(), st.sampled_from(get_args(Tokenizer)), st.sampled_from(get_args(Cleaning)), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_words_are_never_empty_and_hold_no_blank(english, document, tokenizer, clean, lowercase):
     words = WordTokenizer(TextSettings(tokenizer, clean, lowercase), english.punkt).tokenize(document)
@@ -99,7 +100,7 @@ def test_lowercase_does_not_move_the_ends_of_sentences(english):
         assert lower.tokenize(document) == [word.lower() for word in english.tokenize(document)]
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tokenizer", get_args(Tokenizer))
 def test_what_was_saved_gives_the_same_words(tmp_path, english, tokenizer):
     before = WordTokenizer(TextSettings(tokenizer), english.punkt if tokenizer == "word_tokenize" else None)
     before.save(tmp_path / "text.json")
@@ -220,7 +221,7 @@ WORDS = """
 """.split()
 
 
-@given(st.lists(st.sampled_from(WORDS)), st.integers(0, 20), st.sampled_from(TOKENIZERS))
+@given(st.lists(st.sampled_from(WORDS)), st.integers(0, 20), st.sampled_from(get_args(Tokenizer)))
 def test_the_text_of_the_first_words_begins_the_text_of_all(words, count, tokenizer):
     from lmdist.text.tokenizer import detokenize
 

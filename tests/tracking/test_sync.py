@@ -380,7 +380,7 @@ def test_lmdist_sync_leaves_a_run_to_its_uploader(here):
 @pytest.mark.parametrize(
     ("files", "code", "message"),
     [
-        (None, 66, "lmdist-sync: error: runs/one is not there; the folder of a run is expected"),
+        (None, 66, "lmdist-sync: error: runs/one does not exist; the folder of a run is expected"),
         ({}, 65, "runs/one holds no recipe.toml: it is not the folder of a run"),
         ({"recipe.toml": "= 3"}, 65, "runs/one/recipe.toml is not the recipe of a run"),
         ({"recipe.toml": "seed = 1"}, 65, "runs/one/recipe.toml is not the recipe of a run"),

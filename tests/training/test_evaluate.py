@@ -111,7 +111,7 @@ def test_unigram_model():
 
 def test_mistakes(trained, tmp_path, command):
     run, _ = trained
-    assert "nowhere is not there" in command("nowhere", code=66).err
+    assert "nowhere does not exist" in command("nowhere", code=66).err
     assert "holds no checkpoint" in command(tmp_path, code=66).err
     assert "give one or the other" in command(run, "--file=x", "--split=test", code=64).err
     assert "x.txt" in command(run, "--file=x.txt", code=66).err

@@ -157,7 +157,7 @@ def test_a_damaged_newest_checkpoint_costs_a_warning_and_its_steps(tmp_path, cap
         train_here(*flags, "--training.steps=12", f"--run_folder={run}", "--resume=auto")
         shown = capsys.readouterr().err
         assert "warning: " in shown
-        assert "going on after step 4" in shown
+        assert "resuming after step 4" in shown
         assert losses(run) == losses(tmp_path / "whole")
 
 

@@ -104,6 +104,13 @@ def test_a_job_goes_on_with_another_number_of_ranks(data, tmp_path):
                 torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5, msg=f"{key} on {ranks} ranks")
 
 
+def test_the_first_losses_are_those_written_here(data):
+    """Any change of the training arithmetic shows. No dropout: its masks depend on the machine's libraries."""
+    train_here(*into_run(data, "--training.steps=4", "--model.dropout=0"))
+    golden = [3.385228293, 3.318396432, 3.194803238, 3.184272494]
+    np.testing.assert_allclose(losses(data.parent / "run"), golden, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_four_ranks_resume_bit_for_bit(data, tmp_path):
     """On more than two ranks a sum depends on how the gradients are laid out, too."""
@@ -248,7 +255,7 @@ MISTAKES = {
     "out of range": (["--model.dropout=1"], 64, "model.dropout is 1"),
     "no such choice": (["--optimizer.name=lion"], 64, "lion"),
     "a recipe without a name": (["--config"], 64, "--config: expected one argument"),
-    "no such recipe": (["--config=nowhere.toml"], 66, "the recipe nowhere.toml is not there"),
+    "no such recipe": (["--config=nowhere.toml"], 66, "the recipe nowhere.toml does not exist"),
     "no such data": (["--data.folder=nowhere"], 66, "lmdist-prepare"),
     "text too short": (["--data.window=70"], 65, "451 tokens to train on; 8 sequence(s) of 70 need 560"),
     "batch not divisible": (["--training.accumulation=3"], 64, "data.global_batch 8 cannot be divided evenly"),
@@ -282,7 +289,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_once(data, tmp_path):
 def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_path):
     flags = [*SMALL, f"--data.folder={data}", "--run_folder=run", "--training.steps=2"]
     train(1, *flags, cwd=tmp_path)
-    assert "--resume auto goes on with it" in train(1, *flags, cwd=tmp_path, code=64).stderr
+    assert "--resume auto continues it" in train(1, *flags, cwd=tmp_path, code=64).stderr
     other = train(1, *flags, "--resume=auto", "--model.hidden_size=25", cwd=tmp_path, code=64)
     assert "another model.hidden_size: 24, and this recipe has 25" in other.stderr
 

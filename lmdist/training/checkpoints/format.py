@@ -18,14 +18,17 @@ import torch
 
 from lmdist.settings import OptimizerSettings
 from lmdist.storage.checksums import FileFacts
+from lmdist.text.data_folder import TEXT, VOCABULARY, token_file
 
 FORMAT = "lmdist checkpoint"
 VERSION = 1
-FILES = ("model.safetensors", "training.safetensors", "vocab.txt", "text.json")
+MODEL, TRAINING, MANIFEST = "model.safetensors", "training.safetensors", "manifest.json"
+FILES = (MODEL, TRAINING, VOCABULARY, TEXT)
+"""The files that a manifest must name."""
 NEWEST = "newest"
 """Beside the checkpoints: a file with the name of the one that was written last."""
 
-MANIFEST = {
+MANIFEST_SCHEMA = {
     "model": {},
     "vocabulary_size": int,
     "progress": {"step": int},
@@ -36,7 +39,7 @@ MANIFEST = {
         "data": {},
         "training": {},
     },
-    "data": {"files": {"train.bin": FileFacts}},
+    "data": {"files": {token_file("train"): FileFacts}},
     "files": dict[str, FileFacts],
 }
 """The schema of manifest.json. The objects that are settings are checked by their own classes."""

@@ -22,9 +22,20 @@ from lmdist.settings import DataSettings, ModelSettings, TrainingSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist.storage.reading import file_size, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
+from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.training.checkpoints.format import FILES, FORMAT, LOSS_SCALE, MANIFEST, VERSION, Progress
+from lmdist.training.checkpoints.format import (
+    FILES,
+    FORMAT,
+    LOSS_SCALE,
+    MANIFEST,
+    MANIFEST_SCHEMA,
+    MODEL,
+    TRAINING,
+    VERSION,
+    Progress,
+)
 from lmdist.training.optimizer import load_optimizer_state, optimizer_state_shapes
 
 LARGEST_SIZE = 1 << 28
@@ -43,10 +54,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     A setting that is younger than the checkpoint has its default.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     manifest = read_json(path)
     check_version(manifest, (FORMAT, VERSION), path)
-    check_schema(manifest, MANIFEST, path)
+    check_schema(manifest, MANIFEST_SCHEMA, path)
     recipe = manifest["recipe"]
     for place, holder, name, kind in (
         ("model", manifest, "model", ModelSettings),
@@ -74,17 +85,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def load_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
     """Return the model of a checkpoint, on the CPU and in evaluation mode, and the manifest."""
     manifest = read_verified_manifest(folder)
-    WordTokenizer.load(folder / "text.json")
-    vocabulary = Vocabulary.load(folder / "vocab.txt")
+    WordTokenizer.load(folder / TEXT)
+    vocabulary = Vocabulary.load(folder / VOCABULARY)
     if len(vocabulary) != manifest["vocabulary_size"]:
         raise DataError(f"{folder}: vocab.txt has {len(vocabulary)} words, the model {manifest['vocabulary_size']}")
     settings = ModelSettings(**manifest["model"])
     # A manifest may ask for more than any memory. The model is built only if the file has its shapes.
-    found = read_shapes(folder / "model.safetensors")
+    found = read_shapes(folder / MODEL)
     if settings.num_layers > len(found) or max(settings.hidden_size, settings.embedding_size) > LARGEST_SIZE:
         raise DataError(f"{folder}: the model of the manifest is not the one of model.safetensors: {manifest['model']}")
     with torch.device("meta"):  # has shapes and no memory
-        check_shapes(found, parameter_shapes(LanguageModel(settings, len(vocabulary))), folder / "model.safetensors")
+        check_shapes(found, parameter_shapes(LanguageModel(settings, len(vocabulary))), folder / MODEL)
     model = LanguageModel(settings, len(vocabulary))
     load_parameters(model, folder)
     return model.eval(), manifest
@@ -92,7 +103,7 @@ def load_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
 
 def load_parameters(model: nn.Module, folder: Path) -> None:
     """Copy the parameters of a checkpoint into `model`; raise DataError if names or shapes differ."""
-    tensors = read_tensors(folder / "model.safetensors", parameter_shapes(model))
+    tensors = read_tensors(folder / MODEL, parameter_shapes(model))
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(tensors[name])
@@ -105,12 +116,12 @@ def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[Progr
     """
     manifest = read_manifest(folder)
     recipe = manifest["recipe"]
-    path = folder / "training.safetensors"
+    path = folder / TRAINING
     streams_shape = (recipe["data"]["global_batch"], sum(ModelSettings(**manifest["model"]).layer_sizes))  # (G, S)
     expected: dict[str, tuple[int, ...]] = {f"streams.{name}": streams_shape for name in STATE_PARTS}
     for name, shape in optimizer_state_shapes(recipe["optimizer"]["name"], optimizer).items():
         expected[f"optimizer.{name}"] = shape
-    # The state of a parameter, or of the streams, is in the file as a whole or not at all.
+    # The state of a parameter, or of the streams, is in the file completely or not at all.
     groups = {name.rpartition(".")[0] for name in read_shapes(path)}
     tensors = read_tensors(path, {name: shape for name, shape in expected.items() if name.rpartition(".")[0] in groups})
 

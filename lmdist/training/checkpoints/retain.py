@@ -6,23 +6,24 @@ import contextlib
 import os
 import reprlib
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError
 from lmdist.storage.reading import check_folder, read_bytes
-from lmdist.training.checkpoints.format import NEWEST
+from lmdist.tracking.run_folder import CHECKPOINTS
+from lmdist.training.checkpoints.format import MANIFEST, NEWEST
 from lmdist.training.checkpoints.read import read_manifest, read_verified_manifest
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
     """Return the checkpoint a user names: the folder itself, or the best one of a run; raise MissingInputError or DataError."""
     check_folder(run_or_checkpoint, "a run (runs/NAME) or a checkpoint is expected")
-    if (run_or_checkpoint / "manifest.json").is_file():
+    if (run_or_checkpoint / MANIFEST).is_file():
         return run_or_checkpoint
-    checkpoint = best_checkpoint(run_or_checkpoint / "checkpoints")
+    checkpoint = best_checkpoint(run_or_checkpoint / CHECKPOINTS)
     if checkpoint is None:
         raise MissingInputError(f"{run_or_checkpoint} holds no checkpoint: train it first, or name another run")
     return checkpoint
@@ -30,11 +31,17 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """Return the newest undamaged checkpoint; warn of each one that is damaged or missing."""
+    newest = newest_verified(checkpoints)
+    return newest[0] if newest else None
+
+
+def newest_verified(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the same with its manifest."""
     with contextlib.suppress(DataError, MissingInputError):
         last = read_bytes(checkpoints / NEWEST, 1000).decode(errors="replace").strip()
         if not os.path.isdir(checkpoints / last):
-            sys.stderr.write(f"warning: the checkpoint that was written last, {reprlib.repr(last)}, is missing\n")
-    return next((folder for folder, _ in readable(checkpoints, read_verified_manifest)), None)
+            log(f"warning: the checkpoint that was written last, {reprlib.repr(last)}, is missing")
+    return next(readable(checkpoints, read_verified_manifest), None)
 
 
 def best_checkpoint(checkpoints: Path) -> Path | None:
@@ -54,7 +61,7 @@ def readable(checkpoints: Path, read: Callable[[Path], dict[str, Any]]) -> Itera
             try:
                 yield folder, read(folder)
             except (DataError, MissingInputError) as error:
-                sys.stderr.write(f"warning: passing over a damaged checkpoint: {error}\n")
+                log(f"warning: skipping a damaged checkpoint: {error}")
 
 
 def remove_old(checkpoints: Path, keep: int) -> None:
@@ -75,5 +82,5 @@ def remove_unfinished(checkpoints: Path) -> None:
 
 
 def is_numbered(folder: Path) -> bool:
-    """Return whether the name is one that `write_checkpoint` gives; a folder called `step-old` is the user's own."""
+    """Return whether the name is one that `write_checkpoint` writes; a folder called `step-old` is the user's own."""
     return folder.is_dir() and folder.name.removeprefix("step-").isdigit()

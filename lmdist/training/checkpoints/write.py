@@ -1,14 +1,13 @@
 """Write a checkpoint: an atomic folder of tensors and JSON.
 
 Saving has two steps: `take_snapshot` copies the state to memory, and training waits for it; `write_checkpoint` writes the
-copy in a thread of `Saver`, while training goes on. This module does not know when to save.
+copy in a thread of `Saver`, while training continues. This module does not know when to save.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmdist import __version__
+from lmdist.console import log
 from lmdist.errors import Stopped
 from lmdist.model.language_model import LanguageModel, State
 from lmdist.model.lstm import STATE_PARTS
@@ -25,7 +25,8 @@ from lmdist.settings import ModelSettings
 from lmdist.storage.atomic import atomic_folder, write_atomic
 from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import read_json, write_json
-from lmdist.training.checkpoints.format import FORMAT, NEWEST, VERSION, Progress
+from lmdist.text.data_folder import META, TEXT, VOCABULARY
+from lmdist.training.checkpoints.format import FORMAT, MANIFEST, MODEL, NEWEST, TRAINING, VERSION, Progress
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.optimizer import optimizer_state
 
@@ -67,9 +68,9 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
     """Write the atomic folder `checkpoints/step-N`, then its name into `checkpoints/newest`; return the folder."""
     target = checkpoints / f"step-{snapshot.progress.step:09d}"
     with atomic_folder(target) as folder:
-        save_file(snapshot.parameters, folder / "model.safetensors")
-        save_file(snapshot.training, folder / "training.safetensors")
-        for name in ("vocab.txt", "text.json"):
+        save_file(snapshot.parameters, folder / MODEL)
+        save_file(snapshot.training, folder / TRAINING)
+        for name in (VOCABULARY, TEXT):
             shutil.copyfile(data / name, folder / name)
         manifest = {
             "format": FORMAT,
@@ -80,16 +81,16 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
             "vocabulary_size": snapshot.vocabulary_size,
             "progress": dataclasses.asdict(snapshot.progress),
             "recipe": recipe,
-            "data": read_json(data / "meta.json"),
+            "data": read_json(data / META),
             "files": checksums(folder),
         }
-        write_json(folder / "manifest.json", manifest)
+        write_json(folder / MANIFEST, manifest)
     write_atomic(checkpoints / NEWEST, f"{target.name}\n")
     return target
 
 
 class Saver:
-    """Writes snapshots in a thread, one at a time, while training goes on."""
+    """Writes snapshots in a thread, one at a time, while training continues."""
 
     def __init__(self, checkpoints: Path, recipe: dict[str, Any], data: Path, keep: int) -> None:
         self.checkpoints = checkpoints
@@ -112,7 +113,7 @@ class Saver:
             remove_old(self.checkpoints, self.keep)
         except Exception as error:  # a full disk has many names: OSError, SafetensorError
             self.failure = error
-            sys.stderr.write(f"warning: the checkpoint of step {snapshot.progress.step} could not be written: {error}\n")
+            log(f"warning: the checkpoint of step {snapshot.progress.step} could not be written: {error}")
         else:
             self.failure = None
 
