@@ -3,7 +3,7 @@
     step_graph        tokens (B, T), h, c              -> logits (B, T, V), next_h, next_c
     score_graph       tokens (B, T), targets, h, c     -> log_probabilities (B, T), next_h, next_c
     generation_graph  prompt (B, P), uniform (N, B, A) -> words (N, B), next_h, next_c: N tokens a call
-    word_graph        word (B), uniform (B, A), state  -> next_word (B), next state: one token a call, for a GPU
+    token_graph       word (B), uniform (B, A), state  -> next_word (B), next state: one token a call, for a GPU
 
 All have the same two parts: `Network` computes the logits, in the precision of its weights, and `SamplingNodes` samples tokens.
 A graph is built wherever it is needed: by lmdist-export into files for every runtime, by the sampler straight into onnxruntime.
@@ -124,7 +124,7 @@ def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]
     return body
 
 
-def word_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
+def token_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
     """Return the graph that generates one token of each row, for a device where a Loop returns to the host for each node.
 
     What is carried from token to token has an input NAME and an output next_NAME of the same shape, each layer's state apart:
@@ -154,7 +154,7 @@ def word_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
 
 
 def capturable(sizes: Sizes, features: Features) -> bool:
-    """Return whether all of a word graph runs as a CUDA graph: no Loop, no shape, and no table that is copied from the host."""
+    """Return whether all of a token graph runs as a CUDA graph: no Loop, no shape, and no table that is copied from the host."""
     return not (features.sorted or features.attempts > 1 or sizes.cutoffs)
 
 

@@ -143,7 +143,7 @@ class Network:
         def matmul(matrix: str, values: str, bias: str = "") -> str:
             return self.matmul(g, f"layer_{layer}.{matrix}", values, bias and f"layer_{layer}.{bias}")
 
-        # A CUDA graph cannot replay a split into unequal parts (word_graph).
+        # A CUDA graph cannot replay a split into unequal parts (token_graph).
         return cell.step(g, matmul, from_input, state, self.sizes.layer_sizes[layer], equal_splits=self.target.cuda)
 
     def step(self, g: Graph, tokens: str, state: ModelState) -> ModelState:

@@ -119,7 +119,7 @@ class SamplingNodes:
         below = g("ReduceMax", g("Mul", cumulative, g("Cast", before, to=FLOAT)), axes=[1])
         # The last block at most, whatever the numbers of a row that is not asked for.
         block = g("Min", g("ReduceSum", g("Cast", before, to=INT64), axis), g.constant(np.int64(blocks - 1)))  # (B, 1)
-        if self.cuda:  # GatherND copies a table from the host (word_graph)
+        if self.cuda:  # GatherND copies a table from the host (token_graph)
             index = g("Add", g("Unsqueeze", block, axis), g.constant(np.zeros((1, 1, BLOCK), np.int64)))  # (B, 1, 256)
             inside = g("Squeeze", g("GatherElements", probabilities, index, axis=1), axis)  # (B, 256)
         else:

@@ -30,7 +30,7 @@ from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph
 from lmdist_export.options import ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
 from lmdist_export.sampling.state import ModelState, State, copied, uniform_numbers
-from lmdist_export.sampling.word_session import Generated, WordSession
+from lmdist_export.sampling.token_session import Generated, TokenSession
 
 STEP_TOKENS = 64  # in one call where only the last logits count: those of all are (1, 64, V)
 PREFILL_TOKENS = 512  # in one call without logits: their gates are (512, B, 4H)
@@ -46,8 +46,8 @@ class Sampler:
         self.sizes = bundle.sizes
         self.runtime = Runtime(bundle.folder, bundle.sizes, provider, threads)
         self.generation_sessions: dict[Features, Any] = {}
-        self.word_sessions: dict[Features, WordSession] = {}
-        self.uses_word_graph = provider == "cuda"
+        self.token_sessions: dict[Features, TokenSession] = {}
+        self.uses_token_graph = provider == "cuda"
         """Whether each token is a call of its own, with the state on the device: a Loop waits for a GPU at each token."""
 
     @cached_property
@@ -66,11 +66,11 @@ class Sampler:
             self.generation_sessions[features] = self.runtime.open(partial(generation_graph, features=features))
         return self.generation_sessions[features]
 
-    def word_session(self, features: Features) -> WordSession:
-        """Return the session of the word graph that has these features."""
-        if features not in self.word_sessions:
-            self.word_sessions[features] = WordSession(self.runtime, features)
-        return self.word_sessions[features]
+    def token_session(self, features: Features) -> TokenSession:
+        """Return the session of the token graph that has these features."""
+        if features not in self.token_sessions:
+            self.token_sessions[features] = TokenSession(self.runtime, features)
+        return self.token_sessions[features]
 
     # --- reading
 
@@ -201,13 +201,13 @@ class Sampler:
 
     def run(self, features: Features, feed: dict[str, Any]) -> Generated:
         """Return what the graph with these features generates, by the Loop, or on a GPU token by token after the prefill."""
-        if not self.uses_word_graph or not len(feed["uniform"]):
+        if not self.uses_token_graph or not len(feed["uniform"]):
             found = self.run_loop(features, feed)
         else:
             if feed["prompt"].shape[1] > 1:
                 prefilled = self.run_loop(features, feed | {"uniform": feed["uniform"][:0]})
                 feed = feed | dict(zip(STATE, prefilled.state, strict=True))
-            found = self.word_session(features).generate(feed)
+            found = self.token_session(features).generate(feed)
         self.finite(found.mass)
         return found
 
