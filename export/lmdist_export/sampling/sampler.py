@@ -29,7 +29,7 @@ from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph
 from lmdist_export.options import ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
-from lmdist_export.sampling.state import ModelState, State, copied, uniform_numbers
+from lmdist_export.sampling.state import ModelState, State, copy_generator, uniform_numbers
 from lmdist_export.sampling.token_session import Generated, TokenSession
 
 STEP_TOKENS = 64  # in one call where only the last logits count: those of all are (1, 64, V)
@@ -180,20 +180,20 @@ class Sampler:
         }
         if features.adjusted:
             empty = np.zeros((rows, self.sizes.padded), np.float32)
-            nobody = np.zeros((rows, self.sizes.vocabulary_size), np.bool_)
+            no_tokens = np.zeros((rows, self.sizes.vocabulary_size), np.bool_)
             # The graph's logits are over the temperature already, and so is all that is added to them.
             inverse = options.get("inverse_temperature", np.float32(1))
             feed |= {
                 "counts": empty if state.counts is None else state.counts,
-                "in_prompt": self.padded(nobody if in_prompt is None else in_prompt),
+                "in_prompt": self.padded(no_tokens if in_prompt is None else in_prompt),
                 "row_bias": empty[:1] if row_bias is None else self.padded(row_bias) * inverse,
             }
-        generators = tuple(map(copied, state.generators))
+        generators = tuple(map(copy_generator, state.generators))
         feed["uniform"] = uniform_numbers(generators, num_tokens, features.attempts)
         found = self.run(features, feed)
         num_found = len(found.tokens)
         if num_found < num_tokens:  # the numbers that were not used come next
-            generators = tuple(map(copied, state.generators))
+            generators = tuple(map(copy_generator, state.generators))
             uniform_numbers(generators, num_found, features.attempts)
         last = found.tokens[-1] if num_found else np.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
         counts = state.counts if found.counts is None else found.counts
@@ -246,7 +246,7 @@ class Sampler:
         """
         if not np.isfinite(values).all():
             raise DataError(
-                f"{self.bundle.folder / WEIGHTS} gives logits that are not finite: these are the weights of no trained model"
+                f"the logits are not finite, so {self.bundle.folder / WEIGHTS} does not hold the weights of a trained model"
             )
         return values
 
