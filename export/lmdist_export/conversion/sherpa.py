@@ -20,8 +20,8 @@ x has one token a row, because icefall's own graph answers only for the first to
 graph that rejects two tokens turns a wrong number into an error. The model for whole sentences of offline recognizers
 (`x, x_lens -> nll`) is another contract and not written.
 
-This module is a second description of the network, beside lmdist_export/graph: in onnx.helper, because icefall's opset 13 has the
-LSTM operator. It knows the cell (`LSTM`, `hidden_size`, a bias of 8H), so another cell changes this module too.
+This module is a second description of the network, beside lmdist_export/graph: in onnx.helper, because icefall's opset 13 has
+the LSTM operator. It knows the cell (`LSTM`, `hidden_size`, a bias of 8H), so another cell changes this module too.
 
 The contract knows one layer size: the state has the size of the largest layer, padded with zeros for smaller ones.
 

@@ -157,7 +157,7 @@ def token_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
 
 
 def capturable(sizes: Sizes, features: Features) -> bool:
-    """Return whether a token graph runs as a CUDA graph: it has no Loop, no shape, and no table that is copied from the host."""
+    """Return whether a token graph runs as a CUDA graph: it has no Loop, no shape, and no table copied from the host."""
     return not (features.sorted or features.attempts > 1 or sizes.cutoffs)
 
 

@@ -50,8 +50,8 @@ class Sampled(NamedTuple):
 class Trial(NamedTuple):
     """What is known of a sampled token: whether it is rejected, and what to sample from if so.
 
-    `likelier[t] * unit` is the probability of each token t that is likelier than the sampled one; `likelier` (B, V'/256, 256) is
-    0 for all others. `sums` (B, V'/256) are those of its blocks, and `unit` (B, 1) is the probability of the sampled token.
+    `likelier[t] * unit` is the probability of each token t that is likelier than the sampled one; `likelier` (B, V'/256, 256)
+    is 0 for all others. `sums` (B, V'/256) are those of its blocks, and `unit` (B, 1) is the probability of the sampled token.
     """
 
     rejected: str
