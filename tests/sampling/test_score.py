@@ -469,7 +469,7 @@ def test_wrong_values(bundle, refused, arguments: tuple[object, ...], message: s
 def test_wrong_input(bundle, tmp_path, refused) -> None:
     assert refused(tmp_path / "none")[0] == 66
     code, line = refused(bundle, "nowhere.txt")
-    assert (code, "nowhere.txt is not there" in line) == (66, True)
+    assert (code, "nowhere.txt does not exist" in line) == (66, True)
     (tmp_path / "latin.txt").write_bytes(b"the cat\nthe gr\xf6\xdfe\n")
     code, line = refused(bundle, tmp_path / "latin.txt", "-o", tmp_path / "scores.tsv")
     assert (code, "latin.txt, line 2: byte 7 is not UTF-8" in line) == (65, True)
