@@ -1,4 +1,5 @@
 """lmdist_export: a checkpoint becomes an ONNX bundle; a bundle becomes text, with no torch on the machine."""
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-"""Of a bundle's weights."""
+"""The precisions of a bundle's weights."""
+EXPORT_COMMAND = "lmdist-export"

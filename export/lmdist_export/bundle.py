@@ -25,6 +25,7 @@ from lmdist.errors import DataError, MissingInputError
 from lmdist.storage.checksums import FileFacts, verify_checksums
 from lmdist.storage.reading import check_folder, file_size, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
+from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist_export import PRECISIONS
@@ -39,7 +40,8 @@ MODEL = "model.onnx"
 GENERATION = "generate.onnx"
 WEIGHTS = "weights.bin"
 GENERATION_CONFIG = "generation_config.json"
-CHECKED = (MODEL, GENERATION, WEIGHTS, "vocab.txt", "text.json")  # a bundle needs these files, and nobody edits them
+MANIFEST = "manifest.json"
+CHECKED = (MODEL, GENERATION, WEIGHTS, VOCABULARY, TEXT)  # a bundle needs these files, and users do not edit them
 MAX_NEW_TOKENS = 1_000_000  # of a file; a command may ask for more
 
 
@@ -59,7 +61,7 @@ class Bundle:
         manifest = read_manifest(folder)
         verify_checksums(folder, manifest["files"], CHECKED)
         sizes = read_sizes(manifest, folder)
-        vocabulary = Vocabulary.load(folder / "vocab.txt")
+        vocabulary = Vocabulary.load(folder / VOCABULARY)
         if len(vocabulary) != sizes.vocabulary_size:
             raise DataError(f"{folder}: vocab.txt has {len(vocabulary)} words, the model {sizes.vocabulary_size}")
         generation = read_generation_config(folder / GENERATION_CONFIG, len(vocabulary))
@@ -67,8 +69,8 @@ class Bundle:
 
     @cached_property
     def tokenizer(self) -> WordTokenizer:
-        """What turns a prompt into words, and words into text."""
-        return WordTokenizer.load(self.folder / "text.json")
+        """Return the tokenizer, which turns a prompt into words, and words into text."""
+        return WordTokenizer.load(self.folder / TEXT)
 
 
 def read_generation_config(path: Path, vocabulary_size: int) -> GenerationConfig:
@@ -89,7 +91,7 @@ def read_generation_config(path: Path, vocabulary_size: int) -> GenerationConfig
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder that claims to be a bundle, without a look at its files."""
     check_folder(folder, "a bundle written by lmdist-export is expected")
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not os.path.lexists(path):
         raise MissingInputError(f"{folder} is not a bundle: it has no manifest.json; lmdist-export RUN -o BUNDLE writes one")
     manifest = read_json(path)
@@ -102,7 +104,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def read_sizes(manifest: dict[str, Any], folder: Path) -> Sizes:
     """Return the sizes that a manifest names; raises DataError unless weights.bin has the length of such weights."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     check_schema(manifest, {"sizes": Sizes}, path)
     sizes = Sizes(**{field.name: manifest["sizes"][field.name] for field in fields(Sizes)})
     length = file_size(folder / WEIGHTS)

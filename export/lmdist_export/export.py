@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lmdist.bounds import at_least, check
 from lmdist.console import log, table
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
-from lmdist_export import PRECISIONS
+from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
 DEFECT = 1
 LAYOUTS = ("bundle", "sherpa-onnx")
@@ -24,7 +25,7 @@ LAYOUTS = ("bundle", "sherpa-onnx")
 def parser() -> argparse.ArgumentParser:
     """Return the command line of lmdist-export."""
     made = CommandParser(
-        prog="lmdist-export",
+        prog=EXPORT_COMMAND,
         description="Turn a trained model into an ONNX bundle that onnxruntime samples without torch. "
         "The bundle is compared with torch first and not written if it differs.",
     )
@@ -75,9 +76,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Export, or report in one line why not."""
     arguments = parser().parse_args(argv)
-    with exit_on_error("lmdist-export"):
+    with exit_on_error(EXPORT_COMMAND):
         if arguments.layout == "sherpa-onnx":
             check_flags(arguments)
+        if arguments.max_perplexity_loss is not None:
+            check("--max-perplexity-loss", arguments.max_perplexity_loss, at_least(-100, "below 0 an improvement is asked for"))
         check_registration(arguments)
         if not arguments.output:
             register(arguments.checkpoint, arguments)
@@ -86,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lmdist_export.conversion.verify import MismatchError
 
         try:
-            rows = export_sherpa(arguments) if arguments.layout == "sherpa-onnx" else export_bundle(arguments)
+            rows = run_sherpa_layout(arguments) if arguments.layout == "sherpa-onnx" else run_bundle_layout(arguments)
         except MismatchError as error:
-            log(f"the graph differs from torch, nothing was written: {error}", "lmdist-export")
+            log(f"the graph differs from torch, nothing was written: {error}", EXPORT_COMMAND)
             sys.exit(DEFECT)
         sys.stdout.write(table(rows, width=14))
         if arguments.register:
@@ -96,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             register(arguments.output, arguments)
 
 
-def export_bundle(arguments: argparse.Namespace) -> dict[str, str]:
+def run_bundle_layout(arguments: argparse.Namespace) -> dict[str, str]:
     """Write and verify a bundle; return the rows of the table that describes it."""
     from lmdist_export.conversion import exporting
 
@@ -109,7 +112,7 @@ def export_bundle(arguments: argparse.Namespace) -> dict[str, str]:
     return rows_of(arguments.output, manifest)
 
 
-def export_sherpa(arguments: argparse.Namespace) -> dict[str, str]:
+def run_sherpa_layout(arguments: argparse.Namespace) -> dict[str, str]:
     """Write and verify a folder for sherpa-onnx; return the rows of the table that describes it."""
     from lmdist_export.conversion import exporting, sherpa
 
@@ -124,7 +127,7 @@ def log_start(checkpoint: Any, output: Path) -> None:
     model = checkpoint.model
     log(
         f"{checkpoint.path}: {checkpoint.origin}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}",
-        "lmdist-export",
+        EXPORT_COMMAND,
     )
 
 
@@ -132,7 +135,7 @@ def register(bundle: Path, arguments: argparse.Namespace) -> None:
     """Upload a bundle to MLflow, and print how it is served."""
     from lmdist_export.serving import registry
 
-    log(f"registering {bundle} as {arguments.register}", "lmdist-export")
+    log(f"registering {bundle} as {arguments.register}", EXPORT_COMMAND)
     sys.stdout.write(registry.register(bundle, arguments.register, arguments.alias or registry.CHAMPION))
 
 
@@ -180,20 +183,20 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
             raise UsageError(f"-o {output}: nothing can be written in {place}; give another name")
         return
     if not overwrite:
-        raise UsageError(f"{output} is there already: give another name, or --overwrite to replace it")
+        raise UsageError(f"{output} exists already: give another name, or --overwrite to replace it")
     if layout == "sherpa-onnx":
         from lmdist_export.conversion import sherpa
 
         if not sherpa.is_layout(output):
             raise UsageError(
-                f"{output} is there and holds other things than {sherpa.MODEL} and {sherpa.TOKENS}; "
+                f"{output} exists already and holds other things than {sherpa.MODEL} and {sherpa.TOKENS}; "
                 "--overwrite replaces only a folder of these"
             )
         return
     try:
         read_manifest(output)
     except (DataError, MissingInputError):
-        raise UsageError(f"{output} is there and is not a bundle; --overwrite replaces only bundles") from None
+        raise UsageError(f"{output} exists already and is not a bundle; --overwrite replaces only bundles") from None
 
 
 def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:

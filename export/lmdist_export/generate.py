@@ -73,7 +73,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the table of options that belong to a group."""
     for row in PARAMS.values():
         if row.option.group == group.title:
-            group.add_argument(row.flag, help=row.option.help + default_text(row), **how_to_parse(row))
+            group.add_argument(row.flag, help=row.option.help + default_text(row), **argparse_options(row))
 
 
 def default_text(row: Row) -> str:
@@ -84,8 +84,8 @@ def default_text(row: Row) -> str:
     return f" (default: {row.default:g}{note})"
 
 
-def how_to_parse(row: Row) -> dict[str, Any]:
-    """Return what argparse needs to know of a flag; None stands for one that is not given, but for those of True or False."""
+def argparse_options(row: Row) -> dict[str, Any]:
+    """Return what argparse needs to know of a flag; None means not given; boolean flags have their default."""
     metavar = {"metavar": row.option.metavar} if row.option.metavar else {}
     if row.type is bool:
         return {"action": argparse.BooleanOptionalAction, "default": True} if row.default else {"action": "store_true"}
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the bundle, generate tokens, write text."""
-    options = Options.of(vars(arguments), as_flags=True)
+    options = Options.from_values(vars(arguments), as_flags=True)
     check_arguments(arguments, options)
     # Imported here, since numpy and onnxruntime take longer to import than --help may.
     from lmdist.storage.atomic import atomic_file
@@ -159,7 +159,7 @@ class Prompts:
         from_file = arguments.prompts_file is not None
         self.lines = Lines([arguments.prompts_file], COMMAND) if from_file else [arguments.prompt or ""]
         self.words: list[list[str]] = []
-        """Of each prompt that was read."""
+        """The words of each prompt that was read."""
         self.error: DataError | None = None
         """Why the next prompt could not be read: an error of the command once the texts before it are written."""
 
@@ -196,8 +196,17 @@ def generate(
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     if options.seed is None and not config.greedy:
         log(f"seed {seed}", COMMAND)
-    how = {"ignore_end": options.ignore_eos, "batch_size": arguments.batch_size, "stream": arguments.stream}
-    for text, tokens in continuations(sampler, prompts, config, seed, options.n, stops, **how):
+    for text, tokens in continuations(
+        sampler,
+        prompts,
+        config,
+        seed,
+        options.n,
+        stops,
+        ignore_end=options.ignore_eos,
+        batch_size=arguments.batch_size,
+        stream=arguments.stream,
+    ):
         warn_of_exhausted(text)
         yield text, tokens
 
@@ -213,7 +222,7 @@ def warn_of_unknown(prompt: Sequence[str], vocabulary: Vocabulary) -> None:
 
 
 def warn_of_exhausted(text: Text) -> None:
-    """Report a text that is shorter than it was to be, by the names that --json has for it."""
+    """Report a text that ended before its length because no token was allowed, by the names that --json has for it."""
     if text.finish_reason == "exhausted":
         log(
             f"warning: prompt_number {text.prompt_number}, index {text.number} ends after {len(text.tokens)} tokens: "
@@ -226,7 +235,7 @@ def warn_of_exhausted(text: Text) -> None:
 
 
 def streamed(bundle: Bundle, growth: Growth, prompts: Prompts, *, echo: bool) -> Iterator[tuple[str, int]]:
-    """Yield the one text that grows, word by word, each with the blank before it where there is one."""
+    """Yield the one text that grows, word by word, each with its leading space, if any."""
     first = next(growth)  # the prompt has been read then
     prompt = prompts.words[0]
     words = (bundle.vocabulary.words[token] for _, new in chain([first], growth) for token in new)

@@ -28,11 +28,11 @@ class Lines:
         self.command = command
         self.count = 0
         self.place = ""
-        """Of the line that was read last: its file and number."""
+        """The file and number of the line that was read last."""
         self.began = time.perf_counter()
         for name in files:
             if name != STDIN and not os.path.exists(name):
-                raise MissingInputError(f"{name} is not there; a text file is expected, or {STDIN} for stdin")
+                raise MissingInputError(f"{name} does not exist; a text file is expected, or {STDIN} for stdin")
             if os.path.isdir(name):
                 raise UsageError(f"{name} is a folder; a text file is expected, or {STDIN} for stdin")
 

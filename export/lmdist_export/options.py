@@ -43,9 +43,9 @@ class GraphInput:
     neutral: float
     """The value with which the option does nothing: a graph has no nodes for it."""
     value: Callable[[Any, int], float] = lambda value, vocabulary_size: value
-    """Return the value of the input for one of the option and the size of the vocabulary."""
+    """From the option's value and the vocabulary size to the input's value."""
     name: str = ""
-    """Of the input, where it is not the option's."""
+    """The name of the input, where it is not the option's."""
     dtype: Literal["float32", "int64"] = "float32"
     shape: tuple[int, ...] = ()
     per_temperature: bool = False
@@ -60,13 +60,13 @@ class Option:
 
     help: str
     group: str = ""
-    """Of the flags in the help of lmdist-generate; an option without a group is one of generation_config.json only."""
+    """The group of flags in the help of lmdist-generate; an option without one is in generation_config.json only."""
     metavar: str = ""
     graph: GraphInput | None = None
     order: int = 0
     """When it is applied to the logits: 1 is the first."""
     sampling_only: bool = False
-    """Whether a beam search has no use for it."""
+    """Whether beam search ignores it."""
     first: bool = False
     """Whether it is listed before all others."""
 
@@ -84,12 +84,12 @@ class Row:
 
     @property
     def flag(self) -> str:
-        """The flag of lmdist-generate."""
+        """Return the flag of lmdist-generate."""
         return f"--{self.name.replace('_', '-')}"
 
 
-def at_least_tiny(share: float, vocabulary_size: int) -> float:
-    """Return a share of probability that fp32 can multiply."""
+def clamp_above_fp32_tiny(share: float, vocabulary_size: int) -> float:
+    """Return a share of probability, raised to the least that fp32 multiplies as a normal number."""
     return max(share, 1 / FP32_LIMIT)
 
 
@@ -146,7 +146,7 @@ class GenerationConfig:
             metavar="P",
             order=7,
             sampling_only=True,
-            graph=GraphInput("filter", neutral=1, value=at_least_tiny),
+            graph=GraphInput("filter", neutral=1, value=clamp_above_fp32_tiny),
         ),
     ] = 1.0
     min_p: Annotated[
@@ -171,7 +171,7 @@ class GenerationConfig:
             metavar="P",
             order=9,
             sampling_only=True,
-            graph=GraphInput("filter", neutral=1, value=at_least_tiny, sorts=True),
+            graph=GraphInput("filter", neutral=1, value=clamp_above_fp32_tiny, sorts=True),
         ),
     ] = 1.0
     repetition_penalty: Annotated[
@@ -232,7 +232,7 @@ class GenerationConfig:
     ] = 200
     num_beams: Annotated[
         int,
-        between(1, MAX_BEAMS, "1 is no search"),
+        between(1, MAX_BEAMS, "1 is off"),
         Option("beam search with K beams instead of sampling", group=SAMPLING, metavar="K"),
     ] = 1
     length_penalty: Annotated[
@@ -281,7 +281,7 @@ class GenerationConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always chosen."""
+        """Return whether the most likely token is always chosen."""
         return not self.do_sample or self.temperature == 0
 
 
@@ -324,8 +324,8 @@ class Options:
     echo: Annotated[bool, Option("begin a text with its prompt (default: yes)", group=OUTPUT)] = True
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], *, as_flags: bool = False) -> Self:
-        """Return the options among `values`; None is as if it were not there."""
+    def from_values(cls, values: Mapping[str, Any], *, as_flags: bool = False) -> Self:
+        """Return the options among `values`; None counts as not given."""
         given = {name: value for name, value in values.items() if value is not None and name in PARAMS}
         own = {name: given.pop(name) for name in list(given) if name in REQUEST}
         return cls(given, as_flags, **own)
@@ -334,14 +334,14 @@ class Options:
         for name, value in {**self.given, **{name: getattr(self, name) for name in REQUEST}}.items():
             bounds = PARAMS[name].bounds
             if bounds and value is not None:
-                check(self.called(name), value, bounds)
+                check(self.name_for_caller(name), value, bounds)
 
-    def called(self, name: str) -> str:
+    def name_for_caller(self, name: str) -> str:
         """Return what the caller calls an option."""
         return PARAMS[name].flag if self.as_flags else name
 
     def is_given(self, name: str) -> bool:
-        """Whether the caller has set an option."""
+        """Return whether the caller has set an option."""
         return name in self.given or (name in REQUEST and getattr(self, name) != REQUEST[name].default)
 
 
@@ -368,7 +368,7 @@ LISTED = sorted(GENERATION.values(), key=lambda row: (not row.option.first, row.
 PARAMS = {row.name: row for row in LISTED if row.option.group} | REQUEST
 """The flags of lmdist-generate, and the params of the server, in their order."""
 APPLIED = sorted((row for row in PARAMS.values() if row.option.order), key=lambda row: row.option.order)
-"""Those of them that change which token is sampled, in the order in which they are applied."""
+"""The options of PARAMS that change which token is sampled, in the order in which they are applied."""
 
 
 # --- the graphs ----------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ class Features:
 
     @property
     def sorted(self) -> bool:
-        """Whether it sorts the tokens: for the first few, or for an order that is not that of likelihood."""
+        """Return whether the graph sorts the tokens: for the first few, or for an order that is not that of likelihood."""
         return any(graph.sorts for graph in self.filters)
 
     @property

@@ -21,7 +21,7 @@ from itertools import groupby, tee
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from lmdist.bounds import at_least, check
+from lmdist.bounds import at_least, between, check
 from lmdist.console import log, shown, table
 from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
 from lmdist_export.lines import STDIN, Lines
@@ -139,15 +139,15 @@ def kind_of(arguments: argparse.Namespace) -> str:
         value = getattr(arguments, flag[2:].replace("-", "_"))
         if value is not None and value is not False and kind not in kinds:
             with_these = ", ".join(f"--{name}" for name in kinds if name != "summary")
-            raise UsageError(f"{flag} goes with {with_these}{' or none of these' if 'summary' in kinds else ''}: leave it out")
+            raise UsageError(f"{flag} is for {with_these}{' or none of these' if 'summary' in kinds else ''}: leave it out")
     if arguments.next is not None:
         check("--next", arguments.next, at_least(1))
     for name in ("lm_weight", "word_bonus"):
         value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
         if value is not None and not (arguments.best or arguments.json):
             raise UsageError(f"{flag} decides which hypothesis is the best: give --best or --json as well")
-        if value is not None and not math.isfinite(value):
-            raise UsageError(f"{flag} is {value}; it must be finite")
+        if value is not None:
+            check(flag, value, between(-math.inf, math.inf, includes_low=False, includes_high=False))
     return kind
 
 

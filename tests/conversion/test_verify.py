@@ -185,7 +185,7 @@ def test_what_a_precision_costs_is_measured(tmp_path: Path) -> None:
     measured = verify.check_perplexity(sampler, model, "valid", tokens, 10.0)
     logits, expected = [], []
     ours = theirs = sampler.initial_state(16)
-    for inputs, targets in verify.pieces(tokens, 16, 64):
+    for inputs, targets in verify.stream_batches(tokens, 16, 64):
         (of_ours, ours), (of_torch, theirs) = sampler.step(inputs, ours), torch_step(model, inputs, theirs)
         there = targets >= 0
         logits.append(of_ours[there])
@@ -200,5 +200,5 @@ def test_what_a_precision_costs_is_measured(tmp_path: Path) -> None:
 
 
 def test_perplexity_of_uneven_streams_counts_each_word_once(tmp_path: Path) -> None:
-    counted = [targets[targets >= 0] for _, targets in verify.pieces(np.arange(101), rows=16, window=3)]
+    counted = [targets[targets >= 0] for _, targets in verify.stream_batches(np.arange(101), rows=16, window=3)]
     assert sorted(np.concatenate(counted)) == list(range(101))

@@ -15,7 +15,7 @@ from lmdist.settings import ModelSettings
 from lmdist_export import PRECISIONS
 from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
 from lmdist_export.graph import onnx_file
-from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, word_graph
+from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, token_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.sizes import Sizes, file_length, weights
 from lmdist_export.options import EVERY_FEATURE, GRAPH, Features
@@ -141,7 +141,7 @@ def test_graphs_are_what_onnx_expects(precision: str, tmp_path: Path) -> None:
         for target in (Target(WEIGHTS), Target(WEIGHTS, cuda=not sizes.is_quantized, int8_saturates=sizes.is_quantized)):
             graphs = [step_graph(sizes, target, "small"), score_graph(sizes, target)]
             graphs += [generation_graph(sizes, features, target, "small") for features in SOME_FEATURES]
-            graphs += [word_graph(sizes, features, target) for features in SOME_FEATURES]
+            graphs += [token_graph(sizes, features, target) for features in SOME_FEATURES]
             for graph in graphs:
                 path.write_bytes(graph)
                 onnx.checker.check_model(path, full_check=True)

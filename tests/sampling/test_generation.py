@@ -20,7 +20,7 @@ from lmdist_export.bundle import Bundle
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling import generation
 from lmdist_export.sampling.beam_search import beam_search
-from lmdist_export.sampling.generation import Text, append, banned_tokens, continuations, log_probabilities
+from lmdist_export.sampling.generation import Generation, Text, append, banned_tokens, continuations, log_probabilities
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import PLAIN_WORDS, UNTIED, make_bundle, make_model
 
@@ -157,7 +157,7 @@ def test_what_is_shown_does_not_depend_on_how_words_come(words: list[int], stops
         text, result = Text([], 0, 0), []
         for piece in pieces:
             if not text.finish_reason:
-                result += append(text, piece, config, (END_ID,), stops)
+                result += append(text, piece, Generation(config, stops))
         if text.finish_reason:
             assert result == text.tokens
         return result, text.finish_reason

@@ -47,7 +47,7 @@ def test_a_value_out_of_bounds_is_refused_by_the_name_that_the_caller_knows(row:
     values: dict[str, Any] = {row.name: value}
     for as_flags, name in ((True, row.flag), (False, row.name)):
         with pytest.raises(UsageError) as raised:
-            Options.of(values, as_flags=as_flags)
+            Options.from_values(values, as_flags=as_flags)
         assert str(raised.value).startswith(f"{name} is {value}; it must be ")
     if row.name in GENERATION:
         with pytest.raises(UsageError, match=f"^{row.name} is "):
@@ -59,11 +59,11 @@ def test_every_row_is_a_flag(row: Row) -> None:
     value = {bool: "", int: "3", float: "0.5", str: "the"}[row.type]
     flag = row.flag.replace("--", "--no-", 1) if row.default is True else row.flag
     arguments = parser().parse_args(["bundle", flag, *([value] if value else [])])
-    options = Options.of(vars(arguments), as_flags=True)
+    options = Options.from_values(vars(arguments), as_flags=True)
     assert options.is_given(row.name)
     found = options.given[row.name] if row.name in GENERATION else getattr(options, row.name)
     assert found == ([value] if row.is_list else (not row.default) if row.type is bool else row.type(value))
-    others = Options.of(vars(parser().parse_args(["bundle"])), as_flags=True)
+    others = Options.from_values(vars(parser().parse_args(["bundle"])), as_flags=True)
     assert not any(others.is_given(name) for name in PARAMS)
 
 

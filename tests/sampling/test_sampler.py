@@ -27,7 +27,7 @@ from lmdist_export.options import EVERY_FEATURE, GenerationConfig, features_of
 from lmdist_export.sampling import runtime
 from lmdist_export.sampling.runtime import Runtime
 from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler
-from lmdist_export.sampling.state import State, joined, restored, uniform_numbers
+from lmdist_export.sampling.state import State, concatenate, restored, uniform_numbers
 from support.mutations import damaged
 from support.sampling_reference import NEAR, Past, check_frequencies, expected, scores_of
 from support.small_bundles import ADAPTIVE, TIED, UNTIED, bare_bundle, make_model
@@ -275,12 +275,12 @@ def test_joined_states_go_on_as_they_would_have(opened: Opened) -> None:
     assert old.counts is not None
     assert new.counts is None
     for states in ([old, new], [new, old]):
-        words, after = made.generate(joined(states), config, 8)
+        words, after = made.generate(concatenate(states), config, 8)
         apart = [made.generate(state, config, 8) for state in states]
         assert np.array_equal(words, np.concatenate([piece for piece, _ in apart], axis=1))
         again, _ = made.generate(after, config, 8)
         assert np.array_equal(again, np.concatenate([made.generate(state, config, 8)[0] for _, state in apart], axis=1))
-    plain = joined([made.start(PROMPTS[:1]).seeded(1), new])
+    plain = concatenate([made.start(PROMPTS[:1]).seeded(1), new])
     assert plain.counts is None
     assert len(plain) == 3
 

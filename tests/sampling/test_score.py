@@ -446,10 +446,10 @@ def test_the_command(tmp_path) -> None:
         (("--next", 0), "--next is 0; it must be at least 1"),
         (("--next", "many"), "invalid int value: 'many'"),
         (("--batch-size", 0), "the batch size is 0"),
-        (("--best",), "--best goes with --nbest: leave it out"),
-        (("--words", "--lm-weight", 0), "--lm-weight goes with --nbest"),
-        (("--nbest", "--carry-state"), "--carry-state goes with --words, --sentences, --accuracy or none of these"),
-        (("--accuracy", "--batch-size", 3), "--batch-size goes with"),
+        (("--best",), "--best is for --nbest: leave it out"),
+        (("--words", "--lm-weight", 0), "--lm-weight is for --nbest"),
+        (("--nbest", "--carry-state"), "--carry-state is for --words, --sentences, --accuracy or none of these"),
+        (("--accuracy", "--batch-size", 3), "--batch-size is for"),
         (("--nbest", "--lm-weight", 1), "give --best or --json"),
         (("--nbest", "--best", "--word-bonus", "nan"), "--word-bonus is nan; it must be finite"),
         (("--carry-state", "--no-eos"), "cannot be left out"),
@@ -469,7 +469,7 @@ def test_wrong_values(bundle, refused, arguments: tuple[object, ...], message: s
 def test_wrong_input(bundle, tmp_path, refused) -> None:
     assert refused(tmp_path / "none")[0] == 66
     code, line = refused(bundle, "nowhere.txt")
-    assert (code, "nowhere.txt is not there" in line) == (66, True)
+    assert (code, "nowhere.txt does not exist" in line) == (66, True)
     (tmp_path / "latin.txt").write_bytes(b"the cat\nthe gr\xf6\xdfe\n")
     code, line = refused(bundle, tmp_path / "latin.txt", "-o", tmp_path / "scores.tsv")
     assert (code, "latin.txt, line 2: byte 7 is not UTF-8" in line) == (65, True)

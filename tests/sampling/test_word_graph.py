@@ -16,14 +16,14 @@ import pytest
 from lmdist.errors import UsageError
 from lmdist_export import PRECISIONS, export
 from lmdist_export.bundle import Bundle
-from lmdist_export.graph.graphs import capturable, generation_graph, step_graph, word_graph
+from lmdist_export.graph.graphs import capturable, generation_graph, step_graph, token_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.sizes import Sizes, file_length
 from lmdist_export.options import Features, GenerationConfig, features_of
 from lmdist_export.sampling import runtime
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.state import State
-from lmdist_export.sampling.word_session import WordSession
+from lmdist_export.sampling.token_session import TokenSession
 from support.small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, make_run
 
 PROMPTS = [[1], [3, 4, 5], [6, 7], [2, 8, 9, 3, 4, 4]]
@@ -64,7 +64,7 @@ def plain(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def pair(bundle: Bundle) -> tuple[Sampler, Sampler]:
     """One that makes words by the Loop, and one that makes them one a run."""
     one, two = Sampler(bundle), Sampler(bundle)
-    two.uses_word_graph = True
+    two.uses_token_graph = True
     return one, two
 
 
@@ -120,14 +120,14 @@ def test_the_state_that_went_in_is_as_it_was(plain: Bundle) -> None:
         np.testing.assert_array_equal(array, expected)
 
 
-def addresses(session: WordSession) -> list[dict[str, int]]:
+def addresses(session: TokenSession) -> list[dict[str, int]]:
     return [{name: value.data_ptr() for name, value in values.items()} for values in session.values]
 
 
 def test_values_stay_where_they_are_while_their_shapes_do(plain: Bundle) -> None:
     made = pair(plain)[1]
     made.generate(made.start(PROMPTS).seeded(1), CONFIGS["plain"], 3)
-    session = made.word_session(ALL_FEATURES["plain"])
+    session = made.token_session(ALL_FEATURES["plain"])
     first, bindings = addresses(session), session.bindings
     differing = {name for name in first[0] if first[0][name] != first[1][name]}
     assert differing == {"word", "mass", *(f"{name}_{layer}" for name in "hc" for layer in range(3))}
@@ -146,7 +146,7 @@ def test_values_stay_where_they_are_while_their_shapes_do(plain: Bundle) -> None
 def test_a_run_twice_is_a_run(plain: Bundle) -> None:
     """As when a CUDA graph is captured: onnxruntime runs it three times then."""
     loop, by_word = pair(plain)
-    session = by_word.word_session(ALL_FEATURES["adjusted"])
+    session = by_word.token_session(ALL_FEATURES["adjusted"])
     once = session.run
 
     def thrice(number: int) -> None:
@@ -173,7 +173,7 @@ def sizes_of(precision: str, cutoffs: list[int]) -> Sizes:
 def test_graphs_for_cuda_are_valid(precision: str, cutoffs: list[int], features: Features, tmp_path: Path) -> None:
     sizes = sizes_of(precision, cutoffs)
     (tmp_path / "weights.bin").write_bytes(bytes(file_length(sizes)))
-    for make in (step_graph, partial(generation_graph, features=features), partial(word_graph, features=features)):
+    for make in (step_graph, partial(generation_graph, features=features), partial(token_graph, features=features)):
         path = tmp_path / "graph.onnx"
         path.write_bytes(make(sizes, target=Target("weights.bin", cuda=True)))
         onnx.checker.check_model(str(path), full_check=True)
@@ -181,7 +181,7 @@ def test_graphs_for_cuda_are_valid(precision: str, cutoffs: list[int], features:
 
 @pytest.mark.parametrize("features", ALL_FEATURES.values(), ids=ALL_FEATURES)
 def test_what_is_captured_has_nothing_that_a_cuda_graph_cannot_replay(features: Features) -> None:
-    graph = onnx.load_from_string(word_graph(sizes_of("fp16", []), features, Target("weights.bin", cuda=True))).graph
+    graph = onnx.load_from_string(token_graph(sizes_of("fp16", []), features, Target("weights.bin", cuda=True))).graph
     operators = {node.op_type for node in graph.node}
     # Control flow; a shape, which lies on the host; kernels that copy tables from the host.
     unfit = operators & {"Loop", "Scan", "If", "Shape", "GatherND", "ScatterND", "Concat"}
@@ -217,7 +217,7 @@ def test_words_are_made_without_a_cuda_graph_where_there_can_be_none(
     plain: Bundle, at_run: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, by_word = pair(plain)
-    session = by_word.word_session(ALL_FEATURES["plain"])
+    session = by_word.token_session(ALL_FEATURES["plain"])
     opened, asked = by_word.runtime.open, []
 
     def fail(*arguments: object) -> None:

@@ -31,7 +31,8 @@ def words_of(texts: Sequence[Text]) -> list[tuple[int, int, list[int], str]]:
 
 def alone(sampler: Sampler, request: Request) -> list[tuple[int, int, list[int], str]]:
     """The texts of a request that nothing stands beside."""
-    settings = request.config, request.seed, request.n, request.stops, request.ignore_end
+    how = request.generation
+    settings = how.config, request.seed, request.n, how.stops, how.ignore_end
     made = continuations(sampler, request.prompts, *settings, batch_size=1)
     return words_of([text for text, _ in made if text.finish_reason])
 

@@ -482,3 +482,23 @@ def test_names_are_refused_as_mlflow_refuses_them(name: str, alias: str) -> None
         and taken(validation._validate_model_alias_name_reserved, alias)
     )
     assert taken(registry.check_names, name, alias) == by_mlflow
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "true"), ("false", "false")])
+def test_mlflow_sends_telemetry_only_where_the_user_asks_for_it(given: str | None, kept: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_DISABLE_TELEMETRY"}
+    if given is not None:
+        environment["MLFLOW_DISABLE_TELEMETRY"] = given
+    # mlflow reads the variable when it is imported, so it must be set by then.
+    code = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'mlflow':\n"
+        "            print(os.environ.get('MLFLOW_DISABLE_TELEMETRY'))\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "import lmdist_export.served_model\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [kept]

@@ -29,13 +29,15 @@ from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
+from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.run_folder import read_metadata
 from lmdist.training.checkpoints.read import load_model
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.data import DataFolder
-from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
+from lmdist_export import EXPORT_COMMAND
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MANIFEST, VERSION, Bundle
 from lmdist_export.conversion.tokenizer_json import TOKENIZER, obstacle, write_tokenizer
 from lmdist_export.conversion.verify import MAX_LOSS_PERCENT, TOLERANCES, check_perplexity, check_values
 from lmdist_export.conversion.weights import write_graphs
@@ -44,7 +46,6 @@ from lmdist_export.sampling.runtime import runtime_version
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.mlflow_model import write_model
 
-COMMAND = "lmdist-export"
 AUTO_PRECISIONS = ("fp32", "int8", "int4")
 SPEED_TOKENS = 30
 
@@ -64,8 +65,8 @@ class Checkpoint:
         """Load a checkpoint, of a run the best one; raises MissingInputError or DataError."""
         path = find_checkpoint(run_or_checkpoint)
         model, manifest = load_model(path)
-        text = WordTokenizer.load(path / "text.json").settings
-        return cls(path, model, manifest, Vocabulary.load(path / "vocab.txt"), text)
+        text = WordTokenizer.load(path / TEXT).settings
+        return cls(path, model, manifest, Vocabulary.load(path / VOCABULARY), text)
 
     @property
     def run(self) -> str:
@@ -127,81 +128,79 @@ def export_bundle(
     if held_out is None and precision not in ("fp32", "fp16"):
         raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
     if reason := obstacle(checkpoint.text, checkpoint.vocabulary):
-        log(f"without {TOKENIZER}: {reason}", COMMAND)
-    export = Export(checkpoint, held_out, max_loss_percent)
+        log(f"without {TOKENIZER}: {reason}", EXPORT_COMMAND)
     with atomic_folder(output) as folder:
-        return export.write(folder, precision) if precision != "auto" else export.write_fastest(folder)
+        if precision == "auto":
+            return write_fastest(checkpoint, folder, held_out, max_loss_percent)
+        return write_bundle(checkpoint, folder, held_out, precision, max_loss_percent)
 
 
-@dataclass(frozen=True)
-class Export:
-    """A checkpoint, and how the bundles of its precisions are judged."""
+def write_fastest(
+    checkpoint: Checkpoint, folder: Path, held_out: HeldOutText | None, max_loss_percent: float | None
+) -> dict[str, Any]:
+    """Write bundles of several precisions and keep the one that generates one text fastest here; return its manifest."""
+    speeds: dict[str, float] = {}
+    manifests: dict[str, dict[str, Any]] = {}
+    for precision in AUTO_PRECISIONS:
+        trial = folder / precision
+        trial.mkdir()
+        try:
+            manifests[precision] = write_bundle(checkpoint, trial, held_out, precision, max_loss_percent)
+        except UsageError as error:
+            log(f"without {precision}: {error}", EXPORT_COMMAND)
+            continue
+        speeds[precision] = tokens_per_second(trial)
+        log(f"{precision}: {speeds[precision]:,.0f} tokens/s", EXPORT_COMMAND)
+    fastest = max(speeds, key=lambda precision: speeds[precision])
+    for file in (folder / fastest).iterdir():
+        file.rename(folder / file.name)
+    for trial in [path for path in folder.iterdir() if path.is_dir()]:
+        shutil.rmtree(trial)
+    return manifests[fastest]
 
-    checkpoint: Checkpoint
-    held_out: HeldOutText | None
-    max_loss_percent: float | None
 
-    def write_fastest(self, folder: Path) -> dict[str, Any]:
-        """Write bundles of several precisions and keep the one that generates one text fastest here; return its manifest."""
-        speeds: dict[str, float] = {}
-        manifests: dict[str, dict[str, Any]] = {}
-        for precision in AUTO_PRECISIONS:
-            trial = folder / precision
-            trial.mkdir()
-            try:
-                manifests[precision] = self.write(trial, precision)
-            except UsageError as error:
-                log(f"without {precision}: {error}", COMMAND)
-                continue
-            speeds[precision] = tokens_per_second(trial)
-            log(f"{precision}: {speeds[precision]:,.0f} tokens/s", COMMAND)
-        fastest = max(speeds, key=lambda precision: speeds[precision])
-        for file in (folder / fastest).iterdir():
-            file.rename(folder / file.name)
-        for trial in [path for path in folder.iterdir() if path.is_dir()]:
-            shutil.rmtree(trial)
-        return manifests[fastest]
-
-    def write(self, folder: Path, precision: str) -> dict[str, Any]:
-        """Write the bundle of one precision into an empty folder and verify it; return its manifest."""
-        checkpoint, model = self.checkpoint, self.checkpoint.model
-        if precision == "int4" and model.settings.head == "adaptive":
-            raise UsageError(
-                "--precision int4 stores a projection of one row a word, and this model has an adaptive head: use int8"
-            )
-        sizes = write_graphs(model, folder, checkpoint.run, precision)
-        for name in ("vocab.txt", "text.json"):
-            shutil.copyfile(checkpoint.path / name, folder / name)
-        if not obstacle(checkpoint.text, checkpoint.vocabulary):
-            write_tokenizer(folder, checkpoint.text, checkpoint.vocabulary)
-        files = checksums(folder)
-        log(f"comparing {precision} with torch" + ("" if self.held_out is None else ", also on held-out text"), COMMAND)
-        generation = GenerationConfig()
-        sampler = Sampler(Bundle(folder, {}, sizes, checkpoint.vocabulary, generation))
-        max_loss = MAX_LOSS_PERCENT.get(precision, 0.0) if self.max_loss_percent is None else self.max_loss_percent
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "sizes": dataclasses.asdict(sizes),
-            "run": checkpoint.run,
-            "step": checkpoint.step,
-            "tolerance": TOLERANCES.get(precision),
-            "differences": check_values(sampler, model),
-            "held_out": None if self.held_out is None else check_perplexity(sampler, model, *self.held_out, max_loss),
-            "versions": {
-                "lmdist": __version__,
-                "torch": torch.__version__,
-                "onnx": version("onnx"),
-                "onnxruntime": runtime_version(),
-            },
-            # generation_config.json is not among them, because users edit it, nor are MLflow's files.
-            "files": files,
-        }
-        write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
-        write_json(folder / "manifest.json", manifest)
-        write_model(folder, read_metadata(checkpoint.path.parent.parent).get("run_id"))
-        return manifest
+def write_bundle(
+    checkpoint: Checkpoint, folder: Path, held_out: HeldOutText | None, precision: str, max_loss_percent: float | None
+) -> dict[str, Any]:
+    """Write the bundle of one precision into an empty folder and verify it; return its manifest."""
+    model = checkpoint.model
+    if precision == "int4" and model.settings.head == "adaptive":
+        raise UsageError(
+            "--precision int4 stores a projection of one row a word, and this model has an adaptive head: use int8"
+        )
+    sizes = write_graphs(model, folder, checkpoint.run, precision)
+    for name in (VOCABULARY, TEXT):
+        shutil.copyfile(checkpoint.path / name, folder / name)
+    if not obstacle(checkpoint.text, checkpoint.vocabulary):
+        write_tokenizer(folder, checkpoint.text, checkpoint.vocabulary)
+    files = checksums(folder)
+    log(f"comparing {precision} with torch" + ("" if held_out is None else ", also on held-out text"), EXPORT_COMMAND)
+    generation = GenerationConfig()
+    sampler = Sampler(Bundle(folder, {}, sizes, checkpoint.vocabulary, generation))
+    max_loss = MAX_LOSS_PERCENT.get(precision, 0.0) if max_loss_percent is None else max_loss_percent
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sizes": dataclasses.asdict(sizes),
+        "run": checkpoint.run,
+        "step": checkpoint.step,
+        "tolerance": TOLERANCES.get(precision),
+        "differences": check_values(sampler, model),
+        "held_out": None if held_out is None else check_perplexity(sampler, model, *held_out, max_loss),
+        "versions": {
+            "lmdist": __version__,
+            "torch": torch.__version__,
+            "onnx": version("onnx"),
+            "onnxruntime": runtime_version(),
+        },
+        # generation_config.json is not among them, because users edit it, nor are MLflow's files.
+        "files": files,
+    }
+    write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
+    write_json(folder / MANIFEST, manifest)
+    write_model(folder, read_metadata(checkpoint.path.parent.parent).get("run_id"))
+    return manifest
 
 
 def tokens_per_second(folder: Path) -> float:

@@ -20,6 +20,9 @@ x has one token a row, because icefall's own graph answers only for the first to
 graph that rejects two tokens turns a wrong number into an error. The model for whole sentences of offline recognizers
 (`x, x_lens -> nll`) is another contract and not written.
 
+This module is a second description of the network, beside lmdist_export/graph: in onnx.helper, because icefall's opset 13 has
+the LSTM operator. It knows the cell (`LSTM`, `hidden_size`, a bias of 8H), so another cell changes this module too.
+
 The contract knows one layer size: the state has the size of the largest layer, padded with zeros for smaller ones.
 
 Shapes: N batch, V vocabulary, E embedding, H the largest layer's size, L layers.
@@ -80,7 +83,7 @@ def write(model: LanguageModel, vocabulary: Vocabulary, output: Path, origin: st
         weights = sum(len(initializer.raw_data) for initializer in graph.graph.initializer)
         onnx.save_model(graph, folder / MODEL, save_as_external_data=weights > PROTOBUF_LIMIT, location=MODEL_DATA)
         onnx.checker.check_model(folder / MODEL, full_check=True)
-        return check(folder / MODEL, model)
+        return verify(folder / MODEL, model)
 
 
 def write_tokens(vocabulary: Vocabulary, path: Path) -> None:
@@ -93,12 +96,12 @@ def write_tokens(vocabulary: Vocabulary, path: Path) -> None:
 
 
 def rnn_lm(model: LanguageModel, origin: str) -> onnx.ModelProto:
-    """Return the graph of the contract with its metadata; `origin` tells people where it comes from."""
+    """Return the graph of the contract with its metadata; `origin` becomes the `comment` of the metadata."""
     sizes, vocabulary_size = model.layer_sizes, model.vocabulary_size
     state = [len(sizes), "N", max(sizes)]
     nodes = [
-        helper.make_node("Transpose", ["x"], ["words"], perm=[1, 0]),  # (1, N)
-        helper.make_node("Gather", ["embedding", "words"], ["embedded"]),  # (1, N, E)
+        helper.make_node("Transpose", ["x"], ["tokens"], perm=[1, 0]),  # (1, N)
+        helper.make_node("Gather", ["embedding", "tokens"], ["embedded"]),  # (1, N, E)
         *layer_nodes(sizes),
         *head_nodes(model),
     ]
@@ -147,10 +150,10 @@ def layer_nodes(sizes: list[int]) -> Iterator[onnx.NodeProto]:
             for state in before:
                 yield helper.make_node("Slice", [state, "axis_0", f"{name}.size", "axis_2"], [f"{state}.used"])
         used = [f"{state}.used" if is_smaller else state for state in before]
-        made = [f"{state}.used" if is_smaller else state for state in after]
+        outputs = [f"{state}.used" if is_smaller else state for state in after]
         weights = [f"{name}.W", f"{name}.R", f"{name}.B"]
-        yield helper.make_node("LSTM", [inputs, *weights, "", *used], ["", *made], name, hidden_size=size)
-        inputs = made[0]  # (1, N, H): after one token the state h is all of the output
+        yield helper.make_node("LSTM", [inputs, *weights, "", *used], ["", *outputs], name, hidden_size=size)
+        inputs = outputs[0]  # (1, N, H): after one token the state h is all of the output
         if is_smaller:
             for state in after:
                 yield helper.make_node("Pad", [f"{state}.used", f"{name}.rest"], [state])
@@ -167,18 +170,18 @@ def head_nodes(model: LanguageModel) -> Iterator[onnx.NodeProto]:
         yield helper.make_node("Gemm", ["hidden", matrix, "projection_bias"], ["scores"], transB=1)
         yield helper.make_node("LogSoftmax", ["scores"], ["log_softmax"], axis=1)
         return
-    # The probability of a rare word is that of its cluster times its own inside the cluster.
+    # The probability of a rare token is that of its cluster times its own inside the cluster.
     clusters = range(model.projection.n_clusters)
     yield helper.make_node("Gemm", ["hidden", "projection", "projection_bias"], ["scores"], transB=1)
-    yield helper.make_node("LogSoftmax", ["scores"], ["first"], axis=1)  # (N, frequent words + clusters)
+    yield helper.make_node("LogSoftmax", ["scores"], ["first"], axis=1)  # (N, frequent tokens + clusters)
     parts = ["frequent", *(f"cluster_{number}" for number in clusters)]
     yield helper.make_node("Split", ["first", "first_sizes"], parts, axis=1)
     for number in clusters:
         name = f"cluster_{number}"
         yield helper.make_node("Gemm", ["hidden", f"{name}.narrow"], [f"{name}.rows"], transB=1)
-        yield helper.make_node("Gemm", [f"{name}.rows", f"{name}.words"], [f"{name}.scores"], transB=1)
+        yield helper.make_node("Gemm", [f"{name}.rows", f"{name}.wide"], [f"{name}.scores"], transB=1)
         yield helper.make_node("LogSoftmax", [f"{name}.scores"], [f"{name}.inside"], axis=1)
-        yield helper.make_node("Add", [f"{name}.inside", name], [f"rare_{number}"])  # (N, words of the cluster)
+        yield helper.make_node("Add", [f"{name}.inside", name], [f"rare_{number}"])  # (N, tokens of the cluster)
     yield helper.make_node("Concat", ["frequent", *(f"rare_{number}" for number in clusters)], ["log_softmax"], axis=1)
 
 
@@ -187,9 +190,9 @@ def weights(model: LanguageModel) -> dict[str, NDArray[np.float32]]:
     projection = model.projection
     found = {"embedding": array(model.embedding.weight)}  # (V, E)
     if isinstance(projection, nn.AdaptiveLogSoftmaxWithLoss):
-        for number, (narrow, words) in enumerate(projection.tail):  # type: ignore[misc]
+        for number, (narrow, wide) in enumerate(projection.tail):  # type: ignore[misc]
             found[f"cluster_{number}.narrow"] = array(narrow.weight)
-            found[f"cluster_{number}.words"] = array(words.weight)
+            found[f"cluster_{number}.wide"] = array(wide.weight)
         projection = projection.head
     found["projection_bias"] = array(projection.bias)  # (V)
     if not model.settings.tied:
@@ -219,7 +222,7 @@ def constants(model: LanguageModel) -> dict[str, NDArray[np.int64]]:
 # --- against torch -------------------------------------------------------------------------------------------------
 
 
-def check(path: Path, model: LanguageModel) -> dict[str, float]:
+def verify(path: Path, model: LanguageModel) -> dict[str, float]:
     """Return the max errors against torch, token by token with the state fed back, or raise MismatchError."""
     session = open_session(path.read_bytes(), path.parent, "cpu", 0)
     random = np.random.default_rng(0)
@@ -262,5 +265,5 @@ def rows_of(output: Path, errors: dict[str, float], origin: str) -> dict[str, st
         + f"  (allowed: {TOLERANCES['fp32']:.0e})",
         "next": "sherpa_onnx.OnlineRecognizer.from_transducer(tokens=..., encoder=..., decoder=..., joiner=...,",
         "": f'    decoding_method="modified_beam_search", lm="{output / MODEL}", lm_scale=0.5)',
-        "its units": f"a transducer whose ids are those of {output / TOKENS}; id 0 is its blank",
+        "units": f"a transducer whose ids are those of {output / TOKENS}; id 0 is its blank",
     }

@@ -79,7 +79,7 @@ def check_perplexity(
     ours = theirs = sampler.initial_state(rows)
     our_nats = their_nats = largest = 0.0
     agreed = 0
-    for inputs, targets in pieces(tokens, rows, window):
+    for inputs, targets in stream_batches(tokens, rows, window):
         found, ours = sampler.step(inputs, ours)
         our_nats += summed_nats(found, targets)
         expected, theirs = torch_step(model, inputs, theirs)
@@ -108,7 +108,9 @@ def check_perplexity(
     }
 
 
-def pieces(tokens: NDArray[np.integer], rows: int, window: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def stream_batches(
+    tokens: NDArray[np.integer], rows: int, window: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Yield inputs and targets, (B, T) each, of `tokens` cut into `rows` streams, as in training."""
     streams = Streams(tokens, rows, window)
     for step in range(streams.steps_per_epoch):

@@ -3,12 +3,15 @@
     step_graph        tokens (B, T), h, c              -> logits (B, T, V), next_h, next_c
     score_graph       tokens (B, T), targets, h, c     -> log_probabilities (B, T), next_h, next_c
     generation_graph  prompt (B, P), uniform (N, B, A) -> words (N, B), next_h, next_c: N tokens a call
-    word_graph        word (B), uniform (B, A), state  -> next_word (B), next state: one token a call, for a GPU
+    token_graph       word (B), uniform (B, A), state  -> next_word (B), next state: one token a call, for a GPU
 
 All have the same two parts: `Network` computes the logits, in the precision of its weights, and `SamplingNodes` samples tokens.
 A graph is built wherever it is needed: by lmdist-export into files for every runtime, by the sampler straight into onnxruntime.
 So no graph of a stranger ever runs: a bundle provides weights only, and the sizes decide where they lie and how long they are.
 A graph for generation has just the nodes that its options need.
+
+Names with `word` in them (the output `words`, the axes `prompt_words`, `new_words` and `made_words`) and the names inside the
+Loop are bytes of generate.onnx. They stay as they are, so that equal checkpoints have equal files.
 
 docs/sampling.md has the reasons. This module knows no onnxruntime and reads no file.
 
@@ -26,7 +29,7 @@ import numpy as np
 
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
 from lmdist_export.graph.cell import STATE
-from lmdist_export.graph.network import ModelState, Network, Target
+from lmdist_export.graph.network import Network, StateNames, Target
 from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, Shape, model_bytes
 from lmdist_export.graph.sampling_nodes import SamplingNodes, any_of, option_inputs
 from lmdist_export.graph.sizes import Sizes
@@ -124,7 +127,7 @@ def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]
     return body
 
 
-def word_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
+def token_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
     """Return the graph that generates one token of each row, for a device where a Loop returns to the host for each node.
 
     What is carried from token to token has an input NAME and an output next_NAME of the same shape, each layer's state apart:
@@ -154,7 +157,7 @@ def word_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
 
 
 def capturable(sizes: Sizes, features: Features) -> bool:
-    """Return whether all of a word graph runs as a CUDA graph: no Loop, no shape, and no table that is copied from the host."""
+    """Return whether a token graph runs as a CUDA graph: it has no Loop, no shape, and no table copied from the host."""
     return not (features.sorted or features.attempts > 1 or sizes.cutoffs)
 
 
@@ -222,17 +225,17 @@ def state_shapes(sizes: Sizes) -> dict[str, tuple[int, Shape]]:
     return {f"{part}_{layer}": (FLOAT, ["batch", size]) for part in STATE for layer, size in enumerate(sizes.layer_sizes)}
 
 
-def by_name(state: ModelState) -> dict[str, str]:
+def by_name(state: StateNames) -> dict[str, str]:
     """Return the values of a state by their names."""
     return {f"{part}_{layer}": values[place] for place, part in enumerate(STATE) for layer, values in enumerate(state)}
 
 
-def by_layer(values: Mapping[str, str], layers: int) -> ModelState:
+def by_layer(values: Mapping[str, str], layers: int) -> StateNames:
     """Return the state of each layer from values by their names."""
     return [[values[f"{part}_{layer}"] for part in STATE] for layer in range(layers)]
 
 
-def state_inputs(g: Graph, sizes: Sizes) -> ModelState:
+def state_inputs(g: Graph, sizes: Sizes) -> StateNames:
     """Declare the state's inputs, (B, S) each, and return the layers' parts (B, H)."""
     parts: list[Sequence[str]] = []
     for name in STATE:
@@ -241,7 +244,7 @@ def state_inputs(g: Graph, sizes: Sizes) -> ModelState:
     return list(zip(*parts, strict=True))
 
 
-def state_outputs(g: Graph, sizes: Sizes, state: ModelState) -> None:
+def state_outputs(g: Graph, sizes: Sizes, state: StateNames) -> None:
     """Declare the state's outputs, (B, S) each."""
     for name, parts in zip(STATE, zip(*state, strict=True), strict=True):
         g.output(g("Concat", *parts, axis=1), f"next_{name}", FLOAT, ["batch", sizes.state_size])

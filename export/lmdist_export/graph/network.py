@@ -1,6 +1,6 @@
 """What the model computes, as nodes: embedding, layers and projection, in the precision of the weights.
 
-This module knows no sampling, and of the layers' cell no more than cell.py tells.
+This module knows no sampling. It uses the layers' cell through cell.py only.
 
 Shapes: B batch, T tokens, R rows (T*B of a prompt, B of a step), V vocabulary (V' rounded up to whole blocks), E embedding, H a
 layer's size.
@@ -18,8 +18,8 @@ from lmdist_export.graph import cell
 from lmdist_export.graph.onnx_file import FLOAT, FLOAT16, INT8, INT32, INT64, UINT8, Graph
 from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, weights
 
-ModelState = Sequence[Sequence[str]]
-"""Of each layer the parts of its state, (B, H) each, in the order of cell.STATE."""
+StateNames = Sequence[Sequence[str]]
+"""The names of the values of each layer's state, (B, H) each, in the order of cell.STATE."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ class Network:
         def matmul(matrix: str, values: str, bias: str = "") -> str:
             return self.matmul(g, f"layer_{layer}.{matrix}", values, bias and f"layer_{layer}.{bias}")
 
-        # A CUDA graph cannot replay a split into unequal parts (word_graph).
+        # A CUDA graph cannot replay a split into unequal parts (token_graph).
         return cell.step(g, matmul, from_input, state, self.sizes.layer_sizes[layer], equal_splits=self.target.cuda)
 
-    def step(self, g: Graph, tokens: str, state: ModelState) -> ModelState:
+    def step(self, g: Graph, tokens: str, state: StateNames) -> StateNames:
         """Return the state after all layers have read one token of each row, `tokens` (B)."""
         after: list[Sequence[str]] = []
         gates = self.embedded_gates(g, tokens)  # (B, 4H)
@@ -156,7 +156,7 @@ class Network:
             after.append(self.cell(g, layer, gates, before))
         return after
 
-    def prefill(self, g: Graph, tokens: str, state: ModelState, lengths: str = "") -> tuple[str, ModelState]:
+    def prefill(self, g: Graph, tokens: str, state: StateNames, lengths: str = "") -> tuple[str, StateNames]:
         """Read `tokens` (T, B), of row b its first `lengths` (B), and return the last layer's outputs (T*B, H) and the state.
 
         A layer reads all tokens before the next layer does, so that W x + b of all of them is one matrix multiplication.

@@ -5,6 +5,8 @@
     graph.output(graph("Mul", "x", graph.constant(np.float32(2))), "y", FLOAT, ["batch", 3])
     model_bytes(graph, {"format": "an example"})
 
+In the modules of this folder `g` is the graph in construction.
+
 A machine that samples has no onnx, so its graphs are built by this module; lmdist-export writes the same bytes to files and has
 onnx check them. This module knows protobuf and no model. The fields' numbers are those of onnx.proto3 of
 https://github.com/onnx/onnx; weights are external data, in a file beside the graph.
@@ -35,7 +37,7 @@ MICROSOFT = "com.microsoft"  # where onnxruntime keeps its own operators
 MICROSOFT_OPERATORS = ("MatMulIntegerToFloat", "MatMulNBits")
 
 Shape = Sequence[int | str]
-"""Of each axis its length, or the name of a free length."""
+"""The length of each axis, or the name of a free length."""
 
 
 class Graph:

@@ -50,8 +50,8 @@ class Sampled(NamedTuple):
 class Trial(NamedTuple):
     """What is known of a sampled token: whether it is rejected, and what to sample from if so.
 
-    `likelier` (B, V'/256, 256) has the probabilities of likelier tokens in units of the sampled one's, and 0 for others; `sums`
-    (B, V'/256) are those of its blocks; `unit` (B, 1) is the sampled one's probability.
+    `likelier[t] * unit` is the probability of each token t that is likelier than the sampled one; `likelier` (B, V'/256, 256)
+    is 0 for all others. `sums` (B, V'/256) are those of its blocks, and `unit` (B, 1) is the probability of the sampled token.
     """
 
     rejected: str
@@ -119,7 +119,7 @@ class SamplingNodes:
         below = g("ReduceMax", g("Mul", cumulative, g("Cast", before, to=FLOAT)), axes=[1])
         # The last block at most, whatever the numbers of a row that is not asked for.
         block = g("Min", g("ReduceSum", g("Cast", before, to=INT64), axis), g.constant(np.int64(blocks - 1)))  # (B, 1)
-        if self.cuda:  # GatherND copies a table from the host (word_graph)
+        if self.cuda:  # GatherND copies a table from the host (token_graph)
             index = g("Add", g("Unsqueeze", block, axis), g.constant(np.zeros((1, 1, BLOCK), np.int64)))  # (B, 1, 256)
             inside = g("Squeeze", g("GatherElements", probabilities, index, axis=1), axis)  # (B, 256)
         else:
@@ -154,19 +154,19 @@ class SamplingNodes:
         first = self.trial(g, probabilities, probability, g.constant(np.float32(1)), limits)
         body = g.subgraph("attempt")
         shapes = {
-            "word": (INT64, ["batch", 1], sampled.token),
-            "refused": (BOOL, ["batch", 1], first.rejected),
+            "token": (INT64, ["batch", 1], sampled.token),
+            "rejected": (BOOL, ["batch", 1], first.rejected),
             "likelier": (FLOAT, ["batch", self.sizes.padded // BLOCK, BLOCK], first.likelier),
             "sums": (FLOAT, ["batch", self.sizes.padded // BLOCK], first.sums),
             "unit": (FLOAT, ["batch", 1], first.unit),
         }
         attempt = body.input("attempt", INT64, [])
-        body.input("again", BOOL, [])
-        token, *trial = (body.input(f"{name}_refused", kind, shape) for name, (kind, shape, _) in shapes.items())
+        body.input("continue", BOOL, [])
+        token, *trial = (body.input(f"{name}_before", kind, shape) for name, (kind, shape, _) in shapes.items())
         after = self.attempt(body, attempt, token, Trial(*trial), uniform, limits)
-        body.output(any_of(body, after[1]), "attempt_again", BOOL, [])
+        body.output(any_of(body, after[1]), "next_continue", BOOL, [])
         for (name, (kind, shape, _)), value in zip(shapes.items(), after, strict=True):
-            body.output(value, f"{name}_judged", kind, shape)
+            body.output(value, f"{name}_after", kind, shape)
         starts = [start for *_, start in shapes.values()]
         return g.several("Loop", 5, g.constant(np.int64(ATTEMPTS - 1)), any_of(g, first.rejected), *starts, body=body)[0]
 
@@ -192,7 +192,7 @@ class SamplingNodes:
         if limits.probability:
             reasons.append(g("Less", unit, limits.probability))
         reason = g("Or", *reasons) if len(reasons) == 2 else reasons[0]
-        # The likeliest token is never rejected, whatever its product of units is rounded to: nothing would be left to sample.
+        # The most likely token is never rejected, whatever its product of units is rounded to: nothing would be left to sample.
         rejected = g("And", reason, g("Greater", above, g.constant(np.float32(0))))
         return Trial(rejected, likelier, sums, unit)
 
@@ -204,7 +204,7 @@ class SamplingNodes:
         top-p, min-p and typical-p narrow the candidates in this order.
         """
         last, one = g.constant(np.int64(1)), g.constant(np.array([1]))
-        best, ids = g.several("TopK", 2, logits, self.options["top_k"], axis=1)  # (B, K), the likeliest first
+        best, ids = g.several("TopK", 2, logits, self.options["top_k"], axis=1)  # (B, K), the most likely first
         weights = g("Softmax", best, axis=1)
         mass = g("ReduceSum", weights, one)
         zero = g.constant(np.float32(0))

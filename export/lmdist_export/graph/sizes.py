@@ -31,11 +31,11 @@ class Sizes:
     tied: bool
     precision: str = "fp32"
     cutoffs: list[int] = field(default_factory=list)
-    """Of an adaptive head: the ids at which a cluster of rarer words begins."""
+    """The first id of each cluster of rarer tokens; none without an adaptive head."""
 
     @property
     def clusters(self) -> list[tuple[int, int]]:
-        """Return of each cluster its projection's size, a quarter of the one before, and the number of its words."""
+        """Return the projection's size, a quarter of the one before, and the number of tokens of each cluster."""
         ends = [*self.cutoffs, self.vocabulary_size]
         return [(self.layer_sizes[-1] >> 2 * number, end - start) for number, (start, end) in enumerate(pairwise(ends), 1)]
 
@@ -51,7 +51,7 @@ class Sizes:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weights are integers with per-channel scales."""
+        """Return whether weights are integers with per-channel scales."""
         return self.precision in ("int8", "int4")
 
 
@@ -104,9 +104,9 @@ def parameter_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     last = sizes.layer_sizes[-1]
     outputs = sizes.cutoffs[0] + len(sizes.clusters) if sizes.cutoffs else sizes.padded
     shapes: dict[str, tuple[int, ...]] = {"projection": (outputs, last), "projection.bias": (outputs,)}
-    for number, (length, words) in enumerate(sizes.clusters):
+    for number, (length, num_tokens) in enumerate(sizes.clusters):
         shapes[f"cluster_{number}.narrow"] = length, last
-        shapes[f"cluster_{number}.words"] = words, length
+        shapes[f"cluster_{number}.words"] = num_tokens, length
     for layer, (input_size, size) in enumerate(pairwise([sizes.embedding_size, *sizes.layer_sizes])):
         shapes |= {f"layer_{layer}.{name}": shape for name, shape in layer_shapes(input_size, size).items()}
     return shapes

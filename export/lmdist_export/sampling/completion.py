@@ -45,22 +45,23 @@ def generation_config(options: Options, bundle: Bundle) -> GenerationConfig:
 
 def check_search(options: Options, config: GenerationConfig) -> None:
     """Raise UsageError for options of sampling beside a beam search, and for options of a beam search without one."""
-    num_beams = options.called("num_beams")
+    num_beams = options.name_for_caller("num_beams")
     if config.num_beams > 1:
         for name, row in PARAMS.items():
             if row.option.sampling_only and options.is_given(name):
-                raise UsageError(no_search(options, options.called(name)))
+                raise UsageError(no_search(options, options.name_for_caller(name)))
         if options.n > config.num_beams:
             raise UsageError(
-                f"{options.called('n')} is {options.n}; a beam search with {config.num_beams} beams finds at most so many texts"
+                f"{options.name_for_caller('n')} is {options.n}; a beam search with {config.num_beams} beams finds at most "
+                "so many texts"
             )
     elif options.is_given("length_penalty"):
-        raise UsageError(f"{options.called('length_penalty')} is for a beam search: give {num_beams} as well")
+        raise UsageError(f"{options.name_for_caller('length_penalty')} is for a beam search: give {num_beams} as well")
 
 
 def no_search(options: Options, name: str) -> str:
     """Return the message that an option has no meaning in a beam search."""
-    return f"{options.called('num_beams')} is a beam search, which samples nothing: {name} does not go with it"
+    return f"{options.name_for_caller('num_beams')} is for beam search, and {name} for sampling: give only one of them"
 
 
 def token_sequences(options: Options, bundle: Bundle, name: str) -> list[list[int]]:
@@ -72,14 +73,14 @@ def token_sequences(options: Options, bundle: Bundle, name: str) -> list[list[in
     for text in getattr(options, name):
         words = bundle.tokenizer.tokenize(text)
         if not words:
-            raise UsageError(f"{options.called(name)} {reprlib.repr(text)} has no words")
+            raise UsageError(f"{options.name_for_caller(name)} {reprlib.repr(text)} has no words")
         sequences.append([token_of(options, bundle, word, name) for word in words])
     return sequences
 
 
 def token_bias(options: Options, bundle: Bundle, given: str) -> tuple[list[int], float]:
     """Return the id of a word, in a list, and what is added to its logit, from WORD=X."""
-    name = options.called("logit_bias")
+    name = options.name_for_caller("logit_bias")
     word, _, number = given.rpartition("=")
     try:
         value = float(number)
@@ -94,7 +95,7 @@ def token_of(options: Options, bundle: Bundle, word: str, name: str) -> int:
     """Return the id of a word of the option `name`; raises UsageError where it is not in the vocabulary."""
     if word not in bundle.vocabulary.ids:
         raise UsageError(
-            f"{options.called(name)}: {reprlib.repr(word)} is not in the vocabulary, so it is never generated; "
+            f"{options.name_for_caller(name)}: {reprlib.repr(word)} is not in the vocabulary, so it is never generated; "
             "vocab.txt has all words"
         )
     return bundle.vocabulary.ids[word]

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from lmdist.errors import UsageError
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, log_softmax
-from lmdist_export.sampling.state import State, joined
+from lmdist_export.sampling.state import State, concatenate
 
 BATCH_SIZE = 16
 TOKENS_PER_CALL = 32  # of the graph: a text that ends within a call is generated to the call's end for nothing
-STREAM_SECONDS = 0.02  # tokens of so short a time may be shown together: nobody sees it
+STREAM_SECONDS = 0.02  # tokens of so short a time may be shown together: it is too short to be noticed
 
 CustomBias = Callable[[Sequence[int]], NDArray[np.floating]]
 """From the tokens of a text so far, its prompt included, to what is added to the logits (V) of the next one."""
@@ -40,9 +40,9 @@ class Text:
     prompt: list[int]
     prompt_number: int
     number: int
-    """Which of the texts of this prompt."""
+    """The number of the text among those of its prompt."""
     tokens: list[int] = field(default_factory=list)
-    """Those after the prompt, without the end mark or the stop that ended it."""
+    """The tokens after the prompt, without the end mark or the stop that ended the text."""
     finish_reason: str = ""
     """stop: its end or a stop came; length: it has max_new_tokens tokens; exhausted: no token is allowed; empty: not ended."""
     ngrams: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
@@ -58,6 +58,22 @@ class Text:
     def extended(self, token: int) -> Text:
         """Return a copy with one token more; this one can be extended by another."""
         return replace(self, tokens=[*self.tokens, token], ngrams=dict(self.ngrams))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How texts are generated, and what ends them."""
+
+    config: GenerationConfig
+    stops: Sequence[Sequence[int]] = ()
+    """Sequences of tokens that end a text and are not part of it."""
+    ignore_end: bool = False
+    """Whether the end mark is a token as any other."""
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """Return the tokens that end a text by themselves: the end mark, or none."""
+        return () if self.ignore_end else (self.config.eos_token_id,)
 
 
 def continuations(
@@ -82,17 +98,15 @@ def continuations(
     def admit(free: int) -> list[tuple[Text, State]]:
         return list(islice(waiting, free))
 
-    how = {"stream": stream, "custom_bias": custom_bias}
-    for growth in generation_steps(sampler, admit, config, stops, ignore_end, batch_size, **how):
+    generation = Generation(config, stops, ignore_end)
+    for growth in generation_steps(sampler, admit, generation, batch_size, stream=stream, custom_bias=custom_bias):
         yield from growth
 
 
 def generation_steps(
     sampler: Sampler,
     admit: Callable[[int], list[tuple[Text, State]]],
-    config: GenerationConfig,
-    stops: Sequence[Sequence[int]] = (),
-    ignore_end: bool = False,
+    generation: Generation,
     batch_size: int = BATCH_SIZE,
     *,
     stream: bool = False,
@@ -101,12 +115,12 @@ def generation_steps(
     """Yield what each call of the graph has appended to its texts, (text, new tokens), until no text is left.
 
     Before each call `admit` returns new texts, at most as many as there are free places. A text leaves the batch when it has
-    a finish_reason, whoever set it.
+    a finish_reason.
     """
-    end = () if ignore_end else (config.eos_token_id,)
-    single_stops = [stop[0] for stop in stops if len(stop) == 1]
+    config, end = generation.config, generation.end
+    single_stops = [stop[0] for stop in generation.stops if len(stop) == 1]
     by_token = bool(config.no_repeat_ngram_size or any(len(tokens) > 1 for tokens in config.bad_words_ids) or custom_bias)
-    has_row_bias = by_token or (config.min_new_tokens > 0 and not ignore_end)
+    has_row_bias = by_token or (config.min_new_tokens > 0 and not generation.ignore_end)
     bias = fixed_bias(config, sampler.sizes.vocabulary_size)
     texts: list[Text] = []
     state: State | None = None
@@ -116,14 +130,14 @@ def generation_steps(
         texts += [text for text, _ in admitted]
         if not texts:
             return
-        state = joined([*([state] if state else []), *(start for _, start in admitted)])
+        state = concatenate([*([state] if state else []), *(start for _, start in admitted)])
         began = time.perf_counter()
         added = row_bias(texts, config, len(bias), end, custom_bias) if has_row_bias else None
         exhausted = [] if added is None else [text for text, row in zip(texts, added + bias, strict=True) if all_masked(row)]
         if exhausted:  # they end; the others continue with the next call
             for text in exhausted:
                 text.finish_reason = "exhausted"
-            yield [(text, append(text, [], config, end, stops)) for text in exhausted]
+            yield [(text, append(text, [], generation)) for text in exhausted]
         else:
             sampled, state = sampler.generate(
                 state,
@@ -138,7 +152,7 @@ def generation_steps(
                 seconds = (time.perf_counter() - began) / len(sampled)
                 tokens_per_call = max(1, min(TOKENS_PER_CALL, int(STREAM_SECONDS / seconds)))
             columns = sampled.T.tolist()
-            yield [(text, append(text, tokens, config, end, stops)) for text, tokens in zip(texts, columns, strict=True)]
+            yield [(text, append(text, tokens, generation)) for text, tokens in zip(texts, columns, strict=True)]
         going = [row for row, text in enumerate(texts) if not text.finish_reason]
         texts = [texts[row] for row in going]
         state = state.rows(going) if going else None
@@ -165,16 +179,15 @@ def new_texts(
             yield Text(list(prompt), prompt_number, number), replace(state, generators=(generator,))
 
 
-def append(
-    text: Text, tokens: list[int], config: GenerationConfig, end: Collection[int], stops: Sequence[Sequence[int]]
-) -> list[int]:
+def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
     """Append new tokens to a text up to where it ends; return those that are certain to stay.
 
     Tokens that may turn out to be the beginning of a stop are held back until that is known.
     """
+    stops = generation.stops
     shown = len(text.tokens) - num_held_back(text.tokens, stops)
     for token in tokens:
-        if token in end:
+        if token in generation.end:
             text.finish_reason = "stop"
             break
         text.tokens.append(token)
@@ -183,7 +196,7 @@ def append(
             del text.tokens[-len(stop) :]
             text.finish_reason = "stop"
             break
-        if len(text.tokens) == config.max_new_tokens:
+        if len(text.tokens) == generation.config.max_new_tokens:
             text.finish_reason = "length"
             break
     until = len(text.tokens) if text.finish_reason else len(text.tokens) - num_held_back(text.tokens, stops)

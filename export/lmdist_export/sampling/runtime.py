@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lmdist.bounds import at_least, check
 from lmdist.cpus import available_cpus
 from lmdist.errors import DataError, UsageError, one_line
 from lmdist_export.bundle import PROVIDERS, WEIGHTS
@@ -33,8 +34,7 @@ class Runtime:
         """Raises UsageError for a provider that does not run here, or not in the precision of the weights."""
         if provider not in PROVIDERS:
             raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
-        if threads < 0:
-            raise UsageError(f"threads is {threads}; it must be at least 1, or 0 to choose by the machine")
+        check("--threads", threads, at_least(0, "0 chooses by the machine"))
         if provider == "cuda" and sizes.is_quantized:
             raise UsageError(
                 f"precision {sizes.precision} runs on a CPU only: use --provider cpu, or export with --precision fp16"
@@ -86,7 +86,7 @@ def open_session(graph: bytes, folder: Path, provider: str, threads: int, captur
             raise DataError(f"{folder} cannot be opened by onnxruntime {onnxruntime.__version__}: {one_line(error)}") from None
         reason = one_line(error)
     raise UsageError(
-        f"provider cuda does not run here: {reason}. Check nvidia-smi and that CUDA and cuDNN are there "
+        f"provider cuda does not run here: {reason}. Check nvidia-smi and that CUDA and cuDNN are installed "
         "(pip install 'lmdist[gpu]'), or use --provider cpu"
     )
 

@@ -29,8 +29,8 @@ from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph
 from lmdist_export.options import ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
-from lmdist_export.sampling.state import ModelState, State, copied, uniform_numbers
-from lmdist_export.sampling.word_session import Generated, WordSession
+from lmdist_export.sampling.state import ModelState, State, copy_generator, uniform_numbers
+from lmdist_export.sampling.token_session import Generated, TokenSession
 
 STEP_TOKENS = 64  # in one call where only the last logits count: those of all are (1, 64, V)
 PREFILL_TOKENS = 512  # in one call without logits: their gates are (512, B, 4H)
@@ -46,8 +46,8 @@ class Sampler:
         self.sizes = bundle.sizes
         self.runtime = Runtime(bundle.folder, bundle.sizes, provider, threads)
         self.generation_sessions: dict[Features, Any] = {}
-        self.word_sessions: dict[Features, WordSession] = {}
-        self.uses_word_graph = provider == "cuda"
+        self.token_sessions: dict[Features, TokenSession] = {}
+        self.uses_token_graph = provider == "cuda"
         """Whether each token is a call of its own, with the state on the device: a Loop waits for a GPU at each token."""
 
     @cached_property
@@ -66,11 +66,11 @@ class Sampler:
             self.generation_sessions[features] = self.runtime.open(partial(generation_graph, features=features))
         return self.generation_sessions[features]
 
-    def word_session(self, features: Features) -> WordSession:
-        """Return the session of the word graph that has these features."""
-        if features not in self.word_sessions:
-            self.word_sessions[features] = WordSession(self.runtime, features)
-        return self.word_sessions[features]
+    def token_session(self, features: Features) -> TokenSession:
+        """Return the session of the token graph that has these features."""
+        if features not in self.token_sessions:
+            self.token_sessions[features] = TokenSession(self.runtime, features)
+        return self.token_sessions[features]
 
     # --- reading
 
@@ -180,20 +180,20 @@ class Sampler:
         }
         if features.adjusted:
             empty = np.zeros((rows, self.sizes.padded), np.float32)
-            nobody = np.zeros((rows, self.sizes.vocabulary_size), np.bool_)
+            no_tokens = np.zeros((rows, self.sizes.vocabulary_size), np.bool_)
             # The graph's logits are over the temperature already, and so is all that is added to them.
             inverse = options.get("inverse_temperature", np.float32(1))
             feed |= {
                 "counts": empty if state.counts is None else state.counts,
-                "in_prompt": self.padded(nobody if in_prompt is None else in_prompt),
+                "in_prompt": self.padded(no_tokens if in_prompt is None else in_prompt),
                 "row_bias": empty[:1] if row_bias is None else self.padded(row_bias) * inverse,
             }
-        generators = tuple(map(copied, state.generators))
+        generators = tuple(map(copy_generator, state.generators))
         feed["uniform"] = uniform_numbers(generators, num_tokens, features.attempts)
         found = self.run(features, feed)
         num_found = len(found.tokens)
         if num_found < num_tokens:  # the numbers that were not used come next
-            generators = tuple(map(copied, state.generators))
+            generators = tuple(map(copy_generator, state.generators))
             uniform_numbers(generators, num_found, features.attempts)
         last = found.tokens[-1] if num_found else np.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
         counts = state.counts if found.counts is None else found.counts
@@ -201,13 +201,13 @@ class Sampler:
 
     def run(self, features: Features, feed: dict[str, Any]) -> Generated:
         """Return what the graph with these features generates, by the Loop, or on a GPU token by token after the prefill."""
-        if not self.uses_word_graph or not len(feed["uniform"]):
+        if not self.uses_token_graph or not len(feed["uniform"]):
             found = self.run_loop(features, feed)
         else:
             if feed["prompt"].shape[1] > 1:
                 prefilled = self.run_loop(features, feed | {"uniform": feed["uniform"][:0]})
                 feed = feed | dict(zip(STATE, prefilled.state, strict=True))
-            found = self.word_session(features).generate(feed)
+            found = self.token_session(features).generate(feed)
         self.finite(found.mass)
         return found
 
@@ -246,7 +246,7 @@ class Sampler:
         """
         if not np.isfinite(values).all():
             raise DataError(
-                f"{self.bundle.folder / WEIGHTS} gives logits that are not finite: these are the weights of no trained model"
+                f"the logits are not finite, so {self.bundle.folder / WEIGHTS} does not hold the weights of a trained model"
             )
         return values
 

@@ -5,7 +5,7 @@
         score.log_probability, score.words, score.unknown
 
 Sentences are scored in batches, a column of tokens at a time, and a prefix that several of them have is read once. The n-best
-lists of speech recognisers and translators consist mostly of such prefixes. Sorted by their tokens:
+lists of speech recognizers and translators consist mostly of such prefixes. Sorted by their tokens:
 
     the  cat  sat  .     <eos>
                is  here  .     <eos>      continues the state after "the cat" above it
@@ -51,16 +51,16 @@ class SentenceScore:
     log_probabilities: NDArray[np.float32]
     """(T,), in nats."""
     bytes: int
-    """Of the text in UTF-8, and one for the line break in place of `<eos>`, where it is scored."""
+    """The bytes of the text in UTF-8, and one for the line break in place of `<eos>`, where it is scored."""
 
     @property
     def log_probability(self) -> float:
-        """Of the sentence, in nats."""
+        """Return the log-probability of the sentence, in nats."""
         return float(self.log_probabilities.sum(dtype=np.float64))
 
     @property
     def known_log_probability(self) -> float:
-        """The same without the unknown words."""
+        """Return the log-probability without the unknown words, in nats."""
         return float(self.log_probabilities[~self.unknown].sum(dtype=np.float64))
 
 
@@ -246,7 +246,7 @@ class Predictions:
         self.ranks = [0] * max(TOPS)
         """How often the next word was the most likely, the second, and so on."""
         self.seconds = array("d")
-        """Of each prediction: to read the word before it, and to find the most likely ones."""
+        """The seconds of each prediction: to read the word before it, and to find the most likely ones."""
 
     def figures(self) -> dict[str, int | float]:
         """Return counts, accuracies and latency percentiles by name. Raises DataError without any words."""

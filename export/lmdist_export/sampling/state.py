@@ -36,7 +36,7 @@ class State:
     model: ModelState
     """The model's state before `tokens`."""
     generators: tuple[np.random.Generator, ...] = ()
-    """Of each row; none before the state is seeded. States share them, so whoever samples copies them first."""
+    """A generator for each row; none before the state is seeded. States share them, so `Sampler.generate` copies them."""
     counts: NDArray[np.float32] | None = None
     """(B, V'): how often each token was generated; None if nothing asked for it."""
 
@@ -69,6 +69,7 @@ class State:
 
     def save(self, path: Path) -> None:
         """Write the state to a file."""
+        # The file's key for the tokens is "words": files of earlier versions have it.
         arrays = {"words": self.tokens, "lengths": self.lengths, **dict(zip(STATE, self.model, strict=True))}
         if self.counts is not None:
             arrays["counts"] = self.counts
@@ -92,7 +93,7 @@ class State:
             raise DataError(f"{path} is not a state written by State.save: {one_line(error)}") from None
 
 
-def joined(states: Sequence[State]) -> State:
+def concatenate(states: Sequence[State]) -> State:
     """Return the rows of all `states`, one after the other."""
     longest = max(state.tokens.shape[1] for state in states)
     padded = [np.pad(state.tokens, ((0, 0), (0, longest - state.tokens.shape[1]))) for state in states]
@@ -111,7 +112,7 @@ def select(state: ModelState, rows: Sequence[int] | NDArray[np.integer]) -> Mode
     return tuple(part[rows] for part in state)
 
 
-def copied(generator: np.random.Generator) -> np.random.Generator:
+def copy_generator(generator: np.random.Generator) -> np.random.Generator:
     """Return a generator of the same numbers."""
     return restored(generator.bit_generator.state)
 

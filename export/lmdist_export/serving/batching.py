@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
-from lmdist_export.sampling.generation import BATCH_SIZE, Text, fixed_bias, generation_steps, new_texts
+from lmdist_export.sampling.generation import BATCH_SIZE, Generation, Text, fixed_bias, generation_steps, new_texts
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.state import State
 
@@ -47,9 +47,9 @@ class Request:
     ) -> None:
         """Ask for `n` texts of each of `prompts`; raises UsageError where `config` leaves no token to sample."""
         fixed_bias(config, sampler.sizes.vocabulary_size)
-        self.sampler, self.prompts, self.config, self.seed, self.n = sampler, prompts, config, seed, n
-        self.stops, self.ignore_end = stops, ignore_end
-        self.batch_key = repr((config, stops, ignore_end))
+        self.sampler, self.prompts, self.seed, self.n = sampler, prompts, seed, n
+        self.generation = Generation(config, stops, ignore_end)
+        self.batch_key = repr(self.generation)
         """Equal for requests that can share a batch."""
         self.finished = threading.Event()
         self.cancelled = False
@@ -58,7 +58,7 @@ class Request:
 
     def restart(self) -> None:
         """Drop the texts that were generated."""
-        self.new_texts = new_texts(self.sampler, self.prompts, self.config, self.seed, self.n)
+        self.new_texts = new_texts(self.sampler, self.prompts, self.generation.config, self.seed, self.n)
         self.texts: list[Text] = []
 
     def start_next(self) -> tuple[Text, State]:
@@ -74,16 +74,16 @@ class Request:
 
     @property
     def all_started(self) -> bool:
-        """Whether all of its texts have started."""
+        """Return whether all texts have started."""
         return len(self.texts) == len(self.prompts) * self.n
 
     @property
     def all_ended(self) -> bool:
-        """Whether all of its texts have ended."""
+        """Return whether all texts have ended."""
         return self.all_started and all(text.finish_reason for text in self.texts)
 
 
-class Batch:
+class SharedBatch:
     """Requests with one batch key, and the inference calls that generate their texts.
 
     One thread calls `step`; others append to `queue`.
@@ -91,11 +91,10 @@ class Batch:
 
     def __init__(self, like: Request, batch_size: int) -> None:
         self.queue: deque[Request] = deque()
-        """Those with texts that have not started."""
+        """Requests with texts that have not started."""
         self.active: list[Request] = []
-        """Those with texts that have started."""
-        settings = like.config, like.stops, like.ignore_end, batch_size
-        self.steps = generation_steps(like.sampler, self.admit, *settings, stream=True)
+        """Requests with texts that have started."""
+        self.steps = generation_steps(like.sampler, self.admit, like.generation, batch_size, stream=True)
 
     def admit(self, free: int) -> list[tuple[Text, State]]:
         """Start texts for the free places, one of each request in turn."""
@@ -132,7 +131,7 @@ class Batcher:
     def __init__(self, sampler: Sampler, batch_size: int = BATCH_SIZE) -> None:
         self.sampler = sampler
         self.batch_size = batch_size
-        self.batches: dict[str, Batch] = {}
+        self.batches: dict[str, SharedBatch] = {}
         self.changed = threading.Condition()
         """Held where a request is added to a batch, or a batch is removed."""
         self.searching = threading.Lock()
@@ -140,7 +139,7 @@ class Batcher:
 
     def generate(self, request: Request, timeout_seconds: float) -> list[Text]:
         """Return the texts of a request; raises RequestTimeout, and whatever error occurred in generating them."""
-        if request.config.num_beams > 1:
+        if request.generation.config.num_beams > 1:
             return self.search(request, timeout_seconds)
         self.add(request, request.batch_key)
         if not request.finished.wait(timeout_seconds):
@@ -156,11 +155,12 @@ class Batcher:
         if not self.searching.acquire(timeout=timeout_seconds):
             raise RequestTimeout
         try:
-            how = request.config, request.n, request.stops, request.ignore_end
+            how = request.generation
             for number, prompt in enumerate(request.prompts):
                 if request.cancelled:
                     raise RequestTimeout
-                request.texts += [replace(text, prompt_number=number) for text in beam_search(self.sampler, prompt, *how)]
+                found = beam_search(self.sampler, prompt, how.config, request.n, how.stops, how.ignore_end)
+                request.texts += [replace(text, prompt_number=number) for text in found]
             return request.texts
         finally:
             self.searching.release()
@@ -169,7 +169,7 @@ class Batcher:
         """Queue a request for the batch of this key."""
         with self.changed:
             if batch_key not in self.batches:
-                self.batches[batch_key] = Batch(request, self.batch_size)
+                self.batches[batch_key] = SharedBatch(request, self.batch_size)
             self.batches[batch_key].queue.append(request)
             self.changed.notify()
 
@@ -186,17 +186,17 @@ class Batcher:
                 try:
                     if not batch.step():
                         self.remove(batch_key, batch)
-                except Exception as error:  # whatever it is, it is reported to the requests, and other batches go on
+                except Exception as error:  # whatever it is, it is reported to the requests, and other batches continue
                     self.fail(batch_key, batch, error)
 
-    def remove(self, batch_key: str, batch: Batch) -> None:
+    def remove(self, batch_key: str, batch: SharedBatch) -> None:
         """Remove a batch without texts; requests that were queued meanwhile go into a new one."""
         with self.changed:
             del self.batches[batch_key]
         for request in batch.queue:
             self.add(request, batch_key)
 
-    def fail(self, batch_key: str, batch: Batch, error: Exception) -> None:
+    def fail(self, batch_key: str, batch: SharedBatch, error: Exception) -> None:
         """Report an error to the one request of a batch; of several, each is tried again alone, since one may be the cause."""
         with self.changed:
             del self.batches[batch_key]

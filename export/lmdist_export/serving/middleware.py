@@ -1,4 +1,4 @@
-"""An ASGI middleware before MLflow's server: it validates the body of a request, and tells when the client disconnects.
+"""An ASGI middleware before MLflow's server: it validates the body of a request, and reports when the client disconnects.
 
 MLflow's server answers malformed input in several ways, with the whole input in the answer or a traceback, and ignores names
 that it does not know. The middleware answers such requests with one sentence and lets through JSON of one form, with strings
@@ -64,7 +64,7 @@ class BadRequest(UsageError):
 def install(module: ModuleType | None) -> None:
     """Put the middleware before the `app` of a module that is being imported; None is no module, as without a server.
 
-    The server takes `app` from the module that loads the model: that is the last moment which both of its commands share.
+    The server takes `app` from the module that loads the model: both server commands import this module, and nothing later.
     """
     if module is not None:
         module.__class__ = ModuleWithMiddleware

@@ -11,6 +11,7 @@ generates the texts of all of them. No torch: the environment has lmdist[cpu,ser
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import secrets
 import sys
@@ -30,6 +31,7 @@ from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.batching import Batcher, Request, RequestTimeout
 from lmdist_export.serving.middleware import CLIENT_DISCONNECTED, error_body, install, strings_of
 
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported; tracking/store.py sets it too
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow warns of annotations of its own
     from mlflow.environment_variables import MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT
@@ -51,7 +53,7 @@ SERVER = "mlflow.pyfunc.scoring_server.app"
 
 MAX_TOKENS = 20_000
 """Read and generated for one request: no other waits long for its prompt, and it ends within the server's timeout."""
-MAX_BEAMS = 64
+MAX_REQUEST_BEAMS = 64
 MAX_LOGPROBS = 20
 MAX_PHRASES = 1_000
 """Stops, bad words and logit biases."""
@@ -77,7 +79,7 @@ class ServedModel(PythonModel):
         self.sampler = Sampler(self.bundle, config["provider"], config["threads"])
         self.batcher = Batcher(self.sampler, config["batch_size"])
         self.timeout_seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
-        first = Options.of({"max_new_tokens": 1, "min_new_tokens": 0, "seed": 0})
+        first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0, "seed": 0})
         self.batcher.generate(self.request([[]], first), self.timeout_seconds)
         install(sys.modules.get(SERVER))
 
@@ -85,13 +87,14 @@ class ServedModel(PythonModel):
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """Return the texts that continue the column `prompt`, as JSON objects; raises RequestError."""
         try:
-            options = Options.of(params or {})
+            options = Options.from_values(params or {})
             prompts = [self.bundle.tokenizer.tokenize(prompt) for prompt in strings_of("prompt", model_input["prompt"])]
             request = self.request([self.bundle.vocabulary.encode(words) for words in prompts], options)
             if disconnected := CLIENT_DISCONNECTED.get():
                 disconnected.add_done_callback(lambda _: request.cancel())
             texts = self.batcher.generate(request, self.timeout_seconds)
-            sampled = {} if request.config.greedy or request.config.num_beams > 1 else {"seed": request.seed}
+            config = request.generation.config
+            sampled = {} if config.greedy or config.num_beams > 1 else {"seed": request.seed}
             return [as_object(self.sampler, text, prompts[text.prompt_number], options) | sampled for text in texts]
         except UsageError as error:
             raise RequestError(str(error), INVALID_PARAMETER_VALUE) from None
@@ -110,7 +113,7 @@ class ServedModel(PythonModel):
         check_limit(f"the number of {', '.join(phrases)} together", sum(map(len, phrases.values())), MAX_PHRASES)
         check_limit("logprobs", options.logprobs or 0, MAX_LOGPROBS)
         config = generation_config(options, self.bundle)
-        check_limit("num_beams", config.num_beams, MAX_BEAMS)
+        check_limit("num_beams", config.num_beams, MAX_REQUEST_BEAMS)
         tokens = sum(len(prompt) + max(options.n, config.num_beams) * config.max_new_tokens for prompt in prompts)
         check_limit("the number of tokens in prompts, and max_new_tokens for each text or beam, together", tokens, MAX_TOKENS)
         stops = token_sequences(options, self.bundle, "stop")

@@ -1,4 +1,4 @@
-"""The word graph, called once a token, with the state on the device.
+"""The token graph, called once a token, with the state on the device.
 
 This module knows no sampling: what it feeds was prepared by the sampler.
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import UsageError
 from lmdist_export.graph.cell import STATE
-from lmdist_export.graph.graphs import capturable, word_graph
+from lmdist_export.graph.graphs import capturable, token_graph
 from lmdist_export.options import Features
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 from lmdist_export.sampling.state import ModelState
@@ -34,8 +34,8 @@ class Generated(NamedTuple):
     """(B, V'): how often each token was generated; None without penalties."""
 
 
-class WordSession:
-    """The word graph, called by I/O binding: what is carried from token to token stays on the device.
+class TokenSession:
+    """The token graph, called by I/O binding: what is carried from token to token stays on the device.
 
     It is stored there twice. A call reads one set of values and writes the other, and the next call does the reverse. Not in
     place: the call that captures a CUDA graph runs three times (two to allocate memory, then the captured one), each new thread
@@ -59,7 +59,7 @@ class WordSession:
     def open(self) -> Any:
         """Open a session, without a CUDA graph if onnxruntime rejects it: the graph only saves time."""
         try:
-            return self.runtime.open(partial(word_graph, features=self.features), self.captured)
+            return self.runtime.open(partial(token_graph, features=self.features), self.captured)
         except UsageError:
             if not self.captured:
                 raise
