@@ -1,3 +1,5 @@
+"""Log lines, tables and progress, with a terminal and without."""
+
 import subprocess
 import sys
 

@@ -76,8 +76,8 @@ class Slurm:
 
     def facts(self, job: str) -> dict[str, str]:
         """Return the fields of a job."""
-        said = self.run("scontrol", "show", "job", job, "--oneliner")
-        return {name: value for name, _, value in (fact.partition("=") for fact in said.split())}
+        facts = self.run("scontrol", "show", "job", job, "--oneliner")
+        return {name: value for name, _, value in (fact.partition("=") for fact in facts.split())}
 
     def end(self, job: str) -> tuple[str, str, str]:
         """Wait for a job, and return its state, its exit code, and how often it was requeued."""
@@ -124,8 +124,8 @@ def slurm() -> Iterator[Slurm]:
     missing = [tool for tool in ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "sinfo") if not shutil.which(tool)]
     if missing:
         pytest.skip(f"no {', '.join(missing)}")
-    with cluster() as made:
-        yield made
+    with cluster() as slurm:
+        yield slurm
 
 
 @pytest.fixture

@@ -131,13 +131,13 @@ SOME_FEATURES = [
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_graphs_are_what_onnx_expects(precision: str, tmp_path: Path) -> None:
-    """onnx's checker infers all types and shapes anew and compares them with those that are declared."""
+    """onnx's checker infers all types and shapes and compares them with the declared ones."""
     path = tmp_path / "graph.onnx"
     for sizes in EVERY_SIZE:
         sizes = dataclasses.replace(sizes, precision=precision)
         with (tmp_path / WEIGHTS).open("wb") as file:
             file.truncate(file_length(sizes))
-        # The same on a processor of another kind: whole numbers run on no other.
+        # The same on another processor; quantized weights run on CPUs only.
         for target in (Target(WEIGHTS), Target(WEIGHTS, cuda=not sizes.is_quantized, int8_saturates=sizes.is_quantized)):
             graphs = [step_graph(sizes, target, "small"), score_graph(sizes, target)]
             graphs += [generation_graph(sizes, features, target, "small") for features in SOME_FEATURES]

@@ -1,3 +1,5 @@
+"""The demo corpus: its CSV, its split by speech, and its errors."""
+
 import csv
 import resource
 import subprocess

@@ -1,3 +1,5 @@
+"""lmdist-prepare: its data folder, its splits, its messages, and that it leaves nothing when it fails."""
+
 import csv
 import json
 import os
@@ -32,8 +34,8 @@ def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
-def refused(done: subprocess.CompletedProcess[str], code: int, *texts: str) -> None:
-    """It ended with this code and one line that has these texts, after what it said it would do."""
+def check_failure(done: subprocess.CompletedProcess[str], code: int, *texts: str) -> None:
+    """Check the exit code and the last line of stderr, which contains these texts."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
@@ -248,23 +250,23 @@ def test_a_document_without_words_is_counted(tmp_path):
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["skipped"] == {"empty": 1}
 
 
-# --- what is wrong, and how it is said -----------------------------------------------------------------------------
+# --- mistakes and their messages -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("inputs")
-    news(made / "articles1.csv", ARTICLES)
-    news(made / "one.csv", ARTICLES[:1])
-    news(made / "empty.csv", ["", " "])
-    (made / "words.csv").write_text("id,words\n1,one\n")
-    (made / "nothing.csv").write_text("")
-    (made / "plain.txt").write_text("some words and no mark of unknown ones\n")
-    (made / "wrong.toml").write_text("[prepare]\ncolour = 1\n")
-    (made / "type.toml").write_text("[prepare]\nrows = 'all'\n")
-    (made / "broken.toml").write_text("[prepare\n")
-    (made / "good.toml").write_text("[prepare]\ninputs = ['nowhere.csv']\ntokenizer = 'wordpunct'\nmin_count = 1\n")
-    return made
+    folder = tmp_path_factory.mktemp("inputs")
+    news(folder / "articles1.csv", ARTICLES)
+    news(folder / "one.csv", ARTICLES[:1])
+    news(folder / "empty.csv", ["", " "])
+    (folder / "words.csv").write_text("id,words\n1,one\n")
+    (folder / "nothing.csv").write_text("")
+    (folder / "plain.txt").write_text("some words and no mark of unknown ones\n")
+    (folder / "wrong.toml").write_text("[prepare]\ncolour = 1\n")
+    (folder / "type.toml").write_text("[prepare]\nrows = 'all'\n")
+    (folder / "broken.toml").write_text("[prepare\n")
+    (folder / "good.toml").write_text("[prepare]\ninputs = ['nowhere.csv']\ntokenizer = 'wordpunct'\nmin_count = 1\n")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ def folder(tmp_path_factory) -> Path:
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(folder, code, command, texts):
     before = sorted(folder.iterdir())
-    refused(run(*command.split(), cwd=folder), code, *texts)
+    check_failure(run(*command.split(), cwd=folder), code, *texts)
     assert sorted(folder.iterdir()) == before
 
 
@@ -345,7 +347,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
         "a.csv", "-o", "out", "--tokenizer", "whitespace", cwd=tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )  # fmt: skip
-    refused(done, 65, "out", "full")
+    check_failure(done, 65, "out", "full")
     assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
 
 

@@ -1,3 +1,5 @@
+"""Tokenizers: their tokens against NLTK's, their saved file, and the text that tokens are joined to."""
+
 import json
 import os
 import subprocess

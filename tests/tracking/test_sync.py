@@ -43,18 +43,18 @@ SECRETS = {"MLFLOW_TRACKING_PASSWORD": "planted-1", "AWS_SECRET_ACCESS_KEY": "pl
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp("server"))
-    made.start()
-    yield made
-    made.kill()
+    running = Server(tmp_path_factory.mktemp("server"))
+    running.start()
+    yield running
+    running.kill()
 
 
 @pytest.fixture
 def proxy(server):
-    made = Proxy(server.port)
-    yield made
-    made.shutdown()
-    made.server_close()
+    running = Proxy(server.port)
+    yield running
+    running.shutdown()
+    running.server_close()
 
 
 @pytest.fixture

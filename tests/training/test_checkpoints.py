@@ -1,3 +1,5 @@
+"""Checkpoints: what is saved is loaded bit for bit, damaged ones are skipped, and the best one is kept."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,3 +1,5 @@
+"""Streams and windows: each token is predicted once, on any number of ranks, in an order that a seed decides."""
+
 from __future__ import annotations
 
 import numpy as np

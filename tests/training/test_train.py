@@ -119,7 +119,9 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(data, tmp_path):
     flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0.3", "--training.steps=100", "--checkpoint.every_steps=5"]
     train(2, *flags, "--run_folder=whole", cwd=tmp_path)
     broken = tmp_path / "broken"
-    rank_0, rank_1 = start(2, *flags, f"--run_folder={broken}", cwd=tmp_path, said=[tmp_path / "stdout", tmp_path / "stderr"])
+    rank_0, rank_1 = start(
+        2, *flags, f"--run_folder={broken}", cwd=tmp_path, outputs=[tmp_path / "stdout", tmp_path / "stderr"]
+    )
     deadline = time.monotonic() + 120
     while len(list((broken / "checkpoints").glob("step-*"))) < 2:
         assert time.monotonic() < deadline
@@ -150,7 +152,7 @@ def test_the_loss_is_the_plain_one(data):
     model = LanguageModel(asked.model, folder.vocabulary_size)
     stochastic = torch.optim.SGD(model.parameters(), 0.02, weight_decay=asked.optimizer.weight_decay)
     batches, state, expected = training_batches(folder, asked.data, asked.seed), model.initial_state(8), []
-    for step, rate in enumerate(rows_of("train/learning_rate", data.parent / "run")):
+    for step, rate in enumerate(losses(data.parent / "run", "train/learning_rate")):
         stochastic.param_groups[0]["lr"] = rate
         batch = batches.batch(step, slice(0, 8))
         hidden, (h, c) = model(batch.inputs, state)
@@ -161,10 +163,6 @@ def test_the_loss_is_the_plain_one(data):
         stochastic.step()
         expected.append(loss.item())
     np.testing.assert_allclose(losses(data.parent / "run"), expected, rtol=1e-6)
-
-
-def rows_of(key: str, run: Path) -> list[float]:
-    return [row[key] for row in rows(run) if key in row]
 
 
 def test_accumulation_changes_nothing(data):
@@ -200,7 +198,7 @@ def test_plateau_divides_the_rate_when_validation_is_no_better(data):
             "--optimizer.name=sgd",
         )
     )
-    np.testing.assert_allclose(rows_of("train/learning_rate", data.parent / "run"), [1e-30, 1e-30, 2.5e-31, 6.25e-32])
+    np.testing.assert_allclose(losses(data.parent / "run", "train/learning_rate"), [1e-30, 1e-30, 2.5e-31, 6.25e-32])
 
 
 def test_last_checkpoints_and_the_best_are_kept(data):
@@ -273,7 +271,7 @@ def test_missing_cuda_is_an_error(data, tmp_path):
     assert "torch sees no CUDA device" in done.stderr
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused_once(data, tmp_path):
+def test_ranks_that_do_not_divide_the_batch_are_rejected_once(data, tmp_path):
     done = train(3, *SMALL, f"--data.folder={data}", cwd=tmp_path, code=EXIT_USAGE)
     assert done.stderr.count("cannot be divided evenly over 3 ranks") == 1
     assert "a number of ranks out of [1, 2, 4, 8]" in done.stderr
@@ -335,16 +333,16 @@ def test_the_demo_recipe_is_the_default():
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("given", "expected"),
     [(PrepareSettings(), DEMO_SETTINGS), (PrepareSettings(min_count=2, seed=3), PrepareSettings(inputs=["demo"], seed=3))],
     ids=["nothing", "something"],
 )
-def test_training_that_is_told_of_no_text_prepares_the_demo(tmp_path, monkeypatch, said, expected):
+def test_training_without_a_text_prepares_the_demo(tmp_path, monkeypatch, given, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     articles = "".join(f"Address {n},The cat said {n} times that the cat is a cat.\n" for n in range(9))
     (tmp_path / "data/demo.csv").write_text(f"title,content\n{articles}")  # taken for the demo corpus, which is longer
-    prepare_if_absent(Recipe(prepare=said), is_main=True)
+    prepare_if_absent(Recipe(prepare=given), is_main=True)
     assert read_json(tmp_path / "data/demo/meta.json")["prepare"] == config.as_dict(Recipe(prepare=expected))["prepare"]
 
 
