@@ -54,7 +54,7 @@ def test_a_changed_file_is_rejected(bundle: Path, tmp_path: Path) -> None:
         ({"files": {"model.onnx": {}}}, r"files\.'model\.onnx'\.bytes is missing"),
     ],
 )
-def test_a_changed_manifest_is_refused(bundle: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:
+def test_a_changed_manifest_is_rejected(bundle: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:
     copy = shutil.copytree(bundle, tmp_path / "copy")
     edit_json(copy / "manifest.json", **values)
     with pytest.raises(DataError, match=message):

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from corpora import chain, write_data_folder
 from lmdist.storage.reading import read_json
 from support.hosts import Host, hosts, needs_hosts
-from support.jobs import SMALL, fingerprint, installed, losses, rows, wait_for_steps
+from support.jobs import SMALL, fingerprint, installed, losses, rows, small_data, wait_for_steps
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
@@ -130,7 +129,7 @@ def slurm() -> Iterator[Slurm]:
 
 @pytest.fixture
 def folder(tmp_path):
-    write_data_folder(tmp_path / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+    small_data(tmp_path / "data")
     return tmp_path
 
 

@@ -66,7 +66,7 @@ def test_the_command_writes_a_bundle_and_prints_the_next_command(run: Path, tmp_
     assert names == FILES
 
 
-def test_the_manifest_says_what_the_bundle_is(bundle: Path) -> None:
+def test_the_manifest_describes_the_bundle(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     model = make_model(TIED, len(WORDS) + 2)
     assert (manifest["format"], manifest["version"]) == ("lmdist bundle", 2)

@@ -229,7 +229,7 @@ def write_transducer(folder: Path, heard: NDArray[np.int64], words: int) -> dict
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_it_wrote_and_how_it_is_taken(tmp_path: Path) -> None:
+def test_the_command_prints_what_it_wrote_and_how_to_use_it(tmp_path: Path) -> None:
     run = make_run(tmp_path, UNTIED)
     done = command("lmdist_export.export", run, "-o", tmp_path / "deep/sherpa", "--layout", "sherpa-onnx")
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ VOCABULARY_SIZE = 23
 
 
 def bare(settings: ModelSettings, folder: Path, precision: str = "fp32") -> Bundle:
-    """A bundle of a model of few words that nothing has compared yet."""
+    """A small bundle that has not been verified."""
     return bare_bundle(folder / "bare", settings, precision, VOCABULARY_SIZE)
 
 

@@ -146,11 +146,11 @@ def test_a_text_ends_before_the_first_of_its_stops(sampler: Sampler) -> None:
 
 
 @given(
-    words=st.lists(st.integers(2, 5), max_size=30),
+    tokens=st.lists(st.integers(2, 5), max_size=30),
     stops=st.lists(st.lists(st.integers(2, 5), min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(1, 4), min_size=30, max_size=30),
 )
-def test_streamed_tokens_do_not_depend_on_the_calls(words: list[int], stops: list[list[int]], cuts: list[int]) -> None:
+def test_streamed_tokens_do_not_depend_on_the_calls(tokens: list[int], stops: list[list[int]], cuts: list[int]) -> None:
     config = GenerationConfig(max_new_tokens=25)
 
     def streamed(pieces: list[list[int]]) -> tuple[list[int], str]:
@@ -163,16 +163,16 @@ def test_streamed_tokens_do_not_depend_on_the_calls(words: list[int], stops: lis
         return result, text.finish_reason
 
     starts = np.cumsum([0, *cuts]).tolist()
-    pieces = [words[start : start + cut] for start, cut in zip(starts, cuts, strict=False) if words[start:]]
-    assert streamed(pieces) == streamed([words]) == streamed([[word] for word in words])
+    pieces = [tokens[start : start + cut] for start, cut in zip(starts, cuts, strict=False) if tokens[start:]]
+    assert streamed(pieces) == streamed([tokens]) == streamed([[token] for token in tokens])
 
 
-@given(words=st.lists(st.integers(2, 5), max_size=20), size=st.integers(1, 4))
-def test_a_banned_token_would_repeat_a_sequence(words: list[int], size: int) -> None:
-    found = set(banned_tokens(Text(words[:3], 0, 0, words[3:]), GenerationConfig(no_repeat_ngram_size=size), (END_ID,)))
-    seen = {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
+@given(tokens=st.lists(st.integers(2, 5), max_size=20), size=st.integers(1, 4))
+def test_a_banned_token_would_repeat_a_sequence(tokens: list[int], size: int) -> None:
+    found = set(banned_tokens(Text(tokens[:3], 0, 0, tokens[3:]), GenerationConfig(no_repeat_ngram_size=size), (END_ID,)))
+    seen = {tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)}
     expected = {
-        word for word in range(2, 6) if len(words) >= size - 1 and (*words[len(words) - size + 1 :], word)[-size:] in seen
+        token for token in range(2, 6) if len(tokens) >= size - 1 and (*tokens[len(tokens) - size + 1 :], token)[-size:] in seen
     }
     assert found == expected
 

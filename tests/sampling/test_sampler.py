@@ -299,7 +299,7 @@ def test_a_state_continues_from_its_file(config: GenerationConfig, opened: Opene
     assert State.load(tmp_path / "state.npz").generators == ()
 
 
-def test_a_state_of_another_model_is_refused(opened: Opened, tmp_path: Path) -> None:
+def test_a_state_of_another_model_is_rejected(opened: Opened, tmp_path: Path) -> None:
     here = opened("fp32")
     other = Sampler(bare_bundle(tmp_path / "other", UNTIED), threads=1)
     larger = Sampler(bare_bundle(tmp_path / "larger", TIED, vocabulary_size=2 * V), threads=1)

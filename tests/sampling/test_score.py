@@ -183,7 +183,7 @@ def test_small_pieces_of_logits_change_nothing(sampler, monkeypatch) -> None:
         np.testing.assert_allclose(after, (h, c), atol=2e-5)
 
 
-def test_carried_state_gives_the_perplexity_of_evaluate(folder, bundle, model, text, written) -> None:
+def test_with_carried_state_the_perplexity_is_that_of_evaluate(folder, bundle, model, text, written) -> None:
     tokens = tokens_of_file(bundle, str(text))
     nats = evaluate(model, tokens, 1, 256, World(0, 1, torch.device("cpu")))
     for batch_size in (1, 2, 256):

@@ -70,7 +70,7 @@ def test_a_request_that_fails_does_not_fail_others(sampler: Sampler) -> None:
         assert len(texts[0].tokens) == 200
 
 
-def test_a_request_that_takes_too_long_makes_room(sampler: Sampler) -> None:
+def test_a_request_that_times_out_leaves_the_batch(sampler: Sampler) -> None:
     batcher = Batcher(sampler, batch_size=1)
     config = replace(CONFIG, max_new_tokens=1_000_000)
     with pytest.raises(RequestTimeout):

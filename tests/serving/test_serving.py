@@ -467,7 +467,7 @@ def test_mistakes_are_seen_before_any_work(
 
 @pytest.mark.parametrize("name", ["news", "news.en 2", "a/b", "a:b", " ", "", ".", "..", "é"])
 @pytest.mark.parametrize("alias", ["champion", "a-b_2", "latest", "v3", "a b", "", "x" * 256])
-def test_names_are_refused_as_mlflow_refuses_them(name: str, alias: str) -> None:
+def test_names_are_rejected_as_mlflow_refuses_them(name: str, alias: str) -> None:
     from mlflow import MlflowException
     from mlflow.utils import validation
 

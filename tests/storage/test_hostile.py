@@ -417,7 +417,7 @@ def test_a_file_without_a_checksum_is_rejected(copied: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../vocab.txt", "/etc/passwd", "..", "", "deep/../vocab.txt", "a\nb", "x" * 300, "\0"])
-def test_names_of_files_that_are_none_in_the_folder(copied: Path, bundle: Path, tmp_path: Path, name: str) -> None:
+def test_names_of_files_outside_the_folder(copied: Path, bundle: Path, tmp_path: Path, name: str) -> None:
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     for folder, use in ((copied, use_checkpoint), (copy, use_bundle)):
         files = read_json(folder / "manifest.json")["files"]
@@ -814,7 +814,7 @@ def test_halves_of_surrogate_pairs(tmp_path: Path) -> None:
     assert document.group == "\ufffd"
 
 
-def test_encodings_that_are_none_of_text(tmp_path: Path) -> None:
+def test_codecs_that_are_not_text_encodings(tmp_path: Path) -> None:
     for name in ("rot13", "zlib", "undefined"):
         with pytest.raises(UsageError, match=f"encoding is '{name}'"):
             Documents([], ReadOptions(encoding=name))

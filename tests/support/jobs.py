@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from corpora import chain, write_data_folder
 from lmdist import config
 from lmdist import train as training
 from lmdist.model.language_model import LanguageModel, State
@@ -120,6 +121,11 @@ def after_one_step(
     optimizer.step()
     recipe = Recipe(model=settings, data=DataSettings(global_batch=rows))
     return model, optimizer, (h.detach(), c.detach()), config.as_dict(recipe)
+
+
+def small_data(folder: Path) -> Path:
+    """Write a data folder for a job of seconds: a vocabulary of 30, a training and a validation split."""
+    return write_data_folder(folder, {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

@@ -158,7 +158,7 @@ def test_groups_stay_together_whatever_the_order(tmp_path_factory, groups, rando
     assert found[:2] == found[2:]
 
 
-def test_another_seed_makes_another_split(tmp_path):
+def test_another_seed_gives_another_split(tmp_path):
     path = news(tmp_path / "a.csv", ARTICLES)
     first, again, other = (
         quietly(tmp_path / name, inputs=[str(path)], seed=seed) for name, seed in (("1", 1), ("2", 1), ("3", 2))
@@ -325,7 +325,7 @@ def test_a_folder_is_replaced_only_when_asked(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.csv", "out"]
 
 
-def test_a_recipe_gives_the_defaults_and_flags_win(folder, tmp_path):
+def test_a_recipe_sets_the_defaults_and_flags_override_it(folder, tmp_path):
     done = run("articles1.csv", "-o", tmp_path / "out", "--recipe", "good.toml", "--seed", 7, cwd=folder)
     assert done.returncode == 0, done.stderr
     used = json.loads((tmp_path / "out" / "meta.json").read_text())["prepare"]
@@ -387,7 +387,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert peaks[2] - peaks[1] < 10, peaks
 
 
-def test_help_is_quick_and_tells_of_every_setting():
+def test_help_is_quick_and_explains_every_setting():
     done = run("--help")
     command = [sys.executable, "-X", "importtime", "-m", "lmdist.text.prepare", "--help"]
     seen = subprocess.run(command, capture_output=True, text=True)

@@ -82,7 +82,7 @@ def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching, more, run
             torch.testing.assert_close(weights(many)[name], value, rtol=0, atol=1e-5)
 
 
-def test_a_job_goes_on_with_another_number_of_ranks(data, tmp_path):
+def test_a_job_resumes_with_another_number_of_ranks(data, tmp_path):
     """11 steps on 2 ranks, the rest of 24 on 1 and on 4: the parameters, the carried state and the losses of 24 steps on 2."""
     flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0", "--schedule.name=plateau"]
     flags += ["--training.validate_every=4", "--training.log_every=3"]
@@ -215,7 +215,7 @@ def test_last_checkpoints_and_the_best_are_kept(data):
     assert find_checkpoint(data.parent / "run").name == best
 
 
-def test_run_folder_holds_what_the_readme_says(data):
+def test_the_run_folder_has_the_files_that_the_readme_names(data):
     train_here(*into_run(data, "--training.steps=3", "--sample.final_words=12"))
     run = data.parent / "run"
     assert {path.name for path in run.iterdir()} == {
@@ -285,7 +285,7 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_p
     assert "another model.hidden_size: 24, and this recipe has 25" in other.stderr
 
 
-def test_help_comes_at_once_and_explains_the_settings(tmp_path):
+def test_help_is_quick_and_explains_the_settings(tmp_path):
     done = train(1, "--help", cwd=tmp_path)
     assert "Size of an LSTM layer's state" in " ".join(done.stdout.split())
     seen = subprocess.run([sys.executable, "-X", "importtime", "-m", "lmdist.train", "--help"], capture_output=True, text=True)
@@ -374,7 +374,7 @@ def test_minutes_between_checkpoints_are_agreed_on_at_the_next_line(data):
 
 
 @pytest.mark.slow
-def test_with_no_data_named_the_demo_corpus_is_made_and_trained_on(tmp_path):
+def test_without_data_the_demo_corpus_is_prepared_and_trained_on(tmp_path):
     flags = ["--training.steps=2", "--prepare.tokenizer=wordpunct", "--tracking.mlflow=false", "--sample.words=5"]
     done = train(2, *flags, "--data.valid_batch=500", cwd=tmp_path)
     assert "starting, to step 2" in done.stderr
