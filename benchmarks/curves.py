@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="12 steps")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--plot", type=Path, help="draw the curves here")
+    parser.add_argument("--plot", type=Path, help="plot the curves here")
     arguments = parser.parse_args()
     steps = 12 if arguments.quick else arguments.steps
     device = torch.device(arguments.device)
@@ -61,7 +61,7 @@ def main() -> None:
         beside = facts(("lmdist", "torch"), command)
         write_rows(arguments.json, [{**result, **beside} for result in rows])
     if arguments.plot:
-        draw(curves, arguments.plot)
+        plot(curves, arguments.plot)
 
 
 def paths(device: torch.device) -> dict[str, str]:
@@ -124,8 +124,8 @@ def row(variant: str, curve: list[float], baseline: list[float]) -> dict[str, An
     return result
 
 
-def draw(curves: dict[str, list[float]], picture: Path) -> None:
-    """Draw the curves, and the distance from the baseline's of those of the same model."""
+def plot(curves: dict[str, list[float]], picture: Path) -> None:
+    """Plot the curves, and the distance from the baseline's of those of the same model."""
     import matplotlib as mpl
 
     mpl.use("Agg")

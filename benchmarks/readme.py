@@ -187,7 +187,7 @@ def speeds(baseline: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
 
 
 def parts() -> str:
-    """What a step is made of, and how far each part is from its floor."""
+    """Return the share of a step that each part takes, and its distance from its floor."""
     rows = []
     for run in results("training"):
         pieces = [row for row in run if row["variant"].startswith("part: ")]

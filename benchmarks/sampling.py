@@ -31,7 +31,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -55,6 +54,7 @@ from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 from lmdist_export.sampling.sampler import Sampler
 from origin import facts, write_rows
+from workers import Worker, pin, seconds_of
 
 BASELINE = "baseline"
 AGAIN = "torch, all tokens again"
@@ -115,10 +115,10 @@ def random_model(kind: Callable[[ModelSettings, int], Any], model: Model) -> Any
     import torch
 
     torch.manual_seed(0)
-    made = kind(model.settings, model.vocabulary_size).eval()
+    network = kind(model.settings, model.vocabulary_size).eval()
     with torch.no_grad():
-        made.projection.bias.copy_(-torch.log(torch.arange(model.vocabulary_size) + 2.7))
-    return made
+        network.projection.bias.copy_(-torch.log(torch.arange(model.vocabulary_size) + 2.7))
+    return network
 
 
 def write_bundle(model: Model, folder: Path, precision: str) -> None:
@@ -148,7 +148,7 @@ def torch_steps(model: Model, device: str, batch: int, *, again: bool) -> Run:
 
     @torch.inference_mode()
     def run(num_tokens: int) -> int:
-        tokens, states, made = torch.full((batch, 1), END_ID, device=device), None, []
+        tokens, states, generated = torch.full((batch, 1), END_ID, device=device), None, []
         for number in range(num_tokens):
             if again:
                 text = tokens[:, -1:].expand(-1, AGAIN_LENGTHS[number % len(AGAIN_LENGTHS)])  # (B, T)
@@ -156,8 +156,8 @@ def torch_steps(model: Model, device: str, batch: int, *, again: bool) -> Run:
             else:
                 logits, _, _, states = plain(tokens, states)
             tokens = torch.multinomial(logits[:, -1].softmax(dim=-1), 1)  # (B, 1)
-            made.append(tokens)
-        return torch.cat(made, dim=1).cpu().shape[1]
+            generated.append(tokens)
+        return torch.cat(generated, dim=1).cpu().shape[1]
 
     return run
 
@@ -193,13 +193,13 @@ def compiled_steps(model: Model, device: str, batch: int) -> Run:
 
     @torch.inference_mode()
     def run(num_tokens: int) -> int:
-        tokens, made = torch.full((batch,), END_ID, device=device), []
+        tokens, generated = torch.full((batch,), END_ID, device=device), []
         h = [torch.zeros(batch, size, device=device) for size in model.settings.layer_sizes]
         c = [torch.zeros(batch, size, device=device) for size in model.settings.layer_sizes]
         for _ in range(num_tokens):
             tokens, h, c = step(tokens, h, c)
-            made.append(tokens)
-        return len(torch.stack(made).cpu())
+            generated.append(tokens)
+        return len(torch.stack(generated).cpu())
 
     return run
 
@@ -210,16 +210,16 @@ def onnxruntime_steps(folder: Path, device: str, batch: int) -> Run:
     session, random = sampler.step_session, np.random.default_rng(0)
 
     def run(num_tokens: int) -> int:
-        (h, c), made = sampler.initial_state(batch), []
+        (h, c), generated = sampler.initial_state(batch), []
         tokens = np.full((batch, 1), END_ID)
         for _ in range(num_tokens):
             logits, h, c = session.run(["logits", "next_h", "next_c"], {"tokens": tokens, "h": h, "c": c})
             logits = logits[:, -1]  # (B, V)
             up_to = np.exp(logits - logits.max(axis=1, keepdims=True)).cumsum(axis=1)
-            drawn = random.random((batch, 1), np.float32) * up_to[:, -1:]
-            tokens = np.minimum((up_to <= drawn).sum(axis=1, keepdims=True), logits.shape[1] - 1)  # (B, 1)
-            made.append(tokens)
-        return len(made)
+            thresholds = random.random((batch, 1), np.float32) * up_to[:, -1:]
+            tokens = np.minimum((up_to <= thresholds).sum(axis=1, keepdims=True), logits.shape[1] - 1)  # (B, 1)
+            generated.append(tokens)
+        return len(generated)
 
     return run
 
@@ -301,53 +301,7 @@ def projection_graph(sizes: Sizes, target: Target) -> bytes:
     return model_bytes(g, {})
 
 
-def seconds_of(action: Callable[[], object]) -> float:
-    """Return how long `action` takes."""
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
-
-
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-CORE = min(os.sched_getaffinity(0))
-
-
-def pin() -> None:
-    """Pin this process to one core."""
-    os.sched_setaffinity(0, {CORE})
-
-
-class Worker:
-    """A worker process, pinned to one core."""
-
-    def __init__(self, *what: Any) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(what)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-            preexec_fn=pin,
-        )
-
-    def ask(self, question: str, seconds: float = 3600) -> dict[str, Any] | None:
-        """Return its answer; None if it fails or takes longer."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        alarm = threading.Timer(seconds, self.process.kill)
-        alarm.start()
-        try:
-            self.process.stdin.write(f"{question}\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        alarm.cancel()
-        return json.loads(answer) if answer else None
-
-    def close(self) -> None:
-        """Terminate it."""
-        self.process.communicate()
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
@@ -355,11 +309,11 @@ class Worker:
 
 def limits_of_core(device: str, place: Path) -> dict[str, float]:
     """Return the limits that a process pinned to the core measures."""
-    one = Worker("", LIMITS, 0, device, str(place))
-    answer = one.ask("")
-    one.close()
-    assert answer is not None, "the limits cannot be measured"
-    return answer
+    one = Worker(__file__, ["", LIMITS, 0, device, str(place)], ENVIRONMENT)
+    try:
+        return one.ask("")
+    finally:
+        one.close()
 
 
 def measure(
@@ -369,12 +323,12 @@ def measure(
     variants = [AGAIN, BASELINE, *([COMPILED] if compiled else []), STEPS, *(f"lmdist {name}" for name in PRECISIONS[device])]
     if model.name == OPTIONS_MODEL and batch in OPTIONS_BATCHES:
         variants += [f"lmdist {OPTIONS_PRECISION[device]}, {name}" for name in OPTIONS]
-    workers = {variant: Worker(model.name, variant, batch, device, str(place)) for variant in variants}
+    workers = {variant: Worker(__file__, [model.name, variant, batch, device, str(place)], ENVIRONMENT) for variant in variants}
     counts: dict[str, int] = {}
     try:
         for variant, each in workers.items():
-            ready = each.ask("2", COMPILE_SECONDS)  # the graph is made, or compiled
-            answer = ready and each.ask("4")
+            ready = each.try_to_ask("2", COMPILE_SECONDS)  # builds the graph, or compiles
+            answer = ready and each.try_to_ask("4", COMPILE_SECONDS)
             if answer is None:
                 assert variant == COMPILED, f"{variant} failed"
                 print(f"{variant} failed, or took more than {COMPILE_SECONDS} s: no row of it", flush=True)
@@ -384,9 +338,7 @@ def measure(
         order = list(counts)
         for _ in range(rounds):
             for variant in order:
-                answer = workers[variant].ask(str(counts[variant]))
-                assert answer is not None, f"{variant} failed"
-                taken[variant].append(answer)
+                taken[variant].append(workers[variant].ask(str(counts[variant])))
             order = order[1:] + order[:1]
     finally:
         for each in workers.values():

@@ -46,7 +46,7 @@ from lmdist.settings import DataSettings, ModelSettings, Recipe, TrainingSetting
 from lmdist.training.distributed import World, join_job
 from lmdist.training.step import TrainingStep
 from origin import facts, write_rows
-from scaling_model import NETWORKS, Row, bare, draw, fit, predict
+from scaling_model import NETWORKS, Row, bare, fit, plot, predict
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, help="compute time of a step to predict for, in place of the measured one")
     parser.add_argument("--rows", type=Path, help="take the measured rows from this file")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--plot", type=Path, help="draw the predictions here")
+    parser.add_argument("--plot", type=Path, help="plot the predictions here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -119,7 +119,7 @@ def main() -> None:
     for row in rows:
         show(row)
     if arguments.plot:
-        draw(rows, arguments.plot)
+        plot(rows, arguments.plot)
     if arguments.json:
         flags = [
             f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")

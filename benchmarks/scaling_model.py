@@ -130,8 +130,10 @@ def predict(measured: Sequence[Row], networks: dict[str, tuple[float, float]], s
         for name, (bandwidth, latency) in networks.items():
             ring = Ring(bandwidth * 1e9, latency / 1e6)
             curves = [[round(step.compute / step.seconds(ranks, ring, overlap), 4) for ranks in RANKS] for overlap in OVERLAPS]
-            made = bare("prediction", row["case"], f"{name}, {RANKS[-1]} ranks", curves[0][-1], "weak-scaling efficiency")
-            rows.append({**made, "network": name, "compute_ms": step_ms or row["compute_ms"], "ranks": RANKS, "curves": curves})
+            efficiency = bare("prediction", row["case"], f"{name}, {RANKS[-1]} ranks", curves[0][-1], "weak-scaling efficiency")
+            rows.append(
+                {**efficiency, "network": name, "compute_ms": step_ms or row["compute_ms"], "ranks": RANKS, "curves": curves}
+            )
     return rows
 
 
@@ -143,8 +145,8 @@ def bare(kind: str, case: str, variant: str, value: float | None, unit: str) -> 
     }
 
 
-def draw(rows: Sequence[Row], picture: Path) -> None:
-    """Draw the predictions, one panel per model and one band per network, above the assumptions."""
+def plot(rows: Sequence[Row], picture: Path) -> None:
+    """Plot the predictions, one panel per model and one band per network, above the assumptions."""
     import matplotlib as mpl
 
     mpl.use("Agg")

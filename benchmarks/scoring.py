@@ -4,7 +4,7 @@
     python benchmarks/scoring.py --quick          # 2 rounds of one list of 20, by a small model
 
 The model has an embedding of 100, two layers of 1,024, a vocabulary of 33,278 and untrained weights. A list is a sentence of 5
-to 40 words with one to four words changed, deleted or inserted, as speech recognisers and translators produce them; a second
+to 40 words with one to four words changed, deleted or inserted, as speech recognizers and translators produce them; a second
 case has unrelated sentences. Words are sampled by Zipf's law. Both variants with torch get ids; lmdist gets text.
 
 Each variant is a process of its own on one core, with the same weights; they take turns. All must return the same scores. The

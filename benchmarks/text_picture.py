@@ -2,8 +2,8 @@
 
     python benchmarks/text_picture.py bundles/demo --plot docs/images/text.png      # the picture of the README
 
-Below the text stand the likeliest tokens at three places, and the one that was sampled. One `lmdist-generate` command generates
-the text; the picture names it.
+Below the text stand the most likely tokens at three places, and the one that was sampled. One `lmdist-generate` command
+generates the text; the picture names it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 LINE_CHARACTERS = 116
 PLACES = 3
-"""Places in the text whose likeliest tokens are shown, from an uncertain one to a certain one."""
+"""Places in the text whose most likely tokens are shown, from an uncertain one to a certain one."""
 
 
 def generate(bundle: Path, prompt: str, options: str) -> tuple[dict[str, Any], str]:
-    """Return the text as JSON, with the likeliest tokens at each place, and the command that generated it."""
+    """Return the text as JSON, with the most likely tokens at each place, and the command that generated it."""
     command = ["lmdist-generate", str(bundle), "--prompt", prompt, *shlex.split(options)]
     done = subprocess.run([*command, "--json", "--logprobs", "6"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout), shlex.join(command)
@@ -47,8 +47,8 @@ def places_of(probabilities: list[float]) -> list[int]:
     return sorted(order[round(share * (len(order) - 1))] for share in (0.1, 0.5, 0.9))
 
 
-def draw(text: dict[str, Any], prompt: str, command: str, picture: Path) -> None:
-    """Draw the text and the likeliest tokens at some places."""
+def plot(text: dict[str, Any], prompt: str, command: str, picture: Path) -> None:
+    """Plot the text and the most likely tokens at some places."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -87,9 +87,9 @@ def draw(text: dict[str, Any], prompt: str, command: str, picture: Path) -> None
             )
             column += len(tokens[number]) + 1
     for panel, place in zip(below.subplots(1, PLACES), places, strict=True):
-        likeliest = dict(list(text["logprobs"]["top_logprobs"][place].items())[:5])
-        likeliest[tokens[place]] = text["logprobs"]["token_logprobs"][place]
-        shown = sorted(likeliest.items(), key=lambda item: item[1])
+        most_likely = dict(list(text["logprobs"]["top_logprobs"][place].items())[:5])
+        most_likely[tokens[place]] = text["logprobs"]["token_logprobs"][place]
+        shown = sorted(most_likely.items(), key=lambda item: item[1])
         values = [math.exp(value) for _, value in shown]
         colors = ["crimson" if token == tokens[place] else "0.7" for token, _ in shown]
         panel.barh([token for token, _ in shown], values, color=colors)
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/images/text.png"), metavar="FILE")
     arguments = parser.parse_args()
     text, command = generate(arguments.bundle, arguments.prompt, arguments.options)
-    draw(text, arguments.prompt, command, arguments.plot)
+    plot(text, arguments.prompt, command, arguments.plot)
     print(f"{arguments.plot}: {text['text']}")
 
 

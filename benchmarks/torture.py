@@ -68,10 +68,10 @@ def main() -> None:
         arguments.kills, arguments.steps = 2, 120
     kinds = arguments.kinds.split(",") if arguments.kinds else list(TWO_HOSTS if arguments.hosts == 2 else ONE_HOST)
 
-    with tempfile.TemporaryDirectory(prefix="torture-") as scratch, machines(arguments.hosts) as made:
+    with tempfile.TemporaryDirectory(prefix="torture-") as scratch, machines(arguments.hosts) as available:
         prepare(Path(scratch))
         flags = [*JOB, "--data.folder=data", f"--training.steps={arguments.steps}"]
-        quiet = Job(Path(scratch), "quiet", made, arguments.ranks, flags)
+        quiet = Job(Path(scratch), "quiet", available, arguments.ranks, flags)
         quiet.run(kills=[])
         expected = quiet.fingerprint()
         print(f"undisturbed: {arguments.steps} steps, parameters {expected[:16]}")
@@ -79,7 +79,7 @@ def main() -> None:
         steps = sorted(generator.sample(range(5, arguments.steps - 15), arguments.kills))
         # Every kind comes once before one comes twice.
         sampled = [kind for _ in range(arguments.kills) for kind in generator.sample(kinds, len(kinds))][: arguments.kills]
-        tortured = Job(Path(scratch), "tortured", made, arguments.ranks, flags, generator)
+        tortured = Job(Path(scratch), "tortured", available, arguments.ranks, flags, generator)
         tortured.run(kills=list(zip(steps, sampled, strict=True)))
         same = tortured.fingerprint() == expected and tortured.losses() == quiet.losses()
 
@@ -292,8 +292,8 @@ def machines(number: int) -> Iterator[Sequence[Host | None]]:
     if number == 1:
         yield [None]
         return
-    with hosts(*HOSTS) as made:
-        yield made
+    with hosts(*HOSTS) as both:
+        yield both
 
 
 def process_rank(process: psutil.Process) -> str:

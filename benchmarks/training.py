@@ -24,10 +24,9 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +44,7 @@ from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings, Reci
 from lmdist.training.distributed import World
 from lmdist.training.step import TrainingStep
 from origin import facts, write_rows
+from workers import Worker, seconds_of
 
 BASELINE = "baseline"
 PERSISTENT_SECONDS = 5e-6
@@ -254,42 +254,13 @@ def parts(job: Job, inputs: Tensor, targets: Tensor) -> dict[str, float]:
     return found
 
 
-def seconds_of(action: Callable[[], object]) -> float:
-    """Return the seconds an action takes."""
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
-
-
-class Worker:
-    """A worker process, held on one core."""
-
-    def __init__(self, case: Case, variant: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment.pop("THP_MEM_ALLOC_ENABLE", None)
-        if variant != BASELINE:
-            environment["THP_MEM_ALLOC_ENABLE"] = "1"
-        core = min(os.sched_getaffinity(0))
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps([asdict(case), variant])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        )
-
-    def ask(self, question: str) -> dict[str, Any]:
-        """Return its answer to a question."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{question}\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        """Let the process end, and wait for it."""
-        self.process.communicate()
+def start_worker(case: Case, variant: str) -> Worker:
+    """Return a worker process for a variant; lmdist's have large pages, as its launcher sets them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("THP_MEM_ALLOC_ENABLE", None)
+    if variant != BASELINE:
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"
+    return Worker(__file__, [asdict(case), variant], environment)
 
 
 def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[str, Any]]:
@@ -300,7 +271,7 @@ def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[
         "lmdist": case,
         "lmdist, adaptive head": Case(**{**vars(case), "model": adaptive}),
     }
-    workers = {variant: Worker(changed, variant) for variant, changed in variants.items()}
+    workers = {variant: start_worker(changed, variant) for variant, changed in variants.items()}
     try:
         first = {variant: workers[variant].ask("1") for variant in variants}
         counts = {name: max(1, round(seconds_a_turn / answer["seconds"])) for name, answer in first.items()}
@@ -312,8 +283,8 @@ def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[
                 taken[variant].append(case.batch_size * case.length * count / last[variant]["seconds"])
         pieces = workers["lmdist"].ask("parts")
     finally:
-        for worker_ in workers.values():
-            worker_.close()
+        for each in workers.values():
+            each.close()
     rows = []
     for variant, speeds in taken.items():
         value = statistics.median(speeds)
@@ -351,14 +322,14 @@ def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[
 def corpus_tokens(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of tokens of the corpus per second: stride-1 windows read each token 19 times, streams once."""
     found = {(row["case"], row["variant"]): row for row in rows if row["unit"] == "tokens/s"}
-    made = []
+    per_token = []
     for case in sorted({row["case"] for row in rows if row["case"].startswith("tutorial")}):
         same = {"case": f"{case}, per token of the corpus", "unit": "corpus tokens/s"}
         windows, streams = found[case, BASELINE], found[case, "lmdist"]
         speed, spread = (round(windows[name] / 19, 1) for name in ("value", "spread"))
-        made.append({**windows, **same, "variant": f"{BASELINE}, windows of stride 1", "value": speed, "spread": spread})
-        made.append({**streams, **same, "variant": "lmdist, streams", "ratio": round(streams["value"] / speed, 1)})
-    return made
+        per_token.append({**windows, **same, "variant": f"{BASELINE}, windows of stride 1", "value": speed, "spread": spread})
+        per_token.append({**streams, **same, "variant": "lmdist, streams", "ratio": round(streams["value"] / speed, 1)})
+    return per_token
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
@@ -439,7 +410,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two small cases, or one batch size on a GPU")
     parser.add_argument("--only", default="", help="the cases with this in their name")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--plot", type=Path, help="draw speeds and memory here")
+    parser.add_argument("--plot", type=Path, help="plot speeds and memory here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -467,7 +438,7 @@ def main() -> None:
     if arguments.json:
         write_rows(arguments.json, rows)
     if arguments.plot:
-        draw(rows, arguments.plot)
+        plot(rows, arguments.plot)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -478,8 +449,8 @@ def show(row: dict[str, Any]) -> None:
     print(f"{row['case']:<62}{row['variant']:<32}{row['value']:>12,.6g} {row['unit']:<10}{ratio}{memory}{more}", flush=True)
 
 
-def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Draw speeds and memory of the variants of each case, relative to the baseline's."""
+def plot(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Plot speeds and memory of the variants of each case, relative to the baseline's."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -3,6 +3,7 @@
 No test measures time: a deadline of Hypothesis for an example would fail on a busy machine only.
 """
 
+import importlib.util
 import os
 import signal
 
@@ -16,3 +17,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile("lmdist", deadline=None)
 settings.load_profile("lmdist")
+
+PACKAGES = {
+    "cluster/test_manifests.py": ("yaml", "yamllint", "kubernetes_validate", "kubeflow_trainer_api"),
+    "cluster/test_pods.py": ("yaml",),
+    "conversion/test_tokenizer_json.py": ("tokenizers",),
+}
+"""Test files, and the packages of the extras dev-runtimes and dev-cluster that they import."""
+
+# Without these extras, pytest runs all other tests.
+collect_ignore = [file for file, names in PACKAGES.items() if not all(importlib.util.find_spec(name) for name in names)]

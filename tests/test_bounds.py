@@ -1,3 +1,5 @@
+"""Bounds of settings: which values are accepted, and the message for the others."""
+
 import math
 import sys
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-def test_a_changed_file_is_refused(bundle: Path, tmp_path: Path) -> None:
+def test_a_changed_file_is_rejected(bundle: Path, tmp_path: Path) -> None:
     for name in (MODEL, GENERATION, WEIGHTS, "vocab.txt", "text.json"):
         copy = shutil.copytree(bundle, tmp_path / name)
         with (copy / name).open("ab") as file:
@@ -54,7 +54,7 @@ def test_a_changed_file_is_refused(bundle: Path, tmp_path: Path) -> None:
         ({"files": {"model.onnx": {}}}, r"files\.'model\.onnx'\.bytes is missing"),
     ],
 )
-def test_a_changed_manifest_is_refused(bundle: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:
+def test_a_changed_manifest_is_rejected(bundle: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:
     copy = shutil.copytree(bundle, tmp_path / "copy")
     edit_json(copy / "manifest.json", **values)
     with pytest.raises(DataError, match=message):
@@ -156,14 +156,14 @@ def test_the_documents_tables_are_right(file: str, bundle: Path) -> None:
     model = onnx.load(bundle / file, load_external_data=False)
     sizes = {"V": len(WORDS) + 2, "V'": PADDED, "S": 12 + 12 + 8, "1": 1}
     kinds = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
-    said: dict[str, dict[str, tuple[int, list[object]]]] = {"in": {}, "out": {}}
+    documented: dict[str, dict[str, tuple[int, list[object]]]] = {"in": {}, "out": {}}
     title = {MODEL: "The step graph", GENERATION: "The generation graph"}[file]
     for place, names, kind, axes, *_ in documents_tables(title):
         cells = [cell.strip() for cell in axes.split(",") if cell.strip()]
         shape: list[object] = [cell.strip("`") if cell.startswith("`") else sizes[cell] for cell in cells]
         for name in re.findall(r"`(\w+)`", names):
-            said[place][name] = kinds[kind], shape
-    assert said == {"in": described(model.graph.input), "out": described(model.graph.output)}
+            documented[place][name] = kinds[kind], shape
+    assert documented == {"in": described(model.graph.input), "out": described(model.graph.output)}
 
 
 def test_the_document_names_all_metadata_and_all_fields(bundle: Path) -> None:

@@ -1,3 +1,5 @@
+"""Log lines, tables and progress, with a terminal and without."""
+
 import subprocess
 import sys
 
@@ -49,7 +51,7 @@ def test_a_terminal_without_tqdm_gets_lines(monkeypatch, capsys):
     assert capsys.readouterr().err == "step 1/10  loss 3\n"
 
 
-def test_importing_the_console_takes_no_tqdm():
+def test_importing_the_console_imports_no_tqdm():
     code = "import sys, lmdist.console; assert 'tqdm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,4 +1,4 @@
-"""The cores that a process may use, in control groups that are made up."""
+"""The cores that a process may use, in fake control groups."""
 
 from __future__ import annotations
 

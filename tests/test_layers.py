@@ -149,7 +149,7 @@ def test_the_tables_name_every_file() -> None:
         ("lmdist_export.generate, lmdist_export.score, lmdist_export.serving.batching", {"torch", "pandas", "mlflow", "onnx"}),
     ],
 )
-def test_what_serves_and_samples_takes_no_torch(modules: str, absent: set[str]) -> None:
+def test_serving_and_sampling_import_no_torch(modules: str, absent: set[str]) -> None:
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & absent

@@ -46,7 +46,7 @@ def test_large_messages_alone_give_no_negative_latency():
     assert found.bandwidth == pytest.approx(1e8, rel=0.06)
 
 
-def test_rows_are_fitted_predicted_and_drawn(tmp_path):
+def test_rows_are_fitted_predicted_and_plotted(tmp_path):
     ring, step = model.Ring(1e9, 1e-4), model.Step(0.1, 0.04, 3e7, 1e7)
     rows = [
         {
@@ -56,8 +56,8 @@ def test_rows_are_fitted_predicted_and_drawn(tmp_path):
         for ranks in (1, 2, 4)
     ]
     for size in (40_000_000, 40_000):
-        made = model.bare("all-reduce", "some model", f"{size} bytes", 1e3 * ring.seconds(2, size), "ms")
-        rows.append({**made, "ranks": 2, "bytes": size})
+        row = model.bare("all-reduce", "some model", f"{size} bytes", 1e3 * ring.seconds(2, size), "ms")
+        rows.append({**row, "ranks": 2, "bytes": size})
     fitted = {row["variant"]: row["value"] for row in model.fit(rows)}
     assert fitted == {
         **{"bandwidth": 1.0, "latency": 100.0, "overlap": 0.5},
@@ -69,7 +69,7 @@ def test_rows_are_fitted_predicted_and_drawn(tmp_path):
     assert none[0] == whole[0] == 1
     assert none[2] == pytest.approx(0.1 / step.seconds(4, ring, 0), abs=1e-4)
     assert all(less <= more for less, more in zip(none, whole, strict=True))
-    model.draw(predictions, tmp_path / "curve.svg")
+    model.plot(predictions, tmp_path / "curve.svg")
     text = (tmp_path / "curve.svg").read_text()
     for row in predictions:
         if row["kind"] == "assumption":

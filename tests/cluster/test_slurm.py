@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from corpora import chain, write_data_folder
 from lmdist.storage.reading import read_json
 from support.hosts import Host, hosts, needs_hosts
-from support.jobs import SMALL, fingerprint, installed, losses, rows, wait_for_steps
+from support.jobs import SMALL, fingerprint, installed, losses, rows, small_data, wait_for_steps
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
@@ -76,8 +75,8 @@ class Slurm:
 
     def facts(self, job: str) -> dict[str, str]:
         """Return the fields of a job."""
-        said = self.run("scontrol", "show", "job", job, "--oneliner")
-        return {name: value for name, _, value in (fact.partition("=") for fact in said.split())}
+        facts = self.run("scontrol", "show", "job", job, "--oneliner")
+        return {name: value for name, _, value in (fact.partition("=") for fact in facts.split())}
 
     def end(self, job: str) -> tuple[str, str, str]:
         """Wait for a job, and return its state, its exit code, and how often it was requeued."""
@@ -124,13 +123,13 @@ def slurm() -> Iterator[Slurm]:
     missing = [tool for tool in ("slurmctld", "slurmd", "sbatch", "srun", "scancel", "sinfo") if not shutil.which(tool)]
     if missing:
         pytest.skip(f"no {', '.join(missing)}")
-    with cluster() as made:
-        yield made
+    with cluster() as slurm:
+        yield slurm
 
 
 @pytest.fixture
 def folder(tmp_path):
-    write_data_folder(tmp_path / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+    small_data(tmp_path / "data")
     return tmp_path
 
 

@@ -57,7 +57,7 @@ def failure(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tupl
     return stop.value.code, error.splitlines()[-1]
 
 
-def test_the_command_writes_a_bundle_and_says_what_is_next(run: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_bundle_and_prints_the_next_command(run: Path, tmp_path: Path) -> None:
     result = command("lmdist_export.export", run, "-o", tmp_path / "deep/bundle")
     assert result.returncode == 0, result.stderr
     assert f'lmdist-generate {tmp_path / "deep/bundle"} --prompt "..."' in result.stdout
@@ -66,7 +66,7 @@ def test_the_command_writes_a_bundle_and_says_what_is_next(run: Path, tmp_path: 
     assert names == FILES
 
 
-def test_the_manifest_says_what_the_bundle_is(bundle: Path) -> None:
+def test_the_manifest_describes_the_bundle(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     model = make_model(TIED, len(WORDS) + 2)
     assert (manifest["format"], manifest["version"]) == ("lmdist bundle", 2)
@@ -155,7 +155,7 @@ def test_a_precision_that_costs_too_much(
     assert (code, (tmp_path / "other").exists()) == (64, False)
 
 
-def test_precisions_that_are_none(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_precisions(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for precision in ("int8", "int4", "auto"):
         code, message = failure([run, "-o", tmp_path / "bundle", "--precision", precision, "--data", "none"], capsys)
         assert (code, "needs held-out text" in message) == (64, True)
@@ -181,22 +181,22 @@ def test_auto_takes_the_fastest(
 
     monkeypatch.setattr(exporting, "tokens_per_second", speed)
     export.main([str(run), "-o", str(tmp_path / "bundle"), "--precision", "auto"])
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert seen == ["fp32", "int8", "int4"]
-    assert f"lmdist-export: {fastest}: 2,000 tokens/s" in said.err
-    assert f"MB, {fastest}, " in said.out
+    assert f"lmdist-export: {fastest}: 2,000 tokens/s" in output.err
+    assert f"MB, {fastest}, " in output.out
     assert Bundle.load(tmp_path / "bundle").sizes.precision == fastest
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == FILES
 
 
-def test_auto_passes_over_what_costs_too_much_or_cannot_be(
+def test_auto_skips_precisions_that_cost_too_much_or_fail(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export.main([str(run), "-o", str(tmp_path / "bundle"), "--precision", "auto", "--max-perplexity-loss=-90"])
-    said = capsys.readouterr().err
-    assert "without int8: precision int8 costs" in said
-    assert "without int4: precision int4 costs" in said
-    assert re.search(r"fp32: [\d,]+ tokens/s", said)  # by the real clock
+    output = capsys.readouterr().err
+    assert "without int8: precision int8 costs" in output
+    assert "without int4: precision int4 costs" in output
+    assert re.search(r"fp32: [\d,]+ tokens/s", output)  # by the real clock
     assert Bundle.load(tmp_path / "bundle").sizes.precision == "fp32"
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == FILES
     adaptive = make_run(tmp_path / "adaptive", ADAPTIVE, words=[f"word{number}" for number in range(40)])
@@ -228,7 +228,7 @@ def test_held_out_text_of_another_vocabulary(run: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "bundle").exists()
 
 
-def test_an_output_that_is_there(run: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_exists(run: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     code, message = failure([run, "-o", tmp_path / "bundle"], capsys)
     assert (code, "--overwrite" in message) == (64, True)
@@ -262,7 +262,7 @@ def test_a_wrong_graph_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_graph_leaves_the_bundle_that_is_there(
+def test_a_wrong_graph_leaves_the_existing_bundle(
     run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")

@@ -1,4 +1,4 @@
-"""lmdist-export --layout sherpa-onnx: the contract by onnxruntime, and sherpa-onnx itself, which chooses words by the model."""
+"""lmdist-export --layout sherpa-onnx: the contract by onnxruntime, and sherpa-onnx itself, which decodes with the model."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def failure(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tupl
 
 
 @EVERY_SHAPE
-def test_word_by_word_it_gives_torchs_log_probabilities(settings: ModelSettings, tmp_path: Path) -> None:
+def test_log_probabilities_token_by_token_are_torchs(settings: ModelSettings, tmp_path: Path) -> None:
     folder, model = export_sherpa(tmp_path, settings)
     session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
     metadata = session.get_modelmeta().custom_metadata_map
     words = [int(word) for word in np.random.default_rng(3).integers(0, model.vocabulary_size, 30)]
-    # What sherpa-onnx does: zeros by the metadata's sizes, the word of sos_id, then word by word with the state fed back.
+    # What sherpa-onnx does: zeros by the metadata's sizes, the word of sos_id, then token by token with the state fed back.
     h = c = np.zeros((int(metadata["num_layers"]), 1, int(metadata["hidden_size"])), np.float32)
     found = []
     for word in [int(metadata["sos_id"]), *words]:
@@ -122,7 +122,7 @@ def test_rows_do_not_mix(tmp_path: Path) -> None:
 # --- sherpa-onnx itself --------------------------------------------------------------------------------------------
 
 # It ends the process where a model is not what it expects, and brings an onnxruntime of its own: so it has its own process.
-RECOGNISE = """
+RECOGNIZE = """
 import json, sys
 import numpy as np
 import sherpa_onnx
@@ -150,23 +150,23 @@ def test_sherpa_onnx_chooses_the_words_that_the_model_holds_likely(settings: Mod
     def score(sentence: tuple[int, ...]) -> float:
         return float(log_probabilities(model, list(sentence))[range(6), sentence].sum())
 
-    likeliest = max(itertools.product(*heard.tolist()), key=score)
+    most_likely = max(itertools.product(*heard.tolist()), key=score)
     options = transducer | {"tokens": str(folder / "tokens.txt"), "lm": str(folder / "with-state-rnnlm.onnx"), "lm_scale": 0.7}
-    done = subprocess.run([sys.executable, "-c", RECOGNISE, json.dumps(options)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", RECOGNIZE, json.dumps(options)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "initializer" not in done.stderr  # nothing in the graph that onnxruntime would complain of
     found, scores = json.loads(done.stdout.splitlines()[-1])
-    assert found == [words[word] for word in likeliest]
-    assert scores == pytest.approx(log_probabilities(model, list(likeliest))[range(6), likeliest], abs=1e-4)
+    assert found == [words[word] for word in most_likely]
+    assert scores == pytest.approx(log_probabilities(model, list(most_likely))[range(6), most_likely], abs=1e-4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sherpa_onnx") is None, reason="sherpa-onnx is not installed")
-def test_sherpa_onnxs_rescoring_is_refused_and_not_wrong(tmp_path: Path) -> None:
+def test_sherpa_onnxs_rescoring_fails_and_is_not_wrong(tmp_path: Path) -> None:
     folder, _ = export_sherpa(tmp_path, SINGLE)
     transducer = write_transducer(tmp_path / "transducer", np.arange(2, 14).reshape(6, 2), len(WORDS) + 2)
     files = {"tokens": str(folder / "tokens.txt"), "lm": str(folder / "with-state-rnnlm.onnx")}
     options = json.dumps(transducer | files | {"lm_shallow_fusion": False})
-    done = subprocess.run([sys.executable, "-c", RECOGNISE, options], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", RECOGNIZE, options], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "invalid dimensions for input: x" in done.stderr
 
@@ -229,7 +229,7 @@ def write_transducer(folder: Path, heard: NDArray[np.int64], words: int) -> dict
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_it_wrote_and_how_it_is_taken(tmp_path: Path) -> None:
+def test_the_command_prints_what_it_wrote_and_how_to_use_it(tmp_path: Path) -> None:
     run = make_run(tmp_path, UNTIED)
     done = command("lmdist_export.export", run, "-o", tmp_path / "deep/sherpa", "--layout", "sherpa-onnx")
     assert done.returncode == 0, done.stderr

@@ -142,7 +142,7 @@ def test_a_bundle_has_the_file_and_its_sum(tmp_path: Path) -> None:
     assert ids == [2, 3, 0, 7, 5]
 
 
-def test_without_an_exact_file_a_line_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_an_exact_file_a_line_explains_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = make_bundle(tmp_path, SINGLE, "word_tokenize")
     assert not (bundle / "tokenizer.json").exists()
     assert "tokenizer.json" not in Bundle.load(bundle).manifest["files"]

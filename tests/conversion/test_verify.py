@@ -36,7 +36,7 @@ VOCABULARY_SIZE = 23
 
 
 def bare(settings: ModelSettings, folder: Path, precision: str = "fp32") -> Bundle:
-    """A bundle of a model of few words that nothing has compared yet."""
+    """A small bundle that has not been verified."""
     return bare_bundle(folder / "bare", settings, precision, VOCABULARY_SIZE)
 
 
@@ -132,19 +132,19 @@ def test_rows_of_zeros_stay_zeros() -> None:
 
 @pytest.mark.parametrize("name", weights(Sizes([10, 10], VOCABULARY_SIZE, 6, tied=False)))
 def test_one_wrong_number_is_found(name: str, tmp_path: Path) -> None:
-    made = bare(UNTIED, tmp_path)
+    bundle = bare(UNTIED, tmp_path)
     model = make_model(UNTIED, VOCABULARY_SIZE)
-    weight = weights(made.sizes)[name]
+    weight = weights(bundle.sizes)[name]
     count = int(np.prod((VOCABULARY_SIZE, *weight.shape[1:]) if name.startswith("projection") else weight.shape))
-    content = (made.folder / WEIGHTS).read_bytes()
+    content = (bundle.folder / WEIGHTS).read_bytes()
     for place in (0, count // 2, count - 1):
         numbers = np.frombuffer(content, np.float32).copy()
         numbers[weight.offset // 4 + place] += 0.3
-        (made.folder / WEIGHTS).write_bytes(numbers.tobytes())
+        (bundle.folder / WEIGHTS).write_bytes(numbers.tobytes())
         with pytest.raises(verify.MismatchError):
-            verify.check_values(Sampler(made, threads=1), model)
-    (made.folder / WEIGHTS).write_bytes(content)
-    verify.check_values(Sampler(made, threads=1), model)
+            verify.check_values(Sampler(bundle, threads=1), model)
+    (bundle.folder / WEIGHTS).write_bytes(content)
+    verify.check_values(Sampler(bundle, threads=1), model)
 
 
 def test_a_difference_that_is_no_number_is_a_mismatch() -> None:
@@ -152,12 +152,12 @@ def test_a_difference_that_is_no_number_is_a_mismatch() -> None:
         verify.max_error("logits", np.array([np.nan]), np.array([1.0]), 1e-4)
 
 
-def test_a_model_whose_logits_are_no_numbers_is_refused(tmp_path: Path) -> None:
-    made, model = bare(SINGLE, tmp_path), make_model(SINGLE, VOCABULARY_SIZE)
+def test_a_model_whose_logits_are_not_finite_is_rejected(tmp_path: Path) -> None:
+    bundle, model = bare(SINGLE, tmp_path), make_model(SINGLE, VOCABULARY_SIZE)
     with torch.no_grad():
         model.get_parameter("projection.weight").fill_(3e38)
     with pytest.raises(DataError, match="the logits of the model are not finite"):
-        verify.check_values(Sampler(dataclasses.replace(made, sizes=write_graphs(model, made.folder, "small"))), model)
+        verify.check_values(Sampler(dataclasses.replace(bundle, sizes=write_graphs(model, bundle.folder, "small"))), model)
 
 
 def test_perplexity_is_that_of_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,26 +11,23 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from lmdist.settings import ModelSettings
 from lmdist_export import PRECISIONS
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
+from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS
 from lmdist_export.graph import onnx_file
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, token_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.sizes import Sizes, file_length, weights
 from lmdist_export.options import EVERY_FEATURE, GRAPH, Features
 from support.onnx_models import described, metadata_of
-from support.small_bundles import (
-    TIED,
-    bare_bundle,
-)
+from support.small_bundles import TIED, bare_bundle
 
 VOCABULARY_SIZE = 23
 
 
-def bare(settings: ModelSettings, folder: Path, precision: str = "fp32") -> Bundle:
-    """A bundle of a model of few words that nothing has compared yet."""
-    return bare_bundle(folder / "bare", settings, precision, VOCABULARY_SIZE)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of a small bundle that has not been verified."""
+    return bare_bundle(tmp_path / "bare", TIED, vocabulary_size=VOCABULARY_SIZE).folder
 
 
 STATE = (TensorProto.FLOAT, ["batch", 12 + 12 + 8])
@@ -49,8 +46,8 @@ METADATA = {
 }
 
 
-def test_names_types_axes_and_metadata_of_the_step_graph(tmp_path: Path) -> None:
-    model = onnx.load(bare(TIED, tmp_path).folder / MODEL, load_external_data=False)
+def test_names_types_axes_and_metadata_of_the_step_graph(folder: Path) -> None:
+    model = onnx.load(folder / MODEL, load_external_data=False)
     assert described(model.graph.input) == {"tokens": (TensorProto.INT64, ["batch", "time"]), "h": STATE, "c": STATE}
     assert described(model.graph.output) == {
         "logits": (TensorProto.FLOAT, ["batch", "time", VOCABULARY_SIZE]),
@@ -62,8 +59,8 @@ def test_names_types_axes_and_metadata_of_the_step_graph(tmp_path: Path) -> None
     assert {node.domain for node in model.graph.node} == {""}  # fp32 needs nothing of onnxruntime's own
 
 
-def test_names_types_axes_and_metadata_of_the_generation_graph(tmp_path: Path) -> None:
-    model = onnx.load(bare(TIED, tmp_path).folder / GENERATION, load_external_data=False)
+def test_names_types_axes_and_metadata_of_the_generation_graph(folder: Path) -> None:
+    model = onnx.load(folder / GENERATION, load_external_data=False)
     number, of_words = (TensorProto.FLOAT, []), (TensorProto.FLOAT, ["batch", PADDED])
     assert described(model.graph.input) == {
         "prompt": (TensorProto.INT64, ["batch", "prompt_words"]),
@@ -93,8 +90,8 @@ def test_names_types_axes_and_metadata_of_the_generation_graph(tmp_path: Path) -
     assert metadata_of(model) == METADATA | {"format": "lmdist generation graph", "features": features}
 
 
-def test_a_tied_matrix_is_stored_once(tmp_path: Path) -> None:
-    model = onnx.load(bare(TIED, tmp_path).folder / MODEL, load_external_data=False)
+def test_a_tied_matrix_is_stored_once(folder: Path) -> None:
+    model = onnx.load(folder / MODEL, load_external_data=False)
     places = {
         value.name: {entry.key: entry.value for entry in value.external_data}
         for value in model.graph.initializer
@@ -105,7 +102,7 @@ def test_a_tied_matrix_is_stored_once(tmp_path: Path) -> None:
     assert len(set(others)) == len(others)
     # Each place begins on a whole page, so that little is left between them.
     stored = sum(int(place["length"]) for name, place in places.items() if name != "embedding")
-    assert stored <= (tmp_path / "bare" / WEIGHTS).stat().st_size < stored + 4096 * len(others)
+    assert stored <= (folder / WEIGHTS).stat().st_size < stored + 4096 * len(others)
 
 
 EVERY_SIZE = [
@@ -131,13 +128,13 @@ SOME_FEATURES = [
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_graphs_are_what_onnx_expects(precision: str, tmp_path: Path) -> None:
-    """onnx's checker infers all types and shapes anew and compares them with those that are declared."""
+    """onnx's checker infers all types and shapes and compares them with the declared ones."""
     path = tmp_path / "graph.onnx"
     for sizes in EVERY_SIZE:
         sizes = dataclasses.replace(sizes, precision=precision)
         with (tmp_path / WEIGHTS).open("wb") as file:
             file.truncate(file_length(sizes))
-        # The same on a processor of another kind: whole numbers run on no other.
+        # The same on another processor; quantized weights run on CPUs only.
         for target in (Target(WEIGHTS), Target(WEIGHTS, cuda=not sizes.is_quantized, int8_saturates=sizes.is_quantized)):
             graphs = [step_graph(sizes, target, "small"), score_graph(sizes, target)]
             graphs += [generation_graph(sizes, features, target, "small") for features in SOME_FEATURES]

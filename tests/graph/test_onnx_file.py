@@ -14,7 +14,7 @@ from support.onnx_models import described
 
 
 @given(value=st.integers(-(2**63), 2**63 - 1) | st.integers(-300, 300))
-def test_whole_numbers_are_those_of_protobuf(value: int) -> None:
+def test_integers_are_those_of_protobuf(value: int) -> None:
     assert message([(3, value)]) == (AttributeProto(i=value).SerializeToString() or message([(3, 0)]))
     assert AttributeProto.FromString(attribute("a", value)) == helper.make_attribute("a", value)
     numbers = [value, 0, -value // 3]
@@ -22,7 +22,7 @@ def test_whole_numbers_are_those_of_protobuf(value: int) -> None:
 
 
 @given(value=st.integers(-(2**24), 2**24).map(lambda number: number / 64), text=st.text(max_size=300))
-def test_numbers_and_texts_are_those_of_protobuf(value: float, text: str) -> None:
+def test_floats_and_texts_are_those_of_protobuf(value: float, text: str) -> None:
     assert AttributeProto.FromString(attribute("a", value)) == helper.make_attribute("a", value)
     assert AttributeProto.FromString(message([(1, text), (4, text.encode())])) == AttributeProto(name=text, s=text.encode())
 

@@ -15,21 +15,20 @@ import numpy as np
 import psutil
 import pytest
 
-from corpora import chain, write_data_folder
 from lmdist.config import load
 from lmdist.errors import UsageError
 from lmdist.job import agent, launcher
 from lmdist.job.agent import exit_code
 from lmdist.signals import StopRequest
 from lmdist.tracking.run_folder import is_finished
-from support.jobs import SMALL, environment, fingerprint, losses, rows, train, train_here, wait_for_steps
+from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, train, train_here, wait_for_steps
 
 LONG = [*SMALL, "--model.dropout=0.3", "--training.epochs=25", "--checkpoint.every_steps=5", "--training.timeout_seconds=10"]
 
 
 @pytest.fixture
 def data(tmp_path):
-    return write_data_folder(tmp_path / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+    return small_data(tmp_path / "data")
 
 
 def start(tmp_path: Path, *flags: str, ranks: int = 2, **variables: str) -> subprocess.Popen[str]:

@@ -126,7 +126,7 @@ def test_the_gain_is_measured():
 
 
 @pytest.mark.parametrize("name", ["fp16", "tf32"])
-def test_what_a_cpu_has_not_is_refused(name):
+def test_what_a_cpu_has_not_is_rejected(name):
     with pytest.raises(UsageError, match="auto, fp32 or bf16"):
         choose(name, "", CPU, SETTINGS, 8)
 

@@ -1,4 +1,4 @@
-"""lmdist-generate: text on stdout, all else on stderr, the same seed the same text."""
+"""lmdist-generate: text on stdout, log lines on stderr, and the same text for the same seed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_blanks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose text is its words with blanks between, and `<eos>` a line break: words can be counted."""
-    return make_bundle(tmp_path_factory.mktemp("blanks"), UNTIED, "whitespace", PLAIN_WORDS)
+def whitespace_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with the whitespace tokenizer, so that the words of a text can be counted; `<eos>` is a line break."""
+    return make_bundle(tmp_path_factory.mktemp("whitespace"), UNTIED, "whitespace", PLAIN_WORDS)
 
 
 @pytest.fixture
 def written(capsys: pytest.CaptureFixture[str]):
-    """What a call of the command writes to stdout and to stderr."""
+    """Return a function that runs the command, and returns its stdout and stderr."""
 
     def call(*arguments: object) -> tuple[str, str]:
         generate.main([str(argument) for argument in arguments])
@@ -41,8 +41,8 @@ def written(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]):
-    """Exit code and the only line of a call that fails."""
+def failure(capsys: pytest.CaptureFixture[str]):
+    """Return a function that runs a failing command, and returns its exit code and its one line."""
 
     def call(*arguments: object) -> tuple[int | str | None, str]:
         with pytest.raises(SystemExit) as stop:
@@ -74,7 +74,7 @@ def test_the_seed_decides(bundle: Path, written) -> None:
     assert text("--seed", 5, "--temperature", 0) == text("--seed", 6, "--temperature", 0)
 
 
-def test_a_drawn_seed_is_printed_and_repeats_the_text(bundle: Path, written) -> None:
+def test_the_printed_seed_repeats_the_text(bundle: Path, written) -> None:
     out, err = written(bundle, "--ignore-eos")
     seed = next(line.rpartition(" ")[2] for line in err.splitlines() if ": seed " in line)
     assert written(bundle, "--ignore-eos", "--seed", seed)[0] == out
@@ -88,8 +88,8 @@ def test_streamed_text_is_the_text(bundle: Path, written, options: tuple[object,
         assert written(*arguments, "--stream")[0] == written(*arguments)[0]
 
 
-def test_streamed_words_come_one_by_one(by_blanks: Path) -> None:
-    arguments = [str(by_blanks), "--stream", "--seed", "1", "--max-new-tokens", "1000000", "--ignore-eos"]
+def test_words_are_streamed_one_by_one(whitespace_bundle: Path) -> None:
+    arguments = [str(whitespace_bundle), "--stream", "--seed", "1", "--max-new-tokens", "1000000", "--ignore-eos"]
     with subprocess.Popen(
         [sys.executable, "-m", "lmdist_export.generate", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -102,8 +102,8 @@ def test_streamed_words_come_one_by_one(by_blanks: Path) -> None:
     assert b"Traceback" not in error
 
 
-def test_ignoring_the_end_gives_every_word_asked_for(by_blanks: Path, written) -> None:
-    out, _ = written(by_blanks, "--seed", 3, "--max-new-tokens", 300, "--ignore-eos", "--prompt", "the cat")
+def test_ignore_eos_generates_all_tokens(whitespace_bundle: Path, written) -> None:
+    out, _ = written(whitespace_bundle, "--seed", 3, "--max-new-tokens", 300, "--ignore-eos", "--prompt", "the cat")
     words = out.removesuffix("\n").replace("\n", " <eos> ").split()
     assert words[:2] == ["the", "cat"]
     assert len(words) == 302
@@ -111,21 +111,21 @@ def test_ignoring_the_end_gives_every_word_asked_for(by_blanks: Path, written) -
     assert set(words) == {*PLAIN_WORDS, "<eos>"}  # and no <unk>
 
 
-def test_a_text_stops_at_its_end(by_blanks: Path, written) -> None:
-    whole, _ = written(by_blanks, "--seed", 3, "--max-new-tokens", 300, "--ignore-eos")
-    out, err = written(by_blanks, "--seed", 3, "--max-new-tokens", 300)
+def test_a_text_stops_at_its_end(whitespace_bundle: Path, written) -> None:
+    whole, _ = written(whitespace_bundle, "--seed", 3, "--max-new-tokens", 300, "--ignore-eos")
+    out, err = written(whitespace_bundle, "--seed", 3, "--max-new-tokens", 300)
     assert out == whole.partition("\n")[0] + "\n"
     assert f"{len(out.split())} tokens in" in err
 
 
-def test_unknown_words_are_written_only_when_allowed(by_blanks: Path, written) -> None:
-    arguments = (by_blanks, "--seed", 1, "--max-new-tokens", 300, "--ignore-eos")
+def test_unknown_words_are_written_only_when_allowed(whitespace_bundle: Path, written) -> None:
+    arguments = (whitespace_bundle, "--seed", 1, "--max-new-tokens", 300, "--ignore-eos")
     assert "<unk>" not in written(*arguments)[0]
     assert "<unk>" in written(*arguments, "--allow-unk")[0]
 
 
-def test_several_texts(by_blanks: Path, written) -> None:
-    arguments = (by_blanks, "--seed", 2, "--max-new-tokens", 25, "--prompt", "the dog")
+def test_several_texts(whitespace_bundle: Path, written) -> None:
+    arguments = (whitespace_bundle, "--seed", 2, "--max-new-tokens", 25, "--prompt", "the dog")
     three, err = written(*arguments, "--n", 3)
     texts = [part.strip() for part in three.replace("===== 2 =====", "|").replace("===== 3 =====", "|").split("|")]
     assert len(texts) == 3
@@ -181,8 +181,8 @@ def test_unknown_words_of_the_prompt(bundle: Path, written) -> None:
         (("-o", "nowhere/sample.txt"), "nothing can be written in nowhere"),
     ],
 )
-def test_wrong_values(bundle: Path, refused, arguments: tuple[object, ...], message: str) -> None:
-    code, line = refused(bundle, *arguments)
+def test_wrong_values(bundle: Path, failure, arguments: tuple[object, ...], message: str) -> None:
+    code, line = failure(bundle, *arguments)
     assert code == 64
     assert message in line
 
@@ -217,8 +217,8 @@ WRONG_TOGETHER = [
 @pytest.mark.parametrize(
     ("arguments", "message"), WRONG_TOGETHER, ids=[" ".join(map(str, flags)) for flags, _ in WRONG_TOGETHER]
 )
-def test_wrong_values_of_options(by_blanks: Path, refused, arguments: tuple[object, ...], message: str) -> None:
-    code, line = refused(by_blanks, *arguments)
+def test_wrong_values_of_options(whitespace_bundle: Path, failure, arguments: tuple[object, ...], message: str) -> None:
+    code, line = failure(whitespace_bundle, *arguments)
     assert code == 64
     assert message in line
 
@@ -243,9 +243,9 @@ def test_wrong_values_of_options(by_blanks: Path, refused, arguments: tuple[obje
     ids=lambda options: options[0],
 )
 def test_each_option_changes_the_text_and_not_by_how_it_is_written(
-    by_blanks: Path, written, options: tuple[object, ...]
+    whitespace_bundle: Path, written, options: tuple[object, ...]
 ) -> None:
-    arguments = (by_blanks, "--prompt", "the cat", "--max-new-tokens", 40)
+    arguments = (whitespace_bundle, "--prompt", "the cat", "--max-new-tokens", 40)
     if options[0] != "--min-new-tokens":
         arguments = (*arguments, "--ignore-eos")  # most texts of this model are too short to have anything twice
     changed = 0
@@ -258,10 +258,10 @@ def test_each_option_changes_the_text_and_not_by_how_it_is_written(
     assert changed
 
 
-def test_lines_of_json(by_blanks: Path, tmp_path: Path, written) -> None:
+def test_lines_of_json(whitespace_bundle: Path, tmp_path: Path, written) -> None:
     prompts = ["the cat", "", "zebra said", "is not it"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    arguments = (by_blanks, "--seed", 4, "--n", 3, "--max-new-tokens", 12, "--json", "--logprobs", 2)
+    arguments = (whitespace_bundle, "--seed", 4, "--n", 3, "--max-new-tokens", 12, "--json", "--logprobs", 2)
     out, err = written(*arguments, "--prompts-file", tmp_path / "prompts.txt", "--batch-size", 5)
     lines = [json.loads(line) for line in out.splitlines()]
     assert [(line["prompt_number"], line["index"]) for line in lines] == [(prompt, n) for prompt in range(4) for n in range(3)]
@@ -284,11 +284,11 @@ def test_lines_of_json(by_blanks: Path, tmp_path: Path, written) -> None:
     assert [json.loads(line)["text"] for line in without.splitlines()] == [" ".join(line["words"]) for line in lines[:3]]
 
 
-def test_prompts_from_stdin_are_answered_in_order(by_blanks: Path) -> None:
+def test_prompts_from_stdin_are_answered_in_order(whitespace_bundle: Path) -> None:
     arguments = ["--prompts-file", "-", "--seed", "1", "--json", "--max-new-tokens", "5"]
     prompts = [" ".join(PLAIN_WORDS[: number % 7]) for number in range(40)]
     found = subprocess.run(
-        [sys.executable, "-m", "lmdist_export.generate", str(by_blanks), *arguments],
+        [sys.executable, "-m", "lmdist_export.generate", str(whitespace_bundle), *arguments],
         input="\n".join(prompts).encode(),
         stdout=subprocess.PIPE,
         check=True,
@@ -298,18 +298,18 @@ def test_prompts_from_stdin_are_answered_in_order(by_blanks: Path) -> None:
     assert all(line["text"].startswith(prompt) for line, prompt in zip(lines, prompts, strict=True))
 
 
-def test_prompts_that_cannot_be_read(by_blanks: Path, tmp_path: Path, refused) -> None:
-    assert refused(by_blanks, "--prompts-file", tmp_path / "none")[0] == 66
-    assert refused(by_blanks, "--prompts-file", tmp_path)[0] == 64
+def test_prompts_that_cannot_be_read(whitespace_bundle: Path, tmp_path: Path, failure) -> None:
+    assert failure(whitespace_bundle, "--prompts-file", tmp_path / "none")[0] == 66
+    assert failure(whitespace_bundle, "--prompts-file", tmp_path)[0] == 64
 
 
-@pytest.mark.parametrize("search", [(), ("--num-beams", 2)], ids=["drawn", "beams"])
+@pytest.mark.parametrize("search", [(), ("--num-beams", 2)], ids=["sampled", "beams"])
 def test_texts_before_a_prompt_that_cannot_be_read_are_written(
-    by_blanks: Path, tmp_path: Path, search: tuple[object, ...]
+    whitespace_bundle: Path, tmp_path: Path, search: tuple[object, ...]
 ) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"the cat\r\n\r\n\xff\r\nthe dog\r\n")
     options = ("--max-new-tokens", 3, "--json", *search)
-    done = command("lmdist_export.generate", by_blanks, "--prompts-file", tmp_path / "prompts.txt", *options)
+    done = command("lmdist_export.generate", whitespace_bundle, "--prompts-file", tmp_path / "prompts.txt", *options)
     first, second = [json.loads(line) for line in done.stdout.splitlines()]
     assert first["text"].split() == ["the", "cat", *first["words"]]
     assert second["text"].split() == second["words"]
@@ -317,9 +317,9 @@ def test_texts_before_a_prompt_that_cannot_be_read_are_written(
     assert "prompts.txt, line 3: byte 1 is not UTF-8" in done.stderr.splitlines()[-1]
 
 
-def test_an_interrupt_leaves_the_texts_that_are_done(by_blanks: Path) -> None:
+def test_an_interrupt_leaves_the_texts_that_are_done(whitespace_bundle: Path) -> None:
     arguments = ["--prompts-file", "-", "--seed", "1", "--json", "--max-new-tokens", "100000", "--stop", "cat dog"]
-    command_line = [sys.executable, "-m", "lmdist_export.generate", str(by_blanks), *arguments, "--ignore-eos"]
+    command_line = [sys.executable, "-m", "lmdist_export.generate", str(whitespace_bundle), *arguments, "--ignore-eos"]
     prompts = "\n".join(["the cat", "cat the", "we said", "it is", "too old", "here we"] * 50)
     with subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -339,38 +339,38 @@ def test_an_interrupt_leaves_the_texts_that_are_done(by_blanks: Path) -> None:
     assert len(numbers) < 300
 
 
-def test_texts_that_wait_for_their_turn_come_at_an_interrupt() -> None:
-    def made() -> Iterator[Text]:
+def test_texts_that_wait_for_their_turn_are_written_at_an_interrupt() -> None:
+    def texts_until_interrupt() -> Iterator[Text]:
         for place in (4, 1, 0, 3):
             yield Text([], *divmod(place, 2))
         raise KeyboardInterrupt
 
-    texts = generate.in_order(made(), 2)
+    texts = generate.in_order(texts_until_interrupt(), 2)
     found = [next(texts) for _ in range(4)]
     assert [(text.prompt_number, text.number) for text in found] == [(0, 0), (0, 1), (1, 1), (2, 0)]
     with pytest.raises(KeyboardInterrupt):
         next(texts)
 
 
-def test_a_search(by_blanks: Path, written) -> None:
-    arguments = (by_blanks, "--prompt", "the cat", "--num-beams", 5, "--max-new-tokens", 6, "--json", "--logprobs", 0)
+def test_a_search(whitespace_bundle: Path, written) -> None:
+    arguments = (whitespace_bundle, "--prompt", "the cat", "--num-beams", 5, "--max-new-tokens", 6, "--json", "--logprobs", 0)
     texts = [json.loads(line) for line in written(*arguments, "--n", 3, "--ignore-eos")[0].splitlines()]
     scores = [sum(text["logprobs"]["token_logprobs"]) for text in texts]
     assert scores == sorted(scores, reverse=True)
     assert len({text["text"] for text in texts}) == 3
     assert [text["index"] for text in texts] == [0, 1, 2]
-    greedy = json.loads(written(by_blanks, *arguments[1:3], *arguments[5:], "--temperature", 0, "--ignore-eos")[0])
+    greedy = json.loads(written(whitespace_bundle, *arguments[1:3], *arguments[5:], "--temperature", 0, "--ignore-eos")[0])
     assert scores[0] >= sum(greedy["logprobs"]["token_logprobs"])
     assert written(*arguments, "--ignore-eos")[0] == written(*arguments, "--ignore-eos")[0]
 
 
-@pytest.mark.parametrize("search", [(), ("--temperature", 0), ("--num-beams", 3)], ids=["drawn", "greedy", "beams"])
-def test_a_text_that_no_word_may_follow_takes_no_other_with_it(
-    by_blanks: Path, tmp_path: Path, written, search: tuple[object, ...]
+@pytest.mark.parametrize("search", [(), ("--temperature", 0), ("--num-beams", 3)], ids=["sampled", "greedy", "beams"])
+def test_a_text_without_allowed_tokens_does_not_affect_others(
+    whitespace_bundle: Path, tmp_path: Path, written, search: tuple[object, ...]
 ) -> None:
     prompts = ["the cat", " ".join(PLAIN_WORDS), "", " ".join(PLAIN_WORDS[3:])]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    arguments = (by_blanks, "--no-repeat-ngram-size", 1, "--logit-bias", "<eos>=-inf", "--max-new-tokens", 5, *search)
+    arguments = (whitespace_bundle, "--no-repeat-ngram-size", 1, "--logit-bias", "<eos>=-inf", "--max-new-tokens", 5, *search)
     seed = () if "--num-beams" in search else ("--seed", 1)
     out, err = written(*arguments, *seed, "--prompts-file", tmp_path / "prompts.txt", "--json")
     texts = [json.loads(line) for line in out.splitlines()]
@@ -388,17 +388,17 @@ def test_a_text_that_no_word_may_follow_takes_no_other_with_it(
         assert "prompt_number 0, index 0 ends after 3 tokens" in err
 
 
-def test_what_is_no_bundle(bundle: Path, tmp_path: Path, refused) -> None:
-    assert refused(tmp_path / "none")[0] == 66
-    assert refused(tmp_path)[0] == 66
-    code, line = refused(bundle.parent / "runs/small/checkpoints/step-000000007")
+def test_what_is_no_bundle(bundle: Path, tmp_path: Path, failure) -> None:
+    assert failure(tmp_path / "none")[0] == 66
+    assert failure(tmp_path)[0] == 66
+    code, line = failure(bundle.parent / "runs/small/checkpoints/step-000000007")
     assert (code, "lmdist-export" in line) == (65, True)
-    assert refused()[0] == 64
+    assert failure()[0] == 64
 
 
-def test_nothing_heavy_is_loaded(bundle: Path, by_blanks: Path) -> None:
+def test_nothing_heavy_is_loaded(bundle: Path, whitespace_bundle: Path) -> None:
     # NLTK takes scikit-learn, and that pandas, wherever they are installed: it is imported for a prompt that needs it only.
-    for arguments in ([bundle], [by_blanks, "--prompt", "the cat said"]):
+    for arguments in ([bundle], [whitespace_bundle, "--prompt", "the cat said"]):
         result = in_fresh_process("generate", arguments, {"torch", "pandas", "mlflow", "onnx", "matplotlib", "nltk"})
         assert result.stderr.splitlines()[-1] == "set()"
 

@@ -1,4 +1,4 @@
-"""How texts grow: batches, stops, words that may not come, search; and that it does not matter how words are cut into runs."""
+"""Generation: batches, stops, banned tokens, beam search; texts do not depend on how tokens are divided into calls."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
     return Sampler(Bundle.load(make_bundle(tmp_path_factory.mktemp("bundle"), UNTIED, "whitespace", PLAIN_WORDS)))
 
 
-def grown(
+def generated(
     sampler: Sampler, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: Any
 ) -> dict[tuple[int, int], Text]:
-    """All texts, by the number of their prompt and their own."""
+    """Return all texts, by the number of their prompt and their own."""
     options = {"seed": 3} | options
     texts: dict[tuple[int, int], Text] = {}
-    shown: dict[tuple[int, int], list[int]] = {}
-    for text, words in continuations(sampler, prompts, config, **options):
+    streamed: dict[tuple[int, int], list[int]] = {}
+    for text, tokens in continuations(sampler, prompts, config, **options):
         key = text.prompt_number, text.number
         texts[key] = text
-        shown[key] = shown.get(key, []) + words
+        streamed[key] = streamed.get(key, []) + tokens
     assert all(text.finish_reason for text in texts.values())
-    assert {key: text.tokens for key, text in texts.items()} == shown  # what is shown is never taken back
+    assert {key: text.tokens for key, text in texts.items()} == streamed  # a streamed token is final
     return texts
 
 
-def words_of(texts: dict[tuple[int, int], Text]) -> dict[tuple[int, int], list[int]]:
+def tokens_of(texts: dict[tuple[int, int], Text]) -> dict[tuple[int, int], list[int]]:
     return {key: text.tokens for key, text in texts.items()}
 
 
@@ -70,37 +70,37 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_texts_are_the_same_alone_and_in_batches_at_once_and_word_by_word(
+def test_texts_are_the_same_alone_and_in_batches_at_once_and_token_by_token(
     sampler: Sampler, config: GenerationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for options in ({}, {"ignore_end": True}, {"stops": [[4], [5, 8]]}):
-        expected = words_of(grown(sampler, PROMPTS, config, n=2, **options))
+        expected = tokens_of(generated(sampler, PROMPTS, config, n=2, **options))
         for batch_size in (1, 3):
-            assert words_of(grown(sampler, PROMPTS, config, n=2, batch_size=batch_size, **options)) == expected
+            assert tokens_of(generated(sampler, PROMPTS, config, n=2, batch_size=batch_size, **options)) == expected
         for number, prompt in enumerate(PROMPTS):
-            alone = words_of(grown(sampler, [prompt], config, **options))
+            alone = tokens_of(generated(sampler, [prompt], config, **options))
             assert alone[0, 0] == expected[number, 0]
         with monkeypatch.context() as patch:
             patch.setattr(generation, "TOKENS_PER_CALL", 1)
-            assert words_of(grown(sampler, PROMPTS, config, n=2, **options)) == expected
-        assert words_of(grown(sampler, PROMPTS, config, n=2, stream=True, **options)) == expected
-    assert words_of(grown(sampler, PROMPTS, config, n=2, seed=4)) != expected or config.greedy
+            assert tokens_of(generated(sampler, PROMPTS, config, n=2, **options)) == expected
+        assert tokens_of(generated(sampler, PROMPTS, config, n=2, stream=True, **options)) == expected
+    assert tokens_of(generated(sampler, PROMPTS, config, n=2, seed=4)) != expected or config.greedy
 
 
-def test_a_process_that_takes_denormal_numbers_for_zero_draws_the_same_words(sampler: Sampler) -> None:
+def test_a_process_that_flushes_denormal_numbers_samples_the_same_tokens(sampler: Sampler) -> None:
     config = CONFIGS["typical_p"]
-    expected = words_of(grown(sampler, PROMPTS, config, ignore_end=True))
+    expected = tokens_of(generated(sampler, PROMPTS, config, ignore_end=True))
     torch.set_flush_denormal(False)
-    kept = words_of(grown(sampler, PROMPTS, config, ignore_end=True))
+    kept = tokens_of(generated(sampler, PROMPTS, config, ignore_end=True))
     torch.set_flush_denormal(True)  # as each training does
     try:
-        assert words_of(grown(sampler, PROMPTS, config, ignore_end=True)) == kept == expected
+        assert tokens_of(generated(sampler, PROMPTS, config, ignore_end=True)) == kept == expected
     finally:
         torch.set_flush_denormal(False)
 
 
 def test_texts_of_one_prompt_differ_and_equal_prompts_do_not(sampler: Sampler) -> None:
-    texts = words_of(grown(sampler, PROMPTS, CONFIGS["plain"], n=3, ignore_end=True))
+    texts = tokens_of(generated(sampler, PROMPTS, CONFIGS["plain"], n=3, ignore_end=True))
     assert len({tuple(texts[1, number]) for number in range(3)}) == 3
     assert [texts[1, number] for number in range(3)] == [texts[4, number] for number in range(3)]
     assert texts[0, 0] != texts[3, 0]
@@ -108,32 +108,32 @@ def test_texts_of_one_prompt_differ_and_equal_prompts_do_not(sampler: Sampler) -
 
 def test_a_long_prompt_is_read_in_pieces(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = np.random.default_rng(0).integers(2, SIZE, 50).tolist()
-    expected = words_of(grown(sampler, [prompt, prompt[:9]], CONFIGS["plain"]))
+    expected = tokens_of(generated(sampler, [prompt, prompt[:9]], CONFIGS["plain"]))
     for pieces in (2, 7, 50):
         monkeypatch.setattr("lmdist_export.sampling.sampler.PREFILL_TOKENS", pieces)
         monkeypatch.setattr(generation, "PREFILL_TOKENS", pieces)
-        assert words_of(grown(sampler, [prompt, prompt[:9]], CONFIGS["plain"])) == expected
+        assert tokens_of(generated(sampler, [prompt, prompt[:9]], CONFIGS["plain"])) == expected
 
 
 def test_lengths(sampler: Sampler) -> None:
-    free = grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=9), n=6)
+    free = generated(sampler, PROMPTS, GenerationConfig(max_new_tokens=9), n=6)
     assert {text.finish_reason for text in free.values()} == {"stop", "length"}
     for text in free.values():
         assert (len(text.tokens) == 9) == (text.finish_reason == "length")
         assert END_ID not in text.tokens
         assert UNKNOWN_ID not in text.tokens
     assert min(len(text.tokens) for text in free.values()) < 8
-    least = grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=60, min_new_tokens=8), n=4)
+    least = generated(sampler, PROMPTS, GenerationConfig(max_new_tokens=60, min_new_tokens=8), n=4)
     assert min(len(text.tokens) for text in least.values()) >= 8
-    on = grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=60), n=4, ignore_end=True)
+    on = generated(sampler, PROMPTS, GenerationConfig(max_new_tokens=60), n=4, ignore_end=True)
     assert {(len(text.tokens), text.finish_reason) for text in on.values()} == {(60, "length")}
 
 
 def test_a_text_ends_before_the_first_of_its_stops(sampler: Sampler) -> None:
     config = GenerationConfig(max_new_tokens=200)
-    whole = grown(sampler, PROMPTS, config, ignore_end=True)
+    whole = generated(sampler, PROMPTS, config, ignore_end=True)
     stops = [[4, 5], [6, 7, 8], [9]]
-    stopped = grown(sampler, PROMPTS, config, ignore_end=True, stops=stops)
+    stopped = generated(sampler, PROMPTS, config, ignore_end=True, stops=stops)
     for key, text in stopped.items():
         words = whole[key].tokens
         places = [place for place in range(len(words)) if any(words[place : place + len(stop)] == stop for stop in stops)]
@@ -146,14 +146,14 @@ def test_a_text_ends_before_the_first_of_its_stops(sampler: Sampler) -> None:
 
 
 @given(
-    words=st.lists(st.integers(2, 5), max_size=30),
+    tokens=st.lists(st.integers(2, 5), max_size=30),
     stops=st.lists(st.lists(st.integers(2, 5), min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(1, 4), min_size=30, max_size=30),
 )
-def test_what_is_shown_does_not_depend_on_how_words_come(words: list[int], stops: list[list[int]], cuts: list[int]) -> None:
+def test_streamed_tokens_do_not_depend_on_the_calls(tokens: list[int], stops: list[list[int]], cuts: list[int]) -> None:
     config = GenerationConfig(max_new_tokens=25)
 
-    def shown(pieces: list[list[int]]) -> tuple[list[int], str]:
+    def streamed(pieces: list[list[int]]) -> tuple[list[int], str]:
         text, result = Text([], 0, 0), []
         for piece in pieces:
             if not text.finish_reason:
@@ -163,24 +163,24 @@ def test_what_is_shown_does_not_depend_on_how_words_come(words: list[int], stops
         return result, text.finish_reason
 
     starts = np.cumsum([0, *cuts]).tolist()
-    pieces = [words[start : start + cut] for start, cut in zip(starts, cuts, strict=False) if words[start:]]
-    assert shown(pieces) == shown([words]) == shown([[word] for word in words])
+    pieces = [tokens[start : start + cut] for start, cut in zip(starts, cuts, strict=False) if tokens[start:]]
+    assert streamed(pieces) == streamed([tokens]) == streamed([[token] for token in tokens])
 
 
-@given(words=st.lists(st.integers(2, 5), max_size=20), size=st.integers(1, 4))
-def test_a_forbidden_word_is_one_that_would_repeat_a_sequence(words: list[int], size: int) -> None:
-    found = set(banned_tokens(Text(words[:3], 0, 0, words[3:]), GenerationConfig(no_repeat_ngram_size=size), (END_ID,)))
-    seen = {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
+@given(tokens=st.lists(st.integers(2, 5), max_size=20), size=st.integers(1, 4))
+def test_a_banned_token_would_repeat_a_sequence(tokens: list[int], size: int) -> None:
+    found = set(banned_tokens(Text(tokens[:3], 0, 0, tokens[3:]), GenerationConfig(no_repeat_ngram_size=size), (END_ID,)))
+    seen = {tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)}
     expected = {
-        word for word in range(2, 6) if len(words) >= size - 1 and (*words[len(words) - size + 1 :], word)[-size:] in seen
+        token for token in range(2, 6) if len(tokens) >= size - 1 and (*tokens[len(tokens) - size + 1 :], token)[-size:] in seen
     }
     assert found == expected
 
 
-def test_sequences_that_may_not_come(sampler: Sampler) -> None:
-    free = words_of(grown(sampler, PROMPTS, GenerationConfig(max_new_tokens=150), n=3, ignore_end=True))
+def test_banned_sequences(sampler: Sampler) -> None:
+    free = tokens_of(generated(sampler, PROMPTS, GenerationConfig(max_new_tokens=150), n=3, ignore_end=True))
     config = GenerationConfig(max_new_tokens=150, no_repeat_ngram_size=3, bad_words_ids=([4, 5], [6]))
-    kept = words_of(grown(sampler, PROMPTS, config, n=3, ignore_end=True))
+    kept = tokens_of(generated(sampler, PROMPTS, config, n=3, ignore_end=True))
 
     def count(texts: dict[tuple[int, int], list[int]], sequence: tuple[int, ...]) -> int:
         size = len(sequence)
@@ -202,31 +202,31 @@ def test_a_rule_of_the_caller(sampler: Sampler) -> None:
         return added
 
     config = GenerationConfig(max_new_tokens=100)
-    free = words_of(grown(sampler, PROMPTS, config, ignore_end=True))
-    ruled = words_of(grown(sampler, PROMPTS, config, ignore_end=True, custom_bias=no_word_twice_in_a_row))
+    free = tokens_of(generated(sampler, PROMPTS, config, ignore_end=True))
+    ruled = tokens_of(generated(sampler, PROMPTS, config, ignore_end=True, custom_bias=no_word_twice_in_a_row))
     assert any(one == other for text in free.values() for one, other in pairwise(text))
     assert not any(one == other for text in ruled.values() for one, other in pairwise(text))
 
 
-def test_no_word_is_left(sampler: Sampler) -> None:
-    """A text ends where no word may follow, and those beside it go on."""
+def test_no_token_is_left(sampler: Sampler) -> None:
+    """A text ends if all tokens are banned, and the others continue."""
     config = GenerationConfig(no_repeat_ngram_size=1, max_new_tokens=15)
     every = list(range(1, SIZE))  # but <unk>, which never comes
     prompts = [[], every[:10], every]
-    expected = grown(sampler, prompts, config, ignore_end=True)
+    expected = generated(sampler, prompts, config, ignore_end=True)
     assert {key: (len(text.tokens), text.finish_reason) for key, text in expected.items()} == {
         (0, 0): (15, "length"),
         (1, 0): (len(every) - 10, "exhausted"),
         (2, 0): (0, "exhausted"),
     }
     for options in ({"batch_size": 1}, {"stream": True}, {"n": 2}):
-        texts = grown(sampler, prompts, config, ignore_end=True, **options)
-        assert words_of(texts) | words_of(expected) == words_of(texts)
+        texts = generated(sampler, prompts, config, ignore_end=True, **options)
+        assert tokens_of(texts) | tokens_of(expected) == tokens_of(texts)
     # The first word of a stop waits for its second, which may not come.
     stops = [[word, word] for word in every]
-    assert grown(sampler, prompts, config, ignore_end=True, stops=stops) == expected
+    assert generated(sampler, prompts, config, ignore_end=True, stops=stops) == expected
     with pytest.raises(UsageError, match="mask all of them"):
-        grown(sampler, [[]], GenerationConfig(bad_words_ids=tuple([word] for word in range(SIZE))))
+        generated(sampler, [[]], GenerationConfig(bad_words_ids=tuple([word] for word in range(SIZE))))
 
 
 def test_log_probabilities_are_those_of_torch(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +249,7 @@ def test_log_probabilities_are_those_of_torch(sampler: Sampler, monkeypatch: pyt
 
 
 def every_text(sampler: Sampler, prompt: list[int], config: GenerationConfig) -> list[tuple[float, tuple[int, ...]]]:
-    """All texts there are and their scores, the best first: by looking at each."""
+    """Return all possible texts and their scores, the best first, by exhaustive search."""
     bias = generation.fixed_bias(config, SIZE)
     found = []
 
@@ -281,7 +281,7 @@ def test_a_search_wide_enough_finds_the_best_texts(sampler: Sampler, length_pena
 
 def test_a_search_of_one_beam_without_an_end_is_greedy(sampler: Sampler) -> None:
     config = GenerationConfig(max_new_tokens=25, do_sample=False)
-    greedy = grown(sampler, [[3, 5]], config, ignore_end=True)[0, 0]
+    greedy = generated(sampler, [[3, 5]], config, ignore_end=True)[0, 0]
     (found,) = beam_search(sampler, [3, 5], config, ignore_end=True)
     assert (found.tokens, found.finish_reason) == (greedy.tokens, "length")
 
@@ -302,7 +302,7 @@ def test_a_wider_search_is_no_worse_and_keeps_the_rules(sampler: Sampler) -> Non
     assert 7 not in kept
 
 
-def test_a_search_where_no_word_is_left(sampler: Sampler) -> None:
+def test_a_search_where_no_token_is_left(sampler: Sampler) -> None:
     config = GenerationConfig(no_repeat_ngram_size=1, max_new_tokens=20, num_beams=3)
     every = list(range(1, SIZE))
     texts = beam_search(sampler, every[:-2], config, n=3, ignore_end=True)

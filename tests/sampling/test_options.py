@@ -42,7 +42,7 @@ def outside(row: Row) -> float:
 
 
 @pytest.mark.parametrize("row", BOUNDED, ids=lambda row: row.name)
-def test_a_value_out_of_bounds_is_refused_by_the_name_that_the_caller_knows(row: Row) -> None:
+def test_a_value_out_of_bounds_is_rejected_by_the_name_that_the_caller_knows(row: Row) -> None:
     value: Any = outside(row)
     values: dict[str, Any] = {row.name: value}
     for as_flags, name in ((True, row.flag), (False, row.name)):

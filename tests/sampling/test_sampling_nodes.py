@@ -69,9 +69,11 @@ def sample(
             "in_prompt": np.tile(np.pad(past.in_prompt, (0, beyond)), (rows, 1)),
             "row_bias": np.pad(past.row_bias or np.zeros(vocabulary_size), (0, beyond))[None] * inverse,
         }
-    made = session(padded, features, cuda)
+    nodes = session(padded, features, cuda)
     types = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
-    tokens, mass = made.run(None, {value.name: np.asarray(feed[value.name], types[value.type]) for value in made.get_inputs()})
+    tokens, mass = nodes.run(
+        None, {value.name: np.asarray(feed[value.name], types[value.type]) for value in nodes.get_inputs()}
+    )
     assert np.isfinite(mass).all()
     return tokens[:, 0]
 
@@ -186,7 +188,7 @@ def test_penalties_sample_the_tokens_of_the_reference(
 
 @settings(max_examples=60)
 @given(logits=some_logits, penalties=penalties, seed=seeds)
-def test_greedy_is_the_first_of_the_likeliest(logits: list[float], penalties: dict[str, float], seed: int) -> None:
+def test_greedy_is_the_first_of_the_most_likely(logits: list[float], penalties: dict[str, float], seed: int) -> None:
     uniform = np.zeros((2, 1))
     config = GenerationConfig(temperature=0.0)
     assert sample(logits, config, uniform).tolist() == [int(np.argmax(logits))] * 2
@@ -256,7 +258,7 @@ EDGES = [
 
 @pytest.mark.parametrize("logits", EDGES, ids=lambda logits: f"{logits[0]}..{len(logits)}")
 @pytest.mark.parametrize("number", [0.0, 2**-24, 0.5, LAST])
-def test_the_edges_of_numbers_give_words_that_may_be_sample(logits: list[float], number: float) -> None:
+def test_uniform_numbers_at_the_edges_sample_allowed_tokens(logits: list[float], number: float) -> None:
     uniform = np.full((3, 24), number)
     uniform[1, 1:] = 0.0
     uniform[2, 1:] = LAST
@@ -267,12 +269,12 @@ def test_the_edges_of_numbers_give_words_that_may_be_sample(logits: list[float],
 
 
 @pytest.mark.parametrize("config", [replace(config, temperature=1e-30) for config in ONE_BY_ONE], ids=named)
-def test_almost_no_temperature_samples_one_of_the_likeliest(config: GenerationConfig) -> None:
+def test_almost_no_temperature_samples_one_of_the_most_likely(config: GenerationConfig) -> None:
     logits = [-1.0, 2.0, 1.75, 2.0, 0.0, *[-3.0] * 300]
     assert set(sample(logits, config, SWEEP[:, None]).tolist()) <= {1, 3}
 
 
-def test_min_p_of_1_never_rejects_the_likeliest() -> None:
+def test_min_p_of_1_never_rejects_the_most_likely() -> None:
     """Products of quotients are rounded: a token that is compared with itself may seem to be below."""
     random = np.random.default_rng(3)
     for _ in range(30):

@@ -1,4 +1,4 @@
-"""lmdist-score: log-probabilities are torch's, perplexity is lmdist-evaluate's, lists are read as they come."""
+"""lmdist-score: log-probabilities are torch's, perplexity is lmdist-evaluate's, lists are read as a stream."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run and its bundle, whose words stand between blanks."""
+    """A run and its bundle, with the whitespace tokenizer."""
     folder = tmp_path_factory.mktemp("blanks")
     make_bundle(folder, UNTIED, "whitespace", PLAIN_WORDS)
     return folder
@@ -76,7 +76,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def written(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """What a call of the command writes to stdout, when it finds `stdin` there."""
+    """Return a function that runs the command with `stdin`, and returns its stdout."""
 
     def call(*arguments: object, stdin: str = "") -> str:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin.encode())))
@@ -87,8 +87,8 @@ def written(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Exit code and the only line of a call that fails."""
+def failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Return a function that runs a failing command, and returns its exit code and its one line."""
 
     def call(*arguments: object, stdin: bytes = b"") -> tuple[int | str | None, str]:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
@@ -145,7 +145,7 @@ def test_the_end_can_be_left_out(sampler) -> None:
         assert one.bytes == other.bytes - 1 == len(one.text)
 
 
-def test_random_texts_score_batch_are_as_one_by_one(sampler) -> None:
+def test_random_texts_score_in_batches_as_one_by_one(sampler) -> None:
     random = np.random.default_rng(0)
     texts = [random.integers(0, 4, random.integers(0, 9)).tolist() for _ in range(200)]  # 4 words: many begin the same
     for ids, scores in zip(texts, score_batch(sampler, texts), strict=True):
@@ -153,7 +153,7 @@ def test_random_texts_score_batch_are_as_one_by_one(sampler) -> None:
         np.testing.assert_allclose(scores, alone[0], atol=2e-5)
 
 
-def test_what_texts_begin_with_is_read_once(sampler, monkeypatch) -> None:
+def test_common_prefixes_are_read_once(sampler, monkeypatch) -> None:
     read = 0
 
     def counting(method):
@@ -183,7 +183,7 @@ def test_small_pieces_of_logits_change_nothing(sampler, monkeypatch) -> None:
         np.testing.assert_allclose(after, (h, c), atol=2e-5)
 
 
-def test_carried_state_gives_the_perplexity_of_evaluate(folder, bundle, model, text, written) -> None:
+def test_with_carried_state_the_perplexity_is_that_of_evaluate(folder, bundle, model, text, written) -> None:
     tokens = tokens_of_file(bundle, str(text))
     nats = evaluate(model, tokens, 1, 256, World(0, 1, torch.device("cpu")))
     for batch_size in (1, 2, 256):
@@ -324,7 +324,7 @@ def test_of_equals_the_first_is_the_best(bundle, written) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 100])
-def test_next_words_are_the_likeliest_of_torch(bundle, sampler, model, written, count) -> None:
+def test_next_words_are_the_most_likely_of_torch(bundle, sampler, model, written, count) -> None:
     vocabulary = sampler.bundle.vocabulary
     lines = written(bundle, "--next", count, stdin="the zebra said\n\n").splitlines()
     as_json = [json.loads(line) for line in written(bundle, "--next", count, "--json", stdin="the zebra said\n\n").splitlines()]
@@ -460,23 +460,23 @@ def test_the_command(tmp_path) -> None:
         (("-o", "nowhere/scores.tsv"), "nothing can be written in nowhere"),
     ],
 )
-def test_wrong_values(bundle, refused, arguments: tuple[object, ...], message: str) -> None:
-    code, line = refused(bundle, *arguments)
+def test_wrong_values(bundle, failure, arguments: tuple[object, ...], message: str) -> None:
+    code, line = failure(bundle, *arguments)
     assert code == 64
     assert message in line
 
 
-def test_wrong_input(bundle, tmp_path, refused) -> None:
-    assert refused(tmp_path / "none")[0] == 66
-    code, line = refused(bundle, "nowhere.txt")
+def test_wrong_input(bundle, tmp_path, failure) -> None:
+    assert failure(tmp_path / "none")[0] == 66
+    code, line = failure(bundle, "nowhere.txt")
     assert (code, "nowhere.txt does not exist" in line) == (66, True)
     (tmp_path / "latin.txt").write_bytes(b"the cat\nthe gr\xf6\xdfe\n")
-    code, line = refused(bundle, tmp_path / "latin.txt", "-o", tmp_path / "scores.tsv")
+    code, line = failure(bundle, tmp_path / "latin.txt", "-o", tmp_path / "scores.tsv")
     assert (code, "latin.txt, line 2: byte 7 is not UTF-8" in line) == (65, True)
     assert not (tmp_path / "scores.tsv").exists()
-    assert refused(bundle, "--words", stdin=b"\xff\n")[1].startswith("lmdist-score: error: stdin, line 1: ")
+    assert failure(bundle, "--words", stdin=b"\xff\n")[1].startswith("lmdist-score: error: stdin, line 1: ")
     for options in ((), ("--accuracy",)):
-        code, line = refused(bundle, *options)
+        code, line = failure(bundle, *options)
         assert (code, "at least one line is expected" in line) == (65, True)
 
 
@@ -492,13 +492,13 @@ def test_wrong_input(bundle, tmp_path, refused) -> None:
         ("1 ||| the cat ||| LM0= -3 ||| ", "its score is ''"),
     ],
 )
-def test_wrong_lists(bundle, refused, line: str, problem: str) -> None:
-    code, error = refused(bundle, "--nbest", stdin=f"1\tthe cat\n{line}\n".encode())
+def test_wrong_lists(bundle, failure, line: str, problem: str) -> None:
+    code, error = failure(bundle, "--nbest", stdin=f"1\tthe cat\n{line}\n".encode())
     assert code == 65
     assert f"stdin, line 2: {problem}; expected is ID ||| HYPOTHESIS" in error
 
 
-def test_empty_lists_have_nothing_to_say(bundle, written) -> None:
+def test_empty_lists_print_nothing(bundle, written) -> None:
     for options in (("--nbest",), ("--nbest", "--best"), ("--words",), ("--sentences",), ("--next", 3)):
         assert written(bundle, *options) == ""
 

@@ -1,4 +1,4 @@
-"""Words made one a run, with the state where it lies: the code that a GPU runs, on the CPU provider with the same bindings."""
+"""Tokens generated one per call, with the state on the device: a GPU's code path, with the same bindings on a CPU."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def plain(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def pair(bundle: Bundle) -> tuple[Sampler, Sampler]:
-    """One that makes words by the Loop, and one that makes them one a run."""
+    """A sampler that generates tokens by the Loop, and one that generates one per call."""
     one, two = Sampler(bundle), Sampler(bundle)
     two.uses_token_graph = True
     return one, two
@@ -81,13 +81,13 @@ def compare(found: State, expected: State) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_words_and_state_are_those_of_the_loop(bundle: Bundle, config: GenerationConfig) -> None:
-    loop, by_word = pair(bundle)
+def test_tokens_and_state_are_those_of_the_loop(bundle: Bundle, config: GenerationConfig) -> None:
+    loop, by_token = pair(bundle)
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:3], PROMPTS):
-        one, two = (made.start(prompts).seeded(5) for made in (loop, by_word))
-        for words, stops in ((7, ()), (1, ()), (30, (3, 4, 5)), (0, ()), (4, (99,))):
-            expected, one = loop.generate(one, config, words, stops)
-            found, two = by_word.generate(two, config, words, stops)
+        one, two = (sampler.start(prompts).seeded(5) for sampler in (loop, by_token))
+        for num_tokens, stops in ((7, ()), (1, ()), (30, (3, 4, 5)), (0, ()), (4, (99,))):
+            expected, one = loop.generate(one, config, num_tokens, stops)
+            found, two = by_token.generate(two, config, num_tokens, stops)
             np.testing.assert_array_equal(found, expected)
             assert found.dtype == expected.dtype
             compare(two, one)
@@ -101,19 +101,19 @@ def test_what_is_added_to_logits(bundle: Bundle) -> None:
         "in_prompt": random.random((len(PROMPTS), size)) < 0.5,
     }
     config = replace(CONFIGS["adjusted"], repetition_penalty=2)
-    loop, by_word = pair(bundle)
+    loop, by_token = pair(bundle)
     expected, one = loop.generate(loop.start(PROMPTS).seeded(1), config, 12, **added)
-    found, two = by_word.generate(by_word.start(PROMPTS).seeded(1), config, 12, **added)
+    found, two = by_token.generate(by_token.start(PROMPTS).seeded(1), config, 12, **added)
     np.testing.assert_array_equal(found, expected)
     compare(two, one)
 
 
-def test_the_state_that_went_in_is_as_it_was(plain: Bundle) -> None:
-    made = pair(plain)[1]
-    _, state = made.generate(made.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 3)
+def test_the_given_state_is_not_changed(plain: Bundle) -> None:
+    sampler = pair(plain)[1]
+    _, state = sampler.generate(sampler.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 3)
     before = [*(part.copy() for part in state.model), np.array(state.counts)]
-    first = made.generate(state, CONFIGS["adjusted"], 5)
-    again = made.generate(state, CONFIGS["adjusted"], 5)
+    first = sampler.generate(state, CONFIGS["adjusted"], 5)
+    again = sampler.generate(state, CONFIGS["adjusted"], 5)
     np.testing.assert_array_equal(first[0], again[0])
     compare(again[1], first[1])
     for array, expected in zip((*state.model, state.counts), before, strict=True):
@@ -125,28 +125,28 @@ def addresses(session: TokenSession) -> list[dict[str, int]]:
 
 
 def test_values_stay_where_they_are_while_their_shapes_do(plain: Bundle) -> None:
-    made = pair(plain)[1]
-    made.generate(made.start(PROMPTS).seeded(1), CONFIGS["plain"], 3)
-    session = made.token_session(ALL_FEATURES["plain"])
+    sampler = pair(plain)[1]
+    sampler.generate(sampler.start(PROMPTS).seeded(1), CONFIGS["plain"], 3)
+    session = sampler.token_session(ALL_FEATURES["plain"])
     first, bindings = addresses(session), session.bindings
     differing = {name for name in first[0] if first[0][name] != first[1][name]}
     assert differing == {"word", "mass", *(f"{name}_{layer}" for name in "hc" for layer in range(3))}
-    # What a run gives lies where the next one reads it, and nothing was made anew for it.
+    # The outputs of a call are the inputs of the next one, in the same memory.
     for (binding, _), after in zip(bindings, first[::-1], strict=True):
         outputs = [value.name.removeprefix("next_") for value in session.session.get_outputs()]
         found = dict(zip(outputs, (value.data_ptr() for value in binding.get_outputs()), strict=True))
         assert found == {name: after[name] for name in outputs}
-    made.generate(made.start(PROMPTS[::-1]).seeded(2), replace(CONFIGS["plain"], temperature=1.5), 8)
+    sampler.generate(sampler.start(PROMPTS[::-1]).seeded(2), replace(CONFIGS["plain"], temperature=1.5), 8)
     assert addresses(session) == first
     assert session.bindings is bindings
-    made.generate(made.start(PROMPTS[:2]).seeded(1), CONFIGS["plain"], 3)
+    sampler.generate(sampler.start(PROMPTS[:2]).seeded(1), CONFIGS["plain"], 3)
     assert session.bindings is not bindings
 
 
-def test_a_run_twice_is_a_run(plain: Bundle) -> None:
-    """As when a CUDA graph is captured: onnxruntime runs it three times then."""
-    loop, by_word = pair(plain)
-    session = by_word.token_session(ALL_FEATURES["adjusted"])
+def test_a_repeated_run_changes_nothing(plain: Bundle) -> None:
+    """onnxruntime runs the graph three times to capture a CUDA graph."""
+    loop, by_token = pair(plain)
+    session = by_token.token_session(ALL_FEATURES["adjusted"])
     once = session.run
 
     def thrice(number: int) -> None:
@@ -155,12 +155,12 @@ def test_a_run_twice_is_a_run(plain: Bundle) -> None:
 
     session.run = thrice
     expected, one = loop.generate(loop.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 9)
-    found, two = by_word.generate(by_word.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 9)
+    found, two = by_token.generate(by_token.start(PROMPTS).seeded(1), CONFIGS["adjusted"], 9)
     np.testing.assert_array_equal(found, expected)
     compare(two, one)
 
 
-# --- what a GPU would be given -------------------------------------------------------------------------------------
+# --- the graphs for a GPU ------------------------------------------------------------------------------------------
 
 
 def sizes_of(precision: str, cutoffs: list[int]) -> Sizes:
@@ -196,49 +196,49 @@ def test_what_is_captured_has_nothing_that_a_cuda_graph_cannot_replay(features: 
 def test_graphs_for_cuda_compute_the_same(precision: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export.main([str(run), "-o", str(tmp_path / "bundle"), "--precision", precision])
     bundle = Bundle.load(tmp_path / "bundle")
-    expected, one = (made := Sampler(bundle)).generate(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
+    expected, one = (sampler := Sampler(bundle)).generate(sampler.start(PROMPTS).seeded(1), GenerationConfig(), 12)
     opened = runtime.Runtime.open
 
     def as_for_cuda(self: runtime.Runtime, graph: Any, captured: bool = False) -> Any:
         return opened(self, lambda sizes, target: graph(sizes, target=replace(target, cuda=True)), captured)
 
     monkeypatch.setattr(runtime.Runtime, "open", as_for_cuda)
-    made = pair(bundle)[1]
-    found, two = made.generate(made.start(PROMPTS).seeded(1), GenerationConfig(), 12)
+    sampler = pair(bundle)[1]
+    found, two = sampler.generate(sampler.start(PROMPTS).seeded(1), GenerationConfig(), 12)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(two.model, one.model, atol=1e-5 if precision == "fp32" else 1e-2)
 
 
-# --- a CUDA graph that cannot be -----------------------------------------------------------------------------------
+# --- CUDA graphs that fail -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at_run", [False, True])
-def test_words_are_made_without_a_cuda_graph_where_there_can_be_none(
+def test_tokens_are_generated_without_a_cuda_graph_if_none_can_be_captured(
     plain: Bundle, at_run: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, by_word = pair(plain)
-    session = by_word.token_session(ALL_FEATURES["plain"])
-    opened, asked = by_word.runtime.open, []
+    loop, by_token = pair(plain)
+    session = by_token.token_session(ALL_FEATURES["plain"])
+    opened, asked = by_token.runtime.open, []
 
     def fail(*arguments: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     def refuse(graph: Any, captured: bool = False) -> Any:
         asked.append(captured)
-        made = opened(graph)
+        session = opened(graph)
         if captured and not at_run:
             raise UsageError("not all nodes are on CUDA")
         return (
-            SimpleNamespace(run_with_iobinding=fail, get_inputs=made.get_inputs, io_binding=made.io_binding)
+            SimpleNamespace(run_with_iobinding=fail, get_inputs=session.get_inputs, io_binding=session.io_binding)
             if captured
-            else made
+            else session
         )
 
-    monkeypatch.setattr(by_word.runtime, "open", refuse)
+    monkeypatch.setattr(by_token.runtime, "open", refuse)
     session.captured = True
     session.session = session.open()
     expected, _ = loop.generate(loop.start(PROMPTS).seeded(1), CONFIGS["plain"], 9)
-    found, _ = by_word.generate(by_word.start(PROMPTS).seeded(1), CONFIGS["plain"], 9)
+    found, _ = by_token.generate(by_token.start(PROMPTS).seeded(1), CONFIGS["plain"], 9)
     np.testing.assert_array_equal(found, expected)
     assert [asked.count(captured) for captured in (True, False)] == [1, 2]  # the prompts' graph is one
 

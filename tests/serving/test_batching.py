@@ -1,4 +1,4 @@
-"""Requests that share their runs get what each gets alone, and none suffers from another."""
+"""Requests that share batches get the texts that each gets alone, and a failing one does not affect the others."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ def words_of(texts: Sequence[Text]) -> list[tuple[int, int, list[int], str]]:
 
 
 def alone(sampler: Sampler, request: Request) -> list[tuple[int, int, list[int], str]]:
-    """The texts of a request that nothing stands beside."""
-    how = request.generation
-    settings = how.config, request.seed, request.n, how.stops, how.ignore_end
-    made = continuations(sampler, request.prompts, *settings, batch_size=1)
-    return words_of([text for text, _ in made if text.finish_reason])
+    """The texts of a request without others in its batches."""
+    settings = request.config, request.seed, request.n, request.stops, request.ignore_end
+    texts = continuations(sampler, request.prompts, *settings, batch_size=1)
+    return words_of([text for text, _ in texts if text.finish_reason])
 
 
 def test_requests_of_many_settings_get_what_each_gets_alone(sampler: Sampler) -> None:
@@ -50,8 +49,8 @@ def test_requests_of_many_settings_get_what_each_gets_alone(sampler: Sampler) ->
     assert not batcher.batches
 
 
-def test_a_request_that_fails_takes_no_other_with_it(sampler: Sampler) -> None:
-    """A word that the model does not have fails the run of all; those beside it are made by themselves."""
+def test_a_request_that_fails_does_not_fail_others(sampler: Sampler) -> None:
+    """A token outside the vocabulary fails the batch; the other requests are then generated alone."""
     config = replace(CONFIG, max_new_tokens=200)
     prompts = [[], [300], [7]]
     batcher = Batcher(sampler)
@@ -71,19 +70,19 @@ def test_a_request_that_fails_takes_no_other_with_it(sampler: Sampler) -> None:
         assert len(texts[0].tokens) == 200
 
 
-def test_a_request_that_takes_too_long_makes_room(sampler: Sampler) -> None:
+def test_a_request_that_times_out_leaves_the_batch(sampler: Sampler) -> None:
     batcher = Batcher(sampler, batch_size=1)
     config = replace(CONFIG, max_new_tokens=1_000_000)
     with pytest.raises(RequestTimeout):
         batcher.generate(Request(sampler, [[]], config, 1, ignore_end=True), 0.2)
     request = Request(sampler, [[3]], replace(config, max_new_tokens=5), 1, ignore_end=True)
     assert words_of(batcher.generate(request, 60)) == alone(sampler, request)
-    with pytest.raises(RequestTimeout):  # of the same settings, so that it comes after one that nobody waits for
+    with pytest.raises(RequestTimeout):  # of the same settings, so that it follows a cancelled one
         batcher.generate(Request(sampler, [[]], config, 1, ignore_end=True), 0.2)
 
 
-def test_texts_that_nobody_waits_for_leave_the_batch_and_those_beside_them_stay(sampler: Sampler) -> None:
-    """Given up at the worst moment, while its first text begins."""
+def test_cancelled_texts_leave_the_batch_and_the_others_stay(sampler: Sampler) -> None:
+    """Cancelled while its first text begins, when the batch is being filled."""
     config = replace(CONFIG, max_new_tokens=3_000)
     left = Request(sampler, [[3]], config, 1, n=3, ignore_end=True)
     unchanged = left.new_texts
@@ -105,7 +104,7 @@ def test_texts_that_nobody_waits_for_leave_the_batch_and_those_beside_them_stay(
     assert len(left.texts[0].tokens) < 3_000
 
 
-def test_a_search_that_nobody_waits_for_ends_with_its_prompt(sampler: Sampler) -> None:
+def test_a_cancelled_search_ends_with_its_prompt(sampler: Sampler) -> None:
     request = Request(sampler, [[3], [4]], replace(CONFIG, max_new_tokens=5, num_beams=3), 0)
     request.cancel()
     with pytest.raises(RequestTimeout):

@@ -33,7 +33,7 @@ APP = "mlflow.pyfunc.scoring_server.app:app"
 
 
 class Serving:
-    """A server of one bundle, and what it answers."""
+    """A server of one bundle."""
 
     def __init__(self, arguments: list[str], folder: Path, **environment: str) -> None:
         self.port = free_port()
@@ -49,7 +49,7 @@ class Serving:
             )
 
     def wait(self) -> None:
-        """Until it is up."""
+        """Wait until it is up."""
         deadline = time.monotonic() + 200
         while True:
             try:
@@ -61,7 +61,7 @@ class Serving:
                 time.sleep(0.1)
 
     def post(self, body: object, content_type: str = "application/json") -> tuple[int, Any]:
-        """Status and answer to a body."""
+        """Return the status and the answer to a body."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/invocations", data, {"Content-Type": content_type})
         try:
@@ -72,13 +72,13 @@ class Serving:
                 return error.code, json.loads(error.read())
 
     def texts(self, *prompts: str, **params: object) -> list[dict[str, Any]]:
-        """The texts that go on from prompts."""
+        """Return the texts that continue prompts."""
         status, answer = self.post({"dataframe_records": [{"prompt": prompt} for prompt in prompts], "params": params})
         assert status == 200, answer
         return answer["predictions"]
 
     def stop(self) -> int:
-        """End it; gives its exit code."""
+        """Terminate it, and return its exit code."""
         self.process.terminate()
         return self.process.wait(timeout=60)
 
@@ -102,7 +102,7 @@ def serving(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def generated(bundle: Path, capsys: pytest.CaptureFixture[str]):
-    """What lmdist-generate writes for options of the server."""
+    """Return a function that runs lmdist-generate with options of the server, and returns its lines of JSON."""
 
     def call(*prompts: str, **options: object) -> list[dict[str, Any]]:
         flags: list[str] = []
@@ -133,7 +133,7 @@ def test_the_folder_is_a_model_of_mlflow_and_a_bundle_as_before(bundle: Path) ->
     assert str(bundle) not in (bundle / "MLmodel").read_text()
 
 
-# --- what is answered ----------------------------------------------------------------------------------------------
+# --- answers -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_a_search_is_that_of_lmdist_generate(serving: Serving, generated) -> Non
 
 
 @pytest.mark.slow
-def test_a_drawn_seed_is_told_and_repeats_the_text(serving: Serving) -> None:
+def test_the_returned_seed_repeats_the_text(serving: Serving) -> None:
     first, second = (serving.texts("the dog", ignore_eos=True, max_new_tokens=40)[0] for _ in range(2))
     assert first["seed"] != second["seed"]
     assert serving.texts("the dog", ignore_eos=True, max_new_tokens=40, seed=first["seed"]) == [first]
@@ -211,7 +211,7 @@ def test_32_clients_at_once_get_what_each_gets_alone(serving: Serving, generated
         assert [answer] == generated("the cat", **params)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- invalid requests ----------------------------------------------------------------------------------------------
 
 
 def one(**params: object) -> dict[str, object]:
@@ -300,10 +300,10 @@ def test_wrong_input_is_a_400_and_a_sentence(serving: Serving, body: object, sen
         *("application/json; charset=latin-1", "application/json; profile=x", "application/jsonlines"),
     ],
 )
-def test_what_is_no_json_is_a_415_and_a_sentence(serving: Serving, content_type: str) -> None:
+def test_a_body_that_is_not_json_is_a_415_and_a_sentence(serving: Serving, content_type: str) -> None:
     status, answer = serving.post(b"prompt\nthe secret\n", content_type)
-    said = f'Content-Type is "{content_type}"' if content_type else "no Content-Type is given"
-    assert (status, answer["message"]) == (415, f"{said}; application/json is expected, in UTF-8")
+    message = f'Content-Type is "{content_type}"' if content_type else "no Content-Type is given"
+    assert (status, answer["message"]) == (415, f"{message}; application/json is expected, in UTF-8")
 
 
 @pytest.mark.slow
@@ -314,19 +314,19 @@ def test_a_body_that_is_too_long_is_a_413_and_a_sentence(serving: Serving) -> No
 
 
 @pytest.mark.slow
-def test_no_other_path_has_a_door(serving: Serving) -> None:
+def test_no_other_path_is_served(serving: Serving) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{serving.port}/version", timeout=60) as answer:
         assert answer.status == 200
 
 
-# --- those who wait ------------------------------------------------------------------------------------------------
+# --- several clients -----------------------------------------------------------------------------------------------
 
 LONG = {"max_new_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
-"""Each run makes one word, for no sequence may come twice: half a minute and more for sixteen of them."""
+"""No sequence may be repeated, so each call generates one token: sixteen take more than half a minute."""
 
 
 def cpu_seconds(process_id: int) -> float:
-    """That a process and its children have used so far."""
+    """Return the CPU seconds of a process and its children."""
     import psutil
 
     server = psutil.Process(process_id)
@@ -334,7 +334,7 @@ def cpu_seconds(process_id: int) -> float:
 
 
 @pytest.mark.slow
-def test_nothing_is_made_for_a_client_that_has_gone(serving: Serving) -> None:
+def test_nothing_is_generated_for_a_client_that_disconnected(serving: Serving) -> None:
     body = json.dumps(one(**LONG)).encode()
     for _ in range(20):
         client = http.client.HTTPConnection("127.0.0.1", serving.port)
@@ -346,7 +346,7 @@ def test_nothing_is_made_for_a_client_that_has_gone(serving: Serving) -> None:
         time.sleep(1)
         if cpu_seconds(serving.process.pid) - before < 0.1:
             break
-        assert time.monotonic() < deadline, "the server still makes their words"
+        assert time.monotonic() < deadline, "the server still generates their texts"
 
 
 @pytest.mark.slow
@@ -362,7 +362,7 @@ def test_a_short_request_does_not_wait_for_many_long_ones(serving: Serving) -> N
 
 
 @pytest.mark.slow
-def test_what_is_refused_stands_in_no_log_as_a_defect(serving: Serving) -> None:
+def test_invalid_requests_are_not_logged_as_errors(serving: Serving) -> None:
     assert serving.post(one(top_p=7))[0] == 400
     assert "Traceback" not in serving.log.read_text()
 
@@ -432,7 +432,9 @@ def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_mlflow_away_is_said_without_a_password(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_mlflow_is_reported_without_the_password(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:secret@127.0.0.1:{free_port()}")
     done = command("lmdist_export.export", bundle, "--register", "small", cwd=tmp_path)
     assert done.returncode == 75
@@ -442,7 +444,7 @@ def test_mlflow_away_is_said_without_a_password(bundle: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("-o", "b", "--register", "a/b"), "--register 'a/b' is no name for a model"),
         (("-o", "b", "--register", "a", "--alias", "Latest"), "--alias 'Latest' is no alias"),
@@ -453,19 +455,19 @@ def test_mlflow_away_is_said_without_a_password(bundle: Path, tmp_path: Path, mo
     ],
 )
 def test_mistakes_are_seen_before_any_work(
-    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lmdist_export import export
 
     with pytest.raises(SystemExit) as stop:
         export.main([str(tmp_path), *arguments])
     assert stop.value.code == 64
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["news", "news.en 2", "a/b", "a:b", " ", "", ".", "..", "é"])
 @pytest.mark.parametrize("alias", ["champion", "a-b_2", "latest", "v3", "a b", "", "x" * 256])
-def test_names_are_refused_as_mlflow_refuses_them(name: str, alias: str) -> None:
+def test_names_are_rejected_as_mlflow_refuses_them(name: str, alias: str) -> None:
     from mlflow import MlflowException
     from mlflow.utils import validation
 

@@ -1,8 +1,8 @@
-"""Checkpoints, bundles, data folders and CSVs that are broken, or made by someone who means harm.
+"""Checkpoints, bundles, data folders and CSVs that are damaged or malicious.
 
-Whatever is read gives the right result or one line that names it: no traceback, no wait, no memory beyond the file's own. The
-first part breaks files at random, 1,000 times each, half of them with sums that are right again; the second is what a person
-would think of.
+Reading returns the correct result or fails with one line that names the file: no traceback, no hang, no memory beyond the
+file's own. The first part mutates files at random, 1,000 times each, half of them with valid checksums; the second has cases
+written by hand.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ ROWS = 3
 
 @contextlib.contextmanager
 def at_most(mebibytes: int) -> Iterator[None]:
-    """So much more memory than there is already: what asks for more fails at once, and not the machine."""
+    """Limit the memory of this process to so much more than it has: a larger allocation fails at once."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
@@ -127,11 +127,11 @@ def bundle_of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundle_of_bytes"), ADAPTIVE, "whitespace", words, "int8")
 
 
-# --- what a reader must do with whatever it is given ---------------------------------------------------------------
+# --- random mutations ----------------------------------------------------------------------------------------------
 
 
 def use_checkpoint(folder: Path) -> None:
-    """Load for evaluation and for export, and go on with the training."""
+    """Load for evaluation and for export, and continue the training."""
     model, _ = load_model(folder)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     hidden, _ = model(torch.zeros(2, 3, dtype=torch.int64), model.initial_state(2))
@@ -152,7 +152,7 @@ def use_checkpoint(folder: Path) -> None:
 
 
 def use_bundle(folder: Path, every_option: bool = True) -> None:
-    """Write a few words, drawn and not drawn, as the bundle says and with all options; score some."""
+    """Generate a few tokens, sampled and greedy, with the bundle's options and with all options; score some."""
     bundle = Bundle.load(folder)
     sampler = Sampler(bundle, threads=1)
     words = bundle.vocabulary.encode(bundle.tokenizer.tokenize("the cat said"))
@@ -281,7 +281,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def remembered_sessions(monkeypatch: pytest.MonkeyPatch) -> dict[object, Any]:
     """Sessions are opened once for the same graph over the same weights: to open them is most of what a mutation costs.
 
-    They take nothing else of a bundle, which test_a_graph_of_a_stranger_never_runs shows.
+    They take nothing else of a bundle, which test_a_foreign_graph_never_runs shows.
     """
     sessions: dict[object, Any] = {}
     open_new = Runtime.open
@@ -303,14 +303,14 @@ def test_a_thousand_mutations_give_a_result_or_one_line(kind: str, request: pyte
     original: Path = request.getfixturevalue(kind)
     change, use = KINDS[kind]
     use(Path(shutil.copytree(original, tmp_path / "whole")))
-    refused = 0
+    rejected = 0
     for seed in range(TIMES):
         folder = Path(shutil.copytree(original, tmp_path / "case"))
         done = change(folder, np.random.default_rng(seed))
         try:
             use(folder)
         except (DataError, MissingInputError, UsageError) as error:
-            refused += 1
+            rejected += 1
             message = str(error)
             assert "\n" not in message, f"seed {seed} ({done}): {message}"
             # What is wrong with a table may be how little there is in it, and with options that they leave no word.
@@ -320,7 +320,7 @@ def test_a_thousand_mutations_give_a_result_or_one_line(kind: str, request: pyte
         except BaseException as error:
             raise AssertionError(f"seed {seed} ({done})") from error
         shutil.rmtree(folder)
-    assert TIMES // 20 < refused < TIMES - TIMES // 20  # some do harm and some do none
+    assert TIMES // 20 < rejected < TIMES - TIMES // 20  # some mutations matter and some do not
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
@@ -328,12 +328,12 @@ def test_a_thousand_mutations_give_a_result_or_one_line(kind: str, request: pyte
 
 @pytest.fixture
 def copied(saved: Path, tmp_path: Path) -> Path:
-    """A checkpoint to spoil, alone in its run."""
+    """A checkpoint to damage, alone in its run."""
     return Path(shutil.copytree(saved, tmp_path / "run" / "checkpoints" / saved.name))
 
 
 def edit_model(folder: Path, **values: object) -> None:
-    """Change what a manifest says of its model, in both places."""
+    """Change the model's settings in a manifest, in both places."""
     manifest = read_json(folder / "manifest.json")
     recipe = manifest["recipe"] | {"model": manifest["recipe"]["model"] | values}
     edit_json(folder / "manifest.json", model=manifest["model"] | values, recipe=recipe)
@@ -378,7 +378,7 @@ def test_a_pickle_is_not_unpickled(copied: Path, tmp_path: Path, name: str, pack
     ],
 )
 @pytest.mark.timeout(20)
-def test_a_model_of_another_size_is_refused_before_it_is_made(copied: Path, values: dict[str, object], message: str) -> None:
+def test_a_model_of_another_size_is_rejected_before_it_is_built(copied: Path, values: dict[str, object], message: str) -> None:
     edit_model(copied, **values)
     with pytest.raises(DataError, match=message):
         use_checkpoint(copied)
@@ -398,7 +398,7 @@ def test_tensors_larger_than_their_file(copied: Path) -> None:
 
 @pytest.mark.parametrize(("file", "name"), [("model", "layers.0.weight_hh_l0"), ("training", "optimizer.1.exp_avg")])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_none(copied: Path, file: str, name: str, value: float) -> None:
+def test_numbers_that_are_not_finite(copied: Path, file: str, name: str, value: float) -> None:
     tensors = safetensors.numpy.load_file(copied / f"{file}.safetensors")
     tensors[name][0] = value
     safetensors.numpy.save_file(tensors, copied / f"{file}.safetensors")
@@ -408,7 +408,7 @@ def test_numbers_that_are_none(copied: Path, file: str, name: str, value: float)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "vocab.txt", "text.json"])
-def test_a_file_without_a_sum_is_refused(copied: Path, name: str) -> None:
+def test_a_file_without_a_checksum_is_rejected(copied: Path, name: str) -> None:
     files = read_json(copied / "manifest.json")["files"]
     del files[name]
     edit_json(copied / "manifest.json", files=files)
@@ -417,7 +417,7 @@ def test_a_file_without_a_sum_is_refused(copied: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../vocab.txt", "/etc/passwd", "..", "", "deep/../vocab.txt", "a\nb", "x" * 300, "\0"])
-def test_names_of_files_that_are_none_in_the_folder(copied: Path, bundle: Path, tmp_path: Path, name: str) -> None:
+def test_names_of_files_outside_the_folder(copied: Path, bundle: Path, tmp_path: Path, name: str) -> None:
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     for folder, use in ((copied, use_checkpoint), (copy, use_bundle)):
         files = read_json(folder / "manifest.json")["files"]
@@ -426,7 +426,7 @@ def test_names_of_files_that_are_none_in_the_folder(copied: Path, bundle: Path, 
             use(folder)
 
 
-def test_links_and_pipes_are_refused(copied: Path, bundle: Path, tmp_path: Path) -> None:
+def test_links_and_pipes_are_rejected(copied: Path, bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     for folder, use in ((copied, use_checkpoint), (copy, use_bundle)):
         shutil.move(folder / "vocab.txt", tmp_path / "secret")
@@ -447,7 +447,7 @@ def test_links_and_pipes_are_refused(copied: Path, bundle: Path, tmp_path: Path)
     "text",
     ["[" * 100_000, '{"a":' * 100_000, "[]", "1", '{"format": ' + "9" * 5_000 + "}", '{"format": NaN}', "", "\ud800", "\0"],
 )
-def test_json_that_is_none(copied: Path, text: str) -> None:
+def test_invalid_json(copied: Path, text: str) -> None:
     (copied / "manifest.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(DataError, match=r"manifest\.json"):
         read_verified_manifest(copied)
@@ -472,7 +472,7 @@ def test_json_larger_than_any(copied: Path, bundle: Path, tmp_path: Path) -> Non
         ({"mood": "good"}, "'mood' is not known in progress"),
     ],
 )
-def test_progress_that_is_none(copied: Path, values: dict[str, object], message: str) -> None:
+def test_invalid_progress(copied: Path, values: dict[str, object], message: str) -> None:
     progress = read_json(copied / "manifest.json")["progress"]
     edit_json(copied / "manifest.json", progress=progress | values)
     with pytest.raises(DataError, match=message):
@@ -496,7 +496,7 @@ def test_states_of_other_streams(copied: Path) -> None:
             use_checkpoint(copied)
 
 
-def test_what_lies_among_the_checkpoints(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_files_among_the_checkpoints(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = copied.parent
     shutil.copytree(copied, checkpoints / "step-xyz")
     (checkpoints / "step-000000009").write_text("a file")
@@ -514,7 +514,7 @@ def test_what_lies_among_the_checkpoints(copied: Path, capsys: pytest.CaptureFix
     assert all(line.startswith("warning: skipping a damaged checkpoint: ") for line in warnings[1:])
 
 
-def test_what_may_not_be_read(copied: Path) -> None:
+def test_unreadable_files(copied: Path) -> None:
     for name in ("vocab.txt", "manifest.json"):
         (copied / name).chmod(0)
         if os.access(copied / name, os.R_OK):
@@ -535,18 +535,18 @@ def test_what_may_not_be_read(copied: Path) -> None:
 
 
 @pytest.fixture
-def spoiled(bundle: Path, tmp_path: Path) -> Path:
-    """A bundle to spoil."""
+def broken(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle to damage."""
     return Path(shutil.copytree(bundle, tmp_path / "bundle"))
 
 
 def edit_sizes(folder: Path, **values: object) -> None:
-    """Change what a manifest says of the sizes."""
+    """Change the sizes in a manifest."""
     edit_json(folder / "manifest.json", sizes=read_json(folder / "manifest.json")["sizes"] | values)
 
 
 def edit_weights(folder: Path, value: float, *names: str, beyond: int = 0) -> None:
-    """Make weights of a bundle all `value`, from row `beyond` on, and make its sums right again."""
+    """Make weights of a bundle all `value`, from row `beyond` on, and update its checksums."""
     table = weights(Bundle.load(folder).sizes)
     with (folder / WEIGHTS).open("r+b") as file:
         for name in names:
@@ -571,9 +571,9 @@ SIZES_OF_NOTHING: list[dict[str, object]] = [
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("values", SIZES_OF_NOTHING, ids=lambda values: repr(values)[:40])
-def test_sizes_that_no_weights_have(spoiled: Path, values: dict[str, object]) -> None:
-    edit_sizes(spoiled, **values)
-    refuse_within_little_memory(spoiled, r"names sizes that no model with [\d,]+ bytes of weights\.bin has|words, the model")
+def test_sizes_that_no_weights_have(broken: Path, values: dict[str, object]) -> None:
+    edit_sizes(broken, **values)
+    refuse_within_little_memory(broken, r"names sizes that no model with [\d,]+ bytes of weights\.bin has|words, the model")
 
 
 @pytest.mark.timeout(20)
@@ -601,7 +601,7 @@ def test_clusters_that_no_weights_have(bundle_of_bytes: Path, tmp_path: Path, va
 
 
 def refuse_within_little_memory(folder: Path, message: str) -> None:
-    """A bundle is refused in one line, before anything is made of what it says: a list takes no more than to read it."""
+    """The bundle is rejected in one line, before memory is allocated for its sizes, but for the list that names them."""
     with at_most(250), pytest.raises(DataError, match=message) as raised:
         Bundle.load(folder)
     assert len(str(raised.value)) < 500
@@ -624,35 +624,35 @@ def refuse_within_little_memory(folder: Path, message: str) -> None:
         ({"cutoffs": {}}, "cutoffs is {}; a list is expected"),
     ],
 )
-def test_sizes_that_are_none(spoiled: Path, values: dict[str, object], message: str) -> None:
-    edit_sizes(spoiled, **values)
+def test_invalid_sizes(broken: Path, values: dict[str, object], message: str) -> None:
+    edit_sizes(broken, **values)
     with pytest.raises(DataError, match=message):
-        Bundle.load(spoiled)
+        Bundle.load(broken)
 
 
 @pytest.mark.parametrize("name", ["layer_sizes", "vocabulary_size", "embedding_size", "tied", "precision", "cutoffs"])
-def test_sizes_that_are_missing_or_too_many(spoiled: Path, name: str) -> None:
-    sizes = read_json(spoiled / "manifest.json")["sizes"]
-    edit_sizes(spoiled, **{f"{name}_too": 1, "location": "/etc/passwd"})
-    use_bundle(spoiled)
+def test_sizes_that_are_missing_or_too_many(broken: Path, name: str) -> None:
+    sizes = read_json(broken / "manifest.json")["sizes"]
+    edit_sizes(broken, **{f"{name}_too": 1, "location": "/etc/passwd"})
+    use_bundle(broken)
     del sizes[name]
-    edit_json(spoiled / "manifest.json", sizes=sizes)
+    edit_json(broken / "manifest.json", sizes=sizes)
     with pytest.raises(DataError, match=f"sizes.{name} is missing"):
-        Bundle.load(spoiled)
+        Bundle.load(broken)
 
 
 @pytest.mark.parametrize("length", [0, 1, -1, -4096, 4096, 10**7])
-def test_weights_of_another_length(spoiled: Path, length: int) -> None:
+def test_weights_of_another_length(broken: Path, length: int) -> None:
     """Negative: so many bytes less; otherwise up to there, or so many more."""
-    size = (spoiled / WEIGHTS).stat().st_size
-    os.truncate(spoiled / WEIGHTS, size + length if length else 0)
-    with_correct_checksums(spoiled, "manifest.json")
+    size = (broken / WEIGHTS).stat().st_size
+    os.truncate(broken / WEIGHTS, size + length if length else 0)
+    with_correct_checksums(broken, "manifest.json")
     with pytest.raises(DataError, match=r"names sizes that no model with [\d,]+ bytes of weights\.bin has"):
-        use_bundle(spoiled)
+        use_bundle(broken)
 
 
 def other_words() -> bytes:
-    """A graph with the names of the generation graph that gives the same word always."""
+    """A graph with the names of the generation graph that always returns the same token."""
     g = Graph("other")
     g.input("prompt", INT64, ["batch", "prompt_words"])
     g.output(g.constant(np.full((5, 2), 3)), "words", INT64, ["made_words", "batch"])
@@ -669,13 +669,13 @@ def bomb() -> bytes:
 
 
 @pytest.mark.parametrize("content", [other_words(), bomb(), b"", b"\x3a\x00" * 5_000_000, b"no graph"], ids=range(5))
-def test_a_graph_of_a_stranger_never_runs(bundle: Path, spoiled: Path, content: bytes) -> None:
-    """Whatever the files of the graphs hold, with right sums, the same words come out."""
+def test_a_foreign_graph_never_runs(bundle: Path, broken: Path, content: bytes) -> None:
+    """The generated tokens do not depend on the files of the graphs, if their checksums are valid."""
     for name in (MODEL, GENERATION):
-        (spoiled / name).write_bytes(content)
-    with_correct_checksums(spoiled, "manifest.json")
+        (broken / name).write_bytes(content)
+    with_correct_checksums(broken, "manifest.json")
     found = []
-    for folder in (bundle, spoiled):
+    for folder in (bundle, broken):
         sampler = Sampler(Bundle.load(folder), threads=1)
         words, _ = sampler.generate(sampler.start([[1, 5], [1]]).seeded(1), GenerationConfig(), 20)
         tokens = np.arange(8).reshape(2, 4)
@@ -690,32 +690,32 @@ WAYS += [["--repetition-penalty", "1.2"], ["--min-p", "0.1", "--n", "3"], ["--ty
 
 @pytest.mark.parametrize("arguments", WAYS, ids=" ".join)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
-def test_weights_that_are_no_numbers(
-    spoiled: Path, value: float, arguments: list[str], capsys: pytest.CaptureFixture[str]
+def test_weights_that_are_not_finite(
+    broken: Path, value: float, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit_weights(spoiled, value, "projection", "projection.bias")
+    edit_weights(broken, value, "projection", "projection.bias")
     seed = [] if "--num-beams" in arguments else ["--seed", 1]
-    assert "logits that are not finite" in refused(generate.main, capsys, 65, spoiled, *seed, *arguments)
+    assert "logits that are not finite" in failure(generate.main, capsys, 65, broken, *seed, *arguments)
 
 
 @pytest.mark.parametrize("arguments", WAYS, ids=" ".join)
 @pytest.mark.parametrize("value", [5.0, 3e38, np.inf, np.nan])
 def test_weights_of_words_that_no_vocabulary_has(
-    spoiled: Path, value: float, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    broken: Path, value: float, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What lies between the last word and the end of its block: whatever it says, words come out or one line."""
-    edit_weights(spoiled, value, "projection.bias", beyond=19)
+    """Weights between the last token and the end of its block: the command generates text, or fails with one line."""
+    edit_weights(broken, value, "projection.bias", beyond=19)
     seed = [] if "--num-beams" in arguments else ["--seed", "1"]
     try:
-        generate.main([str(spoiled), *seed, "--max-new-tokens", "9", "--ignore-eos", *arguments])
+        generate.main([str(broken), *seed, "--max-new-tokens", "9", "--ignore-eos", *arguments])
         assert " tokens in " in capsys.readouterr().err
     except SystemExit as stop:
         assert stop.code == 65  # noqa: PT017
         assert "logits that are not finite" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_words_that_no_vocabulary_has(spoiled: Path) -> None:
-    words = (spoiled / "vocab.txt").read_bytes()
+def test_words_that_no_vocabulary_has(broken: Path) -> None:
+    words = (broken / "vocab.txt").read_bytes()
     for content in (
         words + b"the\n",
         words + b"\n",
@@ -725,10 +725,10 @@ def test_words_that_no_vocabulary_has(spoiled: Path) -> None:
         words.replace(b"\n", b"\r\n"),
         words[:-4],
     ):
-        (spoiled / "vocab.txt").write_bytes(content)
-        with_correct_checksums(spoiled, "manifest.json")
+        (broken / "vocab.txt").write_bytes(content)
+        with_correct_checksums(broken, "manifest.json")
         with pytest.raises(DataError, match=r"vocab\.txt"):
-            use_bundle(spoiled)
+            use_bundle(broken)
 
 
 @pytest.mark.parametrize(
@@ -742,10 +742,10 @@ def test_words_that_no_vocabulary_has(spoiled: Path) -> None:
         ({"nltk": 3}, "nltk is 3; a string is expected"),
     ],
 )
-def test_text_settings_that_are_none(spoiled: Path, values: dict[str, object], message: str) -> None:
-    edit_json(spoiled / "text.json", **values)
+def test_invalid_text_settings(broken: Path, values: dict[str, object], message: str) -> None:
+    edit_json(broken / "text.json", **values)
     with pytest.raises(DataError, match=rf"text\.json.*{message}"):
-        WordTokenizer.load(spoiled / "text.json")
+        WordTokenizer.load(broken / "text.json")
 
 
 # --- data folders and tables ---------------------------------------------------------------------------------------
@@ -764,7 +764,7 @@ def test_text_settings_that_are_none(spoiled: Path, values: dict[str, object], m
         ({"version": 2}, "version 2"),
     ],
 )
-def test_a_data_folder_that_is_none(data: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:
+def test_an_invalid_data_folder(data: Path, tmp_path: Path, values: dict[str, object], message: str) -> None:
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     edit_json(folder / "meta.json", **values)
     with pytest.raises((DataError, MissingInputError), match=message):
@@ -814,7 +814,7 @@ def test_halves_of_surrogate_pairs(tmp_path: Path) -> None:
     assert document.group == "\ufffd"
 
 
-def test_encodings_that_are_none_of_text(tmp_path: Path) -> None:
+def test_codecs_that_are_not_text_encodings(tmp_path: Path) -> None:
     for name in ("rot13", "zlib", "undefined"):
         with pytest.raises(UsageError, match=f"encoding is '{name}'"):
             Documents([], ReadOptions(encoding=name))
@@ -829,7 +829,7 @@ def test_columns_with_odd_names_are_one_line(tmp_path: Path) -> None:
 # --- the commands --------------------------------------------------------------------------------------------------
 
 
-def refused(main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
+def failure(main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
     """The only line that a command writes when it fails."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -843,21 +843,19 @@ def refused(main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str
 def test_files_in_place_of_folders(saved: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": torch.zeros(3)}, tmp_path / "model.pt")
     for main, rest in ((evaluate.main, []), (export.main, ["-o", tmp_path / "bundle"]), (generate.main, [])):
-        assert "model.pt is not a folder" in refused(main, capsys, 65, tmp_path / "model.pt", *rest)
-        assert "none does not exist" in refused(main, capsys, 66, tmp_path / "none", *rest)
-    assert "not a folder" in refused(evaluate.main, capsys, 65, saved, "--data", tmp_path / "model.pt")
-    assert "not a folder" in refused(generate.main, capsys, 65, bundle / "model.onnx")
-    assert "not there" in refused(prepare_main, capsys, 66, "x" * 5_000, "-o", tmp_path / "data")
-    assert "not there" in refused(evaluate.main, capsys, 66, saved, "--file", "x" * 5_000)
+        assert "model.pt is not a folder" in failure(main, capsys, 65, tmp_path / "model.pt", *rest)
+        assert "none is not there" in failure(main, capsys, 66, tmp_path / "none", *rest)
+    assert "not a folder" in failure(evaluate.main, capsys, 65, saved, "--data", tmp_path / "model.pt")
+    assert "not a folder" in failure(generate.main, capsys, 65, bundle / "model.onnx")
+    assert "not there" in failure(prepare_main, capsys, 66, "x" * 5_000, "-o", tmp_path / "data")
+    assert "not there" in failure(evaluate.main, capsys, 66, saved, "--file", "x" * 5_000)
 
 
-def test_every_command_refuses_a_checkpoint_by_a_stranger(
-    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_refuses_a_malicious_checkpoint(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_model(copied, hidden_size=10**12)
     for main, rest in ((evaluate.main, []), (export.main, ["-o", tmp_path / "bundle"])):
         for name in (copied, copied.parents[1]):
-            assert "is not the one of model.safetensors" in refused(main, capsys, 65, name, *rest)
+            assert "is not the one of model.safetensors" in failure(main, capsys, 65, name, *rest)
     assert not (tmp_path / "bundle").exists()
 
 
@@ -867,7 +865,7 @@ def test_weights_too_large_to_be_trained(copied: Path, data: Path, tmp_path: Pat
         tensors[name][:] = 3e38
     safetensors.numpy.save_file(tensors, copied / "model.safetensors")
     with_correct_checksums(copied, "manifest.json")
-    assert "weights are too large" in refused(evaluate.main, capsys, 65, copied)
+    assert "weights are too large" in failure(evaluate.main, capsys, 65, copied)
     with pytest.raises(SystemExit) as stop:
         export.main([str(copied), "-o", str(tmp_path / "bundle")])
     assert stop.value.code == 65
@@ -876,7 +874,7 @@ def test_weights_too_large_to_be_trained(copied: Path, data: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_training_refuses_a_checkpoint_by_a_stranger(data: Path, tmp_path: Path) -> None:
+def test_training_refuses_a_malicious_checkpoint(data: Path, tmp_path: Path) -> None:
     flags = [*SMALL, f"--data.folder={data}", "--run_folder=run", "--resume=auto", "--training.steps=2"]
     train(1, *flags, cwd=tmp_path)
     folder = find_checkpoint(tmp_path / "run")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from corpora import chain, write_data_folder
 from lmdist import config
 from lmdist import train as training
 from lmdist.model.language_model import LanguageModel, State
@@ -66,16 +67,16 @@ def torchrun(ranks: int, *flags: str, cwd: Path) -> None:
 def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a job to its end by forks, and check the exit code of each rank."""
     with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder) / name for name in ("stdout", "stderr")]
-        started = start(ranks, *flags, cwd=cwd, said=said)
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        started = start(ranks, *flags, cwd=cwd, outputs=outputs)
         for process in started:
             process.join()
-        stdout, stderr = (path.read_text() for path in said)
+        stdout, stderr = (path.read_text() for path in outputs)
     assert [process.exitcode for process in started] == [code] * ranks, stderr
     return subprocess.CompletedProcess(flags, code, stdout, stderr)
 
 
-def start(ranks: int, *flags: str, cwd: Path, said: list[Path]) -> list[ForkServerProcess]:
+def start(ranks: int, *flags: str, cwd: Path, outputs: list[Path]) -> list[ForkServerProcess]:
     """Start the ranks of a job, which write stdout and stderr to two files."""
     variables = environment()
     if ranks > 1:  # as torchrun sets them
@@ -83,14 +84,14 @@ def start(ranks: int, *flags: str, cwd: Path, said: list[Path]) -> list[ForkServ
     started = []
     for number in range(ranks):
         own = variables | ({"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {})
-        started.append(FORKS.Process(target=run_rank, args=(flags, cwd, said, own), daemon=True))
+        started.append(FORKS.Process(target=run_rank, args=(flags, cwd, outputs, own), daemon=True))
         started[-1].start()
     return started
 
 
-def run_rank(flags: tuple[str, ...], cwd: Path, said: list[Path], variables: Mapping[str, str]) -> None:
+def run_rank(flags: tuple[str, ...], cwd: Path, outputs: list[Path], variables: Mapping[str, str]) -> None:
     """Run a rank in its own process."""
-    for number, path in enumerate(said, start=1):
+    for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     os.chdir(cwd)
     os.environ.clear()
@@ -120,6 +121,11 @@ def after_one_step(
     optimizer.step()
     recipe = Recipe(model=settings, data=DataSettings(global_batch=rows))
     return model, optimizer, (h.detach(), c.detach()), config.as_dict(recipe)
+
+
+def small_data(folder: Path) -> Path:
+    """Write a data folder for a job of seconds: a vocabulary of 30, a training and a validation split."""
+    return write_data_folder(folder, {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

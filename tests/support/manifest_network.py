@@ -1,4 +1,4 @@
-"""Rules: who talks to whom: Services, network policies, MLflow, the served model, scaling, and Kueue's queues."""
+"""Rules: connections between pods: Services, network policies, MLflow, the served model, scaling, and Kueue's queues."""
 
 from __future__ import annotations
 

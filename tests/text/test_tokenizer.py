@@ -1,3 +1,5 @@
+"""Tokenizers: their tokens against NLTK's, their saved file, and the text that tokens are joined to."""
+
 import json
 import os
 import subprocess
@@ -73,7 +75,7 @@ def test_whitespace_is_split_with_an_end_mark_between_lines(document):
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\n")), min_size=1))
-def test_whitespace_gives_a_file_as_it_gives_its_lines(lines):
+def test_whitespace_tokenizes_a_file_as_its_lines(lines):
     tokenizer = WordTokenizer(TextSettings(tokenizer="whitespace"))
     whole = tokenizer.tokenize("".join(f"{line}\n" for line in lines))
     assert [*whole, "<eos>"] == [word for line in lines for word in [*tokenizer.tokenize(line), "<eos>"]]
@@ -100,8 +102,8 @@ def test_lowercase_does_not_move_the_ends_of_sentences(english):
         assert lower.tokenize(document) == [word.lower() for word in english.tokenize(document)]
 
 
-@pytest.mark.parametrize("tokenizer", get_args(Tokenizer))
-def test_what_was_saved_gives_the_same_words(tmp_path, english, tokenizer):
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_saved_tokenizer_finds_the_same_words(tmp_path, english, tokenizer):
     before = WordTokenizer(TextSettings(tokenizer), english.punkt if tokenizer == "word_tokenize" else None)
     before.save(tmp_path / "text.json")
     after = WordTokenizer.load(tmp_path / "text.json")
@@ -112,7 +114,7 @@ def test_what_was_saved_gives_the_same_words(tmp_path, english, tokenizer):
 
 
 @pytest.mark.slow
-def test_training_gives_the_same_bytes_in_every_process(tmp_path):
+def test_training_writes_the_same_bytes_in_every_process(tmp_path):
     program = (
         "import json, sys; from pathlib import Path; from lmdist.settings import TextSettings; "
         "from lmdist.text.tokenizer import WordTokenizer; "
@@ -184,7 +186,7 @@ def test_another_nltk_is_named_in_a_warning(capsys):
     assert "NLTK 2.0.1" in capsys.readouterr().err
 
 
-def test_a_document_that_nltk_cannot_master_is_an_error_of_the_data(english, monkeypatch):
+def test_a_document_on_which_nltk_fails_is_a_data_error(english, monkeypatch):
     def slow(document):
         raise TimeoutError
 
@@ -194,7 +196,7 @@ def test_a_document_that_nltk_cannot_master_is_an_error_of_the_data(english, mon
 
 
 @pytest.mark.parametrize("document", [*NEWS[:3], "I'm gonna say: you'll get 5% (or $6) more, 'if so'; #3 isn't…"])
-def test_text_comes_back_readable(english, document):
+def test_joined_text_is_readable(english, document):
     assert english.detokenize(english.tokenize(document)) == document
 
 
@@ -205,12 +207,12 @@ def test_text_comes_back_readable(english, document):
         '("Not so," he said.) "It\'s 3/4 of $5!" And so on...',
     ],
 )
-def test_the_text_of_wordpunct_comes_back_readable(document):
+def test_joined_text_of_wordpunct_is_readable(document):
     wordpunct = WordTokenizer(TextSettings("wordpunct"))
     assert wordpunct.detokenize(wordpunct.tokenize(document)) == document
 
 
-def test_the_marks_of_wikitext_come_back_readable():
+def test_the_marks_of_wikitext_are_joined_to_readable_text():
     words = "the 1 @,@ 000 @-@ year war 's end , \" so it is \" . <eos> They don 't <unk> ( yet ) ."
     expected = "the 1,000-year war's end, \"so it is\".\nThey don't <unk> (yet)."
     assert WordTokenizer(TextSettings("whitespace")).detokenize(words.split()) == expected

@@ -1,4 +1,4 @@
-"""words.py against NLTK itself: token for token, on texts made of traps and on real ones."""
+"""words.py against NLTK itself: token for token, on adversarial texts and on real ones."""
 
 import csv
 import os

@@ -9,18 +9,17 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from corpora import chain, write_data_folder
 from lmdist.errors import Stopped, UsageError
 from lmdist.settings import TrackingSettings
 from lmdist.storage.reading import read_json
 from lmdist.tracking.logger import RunLogger
 from lmdist.tracking.run_folder import read_metadata, read_metrics, write_metadata
-from support.jobs import SMALL, rows, train
+from support.jobs import SMALL, rows, small_data, train
 
 
 @pytest.fixture
 def data(tmp_path):
-    return write_data_folder(tmp_path / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+    return small_data(tmp_path / "data")
 
 
 def history(client: mlflow.MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:

@@ -24,7 +24,6 @@ import mlflow
 import psutil
 import pytest
 
-from corpora import chain, write_data_folder
 from lmdist import config
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TrackingSettings
 from lmdist.storage.locks import exclusive_lock
@@ -34,7 +33,7 @@ from lmdist.tracking import uploader
 from lmdist.tracking.logger import RunLogger
 from lmdist.tracking.run_folder import read_metadata
 from servers import Proxy, Server
-from support.jobs import SMALL, rows, train
+from support.jobs import SMALL, rows, small_data, train
 
 FREQUENT = ("-c", "from lmdist.tracking import sync, uploader; uploader.PERIOD_SECONDS = 1; sync.main()", "--follow")
 """The uploader with a shorter period."""
@@ -43,18 +42,18 @@ SECRETS = {"MLFLOW_TRACKING_PASSWORD": "planted-1", "AWS_SECRET_ACCESS_KEY": "pl
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp("server"))
-    made.start()
-    yield made
-    made.kill()
+    running = Server(tmp_path_factory.mktemp("server"))
+    running.start()
+    yield running
+    running.kill()
 
 
 @pytest.fixture
 def proxy(server):
-    made = Proxy(server.port)
-    yield made
-    made.shutdown()
-    made.server_close()
+    running = Proxy(server.port)
+    yield running
+    running.shutdown()
+    running.server_close()
 
 
 @pytest.fixture
@@ -268,7 +267,7 @@ def test_lost_responses_and_failures_create_nothing_twice(server, proxy, here, m
 @pytest.mark.slow
 def test_no_secret_gets_anywhere(server, proxy, here, monkeypatch):
     """A real training, by way of a server with a password that fails at first."""
-    data = write_data_folder(here / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+    data = small_data(here / "data")
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.uri.replace("http://", "http://somebody:pass-word@"))
@@ -349,7 +348,7 @@ def test_two_jobs_create_the_default_store_at_once(here, capfd):
 
 @pytest.mark.slow
 def test_a_run_without_mlflow_is_uploaded_by_its_recipe(here, monkeypatch):
-    data = write_data_folder(here / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+    data = small_data(here / "data")
     with Job("one", mlflow=False) as job:
         job.log(1, 5)
     recipe = Recipe(data=DataSettings(folder=str(data)), model=ModelSettings(hidden_size=24))

@@ -1,3 +1,5 @@
+"""Checkpoints: what is saved is loaded bit for bit, damaged ones are skipped, and the best one is kept."""
+
 from __future__ import annotations
 
 import shutil
@@ -123,7 +125,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["old"]
 
 
-def test_names_that_lead_out_of_the_folder_are_refused(saved):
+def test_names_that_lead_out_of_the_folder_are_rejected(saved):
     run, *_ = saved
     folder = run / "checkpoints" / "step-000000030"
     shutil.copyfile(folder / "vocab.txt", folder.parent / "vocab.txt")

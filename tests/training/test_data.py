@@ -1,3 +1,5 @@
+"""Streams and windows: each token is predicted once, on any number of ranks, in an order that a seed decides."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -70,7 +72,7 @@ def test_epochs_are_shuffled_each_in_its_own_way_and_the_same_way_again():
     assert order(1, 0) != order(2, 0)
 
 
-def test_streams_go_on_where_they_left_off():
+def test_streams_continue_after_a_stop():
     batches = Streams(POSITIONS[:1000], 4, 30)
     first, second = batches.batch(0, slice(0, 4)), batches.batch(1, slice(0, 4))
     assert first.state_reset
@@ -90,7 +92,7 @@ def test_permutation_mixes_well():
     assert np.mean(np.abs(np.diff(order)) < 100) < 0.05
 
 
-def test_text_too_short_for_the_window_is_refused(tmp_path):
+def test_text_too_short_for_the_window_is_rejected(tmp_path):
     folder = DataFolder(write_data_folder(tmp_path / "data", {"train": chain(100, 20)}, 20))
     with pytest.raises(DataError, match=r"100 tokens .* 20 sequence\(s\) of 35 need 700"):
         training_batches(folder, DataSettings(), seed=1)

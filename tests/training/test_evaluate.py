@@ -1,3 +1,5 @@
+"""lmdist-evaluate: perplexity equals that of one pass in torch, for any window and number of ranks."""
+
 from __future__ import annotations
 
 import json
@@ -120,7 +122,7 @@ def test_mistakes(trained, tmp_path, command):
     assert "another vocabulary" in command(run, f"--data={other}", code=65).err
 
 
-def test_damaged_checkpoints_are_refused_in_one_line(trained, tmp_path, command):
+def test_damaged_checkpoints_are_rejected_in_one_line(trained, tmp_path, command):
     run, _ = trained
     whole = find_checkpoint(run)
     for name in ("model.safetensors", "vocab.txt", "manifest.json"):
@@ -128,6 +130,6 @@ def test_damaged_checkpoints_are_refused_in_one_line(trained, tmp_path, command)
         broken.mkdir()
         for file in whole.iterdir():
             (broken / file.name).write_bytes(file.read_bytes()[: -9 if file.name == name else None])
-        said = command(broken, code=65)
-        assert name in said.err
-        assert len(said.err.splitlines()) == 1
+        output = command(broken, code=65)
+        assert name in output.err
+        assert len(output.err.splitlines()) == 1

@@ -21,7 +21,7 @@ from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import load_model, load_training, read_verified_manifest
 from lmdist.training.checkpoints.retain import newest_checkpoint, remove_old, remove_unfinished
 from lmdist.training.checkpoints.write import Saver, take_snapshot, write_checkpoint
-from support.jobs import SMALL, after_one_step, environment, losses, rows, train_here
+from support.jobs import SMALL, after_one_step, environment, losses, rows, small_data, train_here
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_newest_one_that_is_missing_is_named(state, tmp_path, capsys):
 
 def test_a_damaged_newest_checkpoint_costs_a_warning_and_its_steps(tmp_path, capsys):
     """Truncated, with one bit turned, or gone: training goes on from the one before, to the same end."""
-    data = write_data_folder(tmp_path / "data", {"train": chain(451, 30), "valid": chain(103, 30, seed=1)}, 30)
+    data = small_data(tmp_path / "data")
     flags = [f"--data.folder={data}", "--model.dropout=0.3", "--checkpoint.every_steps=4", "--schedule.name=constant"]
     train_here(*flags, "--training.steps=12", f"--run_folder={tmp_path / 'whole'}")
     train_here(*flags, "--training.steps=8", f"--run_folder={tmp_path / 'begun'}")

@@ -82,7 +82,7 @@ def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching, more, run
             torch.testing.assert_close(weights(many)[name], value, rtol=0, atol=1e-5)
 
 
-def test_a_job_goes_on_with_another_number_of_ranks(data, tmp_path):
+def test_a_job_resumes_with_another_number_of_ranks(data, tmp_path):
     """11 steps on 2 ranks, the rest of 24 on 1 and on 4: the parameters, the carried state and the losses of 24 steps on 2."""
     flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0", "--schedule.name=plateau"]
     flags += ["--training.validate_every=4", "--training.log_every=3"]
@@ -126,7 +126,9 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(data, tmp_path):
     flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0.3", "--training.steps=100", "--checkpoint.every_steps=5"]
     train(2, *flags, "--run_folder=whole", cwd=tmp_path)
     broken = tmp_path / "broken"
-    rank_0, rank_1 = start(2, *flags, f"--run_folder={broken}", cwd=tmp_path, said=[tmp_path / "stdout", tmp_path / "stderr"])
+    rank_0, rank_1 = start(
+        2, *flags, f"--run_folder={broken}", cwd=tmp_path, outputs=[tmp_path / "stdout", tmp_path / "stderr"]
+    )
     deadline = time.monotonic() + 120
     while len(list((broken / "checkpoints").glob("step-*"))) < 2:
         assert time.monotonic() < deadline
@@ -157,7 +159,7 @@ def test_the_loss_is_the_plain_one(data):
     model = LanguageModel(asked.model, folder.vocabulary_size)
     stochastic = torch.optim.SGD(model.parameters(), 0.02, weight_decay=asked.optimizer.weight_decay)
     batches, state, expected = training_batches(folder, asked.data, asked.seed), model.initial_state(8), []
-    for step, rate in enumerate(rows_of("train/learning_rate", data.parent / "run")):
+    for step, rate in enumerate(losses(data.parent / "run", "train/learning_rate")):
         stochastic.param_groups[0]["lr"] = rate
         batch = batches.batch(step, slice(0, 8))
         hidden, (h, c) = model(batch.inputs, state)
@@ -168,10 +170,6 @@ def test_the_loss_is_the_plain_one(data):
         stochastic.step()
         expected.append(loss.item())
     np.testing.assert_allclose(losses(data.parent / "run"), expected, rtol=1e-6)
-
-
-def rows_of(key: str, run: Path) -> list[float]:
-    return [row[key] for row in rows(run) if key in row]
 
 
 def test_accumulation_changes_nothing(data):
@@ -207,7 +205,7 @@ def test_plateau_divides_the_rate_when_validation_is_no_better(data):
             "--optimizer.name=sgd",
         )
     )
-    np.testing.assert_allclose(rows_of("train/learning_rate", data.parent / "run"), [1e-30, 1e-30, 2.5e-31, 6.25e-32])
+    np.testing.assert_allclose(losses(data.parent / "run", "train/learning_rate"), [1e-30, 1e-30, 2.5e-31, 6.25e-32])
 
 
 def test_last_checkpoints_and_the_best_are_kept(data):
@@ -224,7 +222,7 @@ def test_last_checkpoints_and_the_best_are_kept(data):
     assert find_checkpoint(data.parent / "run").name == best
 
 
-def test_run_folder_holds_what_the_readme_says(data):
+def test_the_run_folder_has_the_files_that_the_readme_names(data):
     train_here(*into_run(data, "--training.steps=3", "--sample.final_words=12"))
     run = data.parent / "run"
     assert {path.name for path in run.iterdir()} == {
@@ -280,7 +278,7 @@ def test_missing_cuda_is_an_error(data, tmp_path):
     assert "torch sees no CUDA device" in done.stderr
 
 
-def test_ranks_that_do_not_divide_the_batch_are_refused_once(data, tmp_path):
+def test_ranks_that_do_not_divide_the_batch_are_rejected_once(data, tmp_path):
     done = train(3, *SMALL, f"--data.folder={data}", cwd=tmp_path, code=EXIT_USAGE)
     assert done.stderr.count("cannot be divided evenly over 3 ranks") == 1
     assert "a number of ranks out of [1, 2, 4, 8]" in done.stderr
@@ -294,7 +292,7 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_p
     assert "another model.hidden_size: 24, and this recipe has 25" in other.stderr
 
 
-def test_help_comes_at_once_and_explains_the_settings(tmp_path):
+def test_help_is_quick_and_explains_the_settings(tmp_path):
     done = train(1, "--help", cwd=tmp_path)
     assert "Size of an LSTM layer's state" in " ".join(done.stdout.split())
     seen = subprocess.run([sys.executable, "-X", "importtime", "-m", "lmdist.train", "--help"], capture_output=True, text=True)
@@ -342,16 +340,16 @@ def test_the_demo_recipe_is_the_default():
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("given", "expected"),
     [(PrepareSettings(), DEMO_SETTINGS), (PrepareSettings(min_count=2, seed=3), PrepareSettings(inputs=["demo"], seed=3))],
     ids=["nothing", "something"],
 )
-def test_training_that_is_told_of_no_text_prepares_the_demo(tmp_path, monkeypatch, said, expected):
+def test_training_without_a_text_prepares_the_demo(tmp_path, monkeypatch, given, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     articles = "".join(f"Address {n},The cat said {n} times that the cat is a cat.\n" for n in range(9))
     (tmp_path / "data/demo.csv").write_text(f"title,content\n{articles}")  # taken for the demo corpus, which is longer
-    prepare_if_absent(Recipe(prepare=said), is_main=True)
+    prepare_if_absent(Recipe(prepare=given), is_main=True)
     assert read_json(tmp_path / "data/demo/meta.json")["prepare"] == config.as_dict(Recipe(prepare=expected))["prepare"]
 
 
@@ -383,7 +381,7 @@ def test_minutes_between_checkpoints_are_agreed_on_at_the_next_line(data):
 
 
 @pytest.mark.slow
-def test_with_no_data_named_the_demo_corpus_is_made_and_trained_on(tmp_path):
+def test_without_data_the_demo_corpus_is_prepared_and_trained_on(tmp_path):
     flags = ["--training.steps=2", "--prepare.tokenizer=wordpunct", "--tracking.mlflow=false", "--sample.words=5"]
     done = train(2, *flags, "--data.valid_batch=500", cwd=tmp_path)
     assert "starting, to step 2" in done.stderr
