@@ -31,7 +31,8 @@ def words_of(texts: Sequence[Text]) -> list[tuple[int, int, list[int], str]]:
 
 def alone(sampler: Sampler, request: Request) -> list[tuple[int, int, list[int], str]]:
     """The texts of a request without others in its batches."""
-    settings = request.config, request.seed, request.n, request.stops, request.ignore_end
+    given = request.generation
+    settings = given.config, request.seed, request.n, given.stops, given.ignore_end
     texts = continuations(sampler, request.prompts, *settings, batch_size=1)
     return words_of([text for text, _ in texts if text.finish_reason])
 

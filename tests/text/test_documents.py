@@ -159,25 +159,25 @@ def test_parquet(tmp_path):
         texts(write(tmp_path / "b.parquet", "no parquet"))
 
 
-def read_html(source: Source) -> Iterator[Row]:
+def read_page(source: Source) -> Iterator[Row]:
     """The text of a page between its tags: a reader as a newcomer would write it."""
     yield Document(re.sub("<[^>]*>", "", "".join(lines_of(source, newline=""))).strip(), None)
 
 
 def test_a_format_is_one_function_and_one_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "FORMATS", (*FORMATS, Format("HTML", (".html", ".htm"), read_html, has_columns=False)))
+    monkeypatch.setattr(readers, "FORMATS", (*FORMATS, Format("pages", (".page", ".pag"), read_page, has_columns=False)))
     page = b"<h1>One</h1>\n<p>two \xe9</p>"
     files = [
-        write(tmp_path / "a.html", page),
-        write(tmp_path / "b.HTM.gz", gzip.compress(page)),
-        write(tmp_path / "c.html", ""),
+        write(tmp_path / "a.page", page),
+        write(tmp_path / "b.PAG.gz", gzip.compress(page)),
+        write(tmp_path / "c.page", ""),
     ]
     documents = Documents(files)
     assert [document.text for document in documents] == ["One\ntwo é"]
     assert documents.skipped == {"duplicate": 1, "empty": 1}
     assert documents.bytes_read == documents.bytes
     assert "1 bytes are not UTF-8" in documents.notes[0]
-    with pytest.raises(UsageError, match="HTML, which has no columns"):
+    with pytest.raises(UsageError, match="pages, which has no columns"):
         Documents(files, ReadOptions(text_column="text")).check()
 
 

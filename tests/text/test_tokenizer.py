@@ -102,7 +102,7 @@ def test_lowercase_does_not_move_the_ends_of_sentences(english):
         assert lower.tokenize(document) == [word.lower() for word in english.tokenize(document)]
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tokenizer", get_args(Tokenizer))
 def test_a_saved_tokenizer_finds_the_same_words(tmp_path, english, tokenizer):
     before = WordTokenizer(TextSettings(tokenizer), english.punkt if tokenizer == "word_tokenize" else None)
     before.save(tmp_path / "text.json")

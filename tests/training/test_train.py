@@ -251,7 +251,7 @@ MISTAKES = {
     "unknown key": (["--model.nhid=3"], 64, "nhid"),
     "not a number": (["--data.window=many"], 64, "window"),
     "out of range": (["--model.dropout=1"], 64, "model.dropout is 1"),
-    "no such choice": (["--optimizer.name=lion"], 64, "lion"),
+    "no such choice": (["--optimizer.name=no-such-optimizer"], 64, "no-such-optimizer"),
     "a recipe without a name": (["--config"], 64, "--config: expected one argument"),
     "no such recipe": (["--config=nowhere.toml"], 66, "the recipe nowhere.toml does not exist"),
     "no such data": (["--data.folder=nowhere"], 66, "lmdist-prepare"),
