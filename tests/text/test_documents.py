@@ -273,7 +273,7 @@ def test_globs_and_missing_files(tmp_path, monkeypatch):
         find_files([str(tmp_path / "article1.csv")])
     with pytest.raises(MissingInputError, match="no file matches"):
         find_files([str(tmp_path / "*.parquet")])
-    with pytest.raises(MissingInputError, match="nor is the folder"):
+    with pytest.raises(MissingInputError, match="nor does the folder"):
         find_files([str(tmp_path / "no" / "a.csv")])
     with pytest.raises(UsageError, match="is a folder"):
         find_files([str(tmp_path)])
