@@ -305,7 +305,7 @@ def test_a_mistake_fails_the_job_at_once_in_one_line(mistake, tmp_path):
         assert set(job.exit_codes()) <= {code, 75}
         assert len(job.ended) == job.completions, "no pod is replaced"
         for pod in failed:
-            assert len([line for line in pod.printed().splitlines() if "error" in line]) <= 1
+            assert len([line for line in pod.printed().splitlines() if ": error: " in line]) <= 1
             assert "restarting from" not in pod.printed()
             assert "Traceback" not in pod.printed()
         assert message in "".join(pod.printed() for pod in failed)

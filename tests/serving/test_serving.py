@@ -240,7 +240,10 @@ REFUSED = {
     "too many likeliest": (one(logprobs=21), "logprobs is 21; this server accepts at most 20"),
     "no text at all": (one(n=0), "n is 0; it must be at least 1"),
     "a seed below 0": (one(seed=-1), "seed is -1; it must be at least 0"),
-    "a draw and a search": (one(num_beams=2, top_p=0.5), "num_beams is a beam search, which samples nothing: top_p"),
+    "sampling and beam search": (
+        one(num_beams=2, top_p=0.5),
+        "num_beams is for beam search, and top_p for sampling: give only one of them",
+    ),
     "no word left": (one(logit_bias=[f"{word}=-inf" for word in [*PLAIN_WORDS, "<eos>"]]), "no token is left to sample"),
     "not a number": (b'{"inputs": ["the"], "params": {"temperature": NaN}}', "temperature is nan; it must be at least 0"),
     "params of another kind": ({"inputs": ["the"], "params": [1]}, 'params is [1]; an object is expected, as {"seed": 7}'),

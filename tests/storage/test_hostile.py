@@ -695,7 +695,7 @@ def test_weights_that_are_not_finite(
 ) -> None:
     edit_weights(broken, value, "projection", "projection.bias")
     seed = [] if "--num-beams" in arguments else ["--seed", 1]
-    assert "logits that are not finite" in failure(generate.main, capsys, 65, broken, *seed, *arguments)
+    assert "the logits are not finite" in failure(generate.main, capsys, 65, broken, *seed, *arguments)
 
 
 @pytest.mark.parametrize("arguments", WAYS, ids=" ".join)
@@ -711,7 +711,7 @@ def test_weights_of_words_that_no_vocabulary_has(
         assert " tokens in " in capsys.readouterr().err
     except SystemExit as stop:
         assert stop.code == 65  # noqa: PT017
-        assert "logits that are not finite" in capsys.readouterr().err.splitlines()[-1]
+        assert "the logits are not finite" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_words_that_no_vocabulary_has(broken: Path) -> None:
@@ -844,11 +844,11 @@ def test_files_in_place_of_folders(saved: Path, bundle: Path, tmp_path: Path, ca
     torch.save({"model": torch.zeros(3)}, tmp_path / "model.pt")
     for main, rest in ((evaluate.main, []), (export.main, ["-o", tmp_path / "bundle"]), (generate.main, [])):
         assert "model.pt is not a folder" in failure(main, capsys, 65, tmp_path / "model.pt", *rest)
-        assert "none is not there" in failure(main, capsys, 66, tmp_path / "none", *rest)
+        assert "none does not exist" in failure(main, capsys, 66, tmp_path / "none", *rest)
     assert "not a folder" in failure(evaluate.main, capsys, 65, saved, "--data", tmp_path / "model.pt")
     assert "not a folder" in failure(generate.main, capsys, 65, bundle / "model.onnx")
-    assert "not there" in failure(prepare_main, capsys, 66, "x" * 5_000, "-o", tmp_path / "data")
-    assert "not there" in failure(evaluate.main, capsys, 66, saved, "--file", "x" * 5_000)
+    assert "does not exist" in failure(prepare_main, capsys, 66, "x" * 5_000, "-o", tmp_path / "data")
+    assert "does not exist" in failure(evaluate.main, capsys, 66, saved, "--file", "x" * 5_000)
 
 
 def test_every_command_refuses_a_malicious_checkpoint(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
