@@ -82,11 +82,12 @@ def activation_penalty(raw: Tensor, dropped: Tensor, activation: float, temporal
     return penalty
 
 
-def softmax_in_place(logits: Tensor, ids: Tensor, exact: torch.dtype) -> Tensor:
-    """Replace logits (C, V) by the gradient of -log p(ids), p - one_hot(ids); return their log-sum-exp (C, 1).
+def softmax_in_place(logits: Tensor, ids: Tensor, exact: torch.dtype, with_gradients: bool) -> Tensor:
+    """Return the log-sum-exp (C, 1) of logits (C, V), whose memory is used for the probabilities; `ids` is (C, 1).
 
-    `ids` is (C, 1). Both are computed in the type `exact`, and the gradient is rounded to that of the logits. On a CPU a few
-    rows at a time, because elementwise work on the whole matrix is bound by the memory.
+    `with_gradients` the logits become the gradient of -log p(ids), p - one_hot(ids). All is computed in the type `exact`, and
+    the gradient is rounded to that of the logits. On a CPU a few rows at a time, because elementwise work on the whole matrix
+    is bound by the memory.
     """
     size = len(logits)
     if logits.device.type == "cpu":
@@ -99,9 +100,10 @@ def softmax_in_place(logits: Tensor, ids: Tensor, exact: torch.dtype) -> Tensor:
         torch.softmax(p, 1, out=p)
         # The largest probability is exp(largest - log-sum-exp) and at least 1 / V: its logarithm is exact.
         torch.sub(largest, p.amax(1, keepdim=True).log(), out=result)
-        p.scatter_add_(1, targets, p.new_full((1, 1), -1).expand_as(targets))
-        if buffer is not None:
-            block.copy_(p)
+        if with_gradients:
+            p.scatter_add_(1, targets, p.new_full((1, 1), -1).expand_as(targets))
+            if buffer is not None:
+                block.copy_(p)
     return log_sum_exp
 
 
@@ -125,7 +127,7 @@ class LinearNats(torch.autograd.Function):
             ids = ids.clamp(min=0).unsqueeze(1)  # (C, 1)
             logits = functional.linear(vectors, matrix, offset)  # (C, V)
             correct = logits.gather(1, ids)  # (C, 1)
-            log_sum_exp = softmax_in_place(logits, ids, exact)  # (C, 1)
+            log_sum_exp = softmax_in_place(logits, ids, exact, with_gradients)  # (C, 1)
             nats += ((log_sum_exp - correct) * mask).sum()
             if not with_gradients:
                 continue
