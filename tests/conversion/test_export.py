@@ -20,6 +20,7 @@ from lmdist_export.conversion.weights import quantize_int8
 from lmdist_export.graph import cell
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.sampler import Sampler
+from support import failures
 from support.small_bundles import (
     ADAPTIVE,
     TIED,
@@ -49,12 +50,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def failure(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit code and message of an export that fails; the message is one line of its own, and no traceback."""
-    with pytest.raises(SystemExit) as stop:
-        export.main([str(argument) for argument in arguments])
-    assert isinstance(stop.value.code, int)
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return stop.value.code, error.splitlines()[-1]
+    return failures.last_line(export.main, capsys, *arguments)
 
 
 def test_the_command_writes_a_bundle_and_prints_the_next_command(run: Path, tmp_path: Path) -> None:

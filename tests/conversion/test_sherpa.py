@@ -25,6 +25,7 @@ from lmdist_export import export
 from lmdist_export.conversion import sherpa
 from lmdist_export.graph import cell
 from lmdist_export.sampling.runtime import open_session
+from support import failures
 from support.small_bundles import ADAPTIVE, SINGLE, TIED, UNTIED, WORDS, command, make_bundle, make_run
 
 STEP = "checkpoints/step-000000007"
@@ -49,12 +50,7 @@ def log_probabilities(model: LanguageModel, words: list[int]) -> NDArray[np.floa
 
 def failure(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit code and message of an export that fails."""
-    with pytest.raises(SystemExit) as stop:
-        export.main([str(argument) for argument in [*arguments, "--layout", "sherpa-onnx"]])
-    assert isinstance(stop.value.code, int)
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return stop.value.code, error.splitlines()[-1]
+    return failures.last_line(export.main, capsys, *arguments, "--layout", "sherpa-onnx")
 
 
 # --- the contract --------------------------------------------------------------------------------------------------

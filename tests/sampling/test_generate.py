@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lmdist_export import generate
 from lmdist_export.sampling.generation import Text
+from support import failures
 from support.small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, in_fresh_process, make_bundle
 
 
@@ -44,15 +46,7 @@ def written(capsys: pytest.CaptureFixture[str]):
 def failure(capsys: pytest.CaptureFixture[str]):
     """Return a function that runs a failing command, and returns its exit code and its one line."""
 
-    def call(*arguments: object) -> tuple[int | str | None, str]:
-        with pytest.raises(SystemExit) as stop:
-            generate.main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        assert output.out == ""
-        assert output.err.count("\n") == 1, output.err
-        return stop.value.code, output.err
-
-    return call
+    return partial(failures.only_line, generate.main, capsys)
 
 
 def test_the_command(bundle: Path) -> None:

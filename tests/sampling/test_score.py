@@ -28,6 +28,7 @@ from lmdist_export.bundle import Bundle
 from lmdist_export.sampling import sampler as sampler_module
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.scoring import Scorer, score_batch
+from support import failures
 from support.small_bundles import PLAIN_WORDS, TIED, UNTIED, command, in_fresh_process, make_bundle
 
 # With common beginnings, one that is the beginning of another, one twice, an empty one, and words that are not known.
@@ -92,12 +93,7 @@ def failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
     def call(*arguments: object, stdin: bytes = b"") -> tuple[int | str | None, str]:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as stop:
-            score.main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        assert output.out == ""
-        assert output.err.count("\n") == 1, output.err
-        return stop.value.code, output.err
+        return failures.only_line(score.main, capsys, *arguments)
 
     return call
 

@@ -2,6 +2,7 @@
 
 * jobs.py: trainings on the CPU, as real processes, as forks that have torch, and in this process.
 * small_bundles.py, sampling_reference.py: bundles of random weights, and sampling written plainly as a reference.
+* failures.py: how a command fails, its exit code and its one line.
 * mutations.py: damaged and hostile files from a seed.
 * manifests.py, manifest_*.py: the manifests of k8s/, rendered, with the rules that they obey and wrong changes of them.
 * hosts.py, pods.py, cluster.py: hosts, pods and a Job controller on this machine, from network namespaces and bubblewrap.
