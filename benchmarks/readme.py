@@ -180,8 +180,8 @@ def training(machine: str) -> str:
     rows = []
     for run in results(machine, "training"):
         measured = [row for row in run if row["unit"].endswith("tokens/s") and "persistent_kernel" not in row]
-        for case in dict.fromkeys(row["case"] for row in measured):
-            rows.append([case, *speeds([row for row in measured if row["case"] == case])])
+        cases = dict.fromkeys(row["case"] for row in measured)
+        rows += [[case, *speeds([row for row in measured if row["case"] == case])] for case in cases]
     head = [
         "model, batch size x tokens, vocabulary",
         "plain PyTorch",
@@ -546,13 +546,20 @@ MEASURED = (
 
 
 def measured(table: Callable[[str], str], *, all_machines: bool) -> str:
-    """Return a table for each machine that has rows for it, or for the first such machine; its first cell names the machine."""
-    found = []
+    """Return a table for each machine that has rows for it, or for the first such machine; its first cell names the machine.
+
+    A table that is the same on another machine, of what is counted and not measured, comes once.
+    """
+    found: dict[str, str] = {}
     for machine in machines():
         text = table(machine)
         if text.count("\n| ") > 1:  # more than its head
-            found.append(re.sub(r"^\| ([^|]+) \|", rf"| \1 (on {in_words(machine)}) |", text, count=1, flags=re.MULTILINE))
-    return "\n".join(found if all_machines else found[:1])
+            found.setdefault(text, machine)
+    texts = [
+        re.sub(r"^\| ([^|]+) \|", rf"| \1 (on {in_words(machine)}) |", text, count=1, flags=re.MULTILINE)
+        for text, machine in found.items()
+    ]
+    return "\n".join(texts if all_machines else texts[:1])
 
 
 def main() -> None:
