@@ -21,7 +21,7 @@ from lmdist.model.lstm import State
 from lmdist.model.precision import Precision
 from lmdist.settings import Recipe
 from lmdist.training.data import Batch
-from lmdist.training.distributed import World
+from lmdist.training.distributed import RowAverage, World
 from lmdist.training.metrics import NatsTotal
 from lmdist.training.optimizer import build_optimizer
 
@@ -39,7 +39,9 @@ class TrainingStep:
         self.window = recipe.data.sequence_length
         self.penalties = (recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty)
         self.clip = recipe.optimizer.clip or math.inf
-        self.network = world.wrap(model, recipe.training.gradient_compression)
+        embedding = None if recipe.model.tied else model.embedding.weight  # tied, its gradient is the projection's as well
+        self.network = world.wrap(model, recipe.training.gradient_compression, embedding)
+        self.embedding_rows = RowAverage(world, embedding, recipe.training.gradient_compression)
         self.optimizer = build_optimizer(recipe.optimizer, model)
         self.scaler = torch.GradScaler(world.device.type, enabled=precision.name == "fp16")
         self.state: State = model.initial_state(self.batch_size)  # parts (B, S)
@@ -67,6 +69,7 @@ class TrainingStep:
         """Compute the gradients of `batch`, this rank's part of a global batch; add its loss to `nats`; carry the state on."""
         if batch.state_reset:
             self.state = self.model.initial_state(self.batch_size)
+        self.embedding_rows.start(batch.inputs)
         device = self.world.device
         weight = torch.full((), 1 / batch.num_tokens, device=device)  # torch.tensor would wait for the GPU
         tensors = (*batch.tensors_on(device), batch.targets != IGNORED, *self.state)  # each (B, ...)
@@ -77,6 +80,7 @@ class TrainingStep:
                 part_nats, *new_state = self.compute_part(inputs, targets, weight, *state)
             nats.add(part_nats, int(mask.sum()))
             states.append(tuple(new_state))
+        self.embedding_rows.finish()
         self.state = tuple(torch.cat(parts) for parts in zip(*states, strict=True))  # parts (B, S)
 
     def forward_backward_part(self, inputs: Tensor, targets: Tensor, weight: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
