@@ -43,7 +43,9 @@ def one_cycle(settings: ScheduleSettings, position: Position) -> float:
 
 def warmup_stable_decay(settings: ScheduleSettings, position: Position) -> float:
     """Return 1 until the last part of the run, in which the factor falls to 0 by a line (Hu et al. 2024, arXiv:2404.06395)."""
-    return min(1.0, (position.total_steps - position.step) / max(1, round(settings.decay_fraction * position.total_steps)))
+    steps = position.total_steps
+    decay_steps = max(1, min(round(settings.decay_fraction * steps), steps - settings.warmup_steps))
+    return min(1.0, (steps - position.step) / decay_steps)
 
 
 def inverse_sqrt(settings: ScheduleSettings, position: Position) -> float:
