@@ -115,7 +115,9 @@ def test_what_is_validated_is_what_is_evaluated_and_exported(data, tmp_path, cap
     newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
     evaluate.main([str(newest), "--split=valid", "--streams=10", "--json"])
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    output = capsys.readouterr()
+    assert f"average of the parameters by {name}" in output.err
+    figures = json.loads(output.out.splitlines()[-1])
     assert figures["nats_per_token"] == pytest.approx(losses(run, "valid/loss")[-1], abs=1e-5)
 
     model, _ = load_model(newest)
