@@ -75,9 +75,7 @@ def announcement(run: Run) -> list[str]:
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
     ]
     if recipe.averaging.name != "none":
-        lines.append(
-            f"  average of the parameters by {recipe.averaging.name}: validated, sampled and exported in place of the last ones"
-        )
+        lines.append(f"  average of the parameters by {recipe.averaging.name}, which is validated, sampled and exported")
     if folder.vocabulary_size > LARGE_VOCABULARY and recipe.model.head == "full":
         lines.append("  hint   --model.head adaptive --model.tied false trains several times as fast at this vocabulary size")
     return lines
