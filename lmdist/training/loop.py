@@ -63,10 +63,9 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             # One step. Its data, its dropout and its learning rate depend on its number only.
             start = time.perf_counter()
             batch = run.batches.batch(progress.step, world.part_of(recipe.data.global_batch))
-            torch.manual_seed((recipe.seed * 1_000_003 + progress.step) * 65_537 + world.rank)
             peak, total_steps = recipe.optimizer.learning_rate, run.total_steps
             rate = learning_rate(peak, recipe.schedule, progress.step, total_steps, progress.divisions)
-            training_step.forward_backward(batch, nats)
+            training_step.forward_backward(batch, progress.step, nats)
             norm = training_step.clip_and_update(rate)
             progress.step += 1
             progress.tokens += batch.num_tokens
