@@ -152,9 +152,18 @@ class ModelSettings:
     num_layers: Annotated[int, at_least(1)] = 2
     """Number of LSTM layers."""
     dropout: Annotated[float, between(0, 1, includes_high=False)] = 0.15
-    """Dropout probability between embedding, layers and projection."""
+    """Dropout probability between embedding, layers and projection: of those of the next three that are not given. All are
+    AWD-LSTM's (Merity et al. 2018, arXiv:1708.02182), with one mask for all tokens of a sequence in a step."""
+    dropout_input: Annotated[float | None, between(0, 1, includes_high=False)] = None
+    """Dropout probability of the first layer's inputs; by default that of model.dropout."""
+    dropout_hidden: Annotated[float | None, between(0, 1, includes_high=False)] = None
+    """Dropout probability between two layers; by default that of model.dropout."""
+    dropout_output: Annotated[float | None, between(0, 1, includes_high=False)] = None
+    """Dropout probability of the last layer's outputs; by default that of model.dropout."""
+    dropout_embedding: Annotated[float, between(0, 1, includes_high=False)] = 0.0
+    """Probability of dropping a word of the vocabulary from all inputs of a step."""
     weight_dropout: Annotated[float, between(0, 1, includes_high=False)] = 0.0
-    """Probability of zeroing a recurrent weight of a layer for a step (AWD-LSTM, Merity et al. 2018, arXiv:1708.02182)."""
+    """Probability of dropping a recurrent weight of a layer for a step."""
     tied: bool = True
     """One matrix is both the embedding and the projection (Press and Wolf 2017, arXiv:1608.05859)."""
     head: Literal["full", "adaptive"] = "full"
@@ -179,6 +188,12 @@ class ModelSettings:
         if self.tied:
             sizes[-1] = self.embedding_size
         return sizes
+
+    @property
+    def vector_dropouts(self) -> list[float]:
+        """Return the dropout probability of each layer's inputs, and of the last layer's outputs."""
+        given = [self.dropout_input, *[self.dropout_hidden] * (self.num_layers - 1), self.dropout_output]
+        return [self.dropout if rate is None else rate for rate in given]
 
 
 @dataclass

@@ -60,7 +60,7 @@ FLOORS = {
 WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
     "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
-    "lmdist.model": "lstm loss language_model precision cuda_graph",
+    "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": "run_folder store replay uploader logger sync plot",
     "lmdist.training": "distributed metrics data optimizer schedule sample checkpoints averaging evaluate step run report loop",
     "lmdist.training.checkpoints": "format read retain write",

@@ -62,11 +62,10 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             # One step. Its data, its dropout and its learning rate depend on its number only.
             start = time.perf_counter()
             batch = run.batches.batch(progress.step, world.part_of(recipe.data.global_batch))
-            torch.manual_seed((recipe.seed * 1_000_003 + progress.step) * 65_537 + world.rank)
             position = Position(progress.step, run.total_steps, progress.divisions)
             rate = learning_rate(recipe.optimizer.learning_rate, recipe.schedule, position)
             set_momentum(training_step.optimizer, momentum(recipe.schedule, position))
-            training_step.forward_backward(batch, nats)
+            training_step.forward_backward(batch, progress.step, nats)
             norm = training_step.clip_and_update(rate)
             run.averaging.update()
             progress.step += 1
