@@ -63,17 +63,19 @@ time.sleep(600)
 
 def test_a_system_runs_in_its_turns_only(tmp_path):
     system = quality.System("ours", [sys.executable, "-c", COUNTER], tmp_path / "metrics.jsonl", tmp_path / "log")
-    assert not system.take_turn(2.0)
-    time.sleep(0.2)
-    ticks = system.log.read_text().count("tick")
+    turns = ticks = 0
+    while not ticks:  # the machine may be busy
+        assert not system.take_turn(1.0)
+        turns += 1
+        ticks = system.log.read_text().count("tick")
     time.sleep(0.5)
-    assert ticks
-    assert system.log.read_text().count("tick") == ticks, "its child process runs while it is stopped"
-    assert system.minutes * 60 == pytest.approx(2.0, abs=0.5)
-    between = time.time()
+    assert system.log.read_text().count("tick") <= ticks + 1, "its child process runs while it is stopped"
+    before, between = system.minutes, time.time()
+    assert before * 60 >= turns
     assert not system.take_turn(1.0)
-    assert system.log.read_text().count("tick") > ticks
-    assert system.minutes_at(between) * 60 == pytest.approx(2.0, abs=0.5)
+    assert system.minutes_at(between) == before
+    assert system.minutes * 60 >= before * 60 + 1
+    assert system.log.read_text().count("tick") > ticks + 1
     assert system.process is not None
     tree = psutil.Process(system.process.pid).children()
     system.end()
