@@ -2,9 +2,9 @@
 
     python benchmarks/checkpointing.py [--quick] [--json benchmarks/results/checkpointing-MACHINE-DATE.json]
 
-Each round saves once either way and once in the middle of training steps, which shows what the writing thread takes from
-them. The pause is what the ranks wait for; AdamW keeps two more numbers per parameter, so a checkpoint has 12 bytes per
-parameter.
+Each round saves either way, the second in the middle of training steps, which shows what the writing thread takes from them
+and, since it has a lower priority, what they take from it. The pause is what the ranks wait for; AdamW keeps two more numbers
+per parameter, so a checkpoint has 12 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +75,24 @@ def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: P
     def snapshot(number: int) -> Snapshot:
         return take_snapshot(Progress(number), model, optimizer, state)
 
+    def steps_until_written() -> Iterator[float]:
+        while saver.thread and saver.thread.is_alive():
+            yield seconds(step)
+
     step()
     recipe = config.as_dict(Recipe(model=settings))
     saver = Saver(scratch / "background", recipe, data, keep=2)
     pauses: dict[str, list[float]] = {"written while the ranks wait": [], "copied, written in the background": []}
-    alone, beside = [], []
+    alone: list[float] = []
+    beside: list[float] = []
+    lasted: list[float] = []
     for number in range(rounds):
         pauses["written while the ranks wait"].append(
             seconds(lambda number=number: write_checkpoint(scratch / "waiting", snapshot(number), recipe, data))
         )
         alone += [seconds(step) for _ in range(3)]
         pauses["copied, written in the background"].append(seconds(lambda number=number: saver.save(snapshot(number))))
-        while saver.thread and saver.thread.is_alive():
-            beside.append(seconds(step))
+        lasted.append(seconds(lambda: beside.extend(steps_until_written())))
         remove_old(scratch / "waiting", 1)
     size = sum(parameter.numel() for parameter in model.parameters()) * 12 / 2**20
     rows = [
@@ -97,6 +102,7 @@ def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: P
         row(f"{case}: a step", variant, values, alone)
         for variant, values in {"nothing being written": alone, "beside the writing": beside}.items()
     ]
+    rows.append(row(f"{case}: on the disk", "steps beside it", lasted, pauses["written while the ranks wait"]))
     return [{**result, "checkpoint_mib": round(size, 1)} for result in rows]
 
 
