@@ -41,7 +41,8 @@ class TrainingStep:
         self.window = recipe.data.sequence_length
         self.penalties = (recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty)
         self.clip = recipe.optimizer.clip or math.inf
-        embedding = None if recipe.model.tied else model.embedding.get_parameter("weight")  # tied, its gradient is the projection's as well
+        # If it is tied, its gradient is the projection's as well, which has all rows.
+        embedding = None if recipe.model.tied else model.embedding.get_parameter("weight")
         self.network = world.wrap(model, recipe.training.gradient_compression, embedding)
         self.embedding_rows = RowAverage(world, embedding, recipe.training.gradient_compression)
         self.optimizer = build_optimizer(recipe.optimizer, model)
