@@ -22,7 +22,7 @@ from lmdist.model.lstm import State
 from lmdist.model.precision import Precision
 from lmdist.settings import Recipe
 from lmdist.training.data import Batch
-from lmdist.training.distributed import World
+from lmdist.training.distributed import RowAverage, World
 from lmdist.training.metrics import NatsTotal
 from lmdist.training.optimizer import build_optimizer
 
@@ -41,7 +41,10 @@ class TrainingStep:
         self.window = recipe.data.sequence_length
         self.penalties = (recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty)
         self.clip = recipe.optimizer.clip or math.inf
-        self.network = world.wrap(model, recipe.training.gradient_compression)
+        # If it is tied, its gradient is the projection's as well, which has all rows.
+        embedding = None if recipe.model.tied else model.embedding.get_parameter("weight")
+        self.network = world.wrap(model, recipe.training.gradient_compression, embedding)
+        self.embedding_rows = RowAverage(world, embedding, recipe.training.gradient_compression)
         self.optimizer = build_optimizer(recipe.optimizer, model)
         self.scaler = torch.GradScaler(world.device.type, enabled=precision.name == "fp16")
         self.state: State = model.initial_state(self.batch_size)  # parts (B, S)
@@ -78,6 +81,7 @@ class TrainingStep:
         """
         if batch.state_reset:
             self.state = self.model.initial_state(self.batch_size)
+        self.embedding_rows.start(batch.inputs)
         device = self.world.device
         weight = torch.full((), 1 / batch.num_tokens, device=device)  # torch.tensor would wait for the GPU
         masks = self.masks(step)
@@ -89,6 +93,7 @@ class TrainingStep:
                 part_nats, *new_state = self.compute_part(inputs, targets, weight, rows, *masks[1:], *state)
             nats.add(part_nats, int(mask.sum()))
             states.append(tuple(new_state))
+        self.embedding_rows.finish()
         self.state = tuple(torch.cat(parts) for parts in zip(*states, strict=True))  # parts (B, S)
 
     def forward_backward_part(
@@ -103,7 +108,7 @@ class TrainingStep:
         with self.precision.autocast(self.world.device):
             raw, new_state = self.network(inputs, state, masks)  # (P, T, H)
             hidden = self.model.dropout.drop_vectors(raw, -1, masks)
-            part_nats = summed_nats(hidden, self.model.projection, targets)
+            part_nats = summed_nats(hidden, self.model.projection, targets, weight * self.world.size)
             loss = part_nats * weight
             if self.penalties != (0, 0):
                 loss = loss + activation_penalty(raw, hidden, *self.penalties) * (len(inputs) / self.global_batch)
@@ -115,7 +120,11 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+        # A GPU would have to be waited for, and a CPU takes longer to multiply by 1.
+        if norm.device.type == "cuda" or norm > self.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
