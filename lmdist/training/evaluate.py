@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lmdist.training.metrics import NatsTotal
 
 COMMAND = "lmdist-evaluate"
+TUNING_TOKENS = 500_000
+"""Of the valid split, at most, for the two numbers of a cache."""
 
 
 def evaluate(
@@ -171,13 +173,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         tokens = folder.tokens(name)
     if len(tokens) < arguments.streams:
         raise DataError(f"{name} has {len(tokens)} tokens; at least {arguments.streams} are needed")
+    valid = folder.tokens("valid")[:TUNING_TOKENS] if folder and arguments.cache else None
     start_time = time.perf_counter()
     if len(paths) == 1 and not arguments.cache:
         nats = evaluate(model.to(world.device), tokens, arguments.streams, 256, world).mean()
         figures: dict[str, Any] = {}
     else:
         models = (load_model(path)[0] if number else model for number, path in enumerate(paths))
-        valid = folder.tokens("valid") if folder and arguments.cache else None
         members = list(measure_members(zip(paths, models, strict=True), tokens, valid, arguments, world))
         nats, figures = combined(members)
     seconds = time.perf_counter() - start_time
@@ -192,7 +194,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "words": len(tokens),
         "unknown_rate": float(np.mean(tokens == UNKNOWN_ID)),
         "vocabulary": model.vocabulary_size,
-        "tokens_per_second": len(tokens) / seconds,
+        "tokens_per_second": len(paths) * (len(tokens) + (0 if valid is None else len(valid))) / seconds,
     }
     if folder and not arguments.file and folder.has("train"):
         unigram = unigram_nats(folder.tokens("train"), tokens, model.vocabulary_size)

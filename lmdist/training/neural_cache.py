@@ -31,8 +31,6 @@ THETAS = (0.0, *(round(0.02 * 1.35**number, 3) for number in range(19)))
 MAX_WEIGHT = 0.99
 """A token that is not in the cache keeps some probability."""
 BISECTIONS = 30
-TUNING_TOKENS = 500_000
-"""At most so many tokens are read to tune two numbers."""
 
 
 class Memory:
@@ -110,7 +108,7 @@ def best_weight(static: Tensor, cached: Tensor) -> float:
 
 def tune(model: LanguageModel, tokens: np.ndarray, streams: int, device: torch.device, size: int) -> NeuralCache:
     """Return the cache of `size` tokens whose theta and weight fit a text best."""
-    static, cached = token_log_probabilities(model, tokens[:TUNING_TOKENS], streams, device, size, THETAS)
+    static, cached = token_log_probabilities(model, tokens, streams, device, size, THETAS)
     weights = [best_weight(static, by_cache) for by_cache in cached]
     sums = [float(mixed(static, by_cache, weight).sum()) for by_cache, weight in zip(cached, weights, strict=True)]
     best = sums.index(max(sums))

@@ -15,9 +15,9 @@ from lmdist.text.vocabulary import END_ID
 def distributions(
     model: LanguageModel, tokens: Sequence[int] | NDArray[np.integer], size: int, theta: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the log-probabilities (N + 1, V) of model and cache before each of N tokens and after the last; the first follows <eos>.
+    """Return the log-probabilities (N + 1, V) of model and cache before each of N tokens and after the last.
 
-    Before the first token the cache is empty: there it has the model's.
+    The first token follows <eos>. There the cache is empty, and has the model's.
     """
     inputs = torch.tensor([[END_ID, *map(int, tokens)]])
     with torch.no_grad():

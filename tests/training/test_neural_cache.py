@@ -1,4 +1,4 @@
-"""The neural cache and ensembles: equal to the formulas written naively in fp64, in chunks of any size, tuned where it is best."""
+"""The neural cache and ensembles: equal to the formulas written naively in fp64, for chunks of any size, and tuned."""
 
 from __future__ import annotations
 
@@ -92,11 +92,17 @@ def test_an_ensemble_averages_probabilities() -> None:
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
+def topics(count: int, seed: int) -> NDArray[np.int64]:
+    """Return the tokens of passages that have three words each."""
+    random = np.random.default_rng(seed)
+    return np.concatenate([random.choice(random.integers(2, 30, 3), 40) for _ in range(count)])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two runs on one data folder, in whose splits a passage comes again."""
+    """Two runs on one data folder, in whose splits words come again soon."""
     folder = tmp_path_factory.mktemp("neural-cache")
-    splits = {"train": chain(1503, 30), "valid": np.tile(chain(50, 30, seed=1), 3), "test": np.tile(chain(40, 30, seed=2), 3)}
+    splits = {"train": chain(1503, 30), "valid": topics(5, seed=1), "test": topics(4, seed=2)}
     data = write_data_folder(folder / "data", splits, 30)
     for seed in (1, 2):
         train_here(f"--data.folder={data}", f"--run_folder={folder / str(seed)}", f"--seed={seed}", "--training.epochs=1")
@@ -121,7 +127,7 @@ def test_the_cache_of_the_command(runs: tuple[Path, Path], command: Callable[...
     static = json.loads(command(run, "--json").out)
     figures = json.loads(command(run, "--cache=60", "--json").out)
     assert figures["perplexity_without_cache"] == pytest.approx(static["perplexity"], rel=1e-5)
-    assert figures["perplexity"] < 0.99 * static["perplexity"]
+    assert figures["perplexity"] < 0.8 * static["perplexity"]
     assert figures["nats_per_token"] == pytest.approx(math.log(figures["perplexity"]))
     cache = NeuralCache(figures["cache"], figures["cache_theta"], figures["cache_weight"])
 
@@ -172,9 +178,9 @@ def test_mistakes(runs: tuple[Path, Path], command: Callable[..., Any], tmp_path
     assert "--cache is -1; it must be from 0 to 1,000,000 (0 is none)" in command(run, "--cache=-1", code=64).err
     other = write_data_folder(tmp_path / "data", {"train": chain(451, 31), "valid": chain(99, 31)}, 31)
     train_here(f"--data.folder={other}", f"--run_folder={tmp_path / 'run'}", "--training.epochs=1")
-    output = command(run, tmp_path / "run", code=65).err
-    assert "another vocabulary" in output
-    assert len(output.splitlines()) == 1
+    *_, line = command(run, tmp_path / "run", code=65).err.splitlines()
+    assert f"{tmp_path / 'run'}" in line
+    assert "another vocabulary" in line
     folder = write_data_folder(tmp_path / "test-only", {"train": chain(451, 30), "test": chain(99, 30)}, 30)
     assert "has no valid split" in command(run, "--cache=9", f"--data={folder}", code=66).err
 
