@@ -214,6 +214,11 @@ def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:
         else f"{held_out['onnxruntime']:,.3f} by onnxruntime, {held_out['torch']:,.3f} by torch, "
         f"on {held_out['tokens']:,} tokens of the {held_out['split']} split ({held_out['loss_percent']:+.2f} %); "
         f"the same most likely token in {held_out['top_1_agreement']:.1%}",
+        **(
+            {"cache": "{size:,} tokens, theta {theta}, weight {weight}".format_map(cache)}
+            if (cache := manifest["cache"])
+            else {}
+        ),
         "next": f'lmdist-generate {output} --prompt "..."',
     }
 

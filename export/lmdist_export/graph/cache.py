@@ -1,13 +1,13 @@
 """The nodes of the neural cache: a memory of hidden states and the tokens that were read after them, and the mixture with it.
 
     cache, memory = cache_inputs(g, sizes)
-    memory = cache.remember(g, memory, previous, tokens)
+    memory = cache.remember(g, memory, cache.pairs(g, before, hidden, tokens))
     log_probabilities = cache.mixture(g, logits, hidden, [memory])
 
-The formulas are in lmdist/neural_cache.py, and lmdist/training/neural_cache.py is the counterpart in torch. A pair is remembered
-when its token is read, so the memory is a function of the tokens that were read, as the state is. It is a part of the state:
-(B, M, H) and (B, M), the newest pair last, M at most the size of the cache. Rows that have read less than others have the token
-EMPTY in their first places. An empty memory has one such place, and no weight in the mixture.
+The formulas are in lmdist/neural_cache.py; lmdist/training/neural_cache.py is the counterpart in torch. A pair is remembered when
+its token is read, so the memory is a function of the tokens that were read, as the state is. It is a part of the state: (B, M, H)
+and (B, M), the newest pair last, M at most the size of the cache. Rows that have read less than others have the token EMPTY in
+their first places. A new memory has one such place; it has no weight in the mixture.
 
 This module knows no sampling and no layers.
 
@@ -22,12 +22,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT64, Graph
+from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph
 from lmdist_export.graph.sizes import Sizes
 
 CACHE = ("cache_hidden", "cache_tokens")
 """The parts of the state that are the memory, after those of cell.STATE."""
 EMPTY = -1
+LAST = np.iinfo(np.int64).max
+"""The end of a slice that ends where the axis does."""
 FAR = -1e30
 """The score of an empty place, far below all others: its exponential is 0."""
 
@@ -41,9 +43,7 @@ class Memory(NamedTuple):
 
 def cache_inputs(g: Graph, sizes: Sizes) -> tuple[CacheNodes, Memory]:
     """Declare the inputs of a cache, its parameters and its memory."""
-    nodes = CacheNodes(
-        g.input("cache_size", INT64, [1]), g.input("cache_theta", FLOAT, []), g.input("cache_weight", FLOAT, [])
-    )
+    nodes = CacheNodes(g.input("cache_size", INT64, [1]), g.input("cache_theta", FLOAT, []), g.input("cache_weight", FLOAT, []))
     hidden, tokens = CACHE
     memory = Memory(
         g.input(hidden, FLOAT, ["batch", "remembered", sizes.layer_sizes[-1]]), g.input(tokens, INT64, ["batch", "remembered"])
@@ -71,21 +71,24 @@ class CacheNodes:
     theta: str
     weight: str
 
-    def pairs(self, g: Graph, before: str, hidden: str, tokens: str) -> Memory:
-        """Return the pairs of `tokens` (B, T): `before` (B, H) and `hidden` (B, T, H) are the states before and after them.
+    def pair(self, g: Graph, before: str, token: str) -> Memory:
+        """Return the pair of one token (B, 1) that is read after the hidden state `before` (B, H).
 
         The first token of a text has no state before it: the layers' states are zeros then, and the place is EMPTY.
         """
-        one = g.constant(np.array([1]))
-        first, rest = (slice_of(g, tokens, start, end) for start, end in ((0, 1), (1, LAST)))
         continued = g("Greater", g("ReduceMax", g("Abs", before), axes=[1]), g.constant(np.float32(0)))  # (B, 1)
-        first = g("Where", continued, first, g.constant(np.int64(EMPTY)))
-        previous = g("Concat", g("Unsqueeze", before, one), slice_of(g, hidden, 0, -1), axis=1)  # (B, T, H)
-        return Memory(previous, g("Concat", first, rest, axis=1))
+        token = g("Where", continued, token, g.constant(np.int64(EMPTY)))
+        return Memory(g("Unsqueeze", before, g.constant(np.array([1]))), token)
+
+    def pairs(self, g: Graph, before: str, hidden: str, tokens: str) -> Memory:
+        """Return the pairs of `tokens` (B, T): `before` (B, H) is the hidden state before them, `hidden` (B, T, H) are those after."""
+        first = self.pair(g, before, slice_of(g, tokens, 0, 1))
+        others = Memory(slice_of(g, hidden, 0, -1), slice_of(g, tokens, 1, LAST))
+        return join(g, first, others)
 
     def remember(self, g: Graph, memory: Memory, pairs: Memory, lengths: str = "") -> Memory:
         """Return the memory with the pairs added, of row b its first `lengths` (B), and the oldest ones forgotten."""
-        together = Memory(*(g("Concat", old, new, axis=1) for old, new in zip(memory, pairs, strict=True)))  # (B, M + T, ...)
+        together = join(g, memory, pairs)  # (B, M + T, ...)
         if not lengths:
             first = g("Neg", self.size)
             parts = (g("Slice", part, first, g.constant(np.array([LAST])), g.constant(np.array([1]))) for part in together)
@@ -136,7 +139,7 @@ class CacheNodes:
         `hidden` (B, T, H) are the states that predict them, and `pairs` those of the tokens read.
         """
         zero, one = g.constant(np.int64(0)), g.constant(np.int64(1))
-        keys, tokens = (g("Concat", old, new, axis=1) for old, new in zip(memory, pairs, strict=True))  # (B, M + T, ...)
+        keys, tokens = join(g, memory, pairs)  # (B, M + T, ...)
         score = g("Mul", g("MatMul", hidden, g("Transpose", keys, perm=[0, 2, 1])), self.theta)  # (B, T, M + T)
         old, length = (g("Squeeze", size_of(g, part, 1)) for part in (memory.tokens, targets))
         total = g("Add", old, length)
@@ -160,7 +163,14 @@ class CacheNodes:
         return g("Mul", g("Cast", g("GreaterOrEqual", newest, g.constant(np.int64(0))), to=FLOAT), self.weight)
 
 
-LAST = np.iinfo(np.int64).max
+def join(g: Graph, old: Memory, new: Memory) -> Memory:
+    """Return the pairs of both."""
+    return Memory(*(g("Concat", *parts, axis=1) for parts in zip(old, new, strict=True)))
+
+
+def no_pairs(g: Graph, memory: Memory) -> Memory:
+    """Return a memory of the same batch without a place."""
+    return Memory(*(slice_of(g, part, 0, 0) for part in memory))
 
 
 def log_of_rest(g: Graph, weight: str) -> str:
