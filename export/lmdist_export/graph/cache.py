@@ -4,10 +4,10 @@
     memory = cache.remember(g, memory, cache.pairs(g, before, hidden, tokens))
     log_probabilities = cache.mixture(g, logits, hidden, [memory])
 
-The formulas are in lmdist/neural_cache.py; lmdist/training/neural_cache.py is the counterpart in torch. A pair is remembered when
-its token is read, so the memory is a function of the tokens that were read, as the state is. It is a part of the state: (B, M, H)
-and (B, M), the newest pair last, M at most the size of the cache. Rows that have read less than others have the token EMPTY in
-their first places. A new memory has one such place; it has no weight in the mixture.
+lmdist/neural_cache.py has the formulas; lmdist/training/neural_cache.py is the counterpart in torch. A pair is remembered when
+its token is read, so the memory is a function of the tokens that were read, as the state is. It is a part of the state: (B, M,
+H) and (B, M), the newest pair last, M at most the size of the cache. Rows that have read less than others have the token EMPTY
+in their first places. A new memory has one such place; it has no weight in the mixture.
 
 This module knows no sampling and no layers.
 
@@ -57,7 +57,7 @@ def cache_outputs(g: Graph, sizes: Sizes, memory: Memory) -> None:
     g.output(memory.tokens, f"next_{CACHE[1]}", INT64, ["batch", "next_remembered"])
 
 
-def by_row(g: Graph, hidden: str, tokens: str, size: int) -> str:
+def by_text(g: Graph, hidden: str, tokens: str, size: int) -> str:
     """Return the hidden states (T*B, H) after `tokens` (B, T) as (B, T, H)."""
     shape = g("Concat", g("Gather", g("Shape", tokens), g.constant(np.array([1, 0]))), g.constant(np.array([size])), axis=0)
     return g("Transpose", g("Reshape", hidden, shape), perm=[1, 0, 2])
@@ -81,7 +81,7 @@ class CacheNodes:
         return Memory(g("Unsqueeze", before, g.constant(np.array([1]))), token)
 
     def pairs(self, g: Graph, before: str, hidden: str, tokens: str) -> Memory:
-        """Return the pairs of `tokens` (B, T): `before` (B, H) is the hidden state before them, `hidden` (B, T, H) are those after."""
+        """Return the pairs of `tokens` (B, T); the hidden states are `before` (B, H) them, and those after each (B, T, H)."""
         first = self.pair(g, before, slice_of(g, tokens, 0, 1))
         others = Memory(slice_of(g, hidden, 0, -1), slice_of(g, tokens, 1, LAST))
         return join(g, first, others)

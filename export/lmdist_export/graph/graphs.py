@@ -34,7 +34,7 @@ from lmdist_export.graph.cache import (
     LAST,
     CacheNodes,
     Memory,
-    by_row,
+    by_text,
     cache_inputs,
     cache_outputs,
     join,
@@ -66,7 +66,7 @@ def step_graph(sizes: Sizes, target: Target, run: str = "") -> bytes:
 
 
 def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> bytes:
-    """Return the graph that reads tokens and outputs the log-probability of the target after each, with the cache or without."""
+    """Return the graph that reads tokens and outputs the log-probability of the target after each, `cached` or without."""
     g = Graph("lmdist_score")
     network = Network(sizes, g, target)
     tokens = g.input("tokens", INT64, ["batch", "time"])
@@ -80,7 +80,7 @@ def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> bytes:
     scores = g("Transpose", g("Reshape", scores, shape), perm=[1, 0])  # (B, T)
     if cached:
         cache, memory = cache_inputs(g, sizes)
-        hidden = by_row(g, hidden, tokens, sizes.layer_sizes[-1])  # (B, T, H)
+        hidden = by_text(g, hidden, tokens, sizes.layer_sizes[-1])  # (B, T, H)
         pairs = cache.pairs(g, before[-1][0], hidden, tokens)
         scores = cache.mixed_scores(g, scores, hidden, targets, memory, pairs)
         cache_outputs(g, sizes, cache.remember(g, memory, pairs))
@@ -97,7 +97,7 @@ def next_graph(sizes: Sizes, target: Target) -> bytes:
     before = state_inputs(g, sizes)
     cache, memory = cache_inputs(g, sizes)
     hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), before)
-    hidden = by_row(g, hidden, tokens, sizes.layer_sizes[-1])  # (B, T, H)
+    hidden = by_text(g, hidden, tokens, sizes.layer_sizes[-1])  # (B, T, H)
     memory = cache.remember(g, memory, cache.pairs(g, before[-1][0], hidden, tokens))
     last = g("Squeeze", slice_of(g, hidden, -1, LAST), g.constant(np.array([1])))  # (B, H)
     scores = cache.mixture(g, network.logits(g, last), last, [memory])
@@ -132,7 +132,7 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     shapes |= {"counts": (FLOAT, ["batch", sizes.padded])} if features.adjusted else {}
     if features.cached:
         cache, memory = cache_inputs(g, sizes)
-        hidden = by_row(g, hidden, prompt, sizes.layer_sizes[-1])  # (B, P, H)
+        hidden = by_text(g, hidden, prompt, sizes.layer_sizes[-1])  # (B, P, H)
         memory = cache.remember(g, memory, cache.pairs(g, before, hidden, prompt), last)
         decoder = Decoder(network, sampling, bias, cache, memory)
         # The Loop carries only the pairs that it has added: a value that it carries is copied for each token.
@@ -154,9 +154,7 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     if features.cached:
         added = Memory(*(result[name] for name in ADDED))
         cache_outputs(g, sizes, cache.remember(g, memory, added))
-    return model_bytes(
-        g, metadata("lmdist generation graph", sizes, run) | {"features": json.dumps(features_in_file(features))}
-    )
+    return model_bytes(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
 
 
 def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]], uniform: str, stops: str) -> Graph:
@@ -263,9 +261,9 @@ def bias_after_scale(g: Graph, network: Network, bias: str, options: Mapping[str
     return g("Mul", bias, options["inverse_temperature"]) if "inverse_temperature" in options else bias
 
 
-def features_in_file(features: Features) -> dict[str, bool]:
-    """Return the features that a graph's file names; none in a file has the cache."""
-    return {name: value for name, value in asdict(features).items() if value or name != "cached"}
+def features_in_file(features: Features) -> str:
+    """Return the features that a graph's file names, as JSON; no graph in a file has the cache."""
+    return json.dumps({name: value for name, value in asdict(features).items() if value or name != "cached"})
 
 
 def metadata(what: str, sizes: Sizes, run: str) -> dict[str, str]:

@@ -112,7 +112,7 @@ class Sampler:
     def step_cached(
         self, tokens: NDArray[np.int64], state: ModelState, cache: NeuralCache
     ) -> tuple[NDArray[np.float32], ModelState]:
-        """Read `tokens` (B, T) from a state with a memory on; return the log-probabilities (B, V) after the last, and the state."""
+        """Read `tokens` (B, T) from a state with a memory; return the log-probabilities (B, V) after the last and the state."""
         feed = {"tokens": tokens, **by_part(state), **cache_feed(cache)}
         scores, *after = self.next_session.run(["log_probabilities", *next_names(state)], feed)
         return self.finite(scores), tuple(after)

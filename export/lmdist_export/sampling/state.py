@@ -22,8 +22,10 @@ from lmdist_export.graph.cache import CACHE, EMPTY
 from lmdist_export.graph.cell import STATE
 
 ModelState = tuple[NDArray[Any], ...]
-"""The parts of the state in the order of PARTS, the memory of a neural cache only where one is asked for. Those of cell.STATE are
-(B, S): the layers side by side. Row b is all that the model knows of text b."""
+"""The parts of the state in the order of PARTS; the memory of a neural cache only where one is asked for.
+
+The parts of cell.STATE are (B, S): the layers side by side. Row b is all that the model knows of text b.
+"""
 PARTS = (*STATE, *CACHE)
 
 
