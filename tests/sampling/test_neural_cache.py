@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lmdist.errors import UsageError
-from lmdist.neural_cache import NeuralCache
+from lmdist.errors import DataError, UsageError
+from lmdist.neural_cache import NeuralCache, write_tuned
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
+from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.retain import find_checkpoint
+from lmdist_export import export, generate, score
+from lmdist_export.bundle import Bundle
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.generation import continuations, fixed_bias
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.scoring import score_batch, score_stream
 from lmdist_export.sampling.state import State, concatenate
+from lmdist_export.serving.batching import Batcher, Request
 from support.neural_cache_reference import distributions, mixture
 from support.sampling_reference import expected
-from support.small_bundles import ADAPTIVE, TIED, UNTIED, bare_bundle, make_model
+from support.small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, UNTIED, bare_bundle, edit_json, make_model, make_run
 
 CACHE = NeuralCache(size=11, theta=0.4, weight=0.3)
 SETTINGS = {"tied": TIED, "untied": UNTIED, "adaptive": ADAPTIVE}
@@ -199,6 +209,17 @@ def test_what_is_banned_stays_banned(pair: tuple[Any, Sampler]) -> None:
         assert not {4, UNKNOWN_ID} & set(generated.tokens)
 
 
+def test_requests_share_a_batch(pair: tuple[Any, Sampler]) -> None:
+    _, sampler = pair
+    config = replace(config_of(), max_new_tokens=20)
+    prompts = [text(12), text(3, seed=1)]
+    expected_texts = {
+        text.prompt_number: text.tokens for text, _ in continuations(sampler, prompts, config, seed=4) if text.finish_reason
+    }
+    found = Batcher(sampler).generate(Request(sampler, prompts, config, 4), timeout_seconds=60)
+    assert {text.prompt_number: text.tokens for text in found} == expected_texts
+
+
 def test_mistakes(tmp_path: Path) -> None:
     _, sampler = model_and_sampler("tied", tmp_path / "bundle", None)
     with pytest.raises(UsageError, match="has no neural cache: tune one by lmdist-evaluate RUN --cache 2000"):
@@ -206,3 +227,94 @@ def test_mistakes(tmp_path: Path) -> None:
     sampler.bundle = replace(sampler.bundle, cache=CACHE)
     with pytest.raises(UsageError, match="the state has no memory"):
         sampler.generate(sampler.start([[END_ID]]).seeded(0), config_of(), 3)
+
+
+# --- the commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run for which a cache was tuned, and its bundle."""
+    folder = tmp_path_factory.mktemp("exported")
+    run = make_run(folder, TIED, "whitespace", PLAIN_WORDS)
+    write_tuned(run, 7, CACHE)
+    export.main([str(run), "-o", str(folder / "bundle")])
+    return run, folder / "bundle"
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Return a function that runs a command in this process, checks its exit code, and returns stdout and stderr."""
+
+    def run(module: ModuleType, *arguments: object, code: int = 0) -> Any:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) if code else nullcontext() as ended:
+            module.main([str(argument) for argument in arguments])
+        assert code == (ended.value.code if ended else 0)
+        return capsys.readouterr()
+
+    return run
+
+
+def test_the_bundle_remembers_what_was_tuned(exported: tuple[Path, Path], command: Callable[..., Any], tmp_path: Path) -> None:
+    run, bundle = exported
+    assert Bundle.load(bundle).cache == CACHE
+    assert Bundle.load(bundle).generation.cache_weight == 0
+    write_tuned(run, 8, CACHE)
+    output = command(export, run, "-o", tmp_path / "other")
+    assert "cache.json: it is not of this checkpoint" in output.err
+    assert Bundle.load(tmp_path / "other").cache is None
+
+
+def test_scores_of_the_command(exported: tuple[Path, Path], command: Callable[..., Any], tmp_path: Path) -> None:
+    run, bundle = exported
+    model, _ = load_model(find_checkpoint(run))
+    vocabulary = Bundle.load(bundle).vocabulary
+    lines = ["the cat said that the cat said it", "the dog said that the cat", "the cat"]
+    ids = [[*vocabulary.encode(line.split()), END_ID] for line in lines]
+    file = tmp_path / "lines.txt"
+    file.write_text("\n".join(lines) + "\n")
+    for flags, texts in ((["--carry-state"], [[token for line in ids for token in line]]), ([], ids)):
+        nats = -np.concatenate([scores(model, tokens) for tokens in texts]).mean()
+        figures = json.loads(command(score, bundle, file, "--cache", "--json", *flags).out)
+        assert figures["perplexity"] == pytest.approx(math.exp(nats), rel=1e-5)
+    share = np.exp(log_probabilities(model, ids[0][:-1])[-1])
+    best = next(token for token in np.argsort(-share) if token != UNKNOWN_ID)
+    word, probability = command(score, bundle, file, "--cache", "--next=1").out.splitlines()[0].split("\t")
+    assert (word, float(probability)) == (vocabulary.words[best], pytest.approx(share[best], rel=1e-4))
+    assert "top_1_accuracy" in command(score, bundle, file, "--cache", "--accuracy", "--json").out
+
+
+def test_texts_of_the_command(exported: tuple[Path, Path], command: Callable[..., Any]) -> None:
+    bundle = Bundle.load(exported[1])
+    flags = (exported[1], "--prompt=the cat said", "--seed=3", "--json", "--max-new-tokens=30")
+    found = json.loads(command(generate, *flags, "--cache-weight=0.5").out)
+    config = replace(bundle.generation, cache_weight=0.5, max_new_tokens=30)
+    prompt = bundle.vocabulary.encode("the cat said".split())
+    *_, (expected_text, _) = continuations(Sampler(bundle), [prompt], config, seed=3)
+    assert found["words"] == bundle.vocabulary.decode(expected_text.tokens)
+    assert found["words"] != json.loads(command(generate, *flags).out)["words"]
+    assert command(generate, *flags, "--cache-weight=0").out == command(generate, *flags).out
+
+
+def test_mistakes_of_the_commands(exported: tuple[Path, Path], command: Callable[..., Any], tmp_path: Path) -> None:
+    bundle = exported[1]
+    message = "--cache-weight is 1.0; it must be at least 0 and below 1 (0 is off)"
+    assert message in command(generate, bundle, "--cache-weight=1", code=64).err
+    both = command(generate, bundle, "--cache-weight=0.1", "--num-beams=2", code=64).err
+    assert "--num-beams is for beam search, and --cache-weight for sampling" in both
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in bundle.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    edit_json(copy / "manifest.json", cache=None)
+    for output in (
+        command(generate, copy, "--cache-weight=0.1", code=64),
+        command(score, copy, "--cache", str(copy / "vocab.txt"), code=64),
+    ):
+        assert "this bundle has no neural cache: tune one by lmdist-evaluate RUN --cache 2000" in output.err
+        assert len(output.err.splitlines()) == 1
+    for values, expected_message in (({"size": 0}, "cache.size is 0"), ({"theta": "x"}, "cache.theta is 'x'")):
+        edit_json(copy / "manifest.json", cache=asdict(CACHE) | values)
+        with pytest.raises(DataError, match=expected_message):
+            Bundle.load(copy)

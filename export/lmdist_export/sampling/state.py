@@ -59,6 +59,8 @@ class State:
     def rows(self, numbers: Sequence[int]) -> State:
         """Return the rows with these numbers."""
         index = list(numbers)
+        if index == list(range(len(self))):
+            return self
         return State(
             self.tokens[index],
             self.lengths[index],
@@ -99,6 +101,8 @@ class State:
 
 def concatenate(states: Sequence[State]) -> State:
     """Return the rows of all `states`, one after the other."""
+    if len(states) == 1:
+        return states[0]
     longest = max(state.tokens.shape[1] for state in states)
     padded = [np.pad(state.tokens, ((0, 0), (0, longest - state.tokens.shape[1]))) for state in states]
     counted = next((state.counts for state in states if state.counts is not None), None)
