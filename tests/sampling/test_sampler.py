@@ -561,6 +561,18 @@ def test_cuda_with_the_wheel_for_cpus(bundle: Bundle) -> None:
         Sampler(bundle, provider="cuda")
 
 
+@pytest.mark.parametrize(
+    ("kind", "saturates", "optimized"), [("fp32", False, False), ("fp16", False, True), ("int8", True, True)]
+)
+def test_only_weights_that_are_computed_need_the_optimizer(
+    kind: str, saturates: bool, optimized: bool, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it fp16 weights would be cast, and int8 ones shifted, again at each call."""
+    monkeypatch.setattr(runtime, "int8_saturates", lambda threads: saturates)
+    level = Sampler(opened(kind).bundle, threads=1).step_session.get_session_options().graph_optimization_level
+    assert (level != runtime.import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL) == optimized
+
+
 def test_onnxruntime_that_is_missing_or_installed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     wheels: set[str] = {"onnxruntime", "onnxruntime-gpu"}
     monkeypatch.setattr(runtime, "installed", lambda name: name in wheels)
