@@ -2,9 +2,9 @@
 
     python benchmarks/checkpointing.py [--quick] [--json benchmarks/results/checkpointing-MACHINE-DATE.json]
 
-Each round saves once either way and once in the middle of training steps, which shows what the writing thread takes from
-them. The pause is what the ranks wait for; AdamW keeps two more numbers per parameter, so a checkpoint has 12 bytes per
-parameter.
+Each round saves either way, the second in the middle of training steps, which shows what the writing thread takes from them
+and, since it has a lower priority, what they take from it. The pause is what the ranks wait for; AdamW keeps two more numbers
+per parameter, so a checkpoint has 12 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.checkpoints.write import Saver, Snapshot, take_snapshot, write_checkpoint
-from origin import facts, write_rows
+from origin import add_json_option, collect_rows
 
 CASES = {
     "demo, 128-256-128 tied, V 10k": (ModelSettings(), 10_000),
@@ -42,18 +42,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="3 rounds of the small case")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     arguments = parser.parse_args()
     cases = dict(list(CASES.items())[:1]) if arguments.quick else CASES
-    rows = []
-    for case, (settings, vocabulary_size) in cases.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            rows += measure(case, settings, vocabulary_size, Path(scratch), 3 if arguments.quick else arguments.rounds)
+    rounds = 3 if arguments.quick else arguments.rounds
+    with collect_rows(arguments.json, ("lmdist", "torch", "safetensors"), "python benchmarks/checkpointing.py") as rows:
+        for case, (settings, vocabulary_size) in cases.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                rows += measure(case, settings, vocabulary_size, Path(scratch), rounds)
     for row in rows:
         print(f"{row['case']:<32}{row['variant']:<44}{row['value']:>9.1f} {row['unit']} {row['ratio']:>8.2f}")
-    if arguments.json:
-        beside = facts(("lmdist", "torch", "safetensors"), "python benchmarks/checkpointing.py")
-        write_rows(arguments.json, [{**row, **beside} for row in rows])
 
 
 def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: Path, rounds: int) -> list[dict[str, Any]]:
@@ -77,19 +75,24 @@ def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: P
     def snapshot(number: int) -> Snapshot:
         return take_snapshot(Progress(number), model, optimizer, state)
 
+    def steps_until_written() -> Iterator[float]:
+        while saver.thread and saver.thread.is_alive():
+            yield seconds(step)
+
     step()
     recipe = config.as_dict(Recipe(model=settings))
     saver = Saver(scratch / "background", recipe, data, keep=2)
     pauses: dict[str, list[float]] = {"written while the ranks wait": [], "copied, written in the background": []}
-    alone, beside = [], []
+    alone: list[float] = []
+    beside: list[float] = []
+    lasted: list[float] = []
     for number in range(rounds):
         pauses["written while the ranks wait"].append(
             seconds(lambda number=number: write_checkpoint(scratch / "waiting", snapshot(number), recipe, data))
         )
         alone += [seconds(step) for _ in range(3)]
         pauses["copied, written in the background"].append(seconds(lambda number=number: saver.save(snapshot(number))))
-        while saver.thread and saver.thread.is_alive():
-            beside.append(seconds(step))
+        lasted.append(seconds(lambda: beside.extend(steps_until_written())))
         remove_old(scratch / "waiting", 1)
     size = sum(parameter.numel() for parameter in model.parameters()) * 12 / 2**20
     rows = [
@@ -99,6 +102,7 @@ def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: P
         row(f"{case}: a step", variant, values, alone)
         for variant, values in {"nothing being written": alone, "beside the writing": beside}.items()
     ]
+    rows.append(row(f"{case}: on the disk", "steps beside it", lasted, pauses["written while the ranks wait"]))
     return [{**result, "checkpoint_mib": round(size, 1)} for result in rows]
 
 

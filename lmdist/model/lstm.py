@@ -21,33 +21,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 STATE_PARTS = ("h", "c")
 """The parts of a layer's state: output and cell, each (B, H)."""
 State = tuple[Tensor, ...]
 """A tensor for each of STATE_PARTS."""
+RECURRENT = "weight_hh_l0"
+"""The name of a layer's recurrent weights, (4H, H), which weight dropout drops."""
 KERNELS = ("onednn", "matmul")
 """The kernels that compute a layer in bf16 on a CPU."""
 
 
 class Layer(nn.LSTM):
-    """A single nn.LSTM layer, batch first, whose recurrent weights may be dropped out."""
+    """A single nn.LSTM layer, batch first, whose recurrent weights may be replaced for a call."""
 
-    def __init__(self, input_size: int, hidden_size: int, weight_dropout: float = 0.0) -> None:
+    def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size, batch_first=True)
-        self.weight_dropout = weight_dropout
         self.kernel = "onednn"
         """How it is computed under autocast on a CPU: onednn, matmul (GatedLSTM) or fp32."""
 
-    def forward(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, state: State, recurrent: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Return the outputs (B, T, H) for `inputs` (B, T, I) and the state after them; the parts of a state are (B, H).
 
-        Weight dropout is one mask over the recurrent weights for all tokens of a batch (Merity et al. 2018, arXiv:1708.02182).
+        `recurrent` (4H, H) takes the place of the recurrent weights, as what weight dropout has left of them.
         """
         h, c = state
         weight_ih, weight_hh, bias_ih, bias_hh = self.parameters()
-        weight_hh = functional.dropout(weight_hh, self.weight_dropout, self.training)
+        weight_hh = weight_hh if recurrent is None else recurrent
         kernel = self.kernel if inputs.device.type == "cpu" and torch.is_autocast_enabled("cpu") else "torch"
         if kernel == "matmul":
             outputs, h, c = GatedLSTM.apply(inputs, h, c, weight_ih, weight_hh, bias_ih + bias_hh)  # type: ignore[misc]
@@ -71,7 +73,8 @@ class GatedLSTM(torch.autograd.Function):
     """An LSTM layer by large matrix multiplications in bf16: the inputs of all tokens at once, then one token after another.
 
     The gates overwrite their pre-activations, and the gates' gradients overwrite the gates. The weights' gradients are two
-    large matrix multiplications after the last token. Cells and sums of gradients are fp32.
+    large matrix multiplications after the last token. What is computed element by element, and the sums, are fp32: a token's
+    gates (B, 4H) are few enough to stay in a core's cache, where each operation on them costs little.
     """
 
     @staticmethod
@@ -83,15 +86,21 @@ class GatedLSTM(torch.autograd.Function):
         low = torch.bfloat16
         vectors = inputs.transpose(0, 1).to(low, memory_format=torch.contiguous_format)  # (T, B, I)
         matrix_ih, matrix_hh = weight_ih.to(low), weight_hh.to(low)
-        gates = torch.addmm(bias.to(low), vectors.flatten(0, 1), matrix_ih.t()).view(length, batch_size, -1)  # (T, B, 4H)
+        gates = (vectors.flatten(0, 1) @ matrix_ih.t()).view(length, batch_size, -1)  # (T, B, 4H), without the bias
         hidden = torch.empty(length + 1, batch_size, h.shape[1], dtype=low)
         cells = torch.empty(length + 1, batch_size, h.shape[1])
         hidden[0], cells[0] = h, c
+        exact, output = torch.empty(batch_size, gates.shape[2]), torch.empty_like(h)  # (B, 4H), (B, H)
+        input_gate, forget_gate, candidate, output_gate = exact.chunk(4, dim=1)  # each (B, H)
         for t in range(length):
             torch.addmm(gates[t], hidden[t], matrix_hh.t(), out=gates[t])
-            input_gate, forget_gate, candidate, output_gate = activate(gates[t])
+            exact.copy_(gates[t]).add_(bias)
+            input_and_forget(exact).sigmoid_()
+            candidate.tanh_()
+            output_gate.sigmoid_()
+            gates[t] = exact
             torch.mul(cells[t], forget_gate, out=cells[t + 1]).addcmul_(input_gate, candidate)
-            torch.mul(output_gate, cells[t + 1].tanh().to(low), out=hidden[t + 1])
+            hidden[t + 1] = torch.tanh(cells[t + 1], out=output).mul_(output_gate)
         ctx.save_for_backward(vectors, matrix_ih, matrix_hh, gates, hidden, cells)
         return hidden[1:].transpose(0, 1).contiguous(), hidden[-1].float(), cells[-1].clone()
 
@@ -102,28 +111,56 @@ class GatedLSTM(torch.autograd.Function):
         vectors, matrix_ih, matrix_hh, gates, hidden, cells = ctx.saved_tensors
         by_outputs, by_h, by_c = gradients
         by_outputs, by_h, by_c = by_outputs.transpose(0, 1), by_h.to(hidden.dtype), by_c.clone()  # (T, B, H), (B, H), (B, H)
+        exact, by_gates = (torch.empty(gates.shape[1:]) for _ in range(2))  # each (B, 4H)
+        by_output, by_cell, tanh = (torch.empty_like(by_c) for _ in range(3))  # each (B, H)
+        input_gate, forget_gate, candidate, output_gate = exact.chunk(4, dim=1)  # each (B, H)
+        by_input_gate, by_forget_gate, by_candidate, by_output_gate = by_gates.chunk(4, dim=1)
+        by_bias = torch.zeros(gates.shape[2])
         for t in reversed(range(len(vectors))):
-            input_gate, forget_gate, candidate, output_gate = gates[t].float().chunk(4, dim=1)  # each (B, H)
-            by_input, by_forget, by_candidate, by_output = gates[t].chunk(4, dim=1)
-            by_h = (by_outputs[t] + by_h).float()
-            tanh = cells[t + 1].tanh()
-            by_c.addcmul_(by_h * output_gate, 1 - tanh * tanh)
-            by_output.copy_(by_h * tanh * output_gate * (1 - output_gate))
-            by_input.copy_(by_c * candidate * input_gate * (1 - input_gate))
-            by_forget.copy_(by_c * cells[t] * forget_gate * (1 - forget_gate))
-            by_candidate.copy_(by_c * input_gate * (1 - candidate * candidate))
+            exact.copy_(gates[t])
+            by_output.copy_(by_h).add_(by_outputs[t])
+            torch.tanh(cells[t + 1], out=tanh)
+            by_c.add_(times_tanh_derivative(torch.mul(by_output, output_gate, out=by_cell), tanh))
+            # The gradients of the gates, then of their pre-activations.
+            torch.mul(by_c, candidate, out=by_input_gate)
+            torch.mul(by_c, cells[t], out=by_forget_gate)
+            torch.mul(by_c, input_gate, out=by_candidate)
+            torch.mul(by_output, tanh, out=by_output_gate)
+            times_sigmoid_derivative(input_and_forget(by_gates), input_and_forget(exact))
+            times_tanh_derivative(by_candidate, candidate)
+            times_sigmoid_derivative(by_output_gate, output_gate)
+            by_bias.add_(by_gates.sum(0))
+            gates[t] = by_gates
             by_c.mul_(forget_gate)
             by_h = gates[t] @ matrix_hh  # (B, H)
         flat = gates.flatten(0, 1)  # (T * B, 4H)
         by_inputs = (flat @ matrix_ih).view_as(vectors).transpose(0, 1)  # (B, T, I)
-        by_weight_ih = (flat.t() @ vectors.flatten(0, 1)).float()  # (4H, I)
-        by_weight_hh = (flat.t() @ hidden[:-1].flatten(0, 1)).float()  # (4H, H)
-        return by_inputs, by_h.float(), by_c, by_weight_ih, by_weight_hh, flat.sum(0, dtype=torch.float32)
+        by_weight_ih = transposed_product(flat, vectors.flatten(0, 1)).float()  # (4H, I)
+        by_weight_hh = transposed_product(flat, hidden[:-1].flatten(0, 1)).float()  # (4H, H)
+        return by_inputs, by_h.float(), by_c, by_weight_ih, by_weight_hh, by_bias
 
 
-def activate(gates: Tensor) -> tuple[Tensor, ...]:
-    """Apply the activations of the four gates in place: (B, 4H) -> 4 x (B, H)."""
-    parts = gates.chunk(4, dim=1)
-    for number, part in enumerate(parts):
-        part.tanh_() if number == 2 else part.sigmoid_()
-    return parts
+def input_and_forget(gates: Tensor) -> Tensor:
+    """Return the input and the forget gate of gates that lie side by side: (B, 4H) -> (B, 2H)."""
+    return gates[:, : gates.shape[1] // 2]
+
+
+def times_sigmoid_derivative(gradient: Tensor, gate: Tensor) -> Tensor:
+    """Multiply a gradient by the derivative of the sigmoid that returned `gate`, in place."""
+    return torch.ops.aten.sigmoid_backward(gradient, gate, grad_input=gradient)
+
+
+def times_tanh_derivative(gradient: Tensor, tanh: Tensor) -> Tensor:
+    """Multiply a gradient by the derivative of the hyperbolic tangent that returned `tanh`, in place."""
+    return torch.ops.aten.tanh_backward(gradient, tanh, grad_input=gradient)
+
+
+def transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left.t() @ right for `left` (N, J) and `right` (N, I), as (J, I).
+
+    A CPU multiplies matrices in bf16 at half its speed if the first one is transposed. So it is copied, or, if that is less
+    to copy, the second one is, and the transposed result.
+    """
+    if len(left) < right.shape[1]:
+        return left.t().contiguous() @ right
+    return (right.t().contiguous() @ left).t().contiguous()

@@ -25,8 +25,6 @@ from lmdist.settings import TextSettings
 from lmdist.storage.reading import read_json, write_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text.vocabulary import END
-from lmdist.text.words import WordFinder
-from lmdist.text.words import nltk_version as installed_nltk
 
 FORMAT = "lmdist text"
 VERSION = 1
@@ -126,7 +124,16 @@ class WordTokenizer:
             return WORDPUNCT.findall
         if self.nltk_version.split(".")[:2] != installed_nltk().split(".")[:2]:
             log(f"warning: the text was tokenized by NLTK {self.nltk_version}; this is {installed_nltk()}, which may differ")
+        from lmdist.text.words import WordFinder  # its regular expressions take as long to compile as a small model to open
+
         return WordFinder(self.punkt)
+
+
+def installed_nltk() -> str:
+    """Return the version of NLTK on this machine."""
+    from importlib.metadata import version  # as slow to import, and few tokenizers ask
+
+    return version("nltk")
 
 
 # nltk.tokenize.wordpunct_tokenize, without NLTK.

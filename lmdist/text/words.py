@@ -18,7 +18,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
+from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -84,14 +85,6 @@ class Cache(dict[str, Result]):
         return result
 
 
-@cache
-def nltk_version() -> str:
-    """Return the version of NLTK."""
-    from importlib.metadata import version  # slow to import, and few tokenizers ask
-
-    return version("nltk")
-
-
 class WordFinder:
     """Finds the words that NLTK's word_tokenize finds, with the parameters of Punkt."""
 
@@ -100,7 +93,7 @@ class WordFinder:
         self.punkt = punkt
         self.unusual = {*punkt["abbreviations"], *(pair[0] for pair in punkt["collocations"] if pair)} if punkt else set[str]()
         """Words whose punctuation may not end a sentence."""
-        self.has_rules = nltk_version().split(".")[:2] == RULES
+        self.has_rules = version("nltk").split(".")[:2] == RULES
         self.breaks = Cache(lambda context: self.nltk_punkt.text_contains_sentbreak(context))
         """Whether punctuation ends a sentence, by the word before it, itself, and what follows it."""
         self.inner = Cache(lambda chunk: plain(chunk) or tuple(self.nltk_words(f"x {chunk} x")[1:-1]))

@@ -1,7 +1,10 @@
 """The ranks of a job: the one file of the trainer that imports torch.distributed.
 
 torchrun's environment variables name the number of ranks and this rank. Without torchrun there is one rank and no process
-group. The rest of lmdist asks a `World` for sums, for this rank's part of a batch, and for a wrapped model.
+group. The rest of lmdist asks a `World` for sums, for this rank's part of a batch, and for a wrapped model, and a `RowAverage`
+for the average of a gradient with few rows.
+
+Shapes: W ranks, N tokens of this rank's batch, R rows read by all ranks, E embedding.
 """
 
 from __future__ import annotations
@@ -44,14 +47,22 @@ class World:
         batch_size = global_batch // self.size
         return slice(self.rank * batch_size, (self.rank + 1) * batch_size)
 
-    def wrap(self, model: nn.Module, compression: str) -> nn.Module:
-        """Return the model with gradients averaged over the ranks in each backward pass, sent in bf16 by `compression` bf16."""
+    def wrap(self, model: nn.Module, compression: str, excluded: Tensor | None = None) -> nn.Module:
+        """Return the model with gradients averaged over the ranks in each backward pass, sent in bf16 by `compression` bf16.
+
+        The gradient of the parameter `excluded` is not averaged: `RowAverage` does that.
+        """
         if compression == "bf16" and self.device.type != "cuda":
             raise UsageError("training.gradient_compression bf16 needs GPUs; on CPUs it must be none")  # gloo has no bf16
         if self.size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
+        # DDP takes all parameters from rank 0, and averages the gradients of those that require one while it is built.
+        if excluded is not None:
+            excluded.requires_grad_(False)
         network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        if excluded is not None:
+            excluded.requires_grad_(True)
         if compression == "bf16":
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
@@ -111,6 +122,47 @@ class World:
                 self.pending[0].wait()
             dist.all_reduce(torch.zeros(1), group=self.closing_group)
             dist.destroy_process_group()
+
+
+class RowAverage:
+    """The average over the ranks of the gradient of a matrix of which a batch reads few rows: an embedding that is not tied.
+
+    DDP would send a zero for each number of each row that no rank has read. Here the ranks exchange the ids of their rows
+    while they compute, and then all-reduce the rows that at least one of them has read: less than all rows on any number of
+    ranks, whereas an all-gather of each rank's own rows would be more from some hundred ranks on. The gradient remains a
+    dense tensor, so clipping, loss scaling and the optimizers do the same as on one rank. Without a parameter, or with one
+    rank, nothing is done.
+    """
+
+    def __init__(self, world: World, parameter: Tensor | None, compression: str) -> None:
+        self.world = world
+        self.parameter = parameter if world.size > 1 else None
+        self.dtype = torch.bfloat16 if compression == "bf16" else torch.float32
+        self.pending: tuple[dist.Work, Tensor] | None = None
+
+    def start(self, ids: Tensor) -> None:
+        """Start to exchange the ids of the rows that this rank's batch reads, a tensor on the CPU of one shape on all ranks."""
+        if self.parameter is not None:
+            own = ids.flatten().int()
+            ids_of_all = own.new_empty(self.world.size, len(own))  # (W, N)
+            self.pending = dist.all_gather(list(ids_of_all), own, async_op=True), ids_of_all  # type: ignore[assignment]
+
+    def finish(self) -> None:
+        """Average the gradient after the last backward pass of the batch."""
+        if self.parameter is None:
+            return
+        assert self.pending is not None
+        assert self.parameter.grad is not None
+        (work, ids_of_all), self.pending, gradient = self.pending, None, self.parameter.grad
+        work.wait()
+        mask = torch.zeros(len(gradient), dtype=torch.bool)
+        mask[ids_of_all.flatten().long()] = True
+        index = mask.nonzero().squeeze(1)  # (R), sorted: the same on all ranks
+        if gradient.device.type == "cuda":
+            index = index.pin_memory().to(gradient.device, non_blocking=True)
+        rows = gradient.index_select(0, index).to(self.dtype).div_(self.world.size)  # (R, E)
+        dist.all_reduce(rows)
+        gradient.index_copy_(0, index, rows.to(gradient.dtype))
 
 
 def lost_peer(error: RuntimeError) -> bool:

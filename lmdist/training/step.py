@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lmdist.model.cuda_graph import Function, Graphed
+from lmdist.model.dropout import Masks
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED, activation_penalty, summed_nats
 from lmdist.model.lstm import State
 from lmdist.model.precision import Precision
 from lmdist.settings import Recipe
 from lmdist.training.data import Batch
-from lmdist.training.distributed import World
+from lmdist.training.distributed import RowAverage, World
 from lmdist.training.metrics import NatsTotal
 from lmdist.training.optimizer import build_optimizer
 
@@ -33,13 +34,17 @@ class TrainingStep:
         self.model = model
         self.precision = precision
         self.world = world
+        self.seed = recipe.seed
         self.global_batch = recipe.data.global_batch
         self.batch_size = recipe.data.global_batch // world.size
         self.accumulation = recipe.training.accumulation
         self.window = recipe.data.sequence_length
         self.penalties = (recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty)
         self.clip = recipe.optimizer.clip or math.inf
-        self.network = world.wrap(model, recipe.training.gradient_compression)
+        # If it is tied, its gradient is the projection's as well, which has all rows.
+        embedding = None if recipe.model.tied else model.embedding.get_parameter("weight")
+        self.network = world.wrap(model, recipe.training.gradient_compression, embedding)
+        self.embedding_rows = RowAverage(world, embedding, recipe.training.gradient_compression)
         self.optimizer = build_optimizer(recipe.optimizer, model)
         self.scaler = torch.GradScaler(world.device.type, enabled=precision.name == "fp16")
         self.state: State = model.initial_state(self.batch_size)  # parts (B, S)
@@ -60,35 +65,50 @@ class TrainingStep:
         part_size = self.batch_size // self.accumulation
         tokens = torch.zeros(part_size, self.window, dtype=torch.long, device=self.world.device)  # (P, T)
         weight = torch.ones((), device=self.world.device)
-        self.forward_backward_part(tokens, tokens, weight, *self.model.initial_state(part_size))
+        masks, state = self.masks(0), self.model.initial_state(part_size)
+        self.forward_backward_part(tokens, tokens, weight, masks.rows[:part_size], *masks[1:], *state)
         self.model.zero_grad(set_to_none=True)
 
-    def forward_backward(self, batch: Batch, nats: NatsTotal) -> None:
-        """Compute the gradients of `batch`, this rank's part of a global batch; add its loss to `nats`; carry the state on."""
+    def masks(self, step: int) -> Masks:
+        """Return the dropout masks of step number `step` for this rank's part of the global batch, on its device."""
+        part = self.world.part_of(self.global_batch)
+        return self.model.dropout.draw(self.seed, step, self.global_batch, part).to(self.world.device)
+
+    def forward_backward(self, batch: Batch, step: int, nats: NatsTotal) -> None:
+        """Compute the gradients of `batch`, this rank's part of global batch number `step`.
+
+        Add its loss to `nats`; carry the state on.
+        """
         if batch.state_reset:
             self.state = self.model.initial_state(self.batch_size)
+        self.embedding_rows.start(batch.inputs)
         device = self.world.device
         weight = torch.full((), 1 / batch.num_tokens, device=device)  # torch.tensor would wait for the GPU
-        tensors = (*batch.tensors_on(device), batch.targets != IGNORED, *self.state)  # each (B, ...)
+        masks = self.masks(step)
+        tensors = (*batch.tensors_on(device), batch.targets != IGNORED, masks.rows, *self.state)  # each (B, ...)
         parts = zip(*(tensor.chunk(self.accumulation) for tensor in tensors), strict=True)  # each (P, ...)
         states: list[State] = []
-        for number, (inputs, targets, mask, *state) in enumerate(parts, start=1):
+        for number, (inputs, targets, mask, rows, *state) in enumerate(parts, start=1):
             with self.world.gradient_sync(self.network, enabled=number == self.accumulation):
-                part_nats, *new_state = self.compute_part(inputs, targets, weight, *state)
+                part_nats, *new_state = self.compute_part(inputs, targets, weight, rows, *masks[1:], *state)
             nats.add(part_nats, int(mask.sum()))
             states.append(tuple(new_state))
+        self.embedding_rows.finish()
         self.state = tuple(torch.cat(parts) for parts in zip(*states, strict=True))  # parts (B, S)
 
-    def forward_backward_part(self, inputs: Tensor, targets: Tensor, weight: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    def forward_backward_part(
+        self, inputs: Tensor, targets: Tensor, weight: Tensor, rows: Tensor, words: Tensor, weights: Tensor, *state: Tensor
+    ) -> tuple[Tensor, ...]:
         """Add the gradients of a part of the batch; return its summed nats and the state after it.
 
-        `inputs` and `targets` are (P, T); `weight` is one token's weight in the loss, 1 / tokens of the global batch. DDP
-        averages gradients over the W ranks, hence the factor W.
+        `inputs` and `targets` are (P, T); `weight` is one token's weight in the loss, 1 / tokens of the global batch; `rows`,
+        `words` and `weights` are dropout's Masks. DDP averages gradients over the W ranks, hence the factor W.
         """
+        masks = Masks(rows, words, weights)
         with self.precision.autocast(self.world.device):
-            raw, new_state = self.network(inputs, state)  # (P, T, H)
-            hidden = self.model.dropout(raw)
-            part_nats = summed_nats(hidden, self.model.projection, targets)
+            raw, new_state = self.network(inputs, state, masks)  # (P, T, H)
+            hidden = self.model.dropout.drop_vectors(raw, -1, masks)
+            part_nats = summed_nats(hidden, self.model.projection, targets, weight * self.world.size)
             loss = part_nats * weight
             if self.penalties != (0, 0):
                 loss = loss + activation_penalty(raw, hidden, *self.penalties) * (len(inputs) / self.global_batch)
@@ -100,7 +120,11 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+        # A GPU would have to be waited for, and a CPU takes longer to multiply by 1.
+        if norm.device.type == "cuda" or norm > self.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

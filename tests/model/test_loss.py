@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,9 +26,28 @@ def parameters(num_tokens: int, size: int, vocabulary_size: int, dtype: torch.dt
     return [(torch.randn(shape, generator=generator, dtype=dtype) * scale).requires_grad_() for shape in shapes]
 
 
-@given(st.integers(0, 40), st.integers(1, 9), st.integers(2, 50), st.integers(1, 20), st.booleans(), st.integers(0, 100))
-def test_nats_and_gradients_are_those_of_plain_logits(num_tokens, size, vocabulary_size, chunk_size, has_bias, padding):
-    hidden, weight, bias = parameters(num_tokens, size, vocabulary_size, torch.float64)
+@pytest.fixture(params=[loss.BlockedLinearNats, loss.LinearNats], ids=["CPU", "GPU"])
+def each_function(request, monkeypatch):
+    """Both ways to compute it, on the CPU."""
+    monkeypatch.setattr(loss, "BlockedLinearNats", request.param)
+
+
+@pytest.mark.usefixtures("each_function")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 40),
+    st.integers(1, 9),
+    st.integers(2, 50),
+    st.integers(1, 20),
+    st.integers(1, 2000),
+    st.sampled_from([1.0, 30.0]),
+    st.booleans(),
+    st.integers(0, 100),
+)
+def test_nats_and_gradients_are_those_of_plain_logits(
+    num_tokens, size, vocabulary_size, chunk_size, block_bytes, logit_scale, has_bias, padding
+):
+    hidden, weight, bias = parameters(num_tokens, size, vocabulary_size, torch.float64, logit_scale)
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(vocabulary_size, (num_tokens,), generator=generator)
     targets[torch.rand(num_tokens, generator=generator) < padding / 100] = IGNORED
@@ -36,6 +55,7 @@ def test_nats_and_gradients_are_those_of_plain_logits(num_tokens, size, vocabula
     leaves = [hidden, weight, bias] if has_bias else [hidden, weight]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "CHUNK_SIZE", chunk_size)
+        patch.setattr(loss, "BLOCK_BYTES", block_bytes)
         found = linear_nats(hidden, weight, given_bias, targets)
     expected = plain_nats(hidden, weight, given_bias, targets)
     torch.testing.assert_close(found, expected)
@@ -43,6 +63,7 @@ def test_nats_and_gradients_are_those_of_plain_logits(num_tokens, size, vocabula
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.usefixtures("each_function")
 def test_logits_that_no_exponential_holds():
     hidden, weight, bias = parameters(50, 8, 30, torch.float32, scale=30)
     targets = torch.arange(50) % 30
@@ -53,6 +74,7 @@ def test_logits_that_no_exponential_holds():
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("each_function")
 def test_in_bf16_the_loss_is_correct_and_the_gradients_nearly():
     hidden, weight, bias = parameters(1500, 64, 2000, torch.float32, scale=0.5)
     targets = torch.arange(1500)
@@ -64,6 +86,17 @@ def test_in_bf16_the_loss_is_correct_and_the_gradients_nearly():
     for ours, theirs in zip(*(torch.autograd.grad(nats, [hidden, weight, bias]) for nats in (found, expected)), strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() / theirs.norm() < 0.01
+
+
+@pytest.mark.usefixtures("each_function")
+def test_an_expected_gradient_changes_nothing_whether_it_comes_or_not():
+    hidden, weight, bias = leaves = parameters(30, 8, 20, torch.float64)
+    targets = torch.arange(30) % 20
+    plain = torch.autograd.grad(0.25 * linear_nats(hidden, weight, bias, targets), leaves)
+    for expected in (0.25, 4.0):
+        nats = linear_nats(hidden, weight, bias, targets, torch.tensor(expected, dtype=torch.float64))
+        for ours, theirs in zip(torch.autograd.grad(0.25 * nats, leaves), plain, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 class LargestMatrix(TorchDispatchMode):
@@ -87,12 +120,13 @@ def test_the_logits_of_all_tokens_never_exist_at_once(dtype):
     targets = torch.arange(num_tokens) % vocabulary_size
     with LargestMatrix() as seen, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         linear_nats(hidden, weight, bias, targets).backward()
-    assert seen.largest <= 0.1 * num_tokens * vocabulary_size
+    assert seen.largest <= 0.2 * num_tokens * vocabulary_size
     with LargestMatrix() as seen:
         plain_nats(hidden, weight, bias, targets).backward()
     assert seen.largest == num_tokens * vocabulary_size
 
 
+@pytest.mark.usefixtures("each_function")
 def test_without_gradients_none_are_computed():
     hidden, weight, bias = parameters(20, 4, 9, torch.float32)
     with torch.no_grad():

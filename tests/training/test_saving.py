@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -20,7 +21,7 @@ from lmdist.settings import ModelSettings
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import load_model, load_training, read_verified_manifest
 from lmdist.training.checkpoints.retain import newest_checkpoint, remove_old, remove_unfinished
-from lmdist.training.checkpoints.write import Saver, take_snapshot, write_checkpoint
+from lmdist.training.checkpoints.write import NICENESS, Saver, take_snapshot, write_checkpoint
 from support.jobs import SMALL, after_one_step, environment, losses, rows, small_data, train_here
 
 
@@ -120,6 +121,25 @@ def test_what_the_training_does_next_does_not_change_a_snapshot(state):
         streams[0].add_(1)
     for name, value in {**taken.parameters, **taken.training}.items():
         assert torch.equal(value, kept[name]), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no niceness of its own")
+def test_the_thread_that_writes_leaves_the_cores_to_the_training(tmp_path):
+    data = small_data(tmp_path / "data")
+    model, optimizer, streams, recipe = after_one_step(ModelSettings(embedding_size=256, hidden_size=256), 5_000, rows=4)
+    saver = Saver(tmp_path / "checkpoints", recipe, data, keep=2)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    saver.save(take_snapshot(Progress(1), model, optimizer, streams))
+    assert saver.thread is not None
+    assert saver.thread.native_id is not None
+    seen = set()
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        while True:
+            seen.add(os.getpriority(os.PRIO_PROCESS, saver.thread.native_id))
+            time.sleep(0.0005)
+    saver.close()
+    assert max(seen) == min(own + NICENESS, 19)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 def test_a_newest_one_that_is_missing_is_named(state, tmp_path, capsys):

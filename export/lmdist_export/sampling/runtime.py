@@ -125,11 +125,13 @@ def runtime_version() -> str:
     return import_onnxruntime().__version__
 
 
+@cache
 def installed(distribution: str) -> bool:
     """Return whether a distribution is installed, working or not."""
     # As importlib.metadata finds it, which takes longer to import than a small bundle to open.
-    pattern = f"{distribution.replace('-', '_')}-*.dist-info"
-    return any(next(Path(folder).glob(pattern), None) for folder in sys.path)
+    start = f"{distribution.replace('-', '_')}-"
+    folders = (folder for folder in sys.path if os.path.isdir(folder))
+    return any(name.startswith(start) and name.endswith(".dist-info") for folder in folders for name in os.listdir(folder))
 
 
 def load_cuda(onnxruntime: Any) -> None:

@@ -7,7 +7,9 @@ copy in a thread of `Saver`, while training continues. This module does not know
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from lmdist.storage.atomic import atomic_folder, write_atomic
 from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import read_json, write_json
 from lmdist.text.data_folder import META, TEXT, VOCABULARY
-from lmdist.training.checkpoints.format import FORMAT, MANIFEST, MODEL, NEWEST, TRAINING, VERSION, Progress
+from lmdist.training.checkpoints.format import AVERAGED, FORMAT, MANIFEST, MODEL, NEWEST, TRAINING, VERSION, Progress
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.optimizer import optimizer_state
 
@@ -41,12 +43,21 @@ class Snapshot:
     parameters: dict[str, Tensor]
     training: dict[str, Tensor]
     """The optimizer's tensors, and the state of all G streams, each part (G, S)."""
+    averaged: dict[str, Tensor]
+    """The average of the parameters over the steps; empty without one."""
 
 
 def take_snapshot(
-    progress: Progress, model: LanguageModel, optimizer: torch.optim.Optimizer, streams: State | None
+    progress: Progress,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    streams: State | None,
+    averaged: LanguageModel | None = None,
 ) -> Snapshot:
-    """Copy a run's state to the CPU's memory; `streams` is the LSTM state of all G streams, each part (G, S)."""
+    """Copy a run's state to the CPU's memory; `streams` is the LSTM state of all G streams, each part (G, S).
+
+    `averaged` has the average of the parameters, if there is one.
+    """
     training = {f"optimizer.{name}": value for name, value in optimizer_state(optimizer).items()}
     if streams is not None:
         training |= {f"streams.{name}": part for name, part in zip(STATE_PARTS, streams, strict=True)}
@@ -56,6 +67,7 @@ def take_snapshot(
         model.vocabulary_size,
         {name: copy_to_cpu(value) for name, value in model.named_parameters()},  # a tied matrix once, under its first name
         {name: copy_to_cpu(value) for name, value in training.items()},
+        {name: copy_to_cpu(value) for name, value in averaged.named_parameters()} if averaged else {},
     )
 
 
@@ -70,6 +82,8 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
     with atomic_folder(target) as folder:
         save_file(snapshot.parameters, folder / MODEL)
         save_file(snapshot.training, folder / TRAINING)
+        if snapshot.averaged:
+            save_file(snapshot.averaged, folder / AVERAGED)
         for name in (VOCABULARY, TEXT):
             shutil.copyfile(data / name, folder / name)
         manifest = {
@@ -87,6 +101,12 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
         write_json(folder / MANIFEST, manifest)
     write_atomic(checkpoints / NEWEST, f"{target.name}\n")
     return target
+
+
+NICENESS = 10
+"""Added to the niceness of the thread that writes. Where all cores compute it takes a tenth of one of them, and writes some 4
+times longer than it would as the equal of the training; with 19, the most, it would be 12 times longer, and a kill meanwhile
+would lose the steps of all that time."""
 
 
 class Saver:
@@ -108,6 +128,8 @@ class Saver:
 
     def write(self, snapshot: Snapshot) -> None:
         """Write and remove old checkpoints, in the thread; a failure is a warning, because older checkpoints remain."""
+        if sys.platform == "linux":  # where it is this thread's niceness, and elsewhere the process's
+            os.nice(NICENESS)
         try:
             write_checkpoint(self.checkpoints, snapshot, self.recipe, self.data)
             remove_old(self.checkpoints, self.keep)

@@ -1,0 +1,75 @@
+"""Several ranks against one: the embedding's gradient, of which the ranks exchange the rows of their tokens only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from corpora import chain, write_data_folder
+from lmdist import config
+from lmdist.model.language_model import LanguageModel
+from lmdist.training.checkpoints.read import read_tensors
+from lmdist.training.data import DataFolder, training_batches
+from support.jobs import SMALL, losses, train
+
+VOCABULARY_SIZE = 500
+EMBEDDING_SIZE = 16
+UNTIED = [*SMALL, "--model.tied=false", "--model.dropout=0", "--training.steps=12", "--schedule.name=constant"]
+PLAIN_SGD = ["--optimizer.name=sgd", "--optimizer.learning_rate=1", "--optimizer.weight_decay=0"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A batch of 8 x 7 tokens reads a tenth of the vocabulary."""
+    return write_data_folder(tmp_path / "data", {"train": chain(5_000, VOCABULARY_SIZE)}, VOCABULARY_SIZE)
+
+
+def tensors(run: Path, step: int = 12) -> dict[str, torch.Tensor]:
+    """Return the parameters and the optimizer's tensors in a checkpoint of a run."""
+    folder = run / f"checkpoints/step-{step:09d}"
+    return read_tensors(folder / "model.safetensors") | read_tensors(folder / "training.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "accumulation"),
+    [(PLAIN_SGD, 2), (["--optimizer.name=adam", "--optimizer.clip=0.05"], 1)],
+    ids=["sgd, in parts", "adam, clipped"],
+)
+def test_untied_embeddings_are_the_same_on_any_number_of_ranks(data, tmp_path, optimizer, accumulation):
+    flags = [*UNTIED, f"--data.folder={data}", *optimizer]
+    train(1, *flags, "--run_folder=1", cwd=tmp_path)
+    for ranks in (2, 4):
+        train(ranks, *flags, f"--training.accumulation={accumulation}", f"--run_folder={ranks}", cwd=tmp_path)
+        for key in ("train/loss", "train/gradient_norm"):
+            one, many = (losses(tmp_path / run, key) for run in ("1", str(ranks)))
+            assert len(one) == 12
+            np.testing.assert_allclose(many, one, rtol=0, atol=1e-5, err_msg=key)
+        for name, value in tensors(tmp_path / "1").items():
+            torch.testing.assert_close(tensors(tmp_path / str(ranks))[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_four_ranks_resume_bit_for_bit(data, tmp_path):
+    """On more than two ranks a sum depends on how the gradients are laid out, and on how many rows are exchanged."""
+    flags = [*UNTIED, f"--data.folder={data}", "--model.dropout=0.3", "--model.hidden_size=160"]
+    train(4, *flags, "--run_folder=whole", cwd=tmp_path)
+    train(4, *flags, "--training.steps=5", "--run_folder=parts", cwd=tmp_path)
+    train(4, *flags, "--run_folder=parts", "--resume=auto", cwd=tmp_path)
+    for name, value in tensors(tmp_path / "whole").items():
+        assert torch.equal(tensors(tmp_path / "parts")[name], value), name
+
+
+def test_plain_sgd_changes_the_rows_of_the_tokens_that_some_rank_has_read(data, tmp_path):
+    flags = [*UNTIED, f"--data.folder={data}", *PLAIN_SGD, "--training.steps=1"]
+    train(2, *flags, "--run_folder=run", cwd=tmp_path)
+    recipe = config.load(flags)
+    torch.manual_seed(recipe.seed)
+    before = LanguageModel(recipe.model, VOCABULARY_SIZE).embedding.weight
+    batch = training_batches(DataFolder(data), recipe.data, recipe.seed).batch(0, slice(0, 8))
+    changed = (tensors(tmp_path / "run", 1)["embedding.weight"] != before).any(1).nonzero().flatten()
+    assert changed.tolist() == batch.inputs.unique().tolist()
+    assert len(changed) < VOCABULARY_SIZE / 5
