@@ -77,7 +77,7 @@ def test_an_option_is_an_input_of_the_graphs_that_need_it(name: str) -> None:
     graph = GRAPH[name]
     values: dict[str, Any] = {name: 2 if GENERATION[name].type is int else 0.5}
     config = GenerationConfig(**values)
-    for features in (features_of(config), EVERY_FEATURE):
+    for features in (features_of(config), replace(EVERY_FEATURE, cached=True)):
         inputs = option_inputs(Graph("inputs"), SIZES, features)
         assert (graph.name or name) in inputs
         feed = option_feed(config, features, SIZES.vocabulary_size)
@@ -94,4 +94,4 @@ def test_an_option_is_an_input_of_the_graphs_that_need_it(name: str) -> None:
 
 def test_the_names_of_a_request_are_not_those_of_a_config() -> None:
     assert not REQUEST.keys() & GENERATION.keys()
-    assert FILTERS.keys() == {name for name in vars(Features()) if name not in ("greedy", "adjusted")}
+    assert FILTERS.keys() == {name for name in vars(Features()) if name not in ("greedy", "adjusted", "cached")}

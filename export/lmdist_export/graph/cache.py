@@ -41,13 +41,13 @@ class Memory(NamedTuple):
     tokens: str
 
 
-def cache_inputs(g: Graph, sizes: Sizes) -> tuple[CacheNodes, Memory]:
-    """Declare the inputs of a cache, its parameters and its memory."""
-    nodes = CacheNodes(g.input("cache_size", INT64, [1]), g.input("cache_theta", FLOAT, []), g.input("cache_weight", FLOAT, []))
+def cache_inputs(g: Graph, sizes: Sizes, weight: str = "") -> tuple[CacheNodes, Memory]:
+    """Declare the inputs of a cache, its parameters (the `weight` unless it is given) and its memory."""
+    size, theta = g.input("cache_size", INT64, [1]), g.input("cache_theta", FLOAT, [])
+    nodes = CacheNodes(size, theta, weight or g.input("cache_weight", FLOAT, []))
+    shape = ["batch", "remembered"]
     hidden, tokens = CACHE
-    memory = Memory(
-        g.input(hidden, FLOAT, ["batch", "remembered", sizes.layer_sizes[-1]]), g.input(tokens, INT64, ["batch", "remembered"])
-    )
+    memory = Memory(g.input(hidden, FLOAT, [*shape, sizes.layer_sizes[-1]]), g.input(tokens, INT64, shape))
     return nodes, memory
 
 

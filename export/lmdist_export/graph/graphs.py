@@ -71,8 +71,9 @@ def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> bytes:
     network = Network(sizes, g, target)
     tokens = g.input("tokens", INT64, ["batch", "time"])
     targets = g.input("targets", INT64, ["batch", "time"])
+    by_time = g("Transpose", tokens, perm=[1, 0])
     before = state_inputs(g, sizes)
-    hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), before)
+    hidden, state = network.prefill(g, by_time, before)
     logits = network.logits(g, hidden)  # (T*B, V')
     by_row = g("Reshape", g("Transpose", targets, perm=[1, 0]), g.constant(np.array([-1, 1])))
     scores = g("Sub", g("GatherElements", logits, by_row, axis=1), g("ReduceLogSumExp", logits, axes=[1]))  # (T*B, 1)
@@ -131,7 +132,7 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     shapes = {"word": (INT64, ["batch"]), "going": (BOOL, ["batch"]), **state_shapes(sizes)}
     shapes |= {"counts": (FLOAT, ["batch", sizes.padded])} if features.adjusted else {}
     if features.cached:
-        cache, memory = cache_inputs(g, sizes)
+        cache, memory = cache_inputs(g, sizes, options["cache_weight"])
         hidden = by_text(g, hidden, prompt, sizes.layer_sizes[-1])  # (B, P, H)
         memory = cache.remember(g, memory, cache.pairs(g, before, hidden, prompt), last)
         decoder = Decoder(network, sampling, bias, cache, memory)
@@ -151,9 +152,9 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     state_outputs(g, sizes, by_layer(result, len(sizes.layer_sizes)))
     if features.adjusted:
         g.output(result["counts"], "next_counts", FLOAT, ["batch", sizes.padded])
-    if features.cached:
+    if decoder.cache and decoder.memory:
         added = Memory(*(result[name] for name in ADDED))
-        cache_outputs(g, sizes, cache.remember(g, memory, added))
+        cache_outputs(g, sizes, decoder.cache.remember(g, decoder.memory, added))
     return model_bytes(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
 
 

@@ -36,6 +36,7 @@ def option_inputs(g: Graph, sizes: Sizes, features: Features) -> dict[str, str]:
         "row_bias": (FLOAT, ["rows", sizes.padded]),
     }
     inputs = options("temperature") | (of_rows if features.adjusted else {}) | options("penalty") | options("filter")
+    inputs |= options("cache")
     return {name: g.input(name, *of) for name, of in inputs.items()}
 
 

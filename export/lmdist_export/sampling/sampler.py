@@ -142,7 +142,7 @@ class Sampler:
         With a `cache` the logits are log-probabilities.
         """
         if cache:
-            logits, state = np.empty(0), self.initial_state(1, cached=True)
+            logits, state = np.empty((1, 0), np.float32), self.initial_state(1, cached=True)
             for start in range(0, len(context), PREFILL_TOKENS):
                 logits, state = self.step_cached(np.array([context[start : start + PREFILL_TOKENS]], np.int64), state, cache)
             return logits, state
@@ -179,9 +179,9 @@ class Sampler:
             for start in range(0, length, window):
                 piece = rows, slice(start, start + window)
                 feed = {"tokens": tokens[piece], "targets": targets[piece], **by_part(current), **fixed}
-                scores, *current = session.run(names, feed)
-                result[piece] = self.finite(scores)
-            after.append(tuple(current))
+                scores, *parts = session.run(names, feed)
+                result[piece], current = self.finite(scores), tuple(parts)
+            after.append(current)
         return result, joined(after) if after else before
 
     # --- generating

@@ -25,7 +25,7 @@ from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.state import State
 
 MAX_GRAPHS = 8
-"""Options with other nodes need a graph of their own, with its own copy of the weights; requests could ask for 34 of them."""
+"""Options with other nodes need a graph of their own, with its own copy of the weights; requests could ask for 68 of them."""
 
 
 class RequestTimeout(Exception):
