@@ -29,7 +29,7 @@ from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.checkpoints.write import Saver, Snapshot, take_snapshot, write_checkpoint
-from origin import facts, write_rows
+from origin import add_json_option, collect_rows
 
 CASES = {
     "demo, 128-256-128 tied, V 10k": (ModelSettings(), 10_000),
@@ -42,18 +42,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="3 rounds of the small case")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     arguments = parser.parse_args()
     cases = dict(list(CASES.items())[:1]) if arguments.quick else CASES
-    rows = []
-    for case, (settings, vocabulary_size) in cases.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            rows += measure(case, settings, vocabulary_size, Path(scratch), 3 if arguments.quick else arguments.rounds)
+    rounds = 3 if arguments.quick else arguments.rounds
+    with collect_rows(arguments.json, ("lmdist", "torch", "safetensors"), "python benchmarks/checkpointing.py") as rows:
+        for case, (settings, vocabulary_size) in cases.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                rows += measure(case, settings, vocabulary_size, Path(scratch), rounds)
     for row in rows:
         print(f"{row['case']:<32}{row['variant']:<44}{row['value']:>9.1f} {row['unit']} {row['ratio']:>8.2f}")
-    if arguments.json:
-        beside = facts(("lmdist", "torch", "safetensors"), "python benchmarks/checkpointing.py")
-        write_rows(arguments.json, [{**row, **beside} for row in rows])
 
 
 def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: Path, rounds: int) -> list[dict[str, Any]]:

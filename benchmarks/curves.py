@@ -24,7 +24,7 @@ from lmdist.model.precision import Precision
 from lmdist.settings import DEMO_SETTINGS, DataSettings, ModelSettings, OptimizerSettings
 from lmdist.text.prepare import prepare
 from lmdist.training.data import DataFolder, training_batches
-from origin import facts, write_rows
+from origin import add_json_option, collect_rows
 from training import BASELINE, Case, Job, PlainJob
 
 OTHER_SEEDS = ("baseline, seed 2", "baseline, seed 3")
@@ -37,14 +37,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="12 steps")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="plot the curves here")
     arguments = parser.parse_args()
     steps = 12 if arguments.quick else arguments.steps
     device = torch.device(arguments.device)
     curves: dict[str, list[float]] = {}
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    command = f"python benchmarks/curves.py --steps {steps}"
+    with (
+        collect_rows(arguments.json, ("lmdist", "torch"), command, arguments.device) as rows,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         data = DataSettings(folder=str(Path(scratch) / "demo"))
         prepare(DEMO_SETTINGS, Path(data.folder))
         folder = DataFolder(Path(data.folder))
@@ -56,10 +59,6 @@ def main() -> None:
         for variant, name in paths(device).items():
             curves[variant] = train(started(case, name, variant, device), folder, data, steps, 1, device)
             rows.append(row(variant, curves[variant], curves[BASELINE]))
-    command = f"python benchmarks/curves.py --steps {steps}"
-    if arguments.json:
-        beside = facts(("lmdist", "torch"), command)
-        write_rows(arguments.json, [{**result, **beside} for result in rows])
     if arguments.plot:
         plot(curves, arguments.plot)
 

@@ -18,12 +18,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from lmdist.text.demo import COLUMNS, articles
-from origin import facts, write_rows
+from origin import Row, add_json_option, collect_rows
 
 # What is measured is memory; a validation on a twentieth of this text takes minutes.
 SPLITS = ["--valid-fraction", "0.002", "--test-fraction", "0.002"]
@@ -36,11 +35,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=250)
     parser.add_argument("--tokenizer", default="word_tokenize")
     parser.add_argument("--quick", action="store_true", help="12 megabytes")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     arguments = parser.parse_args()
     whole = 12 if arguments.quick else arguments.megabytes
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
+    command = f"python benchmarks/large.py --megabytes {whole} --tokenizer {arguments.tokenizer}"
+    with (
+        collect_rows(arguments.json, ("lmdist", "torch", "nltk"), command) as rows,
+        tempfile.TemporaryDirectory() as name,
+    ):
         scratch = Path(name)
         for megabytes in (whole // 4, whole):
             file = scratch / f"{megabytes}.csv"
@@ -48,24 +50,24 @@ def main() -> None:
             prepare = ["-m", "lmdist.text.prepare", str(file), "-o", f"data-{megabytes}", "--tokenizer", arguments.tokenizer]
             seconds, peak = watch([*prepare, "--vocabulary-size", "10000", *SPLITS], scratch)
             case = {"megabytes": megabytes, "words": words}
-            rows.append({"case": "prepare", "variant": f"{megabytes} MB", "value": round(seconds, 1), **case, "peak_mib": peak})
+            rows.append(row_of("prepare", seconds, case, peak, rows))
             job = ["-m", "lmdist.train", f"--data.folder=data-{megabytes}", f"--run_folder=run-{megabytes}", *TRAIN.split()]
             seconds, peak = watch(job, scratch)
-            rows.append({"case": "train", "variant": f"{megabytes} MB", "value": round(seconds, 1), **case, "peak_mib": peak})
+            rows.append(row_of("train", seconds, case, peak, rows))
             file.unlink()
     for row in rows:
-        quarter = next(other for other in rows if other["case"] == row["case"])
-        row["unit"], row["spread"] = "s", None
-        row["ratio"] = round(quarter["value"] / row["value"], 3)
-        row["peak_ratio"] = round(row["peak_mib"] / quarter["peak_mib"], 3)
         print(
             f"{row['case']:<10}{row['variant']:<9}{row['words']:>12,} words{row['value']:>8.1f} s   "
             f"peak {row['peak_mib']:>5} MiB, {row['peak_ratio']:.2f} of the quarter's"
         )
-    if arguments.json:
-        command = f"python benchmarks/large.py --megabytes {whole} --tokenizer {arguments.tokenizer}"
-        beside = facts(("lmdist", "torch", "nltk"), command)
-        write_rows(arguments.json, [{**row, **beside} for row in rows])
+
+
+def row_of(case: str, seconds: float, text: dict[str, int], peak_mib: int, before: list[Row]) -> Row:
+    """Return the row of a command on a text; the first row of the same case is its baseline, that of a quarter of the text."""
+    row = {"case": case, "variant": f"{text['megabytes']} MB", "value": round(seconds, 1), **text, "peak_mib": peak_mib}
+    quarter = next((other for other in before if other["case"] == case), row)
+    ratio, peak_ratio = quarter["value"] / row["value"], row["peak_mib"] / quarter["peak_mib"]
+    return {**row, "unit": "s", "spread": None, "ratio": round(ratio, 3), "peak_ratio": round(peak_ratio, 3)}
 
 
 def write_csv(path: Path, size: int) -> int:

@@ -1,20 +1,79 @@
-"""Where and of what a figure was measured: the machine, the versions, the commit, the command and the day.
+"""The rows of a benchmark: collected, completed with where and of what they were measured, and written however it ends.
 
-beside = facts(("lmdist", "torch"), "python benchmarks/NAME.py")
-write_rows(Path("NAME.json"), [{**row, **beside} for row in rows])
+    add_json_option(parser)
+    with collect_rows(arguments.json, ("lmdist", "torch"), "python benchmarks/NAME.py") as rows:
+        rows += measure(...)
+
+Each row gets the machine, the versions, the commit, the command and the day. A run that is stopped or fails writes the rows
+it has, with `partial` in each of them; Ctrl-C and SIGTERM kill the processes that it started and exit with 130 and 143.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from workers import exit_when_stopped
+
+Row = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results"
+UNNAMED = Path()
+"""The value of --json without a file name."""
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option --json [FILE]."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        type=json_file,
+        const=UNNAMED,
+        metavar="FILE",
+        help="write the rows to this file (without a name: benchmarks/results/NAME-MACHINE-DATE.json), also when stopped",
+    )
+
+
+def json_file(name: str) -> Path:
+    """Return the path of a file for rows; another name than *.json is probably an argument that follows --json."""
+    if not name.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"the rows go to a file *.json, not to {name}")
+    return Path(name)
+
+
+@contextmanager
+def collect_rows(path: Path | None, packages: Sequence[str], command: str, device: str = "cpu") -> Iterator[list[Row]]:
+    """Yield a list for rows; at the end, and when the run is stopped or fails, write them to `path`, if there is one.
+
+    In a field that both have, a row's own value replaces that of `facts`.
+    """
+    beside = facts(packages, command, device)
+    if path == UNNAMED:
+        quick = "-quick" if "--quick" in sys.argv else ""
+        path = RESULTS / f"{Path(sys.argv[0]).stem}{quick}-{machine_kind(device)}-{beside['date']}.json"
+    rows: list[Row] = []
+    exit_when_stopped()
+    try:
+        yield rows
+    except BaseException:
+        beside["partial"] = True
+        raise
+    finally:
+        rows[:] = [row | beside | row for row in rows]
+        if path and rows:
+            write_rows(path, rows)
+            print(f"{len(rows)} rows in {path}" + (", of a run that did not end" if "partial" in beside else ""), flush=True)
 
 
 def facts(packages: Sequence[str], command: str, device: str = "cpu") -> dict[str, Any]:
@@ -26,6 +85,7 @@ def facts(packages: Sequence[str], command: str, device: str = "cpu") -> dict[st
         machine = f"{torch.cuda.get_device_name()}, {machine}"
     return {
         "machine": machine,
+        "amx": has_amx(),
         "versions": {name: version(name) for name in packages},
         "commit": git("rev-parse", "HEAD"),
         "command": command,
@@ -33,7 +93,16 @@ def facts(packages: Sequence[str], command: str, device: str = "cpu") -> dict[st
     }
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def machine_kind(device: str = "cpu") -> str:
+    """Return the machine's part of a result's file name: cpu2-amx, cpu2-noamx, or the GPU's name."""
+    if device == "cuda":
+        import torch
+
+        return re.sub(r"[^a-z0-9]", "", torch.cuda.get_device_name().lower())
+    return f"cpu{os.cpu_count()}-{'amx' if has_amx() else 'noamx'}"
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as benchmarks/results/ has them."""
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
@@ -46,8 +115,18 @@ def git(*arguments: str) -> str:
 
 def processor() -> str:
     """The processor's name, as Linux has it."""
+    return cpuinfo("model name") or platform.processor()
+
+
+def has_amx() -> bool:
+    """Return whether the processor multiplies bf16 matrices in hardware, by AMX."""
+    return "amx_bf16" in cpuinfo("flags").split()
+
+
+def cpuinfo(field: str) -> str:
+    """Return a field of the first processor in Linux's /proc/cpuinfo; an empty string elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith(field)), "")

@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from lmdist_export.conversion.exporting import Checkpoint, export_bundle, held_out_text
-from origin import facts, write_rows
+from origin import Row, add_json_option, collect_rows
 
 NAMES = ("fp32", "fp16", "int8", "int4")
 ANY_LOSS = 1e9
@@ -24,12 +23,13 @@ def main() -> None:
     """Export, print the table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run with its data folder where the training had it")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    add_json_option(parser)
     arguments = parser.parse_args()
     checkpoint = Checkpoint.load(arguments.run)
     held_out_tokens = held_out_text(checkpoint, None)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    packages, command = ("lmdist", "torch", "onnxruntime"), f"python benchmarks/precisions.py {arguments.run}"
+    baseline: dict[str, float] = {}
+    with collect_rows(arguments.json, packages, command) as rows, tempfile.TemporaryDirectory() as folder:
         for precision in NAMES:
             manifest = export_bundle(checkpoint, Path(folder) / precision, held_out_tokens, precision, ANY_LOSS)
             held_out = manifest["held_out"]
@@ -41,15 +41,15 @@ def main() -> None:
                 "MB": manifest["files"]["weights.bin"]["bytes"] / 1e6,
             }
             variant = "baseline" if precision == "fp32" else precision
-            rows += [{"case": arguments.run.name, "variant": variant, "value": figures[unit], "unit": unit} for unit in figures]
+            baseline = baseline or figures
+            rows += [row(arguments.run.name, variant, value, unit, baseline) for unit, value in figures.items()]
             print(f"{precision:<6}" + "  ".join(f"{unit} {value:,.4g}" for unit, value in figures.items()))
-    baseline = {row["unit"]: row["value"] for row in rows if row["variant"] == "baseline"}
-    beside = facts(("lmdist", "torch", "onnxruntime"), f"python benchmarks/precisions.py {arguments.run}")
-    for row in rows:
-        ratio = row["value"] / baseline[row["unit"]] if row["unit"] in ("perplexity", "MB") else None
-        row |= {"spread": 0.0, "ratio": ratio, "peak_mib": None} | beside
-    if arguments.json:
-        write_rows(arguments.json, rows)
+
+
+def row(case: str, variant: str, value: float, unit: str, baseline: dict[str, float]) -> Row:
+    """Return a row; perplexity and size have a ratio to the baseline's."""
+    ratio = value / baseline[unit] if unit in ("perplexity", "MB") else None
+    return {"case": case, "variant": variant, "value": value, "unit": unit, "spread": 0.0, "ratio": ratio, "peak_mib": None}
 
 
 if __name__ == "__main__":

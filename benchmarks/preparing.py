@@ -15,7 +15,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lmdist.text.documents import Documents, find_files
 from lmdist.text.prepare import ONE_PROCESS_BYTES
 from lmdist.text.tokenizer import train_punkt
 from lmdist.text.words import WordFinder, punkt_parameters
-from origin import facts, write_rows
+from origin import add_json_option, collect_rows
 
 MEGABYTES = (12, 56, 220)  # 2, 9 and 35 million words
 QUICK_MEGABYTES = (3, 42)
@@ -42,24 +42,23 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=200_000, help="so many of them at most (default: 200,000)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="2 rounds with 40,000 words, and CSVs of 3 and 42 MB")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="write the picture here")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.words = 2, 40_000
-    rows = tokenize(arguments.csv, arguments.words, arguments.rounds)
-    rows += prepare(QUICK_MEGABYTES if arguments.quick else MEGABYTES)
+    command = f"python benchmarks/preparing.py --rounds {arguments.rounds} --words {arguments.words}"
+    command += " --csv FILE" if arguments.csv else ""
+    with collect_rows(arguments.json, ("lmdist", "nltk", "regex"), command) as rows:
+        rows += tokenize(arguments.csv, arguments.words, arguments.rounds)
+        for row in prepare(QUICK_MEGABYTES if arguments.quick else MEGABYTES):
+            rows.append(row)
     for row in rows:
         peak = f"peak {row['peak_mib']:>5,} MiB" if row["peak_mib"] else ""
         print(
             f"{row['case']:<42}{row['variant']:<26}{row['value']:>10,} {row['unit']:<8}{row['ratio']:>7.2f}"
             f"{row['words'] / row['seconds']:>12,.0f} words/s   {peak}"
         )
-    if arguments.json:
-        command = f"python benchmarks/preparing.py --rounds {arguments.rounds} --words {arguments.words}"
-        command += " --csv FILE" if arguments.csv else ""
-        beside = facts(("lmdist", "nltk", "regex"), command)
-        write_rows(arguments.json, [{**row, **beside} for row in rows])
     if arguments.plot:
         plot(rows, arguments.plot)
 
@@ -110,9 +109,8 @@ def each(function: Callable[[str], list[str]], texts: list[str]) -> list[int]:
     return [hash(tuple(function(text))) for text in texts]
 
 
-def prepare(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Return the rows of lmdist-prepare."""
-    rows: list[dict[str, Any]] = []
+def prepare(sizes: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of lmdist-prepare."""
     with tempfile.TemporaryDirectory() as name:
         for megabytes in sizes:
             file = Path(name) / f"{megabytes}.csv"
@@ -123,23 +121,20 @@ def prepare(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
                 command = ["-m", "lmdist.text.prepare", str(file), "-o", "data", "--overwrite", "--workers", str(workers)]
                 seconds, peak = watch(command, Path(name))
                 baseline = baseline or seconds
-                rows.append(
-                    {
-                        "case": f"lmdist-prepare, {words / 1e6:.1f} million words",
-                        "variant": "baseline" if workers == 1 else f"{workers} worker processes",
-                        "value": round(seconds, 1),
-                        "unit": "s",
-                        "spread": None,
-                        "ratio": round(baseline / seconds, 2),
-                        "peak_mib": peak,
-                        "words": words,
-                        "seconds": round(seconds, 3),
-                        "megabytes": megabytes,
-                        "workers": workers,
-                    }
-                )
+                yield {
+                    "case": f"lmdist-prepare, {words / 1e6:.1f} million words",
+                    "variant": "baseline" if workers == 1 else f"{workers} worker processes",
+                    "value": round(seconds, 1),
+                    "unit": "s",
+                    "spread": None,
+                    "ratio": round(baseline / seconds, 2),
+                    "peak_mib": peak,
+                    "words": words,
+                    "seconds": round(seconds, 3),
+                    "megabytes": megabytes,
+                    "workers": workers,
+                }
             file.unlink()
-    return rows
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

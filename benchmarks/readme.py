@@ -1,5 +1,6 @@
 """Write the pages' tables, of results from benchmarks/results and of options from the code: `python benchmarks/readme.py`.
 
+There is a table for each machine that has results; the README shows the first one, with AMX if there is any, and says which.
 A table stands between two comments, `<!-- NAME: ... -->` and `<!-- /NAME -->`; NAME is a function below. With --check nothing
 is written, and it fails where a page is not what it would write; a test does that.
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,34 @@ PAGES = (
         for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving", "bundle")
     ),
 )
+RESULTS = ROOT / "benchmarks" / "results"
+FILE = re.compile(r"(.+?)-(cpu\d+-(?:no)?amx|[a-z0-9]+)-(\d{4}-\d\d-\d\d)\.json")
+"""The name of a run's file: benchmark, machine, day."""
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
-def results(benchmark: str) -> list[list[dict[str, Any]]]:
-    """The rows of each committed run of a benchmark."""
-    found = sorted((ROOT / "benchmarks" / "results").glob(f"{benchmark}-*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+def machines() -> list[str]:
+    """The machines of the committed runs: CPUs first, those with AMX before those without."""
+    found = {name[2] for path in RESULTS.glob("*.json") if (name := FILE.fullmatch(path.name))}
+    return sorted(found, key=lambda machine: (not machine.startswith("cpu"), "noamx" in machine, machine))
+
+
+def in_words(machine: str) -> str:
+    """A machine as tables name it."""
+    cpu = re.fullmatch(r"cpu(\d+)-(no)?amx", machine)
+    return f"{cpu[1]} cores {'without' if cpu[2] else 'with'} AMX" if cpu else machine
+
+
+def results(machine: str, *benchmarks: str) -> list[list[dict[str, Any]]]:
+    """The rows of the newest committed run of each benchmark on a machine, if it has one that was not stopped."""
+    runs = []
+    for benchmark in benchmarks:
+        for path in sorted(RESULTS.glob(f"{benchmark}-{machine}-*.json"), reverse=True):
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if not any(row.get("partial") for row in rows):
+                runs.append(rows)
+                break
+    return runs
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -36,7 +60,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
-def quality() -> str:
+def quality(machine: str) -> str:
     """The perplexities of all recipes."""
     rows = [
         [
@@ -46,19 +70,19 @@ def quality() -> str:
             f"**{ours['value']:,.1f}**",
             ours["machine"],
         ]
-        for run in results("quality")
+        for run in results(machine, "quality")
         for baseline, ours in zip(run[::2], run[1::2], strict=True)
     ]
     return markdown(["recipe, split", "unknown words", "perplexity of the unigram model", "of lmdist", "on"], rows)
 
 
-def reliability() -> str:
+def reliability(machine: str) -> str:
     """Return a table with a row for each reliability test."""
     rows = []
-    for *kills, whole in results("torture"):
+    for *kills, whole in results(machine, "torture", "torture-two-hosts"):
         kinds = ", ".join(dict.fromkeys(row["variant"] for row in kills))
         rows.append([f"{len(kills)} kills of one job ({kinds}), {whole['machine'].split(', ')[-1]}", whole["note"]])
-    for run in results("tracking"):
+    for run in results(machine, "tracking"):
         states = [row["variant"] for row in run if row["case"] == "exit delay"]
         figures = {case: [row for row in run if row["case"] == case] for case in {row["case"] for row in run}}
         lost = sum(row["value"] for case in LOST for row in figures[case])
@@ -73,7 +97,7 @@ def reliability() -> str:
                 f"{lost:.0f} points missing or duplicate after `lmdist-sync`",
             ]
         )
-    for run in results("checkpointing"):
+    for run in results(machine, "checkpointing"):
         for case in dict.fromkeys(row["case"] for row in run if row["case"].endswith("pause")):
             waiting, copied = (row for row in run if row["case"] == case)
             _, beside = (row for row in run if row["case"] == case.replace(": pause", ": a step"))
@@ -84,7 +108,7 @@ def reliability() -> str:
                     f"({copied['ratio']:.1f}x less); a step beside the writing takes {1 / beside['ratio']:.2f} times as long",
                 ]
             )
-    for run in results("large"):
+    for run in results(machine, "large"):
         for quarter, row in zip(run[:2], run[2:], strict=True):
             rows.append(
                 [
@@ -95,9 +119,9 @@ def reliability() -> str:
     return markdown(["test", "result"], rows)
 
 
-def reliability_summary() -> str:
+def reliability_summary(machine: str) -> str:
     """Return the rows about kills and about MLflow."""
-    head, rule, *lines = reliability().splitlines(keepends=True)
+    head, rule, *lines = reliability(machine).splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if "kills" in line or "MLflow" in line)])
 
 
@@ -105,7 +129,7 @@ LOST = ("missing after lmdist-sync", "twice after lmdist-sync")
 STEP = "step p99 after 10 s"
 
 
-def kills() -> str:
+def kills(machine: str) -> str:
     """Return a table of every kill of every torture run."""
     rows = [
         [
@@ -115,17 +139,17 @@ def kills() -> str:
             row["note"],
             f"{row['value']:.1f} s",
         ]
-        for *kills, whole in results("torture")
+        for *kills, whole in results(machine, "torture", "torture-two-hosts")
         for row in kills
     ]
     return markdown(["run", "when", "kind", "target", "recovery"], rows)
 
 
-def outages() -> str:
+def outages(machine: str) -> str:
     """Return a table of the tracking benchmark with a row for each state of the server."""
     rows = []
     cases: list[str] = []
-    for run in results("tracking"):
+    for run in results(machine, "tracking"):
         cases = list(dict.fromkeys(row["case"] for row in run))
         for state in dict.fromkeys(row["variant"] for row in run):
             here = {row["case"]: row for row in run if row["variant"] == state}
@@ -139,10 +163,10 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['value']:g} {row['unit']}{ratio}"
 
 
-def preparing() -> str:
+def preparing(machine: str) -> str:
     """Words/s of tokenization and of lmdist-prepare."""
     rows = []
-    for row in (row for run in results("preparing") for row in run):
+    for row in (row for run in results(machine, "preparing") for row in run):
         memory = f"{row['peak_mib']:,} MiB" if row["peak_mib"] else ""
         variant = row["variant"]
         if variant == "baseline":
@@ -152,14 +176,13 @@ def preparing() -> str:
     return markdown(["what", "how", "time", "words/s", "ratio", "peak memory"], rows)
 
 
-def training() -> str:
+def training(machine: str) -> str:
     """Return speed and memory of all cases on a CPU."""
     rows = []
-    for run in results("training"):
+    for run in results(machine, "training"):
         measured = [row for row in run if row["unit"].endswith("tokens/s") and "persistent_kernel" not in row]
-        for case in dict.fromkeys(row["case"] for row in measured):
-            baseline, *others = (row for row in measured if row["case"] == case)
-            rows.append([case, *speeds(baseline, others)])
+        cases = dict.fromkeys(row["case"] for row in measured)
+        rows += [[case, *speeds([row for row in measured if row["case"] == case])] for case in cases]
     head = [
         "model, batch size x tokens, vocabulary",
         "plain PyTorch",
@@ -170,27 +193,29 @@ def training() -> str:
     return markdown(head, rows)
 
 
-def speed() -> str:
+def speed(machine: str) -> str:
     """Return the cases of training with the vocabulary of WikiText-2."""
-    head, rule, *lines = training().splitlines(keepends=True)
+    head, rule, *lines = training(machine).splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if "V 33k" in line)])
 
 
-def speeds(baseline: dict[str, Any], others: list[dict[str, Any]]) -> list[str]:
-    """Return the tokens per second of each variant, and memory."""
-    cells = [f"{row['value']:,.0f} tokens/s (**{row['ratio']:.1f}x**)" for row in others]
-    cells += [""] * (2 - len(others))
+def speeds(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the tokens per second of each variant of a case, and memory; a baseline that was not run has no row."""
+    baseline = [row for row in rows if row["variant"].startswith("baseline")]
+    others = [row for row in rows if row not in baseline]
+    cells = [f"{row['value']:,.0f} tokens/s" + (f" (**{row['ratio']:.1f}x**)" if row["ratio"] else "") for row in others]
     return [
-        f"{baseline['value']:,.0f} tokens/s",
+        f"{baseline[0]['value']:,.0f} tokens/s" if baseline else "not run",
         *cells,
-        ", ".join(f"{row['peak_mib']:,}" for row in (baseline, *others)) + " MiB",
+        *[""] * (2 - len(cells)),
+        ", ".join([*([] if baseline else ["not run"]), *(f"{row['peak_mib']:,}" for row in rows)]) + " MiB",
     ]
 
 
-def parts() -> str:
+def parts(machine: str) -> str:
     """Return the share of a step that each part takes, and its distance from its floor."""
     rows = []
-    for run in results("training"):
+    for run in results(machine, "training"):
         pieces = [row for row in run if row["variant"].startswith("part: ")]
         for case in dict.fromkeys(row["case"] for row in pieces):
             here = [row for row in pieces if row["case"] == case]
@@ -200,20 +225,20 @@ def parts() -> str:
     return markdown(["case", "LSTM (of its floor)", "head (of its floor)", "clipping and update"], rows)
 
 
-def sampling() -> str:
+def sampling(machine: str) -> str:
     """Return the speed of the baseline, and the ratios of the other ways to it."""
-    ways = [name for name in SAMPLING if any(row["variant"] == name for row in sampling_speed_rows())]
+    ways = [name for name in SAMPLING if any(row["variant"] == name for row in sampling_speed_rows(machine))]
     rows = []
-    for case in dict.fromkeys(row["case"] for row in sampling_speed_rows()):
-        here = {row["variant"]: row for row in sampling_speed_rows() if row["case"] == case}
+    for case in dict.fromkeys(row["case"] for row in sampling_speed_rows(machine)):
+        here = {row["variant"]: row for row in sampling_speed_rows(machine) if row["case"] == case}
         cells = [faster(here[name]) if name in here else "" for name in ways]
         rows.append([*case.split(", batch "), *cells])
     return markdown([MODEL, "batch size", *(SAMPLING[name] for name in ways)], rows)
 
 
-def sampling_summary() -> str:
+def sampling_summary(machine: str) -> str:
     """The same for the model of middle size and fewer ways."""
-    head, rule, *lines = sampling().splitlines(keepends=True)
+    head, rule, *lines = sampling(machine).splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if line.startswith("| M: "))])
 
 
@@ -235,7 +260,7 @@ def faster(row: dict[str, Any]) -> str:
     return f"**{row['ratio']:.1f}x**" if row["variant"].startswith("lmdist") else f"{row['ratio']:.1f}x"
 
 
-def sampling_speeds() -> str:
+def sampling_speeds(machine: str) -> str:
     """Return speed and memory of every variant, with the spread of the rounds."""
     rows = [
         [
@@ -244,27 +269,29 @@ def sampling_speeds() -> str:
             f"{row['value']:,.0f} ± {row['spread'] / 2:,.0f}",
             *(f"{row['ratio']:.1f}x", f"{row['peak_mib']:,} MiB"),
         ]
-        for row in sampling_speed_rows()
+        for row in sampling_speed_rows(machine)
         if row["variant"] in SAMPLING
     ]
     return markdown([MODEL, "batch size", "how", "tokens/s", "ratio", "peak memory"], rows)
 
 
-def sampling_options() -> str:
+def sampling_options(machine: str) -> str:
     """Return what the options of sampling cost."""
     rows = []
-    for row in sampling_speed_rows():
+    for row in sampling_speed_rows(machine):
         way, comma, option = row["variant"].partition(", ")
         if way.startswith("lmdist") and comma:
-            (without,) = (other for other in sampling_speed_rows() if other["case"] == row["case"] and other["variant"] == way)
+            (without,) = (
+                other for other in sampling_speed_rows(machine) if other["case"] == row["case"] and other["variant"] == way
+            )
             of_it = f"{row['value'] / without['value']:.0%}"
             rows.append([*row["case"].split(", batch "), way, option, f"{row['value']:,.0f} tokens/s", of_it])
     return markdown([MODEL, "batch size", "", "option", "speed", "of that without"], rows)
 
 
-def sampling_shares() -> str:
+def sampling_shares(machine: str) -> str:
     """Return the share of the machine's limits that is used."""
-    found = [row for row in newest_sampling() if row["unit"] == "share"]
+    found = [row for row in newest_sampling(machine) if row["unit"] == "share"]
     rows = []
     for case in dict.fromkeys(row["case"] for row in found):
         here = {row["variant"]: row for row in found if row["case"] == case}
@@ -276,17 +303,17 @@ def sampling_shares() -> str:
 SHARES = ("baseline", "lmdist fp32", "lmdist int8", "lmdist int4")
 
 
-def sampling_limits() -> str:
+def sampling_limits(machine: str) -> str:
     """Return the machine's limits, and the times of whole processes."""
     rows = [
         ["`import torch`" if row["variant"] == "baseline" else row["variant"], f"{row['value']:g} {row['unit']}"]
-        for row in newest_sampling()
+        for row in newest_sampling(machine)
         if row["case"] in ("limit", "start")
     ]
     return markdown(["what", "measured"], rows)
 
 
-def scoring() -> str:
+def scoring(machine: str) -> str:
     """Return hypotheses per second, and the ratio to the baseline."""
     rows = [
         [
@@ -296,13 +323,13 @@ def scoring() -> str:
             f"{row['ratio']:.1f}x",
             f"{row['peak_mib']:,} MiB",
         ]
-        for run in results("scoring")
+        for run in results(machine, "scoring")
         for row in run
     ]
     return markdown(["model, text", "how", "hypotheses/s", "ratio", "peak memory"], rows)
 
 
-def serving() -> str:
+def serving(machine: str) -> str:
     """Return throughput and latency of a server with 1, 8 and 32 clients."""
     rows = [
         [
@@ -311,7 +338,7 @@ def serving() -> str:
             f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
             *(f"{row['p50_ms']:,.0f} ms", f"{row['p99_ms']:,.0f} ms", f"{row['peak_mib']:,} MiB"),
         ]
-        for run in results("serving")
+        for run in results(machine, "serving", "serving-demo")
         for row in run
     ]
     return markdown(["model", "clients", "how", "tokens/s", "p50", "p99", "peak memory"], rows)
@@ -351,10 +378,10 @@ def default(row: Row) -> tuple[str, str]:
     return json.dumps(row.default), str(row.bounds or "")
 
 
-def precisions() -> str:
+def precisions(machine: str) -> str:
     """Return what each precision costs a trained model."""
     rows = []
-    for run in results("precisions"):
+    for run in results(machine, "precisions"):
         for variant in dict.fromkeys(row["variant"] for row in run):
             figures = {row["unit"]: row["value"] for row in run if row["variant"] == variant}
             rows.append(
@@ -369,23 +396,23 @@ def precisions() -> str:
     return markdown(["precision", "perplexity", "top-1 agreement with torch", "max error of a logit", "MB"], rows)
 
 
-def newest_sampling() -> list[dict[str, Any]]:
-    """The rows of the newest run of the benchmark of sampling on a CPU."""
-    return next(reversed(results("sampling-cpu2")), [])
+def newest_sampling(machine: str) -> list[dict[str, Any]]:
+    """The rows of the newest run of the benchmark of sampling on a machine."""
+    return next(iter(results(machine, "sampling")), [])
 
 
-def sampling_speed_rows() -> list[dict[str, Any]]:
+def sampling_speed_rows(machine: str) -> list[dict[str, Any]]:
     """Return those of its rows that are speeds."""
-    return [row for row in newest_sampling() if row["unit"] == "tokens/s"]
+    return [row for row in newest_sampling(machine) if row["unit"] == "tokens/s"]
 
 
-def curves() -> str:
+def curves(machine: str) -> str:
     """Return the distance of each path's losses from the plain ones."""
-    rows = [[row["variant"], f"{row['loss']:.3f}", f"{row['value']:+.4f}"] for run in results("curves") for row in run]
+    rows = [[row["variant"], f"{row['loss']:.3f}", f"{row['value']:+.4f}"] for run in results(machine, "curves") for row in run]
     return markdown(["path", "loss at the end, nats per token", "mean distance in the second half"], rows)
 
 
-def scaling() -> str:
+def scaling(machine: str) -> str:
     """Return the measured steps, a line for each number of ranks."""
     head = [
         "model and batch",
@@ -403,9 +430,9 @@ def scaling() -> str:
             *(row["case"], row["variant"].removeprefix("baseline: "), milliseconds(row["value"], row["spread"])),
             *(f"**{row['ratio']:.0%}**", milliseconds(row["compute_ms"], row["compute_spread"]), f"{row['contention']:.2f}"),
             *(milliseconds(row["all_reduce_ms"]), milliseconds(row["exposed_ms"], row["exposed_spread"])),
-            *(overlap(row), row["precision"], machine(row)),
+            *(overlap(row), row["precision"], device(row)),
         ]
-        for row in of_kind("step")
+        for row in of_kind(machine, "step")
     ]
     return markdown([*head, "precision", "on"], rows)
 
@@ -417,40 +444,40 @@ def overlap(row: dict[str, Any]) -> str:
     return f"{row['overlap']:.0%}" if row["exposed_spread"] / 2 < row["all_reduce_ms"] else "lost in noise"
 
 
-def scaling_fit() -> str:
+def scaling_fit(machine: str) -> str:
     """Return what was fitted, and how well it fits."""
-    rows = [[row["variant"], f"{row['value']:g} {row['unit']}", machine(row)] for row in of_kind("fit")]
+    rows = [[row["variant"], f"{row['value']:g} {row['unit']}", device(row)] for row in of_kind(machine, "fit")]
     return markdown(["fitted", "value", "to measurements on"], rows)
 
 
-def scaling_errors() -> str:
+def scaling_errors(machine: str) -> str:
     """Return each measurement that the model was fitted to, beside the prediction."""
     rows = [
         [
             *(row["case"], f"{row['kind']}, {row['variant']}", f"{row['value']:,.4g} ms", f"{row['predicted_ms']:,.4g} ms"),
-            *(f"{row['predicted_ms'] / row['value'] - 1:+.0%}", machine(row)),
+            *(f"{row['predicted_ms'] / row['value'] - 1:+.0%}", device(row)),
         ]
         for kind in ("step", "all-reduce")
-        for row in of_kind(kind)
+        for row in of_kind(machine, kind)
         if "predicted_ms" in row
     ]
     return markdown(["model and batch", "what", "measured", "predicted", "error", "on"], rows)
 
 
-def scaling_bytes() -> str:
+def scaling_bytes(machine: str) -> str:
     """Return the gradients' bytes by the kind of head."""
     rows = [
         [
             *(row["case"], row["variant"].removeprefix("baseline: "), f"{row['dense_mb']:.1f} MB"),
             *(f"{row['vocabulary_share']:.0%}", f"{row['value']:.2f} MB", f"{row['value'] / row['dense_mb']:.0%}"),
         ]
-        for row in of_kind("gradients")
+        for row in of_kind(machine, "gradients")
     ]
     rows = list(map(list, dict.fromkeys(map(tuple, rows))))  # each run has counted the same
     return markdown(["model", "head", "all gradients", "of it embedding and projection", "exchanged", "share"], rows)
 
 
-def scaling_predictions() -> str:
+def scaling_predictions(machine: str) -> str:
     """Return the picture, and some points of its curves."""
     shown = (2, 8, 32, 128)
     rows = [
@@ -458,21 +485,21 @@ def scaling_predictions() -> str:
             *(row["case"], f"{row['compute_ms']:,.4g} ms", row["network"], "all" if row["all_rows"] else "read"),
             *(" to ".join(f"{curve[row['ranks'].index(ranks)]:.0%}" for curve in row["curves"]) for ranks in shown),
         ]
-        for row in of_kind("prediction")
+        for row in of_kind(machine, "prediction")
     ]
     picture = "![Predicted efficiency of weak scaling to 128 GPUs](images/scaling.svg)\n\n" if rows else ""
     head = ["predicted for", "compute per step", "network", "embedding's rows", *(f"{ranks} GPUs" for ranks in shown)]
     return picture + markdown(head, rows)
 
 
-def scaling_assumptions() -> str:
+def scaling_assumptions(machine: str) -> str:
     """Return the assumptions of the predictions."""
-    return markdown(["assumed", ""], [[row["variant"], row["note"]] for row in of_kind("assumption")])
+    return markdown(["assumed", ""], [[row["variant"], row["note"]] for row in of_kind(machine, "assumption")])
 
 
-def of_kind(kind: str) -> list[dict[str, Any]]:
+def of_kind(machine: str, kind: str) -> list[dict[str, Any]]:
     """The rows of a kind, of all runs of the scaling benchmark."""
-    return [row for run in results("scaling") for row in run if row["kind"] == kind]
+    return [row for run in results(machine, "scaling") for row in run if row["kind"] == kind]
 
 
 def milliseconds(value: float | None, spread: float | None = None) -> str:
@@ -482,48 +509,68 @@ def milliseconds(value: float | None, spread: float | None = None) -> str:
     return f"{value:,.4g} ms" + ("" if spread is None else f" ± {spread / 2:,.2g}")
 
 
-def machine(row: dict[str, Any]) -> str:
+def device(row: dict[str, Any]) -> str:
     """The GPU, or the machine."""
     return row["device"] if row.get("device", "CPU") != "CPU" else row["machine"]
 
 
+OPTIONS = (options, request_options, generation_config)
+"""Tables of the code."""
+MEASURED = (
+    quality,
+    reliability,
+    reliability_summary,
+    kills,
+    outages,
+    preparing,
+    training,
+    speed,
+    parts,
+    curves,
+    scoring,
+    serving,
+    precisions,
+    sampling,
+    sampling_summary,
+    sampling_speeds,
+    sampling_options,
+    sampling_shares,
+    sampling_limits,
+    scaling,
+    scaling_fit,
+    scaling_errors,
+    scaling_bytes,
+    scaling_predictions,
+    scaling_assumptions,
+)
+"""Tables of results, of one machine each."""
+
+
+def measured(table: Callable[[str], str], *, all_machines: bool) -> str:
+    """Return a table for each machine that has rows for it, or for the first such machine; its first cell names the machine.
+
+    A table that is the same on another machine, of what is counted and not measured, comes once.
+    """
+    found: dict[str, str] = {}
+    for machine in machines():
+        text = table(machine)
+        if text.count("\n| ") > 1:  # more than its head
+            found.setdefault(text, machine)
+    texts = [
+        re.sub(r"^\| ([^|]+) \|", rf"| \1 (on {in_words(machine)}) |", text, count=1, flags=re.MULTILINE)
+        for text, machine in found.items()
+    ]
+    return "\n".join(texts if all_machines else texts[:1])
+
+
 def main() -> None:
     """Rewrite the pages, or check them."""
-    samplings = (
-        scoring,
-        serving,
-        precisions,
-        sampling,
-        sampling_summary,
-        sampling_speeds,
-        sampling_options,
-        sampling_shares,
-        sampling_limits,
-    )
-    scalings = (scaling, scaling_fit, scaling_errors, scaling_bytes, scaling_predictions, scaling_assumptions)
-    tables = {
-        function.__name__: function
-        for function in (
-            options,
-            request_options,
-            generation_config,
-            quality,
-            reliability,
-            reliability_summary,
-            kills,
-            outages,
-            preparing,
-            training,
-            speed,
-            parts,
-            curves,
-            *samplings,
-            *scalings,
-        )
-    }
     for path in PAGES:
+        tables = {function.__name__: function for function in OPTIONS}
+        everything = path.name != "README.md"
+        tables |= {function.__name__: partial(measured, function, all_machines=everything) for function in MEASURED}
         before = path.read_text(encoding="utf-8")
-        after = BLOCK.sub(lambda match: match[1] + tables[match[2]]() + match[3], before)
+        after = BLOCK.sub(lambda match, tables=tables: match[1] + tables[match[2]]() + match[3], before)
         if "--check" in sys.argv and after != before:
             sys.exit(f"{path.name} differs from benchmarks/results: run python benchmarks/readme.py")
         path.write_text(after, encoding="utf-8")

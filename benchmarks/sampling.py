@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -53,7 +53,7 @@ from lmdist_export.graph.sizes import Sizes, length_of, weights
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 from lmdist_export.sampling.sampler import Sampler
-from origin import facts, write_rows
+from origin import add_json_option, collect_rows
 from workers import Worker, pin, seconds_of
 
 BASELINE = "baseline"
@@ -467,7 +467,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="S, and M with one text, 2 rounds, no torch.compile")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="plot tokens a second here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -478,21 +478,21 @@ def main() -> None:
         else:
             worker(next(model for model in MODELS if model.name == name), variant, batch, device, Path(place))
         return
-    rows = measure_all(arguments.device, arguments.rounds, quick=arguments.quick)
     options = "".join(
         f" {flag}" for flag, given in (("--quick", arguments.quick), ("--device cuda", arguments.device == "cuda")) if given
     )
     runtime = "onnxruntime" if arguments.device == "cpu" else "onnxruntime-gpu"
-    beside = facts(("lmdist", "torch", "numpy", runtime), f"python benchmarks/sampling.py{options}", arguments.device)
-    rows = [{**row, **beside} for row in rows]
-    if arguments.json:
-        write_rows(arguments.json, rows)
+    packages, command = ("lmdist", "torch", "numpy", runtime), f"python benchmarks/sampling.py{options}"
+    with collect_rows(arguments.json, packages, command, arguments.device) as rows:
+        for row in measure_all(arguments.device, arguments.rounds, quick=arguments.quick):
+            show(row)
+            rows.append(row)
     if arguments.plot:
         plot(rows, arguments.plot)
 
 
-def measure_all(device: str, rounds: int, *, quick: bool) -> list[dict[str, Any]]:
-    """Return all rows."""
+def measure_all(device: str, rounds: int, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield all rows."""
     models = MODELS[:2] if quick else MODELS
     rounds = 2 if quick else rounds
     with tempfile.TemporaryDirectory() as name:
@@ -505,15 +505,11 @@ def measure_all(device: str, rounds: int, *, quick: bool) -> list[dict[str, Any]
         for model in models:
             for batch in (1,) if quick and model.name != "S" else (1, 16, 64):
                 rows = measure(model, batch, device, place, rounds, 0.25 if quick else 0.5, compiled=not quick)
-                for row in rows:
-                    show(row)
                 measured += rows
+                yield from rows
         after = limits_of_core(device, place)
         limit = {what: max(before[what], after[what]) for what in before}
-        others = limit_rows(limit) + shares(measured, limit, place) + start_up(device, place, 3 if quick else 5)
-    for row in others:
-        show(row)
-    return measured + others
+        yield from limit_rows(limit) + shares(measured, limit, place) + start_up(device, place, 3 if quick else 5)
 
 
 def show(row: dict[str, Any]) -> None:

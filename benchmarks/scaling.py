@@ -46,9 +46,10 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
 from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TrainingSettings
+from lmdist.signals import die_with_parent
 from lmdist.training.distributed import World, join_job
 from lmdist.training.step import TrainingStep
-from origin import facts, write_rows
+from origin import add_json_option, collect_rows
 from scaling_model import NETWORKS, Row, bare, fit, frequencies, plot, predict
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=10.0, help="us per message on it")
     parser.add_argument("--step-ms", type=float, help="compute time of a step to predict for, in place of the measured one")
     parser.add_argument("--rows", type=Path, help="take the measured rows from this file")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="plot the predictions here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
@@ -123,25 +124,25 @@ def main() -> None:
     given = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 3)
     arguments.seconds = arguments.seconds or (2.0 if arguments.quick else 4.0)
-    if arguments.rows:
-        known = json.loads(arguments.rows.read_text(encoding="utf-8"))
-        rows = [row for row in known if row["kind"] in ("step", "all-reduce", "gradients")]
-    else:
-        rows = measure(arguments) + gradients(arguments)
     networks = {"the given network": (arguments.bandwidth, arguments.latency)} if arguments.bandwidth else NETWORKS
-    rows += fit(rows) + predict(rows, networks, arguments.step_ms)
+    flags = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in given.items()
+        if name not in ("rows", "json", "plot")
+    ]
+    command = " ".join(["python benchmarks/scaling.py", *flags])
+    with collect_rows(arguments.json, ("lmdist", "torch", "numpy"), command, arguments.device) as rows:
+        if arguments.rows:
+            known = json.loads(arguments.rows.read_text(encoding="utf-8"))
+            rows += [row for row in known if row["kind"] in ("step", "all-reduce", "gradients")]
+        else:
+            measure(arguments, rows)
+            gradients(arguments, rows)
+        rows += fit(rows) + predict(rows, networks, arguments.step_ms)
     for row in rows:
         show(row)
     if arguments.plot:
         plot(rows, arguments.plot)
-    if arguments.json:
-        flags = [
-            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-            for name, value in given.items()
-            if name not in ("rows", "json", "plot")
-        ]
-        beside = facts(("lmdist", "torch", "numpy"), " ".join(["python benchmarks/scaling.py", *flags]))
-        write_rows(arguments.json, [{**beside, **row} for row in rows])
 
 
 def show(row: Row) -> None:
@@ -152,8 +153,8 @@ def show(row: Row) -> None:
     print(f"{row['case']:<32}{row['variant']:<30}{value}{spread}  {', '.join(beside)}")
 
 
-def measure(arguments: argparse.Namespace) -> list[Row]:
-    """Return the rows of all cases on all numbers of ranks, which take turns."""
+def measure(arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Append the rows of all cases on all numbers of ranks, which take turns; if stopped, those of the rounds so far."""
     device = torch.device(arguments.device)
     devices = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
     if not devices:
@@ -166,18 +167,24 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         case: choose(arguments.precision, "", device, CASES[case].settings, CASES[case].batch_size).name for case in cases
     }
     answers: dict[tuple[str, int], list[Answer]] = {(case, ranks): [] for case in cases for ranks in all_ranks}
-    for number in range(arguments.rounds):
-        for case, ranks in answers:
-            print(f"round {number + 1} of {arguments.rounds}: {case}, {ranks} rank(s)", file=sys.stderr)
-            answers[case, ranks].append(run_job({"worker": case, "precision": precisions[case]}, ranks, arguments))
+    try:
+        for number in range(arguments.rounds):
+            for case, ranks in answers:
+                print(f"round {number + 1} of {arguments.rounds}: {case}, {ranks} rank(s)", file=sys.stderr)
+                answers[case, ranks].append(run_job({"worker": case, "precision": precisions[case]}, ranks, arguments))
+    finally:
+        rows += rows_of(answers)
+
+
+def rows_of(answers: dict[tuple[str, int], list[Answer]]) -> list[Row]:
+    """Return the rows of what was measured of each case by each number of ranks, the smallest first."""
     rows: list[Row] = []
-    for case in cases:
-        alone = None
-        for ranks in all_ranks:
-            here = answers[case, ranks]
+    alone: dict[str, Row] = {}
+    for (case, ranks), here in answers.items():
+        if here:
             messages = [message_row(case, ranks, size, here) for size in here[0]["messages"]]
-            steps = [step_row(case, ranks, scaling, here, messages, alone) for scaling in here[0]["steps"]]
-            alone = alone or steps[0]
+            steps = [step_row(case, ranks, scaling, here, messages, alone.get(case)) for scaling in here[0]["steps"]]
+            alone.setdefault(case, steps[0])
             rows += [*steps, *messages]
     return rows
 
@@ -243,9 +250,8 @@ def spread(values: list[float]) -> float:
     return round(max(values) - min(values), 4)
 
 
-def gradients(arguments: argparse.Namespace) -> list[Row]:
-    """Return the bytes that a rank of two exchanges in a step with each kind of head, beside those of all gradients."""
-    rows = []
+def gradients(arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Append the bytes that a rank of two exchanges in a step with each kind of head, beside those of all gradients."""
     for name in list(COUNTED)[:1] if arguments.quick else COUNTED:
         print(f"bytes: {name}", file=sys.stderr)
         counted = run_job({"worker": name, "precision": "fp32"}, 2, arguments)
@@ -253,7 +259,6 @@ def gradients(arguments: argparse.Namespace) -> list[Row]:
             row = bare("gradients", name, variant, round(sizes["exchanged_mb"], 2), "MB a step")
             baseline_mb = counted["baseline: untied"]["exchanged_mb"]
             rows.append({**row, **sizes, "ratio": round(baseline_mb / sizes["exchanged_mb"], 3)})
-    return rows
 
 
 def gradient_sizes(model: LanguageModel, dtype: torch.dtype) -> dict[str, Any]:
@@ -283,6 +288,7 @@ def count(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def work(arguments: argparse.Namespace) -> None:
     """Measure, as one rank, the steps and the messages of a case, or count bytes; rank 0 writes the answer."""
+    die_with_parent()
     world = join_job(arguments.device, int(os.environ["WORLD_SIZE"]), 1, timeout_seconds=120)
     answer = count(world, arguments) if arguments.worker in COUNTED else time_case(world, arguments)
     if world.is_main:
@@ -398,9 +404,12 @@ class Training:
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the mean nats of a batch of tokens (B, T + 1)."""
         targets = tokens[:, 1:]  # (B, T)
+        masks = self.training_step.masks(0)
+        masks = masks._replace(rows=masks.rows[: len(tokens)])  # (B, M)
         with self.precision.autocast(self.world.device):
-            hidden, _ = self.training_step.network(tokens[:, :-1], self.model.initial_state(len(tokens)))  # (B, T, H)
-            return summed_nats(self.model.dropout(hidden), self.model.projection, targets) / targets.numel()
+            hidden, _ = self.training_step.network(tokens[:, :-1], self.model.initial_state(len(tokens)), masks)  # (B, T, H)
+            hidden = self.model.dropout.drop_vectors(hidden, -1, masks)
+            return summed_nats(hidden, self.model.projection, targets) / targets.numel()
 
 
 def time_in_turns(world: World, ready: Mapping[str, Callable[[], Callable[[], object]]], times: int) -> dict[str, list[float]]:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from origin import facts, write_rows
+from origin import add_json_option, collect_rows
 from random_bundle import make_bundle
+from workers import Worker
 
 VARIANTS = {"baseline": "torch, one by one", "torch": "torch, padded batches of 64", "lmdist": "lmdist"}
 BATCH_SIZE = 64
@@ -39,11 +40,12 @@ def main() -> None:
     parser.add_argument("--lists", type=int, default=3, help="n-best lists per round (default: 3)")
     parser.add_argument("--hypotheses", type=int, default=100, help="per list (default: 100)")
     parser.add_argument("--quick", action="store_true", help="2 rounds of one list of 20, with a small model")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--worker", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
+    add_json_option(parser)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(arguments.worker[0], Path(arguments.worker[1]))
+        variant, folder = json.loads(arguments.worker)
+        worker(variant, Path(folder))
         return
     if arguments.quick:
         arguments.rounds, arguments.lists, arguments.hypotheses = 2, 1, 20
@@ -53,19 +55,18 @@ def main() -> None:
         f"{case}, {arguments.hypotheses}-best lists": nbest(arguments.lists, arguments.hypotheses, vocabulary_size),
         f"{case}, unrelated sentences": nbest(arguments.lists * arguments.hypotheses, 1, vocabulary_size),
     }
-    with tempfile.TemporaryDirectory() as name:
+    command = f"python benchmarks/scoring.py --rounds {arguments.rounds} --lists {arguments.lists}"
+    command += f" --hypotheses {arguments.hypotheses}" + (" --quick" if arguments.quick else "")
+    packages = ("lmdist", "torch", "onnxruntime", "numpy")
+    with collect_rows(arguments.json, packages, command) as rows, tempfile.TemporaryDirectory() as name:
         make_bundle(Path(name), 100, hidden_size, vocabulary_size)
-        rows = [row for case, lines in texts.items() for row in measure(case, lines, Path(name), arguments.rounds)]
+        for case, lines in texts.items():
+            rows += measure(case, lines, Path(name), arguments.rounds)
     for row in rows:
         print(
             f"{row['case']:<40}{VARIANTS[row['variant']]:<30}{row['value']:>8,.1f} {row['unit']:<14}{row['ratio']:>7.2f}"
             f"{row['tokens'] / row['seconds']:>10,.0f} tokens/s   peak {row['peak_mib']:>5,} MiB"
         )
-    if arguments.json:
-        command = f"python benchmarks/scoring.py --rounds {arguments.rounds} --lists {arguments.lists}"
-        command += f" --hypotheses {arguments.hypotheses}" + (" --quick" if arguments.quick else "")
-        beside = facts(("lmdist", "torch", "onnxruntime", "numpy"), command)
-        write_rows(arguments.json, [{**row, **beside} for row in rows])
 
 
 def nbest(lists: int, hypotheses: int, vocabulary_size: int) -> list[list[int]]:
@@ -92,27 +93,17 @@ def nbest(lists: int, hypotheses: int, vocabulary_size: int) -> list[list[int]]:
 
 def measure(case: str, texts: list[list[int]], folder: Path, rounds: int) -> list[dict[str, Any]]:
     """Return the rows of one case; the variants take turns."""
-    workers = {
-        variant: subprocess.Popen(
-            [sys.executable, __file__, "--worker", variant, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for variant in VARIANTS
-    }
+    workers = {variant: Worker(__file__, [variant, str(folder)], os.environ) for variant in VARIANTS}
     answers: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
-    for turn in range(rounds + 1):
-        for variant, process in workers.items():
-            assert process.stdin
-            assert process.stdout
-            process.stdin.write(json.dumps(texts[:BATCH_SIZE] if turn == 0 else texts) + "\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            if turn:
-                answers[variant].append(answer)
-    for process in workers.values():
-        process.communicate()
+    try:
+        for turn in range(rounds + 1):
+            for variant, each in workers.items():
+                answer = each.ask(json.dumps(texts[:BATCH_SIZE] if turn == 0 else texts))
+                if turn:
+                    answers[variant].append(answer)
+    finally:
+        for each in workers.values():
+            each.close()
     expected = answers["baseline"][0]["scores"]
     for given in answers.values():
         largest = max(abs(one - other) for answer in given for one, other in zip(answer["scores"], expected, strict=True))

@@ -55,7 +55,8 @@ class Server:
     def kill(self) -> None:
         """Kill all its processes."""
         if self.process:
-            self.signal(signal.SIGKILL)
+            with suppress(ProcessLookupError):  # killed already
+                self.signal(signal.SIGKILL)
             self.process.wait()
             self.process = None
 

@@ -30,7 +30,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from origin import facts, write_rows
+from origin import add_json_option, collect_rows
 from random_bundle import make_bundle
 
 CLIENTS = (1, 8, 32)
@@ -47,11 +47,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=96, help="per round (default: 96)")
     parser.add_argument("--words", type=int, default=50, help="tokens per request (default: 50)")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 32 requests, with a small model")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.requests = 2, 32
-    with tempfile.TemporaryDirectory() as name, ExitStack() as running:
+    command = f"python benchmarks/serving.py --rounds {arguments.rounds} --requests {arguments.requests}"
+    command += f" --words {arguments.words}" + (" --quick" if arguments.quick else "")
+    command += f" --bundle {arguments.bundle}" if arguments.bundle else ""
+    packages = ("lmdist", "mlflow-skinny", "uvicorn", "onnxruntime", "numpy")
+    with (
+        collect_rows(arguments.json, packages, command) as rows,
+        tempfile.TemporaryDirectory() as name,
+        ExitStack() as running,
+    ):
         bundle = arguments.bundle or make_bundle(
             Path(name), 128, 32 if arguments.quick else 256, 2_000 if arguments.quick else 10_000
         )
@@ -60,19 +68,14 @@ def main() -> None:
         layers = "-".join(map(str, sizes["layer_sizes"]))
         case = f"{layers}, V {sizes['vocabulary_size']:,}, {sizes['precision']}, {arguments.words} tokens per request"
         servers = {variant: running.enter_context(Server(bundle, size)) for variant, size in VARIANTS.items()}
-        rows = measure(case, servers, arguments.rounds, arguments.requests, arguments.words)
+        for clients in CLIENTS:
+            rows += measure(case, clients, servers, arguments.rounds, arguments.requests, arguments.words)
     for row in rows:
         print(
             f"{row['case']:<60}{row['variant']:<10}{row['value']:>8,.0f} {row['unit']:<9}{row['ratio']:>6.2f}x"
             f"   p50 {row['p50_ms']:>7,.1f} ms   p99 {row['p99_ms']:>7,.1f} ms   peak {row['peak_mib']:,} MiB"
             f"   started in {row['start_seconds']:.1f} s"
         )
-    if arguments.json:
-        command = f"python benchmarks/serving.py --rounds {arguments.rounds} --requests {arguments.requests}"
-        command += f" --words {arguments.words}" + (" --quick" if arguments.quick else "")
-        command += f" --bundle {arguments.bundle}" if arguments.bundle else ""
-        beside = facts(("lmdist", "mlflow-skinny", "uvicorn", "onnxruntime", "numpy"), command)
-        write_rows(arguments.json, [{**row, **beside} for row in rows])
 
 
 class Server:
@@ -146,7 +149,7 @@ class Server:
                     return
                 texts[number - first] = json.loads(answer)["predictions"][0]["words"]
 
-        threads = [threading.Thread(target=client) for _ in range(clients)]
+        threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
         began = time.perf_counter()
         for thread in threads:
             thread.start()
@@ -156,38 +159,37 @@ class Server:
         return time.perf_counter() - began, latencies, texts
 
 
-def measure(case: str, servers: dict[str, Server], rounds: int, requests: int, num_tokens: int) -> list[dict[str, Any]]:
-    """Return a row for each number of clients and each server; the servers take turns."""
-    rows = []
-    for clients in CLIENTS:
-        seconds: dict[str, list[float]] = {variant: [] for variant in servers}
-        latencies: dict[str, list[float]] = {variant: [] for variant in servers}
-        for turn in range(rounds + 1):
-            texts = {}
-            for variant, server in servers.items():
-                taken, each, texts[variant] = server.load(clients, turn * requests, requests, num_tokens)
-                if turn:
-                    seconds[variant].append(taken)
-                    latencies[variant] += each
-            expected, *others = texts.values()
-            assert all(other == expected for other in others), "a text depends on the batch that it was generated in"
-        baseline = statistics.median(seconds["baseline"])
-        rows += [
-            {
-                "case": f"{case}, clients {clients}",
-                "variant": variant,
-                "value": round(requests * num_tokens / statistics.median(values), 1),
-                "unit": "tokens/s",
-                "spread": round(requests * num_tokens / min(values) - requests * num_tokens / max(values), 1),
-                "ratio": round(baseline / statistics.median(values), 2),
-                "p50_ms": round(1000 * statistics.median(latencies[variant]), 1),
-                "p99_ms": round(1000 * statistics.quantiles(latencies[variant], n=100)[98], 1),
-                "peak_mib": servers[variant].peak_mib(),
-                "start_seconds": round(servers[variant].start_seconds, 2),
-            }
-            for variant, values in seconds.items()
-        ]
-    return rows
+def measure(
+    case: str, clients: int, servers: dict[str, Server], rounds: int, requests: int, num_tokens: int
+) -> list[dict[str, Any]]:
+    """Return a row for each server under the load of so many clients; the servers take turns."""
+    seconds: dict[str, list[float]] = {variant: [] for variant in servers}
+    latencies: dict[str, list[float]] = {variant: [] for variant in servers}
+    for turn in range(rounds + 1):
+        texts = {}
+        for variant, server in servers.items():
+            taken, each, texts[variant] = server.load(clients, turn * requests, requests, num_tokens)
+            if turn:
+                seconds[variant].append(taken)
+                latencies[variant] += each
+        expected, *others = texts.values()
+        assert all(other == expected for other in others), "a text depends on the batch that it was generated in"
+    baseline = statistics.median(seconds["baseline"])
+    return [
+        {
+            "case": f"{case}, clients {clients}",
+            "variant": variant,
+            "value": round(requests * num_tokens / statistics.median(values), 1),
+            "unit": "tokens/s",
+            "spread": round(requests * num_tokens / min(values) - requests * num_tokens / max(values), 1),
+            "ratio": round(baseline / statistics.median(values), 2),
+            "p50_ms": round(1000 * statistics.median(latencies[variant]), 1),
+            "p99_ms": round(1000 * statistics.quantiles(latencies[variant], n=100)[98], 1),
+            "peak_mib": servers[variant].peak_mib(),
+            "start_seconds": round(servers[variant].start_seconds, 2),
+        }
+        for variant, values in seconds.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from typing import Any
 import psutil
 
 from namespaces import Host, hosts
-from origin import facts, write_rows
+from origin import Row, add_json_option, collect_rows, processor
 
 STEPS = 400
 JOB = (
@@ -62,13 +62,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="2 kills in 120 steps")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.kills, arguments.steps = 2, 120
     kinds = arguments.kinds.split(",") if arguments.kinds else list(TWO_HOSTS if arguments.hosts == 2 else ONE_HOST)
 
-    with tempfile.TemporaryDirectory(prefix="torture-") as scratch, machines(arguments.hosts) as available:
+    command = f"python benchmarks/torture.py --hosts {arguments.hosts} --kills {arguments.kills} --seed {arguments.seed}"
+    with (
+        collect_rows(arguments.json, ("lmdist", "torch"), command) as rows,
+        tempfile.TemporaryDirectory(prefix="torture-") as scratch,
+        machines(arguments.hosts) as available,
+    ):
         prepare(Path(scratch))
         flags = [*JOB, "--data.folder=data", f"--training.steps={arguments.steps}"]
         quiet = Job(Path(scratch), "quiet", available, arguments.ranks, flags)
@@ -80,29 +85,37 @@ def main() -> None:
         # Every kind comes once before one comes twice.
         sampled = [kind for _ in range(arguments.kills) for kind in generator.sample(kinds, len(kinds))][: arguments.kills]
         tortured = Job(Path(scratch), "tortured", available, arguments.ranks, flags, generator)
-        tortured.run(kills=list(zip(steps, sampled, strict=True)))
+        try:
+            tortured.run(kills=list(zip(steps, sampled, strict=True)))
+        finally:
+            rows += kill_rows(tortured, arguments)
         same = tortured.fingerprint() == expected and tortured.losses() == quiet.losses()
-
-    rows = table(tortured, arguments, same)
+        rows.append(summary_row(tortured, arguments, same))
     for row in rows:
         print(f"{row['case']:<22}{row['variant']:<10}{row['value']:>6} {row['unit']:<8} {row['note']}")
-    if arguments.json:
-        write_rows(arguments.json, rows)
     if not same:
         sys.exit("the tortured job did not end as the undisturbed one")
 
 
-def table(job: Job, arguments: argparse.Namespace, same: bool) -> list[dict[str, Any]]:
-    """Return a row for each kill, and one for all."""
-    command = f"python benchmarks/torture.py --hosts {arguments.hosts} --kills {arguments.kills} --seed {arguments.seed}"
-    beside = {"ratio": None, "spread": None, **facts(("lmdist", "torch"), command)}
-    beside["machine"] += f", {arguments.hosts} host(s) x {arguments.ranks} ranks"
-    rows = [
-        {"case": f"kill at step {step}", "variant": kind, "value": round(seconds, 1), "unit": "s", "note": note, **beside}
+def beside(arguments: argparse.Namespace) -> Row:
+    """Return what all rows have."""
+    machine = f"{os.cpu_count()} cores, {processor()}, {arguments.hosts} host(s) x {arguments.ranks} ranks"
+    return {"ratio": None, "spread": None, "machine": machine}
+
+
+def kill_rows(job: Job, arguments: argparse.Namespace) -> list[Row]:
+    """Return a row for each kill."""
+    return [
+        {"case": f"kill at step {step}", "variant": kind, "value": round(seconds, 1), "unit": "s", "note": note}
+        | beside(arguments)
         for step, kind, seconds, note in job.recoveries
     ]
-    seconds = [row["value"] for row in rows] or [0.0]
-    summary = {
+
+
+def summary_row(job: Job, arguments: argparse.Namespace, same: bool) -> Row:
+    """Return the row for all kills."""
+    seconds = [seconds for _, _, seconds, _ in job.recoveries] or [0.0]
+    return {
         "case": f"seed {arguments.seed}",
         "variant": "all",
         "value": len(job.recoveries),
@@ -110,8 +123,8 @@ def table(job: Job, arguments: argparse.Namespace, same: bool) -> list[dict[str,
         "note": f"parameters and losses {'the same' if same else 'DIFFER'}; recovery median "
         f"{statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s; {job.starts} launcher starts",
         "same": same,
+        **beside(arguments),
     }
-    return [*rows, {**summary, **beside}]
 
 
 def prepare(scratch: Path) -> None:

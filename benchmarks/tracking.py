@@ -38,10 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from corpora import chain, write_data_folder
-from origin import facts, processor, write_rows
+from origin import add_json_option, collect_rows, processor
 from servers import Proxy, Server
-
-ROOT = Path(__file__).parents[1]
 
 STATES = ("off", "fine", "dead", "killed", "off", "stopped", "slow", "error")
 PACKAGES = ("lmdist", "torch", "mlflow")
@@ -85,7 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--states", help="some of the states, separated by commas; off is always included")
     parser.add_argument("--quick", action="store_true", help="one round of 120 steps")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    add_json_option(parser)
     arguments = parser.parse_args()
     command = " ".join(["python", "benchmarks/tracking.py", *sys.argv[1:]])
     if arguments.quick:
@@ -93,7 +91,10 @@ def main() -> None:
     states = [state for state in STATES if not arguments.states or state in ("off", *arguments.states.split(","))]
 
     measured: list[tuple[int, str, dict[str, float]]] = []
-    with tempfile.TemporaryDirectory(prefix="tracking-") as scratch:
+    with (
+        collect_rows(arguments.json, PACKAGES, command) as rows,
+        tempfile.TemporaryDirectory(prefix="tracking-") as scratch,
+    ):
         os.chdir(scratch)
         tokens = {"train": chain(60_000, VOCABULARY), "valid": chain(1_000, VOCABULARY, seed=1)}
         write_data_folder(Path("data"), tokens, VOCABULARY)
@@ -107,13 +108,11 @@ def main() -> None:
                     print(f"round {number + 1}  {state:<9}" + "  ".join(f"{name} {x:.4g}" for name, x in figures.items()))
         finally:
             server.kill()
-    rows = table(measured, command)
+            rows += table(measured)
     print(f"\n{'':<37}" + "".join(f"{state:>16}" for state in dict.fromkeys(states)))
     for case in UNITS:
         cells = {row["variant"]: row for row in rows if row["case"] == case}
         print(f"{case:<37}" + "".join(f"{cell(cells.get(state)):>16}" for state in dict.fromkeys(states)))
-    if arguments.json:
-        write_rows(ROOT / arguments.json, rows)
 
 
 def cell(row: dict[str, Any] | None) -> str:
@@ -219,10 +218,9 @@ def points(run: Path) -> set[tuple[str, int]]:
     return {(key, row["step"]) for row in rows for key in row if key not in ("step", "time")}
 
 
-def table(measured: list[tuple[int, str, dict[str, float]]], command: str) -> list[dict[str, Any]]:
+def table(measured: list[tuple[int, str, dict[str, float]]]) -> list[dict[str, Any]]:
     """Return a row for each figure in each state."""
     machine = f"{os.uname().machine}, {os.cpu_count()} cores, 1 rank, 1 thread, server beside it, {processor()}"
-    beside = {**facts(PACKAGES, command), "machine": machine}
     rows = []
     usual = {
         number: statistics.mean(figures["exit"] for other, state, figures in measured if state == "off" and other == number)
@@ -245,7 +243,7 @@ def table(measured: list[tuple[int, str, dict[str, float]]], command: str) -> li
             spread = max(values) - min(values)
             row = {"case": case, "variant": state, "value": round(statistics.median(values), 4), "unit": unit}
             row |= {"spread": round(spread, 4), "ratio": round(statistics.median(ratios), 4) if ratios else None}
-            rows.append({**row, **beside})
+            rows.append({**row, "machine": machine})
     return rows
 
 

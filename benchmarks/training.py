@@ -5,7 +5,8 @@
     python benchmarks/training.py --device cuda --json benchmarks/results/training-MACHINE-DATE.json       # 10 minutes
 
 On a CPU: the tutorial's model, that of pytorch/examples and AWD-LSTM, each with three vocabularies. The baseline is PlainJob
-below; it does the same work on the same tokens. Each variant is a process of its own on one core, and they take turns of some
+below; it does the same work on the same tokens. That of AWD-LSTM with the largest vocabulary needs 18 GB and is not run unless
+--all is given; its case has no ratios then. Each variant is a process of its own on one core, and they take turns of some
 steps, so a machine that slows down slows all of them. lmdist's processes have the environment that lmdist-train sets, the
 baseline's has none. Peak memory is that of the process less what it had before the model was built. The tokens are sampled by
 Zipf's law, so the adaptive head has about as many rare tokens as in English.
@@ -27,7 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings, Recipe
 from lmdist.training.distributed import World
 from lmdist.training.step import TrainingStep
-from origin import facts, write_rows
+from origin import add_json_option, collect_rows
 from workers import Worker, seconds_of
 
 BASELINE = "baseline"
@@ -60,6 +61,11 @@ class Case:
     batch_size: int
     length: int
     optimizer: OptimizerSettings
+
+    @property
+    def needs_much_memory(self) -> bool:
+        """Whether the logits of all tokens, their gradients and copies need more than most machines have: some 18 GB."""
+        return self.batch_size * self.length * self.vocabulary_size > 1e9
 
     @property
     def floating_point_operations(self) -> dict[str, float]:
@@ -263,13 +269,13 @@ def start_worker(case: Case, variant: str) -> Worker:
     return Worker(__file__, [asdict(case), variant], environment)
 
 
-def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[str, Any]]:
-    """Return the rows of a case."""
+def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float, *, with_baseline: bool) -> list[dict[str, Any]]:
+    """Return the rows of a case; without the baseline they have no ratio to it."""
     adaptive = ModelSettings(**{**asdict(case.model), "tied": False, "head": "adaptive"})
     variants = {
-        BASELINE: case,
+        **({BASELINE: case} if with_baseline else {}),
         "lmdist": case,
-        "lmdist, adaptive head": Case(**{**vars(case), "model": adaptive}),
+        "lmdist, adaptive head": replace(case, model=adaptive),
     }
     workers = {variant: start_worker(changed, variant) for variant, changed in variants.items()}
     try:
@@ -286,6 +292,7 @@ def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[
         for each in workers.values():
             each.close()
     rows = []
+    baseline = statistics.median(taken[BASELINE]) if with_baseline else None
     for variant, speeds in taken.items():
         value = statistics.median(speeds)
         rows.append(
@@ -295,7 +302,7 @@ def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float) -> list[dict[
                 "value": round(value, 1),
                 "unit": "tokens/s",
                 "spread": round(max(speeds) - min(speeds), 1),
-                "ratio": round(value / statistics.median(taken[BASELINE]), 2),
+                "ratio": round(value / baseline, 2) if baseline else None,
                 "peak_mib": last[variant]["peak_mib"],
                 "precision": last[variant]["precision"],
             }
@@ -409,7 +416,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two small cases, or one batch size on a GPU")
     parser.add_argument("--only", default="", help="the cases with this in their name")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--all", action="store_true", help="also the baseline of AWD-LSTM with V 200k, which needs 18 GB")
+    add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="plot speeds and memory here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -418,25 +426,25 @@ def main() -> None:
         case["model"], case["optimizer"] = ModelSettings(**case["model"]), OptimizerSettings(**case["optimizer"])
         worker(Case(**case), variant)
         return
-    rows: list[dict[str, Any]] = []
-    if arguments.device == "cuda":
-        for row in gpu_rows(arguments.quick):
-            rows.append(row)
-            show(row)
-    else:
-        for case in cases(arguments.quick):
-            if arguments.only in case.name:
-                rows += measure_on_cpu(case, arguments.rounds, 2.0)
-                for row in rows[-6:]:
-                    show(row)
-        for row in corpus_tokens(rows):
-            rows.append(row)
-            show(row)
-    command = f"python benchmarks/training.py{' --device cuda' if arguments.device == 'cuda' else ''}"
-    beside = facts(("lmdist", "torch"), command, arguments.device)
-    rows = [{**row, **beside} for row in rows]
-    if arguments.json:
-        write_rows(arguments.json, rows)
+    command = "python benchmarks/training.py" + (" --device cuda" if arguments.device == "cuda" else "")
+    command += " --all" if arguments.all else ""
+    with collect_rows(arguments.json, ("lmdist", "torch"), command, arguments.device) as rows:
+        if arguments.device == "cuda":
+            for row in gpu_rows(arguments.quick):
+                rows.append(row)
+                show(row)
+        else:
+            for case in cases(arguments.quick):
+                if arguments.only in case.name:
+                    found = measure_on_cpu(
+                        case, arguments.rounds, 2.0, with_baseline=arguments.all or not case.needs_much_memory
+                    )
+                    rows += found
+                    for row in found:
+                        show(row)
+            for row in corpus_tokens(rows):
+                rows.append(row)
+                show(row)
     if arguments.plot:
         plot(rows, arguments.plot)
 
@@ -456,7 +464,7 @@ def plot(rows: list[dict[str, Any]], picture: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    measured = [row for row in rows if row["unit"] == "tokens/s"]
+    measured = [row for row in rows if row["unit"] == "tokens/s" and row["ratio"]]
     names = list(dict.fromkeys(row["case"] for row in measured))
     variants = list(dict.fromkeys(row["variant"] for row in measured))
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 0.55 * len(names) + 1.6), sharey=True, layout="constrained")

@@ -1,21 +1,31 @@
-"""Worker processes of a benchmark, each pinned to one core, and a stopwatch.
+"""Processes of a benchmark: workers pinned to one core, a stopwatch, and the end of all of them when the benchmark is stopped.
 
 A worker is the benchmark's own script with `--worker` and a list in JSON. It reads a question a line from stdin and answers
-each with a line of JSON on stdout.
+each with a line of JSON on stdout. It is killed with its parent.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
+import psutil
+
+from lmdist.signals import die_with_parent
+
 CORE = min(os.sched_getaffinity(0))
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
 def pin() -> None:
@@ -34,13 +44,20 @@ class Worker:
     """A worker process, pinned to one core."""
 
     def __init__(self, script: str, arguments: Sequence[Any], environment: Mapping[str, str]) -> None:
+        parent = os.getpid()
+
+        def prepare() -> None:
+            die_with_parent(parent)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's; it kills its workers
+            pin()
+
         self.process = subprocess.Popen(
             [sys.executable, script, "--worker", json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
-            preexec_fn=pin,
+            preexec_fn=prepare,
         )
 
     def ask(self, question: str) -> dict[str, Any]:
@@ -54,6 +71,7 @@ class Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         alarm = threading.Timer(seconds, self.process.kill)
+        alarm.daemon = True
         alarm.start()
         try:
             self.process.stdin.write(f"{question}\n")
@@ -61,9 +79,32 @@ class Worker:
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
-        alarm.cancel()
+        finally:
+            alarm.cancel()
         return json.loads(answer) if answer else None
 
     def close(self) -> None:
-        """Close its stdin and wait for its end."""
+        """Kill it: what it still computes, if anything, nobody waits for."""
+        self.process.kill()
         self.process.communicate()
+
+
+def exit_when_stopped() -> None:
+    """Have SIGINT and SIGTERM kill all descendants of this process and raise SystemExit with 128 + the signal's number."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Kill all descendants and raise SystemExit; further signals are ignored, so that the rows are written."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    threading.excepthook = lambda _: None  # threads that talk to the killed processes
+    if sys.platform.startswith("linux"):  # adopt those whose parents are killed first
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    while descendants := psutil.Process().children(recursive=True):
+        for process in descendants:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(descendants, timeout=10)
+    raise SystemExit(128 + number)

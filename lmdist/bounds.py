@@ -78,11 +78,13 @@ def check(name: str, value: Any, expected: Any) -> None:
 def check_bounds(settings: object, section: str = "") -> None:
     """Raise UsageError unless each field of a dataclass lies within its bounds and each Literal is one of its choices.
 
-    `section` stands before the name of a field in the message: "data" names `data.window`.
+    `section` stands before the name of a field in the message: "data" names `data.window`. None is a setting that is not given.
     """
     prefix = f"{section}." if section else ""
     for name, expected in bounds_of(type(settings)).items():
-        check(f"{prefix}{name}", getattr(settings, name), expected)
+        value = getattr(settings, name)
+        if value is not None:
+            check(f"{prefix}{name}", value, expected)
 
 
 @cache

@@ -38,6 +38,9 @@ def readable(message: str) -> str:
     """Return an error of jsonargparse in one line: which setting it is, its value, what is expected."""
     line = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
     line = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", line)
+    line = re.sub(
+        r'(Parser key "\S+": ).+ Union .+\[(\w+), NoneType\].+ Given value: (.*)', r"\1Expected a \2. Got value: \3", line
+    )
     return re.sub(r'Parser key "(\S+)": Expected an? (.+?)\. Got value: (.*)', r"\1 is \3; \2 is expected", line)
 
 

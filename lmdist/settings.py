@@ -152,9 +152,18 @@ class ModelSettings:
     num_layers: Annotated[int, at_least(1)] = 2
     """Number of LSTM layers."""
     dropout: Annotated[float, between(0, 1, includes_high=False)] = 0.15
-    """Dropout probability between embedding, layers and projection."""
+    """Dropout probability between embedding, layers and projection: of those of the next three that are not given. All are
+    AWD-LSTM's (Merity et al. 2018, arXiv:1708.02182), with one mask for all tokens of a sequence in a step."""
+    dropout_input: Annotated[float | None, between(0, 1, includes_high=False)] = None
+    """Dropout probability of the first layer's inputs; by default that of model.dropout."""
+    dropout_hidden: Annotated[float | None, between(0, 1, includes_high=False)] = None
+    """Dropout probability between two layers; by default that of model.dropout."""
+    dropout_output: Annotated[float | None, between(0, 1, includes_high=False)] = None
+    """Dropout probability of the last layer's outputs; by default that of model.dropout."""
+    dropout_embedding: Annotated[float, between(0, 1, includes_high=False)] = 0.0
+    """Probability of dropping a word of the vocabulary from all inputs of a step."""
     weight_dropout: Annotated[float, between(0, 1, includes_high=False)] = 0.0
-    """Probability of zeroing a recurrent weight of a layer for a step (AWD-LSTM, Merity et al. 2018, arXiv:1708.02182)."""
+    """Probability of dropping a recurrent weight of a layer for a step."""
     tied: bool = True
     """One matrix is both the embedding and the projection (Press and Wolf 2017, arXiv:1608.05859)."""
     head: Literal["full", "adaptive"] = "full"
@@ -179,6 +188,12 @@ class ModelSettings:
         if self.tied:
             sizes[-1] = self.embedding_size
         return sizes
+
+    @property
+    def vector_dropouts(self) -> list[float]:
+        """Return the dropout probability of each layer's inputs, and of the last layer's outputs."""
+        given = [self.dropout_input, *[self.dropout_hidden] * (self.num_layers - 1), self.dropout_output]
+        return [self.dropout if rate is None else rate for rate in given]
 
 
 @dataclass
@@ -206,17 +221,51 @@ class OptimizerSettings:
 
 @dataclass
 class ScheduleSettings:
-    """How the learning rate changes."""
+    """How the learning rate changes, and with one-cycle the momentum."""
 
-    name: Literal["constant", "cosine", "plateau"] = "cosine"
-    """constant; cosine: down to a tenth at the last step; plateau: divided whenever validation does not improve."""
+    name: Literal["constant", "cosine", "plateau", "one-cycle", "warmup-stable-decay", "inverse-sqrt"] = "cosine"
+    """constant; cosine: down to a tenth at the last step; plateau: divided whenever validation does not improve; one-cycle: up
+    from a 25th, then down to almost 0, the momentum the other way; warmup-stable-decay: constant, and down to 0 in the last
+    part; inverse-sqrt: after the warmup down with the square root of the step."""
     warmup_steps: Annotated[int, at_least(0)] = 0
-    """Steps of linear warmup from 0; for any of the three."""
+    """Steps of linear warmup from 0; for any schedule but one-cycle."""
+    warmup_fraction: Annotated[float, between(0, 1, includes_high=False)] = 0.3
+    """one-cycle: fraction of the steps, the first ones, in which the rate rises."""
+    decay_fraction: Annotated[float, between(0, 1)] = 0.2
+    """warmup-stable-decay: fraction of the steps, the last ones, in which the rate falls."""
+    momentum_low: Annotated[float, between(0, 1, includes_high=False)] = 0.85
+    """one-cycle: momentum at the highest rate, in place of optimizer.momentum; with adam and its kin beta1."""
+    momentum_high: Annotated[float, between(0, 1, includes_high=False)] = 0.95
+    """one-cycle: momentum at the first and the last step."""
     divide_by: Annotated[float, above(1)] = 4.0
     """plateau: what the rate is divided by."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "schedule")
+        if self.name == "one-cycle" and self.warmup_steps:
+            raise UsageError("schedule one-cycle has a warmup of its own, schedule.warmup_fraction: leave warmup_steps out")
+        if self.name == "inverse-sqrt" and not self.warmup_steps:
+            raise UsageError("schedule inverse-sqrt falls from the end of the warmup on: give schedule.warmup_steps as well")
+        if self.momentum_low > self.momentum_high:
+            raise UsageError(
+                f"schedule.momentum_low is {self.momentum_low}; it must be at most momentum_high, {self.momentum_high}"
+            )
+
+
+@dataclass
+class AveragingSettings:
+    """An average of the parameters over the steps, which is validated, exported and sampled in place of the last ones."""
+
+    name: Literal["none", "ema", "nt-asgd"] = "none"
+    """ema: an exponential moving average; nt-asgd: the mean since validation stopped improving (Merity et al. 2018,
+    arXiv:1708.02182), for a constant rate."""
+    decay: Annotated[float, between(0, 1, includes_high=False)] = 0.999
+    """ema: weight of the average before a step; (1 + n) / (10 + n) after n steps, where that is lower."""
+    nonmonotone_interval: Annotated[int, at_least(1)] = 5
+    """nt-asgd: the mean begins when a validation is worse than the best of all but so many before it."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "averaging")
 
 
 @dataclass
@@ -240,6 +289,8 @@ class TrainingSettings:
     """Steps between two log lines."""
     validate_every: Annotated[int, at_least(0)] = 0
     """Steps between two validations; 0 is once an epoch. The last step is always validated."""
+    patience: Annotated[int, at_least(0)] = 0
+    """End the run after so many validations without a better one; 0 trains to the last step."""
     timeout_seconds: Annotated[float, above(0)] = 120.0
     """Time that a rank waits for the others before it takes them for dead and exits with code 75."""
 
@@ -304,6 +355,7 @@ class Recipe:
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    averaging: AveragingSettings = field(default_factory=AveragingSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)

@@ -60,9 +60,9 @@ FLOORS = {
 WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
     "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
-    "lmdist.model": "lstm loss language_model precision cuda_graph",
+    "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": "run_folder store replay uploader logger sync plot",
-    "lmdist.training": "distributed metrics data optimizer sample checkpoints evaluate step run report loop",
+    "lmdist.training": "distributed metrics data optimizer schedule sample checkpoints averaging evaluate step run report loop",
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher",
     "lmdist_export.graph": "onnx_file cell sizes network sampling_nodes graphs",

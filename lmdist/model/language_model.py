@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lmdist.model.lstm import STATE_PARTS, Layer, State
+from lmdist.model.dropout import Dropout, Masks
+from lmdist.model.lstm import RECURRENT, STATE_PARTS, Layer, State
 from lmdist.settings import ModelSettings
 
 
@@ -31,10 +32,8 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, settings.embedding_size)
         input_sizes = [settings.embedding_size, *self.layer_sizes[:-1]]
         # Single layers, not nn.LSTM(num_layers=N): only those can take cuDNN's persistent kernels.
-        self.layers = nn.ModuleList(
-            Layer(*sizes, settings.weight_dropout) for sizes in zip(input_sizes, self.layer_sizes, strict=True)
-        )
-        self.dropout = nn.Dropout(settings.dropout)
+        self.layers = nn.ModuleList(Layer(*sizes) for sizes in zip(input_sizes, self.layer_sizes, strict=True))
+        self.dropout = Dropout(settings, vocabulary_size, [layer.get_parameter(RECURRENT).shape for layer in self.layers])
         # An embedding of the usual 0.1 makes the LSTM's inputs so small that training stays at the unigram loss for hundreds
         # of steps; the projection is small, so that the first loss is close to log V.
         nn.init.uniform_(self.embedding.weight, -0.5, 0.5)
@@ -55,21 +54,22 @@ class LanguageModel(nn.Module):
         shape, device = (batch_size, sum(self.layer_sizes)), self.embedding.weight.device
         return tuple(torch.zeros(shape, device=device) for _ in STATE_PARTS)
 
-    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: State, masks: Masks | None = None) -> tuple[Tensor, State]:
         """Return the last layer's outputs (B, T, H) for `tokens` (B, T), before dropout, and the state after them.
 
-        The state is fp32 in any precision: a cell that is rounded at every batch forgets.
+        `masks` are dropout's in a training step; without them nothing is dropped. The state is fp32 in any precision: a cell
+        that is rounded at every batch forgets.
         """
         assert tokens.ndim == 2, tokens.shape
         expected = (len(tokens), sum(self.layer_sizes))  # (B, S)
         assert all(part.shape == expected for part in state), (tokens.shape, [part.shape for part in state])
-        hidden = self.dropout(self.embedding(tokens))  # (B, T, E)
+        hidden = self.dropout.drop_words(self.embedding(tokens), tokens, masks)  # (B, T, E)
         layer_states = zip(*(part.split(self.layer_sizes, dim=1) for part in state), strict=True)
         new_states: list[State] = []
         for number, (layer, layer_state) in enumerate(zip(self.layers, layer_states, strict=True)):
-            if number:
-                hidden = self.dropout(hidden)
-            hidden, new_state = layer(hidden, tuple(part.contiguous() for part in layer_state))  # (B, T, H)
+            hidden = self.dropout.drop_vectors(hidden, number, masks)
+            recurrent = self.dropout.drop_weights(layer.get_parameter(RECURRENT), number, masks)  # (4H, H)
+            hidden, new_state = layer(hidden, tuple(part.contiguous() for part in layer_state), recurrent)  # (B, T, H)
             new_states.append(tuple(part.float() for part in new_state))
         return hidden, tuple(torch.cat(parts, dim=1) for parts in zip(*new_states, strict=True))  # parts (B, S)
 

@@ -21,33 +21,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 STATE_PARTS = ("h", "c")
 """The parts of a layer's state: output and cell, each (B, H)."""
 State = tuple[Tensor, ...]
 """A tensor for each of STATE_PARTS."""
+RECURRENT = "weight_hh_l0"
+"""The name of a layer's recurrent weights, (4H, H), which weight dropout drops."""
 KERNELS = ("onednn", "matmul")
 """The kernels that compute a layer in bf16 on a CPU."""
 
 
 class Layer(nn.LSTM):
-    """A single nn.LSTM layer, batch first, whose recurrent weights may be dropped out."""
+    """A single nn.LSTM layer, batch first, whose recurrent weights may be replaced for a call."""
 
-    def __init__(self, input_size: int, hidden_size: int, weight_dropout: float = 0.0) -> None:
+    def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size, batch_first=True)
-        self.weight_dropout = weight_dropout
         self.kernel = "onednn"
         """How it is computed under autocast on a CPU: onednn, matmul (GatedLSTM) or fp32."""
 
-    def forward(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, state: State, recurrent: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Return the outputs (B, T, H) for `inputs` (B, T, I) and the state after them; the parts of a state are (B, H).
 
-        Weight dropout is one mask over the recurrent weights for all tokens of a batch (Merity et al. 2018, arXiv:1708.02182).
+        `recurrent` (4H, H) takes the place of the recurrent weights, as what weight dropout has left of them.
         """
         h, c = state
         weight_ih, weight_hh, bias_ih, bias_hh = self.parameters()
-        weight_hh = functional.dropout(weight_hh, self.weight_dropout, self.training)
+        weight_hh = weight_hh if recurrent is None else recurrent
         kernel = self.kernel if inputs.device.type == "cpu" and torch.is_autocast_enabled("cpu") else "torch"
         if kernel == "matmul":
             outputs, h, c = GatedLSTM.apply(inputs, h, c, weight_ih, weight_hh, bias_ih + bias_hh)  # type: ignore[misc]

@@ -21,9 +21,10 @@ from lmdist.training.checkpoints.write import Saver, take_snapshot
 from lmdist.training.distributed import World
 from lmdist.training.evaluate import evaluate
 from lmdist.training.metrics import NatsTotal
-from lmdist.training.optimizer import learning_rate
+from lmdist.training.optimizer import set_momentum
 from lmdist.training.report import mark_finished, report_on
 from lmdist.training.run import set_up
+from lmdist.training.schedule import Position, learning_rate, momentum
 
 
 def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
@@ -41,21 +42,19 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             # Between two steps: validate, unless the validation is in the checkpoint already; save; leave.
             if run.validation_due and progress.valid_nats is None and not stopping:
                 assert run.validation is not None
-                valid = evaluate(run.model, run.validation, recipe.data.valid_batch, recipe.data.window, world, stop)
+                model = run.averaging.model
+                valid = evaluate(model, run.validation, recipe.data.valid_batch, recipe.data.window, world, stop)
                 stopping = world.any(stop.requested)  # which has cut the validation short
                 if not stopping:
-                    progress.valid_nats = check_finite(valid.mean(), "validation loss", progress.step)
-                    if progress.best_valid_nats is None or progress.valid_nats < progress.best_valid_nats:
-                        progress.best_valid_nats = progress.valid_nats
-                    elif recipe.schedule.name == "plateau":
-                        progress.divisions += 1
+                    run.add_validation(check_finite(valid.mean(), "validation loss", progress.step))
                     report.validation()
                 saving = True
             if saving:
                 progress.loss_scale = training_step.scaler.state_dict()
                 streams = tuple(world.gather(part) for part in training_step.state)  # parts (G, S)
                 if world.is_main:
-                    saver.save(take_snapshot(progress, run.model, training_step.optimizer, streams))
+                    averaged = run.averaging.averaged
+                    saver.save(take_snapshot(progress, run.model, training_step.optimizer, streams, averaged))
                 last_save = time.monotonic()
             if stopping or run.finished:
                 break
@@ -63,11 +62,12 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             # One step. Its data, its dropout and its learning rate depend on its number only.
             start = time.perf_counter()
             batch = run.batches.batch(progress.step, world.part_of(recipe.data.global_batch))
-            torch.manual_seed((recipe.seed * 1_000_003 + progress.step) * 65_537 + world.rank)
-            peak, total_steps = recipe.optimizer.learning_rate, run.total_steps
-            rate = learning_rate(peak, recipe.schedule, progress.step, total_steps, progress.divisions)
-            training_step.forward_backward(batch, nats)
+            position = Position(progress.step, run.total_steps, progress.divisions)
+            rate = learning_rate(recipe.optimizer.learning_rate, recipe.schedule, position)
+            set_momentum(training_step.optimizer, momentum(recipe.schedule, position))
+            training_step.forward_backward(batch, progress.step, nats)
             norm = training_step.clip_and_update(rate)
+            run.averaging.update()
             progress.step += 1
             progress.tokens += batch.num_tokens
             progress.valid_nats = None

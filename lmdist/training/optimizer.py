@@ -1,20 +1,18 @@
-"""The optimizers: how each is built and what it keeps for a parameter; and the learning rate of each step.
+"""The optimizers: how each is built and what it keeps for a parameter.
 
-To add an optimizer, add its name to `OptimizerSettings.name` and a row to `OPTIMIZERS`. The learning rate is a pure function
-of the step and of how often validation has stalled, so that count is all of it that a checkpoint holds. This module knows
-neither data nor ranks nor files.
+To add an optimizer, add its name to `OptimizerSettings.name` and a row to `OPTIMIZERS`. Learning rates are schedule.py's. This
+module knows neither data nor ranks nor files.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lmdist.settings import OptimizerSettings, ScheduleSettings
+from lmdist.settings import OptimizerSettings
 
 
 class Row(NamedTuple):
@@ -92,13 +90,10 @@ def load_optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) ->
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def learning_rate(peak: float, schedule: ScheduleSettings, step: int, total_steps: int, divisions: int) -> float:
-    """Return the learning rate of step number `step`, from 0, after the plateau schedule has divided `divisions` times."""
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    if schedule.name == "constant":
-        return peak
-    if schedule.name == "plateau":
-        return peak * schedule.divide_by**-divisions
-    done = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+def set_momentum(optimizer: Optimizer, momentum: float | None) -> None:
+    """Set the momentum of the next steps: that of SGD, or beta1, which is Adam's; None leaves it as it is."""
+    for group in optimizer.param_groups if momentum is not None else ():
+        if "betas" in group:
+            group["betas"] = (momentum, *group["betas"][1:])
+        else:
+            group["momentum"] = momentum

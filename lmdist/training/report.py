@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+
 from lmdist import config
 from lmdist.console import ProgressBar, duration
 from lmdist.perplexity import perplexity
@@ -23,6 +25,10 @@ from lmdist.training.sample import sample
 
 SECONDS_BETWEEN_PICTURES = 60.0
 LARGE_VOCABULARY = 100_000
+SLOW_STEPS = 5
+"""The first steps of a process, in which libraries are loaded and kernels chosen."""
+TIMED_STEPS = 15
+"""The steps after them, from which the time of the run is estimated."""
 
 
 @contextmanager
@@ -68,6 +74,8 @@ def announcement(run: Run) -> list[str]:
         f"on {world.size} rank(s), {world.device.type}",
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
     ]
+    if recipe.averaging.name != "none":
+        lines.append(f"  average of the parameters by {recipe.averaging.name}, which is validated, sampled and exported")
     if folder.vocabulary_size > LARGE_VOCABULARY and recipe.model.head == "full":
         lines.append("  hint   --model.head adaptive --model.tied false trains several times as fast at this vocabulary size")
     return lines
@@ -82,10 +90,26 @@ class Report:
         self.console = console
         self.tokens_before = run.progress.tokens
         self.seconds_before = run.progress.seconds
+        self.first_step = run.progress.step
+        self.timed_from = 0.0
 
     def show_progress(self) -> None:
-        """Move the progress bar."""
-        self.console.update(self.run.progress.step)
+        """Move the progress bar; after the first steps print how long the run takes."""
+        step = self.run.progress.step
+        self.console.update(step)
+        steps = step - self.first_step
+        if steps not in (SLOW_STEPS, SLOW_STEPS + TIMED_STEPS):
+            return
+        if self.run.world.device.type == "cuda":
+            torch.cuda.synchronize()  # the steps are only queued
+        if steps == SLOW_STEPS:
+            self.timed_from = time.perf_counter()
+            return
+        seconds = (time.perf_counter() - self.timed_from) / TIMED_STEPS
+        left = self.run.total_steps - step
+        self.console.log(
+            f"  time   about {duration(left * seconds)} for {left:,} more steps of {seconds:.3g} s; validations come on top"
+        )
 
     def training(self, nats: float, gradient_norm: float, learning_rate: float) -> None:
         """Report the training since the last call; `nats` is its loss per token."""
@@ -116,6 +140,8 @@ class Report:
         self.console.log(
             f"valid step {progress.step}  loss {nats:.4f}  ppl {perplexity(nats):,.2f}  best {perplexity(best):,.2f}"
         )
+        if progress.averaged_from == progress.step:
+            self.console.log(f"averaging the parameters from step {progress.step} on, because validation has stalled")
         self.logger.log_metrics(progress.step, {"valid/loss": nats, "valid/perplexity": perplexity(nats)})
         self.write_picture_and_sample(f"{SAMPLES}/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
 
@@ -125,7 +151,9 @@ class Report:
             return
         run, path, num_tokens = self.run, self.run.path, self.run.recipe.sample.final_words
         self.write_picture_and_sample(SAMPLE, num_tokens)
+        early = f"ended before step {run.total_steps:,}: {run.recipe.training.patience} validations without a better one"
         lines = [
+            *([early] if run.progress.step < run.total_steps else []),
             f"done: {run.progress.step:,} steps, {run.progress.tokens:,} tokens in {duration(run.progress.seconds)}",
             f"  run      {path}",
             *([f"  sample   {path / SAMPLE}"] if num_tokens else []),
@@ -153,7 +181,7 @@ class Report:
     def sample(self, num_tokens: int) -> str:
         """Return a text that the model generates; its seed is the run's plus the step."""
         run = self.run
-        ids = sample(run.model, num_tokens, run.recipe.sample.temperature, seed=run.recipe.seed + run.progress.step)
+        ids = sample(run.averaging.model, num_tokens, run.recipe.sample.temperature, seed=run.recipe.seed + run.progress.step)
         return run.folder.tokenizer.detokenize(run.folder.vocabulary.decode(ids)) + "\n"
 
 

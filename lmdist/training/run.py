@@ -19,7 +19,8 @@ from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import Recipe
 from lmdist.text.data_folder import VOCABULARY, token_file
 from lmdist.tracking.run_folder import CHECKPOINTS
-from lmdist.training.checkpoints.format import Progress
+from lmdist.training.averaging import Averaging
+from lmdist.training.checkpoints.format import AVERAGED, Progress
 from lmdist.training.checkpoints.read import load_parameters, load_training, read_verified_manifest
 from lmdist.training.checkpoints.retain import newest_verified, remove_unfinished
 from lmdist.training.data import DataFolder, Streams, Windows, training_batches
@@ -43,6 +44,7 @@ class Run:
     """The tokens of the valid split, (N,)."""
     model: LanguageModel
     training_step: TrainingStep
+    averaging: Averaging
     progress: Progress
     total_steps: int
     precision: Precision
@@ -56,8 +58,15 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Return whether all steps are done."""
-        return self.progress.step == self.total_steps
+        """Return whether all steps are done, or validation has stalled for longer than training.patience."""
+        return self.progress.step == self.total_steps or self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Return whether the last `training.patience` validations were not better than the best one."""
+        validations = self.progress.validations
+        stalled = len(validations) - 1 - validations.index(min(validations)) if validations else 0
+        return 0 < self.recipe.training.patience <= stalled
 
     @property
     def validation_due(self) -> bool:
@@ -65,6 +74,17 @@ class Run:
         every = self.recipe.training.validate_every or self.batches.steps_per_epoch
         step = self.progress.step
         return self.validation is not None and step > 0 and (self.finished or step % every == 0)
+
+    def add_validation(self, nats: float) -> None:
+        """Record a validation and what follows from it: the best one, a lower learning rate, the beginning of an average."""
+        progress = self.progress
+        progress.valid_nats = nats
+        progress.validations = (*progress.validations, nats)
+        if progress.best_valid_nats is None or nats < progress.best_valid_nats:
+            progress.best_valid_nats = nats
+        elif self.recipe.schedule.name == "plateau":
+            progress.divisions += 1
+        self.averaging.start_if_due()
 
 
 def set_up(recipe: Recipe, world: World) -> Run:
@@ -77,6 +97,8 @@ def set_up(recipe: Recipe, world: World) -> Run:
     folder = DataFolder(Path(recipe.data.folder))
     batches = training_batches(folder, recipe.data, recipe.seed)
     validation = folder.tokens("valid") if folder.has("valid") else None
+    if recipe.training.patience and validation is None:
+        raise UsageError(f"training.patience needs validations, and {folder.path} has no valid split: leave it out")
     total_steps = recipe.training.steps or math.ceil(recipe.training.epochs * batches.steps_per_epoch)
 
     torch.manual_seed(recipe.seed)
@@ -84,8 +106,14 @@ def set_up(recipe: Recipe, world: World) -> Run:
     training_step = TrainingStep(recipe, model, precision, world)
     hints = configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
     progress = Progress() if newest is None else restore(newest, recipe, folder, training_step)
+    averaging = Averaging(recipe.averaging, model, progress)
+    if newest:
+        restore_average(newest, averaging)
+    averaging.start_if_due()
     training_step.warm_up_ddp()
-    return Run(recipe, world, folder, batches, validation, model, training_step, progress, total_steps, precision, hints)
+    return Run(
+        recipe, world, folder, batches, validation, model, training_step, averaging, progress, total_steps, precision, hints
+    )
 
 
 def find_newest(recipe: Recipe, world: World) -> Checkpoint | None:
@@ -142,3 +170,12 @@ def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, training_ste
         part = training_step.world.part_of(recipe.data.global_batch)
         training_step.state = tuple(stream[part].to(training_step.world.device) for stream in streams)  # parts (B, S)
     return progress
+
+
+def restore_average(newest: Checkpoint, averaging: Averaging) -> None:
+    """Restore the average of a checkpoint; another `averaging.name` than the checkpoint's begins anew."""
+    path, manifest = newest
+    if manifest["recipe"]["averaging"]["name"] != averaging.settings.name:
+        averaging.progress.averaged_from = None
+    if averaging.progress.averaged_from is not None:
+        load_parameters(averaging.start(), path, AVERAGED)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lmdist.model.cuda_graph import Function, Graphed
+from lmdist.model.dropout import Masks
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED, activation_penalty, summed_nats
 from lmdist.model.lstm import State
@@ -33,13 +34,15 @@ class TrainingStep:
         self.model = model
         self.precision = precision
         self.world = world
+        self.seed = recipe.seed
         self.global_batch = recipe.data.global_batch
         self.batch_size = recipe.data.global_batch // world.size
         self.accumulation = recipe.training.accumulation
         self.window = recipe.data.sequence_length
         self.penalties = (recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty)
         self.clip = recipe.optimizer.clip or math.inf
-        embedding = None if recipe.model.tied else model.embedding.weight  # tied, its gradient is the projection's as well
+        # If it is tied, its gradient is the projection's as well, which has all rows.
+        embedding = None if recipe.model.tied else model.embedding.get_parameter("weight")
         self.network = world.wrap(model, recipe.training.gradient_compression, embedding)
         self.embedding_rows = RowAverage(world, embedding, recipe.training.gradient_compression)
         self.optimizer = build_optimizer(recipe.optimizer, model)
@@ -62,36 +65,50 @@ class TrainingStep:
         part_size = self.batch_size // self.accumulation
         tokens = torch.zeros(part_size, self.window, dtype=torch.long, device=self.world.device)  # (P, T)
         weight = torch.ones((), device=self.world.device)
-        self.forward_backward_part(tokens, tokens, weight, *self.model.initial_state(part_size))
+        masks = self.masks(0)
+        state = self.model.initial_state(part_size)
+        self.forward_backward_part(tokens, tokens, weight, masks.rows[:part_size], masks.words, masks.weights, *state)
         self.model.zero_grad(set_to_none=True)
 
-    def forward_backward(self, batch: Batch, nats: NatsTotal) -> None:
-        """Compute the gradients of `batch`, this rank's part of a global batch; add its loss to `nats`; carry the state on."""
+    def masks(self, step: int) -> Masks:
+        """Return the dropout masks of step number `step` for this rank's part of the global batch, on its device."""
+        part = self.world.part_of(self.global_batch)
+        return self.model.dropout.draw(self.seed, step, self.global_batch, part).to(self.world.device)
+
+    def forward_backward(self, batch: Batch, step: int, nats: NatsTotal) -> None:
+        """Compute the gradients of `batch`, this rank's part of global batch number `step`.
+
+        Add its loss to `nats`; carry the state on.
+        """
         if batch.state_reset:
             self.state = self.model.initial_state(self.batch_size)
         self.embedding_rows.start(batch.inputs)
         device = self.world.device
         weight = torch.full((), 1 / batch.num_tokens, device=device)  # torch.tensor would wait for the GPU
-        tensors = (*batch.tensors_on(device), batch.targets != IGNORED, *self.state)  # each (B, ...)
+        rows, words, weights = self.masks(step)
+        tensors = (*batch.tensors_on(device), batch.targets != IGNORED, rows, *self.state)  # each (B, ...)
         parts = zip(*(tensor.chunk(self.accumulation) for tensor in tensors), strict=True)  # each (P, ...)
         states: list[State] = []
-        for number, (inputs, targets, mask, *state) in enumerate(parts, start=1):
+        for number, (inputs, targets, counted, rows, *state) in enumerate(parts, start=1):
             with self.world.gradient_sync(self.network, enabled=number == self.accumulation):
-                part_nats, *new_state = self.compute_part(inputs, targets, weight, *state)
-            nats.add(part_nats, int(mask.sum()))
+                part_nats, *new_state = self.compute_part(inputs, targets, weight, rows, words, weights, *state)
+            nats.add(part_nats, int(counted.sum()))
             states.append(tuple(new_state))
         self.embedding_rows.finish()
         self.state = tuple(torch.cat(parts) for parts in zip(*states, strict=True))  # parts (B, S)
 
-    def forward_backward_part(self, inputs: Tensor, targets: Tensor, weight: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    def forward_backward_part(
+        self, inputs: Tensor, targets: Tensor, weight: Tensor, rows: Tensor, words: Tensor, weights: Tensor, *state: Tensor
+    ) -> tuple[Tensor, ...]:
         """Add the gradients of a part of the batch; return its summed nats and the state after it.
 
-        `inputs` and `targets` are (P, T); `weight` is one token's weight in the loss, 1 / tokens of the global batch. DDP
-        averages gradients over the W ranks, hence the factor W.
+        `inputs` and `targets` are (P, T); `weight` is one token's weight in the loss, 1 / tokens of the global batch; `rows`,
+        `words` and `weights` are dropout's Masks. DDP averages gradients over the W ranks, hence the factor W.
         """
+        masks = Masks(rows, words, weights)
         with self.precision.autocast(self.world.device):
-            raw, new_state = self.network(inputs, state)  # (P, T, H)
-            hidden = self.model.dropout(raw)
+            raw, new_state = self.network(inputs, state, masks)  # (P, T, H)
+            hidden = self.model.dropout.drop_vectors(raw, -1, masks)
             part_nats = summed_nats(hidden, self.model.projection, targets, weight * self.world.size)
             loss = part_nats * weight
             if self.penalties != (0, 0):

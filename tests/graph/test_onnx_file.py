@@ -51,7 +51,8 @@ def test_what_is_written_is_what_onnx_reads(shape: list[int], kind: int, texts: 
     assert {entry.key: entry.value for entry in model.metadata_props} == texts
     assert described(model.graph.input) == {"x": (kind, ["rows", 3])}
     assert described(model.graph.output) == {"y": (kind, ["rows", 3])}
-    add, branch, _ = model.graph.node
+    add, branch = model.graph.node
+    assert branch.output == ["y"]  # without a copy
     assert (add.op_type, list(add.input), add.domain) == ("Add", ["x", name], "")
     inside = {entry.name: entry.g for entry in branch.attribute}["then_branch"]
     assert list(inside.node[0].input) == [add.output[0], name]

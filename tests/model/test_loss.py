@@ -88,6 +88,17 @@ def test_in_bf16_the_loss_is_correct_and_the_gradients_nearly():
         assert (ours - theirs).norm() / theirs.norm() < 0.01
 
 
+@pytest.mark.usefixtures("each_function")
+def test_an_expected_gradient_changes_nothing_whether_it_comes_or_not():
+    hidden, weight, bias = leaves = parameters(30, 8, 20, torch.float64)
+    targets = torch.arange(30) % 20
+    plain = torch.autograd.grad(0.25 * linear_nats(hidden, weight, bias, targets), leaves)
+    for expected in (0.25, 4.0):
+        nats = linear_nats(hidden, weight, bias, targets, torch.tensor(expected, dtype=torch.float64))
+        for ours, theirs in zip(torch.autograd.grad(0.25 * nats, leaves), plain, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 class LargestMatrix(TorchDispatchMode):
     """Sees every tensor that is allocated."""
 

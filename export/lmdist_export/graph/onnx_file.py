@@ -49,12 +49,15 @@ class Graph:
     def __init__(self, name: str, outer: Graph | None = None) -> None:
         self.name = name
         self.outer = outer
-        self.nodes: list[bytes] = []
+        self.nodes: list[tuple[str, Sequence[str], list[str], Mapping[str, Any]]] = []
+        """The operator, inputs, outputs and attributes of each node."""
         self.inputs: list[bytes] = []
         self.outputs: list[bytes] = []
         self.tensors: list[bytes] = outer.tensors if outer else []
         self.constants: dict[tuple[Any, ...], str] = outer.constants if outer else {}
         self.numbers: count[int] = outer.numbers if outer else count()
+        self.renamed: dict[str, str] = outer.renamed if outer else {}
+        """The names of values that are outputs, by the names under which nodes have them."""
 
     def subgraph(self, name: str) -> Graph:
         """Return a new subgraph of this graph."""
@@ -66,8 +69,14 @@ class Graph:
         return name
 
     def output(self, value: str, name: str, kind: int, shape: Shape) -> None:
-        """Declare `value` as the output `name`."""
-        self.nodes.append(node("Identity", [value], [name], {}))
+        """Declare `value` as the output `name`.
+
+        A node's output gets that name; all else is copied: what comes from outside the graph, or is an output already.
+        """
+        if value not in self.renamed and any(value in outputs for _, _, outputs, _ in self.nodes):
+            self.renamed[value] = name
+        else:
+            self.nodes.append(("Identity", [value], [name], {}))
         self.outputs.append(value_info(name, kind, shape))
 
     def weight(self, name: str, kind: int, shape: Sequence[int], location: str, offset: int) -> str:
@@ -98,20 +107,28 @@ class Graph:
     def several(self, operator: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
         """Add a node with several outputs and return their names."""
         names = [f"{operator}_{next(self.numbers)}" for _ in range(outputs)]
-        self.nodes.append(node(operator, inputs, names, attributes))
+        self.nodes.append((operator, inputs, names, attributes))
         return names
 
     def encoded(self) -> bytes:
         """Return the graph as a protobuf message."""
+        nodes = (
+            node(operator, map(self.final_name, inputs), map(self.final_name, outputs), attributes)
+            for operator, inputs, outputs, attributes in self.nodes
+        )
         return message(
             [
-                *((1, part) for part in self.nodes),
+                *((1, part) for part in nodes),
                 (2, self.name),
                 *((5, part) for part in (self.tensors if self.outer is None else [])),
                 *((11, part) for part in self.inputs),
                 *((12, part) for part in self.outputs),
             ]
         )
+
+    def final_name(self, value: str) -> str:
+        """Return the name that a value has in the file."""
+        return self.renamed.get(value, value)
 
 
 def model_bytes(graph: Graph, metadata: Mapping[str, str]) -> bytes:

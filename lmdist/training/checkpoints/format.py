@@ -2,6 +2,7 @@
 
     runs/NAME/checkpoints/step-000001000/
         model.safetensors       the parameters
+        averaged.safetensors    their average over the steps, where the recipe has one: what is evaluated and exported
         training.safetensors    the optimizer's tensors, and the LSTM state of all streams
         vocab.txt  text.json    the vocabulary and the tokenizer, copied from the data folder
         manifest.json           the model's shape, progress, recipe, facts of the data, and a sha256 for each file
@@ -23,6 +24,8 @@ from lmdist.text.data_folder import TEXT, VOCABULARY, token_file
 FORMAT = "lmdist checkpoint"
 VERSION = 1
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.safetensors", "manifest.json"
+AVERAGED = "averaged.safetensors"
+"""Is there if `Progress.averaged_from` is set."""
 FILES = (MODEL, TRAINING, VOCABULARY, TEXT)
 """The files that a manifest must name."""
 NEWEST = "newest"
@@ -65,6 +68,10 @@ class Progress:
     """Nats per token of the validation after this step, if there was one."""
     best_valid_nats: float | None = None
     """Nats per token of the best validation."""
+    validations: tuple[float, ...] = ()
+    """Nats per token of all validations, in order."""
+    averaged_from: int | None = None
+    """Steps done when the average of the parameters began, if it has."""
     divisions: int = 0
     """How often the plateau schedule has divided the learning rate."""
     loss_scale: dict[str, float | int] = dataclasses.field(default_factory=dict)

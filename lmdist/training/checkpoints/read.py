@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lmdist.errors import DataError, one_line
 from lmdist.model.language_model import LanguageModel, State
 from lmdist.model.lstm import STATE_PARTS
-from lmdist.settings import DataSettings, ModelSettings, TrainingSettings
+from lmdist.settings import AveragingSettings, DataSettings, ModelSettings, TrainingSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist.storage.reading import file_size, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
@@ -26,6 +26,7 @@ from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.format import (
+    AVERAGED,
     FILES,
     FORMAT,
     LOSS_SCALE,
@@ -45,7 +46,7 @@ LARGEST_SIZE = 1 << 28
 def read_verified_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint after checking the sha256 of each file; raise MissingInputError or DataError."""
     manifest = read_manifest(folder)
-    verify_checksums(folder, manifest["files"], FILES)
+    verify_checksums(folder, manifest["files"], (*FILES, AVERAGED) if is_averaged(manifest) else FILES)
     return manifest
 
 
@@ -59,12 +60,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     check_version(manifest, (FORMAT, VERSION), path)
     check_schema(manifest, MANIFEST_SCHEMA, path)
     recipe = manifest["recipe"]
+    check_schema(recipe.setdefault("averaging", {}), {}, path, "recipe.averaging")  # absent from the first checkpoints
     for place, holder, name, kind in (
         ("model", manifest, "model", ModelSettings),
         ("progress", manifest, "progress", Progress),
         ("recipe.model", recipe, "model", ModelSettings),
         ("recipe.data", recipe, "data", DataSettings),
         ("recipe.training", recipe, "training", TrainingSettings),
+        ("recipe.averaging", recipe, "averaging", AveragingSettings),
     ):
         holder[name] = dataclasses.asdict(dataclass_from_json(kind, holder[name], path, place))
     if manifest["model"] != recipe["model"]:
@@ -79,11 +82,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, value in progress.items():
         if isinstance(value, int | float) and value < 0:
             raise DataError(f"{path}: progress.{name} is {value}; it must not be negative")
+    if is_averaged(manifest) and progress["averaged_from"] > progress["step"]:
+        raise DataError(f"{path}: progress.averaged_from is {progress['averaged_from']}, after step {progress['step']}")
     return manifest
 
 
+def is_averaged(manifest: dict[str, Any]) -> bool:
+    """Return whether a checkpoint holds an average of the parameters."""
+    return manifest["progress"]["averaged_from"] is not None
+
+
 def load_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
-    """Return the model of a checkpoint, on the CPU and in evaluation mode, and the manifest."""
+    """Return the model of a checkpoint, on the CPU and in evaluation mode, and the manifest.
+
+    Its parameters are the average over the steps, where the checkpoint holds one.
+    """
     manifest = read_verified_manifest(folder)
     WordTokenizer.load(folder / TEXT)
     vocabulary = Vocabulary.load(folder / VOCABULARY)
@@ -91,19 +104,20 @@ def load_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
         raise DataError(f"{folder}: vocab.txt has {len(vocabulary)} words, the model {manifest['vocabulary_size']}")
     settings = ModelSettings(**manifest["model"])
     # A manifest may ask for more than any memory. The model is built only if the file has its shapes.
-    found = read_shapes(folder / MODEL)
+    file = AVERAGED if is_averaged(manifest) else MODEL
+    found = read_shapes(folder / file)
     if settings.num_layers > len(found) or max(settings.hidden_size, settings.embedding_size) > LARGEST_SIZE:
-        raise DataError(f"{folder}: the model of the manifest is not the one of model.safetensors: {manifest['model']}")
+        raise DataError(f"{folder}: the model of the manifest is not the one of {file}: {manifest['model']}")
     with torch.device("meta"):  # has shapes and no memory
-        check_shapes(found, parameter_shapes(LanguageModel(settings, len(vocabulary))), folder / MODEL)
+        check_shapes(found, parameter_shapes(LanguageModel(settings, len(vocabulary))), folder / file)
     model = LanguageModel(settings, len(vocabulary))
-    load_parameters(model, folder)
+    load_parameters(model, folder, file)
     return model.eval(), manifest
 
 
-def load_parameters(model: nn.Module, folder: Path) -> None:
-    """Copy the parameters of a checkpoint into `model`; raise DataError if names or shapes differ."""
-    tensors = read_tensors(folder / MODEL, parameter_shapes(model))
+def load_parameters(model: nn.Module, folder: Path, file: str = MODEL) -> None:
+    """Copy the parameters in a file of a checkpoint into `model`; raise DataError if names or shapes differ."""
+    tensors = read_tensors(folder / file, parameter_shapes(model))
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(tensors[name])

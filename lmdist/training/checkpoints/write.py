@@ -28,7 +28,7 @@ from lmdist.storage.atomic import atomic_folder, write_atomic
 from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import read_json, write_json
 from lmdist.text.data_folder import META, TEXT, VOCABULARY
-from lmdist.training.checkpoints.format import FORMAT, MANIFEST, MODEL, NEWEST, TRAINING, VERSION, Progress
+from lmdist.training.checkpoints.format import AVERAGED, FORMAT, MANIFEST, MODEL, NEWEST, TRAINING, VERSION, Progress
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.optimizer import optimizer_state
 
@@ -43,12 +43,21 @@ class Snapshot:
     parameters: dict[str, Tensor]
     training: dict[str, Tensor]
     """The optimizer's tensors, and the state of all G streams, each part (G, S)."""
+    averaged: dict[str, Tensor]
+    """The average of the parameters over the steps; empty without one."""
 
 
 def take_snapshot(
-    progress: Progress, model: LanguageModel, optimizer: torch.optim.Optimizer, streams: State | None
+    progress: Progress,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    streams: State | None,
+    averaged: LanguageModel | None = None,
 ) -> Snapshot:
-    """Copy a run's state to the CPU's memory; `streams` is the LSTM state of all G streams, each part (G, S)."""
+    """Copy a run's state to the CPU's memory; `streams` is the LSTM state of all G streams, each part (G, S).
+
+    `averaged` has the average of the parameters, if there is one.
+    """
     training = {f"optimizer.{name}": value for name, value in optimizer_state(optimizer).items()}
     if streams is not None:
         training |= {f"streams.{name}": part for name, part in zip(STATE_PARTS, streams, strict=True)}
@@ -58,6 +67,7 @@ def take_snapshot(
         model.vocabulary_size,
         {name: copy_to_cpu(value) for name, value in model.named_parameters()},  # a tied matrix once, under its first name
         {name: copy_to_cpu(value) for name, value in training.items()},
+        {name: copy_to_cpu(value) for name, value in averaged.named_parameters()} if averaged else {},
     )
 
 
@@ -72,6 +82,8 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
     with atomic_folder(target) as folder:
         save_file(snapshot.parameters, folder / MODEL)
         save_file(snapshot.training, folder / TRAINING)
+        if snapshot.averaged:
+            save_file(snapshot.averaged, folder / AVERAGED)
         for name in (VOCABULARY, TEXT):
             shutil.copyfile(data / name, folder / name)
         manifest = {

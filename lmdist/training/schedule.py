@@ -1,0 +1,85 @@
+"""The schedules: the learning rate of each step, and with one-cycle the momentum, as pure functions of the step.
+
+A schedule is a row of `SCHEDULES`: the factor of `optimizer.learning_rate` after the warmup, which all of them share. To add
+one, add its name to `ScheduleSettings.name` and a row. A resumed run needs nothing but its step; `plateau` also needs how
+often it has divided the rate, which a checkpoint holds. This module knows neither optimizers nor the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lmdist.settings import ScheduleSettings
+
+FIRST, LAST = 1 / 25, 1 / 25e4
+"""one-cycle's factors of the first and the last step, those of torch's OneCycleLR."""
+
+
+class Position(NamedTuple):
+    """Where in a run a step is."""
+
+    step: int
+    """Number of the step, from 0."""
+    total_steps: int
+    """Steps of the run."""
+    divisions: int = 0
+    """How often the plateau schedule has divided the rate."""
+
+
+def cosine(settings: ScheduleSettings, position: Position) -> float:
+    """Return a factor that falls from 1 to a tenth by half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    done = (position.step - settings.warmup_steps) / max(1, position.total_steps - settings.warmup_steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def one_cycle(settings: ScheduleSettings, position: Position) -> float:
+    """Return a factor that rises to 1 and falls to almost 0, both by half a cosine (Smith 2018, arXiv:1803.09820)."""
+    rising, height = cycle(settings, position)
+    lowest = FIRST if rising else LAST
+    return lowest + (1 - lowest) * height
+
+
+def warmup_stable_decay(settings: ScheduleSettings, position: Position) -> float:
+    """Return 1 until the last part of the run, in which the factor falls to 0 by a line (Hu et al. 2024, arXiv:2404.06395)."""
+    steps = position.total_steps
+    decay_steps = max(1, min(round(settings.decay_fraction * steps), steps - settings.warmup_steps))
+    return min(1.0, (steps - position.step) / decay_steps)
+
+
+def inverse_sqrt(settings: ScheduleSettings, position: Position) -> float:
+    """Return a factor that falls with the square root of the step (Vaswani et al. 2017, arXiv:1706.03762)."""
+    return math.sqrt(settings.warmup_steps / (position.step + 1))
+
+
+SCHEDULES: dict[str, Callable[[ScheduleSettings, Position], float]] = {
+    "constant": lambda settings, position: 1.0,
+    "cosine": cosine,
+    "plateau": lambda settings, position: settings.divide_by**-position.divisions,
+    "one-cycle": one_cycle,
+    "warmup-stable-decay": warmup_stable_decay,
+    "inverse-sqrt": inverse_sqrt,
+}
+
+
+def learning_rate(peak: float, settings: ScheduleSettings, position: Position) -> float:
+    """Return the learning rate of a step, whose highest value is `peak`."""
+    if position.step < settings.warmup_steps:
+        return peak * (position.step + 1) / settings.warmup_steps
+    return peak * SCHEDULES[settings.name](settings, position)
+
+
+def momentum(settings: ScheduleSettings, position: Position) -> float | None:
+    """Return the momentum of a step, highest where the rate is lowest; None where the schedule leaves it to the optimizer."""
+    if settings.name != "one-cycle":
+        return None
+    return settings.momentum_high - (settings.momentum_high - settings.momentum_low) * cycle(settings, position)[1]
+
+
+def cycle(settings: ScheduleSettings, position: Position) -> tuple[bool, float]:
+    """Return whether one-cycle still rises, and its height between 0 (the first and the last step) and 1 (the peak)."""
+    peak, last = settings.warmup_fraction * position.total_steps - 1, position.total_steps - 1
+    rising = position.step < peak
+    done = position.step / peak if rising else 1 - (position.step - peak) / (last - peak)
+    return rising, (1 - math.cos(math.pi * done)) / 2
