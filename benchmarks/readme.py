@@ -488,7 +488,7 @@ def scaling_predictions(machine: str) -> str:
     shown = (2, 8, 32, 128)
     rows = [
         [
-            *(row["case"], f"{row['compute_ms']:,.4g} ms", row["network"], "all" if row["all_rows"] else "read"),
+            *(row["case"], f"{row['compute_ms']:,.4g} ms", row["network"], "all" if row["tied"] or row["all_rows"] else "read"),
             *(" to ".join(f"{curve[row['ranks'].index(ranks)]:.0%}" for curve in row["curves"]) for ranks in shown),
         ]
         for row in of_kind(machine, "prediction")

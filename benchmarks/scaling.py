@@ -137,7 +137,7 @@ def main() -> None:
             rows += [row for row in known if row["kind"] in ("step", "all-reduce", "gradients")]
         else:
             measure(arguments, rows)
-            rows += gradients(arguments)
+            gradients(arguments, rows)
         rows += fit(rows) + predict(rows, networks, arguments.step_ms)
     for row in rows:
         show(row)
@@ -250,9 +250,8 @@ def spread(values: list[float]) -> float:
     return round(max(values) - min(values), 4)
 
 
-def gradients(arguments: argparse.Namespace) -> list[Row]:
-    """Return the bytes that a rank of two exchanges in a step with each kind of head, beside those of all gradients."""
-    rows = []
+def gradients(arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Append the bytes that a rank of two exchanges in a step with each kind of head, beside those of all gradients."""
     for name in list(COUNTED)[:1] if arguments.quick else COUNTED:
         print(f"bytes: {name}", file=sys.stderr)
         counted = run_job({"worker": name, "precision": "fp32"}, 2, arguments)
@@ -260,7 +259,6 @@ def gradients(arguments: argparse.Namespace) -> list[Row]:
             row = bare("gradients", name, variant, round(sizes["exchanged_mb"], 2), "MB a step")
             baseline_mb = counted["baseline: untied"]["exchanged_mb"]
             rows.append({**row, **sizes, "ratio": round(baseline_mb / sizes["exchanged_mb"], 3)})
-    return rows
 
 
 def gradient_sizes(model: LanguageModel, dtype: torch.dtype) -> dict[str, Any]:
@@ -406,10 +404,11 @@ class Training:
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the mean nats of a batch of tokens (B, T + 1)."""
         targets = tokens[:, 1:]  # (B, T)
-        masks = self.model.dropout.draw(1, 0, len(tokens), slice(None)).to(self.world.device)
+        masks = self.training_step.masks(0)
+        masks = masks._replace(rows=masks.rows[: len(tokens)])  # (B, M)
         with self.precision.autocast(self.world.device):
-            raw, _ = self.training_step.network(tokens[:, :-1], self.model.initial_state(len(tokens)), masks)  # (B, T, H)
-            hidden = self.model.dropout.drop_vectors(raw, -1, masks)
+            hidden, _ = self.training_step.network(tokens[:, :-1], self.model.initial_state(len(tokens)), masks)  # (B, T, H)
+            hidden = self.model.dropout.drop_vectors(hidden, -1, masks)
             return summed_nats(hidden, self.model.projection, targets) / targets.numel()
 
 

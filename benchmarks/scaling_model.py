@@ -155,7 +155,7 @@ def predict(measured: Sequence[Row], networks: dict[str, tuple[float, float]], s
             ]
             variant = f"{name}, {RANKS[-1]} ranks{', all rows' if all_rows else ''}"
             efficiency = bare("prediction", row["case"], variant, curves[0][-1], "weak-scaling efficiency")
-            found = {"network": name, "all_rows": all_rows, "compute_ms": step_ms or row["compute_ms"]}
+            found = {"network": name, "tied": row["tied"], "all_rows": all_rows, "compute_ms": step_ms or row["compute_ms"]}
             rows.append({**efficiency, **found, "ranks": RANKS, "curves": curves})
     return rows
 
