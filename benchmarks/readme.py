@@ -489,13 +489,13 @@ def scaling_bytes(machine: str) -> str:
     """Return the gradients' bytes by the kind of head."""
     rows = [
         [
-            *(row["case"], row["variant"].removeprefix("baseline: "), f"{row['reduced_mb']:.1f} MB"),
-            *(f"{row['vocabulary_share']:.0%}", f"{row['late_mb']:.1f} MB"),
+            *(row["case"], row["variant"].removeprefix("baseline: "), f"{row['dense_mb']:.1f} MB"),
+            *(f"{row['vocabulary_share']:.0%}", f"{row['value']:.2f} MB", f"{row['value'] / row['dense_mb']:.0%}"),
         ]
         for row in of_kind(machine, "gradients")
     ]
     rows = list(map(list, dict.fromkeys(map(tuple, rows))))  # each run has counted the same
-    return markdown(["model", "head", "reduced per step", "of it embedding and projection", "complete last"], rows)
+    return markdown(["model", "head", "all gradients", "of it embedding and projection", "exchanged", "share"], rows)
 
 
 def scaling_predictions(machine: str) -> str:
@@ -503,13 +503,13 @@ def scaling_predictions(machine: str) -> str:
     shown = (2, 8, 32, 128)
     rows = [
         [
-            *(row["case"], f"{row['compute_ms']:,.4g} ms", row["network"]),
+            *(row["case"], f"{row['compute_ms']:,.4g} ms", row["network"], "all" if row["all_rows"] else "read"),
             *(" to ".join(f"{curve[row['ranks'].index(ranks)]:.0%}" for curve in row["curves"]) for ranks in shown),
         ]
         for row in of_kind(machine, "prediction")
     ]
     picture = "![Predicted efficiency of weak scaling to 128 GPUs](images/scaling.svg)\n\n" if rows else ""
-    head = ["predicted for", "compute per step", "network", *(f"{ranks} GPUs" for ranks in shown)]
+    head = ["predicted for", "compute per step", "network", "embedding's rows", *(f"{ranks} GPUs" for ranks in shown)]
     return picture + markdown(head, rows)
 
 

@@ -11,6 +11,7 @@ each other before each thing that is timed, and the slowest rank's time counts.
     compute     the same by ranks that exchange nothing (DDP's no_sync): W independent jobs side by side. Against one rank
                 these lose to contention for the machine, its memory above all, and not to communication
     all-reduce  as many bytes as the step reduces, alone and in one tensor; and fractions of them, for the fit
+    gradients   the bytes that one rank hands to the process group in a step, counted by the profiler in a job of two ranks
     exposed     step - compute, turn by turn: all that DDP adds, the copies into its buckets included
     overlap     1 - exposed / all-reduce, from 0 to 1: the share of the communication that the computation hides
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import resource
 import subprocess
@@ -38,6 +40,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.profiler import profile
 
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
@@ -47,7 +50,7 @@ from lmdist.signals import die_with_parent
 from lmdist.training.distributed import World, join_job
 from lmdist.training.step import TrainingStep
 from origin import add_json_option, collect_rows
-from scaling_model import NETWORKS, Row, bare, fit, plot, predict
+from scaling_model import NETWORKS, Row, bare, fit, frequencies, plot, predict
 
 
 @dataclass(frozen=True)
@@ -61,26 +64,37 @@ class Case:
 
 
 SMALL = ModelSettings(embedding_size=200, hidden_size=200, dropout=0.2)
+ADAPTIVE = dataclasses.replace(SMALL, tied=False, head="adaptive")
 TUTORIAL = ModelSettings(embedding_size=100, hidden_size=1024, dropout=0.0, tied=False)
 CASES = {
     "2x200 tied, V 10k, 20 x 35": Case(SMALL, 10_000, 20, 35),
     "2x200 tied, V 33k, 20 x 35": Case(SMALL, 33_278, 20, 35),
-    "2x1024 untied, V 10k, 30 x 19": Case(TUTORIAL, 10_000, 30, 19),
+    "2x200 adaptive, V 33k, 20 x 35": Case(ADAPTIVE, 33_278, 20, 35),
+    "2x1024 untied, V 33k, 30 x 19": Case(TUTORIAL, 33_278, 30, 19),
 }
-HEADS: dict[str, dict[str, Any]] = {
-    "baseline: untied": {"tied": False},
-    "tied": {"tied": True},
-    "adaptive head": {"tied": False, "head": "adaptive"},
+COUNTED = {
+    f"{model}, V {vocabulary}": {
+        variant: Case(dataclasses.replace(settings, **changes), vocabulary_size, batch_size, window)
+        for variant, changes in {
+            "baseline: untied": {"tied": False, "head": "full"},
+            "tied": {"tied": True, "head": "full"},
+            "adaptive head": {"tied": False, "head": "adaptive"},
+        }.items()
+        if variant != "tied" or settings.embedding_size == settings.hidden_size  # else its last layer has another size
+    }
+    for model, settings, batch_size, window in (("2x200", SMALL, 20, 35), ("2x1024", TUTORIAL, 30, 19))
+    for vocabulary, vocabulary_size in (("10k", 10_000), ("33k", 33_278))
 }
+"""The models whose bytes are counted, by the kind of head."""
 FRACTIONS = (1, 16, 256, 4096)
 """Parts of the gradients: the sizes of the messages that the model is fitted to."""
 WARM_UP, LEAST, MOST, MESSAGES = 3, 3, 200, 12
 """Steps before those that are timed, the fewest and the most of these, and how often a message is timed."""
 
-SHOWN = ("predicted_ms", "ratio", "compute_ms", "contention", "all_reduce_ms", "exposed_ms", "overlap", "peak_mib")
+SHOWN = ("predicted_ms", "dense_mb", "ratio", "compute_ms", "contention", "all_reduce_ms", "exposed_ms", "overlap", "peak_mib")
 
 Figures = dict[str, float]
-"""Seconds, by what was timed."""
+"""Seconds, by what was timed, and numbers, by what was counted."""
 Answer = dict[str, Any]
 """What the ranks of one job have measured, in one round."""
 
@@ -123,7 +137,7 @@ def main() -> None:
             rows += [row for row in known if row["kind"] in ("step", "all-reduce", "gradients")]
         else:
             measure(arguments, rows)
-            rows += gradients()
+            rows += gradients(arguments)
         rows += fit(rows) + predict(rows, networks, arguments.step_ms)
     for row in rows:
         show(row)
@@ -157,7 +171,7 @@ def measure(arguments: argparse.Namespace, rows: list[Row]) -> None:
         for number in range(arguments.rounds):
             for case, ranks in answers:
                 print(f"round {number + 1} of {arguments.rounds}: {case}, {ranks} rank(s)", file=sys.stderr)
-                answers[case, ranks].append(run_job(case, ranks, precisions[case], arguments))
+                answers[case, ranks].append(run_job({"worker": case, "precision": precisions[case]}, ranks, arguments))
     finally:
         rows += rows_of(answers)
 
@@ -175,12 +189,12 @@ def rows_of(answers: dict[tuple[str, int], list[Answer]]) -> list[Row]:
     return rows
 
 
-def run_job(case: str, ranks: int, precision: str, arguments: argparse.Namespace) -> Answer:
-    """Return what a job of so many ranks, started by torchrun, measures of a case."""
+def run_job(flags: dict[str, Any], ranks: int, arguments: argparse.Namespace) -> Answer:
+    """Return what a job of so many ranks, started by torchrun with these flags, measures."""
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.json"
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
-        flags = {"worker": case, "answer": answer, "precision": precision}
+        flags = {**flags, "answer": answer}
         flags |= {name: getattr(arguments, name) for name in ("device", "compression", "seconds")}
         done = subprocess.run(
             [sys.executable, *torchrun, *(f"--{name}={value}" for name, value in flags.items())],
@@ -189,7 +203,7 @@ def run_job(case: str, ranks: int, precision: str, arguments: argparse.Namespace
             text=True,
         )
         if done.returncode:
-            sys.exit(f"{done.stderr}{case} on {ranks} rank(s) failed")
+            sys.exit(f"{done.stderr}{flags['worker']} on {ranks} rank(s) failed")
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
@@ -220,6 +234,7 @@ def step_row(case: str, ranks: int, scaling: str, rounds: list[Answer], messages
         "exposed_spread": spread(milliseconds["exposed"]) if all_reduce else None,
         "overlap": round(min(max(1 - exposed / all_reduce, 0.0), 1.0), 3) if all_reduce else None,
         **rounds[0]["facts"],
+        "tokens": rounds[0]["steps"][scaling]["tokens"],
     }
 
 
@@ -235,64 +250,78 @@ def spread(values: list[float]) -> float:
     return round(max(values) - min(values), 4)
 
 
-def gradients() -> list[Row]:
-    """Return the bytes that a step reduces with each kind of head: counted, not measured."""
+def gradients(arguments: argparse.Namespace) -> list[Row]:
+    """Return the bytes that a rank of two exchanges in a step with each kind of head, beside those of all gradients."""
     rows = []
-    for name, case in CASES.items():
-        baseline_mb = 0.0
-        for variant, changes in HEADS.items():
-            if variant == "tied" and case.settings.embedding_size != case.settings.hidden_size:
-                continue  # its last layer would have another size
-            with torch.device("meta"):
-                model = LanguageModel(dataclasses.replace(case.settings, **changes), case.vocabulary_size)
-            sizes = gradient_sizes(model, torch.float32)
-            baseline_mb = baseline_mb or sizes["reduced_mb"]
-            row = bare("gradients", name.rpartition(",")[0], variant, round(sizes["reduced_mb"], 2), "MB a step")
-            rows.append({**row, **sizes, "ratio": round(baseline_mb / sizes["reduced_mb"], 3)})
+    for name in list(COUNTED)[:1] if arguments.quick else COUNTED:
+        print(f"bytes: {name}", file=sys.stderr)
+        counted = run_job({"worker": name, "precision": "fp32"}, 2, arguments)
+        for variant, sizes in counted.items():
+            row = bare("gradients", name, variant, round(sizes["exchanged_mb"], 2), "MB a step")
+            baseline_mb = counted["baseline: untied"]["exchanged_mb"]
+            rows.append({**row, **sizes, "ratio": round(baseline_mb / sizes["exchanged_mb"], 3)})
     return rows
 
 
-def gradient_sizes(model: LanguageModel, dtype: torch.dtype) -> dict[str, float]:
-    """Return megabytes that a step reduces, those of the gradient complete last, and the share of embedding and projection."""
+def gradient_sizes(model: LanguageModel, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the bytes of gradients in `dtype`: of all, of all but the embedding, of one of the embedding's rows."""
     numbers = {parameter: parameter.numel() for parameter in model.parameters()}  # a tied matrix once
     outer = {*model.embedding.parameters(), *model.projection.parameters()}
+    embedding = model.embedding.weight
     return {
-        "reduced_mb": sum(numbers.values()) * dtype.itemsize / 1e6,
-        "late_mb": model.embedding.weight.numel() * dtype.itemsize / 1e6,
+        "dense_mb": sum(numbers.values()) * dtype.itemsize / 1e6,
+        "early_mb": (sum(numbers.values()) - embedding.numel()) * dtype.itemsize / 1e6,
+        "row_bytes": embedding.shape[1] * dtype.itemsize,
+        "vocabulary_size": model.vocabulary_size,
+        "tied": model.settings.tied,
         "vocabulary_share": round(sum(numbers[parameter] for parameter in outer) / sum(numbers.values()), 3),
     }
 
 
+def count(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the sizes of gradients of each kind of head, and the megabytes that one rank exchanges in a step."""
+    counted = {}
+    for variant, case in COUNTED[arguments.worker].items():
+        training = Training(world, case, Precision(arguments.precision, ""), arguments.compression)
+        sizes = gradient_sizes(training.model, training.dtype)
+        counted[variant] = {**sizes, "exchanged_mb": training.exchanged_bytes(case.batch_size) / 1e6}
+    return counted
+
+
 def work(arguments: argparse.Namespace) -> None:
-    """Measure, as one rank, the steps and the messages of a case; rank 0 writes the answer."""
+    """Measure, as one rank, the steps and the messages of a case, or count bytes; rank 0 writes the answer."""
     die_with_parent()
-    case = CASES[arguments.worker]
     world = join_job(arguments.device, int(os.environ["WORLD_SIZE"]), 1, timeout_seconds=120)
+    answer = count(world, arguments) if arguments.worker in COUNTED else time_case(world, arguments)
+    if world.is_main:
+        arguments.answer.write_text(json.dumps(answer), encoding="utf-8")
+    world.close()
+
+
+def time_case(world: World, arguments: argparse.Namespace) -> Answer:
+    """Return what is measured of a case's steps and messages."""
+    case = CASES[arguments.worker]
     training = Training(world, case, Precision(arguments.precision, ""), arguments.compression)
-    dtype = torch.bfloat16 if arguments.compression == "bf16" else torch.float32
-    sizes = gradient_sizes(training.model, dtype)
+    sizes = gradient_sizes(training.model, training.dtype)
     steps = {"weak": training.measure(case.batch_size, arguments.seconds)}
     messages = {}
     if world.size > 1:
         if case.batch_size % world.size == 0:
             steps["strong"] = training.measure(case.batch_size // world.size, arguments.seconds)
+        exchanged = training.exchanged_bytes(case.batch_size)
         for fraction in FRACTIONS:
-            size = int(sizes["reduced_mb"] * 1e6) // fraction // dtype.itemsize
-            message = torch.zeros(size, dtype=dtype, device=world.device)
+            message = torch.zeros(exchanged // fraction // training.dtype.itemsize, dtype=training.dtype, device=world.device)
             ready = {"message": lambda message=message: partial(distributed.all_reduce, message)}
             time_in_turns(world, ready, WARM_UP)
             messages[message.nbytes] = median(time_in_turns(world, ready, MESSAGES)["message"])
     on_gpu = world.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     peaks = world.gather(torch.tensor([peak]))
-    if world.is_main:
-        device = torch.cuda.get_device_name() if on_gpu else "CPU"
-        answer = {
-            **{"steps": steps, "messages": messages, "peak_mib": int(peaks.max()) >> 20},
-            "facts": {"device": device, "precision": training.precision.name, "compression": arguments.compression, **sizes},
-        }
-        arguments.answer.write_text(json.dumps(answer), encoding="utf-8")
-    world.close()
+    device = torch.cuda.get_device_name() if on_gpu else "CPU"
+    return {
+        **{"steps": steps, "messages": messages, "peak_mib": int(peaks.max()) >> 20},
+        "facts": {"device": device, "precision": training.precision.name, "compression": arguments.compression, **sizes},
+    }
 
 
 class Training:
@@ -310,32 +339,62 @@ class Training:
         )
         self.training_step = TrainingStep(recipe, self.model, precision, world)
         self.learning_rate = recipe.optimizer.learning_rate
+        self.dtype = torch.bfloat16 if compression == "bf16" else torch.float32
         configure_precision(precision, self.model, world.device, case.batch_size, case.window)
 
     def measure(self, batch_size: int, seconds: float) -> Figures:
         """Return median seconds of a step, of one that exchanges nothing, of their difference, and of a backward pass alone.
 
-        `batch_size` is this rank's; the measurement takes about `seconds`.
+        `batch_size` is this rank's; the measurement takes about `seconds`. Beside them is the number of tokens read.
         """
-        torch.manual_seed(self.world.rank)
-        frequencies = 1 / torch.arange(1, self.case.vocabulary_size + 1)
-        tokens = frequencies.multinomial(batch_size * (self.case.window + 1), replacement=True)  # Zipf's law
-        tokens = tokens.view(batch_size, -1).to(self.world.device)  # (B, T + 1)
+        ids = self.sample(batch_size)  # (B, T + 1)
+        tokens = ids.to(self.world.device)
         ready = {
-            "step": lambda: partial(self.step, tokens, synchronized=True),
-            "compute": lambda: partial(self.step, tokens, synchronized=False),
+            "step": lambda: partial(self.step, tokens, ids[:, :-1]),
+            "compute": lambda: partial(self.step, tokens),
             "backward": lambda: self.forward_unsynchronized(tokens).backward,
         }
         turn = sum(map(median, time_in_turns(self.world, ready, WARM_UP).values()))
         found = time_in_turns(self.world, ready, min(max(int(seconds / turn), LEAST), MOST))
         exposed = [step - compute for step, compute in zip(found["step"], found["compute"], strict=True)]
-        return {name: median(values) for name, values in {**found, "exposed": exposed}.items()}
+        medians = {name: median(values) for name, values in {**found, "exposed": exposed}.items()}
+        return {**medians, "tokens": batch_size * self.case.window}
 
-    def step(self, tokens: Tensor, *, synchronized: bool) -> None:
-        """Take a step of the loop, in which the gradients are averaged over the ranks if `synchronized`."""
+    def sample(self, batch_size: int) -> Tensor:
+        """Return tokens of this rank by Zipf's law, (B, T + 1), on the CPU."""
+        torch.manual_seed(self.world.rank)
+        probabilities = torch.from_numpy(frequencies(self.case.vocabulary_size))
+        return probabilities.multinomial(batch_size * (self.case.window + 1), replacement=True).view(batch_size, -1)
+
+    def exchanged_bytes(self, batch_size: int) -> int:
+        """Return the bytes of the tensors that this rank hands to the process group in a step of a batch of this size."""
+        ids = self.sample(batch_size)
+        tokens = ids.to(self.world.device)
+        for _ in range(2):  # DDP rebuilds its buckets in the second step
+            self.step(tokens, ids[:, :-1])
+        with profile(record_shapes=True) as profiler:
+            self.step(tokens, ids[:, :-1])
+        shapes = {"all_reduce": self.dtype, "all_gather": torch.int32}  # gradients, ids
+        total = 0
+        for event in profiler.events() or []:
+            backend, _, collective = event.name.partition(":")
+            if backend in ("gloo", "nccl"):
+                total += sum(map(math.prod, event.input_shapes)) * shapes[collective].itemsize
+        return total
+
+    def step(self, tokens: Tensor, exchanged: Tensor | None = None) -> None:
+        """Take a step of the loop on tokens (B, T + 1), whose gradients are averaged over the ranks if `exchanged` is given.
+
+        `exchanged` are the tokens that are read, (B, T), on the CPU.
+        """
         self.model.zero_grad(set_to_none=True)
-        with self.world.gradient_sync(self.training_step.network, enabled=synchronized):
+        embedding_rows = self.training_step.embedding_rows
+        if exchanged is not None:
+            embedding_rows.start(exchanged)
+        with self.world.gradient_sync(self.training_step.network, enabled=exchanged is not None):
             self.training_step.scaler.scale(self.forward(tokens)).backward()
+        if exchanged is not None:
+            embedding_rows.finish()
         self.training_step.clip_and_update(self.learning_rate)
 
     def forward_unsynchronized(self, tokens: Tensor) -> Tensor:

@@ -6,6 +6,8 @@
 
 DDP sends a gradient as soon as the backward pass has computed it. The embedding's is complete at the end of the backward pass
 (`late`), and with tied weights the projection's, which is the same; all others (`early`) can be sent during the backward pass.
+Without ties only the rows that some rank has read are reduced. Their number grows with the ranks, and is computed for tokens
+by Zipf's law.
 This module uses no torch and starts no ranks: it reads rows. Sizes are in bytes, times in seconds.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import numpy as np
 
 Row = dict[str, Any]
 
-NETWORKS = {"NVLink": (450.0, 5.0), "InfiniBand": (50.0, 10.0), "10 Gb Ethernet": (1.25, 50.0)}
+NETWORKS = {"10 Gbit/s": (1.25, 50.0), "25 Gbit/s": (3.125, 30.0), "100 Gbit/s": (12.5, 10.0)}
 """GB/s each way and us per message."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 OVERLAPS = (0.0, 1.0)
@@ -74,11 +77,27 @@ def fit_overlap(samples: Sequence[tuple[Step, int, float]], ring: Ring) -> float
     return min((hundredth / 100 for hundredth in range(101)), key=error)
 
 
-def step_of(row: Row, compute_ms: float | None = None) -> Step:
-    """Return the step of a measured row; with another compute time the backward pass keeps its share of it."""
+def frequencies(vocabulary_size: int) -> np.ndarray:
+    """Return the probability of each token by Zipf's law, (V)."""
+    weights = 1 / np.arange(1, vocabulary_size + 1)
+    return weights / weights.sum()
+
+
+def rows_read(vocabulary_size: int, num_tokens: int) -> float:
+    """Return how many different tokens are expected among `num_tokens` that are sampled by Zipf's law."""
+    return float((1 - (1 - frequencies(vocabulary_size)) ** num_tokens).sum())
+
+
+def step_of(row: Row, ranks: int, compute_ms: float | None = None, *, all_rows: bool = False) -> Step:
+    """Return the step of a measured row if so many `ranks` read its batch each; `all_rows` reduces an untied embedding's too.
+
+    With another compute time the backward pass keeps its share of it.
+    """
     factor = compute_ms / row["compute_ms"] if compute_ms else 1.0
-    late = row["late_mb"] * 1e6
-    return Step(factor * row["compute_ms"] / 1e3, factor * row["backward_ms"] / 1e3, row["reduced_mb"] * 1e6 - late, late)
+    vocabulary_size = row["vocabulary_size"]
+    rows = vocabulary_size if row["tied"] or all_rows else rows_read(vocabulary_size, ranks * row["tokens"])
+    early, late = row["early_mb"] * 1e6, rows * row["row_bytes"]
+    return Step(factor * row["compute_ms"] / 1e3, factor * row["backward_ms"] / 1e3, early, late)
 
 
 def fit(measured: Sequence[Row]) -> list[Row]:
@@ -88,11 +107,11 @@ def fit(measured: Sequence[Row]) -> list[Row]:
     if not steps:
         return []
     ring = fit_ring((row["ranks"], row["bytes"], row["value"] / 1e3) for row in messages)
-    overlap = fit_overlap([(step_of(row), row["ranks"], row["value"] / 1e3) for row in steps], ring)
+    overlap = fit_overlap([(step_of(row, row["ranks"]), row["ranks"], row["value"] / 1e3) for row in steps], ring)
     for row in messages:
         row["predicted_ms"] = round(1e3 * ring.seconds(row["ranks"], row["bytes"]), 4)
     for row in steps:
-        row["predicted_ms"] = round(1e3 * step_of(row).seconds(row["ranks"], ring, overlap), 2)
+        row["predicted_ms"] = round(1e3 * step_of(row, row["ranks"]).seconds(row["ranks"], ring, overlap), 2)
     return [
         bare("fit", "fit", "bandwidth", round(ring.bandwidth / 1e9, 3), "GB/s"),
         bare("fit", "fit", "latency", round(ring.latency * 1e6, 1), "us"),
@@ -120,20 +139,24 @@ def predict(measured: Sequence[Row], networks: dict[str, tuple[float, float]], s
         "overlap": "not known before it is measured on the machine: a line for none, and one for gradients that travel during "
         "all of the backward",
         **{name: f"{bandwidth:g} GB/s each way, {latency:g} us a message" for name, (bandwidth, latency) in networks.items()},
+        "tokens": "by Zipf's law; they decide how many rows of an untied embedding are reduced",
         "all-reduce": "one flat ring with links of one kind between all GPUs, two all-reduces a step (early and late "
         "gradients); NCCL has other ways too and takes the fastest",
         "not in it": "input, validation, checkpoints, logging, ranks slower than others, other traffic on the network",
     }
     rows = [{**bare("assumption", "assumption", name, None, ""), "note": note} for name, note in assumed.items()]
     for row in alone:
-        step = step_of(row, step_ms)
-        for name, (bandwidth, latency) in networks.items():
+        for (name, (bandwidth, latency)), all_rows in product(networks.items(), [False] if row["tied"] else [False, True]):
             ring = Ring(bandwidth * 1e9, latency / 1e6)
-            curves = [[round(step.compute / step.seconds(ranks, ring, overlap), 4) for ranks in RANKS] for overlap in OVERLAPS]
-            efficiency = bare("prediction", row["case"], f"{name}, {RANKS[-1]} ranks", curves[0][-1], "weak-scaling efficiency")
-            rows.append(
-                {**efficiency, "network": name, "compute_ms": step_ms or row["compute_ms"], "ranks": RANKS, "curves": curves}
-            )
+            steps = [step_of(row, ranks, step_ms, all_rows=all_rows) for ranks in RANKS]
+            curves = [
+                [round(step.compute / step.seconds(ranks, ring, overlap), 4) for step, ranks in zip(steps, RANKS, strict=True)]
+                for overlap in OVERLAPS
+            ]
+            variant = f"{name}, {RANKS[-1]} ranks{', all rows' if all_rows else ''}"
+            efficiency = bare("prediction", row["case"], variant, curves[0][-1], "weak-scaling efficiency")
+            found = {"network": name, "all_rows": all_rows, "compute_ms": step_ms or row["compute_ms"]}
+            rows.append({**efficiency, **found, "ranks": RANKS, "curves": curves})
     return rows
 
 
@@ -153,7 +176,7 @@ def plot(rows: Sequence[Row], picture: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "scaling"  # the same rows give the same file
     from matplotlib import pyplot
 
-    predictions = [row for row in rows if row["kind"] == "prediction"]
+    predictions = [row for row in rows if row["kind"] == "prediction" and not row["all_rows"]]
     assumed = [f"{row['variant']}: {row['note']}" for row in rows if row["kind"] == "assumption"]
     cases = list(dict.fromkeys(row["case"] for row in predictions))
     figure, panels = pyplot.subplots(1, len(cases), figsize=(12, 5.4), sharey=True, squeeze=False)

@@ -47,7 +47,7 @@ class World:
         batch_size = global_batch // self.size
         return slice(self.rank * batch_size, (self.rank + 1) * batch_size)
 
-    def wrap(self, model: nn.Module, compression: str, excluded: nn.Parameter | None = None) -> nn.Module:
+    def wrap(self, model: nn.Module, compression: str, excluded: Tensor | None = None) -> nn.Module:
         """Return the model with gradients averaged over the ranks in each backward pass, sent in bf16 by `compression` bf16.
 
         The gradient of the parameter `excluded` is not averaged: `RowAverage` does that.
@@ -134,7 +134,7 @@ class RowAverage:
     rank, nothing is done.
     """
 
-    def __init__(self, world: World, parameter: nn.Parameter | None, compression: str) -> None:
+    def __init__(self, world: World, parameter: Tensor | None, compression: str) -> None:
         self.world = world
         self.parameter = parameter if world.size > 1 else None
         self.dtype = torch.bfloat16 if compression == "bf16" else torch.float32

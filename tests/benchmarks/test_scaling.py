@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import scaling_model as model
@@ -46,12 +47,31 @@ def test_large_messages_alone_give_no_negative_latency():
     assert found.bandwidth == pytest.approx(1e8, rel=0.06)
 
 
+def test_rows_read_are_those_of_samples():
+    expected = model.rows_read(500, 300)
+    generator = np.random.default_rng(1)
+    counts = [len(np.unique(generator.choice(500, 300, p=model.frequencies(500)))) for _ in range(200)]
+    assert expected == pytest.approx(np.mean(counts), rel=0.02)
+    assert model.rows_read(500, 1) == pytest.approx(1)
+    assert model.rows_read(500, 10**6) == pytest.approx(500)
+
+
+def test_an_untied_embedding_is_late_with_the_rows_that_are_read():
+    sizes = {"early_mb": 30.0, "row_bytes": 400, "vocabulary_size": 25_000, "tokens": 700}
+    row = {**sizes, "compute_ms": 100.0, "backward_ms": 40.0, "tied": False}
+    assert model.step_of(row, 1).late == pytest.approx(400 * model.rows_read(25_000, 700))
+    assert model.step_of(row, 4).late == pytest.approx(400 * model.rows_read(25_000, 2_800))
+    assert model.step_of(row, 4, all_rows=True) == model.step_of({**row, "tied": True}, 4)
+    assert model.step_of({**row, "tied": True}, 4, compute_ms=10.0) == model.Step(0.01, 0.004, 3e7, 1e7)
+
+
 def test_rows_are_fitted_predicted_and_plotted(tmp_path):
     ring, step = model.Ring(1e9, 1e-4), model.Step(0.1, 0.04, 3e7, 1e7)
     rows = [
         {
             **model.bare("step", "some model", f"{ranks} ranks", 1e3 * step.seconds(ranks, ring, 0.5), "ms a step"),
-            **{"ranks": ranks, "compute_ms": 100.0, "backward_ms": 40.0, "reduced_mb": 40.0, "late_mb": 10.0},
+            **{"ranks": ranks, "compute_ms": 100.0, "backward_ms": 40.0, "early_mb": 30.0, "tied": True, "tokens": 700},
+            **{"row_bytes": 400, "vocabulary_size": 25_000},
         }
         for ranks in (1, 2, 4)
     ]
@@ -69,6 +89,10 @@ def test_rows_are_fitted_predicted_and_plotted(tmp_path):
     assert none[0] == whole[0] == 1
     assert none[2] == pytest.approx(0.1 / step.seconds(4, ring, 0), abs=1e-4)
     assert all(less <= more for less, more in zip(none, whole, strict=True))
+    untied = model.predict([{**rows[0], "tied": False}], {"slow": (1.0, 100.0)}, step_ms=None)
+    rows_read, all_rows = [row["curves"] for row in untied if row["kind"] == "prediction"]
+    assert all_rows == curve["curves"]
+    assert rows_read[0][-1] > all_rows[0][-1]
     model.plot(predictions, tmp_path / "curve.svg")
     text = (tmp_path / "curve.svg").read_text()
     for row in predictions:
@@ -93,4 +117,9 @@ def test_two_ranks_measure_themselves(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())
     assert [row["variant"] for row in rows if row["kind"] == "step"] == ["baseline: 1 rank", "2 ranks, weak", "2 ranks, strong"]
+    counted = {row["variant"]: row for row in rows if row["kind"] == "gradients"}
+    assert counted["tied"]["value"] == pytest.approx(counted["tied"]["dense_mb"], abs=0.01)
+    # The ids and the rows of 2 x 20 x 35 tokens, in place of 10,000 rows.
+    late = [counted[variant]["value"] - counted[variant]["early_mb"] for variant in ("baseline: untied", "adaptive head")]
+    assert late == [pytest.approx(800 * model.rows_read(10_000, 1_400) / 1e6, rel=0.1)] * 2
     assert {row["kind"] for row in rows} == {"step", "all-reduce", "gradients", "fit", "assumption", "prediction"}
