@@ -312,12 +312,12 @@ def sampling_options(machine: str) -> str:
 
 def sampling_shares(machine: str) -> str:
     """Return the share of the machine's limits that is used."""
-    found = [row for row in newest_sampling(machine) if row["unit"] == "share"]
+    found = [row for row in newest_sampling(machine) if row["unit"] == "share" and row["variant"] in SHARES]
     rows = []
-    for case in dict.fromkeys(row["case"] for row in found):
-        here = {row["variant"]: row for row in found if row["case"] == case}
+    for case, of in dict.fromkeys((row["case"], row["of"]) for row in found):
+        here = {row["variant"]: row for row in found if (row["case"], row["of"]) == (case, of)}
         cells = [f"{here[name]['value']:.0%}" if name in here else "" for name in SHARES]
-        rows.append([*case.split(", batch "), next(iter(here.values()))["of"], *cells])
+        rows.append([*case.split(", batch "), of, *cells])
     return markdown([MODEL, "batch size", "of the limit of", *(SAMPLING[name] for name in SHARES)], rows)
 
 
