@@ -13,7 +13,8 @@ many threads as lmdist has ranks.
 Both run in turns of --turn seconds: all processes of the other are stopped (SIGSTOP), and only the time that a system runs
 counts. Its minutes begin with the start of its command; validation and checkpoints are included. A row of a curve is the
 perplexity of a validation. Test perplexity is that of the checkpoint with the best validation, taken once: one stream, state
-carried on, every token and every <eos> counted.
+carried on, every token and every <eos> counted. With --cache the same model is tested with a neural cache as well, tuned on
+valid.
 
 The floors: the unigram model of the training text, and the 5-gram model with modified Kneser-Ney smoothing, not pruned, that
 KenLM's `lmplz` estimates; without `lmplz` on the PATH it has no row. It is given token ids as words, an <eos> ends a line. On
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("lmdist", "torch", "numpy")
 BASELINE, OURS, KNESER_NEY, UNIGRAM = "baseline", "lmdist", "KN-5", "unigram"
+WITH_CACHE = "lmdist, cache"
 LABELS = {
     BASELINE: "pytorch/examples",
     OURS: "lmdist",
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, default=1, help="ranks of lmdist, and threads of the baseline (default: 1)")
     parser.add_argument("--turn", type=float, default=30.0, help="seconds of a turn (default: 30)")
     parser.add_argument("--set", action="append", default=[], metavar="SETTING", help="such as model.dropout=0.4; repeatable")
+    parser.add_argument("--cache", type=int, default=0, metavar="N", help="also test with a neural cache of N tokens")
     parser.add_argument("--quick", action="store_true", help="a small generated text, about 12 s each")
     parser.add_argument("--rows", nargs="+", type=Path, help="measure nothing: plot the rows of these files")
     add_json_option(parser)
@@ -108,8 +111,9 @@ def main() -> None:
         ):
             measure(name, arguments, Path(scratch), rows)
     for row in rows:
+        ratio = f"  ratio {row['ratio']:.2f}" if row["ratio"] else ""
         minutes = f"{row['minutes']:>8.1f} minutes" if row.get("minutes") else ""
-        print(f"{row['case']:<28}{row['variant']:<12}{row['value']:>10,.2f}  ratio {row['ratio'] or math.nan:.2f}{minutes}")
+        print(f"{row['case']:<28}{row['variant']:<14}{row['value']:>10,.2f}{ratio}{minutes}")
     if arguments.plot:
         plot(rows, arguments.plot)
 
@@ -120,6 +124,7 @@ def command_of(arguments: argparse.Namespace) -> str:
     command += [f"--data {arguments.data.name}"] if arguments.data else []
     command += [f"--minutes {arguments.minutes:g}"] if arguments.minutes else []
     command += [f"--set {setting}" for setting in arguments.set]
+    command += [f"--cache {arguments.cache}"] if arguments.cache else []
     command += [f"--nproc {arguments.nproc}", f"--turn {arguments.turn:g}", *(["--quick"] if arguments.quick else [])]
     return " ".join(command)
 
@@ -146,11 +151,14 @@ def measure(name: str, arguments: argparse.Namespace, scratch: Path, rows: list[
         rows += floor_rows(f"{name} {split}", data, split)
     job["evaluate"] = True
     run([sys.executable, __file__, "--worker", json.dumps(job)])
-    tested = {BASELINE: read_json(scratch / "baseline" / "test.json")["perplexity"]}
+    reference = read_json(scratch / "baseline" / "test.json")["perplexity"]
     evaluate = [sys.executable, "-m", "lmdist.training.evaluate", str(scratch / "run"), "--split=test", "--json"]
-    tested[OURS] = json.loads(run(evaluate))["perplexity"]
-    for system in (baseline, ours):
-        rows.append(row_of(f"{name} test", system, tested[system.name], tested[BASELINE], data, "test"))
+    figures = json.loads(run([*evaluate, *([f"--cache={arguments.cache}"] if arguments.cache else [])]))
+    static = figures["perplexity_without_cache"][0] if arguments.cache else figures["perplexity"]
+    case, place = f"{name} test", (reference, data, "test")
+    rows += [row_of(case, baseline, reference, *place), row_of(case, ours, static, *place)]
+    if arguments.cache:
+        rows.append({**row_of(case, ours, figures["perplexity"], *place), "variant": WITH_CACHE})
 
 
 def data_folder(arguments: argparse.Namespace, scratch: Path) -> Path:
@@ -514,6 +522,8 @@ def plot(rows: list[Row], picture: Path) -> None:
         for row in (row for row in rows if row["case"] == case):
             variant = row["variant"]
             label = LABELS[variant] + (f": test {tested[variant]:,.1f}" if variant in tested else "")
+            if variant == OURS and WITH_CACHE in tested:
+                label += f", with a cache {tested[WITH_CACHE]:,.1f}"
             if row.get("curve"):
                 axes.plot(*zip(*row["curve"], strict=True), label=label, markersize=4, **STYLES[variant])
             elif variant == KNESER_NEY or row["value"] < 3 * min(tested.values(), default=math.inf):

@@ -22,7 +22,7 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving", "bundle")
+        for name in ("quality", "preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving", "bundle")
     ),
 )
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,9 +73,24 @@ def quality(machine: str) -> str:
         here = {row["variant"]: row["value"] for row in rows if row["case"] == ours["case"]}
         minutes = [f"{ours['minutes']:,.0f}" if ours.get("minutes") else ""] if timed else []
         cells = [f"{here[name]:,.1f}" if name in here else "" for name in shown]
-        lines.append([ours["case"], f"{ours['unknown_rate']:.1%}", *minutes, *cells, f"**{ours['value']:,.1f}**"])
+        cached = f" ({here['lmdist, cache']:,.1f} with a cache)" if "lmdist, cache" in here else ""
+        lines.append([ours["case"], f"{ours['unknown_rate']:.1%}", *minutes, *cells, f"**{ours['value']:,.1f}**{cached}"])
     head = ["recipe, split", "unknown words", *(["minutes"] if timed else []), *(COMPARED[name] for name in shown)]
     return markdown([*head, "lmdist"], lines)
+
+
+def ablations(machine: str) -> str:
+    """Return what each part of a recipe is worth at equal time."""
+    lines = []
+    for run in results(machine, "ablations"):
+        base = next(row for row in run if row["variant"] == "baseline")
+        for row in run:
+            spread = f" ± {row['spread'] / 2:,.1f}" if row["spread"] is not None else ""
+            name = f"the recipe ({row['seeds']} seeds)" if row is base else row["variant"]
+            difference = "" if row is base else f"{row['value'] - base['value']:+,.1f}"
+            cells = [f"{row['minutes']:,.0f}", f"{row['steps']:,}", f"{row['value']:,.1f}{spread}", difference]
+            lines.append([row["case"], name, *cells])
+    return markdown(["recipe, split", "variant", "minutes", "steps", "perplexity", "difference"], lines)
 
 
 COMPARED = {"unigram": "unigram model", "KN-5": "5-gram model", "baseline": "pytorch/examples"}
@@ -524,6 +539,7 @@ OPTIONS = (options, request_options, generation_config)
 """Tables of the code."""
 MEASURED = (
     quality,
+    ablations,
     reliability,
     reliability_summary,
     kills,
