@@ -1,9 +1,10 @@
-"""Dropout as in AWD-LSTM (Merity et al. 2018, arXiv:1708.02182): where it acts, and the masks of a step.
+"""Dropout as in AWD-LSTM: where it acts, with which probability, and the masks of a step.
 
-A mask over vectors is locked: one for all tokens of a sequence (Gal and Ghahramani 2016, arXiv:1512.05287). Masks are drawn on
-the CPU outside the model, each for the rows of the whole global batch, of which a rank takes its own. So they are a pure
-function of (seed, step, row), the same on any number of ranks, in any number of parts and on any device, and the LSTM layers
-remain single calls of oneDNN or cuDNN. A model that is given no masks drops nothing.
+The places are those of Merity et al. 2018 (arXiv:1708.02182). A mask over vectors is locked: one for all tokens of a sequence
+(Gal and Ghahramani 2016, arXiv:1512.05287). Masks are drawn on the CPU outside the model, each for the rows of the whole
+global batch, of which a rank takes its own. So they are a pure function of (seed, step, row), the same on any number of ranks,
+in any number of parts and on any device, and the LSTM layers remain single calls of oneDNN or cuDNN. A model that is given no
+masks drops nothing.
 
 Shapes: G global batch size, B batch size, T tokens, V vocabulary, H hidden size, M the sum of the sizes of the masked vectors,
 N the sum of the sizes of the masked matrices.

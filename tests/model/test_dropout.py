@@ -75,7 +75,8 @@ def test_a_model_with_all_of_them_is_the_one_computed_by_hand(model):
         plain = nn.LSTM(layer.input_size, layer.hidden_size, batch_first=True)
         plain.load_state_dict(layer.state_dict())
         with torch.no_grad():
-            plain.weight_hh_l0.mul_(weights[number].view_as(plain.weight_hh_l0) / 0.5)
+            recurrent = plain.get_parameter("weight_hh_l0")
+            recurrent.mul_(weights[number].view_as(recurrent) / 0.5)
         end = begin + layer.hidden_size
         hidden, (h, _) = plain(hidden, tuple(part[None, :, begin:end].contiguous() for part in state))
         torch.testing.assert_close(new_state[0][:, begin:end], h[0])

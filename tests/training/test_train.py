@@ -108,7 +108,7 @@ def test_a_job_resumes_with_another_number_of_ranks(data, tmp_path):
     ("flags", "golden"),
     [
         (["--model.dropout=0"], [3.385228293, 3.318396432, 3.194803238, 3.184272494]),
-        (DROPOUT, [3.381119047, 3.317710604, 3.2, 3.2]),
+        (DROPOUT, [3.381119047, 3.312974930, 3.238065992, 3.224398749]),
     ],
     ids=["without dropout", "with dropout"],
 )
