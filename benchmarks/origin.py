@@ -53,15 +53,18 @@ def json_file(name: str) -> Path:
 
 
 @contextmanager
-def collect_rows(path: Path | None, packages: Sequence[str], command: str, device: str = "cpu") -> Iterator[list[Row]]:
+def collect_rows(
+    path: Path | None, packages: Sequence[str], command: str, device: str = "cpu", suffix: str = ""
+) -> Iterator[list[Row]]:
     """Yield a list for rows; at the end, and when the run is stopped or fails, write them to `path`, if there is one.
 
-    In a field that both have, a row's own value replaces that of `facts`.
+    `suffix` is that of NAME in the name of a file that --json does not name. In a field that both have, a row's own value
+    replaces that of `facts`.
     """
     beside = facts(packages, command, device)
     if path == UNNAMED:
         quick = "-quick" if "--quick" in sys.argv else ""
-        path = RESULTS / f"{Path(sys.argv[0]).stem}{quick}-{machine_kind(device)}-{beside['date']}.json"
+        path = RESULTS / f"{Path(sys.argv[0]).stem}{suffix}{quick}-{machine_kind(device)}-{beside['date']}.json"
     rows: list[Row] = []
     exit_when_stopped()
     try:

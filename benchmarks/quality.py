@@ -1,84 +1,536 @@
-"""The perplexity that a recipe reaches beside the unigram model's: trains by torchrun, evaluates, writes rows of data.
+"""Perplexity against minutes: lmdist's recipe and pytorch/examples' own way of training, on the same cores in turns.
 
-    python benchmarks/quality.py launch/demo.toml --json benchmarks/results/quality-MACHINE-DATE.json
-    python benchmarks/quality.py launch/wikitext2-small.toml --epochs 1
-    python benchmarks/quality.py launch/demo.toml --quick          # 60 steps: does it run?
+    python benchmarks/quality.py launch/ptb.toml --data ../data/ptb --minutes 30 --json --plot ptb.png
+    python benchmarks/quality.py --rows benchmarks/results/quality-*-amx-*.json --plot docs/images/quality.png   # only plot
+    python benchmarks/quality.py --quick           # a generated text, some seconds each: does it run?
 
-The data folder that the recipe names must exist, except the demo's, which is prepared. The value of a row is a perplexity;
-`ratio` is that of the unigram model, the baseline, divided by it.
+lmdist is `lmdist-train` with the recipe, to the end of its schedule; with --minutes the number of steps is set so that it
+takes about as long, by the speed of a short trial. The baseline is pytorch/examples' word_language_model with its defaults in
+plain PyTorch: two LSTM layers of 200, untied, dropout 0.2, SGD from rate 20, divided by 4 whenever an epoch does not improve
+the validation loss, the gradient's norm clipped to 0.25, batches of 20 x 35, fp32. It trains as long as lmdist did, on as
+many threads as lmdist has ranks.
+
+Both run in turns of --turn seconds: all processes of the other are stopped (SIGSTOP), and only the time that a system runs
+counts. Its minutes begin with the start of its command; validation and checkpoints are included. A row of a curve is the
+perplexity of a validation. Test perplexity is that of the checkpoint with the best validation, taken once: one stream, state
+carried on, every token and every <eos> counted.
+
+The floors: the unigram model of the training text, and the 5-gram model with modified Kneser-Ney smoothing, not pruned, that
+KenLM's `lmplz` estimates; without `lmplz` on the PATH it has no row. It is given token ids as words, an <eos> ends a line. On
+PTB it has 141 (Mikolov 2012): so these perplexities are counted as everyone's.
+
+--data is a data folder, or a folder with files for train, valid and test, which lmdist-prepare reads with the recipe.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
+import math
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from origin import facts, processor, write_rows
+import numpy as np
+import psutil
 
-PACKAGES = ("lmdist", "torch", "numpy", "nltk")
+from corpora import chain, write_data_folder
+from lmdist.perplexity import perplexity
+from lmdist.signals import die_with_parent
+from lmdist.storage.reading import read_json
+from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
+from origin import Row, add_json_option, collect_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from training import PlainModel
+
+PACKAGES = ("lmdist", "torch", "numpy")
+BASELINE, OURS, KNESER_NEY, UNIGRAM = "baseline", "lmdist", "KN-5", "unigram"
+LABELS = {
+    BASELINE: "pytorch/examples",
+    OURS: "lmdist",
+    KNESER_NEY: "5-gram, modified Kneser-Ney",
+    UNIGRAM: "unigram",
+}
+STYLES: dict[str, dict[str, Any]] = {
+    BASELINE: {"color": "#7f7f7f", "marker": "s"},
+    OURS: {"color": "#2171b5", "marker": "o", "linewidth": 2},
+    KNESER_NEY: {"color": "#e69f00", "linestyle": "--"},
+    UNIGRAM: {"color": "black", "linestyle": ":"},
+}
+QUIET = ["--tracking.mlflow=false", "--sample.words=0", "--sample.final_words=0", "--resume=never"]
+TRIAL_STEPS, TRIAL_LOG_STEPS = 120, 20
+SHARE_OF_STEPS = 0.93
+"""Of a run's time; the rest is the start, validations and checkpoints."""
+ORDER = 5
 
 
 def main() -> None:
-    """Train each recipe, measure, print a table, write the rows."""
+    """Measure, print a table, write the rows and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="+", type=Path)
-    parser.add_argument("--epochs", type=float, help="in place of the recipe's")
-    parser.add_argument("--quick", action="store_true", help="60 steps")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--plot", type=Path, help="write the loss curve of the last recipe here")
+    parser.add_argument("recipe", nargs="?", type=Path, help="a recipe of launch/, or your own")
+    parser.add_argument("--data", type=Path, help="a data folder, or a folder with texts (default: the recipe's data folder)")
+    parser.add_argument("--minutes", type=float, help="of each system, about (default: as many steps as the recipe says)")
+    parser.add_argument("--nproc", type=int, default=1, help="ranks of lmdist, and threads of the baseline (default: 1)")
+    parser.add_argument("--turn", type=float, default=30.0, help="seconds of a turn (default: 30)")
+    parser.add_argument("--set", action="append", default=[], metavar="SETTING", help="such as model.dropout=0.4; repeatable")
+    parser.add_argument("--quick", action="store_true", help="a small generated text, about 12 s each")
+    parser.add_argument("--rows", nargs="+", type=Path, help="measure nothing: plot the rows of these files")
+    add_json_option(parser)
+    parser.add_argument("--plot", type=Path, help="plot perplexity against minutes here, a panel a text")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for recipe in arguments.recipes:
-            run = Path(scratch) / recipe.stem
-            rows += measure(recipe, run, arguments)
-            if arguments.plot:
-                shutil.copyfile(run / "loss.png", arguments.plot)
+    if arguments.worker:
+        die_with_parent()
+        train_baseline(**json.loads(arguments.worker))
+        return
+    if arguments.rows:
+        rows: list[Row] = [row for path in arguments.rows for row in json.loads(path.read_text(encoding="utf-8"))]
+    else:
+        if arguments.quick:
+            arguments.minutes, arguments.turn = arguments.minutes or 0.2, min(arguments.turn, 4.0)
+        elif not arguments.recipe:
+            parser.error("a recipe is missing, such as launch/ptb.toml")
+        name = arguments.recipe.stem if arguments.recipe else "generated"
+        with (
+            collect_rows(arguments.json, PACKAGES, command_of(arguments), suffix=f"-{name}") as rows,
+            tempfile.TemporaryDirectory(prefix="quality-") as scratch,
+        ):
+            measure(name, arguments, Path(scratch), rows)
     for row in rows:
-        print(f"{row['case']:<34}{row['variant']:<12}{row['value']:>10,.2f}  ratio {row['ratio']:.2f}")
-    if arguments.json:
-        write_rows(arguments.json, rows)
+        minutes = f"{row['minutes']:>8.1f} minutes" if row.get("minutes") else ""
+        print(f"{row['case']:<28}{row['variant']:<12}{row['value']:>10,.2f}  ratio {row['ratio'] or math.nan:.2f}{minutes}")
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
-def measure(recipe: Path, run: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the rows of one recipe."""
-    length = [f"--training.epochs={arguments.epochs}"] if arguments.epochs else []
-    length = ["--training.steps=60"] if arguments.quick else length
-    train = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}", "-m", "lmdist.train"]
-    train += [f"--config={recipe}", f"--run_folder={run}", f"--training.device={arguments.device}", *length]
-    huge_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as lmdist-train sets it
-    subprocess.run([sys.executable, *train, "--tracking.mlflow=false"], check=True, env=huge_pages)
-    command = f"python benchmarks/quality.py {recipe}" + (f" --epochs {arguments.epochs:g}" if arguments.epochs else "")
-    rows = []
+def command_of(arguments: argparse.Namespace) -> str:
+    """Return the command, with the name of the data's folder and not its place."""
+    command = ["python benchmarks/quality.py", *([str(arguments.recipe)] if arguments.recipe else [])]
+    command += [f"--data {arguments.data.name}"] if arguments.data else []
+    command += [f"--minutes {arguments.minutes:g}"] if arguments.minutes else []
+    command += [f"--set {setting}" for setting in arguments.set]
+    command += [f"--nproc {arguments.nproc}", f"--turn {arguments.turn:g}", *(["--quick"] if arguments.quick else [])]
+    return " ".join(command)
+
+
+def measure(name: str, arguments: argparse.Namespace, scratch: Path, rows: list[Row]) -> None:
+    """Append the rows of a recipe: those of the curves at once, those of the test when both are trained."""
+    data = data_folder(arguments, scratch)
+    flags = [f"--data.folder={data}", *QUIET, *(f"--{setting}" for setting in arguments.set)]
+    flags += [f"--config={arguments.recipe}"] if arguments.recipe else []
+    flags += ["--training.validate_every=20", "--training.log_every=10"] if arguments.quick else []
+    launch = [sys.executable, "-m", "lmdist.job.launcher", f"--nproc-per-node={arguments.nproc}", *flags]
+    if arguments.minutes:
+        steps = SHARE_OF_STEPS * arguments.minutes * 60 / trial_seconds(launch, scratch / "trial", quick=arguments.quick)
+        launch.append(f"--training.steps={max(20, round(steps))}")
+    ours = System(OURS, [*launch, f"--run_folder={scratch / 'run'}"], scratch / "run" / "metrics.jsonl", scratch / "run.log")
+    job = {"data": str(data), "threads": arguments.nproc, "folder": str(scratch / "baseline"), "evaluate": False}
+    examples = [sys.executable, __file__, "--worker", json.dumps(job)]
+    baseline = System(BASELINE, examples, scratch / "baseline" / "metrics.jsonl", scratch / "baseline.log")
+    try:
+        take_turns(ours, baseline, arguments.turn)
+    finally:
+        rows += curve_rows(f"{name} valid", (baseline, ours), data)
     for split in ("valid", "test"):
-        evaluate = ["-m", "lmdist.training.evaluate", str(run), f"--split={split}", "--json", f"--device={arguments.device}"]
-        done = subprocess.run([sys.executable, *evaluate], check=True, stdout=subprocess.PIPE, text=True)
-        figures = json.loads(done.stdout)
-        beside = {
-            "case": f"{recipe.stem} {split}" + (f", epoch {arguments.epochs:g}" if arguments.epochs else ""),
-            "unit": "perplexity",
-            "spread": None,
-            "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
-            "words": figures["words"],
-            "unknown_rate": figures["unknown_rate"],
-            **facts(PACKAGES, command),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.ranks} ranks, {processor()}",
-        }
-        baseline = figures["unigram_perplexity"]
-        rows.append({**beside, "variant": "baseline", "value": baseline, "ratio": 1.0})
-        rows.append({**beside, "variant": "lmdist", "value": figures["perplexity"], "ratio": baseline / figures["perplexity"]})
+        rows += floor_rows(f"{name} {split}", data, split)
+    job["evaluate"] = True
+    run([sys.executable, __file__, "--worker", json.dumps(job)])
+    tested = {BASELINE: read_json(scratch / "baseline" / "test.json")["perplexity"]}
+    evaluate = [sys.executable, "-m", "lmdist.training.evaluate", str(scratch / "run"), "--split=test", "--json"]
+    tested[OURS] = json.loads(run(evaluate))["perplexity"]
+    for system in (baseline, ours):
+        rows.append(row_of(f"{name} test", system, tested[system.name], tested[BASELINE], data, "test"))
+
+
+def data_folder(arguments: argparse.Namespace, scratch: Path) -> Path:
+    """Return the data folder: the given or the recipe's one, or one that is prepared from texts or generated."""
+    if arguments.quick and not arguments.data:
+        splits = {name: chain(size, 1000, seed) for seed, (name, size) in enumerate(QUICK_TOKENS.items())}
+        for tokens in splits.values():
+            tokens[19::20] = END_ID
+        return write_data_folder(scratch / "data", splits, 1000)
+    recipe = f"--recipe={arguments.recipe}"
+    if not arguments.data:
+        import tomllib
+
+        return Path(tomllib.loads(arguments.recipe.read_text(encoding="utf-8"))["data"]["folder"]).absolute()
+    if (arguments.data / "meta.json").exists():
+        return arguments.data.absolute()
+    texts = {split: next(iter(sorted(arguments.data.glob(f"*{split[:3]}*"))), None) for split in ("train", "valid", "test")}
+    missing = [split for split, path in texts.items() if path is None]
+    if missing:
+        sys.exit(f"{arguments.data} is neither a data folder nor has it a file for {' and '.join(missing)}")
+    prepare = [sys.executable, "-m", "lmdist.text.prepare", recipe, *(f"--{split}={path}" for split, path in texts.items())]
+    run([*prepare, "-o", str(scratch / "data")])
+    return scratch / "data"
+
+
+QUICK_TOKENS = {"train": 20_000, "valid": 2_000, "test": 2_000}
+
+
+def run(command: Sequence[str]) -> str:
+    """Return what a command prints; if it fails, its messages end the benchmark."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr[-4000:]}\n{' '.join(command)} failed")
+    return done.stdout
+
+
+def trial_seconds(launch: list[str], folder: Path, *, quick: bool) -> float:
+    """Return the seconds of a step, from the last steps of a short run of the recipe."""
+    steps, every = (30, 10) if quick else (TRIAL_STEPS, TRIAL_LOG_STEPS)
+    run([*launch, f"--run_folder={folder}", f"--training.steps={steps}", f"--training.log_every={every}"])
+    logged = [row for row in read_lines(folder / "metrics.jsonl") if "train/loss" in row]
+    first, last = logged[len(logged) // 3], logged[-1]
+    shutil.rmtree(folder)
+    return (last["time"] - first["time"]) / (last["step"] - first["step"])
+
+
+# --- two systems in turns --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class System:
+    """A training whose processes are stopped and continued, and the time that they have run."""
+
+    name: str
+    command: list[str]
+    metrics: Path
+    log: Path
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    """Beginning and end of each turn, in seconds since 1970, as metrics.jsonl has them."""
+    process: subprocess.Popen[str] | None = None
+    peak_mib: int = 0
+
+    def take_turn(self, seconds: float) -> bool:
+        """Run for so long, or to the end; return whether it has ended."""
+        began = time.time()
+        if self.process is None:
+            with self.log.open("w") as log:
+                self.process = subprocess.Popen(self.command, stdout=log, stderr=log, text=True, start_new_session=True)
+        else:
+            self.signal(signal.SIGCONT)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=seconds)
+        if self.process.returncode is None:
+            self.signal(signal.SIGSTOP)
+        self.spans.append((began, time.time()))
+        if self.process.returncode:
+            sys.exit(f"{self.log.read_text()[-4000:]}\n{self.name} failed")
+        return self.process.returncode == 0
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all its processes, parents first."""
+        assert self.process is not None
+        with suppress(psutil.NoSuchProcess):
+            leader = psutil.Process(self.process.pid)
+            processes = [leader, *leader.children(recursive=True)]
+            memory = 0
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+                    memory += process.memory_info().rss
+            self.peak_mib = max(self.peak_mib, memory >> 20)
+
+    def end(self) -> None:
+        """Kill its processes."""
+        self.signal(signal.SIGKILL)
+        if self.process:
+            self.process.wait()
+
+    @property
+    def minutes(self) -> float:
+        """Return how long it has run."""
+        return self.minutes_at(math.inf)
+
+    def minutes_at(self, moment: float) -> float:
+        """Return how long it had run at a moment, in seconds since 1970."""
+        return sum(max(0.0, min(end, moment) - begin) for begin, end in self.spans) / 60
+
+    def curve(self) -> list[tuple[float, float]]:
+        """Return minutes and perplexity of each validation."""
+        rows = [row for row in read_lines(self.metrics) if "valid/perplexity" in row]
+        return [(round(self.minutes_at(row["time"]), 3), round(row["valid/perplexity"], 3)) for row in rows]
+
+
+def take_turns(ours: System, baseline: System, turn: float) -> None:
+    """Run both in turns until ours has ended and the baseline has run as long, and has been validated once."""
+    try:
+        ended = False
+        while not (ended and baseline.minutes >= ours.minutes and baseline.curve()):
+            ended = ended or ours.take_turn(turn)
+            print("; ".join(map(progress, (ours, baseline))), file=sys.stderr)
+            if not ended or baseline.minutes < ours.minutes or not baseline.curve():
+                baseline.take_turn(min(turn, 60 * (ours.minutes - baseline.minutes)) if baseline.curve() else turn)
+    finally:
+        ours.end()
+        baseline.end()
+
+
+def progress(system: System) -> str:
+    """Return the minutes and the last perplexity of a system as text."""
+    curve = system.curve()
+    return f"{system.name} {system.minutes:.1f} minutes, perplexity {curve[-1][1] if curve else math.nan:,.1f}"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a metrics.jsonl."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+def curve_rows(case: str, systems: Sequence[System], data: Path) -> list[Row]:
+    """Return a row for each curve: the best perplexity, and the perplexity of each validation with its minutes."""
+    curves = {system.name: system.curve() for system in systems}
+    best = {name: min(value for _, value in curve) for name, curve in curves.items() if curve}
+    return [
+        {**row_of(case, system, best[system.name], best.get(BASELINE), data, "valid"), "curve": curves[system.name]}
+        for system in systems
+        if system.name in best
+    ]
+
+
+def row_of(case: str, system: System, value: float, baseline: float | None, data: Path, split: str) -> Row:
+    """Return the row of a system: its perplexity on a split after its minutes."""
+    return {
+        "case": case,
+        "variant": system.name,
+        "value": round(value, 3),
+        "unit": "perplexity",
+        "spread": None,
+        "ratio": round(baseline / value, 3) if baseline else None,
+        "peak_mib": system.peak_mib,
+        "minutes": round(system.minutes, 2),
+        **text_facts(data, split),
+    }
+
+
+def text_facts(data: Path, split: str) -> dict[str, Any]:
+    """Return the number of tokens of a split and the rate of the unknown ones."""
+    tokens = tokens_of(data, split)
+    return {"words": len(tokens), "unknown_rate": round(float(np.mean(tokens == UNKNOWN_ID)), 5)}
+
+
+def tokens_of(data: Path, split: str) -> np.ndarray:
+    """Return the token ids of a split."""
+    from lmdist.training.data import DataFolder
+
+    return np.asarray(DataFolder(data).tokens(split))
+
+
+# --- the floors ------------------------------------------------------------------------------------------------------
+
+
+def floor_rows(case: str, data: Path, split: str) -> list[Row]:
+    """Return the rows of the unigram model and of the 5-gram model, which know little or nothing of what was said before."""
+    from lmdist.training.evaluate import unigram_nats
+
+    train, tokens = tokens_of(data, "train"), tokens_of(data, split)
+    vocabulary_size = read_json(data / "meta.json")["vocabulary_size"]
+    nats = {UNIGRAM: unigram_nats(train, tokens, vocabulary_size), KNESER_NEY: kneser_ney_nats(train, tokens)}
+    beside = {"unit": "perplexity", "spread": None, "ratio": None, "peak_mib": None, "minutes": None, **text_facts(data, split)}
+    return [
+        {"case": case, "variant": name, "value": round(perplexity(value), 3), **beside}
+        for name, value in nats.items()
+        if value is not None
+    ]
+
+
+def kneser_ney_nats(train: np.ndarray, tokens: np.ndarray) -> float | None:
+    """Return nats per token of KenLM's 5-gram model; None without `lmplz`."""
+    if not shutil.which("lmplz"):
+        print("KenLM's lmplz is not on the PATH: no row of the 5-gram model", file=sys.stderr)
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        text, arpa = Path(scratch) / "train.txt", Path(scratch) / "model.arpa"
+        text.write_text("".join(" ".join(line[1:-1]) + "\n" for line in sentences(train)))
+        estimate = ["lmplz", "-o", str(ORDER), "--text", str(text), "--arpa", str(arpa), "--discount_fallback"]
+        run([*estimate, "-S", "1G", "-T", scratch])
+        lines = list(sentences(tokens))
+        log10, backoff = read_arpa(arpa, set(ngrams(lines)))
+    total = sum(
+        probability(tuple(line[max(0, place - ORDER + 1) : place + 1]), log10, backoff)
+        for line in lines
+        for place in range(1, len(line))
+    )
+    return -total * math.log(10) / sum(len(line) - 1 for line in lines)
+
+
+def sentences(tokens: np.ndarray) -> Iterator[list[str]]:
+    """Yield the ids up to each <eos> as words between <s> and </s>; a rest without <eos> ends there, too."""
+    line = ["<s>"]
+    for token in tokens.tolist():
+        if token == END_ID:
+            yield [*line, "</s>"]
+            line = ["<s>"]
+        else:
+            line.append(str(token))
+    if len(line) > 1:
+        yield [*line, "</s>"]
+
+
+def ngrams(lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the n-grams of all orders that occur in lines."""
+    for line in lines:
+        for place in range(len(line)):
+            for order in range(1, ORDER + 1):
+                yield " ".join(line[place : place + order])
+
+
+def read_arpa(path: Path, needed: set[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return log10 probabilities and back-off weights of the n-grams that are needed, and of <unk>."""
+    log10: dict[str, float] = {}
+    backoff: dict[str, float] = {}
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            value, tab, rest = line.rstrip("\n").partition("\t")
+            words, _, weight = rest.partition("\t")
+            if tab and (words in needed or words == "<unk>"):
+                log10[words] = float(value)
+                backoff[words] = float(weight or 0)
+    return log10, backoff
+
+
+def probability(words: tuple[str, ...], log10: dict[str, float], backoff: dict[str, float]) -> float:
+    """Return the log10 probability of the last word after those before it: Katz's recursion over a back-off model."""
+    if (found := log10.get(" ".join(words))) is not None:
+        return found
+    if len(words) == 1:
+        return log10["<unk>"]
+    return backoff.get(" ".join(words[:-1]), 0.0) + probability(words[1:], log10, backoff)
+
+
+# --- the baseline ----------------------------------------------------------------------------------------------------
+
+
+def train_baseline(data: str, threads: int, folder: str, *, evaluate: bool) -> None:
+    """Train as pytorch/examples' word_language_model does, until it is killed; or test the best model of such a training."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    from lmdist.settings import ModelSettings
+    from lmdist.training.data import DataFolder
+    from training import PlainModel
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(1111)
+    source, place = DataFolder(Path(data)), Path(folder)
+    model = PlainModel(ModelSettings(200, 200, 2, 0.2, tied=False), source.vocabulary_size)
+    if evaluate:
+        model.load_state_dict(torch.load(place / "best.pt", weights_only=True))
+        nats = nats_of(model, source.tokens("test"), streams=1, window=256)
+        (place / "test.json").write_text(json.dumps({"perplexity": perplexity(nats)}))
+        return
+    place.mkdir()
+    for weight in (model.embedding.weight, model.projection.weight):
+        nn.init.uniform_(weight, -0.1, 0.1)
+    nn.init.zeros_(model.projection.bias)
+    tokens = torch.from_numpy(np.asarray(source.tokens("train")).astype(np.int64))
+    streams = tokens[: len(tokens) // 20 * 20].view(20, -1)  # (B, N)
+    rate, best, epoch = 20.0, math.inf, 0
+    while True:
+        model.train()
+        states = None
+        for start in range(0, streams.shape[1] - 1, 35):
+            length = min(35, streams.shape[1] - 1 - start)
+            inputs, targets = streams[:, start : start + length], streams[:, start + 1 : start + 1 + length]
+            logits, _, _, states = model(inputs, states)
+            model.zero_grad()
+            functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(parameter.grad, alpha=-rate)  # type: ignore[arg-type]
+        epoch += 1
+        nats = nats_of(model, source.tokens("valid"), streams=10, window=35)
+        if nats < best:
+            best = nats
+            torch.save(model.state_dict(), place / "new.pt")
+            (place / "new.pt").replace(place / "best.pt")
+        else:
+            rate /= 4
+        with (place / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": epoch, "time": time.time(), "valid/perplexity": perplexity(nats)}) + "\n")
+
+
+def nats_of(model: PlainModel, tokens: np.ndarray, streams: int, window: int) -> float:
+    """Return nats per token of a text, cut into streams, each token predicted once and the state carried on."""
+    import torch
+    from torch.nn import functional
+
+    from lmdist.model.loss import IGNORED
+    from lmdist.training.data import Streams
+
+    model.eval()
+    batches = Streams(tokens, streams, window)
+    states: list[tuple[Tensor, Tensor]] | None = None
+    total, counted = 0.0, 0
+    with torch.no_grad():
+        for number in range(batches.steps_per_epoch):
+            batch = batches.batch(number, slice(0, streams))
+            logits, _, _, states = model(batch.inputs, states)  # type: ignore[assignment]
+            flat, targets = logits.flatten(0, 1), batch.targets.flatten()
+            total += float(functional.cross_entropy(flat, targets, ignore_index=IGNORED, reduction="sum"))
+            counted += int((targets != IGNORED).sum())
+    return total / counted
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+
+def plot(rows: list[Row], picture: Path) -> None:
+    """Plot validation perplexity against minutes, a panel a text, with the floors as lines and the test's figures in words."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    cases = list(dict.fromkeys(row["case"] for row in rows if row.get("curve")))
+    figure, panels = pyplot.subplots(1, len(cases), figsize=(5.2 * len(cases), 4.2), layout="constrained", squeeze=False)
+    for axes, case in zip(panels[0], cases, strict=True):
+        name = case.removesuffix(" valid")
+        tested = {row["variant"]: row["value"] for row in rows if row["case"] == f"{name} test"}
+        for row in (row for row in rows if row["case"] == case):
+            variant = row["variant"]
+            label = LABELS[variant] + (f": test {tested[variant]:,.1f}" if variant in tested else "")
+            if row.get("curve"):
+                axes.plot(*zip(*row["curve"], strict=True), label=label, markersize=4, **STYLES[variant])
+            elif variant == KNESER_NEY or row["value"] < 3 * min(tested.values(), default=math.inf):
+                axes.axhline(row["value"], label=label, **STYLES[variant])
+            else:  # far above: it would flatten the curves
+                axes.plot([], [], label=label, **STYLES[variant])
+        axes.set(title=name, xlabel="minutes of running time", yscale="log", xlim=0)
+        lowest = min(value for row in rows if row["case"] == case and row.get("curve") for _, value in row["curve"])
+        axes.set_ylim(lowest * 0.92, lowest * 5)
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    panels[0][0].set_ylabel("perplexity on valid")
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

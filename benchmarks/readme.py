@@ -43,16 +43,19 @@ def in_words(machine: str) -> str:
     return f"{cpu[1]} cores {'without' if cpu[2] else 'with'} AMX" if cpu else machine
 
 
-def results(machine: str, *benchmarks: str) -> list[list[dict[str, Any]]]:
-    """The rows of the newest committed run of each benchmark on a machine, if it has one that was not stopped."""
-    runs = []
-    for benchmark in benchmarks:
-        for path in sorted(RESULTS.glob(f"{benchmark}-{machine}-*.json"), reverse=True):
+def results(machine: str, benchmark: str) -> list[list[dict[str, Any]]]:
+    """The rows of a benchmark's committed runs on a machine: of each kind (such as torture-two-hosts), the newest one.
+
+    Quick runs and those that were stopped do not count.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob(f"{benchmark}-*.json")):
+        name = FILE.fullmatch(path.name)
+        if name and name[2] == machine and not name[1].endswith("-quick"):
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not any(row.get("partial") for row in rows):
-                runs.append(rows)
-                break
-    return runs
+                runs[name[1]] = rows
+    return list(runs.values())
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -61,25 +64,28 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def quality(machine: str) -> str:
-    """The perplexities of all recipes."""
-    rows = [
-        [
-            ours["case"],
-            f"{ours['unknown_rate']:.1%}",
-            f"{baseline['value']:,.1f}",
-            f"**{ours['value']:,.1f}**",
-            ours["machine"],
-        ]
-        for run in results(machine, "quality")
-        for baseline, ours in zip(run[::2], run[1::2], strict=True)
-    ]
-    return markdown(["recipe, split", "unknown words", "perplexity of the unigram model", "of lmdist", "on"], rows)
+    """Return the perplexities of each text and split: of lmdist, and of those that it is compared with where they were run."""
+    rows = [row for run in results(machine, "quality") for row in run]
+    shown = [name for name in COMPARED if any(row["variant"] == name for row in rows)]
+    timed = any(row.get("minutes") for row in rows)
+    lines = []
+    for ours in (row for row in rows if row["variant"] == "lmdist"):
+        here = {row["variant"]: row["value"] for row in rows if row["case"] == ours["case"]}
+        minutes = [f"{ours['minutes']:,.0f}" if ours.get("minutes") else ""] if timed else []
+        cells = [f"{here[name]:,.1f}" if name in here else "" for name in shown]
+        lines.append([ours["case"], f"{ours['unknown_rate']:.1%}", *minutes, *cells, f"**{ours['value']:,.1f}**"])
+    head = ["recipe, split", "unknown words", *(["minutes"] if timed else []), *(COMPARED[name] for name in shown)]
+    return markdown([*head, "lmdist"], lines)
+
+
+COMPARED = {"unigram": "unigram model", "KN-5": "5-gram model", "baseline": "pytorch/examples"}
+"""The variants that lmdist is compared with, and their names in the table."""
 
 
 def reliability(machine: str) -> str:
     """Return a table with a row for each reliability test."""
     rows = []
-    for *kills, whole in results(machine, "torture", "torture-two-hosts"):
+    for *kills, whole in results(machine, "torture"):
         kinds = ", ".join(dict.fromkeys(row["variant"] for row in kills))
         rows.append([f"{len(kills)} kills of one job ({kinds}), {whole['machine'].split(', ')[-1]}", whole["note"]])
     for run in results(machine, "tracking"):
@@ -139,7 +145,7 @@ def kills(machine: str) -> str:
             row["note"],
             f"{row['value']:.1f} s",
         ]
-        for *kills, whole in results(machine, "torture", "torture-two-hosts")
+        for *kills, whole in results(machine, "torture")
         for row in kills
     ]
     return markdown(["run", "when", "kind", "target", "recovery"], rows)
@@ -291,12 +297,12 @@ def sampling_options(machine: str) -> str:
 
 def sampling_shares(machine: str) -> str:
     """Return the share of the machine's limits that is used."""
-    found = [row for row in newest_sampling(machine) if row["unit"] == "share"]
+    found = [row for row in newest_sampling(machine) if row["unit"] == "share" and row["variant"] in SHARES]
     rows = []
-    for case in dict.fromkeys(row["case"] for row in found):
-        here = {row["variant"]: row for row in found if row["case"] == case}
+    for case, of in dict.fromkeys((row["case"], row["of"]) for row in found):
+        here = {row["variant"]: row for row in found if (row["case"], row["of"]) == (case, of)}
         cells = [f"{here[name]['value']:.0%}" if name in here else "" for name in SHARES]
-        rows.append([*case.split(", batch "), next(iter(here.values()))["of"], *cells])
+        rows.append([*case.split(", batch "), of, *cells])
     return markdown([MODEL, "batch size", "of the limit of", *(SAMPLING[name] for name in SHARES)], rows)
 
 
@@ -338,7 +344,7 @@ def serving(machine: str) -> str:
             f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
             *(f"{row['p50_ms']:,.0f} ms", f"{row['p99_ms']:,.0f} ms", f"{row['peak_mib']:,} MiB"),
         ]
-        for run in results(machine, "serving", "serving-demo")
+        for run in results(machine, "serving")
         for row in run
     ]
     return markdown(["model", "clients", "how", "tokens/s", "p50", "p99", "peak memory"], rows)

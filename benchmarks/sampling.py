@@ -16,10 +16,14 @@ model was built; for torch.compile it includes compiling.
 
 `share` rows are the share of the machine's limits that is used. At batch size 1 each weight is read once a token: its bytes,
 against the fastest of four ways to read 256 MiB of fp32 numbers by numpy, or torch on a GPU. At batch size 64 the
-multiplications count, against onnxruntime's matmul of 64 x 1024 numbers with M's projection in the same precision. Both are
-measured before and after everything else, on the same core, and the best counts.
+multiplications count, against onnxruntime's matmul of 64 x 1024 numbers with M's projection in the same precision, and against
+onnxruntime's matmuls of the model's own matrices, with nothing between them: where a matrix has few rows, writing the result
+takes longer than multiplying. They are measured before and after everything else, on the same core, and the best counts. Greedy
+decoding, top-k and top-p have a share too, that of the speed without them.
 
-The time to the first token is that of a whole process: `lmdist-generate` with a prompt, against `import torch` alone.
+The time to the first token is that of a whole process: `lmdist-generate` with a prompt, against `import torch` alone, and
+beside its floor, the import of onnxruntime and a session of the same model. Python's bytecode is there, as in an installed
+package.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,11 +50,11 @@ from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, Vocabulary
-from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, VERSION, Bundle
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MODEL, VERSION, Bundle
 from lmdist_export.graph.network import Network, Target
 from lmdist_export.graph.onnx_file import FLOAT, Graph, model_bytes
 from lmdist_export.graph.sampling_nodes import column
-from lmdist_export.graph.sizes import Sizes, length_of, weights
+from lmdist_export.graph.sizes import Sizes, length_of, parameter_shapes, weights
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 from lmdist_export.sampling.sampler import Sampler
@@ -283,21 +288,29 @@ def limits(device: str, place: Path) -> dict[str, float]:
         ways = (rows.sum, rows.max, lambda: rows @ column, lambda: np.dot(rows.reshape(-1), rows.reshape(-1)))
         found = {"bytes": BYTES_READ / min(seconds_of(way) for way in ways for _ in range(4))}
     for precision in PRECISIONS[device]:
-        folder = place / f"{OPTIONS_MODEL}-{precision}"
-        sizes = Bundle.load(folder).sizes
-        session = Runtime(folder, sizes, device, 1).open(projection_graph)
-        hidden = {"hidden": np.random.default_rng(0).uniform(-1, 1, (64, sizes.layer_sizes[-1])).astype(np.float32)}
-        seconds = min(seconds_of(lambda session=session, hidden=hidden: session.run(None, hidden)) for _ in range(10))
-        found[precision] = 64 * sizes.layer_sizes[-1] * sizes.padded / seconds
+        found[precision] = multiplication_rate(place / f"{OPTIONS_MODEL}-{precision}", device, only="projection")
+        for model in MODELS:
+            if (place / f"{model.name}-{precision}").exists():
+                found[f"{precision}, {model.name}"] = multiplication_rate(place / f"{model.name}-{precision}", device)
     return found
 
 
-def projection_graph(sizes: Sizes, target: Target) -> bytes:
-    """Return the graph of the matmul with the projection alone; its output is one column of the result."""
-    g = Graph("projection")
+def multiplication_rate(folder: Path, device: str, only: str = "") -> float:
+    """Return the multiplications a second of 64 rows with all matrices of a bundle, or with `only` one."""
+    sizes = Bundle.load(folder).sizes
+    counts = {name: count for name, count in multiplications(sizes).items() if only in ("", name)}
+    session = Runtime(folder, sizes, device, 1).open(partial(matmuls_graph, names=list(counts)))
+    rows = {value.name: np.full((64, value.shape[1]), 0.5, np.float32) for value in session.get_inputs()}
+    return 64 * sum(counts.values()) / min(seconds_of(lambda: session.run(None, rows)) for _ in range(10))
+
+
+def matmuls_graph(sizes: Sizes, target: Target, names: list[str]) -> bytes:
+    """Return the graph of the matmuls with these matrices alone; its outputs are one column of each result."""
+    g = Graph("matmuls")
     network = Network(sizes, g, target)
-    logits = network.logits(g, g.input("hidden", FLOAT, ["batch", sizes.layer_sizes[-1]]))
-    g.output(column(g, logits, 0), "first", FLOAT, ["batch", 1])
+    for name in names:
+        rows = g.input(f"{name}.rows", FLOAT, ["batch", parameter_shapes(sizes)[name][1]])
+        g.output(column(g, network.matmul(g, name, rows), 0), f"{name}.first", FLOAT, ["batch", 1])
     return model_bytes(g, {})
 
 
@@ -316,13 +329,23 @@ def limits_of_core(device: str, place: Path) -> dict[str, float]:
         one.close()
 
 
+def variants_of(model: Model, batch: int, device: str, *, quick: bool) -> list[str]:
+    """Return what is measured of a model at a batch size."""
+    precisions = [f"lmdist {name}" for name in PRECISIONS[device]]
+    few = f"lmdist {OPTIONS_PRECISION[device]}"
+    if not quick:
+        variants = [AGAIN, BASELINE, COMPILED, STEPS, *precisions]
+    else:
+        variants = [AGAIN, BASELINE, STEPS, *precisions] if model.name == "S" else [BASELINE, few]
+    if model.name == OPTIONS_MODEL and batch in OPTIONS_BATCHES:
+        variants += [f"{few}, {name}" for name in OPTIONS]
+    return variants
+
+
 def measure(
-    model: Model, batch: int, device: str, place: Path, rounds: int, seconds_a_turn: float, *, compiled: bool
+    model: Model, batch: int, device: str, place: Path, variants: list[str], rounds: int, seconds_a_turn: float
 ) -> list[dict[str, Any]]:
     """Return the rows of a model at a batch size."""
-    variants = [AGAIN, BASELINE, *([COMPILED] if compiled else []), STEPS, *(f"lmdist {name}" for name in PRECISIONS[device])]
-    if model.name == OPTIONS_MODEL and batch in OPTIONS_BATCHES:
-        variants += [f"lmdist {OPTIONS_PRECISION[device]}, {name}" for name in OPTIONS]
     workers = {variant: Worker(__file__, [model.name, variant, batch, device, str(place)], ENVIRONMENT) for variant in variants}
     counts: dict[str, int] = {}
     try:
@@ -367,8 +390,13 @@ def of_batch(model: Model, batch: int, device: str, taken: dict[str, list[dict[s
 
 
 def shares(rows: list[dict[str, Any]], limit: dict[str, float], place: Path) -> list[dict[str, Any]]:
-    """Return the used share of the limits: of memory bandwidth at batch size 1, of multiplications at 64."""
-    found = []
+    """Return the used share of the limits (memory at batch size 1, multiplications at 64), and of the draw without options."""
+    found = [
+        share(row, row["value"] / plain["value"], "the draw without")
+        for row in rows
+        for plain in rows
+        if row["case"] == plain["case"] and row["variant"].rpartition(", ")[0] == plain["variant"] != "torch"
+    ]
     for row in rows:
         if row["batch"] not in (1, 64) or (row["variant"] != BASELINE and ", " in row["variant"]) or row["variant"] == COMPILED:
             continue
@@ -380,25 +408,21 @@ def shares(rows: list[dict[str, Any]], limit: dict[str, float], place: Path) -> 
                 for name, weight in weights(sizes).items()
                 if not name.startswith("embedding")
             )
-            seconds, of = read / limit["bytes"], "reading memory"
+            found.append(share(row, row["value"] * read / limit["bytes"], "reading memory"))
         else:
             # Of int4 only the projection has 4 bits.
-            rates = {"projection": limit[precision]}
+            counts, rates = multiplications(sizes), {"projection": limit[precision]}
             others = limit["int8" if precision == "int4" else precision]
-            seconds = sum(count / rates.get(name, others) for name, count in multiplications(sizes).items())
-            of = "multiplying"
-        found.append(
-            {
-                **row,
-                "value": round(row["value"] * seconds, 3),
-                "unit": "share",
-                "spread": None,
-                "ratio": None,
-                "peak_mib": None,
-                "of": of,
-            }
-        )
+            seconds = sum(count / rates.get(name, others) for name, count in counts.items())
+            alone = sum(counts.values()) / limit[f"{precision}, {row['model']}"]
+            found.append(share(row, row["value"] * seconds, "multiplying"))
+            found.append(share(row, row["value"] * alone, "its own matmuls"))
     return found
+
+
+def share(row: dict[str, Any], value: float, of: str) -> dict[str, Any]:
+    """Return the row of a share for a row of a speed."""
+    return {**row, "value": round(value, 3), "unit": "share", "spread": None, "ratio": None, "peak_mib": None, "of": of}
 
 
 def multiplications(sizes: Sizes) -> dict[str, int]:
@@ -427,22 +451,28 @@ def limit_rows(limit: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def start_up(device: str, place: Path, rounds: int) -> list[dict[str, Any]]:
-    """Return how long whole processes take, in turns."""
+    """Return how long whole processes take, in turns, once each has run and left its bytecode."""
     generate = [sys.executable, "-m", "lmdist_export.generate"]
+    session = "import sys, onnxruntime; onnxruntime.InferenceSession(sys.argv[1], providers=[sys.argv[2]])"
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"PYTHONPYCACHEPREFIX": str(place / "bytecode"), "ORT_DISABLE_TELEMETRY": "1"}
     commands = {
         BASELINE: [sys.executable, "-c", "import torch"],
         "lmdist-generate --help": [*generate, "--help"],
-    } | {
-        f"first token of S, {precision}": [*generate, str(place / f"S-{precision}"), *FIRST_TOKEN, "--provider", device]
-        for precision in PRECISIONS[device]
     }
+    for precision in PRECISIONS[device]:
+        bundle = place / f"S-{precision}"
+        commands[f"floor of S, {precision}"] = [sys.executable, "-c", session, str(bundle / MODEL), provider]
+        commands[f"first token of S, {precision}"] = [*generate, str(bundle), *FIRST_TOKEN, "--provider", device]
     taken: dict[str, list[float]] = {variant: [] for variant in commands}
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for variant, command in commands.items():
             began = time.perf_counter()
-            done = subprocess.run(command, env=ENVIRONMENT, preexec_fn=pin, capture_output=True, text=True)
-            taken[variant].append(time.perf_counter() - began)
+            done = subprocess.run(command, env=environment, preexec_fn=pin, capture_output=True, text=True)
             assert done.returncode == 0, f"{variant}: {done.stderr}"
+            if number:
+                taken[variant].append(time.perf_counter() - began)
     baseline = statistics.median(taken[BASELINE])
     return [
         {
@@ -466,7 +496,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="S, and M with one text, 2 rounds, no torch.compile")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 rounds, 64 texts of M and L, only int8 of them, no torch.compile"
+    )
     add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="plot tokens a second here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -493,18 +525,18 @@ def main() -> None:
 
 def measure_all(device: str, rounds: int, *, quick: bool) -> Iterator[dict[str, Any]]:
     """Yield all rows."""
-    models = MODELS[:2] if quick else MODELS
     rounds = 2 if quick else rounds
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        for model in models:
+        for model in MODELS:
             for precision in PRECISIONS[device]:
                 write_bundle(model, place / f"{model.name}-{precision}", precision)
         measured = []
         before = limits_of_core(device, place)
-        for model in models:
-            for batch in (1,) if quick and model.name != "S" else (1, 16, 64):
-                rows = measure(model, batch, device, place, rounds, 0.25 if quick else 0.5, compiled=not quick)
+        for model in MODELS:
+            for batch in (64,) if quick and model.name != "S" else (1, 16, 64):
+                variants = variants_of(model, batch, device, quick=quick)
+                rows = measure(model, batch, device, place, variants, rounds, 0.25 if quick else 0.5)
                 measured += rows
                 yield from rows
         after = limits_of_core(device, place)

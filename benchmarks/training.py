@@ -176,11 +176,14 @@ class Job:
         self.training_step = TrainingStep(recipe, self.model, precision, World(0, 1, device))
         configure_precision(precision, self.model, device, case.batch_size, case.length)
         self.weight = torch.full((), 1 / (case.batch_size * case.length), device=device)
+        self.steps = 0
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Take a step; return the nats per token."""
         training_step = self.training_step
-        nats, *state = training_step.compute_part(inputs, targets, self.weight, *training_step.state)
+        masks = training_step.masks(self.steps)
+        nats, *state = training_step.compute_part(inputs, targets, self.weight, *masks, *training_step.state)
+        self.steps += 1
         training_step.state = tuple(state)
         training_step.clip_and_update(self.case.optimizer.learning_rate)
         return nats * self.weight

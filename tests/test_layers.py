@@ -39,7 +39,7 @@ FLOORS = {
     "lmdist": """
         errors cpus perplexity
         bounds signals storage console
-        settings
+        settings neural_cache
         config
         text model tracking
         training
@@ -62,10 +62,12 @@ WINGS = {
     "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": "run_folder store replay uploader logger sync plot",
-    "lmdist.training": "distributed metrics data optimizer schedule sample checkpoints averaging evaluate step run report loop",
+    "lmdist.training": (
+        "distributed metrics data optimizer schedule sample checkpoints averaging neural_cache evaluate step run report loop"
+    ),
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher",
-    "lmdist_export.graph": "onnx_file cell sizes network sampling_nodes graphs",
+    "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes graphs",
     "lmdist_export.sampling": "state runtime token_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
     "lmdist_export.conversion": "tokenizer_json weights verify sherpa exporting",

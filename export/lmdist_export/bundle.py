@@ -7,7 +7,8 @@
         vocab.txt  text.json    the vocabulary and the tokenizer
         tokenizer.json          the same for Hugging Face's tokenizers, where its format can express it; not read here
         generation_config.json  the options of generation (options.py); yours to edit
-        manifest.json           sizes, precision and its cost, origin, and a sha256 of each file above but the last
+        manifest.json           sizes, precision and its cost, a tuned neural cache, origin, and a sha256 of each file above but
+                                the last
 
 This module reads the folder; export.py writes it. It imports neither onnx nor onnxruntime, so a broken bundle is found
 within milliseconds. docs/bundle.md describes the format.
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdist.errors import DataError, MissingInputError
+from lmdist.neural_cache import NeuralCache
 from lmdist.storage.checksums import FileFacts, verify_checksums
 from lmdist.storage.reading import check_folder, file_size, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
@@ -54,6 +56,8 @@ class Bundle:
     sizes: Sizes
     vocabulary: Vocabulary
     generation: GenerationConfig
+    cache: NeuralCache | None = None
+    """The neural cache that was tuned for the model, if one was."""
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
@@ -65,7 +69,7 @@ class Bundle:
         if len(vocabulary) != sizes.vocabulary_size:
             raise DataError(f"{folder}: vocab.txt has {len(vocabulary)} words, the model {sizes.vocabulary_size}")
         generation = read_generation_config(folder / GENERATION_CONFIG, len(vocabulary))
-        return cls(folder, manifest, sizes, vocabulary, generation)
+        return cls(folder, manifest, sizes, vocabulary, generation, read_cache(manifest, folder))
 
     @cached_property
     def tokenizer(self) -> WordTokenizer:
@@ -100,6 +104,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     check_version(manifest, (FORMAT, VERSION), path)
     check_schema(manifest, {"files": dict[str, FileFacts]}, path)
     return manifest
+
+
+def read_cache(manifest: dict[str, Any], folder: Path) -> NeuralCache | None:
+    """Return the neural cache of a manifest, if it has one; raises DataError for parameters of no cache."""
+    path, found = folder / MANIFEST, manifest.get("cache")
+    if found is None:
+        return None
+    check_schema(manifest, {"cache": NeuralCache}, path)
+    return dataclass_from_json(NeuralCache, found, path, "cache")
 
 
 def read_sizes(manifest: dict[str, Any], folder: Path) -> Sizes:

@@ -202,7 +202,7 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
 def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:
     """Return the rows of the table of what was written, and of the command that uses it."""
     megabytes = sum(file["bytes"] for file in manifest["files"].values()) / 1e6
-    held_out = manifest["held_out"]
+    held_out, cache = manifest["held_out"], manifest["cache"]
     differences = ", ".join(f"{name} {value:.1e}" for name, value in manifest["differences"].items())
     allowed = "" if manifest["tolerance"] is None else f"  (allowed: {manifest['tolerance']:.0e})"
     return {
@@ -214,6 +214,7 @@ def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:
         else f"{held_out['onnxruntime']:,.3f} by onnxruntime, {held_out['torch']:,.3f} by torch, "
         f"on {held_out['tokens']:,} tokens of the {held_out['split']} split ({held_out['loss_percent']:+.2f} %); "
         f"the same most likely token in {held_out['top_1_agreement']:.1%}",
+        **({"cache": "{size:,} tokens, theta {theta}, weight {weight}".format_map(cache)} if cache else {}),
         "next": f'lmdist-generate {output} --prompt "..."',
     }
 

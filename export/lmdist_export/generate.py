@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lmdist.bounds import at_least, check
 from lmdist.console import log
@@ -103,8 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Read the bundle, generate tokens, write text."""
     options = Options.from_values(vars(arguments), as_flags=True)
     check_arguments(arguments, options)
+    # What is imported and opened here lasts until the end: a look for garbage in it, now and at the exit, takes as long as the
+    # import of onnxruntime.
+    gc.disable()
     # Imported here, since numpy and onnxruntime take longer to import than --help may.
-    from lmdist.storage.atomic import atomic_file
     from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.sampler import Sampler
 
@@ -114,6 +117,8 @@ def run(arguments: argparse.Namespace) -> None:
     if config.num_beams > 1 and arguments.stream:
         raise UsageError(no_search(options, "--stream"))
     sampler = Sampler(bundle, arguments.provider, arguments.threads)
+    gc.freeze()
+    gc.enable()
     prompts = Prompts(bundle, arguments)
     growth = generate(sampler, prompts, config, stops, options, arguments)
     if arguments.stream:
@@ -121,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         pieces = formatted(sampler, growth, prompts, config, options, as_json=arguments.json)
     began, num_tokens = time.perf_counter(), 0
-    with atomic_file(arguments.output) if arguments.output else nullcontext(sys.stdout) as output:
+    with output_file(arguments.output) as output:
         for piece, count in pieces:
             num_tokens += count
             output.write(piece)
@@ -131,6 +136,15 @@ def run(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - began
     where = f" -> {arguments.output}" if arguments.output else ""
     log(f"{num_tokens:,} tokens in {seconds:.2f} s, {num_tokens / seconds:,.0f} tokens/s{where}", COMMAND)
+
+
+def output_file(path: Path | None) -> AbstractContextManager[TextIO]:
+    """Return the file to write, or stdout."""
+    if path is None:
+        return nullcontext(sys.stdout)
+    from lmdist.storage.atomic import atomic_file
+
+    return atomic_file(path)
 
 
 def check_arguments(arguments: argparse.Namespace, options: Options) -> None:
@@ -183,16 +197,17 @@ def generate(
     arguments: argparse.Namespace,
 ) -> Growth:
     """Yield the texts that continue each prompt as they grow: sampled, or found by beam search."""
-    from lmdist_export.sampling.beam_search import beam_search
-    from lmdist_export.sampling.generation import continuations
-
     if config.num_beams > 1:
+        from lmdist_export.sampling.beam_search import beam_search
+
         for number, prompt in enumerate(prompts):
             for text in beam_search(sampler, prompt, config, options.n, stops, options.ignore_eos):
                 found = dataclasses.replace(text, prompt_number=number)
                 warn_of_exhausted(found)
                 yield found, found.tokens
         return
+    from lmdist_export.sampling.generation import continuations
+
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     if options.seed is None and not config.greedy:
         log(f"seed {seed}", COMMAND)

@@ -23,14 +23,19 @@ from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
 MAX_BEAMS = 1_000
 MAX_BIAS = 1_000_000  # added to a logit, or multiplied with it: fp32 has no numbers far beyond the products
 FP32_LIMIT = 1e30  # the graphs are fed nothing beyond it nor, where they divide or multiply, below 1 / it
+MAX_WEIGHT = 1 - 2**-24  # of a cache in fp32: the logarithm of the rest is finite
 ATTEMPTS = 24  # uniform numbers a token where it may be rejected; each rejection leaves about half of what is not allowed
+
+NO_CACHE = (
+    "this bundle has no neural cache: tune one by lmdist-evaluate RUN --cache 2000, then export the run again by lmdist-export"
+)
 
 CONTENT = "what to write"
 SAMPLING = "how tokens are sampled"
 OUTPUT = "how it is written"
 
 
-Role = Literal["temperature", "penalty", "filter"]
+Role = Literal["temperature", "penalty", "filter", "cache"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
@@ -39,7 +44,8 @@ class GraphInput:
     """How an option enters the graphs that generate."""
 
     role: Role
-    """A penalty changes the logits of tokens that the text has; a filter says which tokens can be sampled."""
+    """A penalty changes the logits of tokens that the text has; a filter says which tokens can be sampled; a cache replaces the
+    logits by log-probabilities of a mixture."""
     neutral: float
     """The value with which the option does nothing: a graph has no nodes for it."""
     value: Callable[[Any, int], float] = lambda value, vocabulary_size: value
@@ -208,6 +214,19 @@ class GenerationConfig:
             order=3,
             sampling_only=True,
             graph=GraphInput("penalty", neutral=0, per_temperature=True),
+        ),
+    ] = 0.0
+    cache_weight: Annotated[
+        float,
+        between(0, 1, "0 is off", includes_high=False),
+        Option(
+            "mix in a neural cache of the text so far, its prompt included, with weight X: tokens that came after a similar "
+            "context become likelier; first of all options",
+            group=SAMPLING,
+            metavar="X",
+            order=1,
+            sampling_only=True,
+            graph=GraphInput("cache", neutral=0, value=lambda weight, _: min(weight, MAX_WEIGHT)),
         ),
     ] = 0.0
     no_repeat_ngram_size: Annotated[
@@ -389,6 +408,8 @@ class Features:
     top_p: bool = False
     min_p: bool = False
     typical_p: bool = False
+    cached: bool = False
+    """Whether it mixes in the neural cache, whose memory is then a part of the state."""
 
     @property
     def filters(self) -> list[GraphInput]:
@@ -414,7 +435,7 @@ def features_of(config: GenerationConfig, row_bias: bool = False) -> Features:
     active = {name: graph.role for name, graph in GRAPH.items() if getattr(config, name) != graph.neutral}
     adjusted = row_bias or "penalty" in active.values()
     filters = {name: True for name in FILTERS if name in active and not config.greedy}
-    return Features(config.greedy, adjusted, **filters)
+    return Features(config.greedy, adjusted, **filters, cached="cache_weight" in active)
 
 
 def graph_inputs(features: Features, role: Role) -> dict[str, GraphInput]:
@@ -424,5 +445,5 @@ def graph_inputs(features: Features, role: Role) -> dict[str, GraphInput]:
         return {
             name: graph for name, graph in FILTERS.items() if getattr(features, name) or (name == "top_k" and features.sorted)
         }
-    present = features.adjusted if role == "penalty" else not features.greedy
+    present = {"penalty": features.adjusted, "temperature": not features.greedy, "cache": features.cached}[role]
     return {name: graph for name, graph in GRAPH.items() if graph.role == role and present}

@@ -86,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="carry the state from line to line, as in one text: the perplexity of lmdist-evaluate",
     )
+    parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="mix in the neural cache that lmdist-evaluate --cache has tuned and the bundle remembers: it makes words likelier "
+        "that the line, or with --carry-state the text, has had after a similar context",
+    )
     parser.add_argument("--best", action="store_true", help="with --nbest: print only the best line of each ID")
     parser.add_argument(
         "--lm-weight", type=float, metavar="X", help="best is the largest SCORE + X * log-probability + ... (default: 1)"
@@ -120,7 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_output_file(arguments.output)
     sampler = Sampler(Bundle.load(arguments.bundle), arguments.provider, arguments.threads)
     batch_size = BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
-    scorer = Scorer(sampler, end=not arguments.no_eos, carry_state=arguments.carry_state, batch_size=batch_size)
+    cache = sampler.cache if arguments.cache else None
+    scorer = Scorer(sampler, end=not arguments.no_eos, carry_state=arguments.carry_state, batch_size=batch_size, cache=cache)
     lines = Lines(arguments.files, COMMAND)
     with atomic_file(arguments.output) if arguments.output else nullcontext(utf8(sys.stdout)) as output:
         for piece in KINDS[kind](scorer, lines, arguments):

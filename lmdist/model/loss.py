@@ -15,13 +15,14 @@ logits at the batch sizes of an LSTM.
 Log-sum-exp and loss are fp32 in any precision of the model: on bf16 logits the loss is off by 0.02 to 0.13 nats. This module
 knows no ranks and does not divide by the tokens of the global batch.
 
-Shapes: N = B * T tokens, C tokens of a chunk, H size of the last layer, V vocabulary.
+Shapes: N = B * T tokens, C tokens of a chunk, H size of the last layer, V vocabulary, R rows of a block of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ from torch.nn import functional
 
 IGNORED = -100
 """The target of padding: torch's default `ignore_index`."""
-CHUNK_SIZE = 512
-"""The least tokens of a chunk: with fewer, reading the projection again for each chunk costs more than it saves."""
+CHUNK_SIZE = 1024
+"""The least tokens of a chunk: with fewer, reading the projection and its gradient again for each chunk costs more than it
+saves."""
 BLOCK_BYTES = 1 << 21
 """On a CPU the fp32 logits of a block of the vocabulary have so many bytes per thread: about a core's L2 cache."""
 GRADIENT_ROWS = 2048
@@ -198,8 +200,10 @@ class BlockedLinearNats(torch.autograd.Function):
         by_weight = torch.empty_like(weight) if with_gradients else None
         by_bias = None if bias is None else torch.zeros_like(bias)
         parts = chunks(hidden, targets, by_hidden)
-        # Several chunks read the weights several times: they are cast once. A single one casts them block by block.
-        matrix = weight if len(parts) == 1 else weight.to(low)
+        blocks = projection_blocks(weight, bias, len(parts[0][0]), exact)
+        if len(parts) > 1 and low != weight.dtype:
+            # Several chunks read the weights several times. For a single one a block is cast when it is read, in the cache.
+            blocks = [Block(block.weight.to(low), block.transposed.to(low).contiguous(), block.bias) for block in blocks]
         for number, (vectors, ids, by_vectors) in enumerate(parts):
             mask = ids != IGNORED  # (C)
             ids = ids.clamp(min=0)  # (C)
@@ -208,7 +212,7 @@ class BlockedLinearNats(torch.autograd.Function):
             target_logits = (vectors * target_rows.to(low)).sum(1, dtype=exact).to(low).to(exact)  # (C)
             if bias is not None:
                 target_logits += bias[ids]
-            ratios, sums, shift, weighted_rows = probability_ratios(vectors, matrix, bias, target_logits, with_gradients)
+            ratios, sums, shift, weighted_rows = probability_ratios(vectors, blocks, target_logits, with_gradients)
             nats += ((sums.log() + (shift - target_logits)) * mask).sum()
             if not with_gradients:
                 continue
@@ -240,51 +244,68 @@ class BlockedLinearNats(torch.autograd.Function):
         return (*saved, None, None, None, None)
 
 
-def probability_ratios(
-    vectors: Tensor, matrix: Tensor, bias: Tensor | None, shift: Tensor, with_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return r = exp(logits - shift) (V, C), its sums over the vocabulary (C), the shift (C), and r.t() @ matrix (C, H).
+class Block(NamedTuple):
+    """Some rows of the projection: as many as have fp32 logits that stay in a core's cache."""
 
-    `vectors` are (C, H) in the precision of the matrix multiplications, `matrix` (V, H), `shift` (C) a logit of each position,
-    which is replaced by a larger one if the ratios become too large. Without gradients only sums and shift are computed.
+    weight: Tensor
+    """(R, H)."""
+    transposed: Tensor
+    """The same as (H, R)."""
+    bias: Tensor | None
+    """(R, 1)."""
+
+
+def projection_blocks(weight: Tensor, bias: Tensor | None, chunk_size: int, exact: torch.dtype) -> list[Block]:
+    """Split a projection (V, H) into blocks whose logits, in the type `exact` and of `chunk_size` tokens, have BLOCK_BYTES."""
+    rows = max(1, torch.get_num_threads() * BLOCK_BYTES // (max(1, chunk_size) * exact.itemsize))
+    weights = weight.split(rows)
+    biases = [None] * len(weights) if bias is None else bias.unsqueeze(1).split(rows)
+    return [Block(weight, weight.t(), bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def probability_ratios(
+    vectors: Tensor, blocks: Sequence[Block], shift: Tensor, with_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return r = exp(logits - shift) (V, C), its sums over the vocabulary (C), the shift (C), and r.t() @ projection (C, H).
+
+    `vectors` are (C, H) in the precision of the matrix multiplications. `shift` (C) is a logit of each position, which is
+    replaced by a larger one if the ratios become too large. Without gradients only sums and shift are computed.
     """
     low, exact = vectors.dtype, shift.dtype
-    transposed = vectors.t().contiguous()  # (H, C)
-    rows = max(1, torch.get_num_threads() * BLOCK_BYTES // (max(1, len(vectors)) * exact.itemsize))
-    rows = min(rows, len(matrix))
-    ratios = torch.empty(len(matrix) if with_gradients else rows, len(vectors), dtype=low)  # (V, C)
+    operand = vectors.t().contiguous()  # (H, C)
+    rows, vocabulary_size = len(blocks[0].weight), sum(len(block.weight) for block in blocks)
+    ratios = torch.empty(vocabulary_size if with_gradients else rows, len(vectors), dtype=low)  # (V, C)
     buffer = torch.empty(rows, len(vectors), dtype=exact)
-    product, product_exact = torch.empty_like(vectors), torch.empty_like(vectors, dtype=exact)  # (C, H)
-    sums, weighted_rows = torch.zeros_like(shift), torch.zeros_like(product_exact)  # (C), (C, H)
-    for start in range(0, len(matrix), rows):
-        weight = matrix[start : start + rows].to(low)  # (rows, H)
-        offset = None if bias is None else bias[start : start + rows].unsqueeze(1)  # (rows, 1)
-        block = ratios[start : start + rows] if with_gradients else ratios[: len(weight)]
-        logits = torch.mm(weight, transposed, out=block)  # (rows, C)
-        values = buffer[: len(block)]
-        block_sums = exponentials(logits, offset, shift, out=values)  # (C)
+    product, product_exact = torch.empty_like(operand), torch.empty_like(operand, dtype=exact)  # (H, C)
+    sums, weighted_rows = torch.zeros_like(shift), torch.zeros_like(product_exact)  # (C), (H, C)
+    for number, (weight, transposed, bias) in enumerate(blocks):
+        start = number * rows if with_gradients else 0
+        if weight.dtype != low:
+            weight = weight.to(low)
+            transposed = weight.t()
+        logits = torch.mm(weight, operand, out=ratios[start : start + len(weight)])  # (R, C)
+        values = buffer[: len(weight)]
+        block_sums = exponentials(logits, bias, shift, out=values)  # (C)
         if (block_sums > LARGEST_RATIO).any():
-            larger = torch.maximum(shift, (logits if offset is None else logits + offset).amax(0).to(exact))  # (C)
+            larger = torch.maximum(shift, (logits if bias is None else logits + bias).amax(0).to(exact))  # (C)
             correction, shift = torch.exp(shift - larger), larger  # (C), (C)
-            sums.mul_(correction)
-            weighted_rows.mul_(correction.unsqueeze(1))
-            if with_gradients:
-                ratios[:start].mul_(correction)
-            block_sums = exponentials(logits, offset, shift, out=values)
+            for computed in (sums, weighted_rows, ratios[:start]):
+                computed.mul_(correction)
+            block_sums = exponentials(logits, bias, shift, out=values)
         sums.add_(block_sums)
         if with_gradients:
-            block.copy_(values)
-            torch.mm(block.t(), weight, out=product)
+            logits.copy_(values)
+            torch.mm(transposed, logits, out=product)
             # By way of a copy, because adding bf16 to fp32 is slow.
             weighted_rows.add_(product_exact.copy_(product))
-    return ratios, sums, shift, weighted_rows
+    return ratios, sums, shift, weighted_rows.t()
 
 
-def exponentials(logits: Tensor, offset: Tensor | None, shift: Tensor, *, out: Tensor) -> Tensor:
-    """Compute exp(logits + offset - shift) (rows, C) into `out`; return its sums over the rows (C)."""
+def exponentials(logits: Tensor, bias: Tensor | None, shift: Tensor, *, out: Tensor) -> Tensor:
+    """Compute exp(logits + bias - shift) (R, C) into `out`; return its sums over the rows (C)."""
     out.copy_(logits)
-    if offset is not None:
-        out.add_(offset)
+    if bias is not None:
+        out.add_(bias)
     return out.sub_(shift).exp_().sum(0)
 
 

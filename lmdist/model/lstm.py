@@ -86,7 +86,7 @@ class GatedLSTM(torch.autograd.Function):
         low = torch.bfloat16
         vectors = inputs.transpose(0, 1).to(low, memory_format=torch.contiguous_format)  # (T, B, I)
         matrix_ih, matrix_hh = weight_ih.to(low), weight_hh.to(low)
-        gates = torch.addmm(bias.to(low), vectors.flatten(0, 1), matrix_ih.t()).view(length, batch_size, -1)  # (T, B, 4H)
+        gates = (vectors.flatten(0, 1) @ matrix_ih.t()).view(length, batch_size, -1)  # (T, B, 4H), without the bias
         hidden = torch.empty(length + 1, batch_size, h.shape[1], dtype=low)
         cells = torch.empty(length + 1, batch_size, h.shape[1])
         hidden[0], cells[0] = h, c
@@ -94,7 +94,7 @@ class GatedLSTM(torch.autograd.Function):
         input_gate, forget_gate, candidate, output_gate = exact.chunk(4, dim=1)  # each (B, H)
         for t in range(length):
             torch.addmm(gates[t], hidden[t], matrix_hh.t(), out=gates[t])
-            exact.copy_(gates[t])
+            exact.copy_(gates[t]).add_(bias)
             input_and_forget(exact).sigmoid_()
             candidate.tanh_()
             output_gate.sigmoid_()

@@ -36,7 +36,7 @@ TOLERANCE = 0.05
 """The largest relative error of a gradient in bf16 against fp32, by norm. Correct ones have 0.005, incorrect ones 1."""
 
 LARGE_LAYER = 512
-"""The hidden size from which on bf16 on a CPU is faster by plain matrix multiplications than by oneDNN."""
+"""The input or hidden size from which on bf16 on a CPU is faster by plain matrix multiplications than by oneDNN."""
 
 PERSISTENT_HIDDEN_SIZE = 1024
 PERSISTENT_BATCH_SIZE = 128
@@ -140,7 +140,7 @@ def choose_kernels(model: LanguageModel, batch_size: int, length: int) -> list[s
 def correct_kernel(layer: Layer, batch_size: int, length: int) -> tuple[str, dict[str, float]]:
     """Return the fastest kernel whose gradients are correct in bf16, else fp32; and the errors of those that were tried."""
     errors: dict[str, float] = {}
-    for kernel in KERNELS[::-1] if layer.hidden_size >= LARGE_LAYER else KERNELS:
+    for kernel in KERNELS[::-1] if max(layer.input_size, layer.hidden_size) >= LARGE_LAYER else KERNELS:
         errors[kernel] = gradient_error(layer, kernel, batch_size, length)
         if errors[kernel] <= TOLERANCE:
             return kernel, errors

@@ -17,9 +17,14 @@ MAX_JSON_BYTES = 64 << 20
 """Ten times the text.json of a large corpus. In memory, JSON may take twenty times its size."""
 
 
+def as_json(value: Any) -> str:
+    """Return indented JSON, as the project's files have it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    path.write_text(as_json(value), encoding="utf-8", newline="\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

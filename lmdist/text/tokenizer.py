@@ -16,7 +16,6 @@ import re
 import string
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -26,7 +25,6 @@ from lmdist.settings import TextSettings
 from lmdist.storage.reading import read_json, write_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text.vocabulary import END
-from lmdist.text.words import WordFinder
 
 FORMAT = "lmdist text"
 VERSION = 1
@@ -63,7 +61,7 @@ class WordTokenizer:
             raise DataError("word_tokenize needs the parameters of Punkt, and there are none")
         self.settings = settings
         self.punkt = punkt
-        self.nltk_version = nltk_version or version("nltk")
+        self.nltk_version = nltk_version or installed_nltk()
 
     @classmethod
     def train(cls, settings: TextSettings, documents: Iterable[str]) -> WordTokenizer:
@@ -124,9 +122,18 @@ class WordTokenizer:
             return split_lines
         if self.settings.tokenizer == "wordpunct":
             return WORDPUNCT.findall
-        if self.nltk_version.split(".")[:2] != version("nltk").split(".")[:2]:
-            log(f"warning: the text was tokenized by NLTK {self.nltk_version}; this is {version('nltk')}, which may differ")
+        if self.nltk_version.split(".")[:2] != installed_nltk().split(".")[:2]:
+            log(f"warning: the text was tokenized by NLTK {self.nltk_version}; this is {installed_nltk()}, which may differ")
+        from lmdist.text.words import WordFinder  # its regular expressions take as long to compile as a small model to open
+
         return WordFinder(self.punkt)
+
+
+def installed_nltk() -> str:
+    """Return the version of NLTK on this machine."""
+    from importlib.metadata import version  # as slow to import, and few tokenizers ask
+
+    return version("nltk")
 
 
 # nltk.tokenize.wordpunct_tokenize, without NLTK.

@@ -65,9 +65,8 @@ class TrainingStep:
         part_size = self.batch_size // self.accumulation
         tokens = torch.zeros(part_size, self.window, dtype=torch.long, device=self.world.device)  # (P, T)
         weight = torch.ones((), device=self.world.device)
-        masks = self.masks(0)
-        state = self.model.initial_state(part_size)
-        self.forward_backward_part(tokens, tokens, weight, masks.rows[:part_size], masks.words, masks.weights, *state)
+        masks, state = self.masks(0), self.model.initial_state(part_size)
+        self.forward_backward_part(tokens, tokens, weight, masks.rows[:part_size], *masks[1:], *state)
         self.model.zero_grad(set_to_none=True)
 
     def masks(self, step: int) -> Masks:
@@ -85,14 +84,14 @@ class TrainingStep:
         self.embedding_rows.start(batch.inputs)
         device = self.world.device
         weight = torch.full((), 1 / batch.num_tokens, device=device)  # torch.tensor would wait for the GPU
-        rows, words, weights = self.masks(step)
-        tensors = (*batch.tensors_on(device), batch.targets != IGNORED, rows, *self.state)  # each (B, ...)
+        masks = self.masks(step)
+        tensors = (*batch.tensors_on(device), batch.targets != IGNORED, masks.rows, *self.state)  # each (B, ...)
         parts = zip(*(tensor.chunk(self.accumulation) for tensor in tensors), strict=True)  # each (P, ...)
         states: list[State] = []
-        for number, (inputs, targets, counted, rows, *state) in enumerate(parts, start=1):
+        for number, (inputs, targets, mask, rows, *state) in enumerate(parts, start=1):
             with self.world.gradient_sync(self.network, enabled=number == self.accumulation):
-                part_nats, *new_state = self.compute_part(inputs, targets, weight, rows, words, weights, *state)
-            nats.add(part_nats, int(counted.sum()))
+                part_nats, *new_state = self.compute_part(inputs, targets, weight, rows, *masks[1:], *state)
+            nats.add(part_nats, int(mask.sum()))
             states.append(tuple(new_state))
         self.embedding_rows.finish()
         self.state = tuple(torch.cat(parts) for parts in zip(*states, strict=True))  # parts (B, S)

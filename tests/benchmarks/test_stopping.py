@@ -86,12 +86,13 @@ def test_workers_die_with_a_benchmark_that_is_killed(tmp_path):
     assert benchmark.stdout is not None
     worker, sleeping = map(int, benchmark.stdout.readline().split())
     benchmark.kill()
-    benchmark.communicate(timeout=60)
+    benchmark.wait(timeout=60)
     until = time.monotonic() + 10
     while is_running(worker):
         assert time.monotonic() < until, "the worker survives"
         time.sleep(0.02)
     psutil.Process(sleeping).kill()  # the worker's own child is left to itself
+    benchmark.communicate()
 
 
 def test_a_run_that_ends_or_fails_writes_its_rows(tmp_path):

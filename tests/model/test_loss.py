@@ -120,7 +120,7 @@ def test_the_logits_of_all_tokens_never_exist_at_once(dtype):
     targets = torch.arange(num_tokens) % vocabulary_size
     with LargestMatrix() as seen, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         linear_nats(hidden, weight, bias, targets).backward()
-    assert seen.largest <= 0.1 * num_tokens * vocabulary_size
+    assert seen.largest <= 0.2 * num_tokens * vocabulary_size
     with LargestMatrix() as seen:
         plain_nats(hidden, weight, bias, targets).backward()
     assert seen.largest == num_tokens * vocabulary_size

@@ -56,25 +56,25 @@ def test_the_state_is_carried_on_by_matmul_as_by_onednn():
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "fp32"])
-def test_weight_drop_is_one_mask_over_the_recurrent_weights(kernel):
-    layer = Layer(12, 20, weight_dropout=0.5)
+def test_recurrent_weights_are_replaced_for_a_call_and_have_the_gradient(kernel):
+    layer, plain = Layer(12, 20), nn.LSTM(12, 20, batch_first=True)
     layer.kernel = kernel
     inputs, state = torch.randn(4, 10, 12), (torch.zeros(4, 20), torch.zeros(4, 20))
-    torch.manual_seed(3)
+    plain.load_state_dict(layer.state_dict())
+    recurrent = torch.rand(80, 20).sub_(0.5).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = layer(inputs, state)
-    torch.manual_seed(3)
-    plain = nn.LSTM(12, 20, batch_first=True)
-    plain.load_state_dict(layer.state_dict())
-    torch.manual_seed(3)
+        found, _ = layer(inputs, state, recurrent)
+    found.float().sum().backward()
+    weights = plain.get_parameter("weight_hh_l0")
     with torch.no_grad():
-        dropped = nn.functional.dropout(layer.get_parameter("weight_hh_l0"), 0.5)
-        plain.get_parameter("weight_hh_l0").copy_(dropped)
-    assert torch.count_nonzero(dropped).item() / dropped.numel() == pytest.approx(0.5, abs=0.05)
-    torch.testing.assert_close(found.float(), plain(inputs)[0], atol=0.02, rtol=0.02)
-    layer.eval()
-    plain.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(layer(inputs, state)[0], plain(inputs)[0])
+        weights.copy_(recurrent)
+    expected, _ = plain(inputs)
+    expected.sum().backward()
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    assert recurrent.grad is not None
+    assert weights.grad is not None
+    assert (recurrent.grad - weights.grad).norm() / weights.grad.norm() < 0.03
+    assert layer.get_parameter("weight_hh_l0").grad is None
 
 
 def test_a_kernel_with_an_incorrect_backward_is_found_and_not_used(monkeypatch):

@@ -32,6 +32,11 @@ from lmdist.training import loop
 from lmdist.training.distributed import World
 from servers import free_port
 
+DROPOUT = (
+    "--model.dropout_input=0.4 --model.dropout_hidden=0.2 --model.dropout_output=0.3 --model.dropout_embedding=0.1 "
+    "--model.weight_dropout=0.5"
+).split()
+
 FORKS = multiprocessing.get_context("forkserver")
 # The first optimizer of a process and its loss curve import the last two.
 FORKS.set_forkserver_preload(["lmdist.training.loop", "torch._dynamo", "matplotlib.pyplot"])

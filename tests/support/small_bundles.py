@@ -32,7 +32,9 @@ DOCUMENTS = ["The president said that the cat is here. It isn't a dog.", "We sai
 TIED = ModelSettings(embedding_size=8, hidden_size=12, num_layers=3, dropout=0.0, tied=True)
 UNTIED = ModelSettings(embedding_size=6, hidden_size=10, num_layers=2, dropout=0.0, tied=False)
 ADAPTIVE = ModelSettings(embedding_size=6, hidden_size=20, num_layers=2, dropout=0.0, tied=False, head="adaptive")
-SINGLE = ModelSettings(embedding_size=7, hidden_size=7, num_layers=1, dropout=0.5, tied=True)
+SINGLE = ModelSettings(
+    embedding_size=7, hidden_size=7, num_layers=1, dropout=0.5, dropout_embedding=0.5, weight_dropout=0.5, tied=True
+)
 
 
 def make_model(settings: ModelSettings, vocabulary_size: int) -> LanguageModel:

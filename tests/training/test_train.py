@@ -30,7 +30,7 @@ from lmdist.train import prepare_if_absent
 from lmdist.training.checkpoints.read import read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist.training.data import DataFolder, training_batches
-from support.jobs import SMALL, command, environment, losses, rows, start, torchrun, train, train_here
+from support.jobs import DROPOUT, SMALL, command, environment, losses, rows, start, torchrun, train, train_here
 
 OPTIMIZER_NAMES = get_args(get_type_hints(OptimizerSettings)["name"])
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -68,7 +68,7 @@ ADAPTIVE = "--model.head=adaptive --model.tied=false --optimizer.activation_pena
     ids=["streams", "windows, adaptive"],
 )
 def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching, more, run_four):
-    flags = [*SMALL, f"--data.folder={data}", f"--data.batching={batching}", "--model.dropout=0", "--training.epochs=2", *more]
+    flags = [*SMALL, *DROPOUT, f"--data.folder={data}", f"--data.batching={batching}", "--training.epochs=2", *more]
     for ranks, run in ((1, train), (2, train), (4, run_four)):
         run(ranks, *flags, f"--run_folder={ranks}", cwd=tmp_path)
     one = tmp_path / "1"
@@ -84,7 +84,7 @@ def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching, more, run
 
 def test_a_job_resumes_with_another_number_of_ranks(data, tmp_path):
     """11 steps on 2 ranks, the rest of 24 on 1 and on 4: the parameters, the carried state and the losses of 24 steps on 2."""
-    flags = [*SMALL, f"--data.folder={data}", "--model.dropout=0", "--schedule.name=plateau"]
+    flags = [*SMALL, *DROPOUT, f"--data.folder={data}", "--schedule.name=plateau"]
     flags += ["--training.validate_every=4", "--training.log_every=3"]
     train(2, *flags, "--training.steps=24", "--run_folder=whole", cwd=tmp_path)
     train(2, *flags, "--training.steps=11", "--run_folder=begun", cwd=tmp_path)
@@ -104,10 +104,17 @@ def test_a_job_resumes_with_another_number_of_ranks(data, tmp_path):
                 torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5, msg=f"{key} on {ranks} ranks")
 
 
-def test_the_first_losses_are_those_written_here(data):
-    """Any change of the training arithmetic shows. No dropout: its masks depend on the machine's libraries."""
-    train_here(*into_run(data, "--training.steps=4", "--model.dropout=0"))
-    golden = [3.385228293, 3.318396432, 3.194803238, 3.184272494]
+@pytest.mark.parametrize(
+    ("flags", "golden"),
+    [
+        (["--model.dropout=0"], [3.385228293, 3.318396432, 3.194803238, 3.184272494]),
+        (DROPOUT, [3.381119047, 3.317710604, 3.2, 3.2]),
+    ],
+    ids=["without dropout", "with dropout"],
+)
+def test_the_first_losses_are_those_written_here(data, flags, golden):
+    """Any change of the training arithmetic shows, and of the order in which masks are drawn."""
+    train_here(*into_run(data, "--training.steps=4", *flags))
     np.testing.assert_allclose(losses(data.parent / "run"), golden, rtol=1e-5)
 
 
@@ -162,7 +169,7 @@ def test_the_loss_is_the_plain_one(data):
 
 
 def test_accumulation_changes_nothing(data):
-    flags = ("--training.epochs=1", "--model.dropout=0")
+    flags = (*DROPOUT, "--training.epochs=1")
     train_here(*into_run(data, *flags))
     train_here(*into_run(data, *flags, "--training.accumulation=4", f"--run_folder={data.parent / 'parts'}"))
     np.testing.assert_allclose(losses(data.parent / "parts"), losses(data.parent / "run"), rtol=0, atol=1e-5)
@@ -171,7 +178,7 @@ def test_accumulation_changes_nothing(data):
 @pytest.mark.parametrize("optimizer", OPTIMIZER_NAMES)
 @pytest.mark.parametrize("batching", ["streams", "windows"])
 def test_resumed_is_the_same_bit_for_bit_with_every_optimizer(data, optimizer, batching):
-    flags = (f"--optimizer.name={optimizer}", "--optimizer.momentum=0.9", f"--data.batching={batching}", "--model.dropout=0.3")
+    flags = (*DROPOUT, f"--optimizer.name={optimizer}", "--optimizer.momentum=0.9", f"--data.batching={batching}")
     flags = (*flags, "--schedule.name=plateau", "--training.validate_every=4")
     train_here(*into_run(data, *flags, "--training.steps=13"))
     parts = (*flags, f"--run_folder={data.parent / 'parts'}", "--resume=auto")
@@ -240,6 +247,12 @@ MISTAKES = {
     "unknown key": (["--model.nhid=3"], 64, "nhid"),
     "not a number": (["--data.window=many"], 64, "window"),
     "out of range": (["--model.dropout=1"], 64, "model.dropout is 1"),
+    "dropout that is no number": (["--model.dropout_input=much"], 64, "model.dropout_input is much; float is expected"),
+    "dropout out of range": (
+        ["--model.dropout_hidden=1"],
+        64,
+        "model.dropout_hidden is 1.0; it must be at least 0 and below 1",
+    ),
     "no such choice": (["--optimizer.name=no-such-optimizer"], 64, "no-such-optimizer"),
     "a recipe without a name": (["--config"], 64, "--config: expected one argument"),
     "no such recipe": (["--config=nowhere.toml"], 66, "the recipe nowhere.toml does not exist"),

@@ -25,6 +25,7 @@ from lmdist import __version__
 from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.model.language_model import LanguageModel
+from lmdist.neural_cache import TUNED, NeuralCache, read_tuned
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.checksums import checksums
@@ -32,7 +33,7 @@ from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.tracking.run_folder import read_metadata
+from lmdist.tracking.run_folder import CHECKPOINTS, read_metadata
 from lmdist.training.checkpoints.read import load_model
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.data import DataFolder
@@ -72,12 +73,23 @@ class Checkpoint:
     def run(self) -> str:
         """Return NAME of runs/NAME/checkpoints/STEP, or the folder's own name if it lies elsewhere."""
         path = self.path.resolve()
-        return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+        return path.parent.parent.name if path.parent.name == CHECKPOINTS else path.name
 
     @property
     def step(self) -> int:
         """Return the step at which it was written."""
         return self.manifest["progress"]["step"]
+
+    @property
+    def cache(self) -> NeuralCache | None:
+        """Return the neural cache that lmdist-evaluate has tuned for this checkpoint, if any; logs where it was another's."""
+        run = self.path.resolve().parent.parent
+        if self.path.resolve().parent.name != CHECKPOINTS or not (run / TUNED).exists():
+            return None
+        cache = read_tuned(run, self.step)
+        if cache is None:
+            log(f"without {run / TUNED}: it is not of this checkpoint; lmdist-evaluate --cache tunes it again", EXPORT_COMMAND)
+        return cache
 
     @property
     def origin(self) -> str:
@@ -183,6 +195,7 @@ def write_bundle(
         "version": VERSION,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sizes": dataclasses.asdict(sizes),
+        "cache": None if (cache := checkpoint.cache) is None else dataclasses.asdict(cache),
         "run": checkpoint.run,
         "step": checkpoint.step,
         "tolerance": TOLERANCES.get(precision),

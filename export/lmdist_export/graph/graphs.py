@@ -2,13 +2,15 @@
 
     step_graph        tokens (B, T), h, c              -> logits (B, T, V), next_h, next_c
     score_graph       tokens (B, T), targets, h, c     -> log_probabilities (B, T), next_h, next_c
+    next_graph        tokens (B, T), h, c, memory      -> log_probabilities (B, V) after the last token, next state
     generation_graph  prompt (B, P), uniform (N, B, A) -> words (N, B), next_h, next_c: N tokens a call
     token_graph       word (B), uniform (B, A), state  -> next_word (B), next state: one token a call, for a GPU
 
 All have the same two parts: `Network` computes the logits, in the precision of its weights, and `SamplingNodes` samples tokens.
 A graph is built wherever it is needed: by lmdist-export into files for every runtime, by the sampler straight into onnxruntime.
 So no graph of a stranger ever runs: a bundle provides weights only, and the sizes decide where they lie and how long they are.
-A graph for generation has just the nodes that its options need.
+A graph for generation has just the nodes that its options need. Only a graph that asks for the neural cache (cache.py) has its
+memory in the state; the graphs in files never do.
 
 Names with `word` in them (the output `words`, the axes `prompt_words`, `new_words` and `made_words`) and the names inside the
 Loop are bytes of generate.onnx. They stay as they are, so that equal checkpoints have equal files.
@@ -28,6 +30,17 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
+from lmdist_export.graph.cache import (
+    LAST,
+    CacheNodes,
+    Memory,
+    by_text,
+    cache_inputs,
+    cache_outputs,
+    join,
+    no_pairs,
+    slice_of,
+)
 from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.network import Network, StateNames, Target
 from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, Shape, model_bytes
@@ -52,20 +65,46 @@ def step_graph(sizes: Sizes, target: Target, run: str = "") -> bytes:
     return model_bytes(g, metadata("lmdist step graph", sizes, run))
 
 
-def score_graph(sizes: Sizes, target: Target) -> bytes:
-    """Return the graph that reads tokens and outputs the log-probability of the target after each."""
+def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> bytes:
+    """Return the graph that reads tokens and outputs the log-probability of the target after each, `cached` or without."""
     g = Graph("lmdist_score")
     network = Network(sizes, g, target)
     tokens = g.input("tokens", INT64, ["batch", "time"])
     targets = g.input("targets", INT64, ["batch", "time"])
-    hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), state_inputs(g, sizes))
+    before = state_inputs(g, sizes)
+    hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), before)
     logits = network.logits(g, hidden)  # (T*B, V')
     by_row = g("Reshape", g("Transpose", targets, perm=[1, 0]), g.constant(np.array([-1, 1])))
     scores = g("Sub", g("GatherElements", logits, by_row, axis=1), g("ReduceLogSumExp", logits, axes=[1]))  # (T*B, 1)
     shape = g("Concat", *time_and_batch(g, tokens), axis=0)
-    g.output(g("Transpose", g("Reshape", scores, shape), perm=[1, 0]), "log_probabilities", FLOAT, ["batch", "time"])
+    scores = g("Transpose", g("Reshape", scores, shape), perm=[1, 0])  # (B, T)
+    if cached:
+        cache, memory = cache_inputs(g, sizes)
+        hidden = by_text(g, hidden, tokens, sizes.layer_sizes[-1])  # (B, T, H)
+        pairs = cache.pairs(g, before[-1][0], hidden, tokens)
+        scores = cache.mixed_scores(g, scores, hidden, targets, memory, pairs)
+        cache_outputs(g, sizes, cache.remember(g, memory, pairs))
+    g.output(scores, "log_probabilities", FLOAT, ["batch", "time"])
     state_outputs(g, sizes, state)
     return model_bytes(g, metadata("lmdist score graph", sizes, ""))
+
+
+def next_graph(sizes: Sizes, target: Target) -> bytes:
+    """Return the graph that reads tokens and outputs the log-probabilities after the last one, with the cache."""
+    g = Graph("lmdist_next")
+    network = Network(sizes, g, target)
+    tokens = g.input("tokens", INT64, ["batch", "time"])
+    before = state_inputs(g, sizes)
+    cache, memory = cache_inputs(g, sizes)
+    hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), before)
+    hidden = by_text(g, hidden, tokens, sizes.layer_sizes[-1])  # (B, T, H)
+    memory = cache.remember(g, memory, cache.pairs(g, before[-1][0], hidden, tokens))
+    last = g("Squeeze", slice_of(g, hidden, -1, LAST), g.constant(np.array([1])))  # (B, H)
+    scores = cache.mixture(g, network.logits(g, last), last, [memory])
+    g.output(slice_of(g, scores, 0, sizes.vocabulary_size), "log_probabilities", FLOAT, ["batch", sizes.vocabulary_size])
+    state_outputs(g, sizes, state)
+    cache_outputs(g, sizes, memory)
+    return model_bytes(g, metadata("lmdist next graph", sizes, ""))
 
 
 def generation_graph(sizes: Sizes, features: Features, target: Target, run: str = "") -> bytes:
@@ -83,15 +122,24 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
 
     # All tokens of a prompt but its last are prefilled; the last one is the first that the loop reads.
     last = g("Sub", lengths, g.constant(np.int64(1)))
-    _, state = network.prefill(g, g("Transpose", prompt, perm=[1, 0]), state, last)
+    before = state[-1][0]
+    hidden, state = network.prefill(g, g("Transpose", prompt, perm=[1, 0]), state, last)
     token = g("GatherElements", prompt, g("Unsqueeze", last, g.constant(np.array([1]))), axis=1)  # (B, 1)
     token = g("Squeeze", token, g.constant(np.array([1])))
     sampling = SamplingNodes(sizes, features, options, target.cuda)
-    decoder = Decoder(network, sampling, bias_after_scale(g, network, bias, options))
-
     starts = {"word": token, "going": going, **by_name(state)} | ({"counts": options["counts"]} if features.adjusted else {})
     shapes = {"word": (INT64, ["batch"]), "going": (BOOL, ["batch"]), **state_shapes(sizes)}
     shapes |= {"counts": (FLOAT, ["batch", sizes.padded])} if features.adjusted else {}
+    if features.cached:
+        cache, memory = cache_inputs(g, sizes)
+        hidden = by_text(g, hidden, prompt, sizes.layer_sizes[-1])  # (B, P, H)
+        memory = cache.remember(g, memory, cache.pairs(g, before, hidden, prompt), last)
+        decoder = Decoder(network, sampling, bias, cache, memory)
+        # The Loop carries only the pairs that it has added: a value that it carries is copied for each token.
+        starts |= dict(zip(ADDED, no_pairs(g, memory), strict=True))
+        shapes |= added_shapes(sizes)
+    else:
+        decoder = Decoder(network, sampling, bias_after_scale(g, network, bias, options))
     body = loop_body(g, decoder, shapes, uniform, stops)
     num_tokens = g("Squeeze", g("Slice", g("Shape", uniform), *(g.constant(np.array([n])) for n in (0, 1))))
     always = g.constant(np.bool_(True))
@@ -103,7 +151,10 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     state_outputs(g, sizes, by_layer(result, len(sizes.layer_sizes)))
     if features.adjusted:
         g.output(result["counts"], "next_counts", FLOAT, ["batch", sizes.padded])
-    return model_bytes(g, metadata("lmdist generation graph", sizes, run) | {"features": json.dumps(asdict(features))})
+    if features.cached:
+        added = Memory(*(result[name] for name in ADDED))
+        cache_outputs(g, sizes, cache.remember(g, memory, added))
+    return model_bytes(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
 
 
 def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]], uniform: str, stops: str) -> Graph:
@@ -121,7 +172,7 @@ def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]
     after |= {"word": token, "going": going}
     body.output(any_of(body, going), "go_on", BOOL, [])
     for name, (kind, shape) in shapes.items():
-        body.output(after[name], f"{name}_after", kind, shape)
+        body.output(after[name], f"{name}_after", kind, [f"next_{axis}" if axis == "added" else axis for axis in shape])
     body.output(token, "word_made", INT64, ["batch"])
     body.output(body("Squeeze", mass, axis), "mass_made", FLOAT, ["batch"])
     return body
@@ -171,19 +222,31 @@ class Decoder:
     network: Network
     sampling: SamplingNodes
     bias: str
-    """What is added to logits after their scale, of `bias_after_scale`."""
+    """What is added to logits after their scale, of `bias_after_scale`; with a cache before it, and (V')."""
+    cache: CacheNodes | None = None
+    memory: Memory | None = None
+    """The memory before the first new token."""
 
     def next_token(self, g: Graph, before: Mapping[str, str], uniform: str) -> tuple[str, str, dict[str, str]]:
         """Return the token after `before` (B, 1), its mass (B, 1) of `SamplingNodes.sample`, and the values carried on."""
         sizes, features, options = self.network.sizes, self.sampling.features, self.sampling.options
-        state = self.network.step(g, before["word"], by_layer(before, len(sizes.layer_sizes)))
-        logits = self.network.logits(g, state[-1][0], self.bias, options.get("inverse_temperature", ""))
+        state_before = by_layer(before, len(sizes.layer_sizes))
+        state = self.network.step(g, before["word"], state_before)
+        added = None
+        if self.cache and self.memory:
+            pair = self.cache.pair(g, state_before[-1][0], g("Unsqueeze", before["word"], g.constant(np.array([1]))))
+            added = join(g, Memory(*(before[name] for name in ADDED)), pair)
+            logits = self.cache.mixture(g, self.network.logits(g, state[-1][0]), state[-1][0], [self.memory, added])
+            logits = g("Add", logits, self.bias)
+            logits = g("Mul", logits, options["inverse_temperature"]) if "inverse_temperature" in options else logits
+        else:
+            logits = self.network.logits(g, state[-1][0], self.bias, options.get("inverse_temperature", ""))
         if features.adjusted:
             logits = self.sampling.penalize(g, logits, before["counts"])
         token, mass = self.sampling.sample(g, logits, uniform)
         # A stranger's weights may sample the padding of the vocabulary, which has no embedding.
         token = g("Min", token, g.constant(np.int64(sizes.vocabulary_size - 1)))
-        after = by_name(state)
+        after = by_name(state) | (dict(zip(ADDED, added, strict=True)) if added else {})
         if features.adjusted:
             one_more = g("Add", g("GatherElements", before["counts"], token, axis=1), g.constant(np.float32(1)))
             after["counts"] = g("ScatterElements", before["counts"], token, one_more, axis=1)
@@ -196,6 +259,11 @@ def bias_after_scale(g: Graph, network: Network, bias: str, options: Mapping[str
         return bias
     bias = g("Add", bias, network.weight("projection.bias"))
     return g("Mul", bias, options["inverse_temperature"]) if "inverse_temperature" in options else bias
+
+
+def features_in_file(features: Features) -> str:
+    """Return the features that a graph's file names, as JSON; no graph in a file has the cache."""
+    return json.dumps({name: value for name, value in asdict(features).items() if value or name != "cached"})
 
 
 def metadata(what: str, sizes: Sizes, run: str) -> dict[str, str]:
@@ -218,6 +286,16 @@ def time_and_batch(g: Graph, tokens: str) -> tuple[str, str]:
 
 
 # --- the state: a value for each part of each layer, or the layers' side by side --------------------------------------
+
+
+ADDED = ("added_hidden", "added_tokens")
+"""The parts of the memory that the Loop has added."""
+
+
+def added_shapes(sizes: Sizes) -> dict[str, tuple[int, Shape]]:
+    """Return type and shape of ADDED; the axis `added` grows by one with each token."""
+    hidden, tokens = ADDED
+    return {hidden: (FLOAT, ["batch", "added", sizes.layer_sizes[-1]]), tokens: (INT64, ["batch", "added"])}
 
 
 def state_shapes(sizes: Sizes) -> dict[str, tuple[int, Shape]]:

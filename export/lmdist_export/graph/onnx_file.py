@@ -160,14 +160,16 @@ def node(operator: str, inputs: Iterable[str], outputs: Iterable[str], attribute
     )
 
 
-def attribute(name: str, value: float | Sequence[int] | Graph) -> bytes:
-    """Return an attribute of a node: a number, integers, or a graph."""
+def attribute(name: str, value: float | str | Sequence[int] | Graph) -> bytes:
+    """Return an attribute of a node: a number, a string, integers, or a graph."""
     if isinstance(value, Graph):
         return message([(1, name), (6, value.encoded()), (20, 5)])
     if isinstance(value, float):
         return message([(1, name), (2, value), (20, 1)])
     if isinstance(value, int):
         return message([(1, name), (3, value), (20, 2)])
+    if isinstance(value, str):
+        return message([(1, name), (4, value), (20, 3)])
     return message([(1, name), *((8, number) for number in value), (20, 7)])
 
 

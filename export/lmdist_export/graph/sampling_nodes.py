@@ -105,7 +105,7 @@ class SamplingNodes:
         return self.rejection_sample(g, probabilities, sampled, uniform), sampled.mass
 
     def most_likely(self, g: Graph, logits: str) -> tuple[str, str]:
-        """Return the tokens with the largest of `logits` (B, V'/256, 256), the first of equal ones, and that logit; (B, 1) each.
+        """Return the first tokens with the largest of `logits` (B, V'/256, 256), and that logit; (B, 1) each.
 
         Maxima are several times as fast as ArgMax, so they find the block first.
         """
@@ -207,7 +207,7 @@ class SamplingNodes:
         return [g("Where", before.rejected, sampled.token, token), rejected, *after[1:]]
 
     def trial(self, g: Graph, probabilities: str, probability: str, unit: str, limits: Limits) -> Trial:
-        """Return the trial of a token from its probability (B, 1), `unit`, which is `probability` in those of `probabilities`."""
+        """Return the trial of a token from its probability `unit` (B, 1), which is `probability` among `probabilities`."""
         by = g("Unsqueeze", probability, g.constant(np.array([2])))
         likelier = g("ThresholdedRelu", g("Div", probabilities, by), alpha=1.0)  # (B, V'/256, 256)
         sums = g("ReduceSum", likelier, g.constant(np.array([2])), keepdims=0)  # (B, V'/256)
@@ -286,7 +286,10 @@ def length(g: Graph, values: str) -> str:
 
 
 def count(g: Graph, flags: str) -> str:
-    """Return how many of `flags` (B, K) are true, (B, 1). Integers are summed by a slow kernel; floats are exact up to 2**24."""
+    """Return how many of `flags` (B, K) are true, (B, 1).
+
+    Sums of floats are several times as fast as those of integers, and exact up to 2**24.
+    """
     return g("Cast", g("ReduceSum", g("Cast", flags, to=FLOAT), g.constant(np.array([1]))), to=INT64)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdist.errors import UsageError
 from lmdist.text.vocabulary import UNKNOWN_ID
-from lmdist_export.options import PARAMS, GenerationConfig, Options
+from lmdist_export.options import NO_CACHE, PARAMS, GenerationConfig, Options
 
 if TYPE_CHECKING:
     from lmdist_export.bundle import Bundle
@@ -40,6 +40,8 @@ def generation_config(options: Options, bundle: Bundle) -> GenerationConfig:
         values["max_new_tokens"] = max(values["min_new_tokens"], bundle.generation.max_new_tokens)
     config = dataclasses.replace(bundle.generation, **values)
     check_search(options, config)
+    if config.cache_weight and bundle.cache is None:
+        raise UsageError(f"{options.name_for_caller('cache_weight')} is {config.cache_weight:g}, and {NO_CACHE}")
     return config
 
 

@@ -170,7 +170,7 @@ def new_texts(
 ) -> Iterator[tuple[Text, State]]:
     """Yield each text and the state from which it starts. A prompt of several texts is read once."""
     for prompt_number, prompt in enumerate(prompts):
-        state = sampler.start([[config.bos_token_id, *prompt]])
+        state = sampler.start([[config.bos_token_id, *prompt]], cached=config.cache_weight > 0)
         if n > 1 or len(prompt) > PREFILL_TOKENS:
             state = sampler.prefill(state, config)
         for number in range(n):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import importlib.metadata
 import io
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -45,10 +45,14 @@ class Runtime:
             load_cuda(onnxruntime)
         self.folder, self.sizes, self.provider, self.threads = folder, sizes, provider, threads
         self.target = Target(WEIGHTS, provider == "cuda", sizes.is_quantized and int8_saturates(threads))
+        derives_weights = sizes.precision == "fp16" or self.target.int8_saturates  # Network.derive
+        self.as_is = provider == "cpu" and not derives_weights
 
     def open(self, graph: Callable[..., bytes], captured: bool = False) -> Any:
         """Return a session of the graph that `graph` builds from the sizes, `captured` as a CUDA graph at its first call."""
-        return open_session(graph(self.sizes, target=self.target), self.folder, self.provider, self.threads, captured)
+        return open_session(
+            graph(self.sizes, target=self.target), self.folder, self.provider, self.threads, captured, self.as_is
+        )
 
 
 @cache
@@ -59,15 +63,21 @@ def int8_saturates(threads: int) -> bool:
     right = g.constant(np.full((64, 64), 127, np.int8))
     scale, zero = g.constant(np.float32(1)), g.constant(np.uint8(0))
     g.output(g("MatMulIntegerToFloat", left, right, scale, scale, zero, ""), "product", FLOAT, ["rows", 64])
-    session = open_session(model_bytes(g, {}), Path(), "cpu", threads)
+    session = open_session(model_bytes(g, {}), Path(), "cpu", threads, as_is=True)
     return session.run(None, {"left": np.full((1, 64), 255, np.uint8)})[0][0, 0] != 64 * 255 * 127
 
 
-def open_session(graph: bytes, folder: Path, provider: str, threads: int, captured: bool = False) -> Any:
-    """Return a session of `graph`, with weights in `folder`, on `provider` and no other; or raise UsageError."""
+def open_session(graph: bytes, folder: Path, provider: str, threads: int, captured: bool = False, as_is: bool = False) -> Any:
+    """Return a session of `graph`, with weights in `folder`, on `provider` and no other; or raise UsageError.
+
+    `as_is` leaves out onnxruntime's optimizations: they find nothing in graphs of this package that is faster afterwards, once
+    nothing is to compute from weights, and searching takes a third of the time to open a small model.
+    """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if as_is:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads or default_threads()
     # Between two steps the threads wait: spinning would take the cores from other processes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -115,13 +125,13 @@ def runtime_version() -> str:
     return import_onnxruntime().__version__
 
 
+@cache
 def installed(distribution: str) -> bool:
     """Return whether a distribution is installed, working or not."""
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    # As importlib.metadata finds it, which takes longer to import than a small bundle to open.
+    start = f"{distribution.replace('-', '_')}-"
+    folders = (folder for folder in sys.path if os.path.isdir(folder))
+    return any(name.startswith(start) and name.endswith(".dist-info") for folder in folders for name in os.listdir(folder))
 
 
 def load_cuda(onnxruntime: Any) -> None:

@@ -24,18 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdist.errors import DataError, UsageError
+from lmdist.neural_cache import NeuralCache
 from lmdist_export.bundle import WEIGHTS, Bundle
+from lmdist_export.graph.cache import CACHE, EMPTY
 from lmdist_export.graph.cell import STATE
-from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph
-from lmdist_export.options import ROLES, Features, GenerationConfig, features_of, graph_inputs
+from lmdist_export.graph.graphs import generation_graph, next_graph, score_graph, step_graph
+from lmdist_export.options import MAX_WEIGHT, NO_CACHE, ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
-from lmdist_export.sampling.state import ModelState, State, copy_generator, uniform_numbers
+from lmdist_export.sampling.state import PARTS, ModelState, State, by_part, copy_generator, joined, uniform_numbers
 from lmdist_export.sampling.token_session import Generated, TokenSession
 
 STEP_TOKENS = 64  # in one call where only the last logits count: those of all are (1, 64, V)
 PREFILL_TOKENS = 512  # in one call without logits: their gates are (512, B, 4H)
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one call: 32 MiB
-NEXT_STATE = [f"next_{name}" for name in STATE]
 
 
 class Sampler:
@@ -60,6 +61,16 @@ class Sampler:
         """Return the session of the graph that scores."""
         return self.runtime.open(score_graph)
 
+    @cached_property
+    def cached_score_session(self) -> Any:
+        """Return the session of the graph that scores with the cache."""
+        return self.runtime.open(partial(score_graph, cached=True))
+
+    @cached_property
+    def next_session(self) -> Any:
+        """Return the session of the graph that predicts the next token with the cache."""
+        return self.runtime.open(next_graph)
+
     def generation_session(self, features: Features) -> Any:
         """Return the session of the generation graph that has these features."""
         if features not in self.generation_sessions:
@@ -74,16 +85,37 @@ class Sampler:
 
     # --- reading
 
-    def initial_state(self, batch: int) -> ModelState:
-        """Return the state before the first token: zeros, (batch, S) each."""
-        return tuple(np.zeros((batch, self.sizes.state_size), np.float32) for _ in STATE)
+    def initial_state(self, batch: int, *, cached: bool = False) -> ModelState:
+        """Return the state before the first token: zeros, (batch, S) each, and with `cached` a memory without a token."""
+        state = tuple(np.zeros((batch, self.sizes.state_size), np.float32) for _ in STATE)
+        if not cached:
+            return state
+        hidden = np.zeros((batch, 1, self.sizes.layer_sizes[-1]), np.float32)
+        return (*state, hidden, np.full((batch, 1), EMPTY, np.int64))
+
+    @property
+    def cache(self) -> NeuralCache:
+        """Return the parameters of the bundle's cache; raises UsageError where it has none, or none can be used here."""
+        if self.bundle.cache is None:
+            raise UsageError(NO_CACHE)
+        if self.runtime.provider != "cpu":
+            raise UsageError(f"the neural cache needs --provider cpu; the provider is {self.runtime.provider}")
+        return self.bundle.cache
 
     def step(self, tokens: NDArray[np.int64], state: ModelState) -> tuple[NDArray[np.float32], ModelState]:
         """Read `tokens` (B, T) from `state` on; return the logits (B, T, V) after each token, and the state after all."""
         assert tokens.ndim == 2, tokens.shape
-        feed = {"tokens": tokens, **dict(zip(STATE, state, strict=True))}
-        logits, *after = self.step_session.run(["logits", *NEXT_STATE], feed)
+        feed = {"tokens": tokens, **by_part(state)}
+        logits, *after = self.step_session.run(["logits", *next_names(state)], feed)
         return self.finite(logits), tuple(after)
+
+    def step_cached(
+        self, tokens: NDArray[np.int64], state: ModelState, cache: NeuralCache
+    ) -> tuple[NDArray[np.float32], ModelState]:
+        """Read `tokens` (B, T) from a state with a memory; return the log-probabilities (B, V) after the last and the state."""
+        feed = {"tokens": tokens, **by_part(state), **cache_feed(cache)}
+        scores, *after = self.next_session.run(["log_probabilities", *next_names(state)], feed)
+        return self.finite(scores), tuple(after)
 
     def prefill(self, state: State, config: GenerationConfig | None = None) -> State:
         """Read all tokens of each row but the last, and return the state that has only that one to read.
@@ -104,50 +136,67 @@ class Sampler:
             state = replace(state, tokens=tokens, lengths=lengths, model=read.model)
         return state
 
-    def next_logits(self, context: Sequence[int]) -> tuple[NDArray[np.float32], ModelState]:
-        """Read `context` from the state before the first token; return the logits (1, V) after it, and the state."""
+    def next_logits(self, context: Sequence[int], cache: NeuralCache | None = None) -> tuple[NDArray[np.float32], ModelState]:
+        """Read `context` from the state before the first token; return the logits (1, V) after it, and the state.
+
+        With a `cache` the logits are log-probabilities.
+        """
+        if cache:
+            logits, state = np.empty(0), self.initial_state(1, cached=True)
+            for start in range(0, len(context), PREFILL_TOKENS):
+                logits, state = self.step_cached(np.array([context[start : start + PREFILL_TOKENS]], np.int64), state, cache)
+            return logits, state
         rest = (len(context) - 1) // STEP_TOKENS * STEP_TOKENS
         state = self.prefill(self.start([context[: rest + 1]]))
         logits, after = self.step(np.array([context[rest:]], np.int64), state.model)
         return logits[:, -1], after  # (1, V)
 
     def score(
-        self, tokens: NDArray[np.int64], targets: NDArray[np.int64], state: ModelState | None = None
+        self,
+        tokens: NDArray[np.int64],
+        targets: NDArray[np.int64],
+        state: ModelState | None = None,
+        cache: NeuralCache | None = None,
     ) -> tuple[NDArray[np.float32], ModelState]:
         """Return the log-probability in nats of each of `targets` (B, T) after `tokens` (B, T) up to its place, and the state.
 
         Tokens are read from `state` on, by default the state before the first token. The logits of LOGITS_AT_ONCE places
-        are held at a time, whatever B and T. Rows may be padded on the right: the scores of padding mean nothing.
+        are held at a time, whatever B and T. Rows may be padded on the right: the scores of padding mean nothing. With a
+        `cache` the state has its memory.
         """
         assert tokens.shape == targets.shape, (tokens.shape, targets.shape)
         batch, length = tokens.shape
-        before = state or self.initial_state(batch)
-        after = tuple(np.empty_like(part) for part in before)
+        before = state or self.initial_state(batch, cached=cache is not None)
+        session = self.cached_score_session if cache else self.score_session
+        names, fixed = ["log_probabilities", *next_names(before)], cache_feed(cache) if cache else {}
+        after: list[ModelState] = []
         result = np.empty((batch, length), np.float32)
         places = max(1, LOGITS_AT_ONCE // self.sizes.padded)
         window = max(1, places // batch)
         for top in range(0, batch, places):
             rows = slice(top, top + places)
-            current = [part[rows] for part in before]
+            current = tuple(part[rows] for part in before)
             for start in range(0, length, window):
                 piece = rows, slice(start, start + window)
-                feed = {"tokens": tokens[piece], "targets": targets[piece], **dict(zip(STATE, current, strict=True))}
-                scores, *current = self.score_session.run(["log_probabilities", *NEXT_STATE], feed)
+                feed = {"tokens": tokens[piece], "targets": targets[piece], **by_part(current), **fixed}
+                scores, *current = session.run(names, feed)
                 result[piece] = self.finite(scores)
-            for whole, part in zip(after, current, strict=True):
-                whole[rows] = part
-        return result, after
+            after.append(tuple(current))
+        return result, joined(after) if after else before
 
     # --- generating
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> State:
-        """Return the state of texts that begin with `prompts`, of which nothing was read yet; none may be empty."""
+    def start(self, prompts: Sequence[Sequence[int]], *, cached: bool = False) -> State:
+        """Return the state of texts that begin with `prompts`, of which nothing was read yet; none may be empty.
+
+        `cached` texts have the memory that a `cache_weight` needs.
+        """
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         assert all(lengths), "a text begins with <eos>; without it no token is sampled"
         tokens = np.zeros((len(prompts), lengths.max()), np.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        return State(tokens, lengths, self.initial_state(len(prompts)))
+        return State(tokens, lengths, self.initial_state(len(prompts), cached=cached))
 
     def generate(
         self,
@@ -173,11 +222,15 @@ class Sampler:
         feed: dict[str, Any] = options | {
             "prompt": state.tokens,
             "lengths": state.lengths,
-            **dict(zip(STATE, state.model, strict=True)),
+            **by_part(state.model),
             "stops": np.array([*stops, -1], np.int64),  # no token is -1
             "going": np.ones(rows, np.bool_),
             "bias": self.padded(np.zeros(self.sizes.vocabulary_size, np.float32) if bias is None else bias),
         }
+        if features.cached:
+            if len(state.model) < len(PARTS):
+                raise UsageError("the state has no memory for cache_weight: start it by Sampler.start(..., cached=True)")
+            feed = cache_feed(self.cache) | feed  # the weight is the option's
         if features.adjusted:
             empty = np.zeros((rows, self.sizes.padded), np.float32)
             no_tokens = np.zeros((rows, self.sizes.vocabulary_size), np.bool_)
@@ -206,7 +259,7 @@ class Sampler:
         else:
             if feed["prompt"].shape[1] > 1:
                 prefilled = self.run_loop(features, feed | {"uniform": feed["uniform"][:0]})
-                feed = feed | dict(zip(STATE, prefilled.state, strict=True))
+                feed = feed | by_part(prefilled.state)
             found = self.token_session(features).generate(feed)
         self.finite(found.mass)
         return found
@@ -214,7 +267,8 @@ class Sampler:
     def run_loop(self, features: Features, feed: dict[str, Any]) -> Generated:
         """Return what the generation graph generates in one call."""
         session = self.generation_session(features)
-        names = ["words", "mass", *NEXT_STATE, *(["next_counts"] if features.adjusted else [])]
+        parts = PARTS if features.cached else STATE
+        names = ["words", "mass", *(f"next_{name}" for name in parts), *(["next_counts"] if features.adjusted else [])]
         tokens, mass, *state = session.run(names, {value.name: np.asarray(feed[value.name]) for value in session.get_inputs()})
         counts = state.pop() if features.adjusted else None
         # Without new tokens onnxruntime forgets the batch size.
@@ -223,8 +277,11 @@ class Sampler:
     def check_state(self, state: State) -> None:
         """Raise UsageError if shapes and ids show that a state is not of this model."""
         batch, size, vocabulary = len(state), self.sizes.state_size, self.sizes.vocabulary_size
+        memory = state.model[len(STATE) :]
+        shapes = [(*memory[-1].shape, self.sizes.layer_sizes[-1]), (batch, *memory[-1].shape[1:])] if memory else []
         for name, array, expected in (
-            *((name, part, (batch, size)) for name, part in zip(STATE, state.model, strict=True)),
+            *((name, part, (batch, size)) for name, part in zip(STATE, state.model, strict=False)),
+            *((name, part, shape) for name, part, shape in zip(CACHE, memory, shapes, strict=False)),
             ("counts", state.counts, (batch, self.sizes.padded)),
         ):
             if array is not None and array.shape != expected:
@@ -249,6 +306,18 @@ class Sampler:
                 f"the logits are not finite, so {self.bundle.folder / WEIGHTS} does not hold the weights of a trained model"
             )
         return values
+
+
+def next_names(state: ModelState) -> list[str]:
+    """Return the names of the graphs' outputs that are the state after `state`."""
+    return [f"next_{name}" for name in by_part(state)]
+
+
+def cache_feed(cache: NeuralCache) -> dict[str, NDArray[Any]]:
+    """Return the inputs of a graph that are the parameters of a cache."""
+    weight = np.float32(min(cache.weight, MAX_WEIGHT))
+    size = np.array([cache.size], np.int64)
+    return {"cache_size": size, "cache_theta": np.asarray(np.float32(cache.theta)), "cache_weight": np.asarray(weight)}
 
 
 def option_feed(config: GenerationConfig, features: Features, vocabulary_size: int) -> dict[str, NDArray[Any]]:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from lmdist.bounds import at_least, check
 from lmdist.errors import DataError, UsageError
+from lmdist.neural_cache import NeuralCache
 from lmdist.perplexity import perplexity
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN_ID
 from lmdist_export.sampling.sampler import Sampler, log_softmax
@@ -67,11 +68,19 @@ class SentenceScore:
 class Scorer:
     """A bundle that scores text."""
 
-    def __init__(self, sampler: Sampler, *, end: bool = True, carry_state: bool = False, batch_size: int = BATCH_SIZE) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        *,
+        end: bool = True,
+        carry_state: bool = False,
+        batch_size: int = BATCH_SIZE,
+        cache: NeuralCache | None = None,
+    ) -> None:
         """Score `batch_size` sentences at a time; with `end` the `<eos>` after each is scored too.
 
-        With `carry_state` a sentence continues the state of the one before, as in training. Raises UsageError for options
-        that exclude each other.
+        With `carry_state` a sentence continues the state of the one before, as in training. The neural `cache`, as
+        `sampler.cache`, remembers what the state has read. Raises UsageError for options that exclude each other.
         """
         check("the batch size", batch_size, at_least(1))
         if carry_state and not end:
@@ -80,6 +89,7 @@ class Scorer:
         self.end = end
         self.carry_state = carry_state
         self.batch_size = batch_size
+        self.cache = cache
 
     def encode(self, sentence: str) -> tuple[list[str], list[int]]:
         """Return the words that are scored, and their ids."""
@@ -91,14 +101,14 @@ class Scorer:
     def score(self, sentences: Iterable[str]) -> Iterator[SentenceScore]:
         """Yield the score of each sentence, in their order; no more than a batch of them is held at a time."""
         coming = iter(sentences)
-        state = self.sampler.initial_state(1)
+        state = self.sampler.initial_state(1, cached=self.cache is not None)
         while batch := list(islice(coming, self.batch_size)):
             encoded = [self.encode(sentence) for sentence in batch]
             texts = [ids for _, ids in encoded]
             if self.carry_state:
-                scores, state = score_stream(self.sampler, texts, state)
+                scores, state = score_stream(self.sampler, texts, state, self.cache)
             else:
-                scores = score_batch(self.sampler, texts)
+                scores = score_batch(self.sampler, texts, self.cache)
             for sentence, (words, ids), log_probabilities in zip(batch, encoded, scores, strict=True):
                 unknown = np.array(ids, np.int64) == UNKNOWN_ID
                 yield SentenceScore(sentence, words, unknown, log_probabilities, len(sentence.encode()) + self.end)
@@ -107,15 +117,14 @@ class Scorer:
         """Return the `count` most likely words after `text`, never `<unk>`, each with its probability."""
         words = self.sampler.bundle.tokenizer.tokenize(text) if text else []
         vocabulary = self.sampler.bundle.vocabulary
-        logits, _ = self.sampler.next_logits([END_ID, *vocabulary.encode(words)])
+        logits, _ = self.sampler.next_logits([END_ID, *vocabulary.encode(words)], self.cache)
         best = most_likely(logits[0], count)
         return list(zip(vocabulary.decode(best), np.exp(log_softmax(logits[0])[best]).tolist(), strict=True))
 
     def predict(self, sentences: Iterable[str]) -> Predictions:
         """Predict each word of sentences from those before it, one call a word, as a keyboard does."""
-        step = self.sampler.step
-        beginning = self.sampler.initial_state(1)
-        step(np.array([[END_ID]]), beginning)  # the first call of a session takes longer than any after it
+        beginning = self.sampler.initial_state(1, cached=self.cache is not None)
+        self.step(END_ID, beginning)  # the first call of a session takes longer than any after it
         found, state = Predictions(), beginning
         for sentence in sentences:
             _, ids = self.encode(sentence)
@@ -124,20 +133,29 @@ class Scorer:
                 state = beginning
             for before, token in pairwise([END_ID, *ids]):
                 began = time.perf_counter()
-                logits, state = step(np.array([[before]]), state)
-                best = most_likely(logits[0, 0], max(TOPS))
+                logits, state = self.step(before, state)
+                best = most_likely(logits, max(TOPS))
                 found.seconds.append(time.perf_counter() - began)
                 found.unknown += token == UNKNOWN_ID
                 if token in best:
                     found.ranks[int(np.flatnonzero(best == token)[0])] += 1
         return found
 
+    def step(self, token: int, state: ModelState) -> tuple[NDArray[np.float32], ModelState]:
+        """Read a token; return the logits (V,) after it, with a cache log-probabilities, and the state."""
+        tokens = np.array([[token]])
+        if self.cache:
+            scores, state = self.sampler.step_cached(tokens, state, self.cache)
+            return scores[0], state
+        logits, state = self.sampler.step(tokens, state)
+        return logits[0, 0], state
+
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def score_batch(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[np.float32]]:
-    """Return the log-probabilities of the tokens of each text; each begins after `<eos>`."""
+def score_batch(sampler: Sampler, texts: Sequence[list[int]], cache: NeuralCache | None = None) -> list[NDArray[np.float32]]:
+    """Return the log-probabilities of the tokens of each text; each begins after `<eos>`, and with a memory of its own."""
     order = sorted(range(len(texts)), key=texts.__getitem__)
     rows = [texts[index] for index in order]
     lengths = np.array([len(row) for row in rows])
@@ -145,7 +163,7 @@ def score_batch(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[np
     shared = np.array([0, *(common_prefix(above, row) for above, row in pairwise(rows))])
     found = [np.empty(length, np.float32) for length in lengths]
 
-    logits, state = sampler.next_logits([END_ID])
+    logits, state = sampler.next_logits([END_ID], cache)
     first = log_softmax(logits[0])  # (V,)
     for row, scores in zip(rows, found, strict=True):
         scores[:1] = first[row[:1]]
@@ -157,7 +175,7 @@ def score_batch(sampler: Sampler, texts: Sequence[list[int]]) -> list[NDArray[np
         # A row that was not read before continues the nearest above it that was: their tokens are the same so far.
         from_row = np.searchsorted(above, reading, side="right") - 1
         tokens = np.array([rows[index][start - 1 : stop] for index in reading], np.int64)  # (B, T + 1)
-        scores, state = sampler.score(tokens[:, :-1], tokens[:, 1:], select(state, from_row))  # (B, T), (B, S) each
+        scores, state = sampler.score(tokens[:, :-1], tokens[:, 1:], select(state, from_row), cache)  # (B, T), (B, S) each
         for index, piece in zip(reading, scores, strict=True):
             found[index][start:stop] = piece
         above = reading
@@ -175,14 +193,14 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def score_stream(
-    sampler: Sampler, texts: Sequence[list[int]], state: ModelState
+    sampler: Sampler, texts: Sequence[list[int]], state: ModelState, cache: NeuralCache | None = None
 ) -> tuple[list[NDArray[np.float32]], ModelState]:
     """Return the log-probabilities of the tokens of each text, all read as one stream from `state`, and the state after it.
 
     The token before the stream is `<eos>`, and each text ends with one.
     """
     tokens = np.array([END_ID, *(token for text in texts for token in text)], np.int64)[None]  # (1, T + 1)
-    scores, state = sampler.score(tokens[:, :-1], tokens[:, 1:], state)
+    scores, state = sampler.score(tokens[:, :-1], tokens[:, 1:], state, cache)
     ends = np.cumsum([len(text) for text in texts])
     return np.split(scores[0], ends[:-1]), state
 

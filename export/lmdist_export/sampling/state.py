@@ -18,11 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdist.errors import DataError, MissingInputError, one_line
+from lmdist_export.graph.cache import CACHE, EMPTY
 from lmdist_export.graph.cell import STATE
 
-ModelState = tuple[NDArray[np.float32], ...]
-"""The parts of the state in the order of cell.STATE, each (B, S): the layers side by side. Row b is all that the model knows of
-text b."""
+ModelState = tuple[NDArray[Any], ...]
+"""The parts of the state in the order of PARTS; the memory of a neural cache only where one is asked for.
+
+The parts of cell.STATE are (B, S): the layers side by side. Row b is all that the model knows of text b.
+"""
+PARTS = (*STATE, *CACHE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class State:
     def rows(self, numbers: Sequence[int]) -> State:
         """Return the rows with these numbers."""
         index = list(numbers)
+        if index == list(range(len(self))):
+            return self
         return State(
             self.tokens[index],
             self.lengths[index],
@@ -70,7 +76,7 @@ class State:
     def save(self, path: Path) -> None:
         """Write the state to a file."""
         # The file's key for the tokens is "words": files of earlier versions have it.
-        arrays = {"words": self.tokens, "lengths": self.lengths, **dict(zip(STATE, self.model, strict=True))}
+        arrays = {"words": self.tokens, "lengths": self.lengths, **by_part(self.model)}
         if self.counts is not None:
             arrays["counts"] = self.counts
         generators = json.dumps([generator.bit_generator.state for generator in self.generators])
@@ -85,7 +91,7 @@ class State:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 generators = tuple(restored(state) for state in json.loads(str(file["generators"])))
                 counts = file.get("counts")
-                model = tuple(file[name] for name in STATE)
+                model = tuple(file[name] for name in (PARTS if CACHE[0] in file else STATE))
                 return cls(file["words"], file["lengths"], model, generators, counts)
         except FileNotFoundError:
             raise MissingInputError(f"{path} does not exist; a state written by State.save is expected") from None
@@ -95,16 +101,34 @@ class State:
 
 def concatenate(states: Sequence[State]) -> State:
     """Return the rows of all `states`, one after the other."""
+    if len(states) == 1:
+        return states[0]
     longest = max(state.tokens.shape[1] for state in states)
     padded = [np.pad(state.tokens, ((0, 0), (0, longest - state.tokens.shape[1]))) for state in states]
     counted = next((state.counts for state in states if state.counts is not None), None)
     return State(
         np.concatenate(padded),
         np.concatenate([state.lengths for state in states]),
-        tuple(np.concatenate(parts) for parts in zip(*(state.model for state in states), strict=True)),
+        joined([state.model for state in states]),
         tuple(generator for state in states for generator in state.generators),
         None if counted is None else np.concatenate([state.counts_like(counted) for state in states]),
     )
+
+
+def by_part(state: ModelState) -> dict[str, NDArray[Any]]:
+    """Return the parts of a model's state by their names."""
+    return dict(zip(PARTS, state, strict=False))
+
+
+def joined(states: Sequence[ModelState]) -> ModelState:
+    """Return the rows of all states; where rows remember less than others, their first places are EMPTY."""
+    parts = {name: [by_part(state)[name] for state in states] for name in by_part(states[0])}
+    for name, empty in zip(CACHE, (0, EMPTY), strict=True):
+        most = max((part.shape[1] for part in parts.get(name, ())), default=0)
+        for place, part in enumerate(parts.get(name, ())):
+            width = [(0, 0), (most - part.shape[1], 0), *[(0, 0)] * (part.ndim - 2)]
+            parts[name][place] = np.pad(part, width, constant_values=empty) if part.shape[1] < most else part
+    return tuple(np.concatenate(values) for values in parts.values())
 
 
 def select(state: ModelState, rows: Sequence[int] | NDArray[np.integer]) -> ModelState:

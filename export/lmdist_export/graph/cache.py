@@ -1,0 +1,188 @@
+"""The nodes of the neural cache: a memory of hidden states and the tokens that were read after them, and the mixture with it.
+
+    cache, memory = cache_inputs(g, sizes)
+    memory = cache.remember(g, memory, cache.pairs(g, before, hidden, tokens))
+    log_probabilities = cache.mixture(g, logits, hidden, [memory])
+
+lmdist/neural_cache.py has the formulas; lmdist/training/neural_cache.py is the counterpart in torch. A pair is remembered when
+its token is read, so the memory is a function of the tokens that were read, as the state is. It is a part of the state: (B, M,
+H) and (B, M), the newest pair last, M at most the size of the cache. Rows that have read less than others have the token EMPTY
+in their first places. A new memory has one such place; it has no weight in the mixture.
+
+This module knows no sampling and no layers.
+
+Shapes: B batch, T tokens read, M pairs in memory, H the last layer's size, V vocabulary (V' rounded up to whole blocks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph
+from lmdist_export.graph.sizes import Sizes
+
+CACHE = ("cache_hidden", "cache_tokens")
+"""The parts of the state that are the memory, after those of cell.STATE."""
+EMPTY = -1
+LAST = np.iinfo(np.int64).max
+"""The end of a slice that ends where the axis does."""
+FAR = -1e30
+"""The score of an empty place, far below all others: its exponential is 0."""
+
+
+class Memory(NamedTuple):
+    """Pairs of a hidden state (B, M, H) and the token that was read after it (B, M)."""
+
+    hidden: str
+    tokens: str
+
+
+def cache_inputs(g: Graph, sizes: Sizes) -> tuple[CacheNodes, Memory]:
+    """Declare the inputs of a cache, its parameters and its memory."""
+    nodes = CacheNodes(g.input("cache_size", INT64, [1]), g.input("cache_theta", FLOAT, []), g.input("cache_weight", FLOAT, []))
+    hidden, tokens = CACHE
+    memory = Memory(
+        g.input(hidden, FLOAT, ["batch", "remembered", sizes.layer_sizes[-1]]), g.input(tokens, INT64, ["batch", "remembered"])
+    )
+    return nodes, memory
+
+
+def cache_outputs(g: Graph, sizes: Sizes, memory: Memory) -> None:
+    """Declare the memory's outputs."""
+    g.output(memory.hidden, f"next_{CACHE[0]}", FLOAT, ["batch", "next_remembered", sizes.layer_sizes[-1]])
+    g.output(memory.tokens, f"next_{CACHE[1]}", INT64, ["batch", "next_remembered"])
+
+
+def by_text(g: Graph, hidden: str, tokens: str, size: int) -> str:
+    """Return the hidden states (T*B, H) after `tokens` (B, T) as (B, T, H)."""
+    shape = g("Concat", g("Gather", g("Shape", tokens), g.constant(np.array([1, 0]))), g.constant(np.array([size])), axis=0)
+    return g("Transpose", g("Reshape", hidden, shape), perm=[1, 0, 2])
+
+
+@dataclass(frozen=True)
+class CacheNodes:
+    """Writes a cache into graphs; its parameters are values."""
+
+    size: str
+    theta: str
+    weight: str
+
+    def pair(self, g: Graph, before: str, token: str) -> Memory:
+        """Return the pair of one token (B, 1) that is read after the hidden state `before` (B, H).
+
+        The first token of a text has no state before it: the layers' states are zeros then, and the place is EMPTY.
+        """
+        continued = g("Greater", g("ReduceMax", g("Abs", before), axes=[1]), g.constant(np.float32(0)))  # (B, 1)
+        token = g("Where", continued, token, g.constant(np.int64(EMPTY)))
+        return Memory(g("Unsqueeze", before, g.constant(np.array([1]))), token)
+
+    def pairs(self, g: Graph, before: str, hidden: str, tokens: str) -> Memory:
+        """Return the pairs of `tokens` (B, T); the hidden states are `before` (B, H) them, and those after each (B, T, H)."""
+        first = self.pair(g, before, slice_of(g, tokens, 0, 1))
+        others = Memory(slice_of(g, hidden, 0, -1), slice_of(g, tokens, 1, LAST))
+        return join(g, first, others)
+
+    def remember(self, g: Graph, memory: Memory, pairs: Memory, lengths: str = "") -> Memory:
+        """Return the memory with the pairs added, of row b its first `lengths` (B), and the oldest ones forgotten."""
+        together = join(g, memory, pairs)  # (B, M + T, ...)
+        if not lengths:
+            first = g("Neg", self.size)
+            parts = (g("Slice", part, first, g.constant(np.array([LAST])), g.constant(np.array([1]))) for part in together)
+            return Memory(*parts)
+        # The last places of each row, up to its length; a row that has fewer begins with EMPTY ones.
+        shape = g("Shape", together.tokens)
+        batch, total = (g("Gather", shape, g.constant(np.int64(axis))) for axis in (0, 1))
+        old = g("Gather", g("Shape", memory.tokens), g.constant(np.int64(1)))
+        num_kept = g("Min", g("Squeeze", self.size), total)
+        zero, one, axis = (g.constant(np.int64(0)), g.constant(np.int64(1)), g.constant(np.array([1])))
+        from_end = g("Range", g("Neg", num_kept), zero, one)  # (M')
+        place = g("Add", g("Unsqueeze", g("Add", lengths, old), axis), from_end)  # (B, M')
+        exists = g("GreaterOrEqual", place, zero)
+        rows = g("Unsqueeze", g("Mul", g("Range", zero, batch, one), total), axis)  # (B, 1)
+        place = g("Add", g("Max", place, zero), rows)
+        flat = g("Reshape", together.tokens, g.constant(np.array([-1])))
+        tokens = g("Where", exists, g("Gather", flat, place), g.constant(np.int64(EMPTY)))
+        flat = g("Reshape", together.hidden, g("Concat", g.constant(np.array([-1])), size_of(g, together.hidden, 2), axis=0))
+        return Memory(g("Gather", flat, place), tokens)
+
+    def mixture(self, g: Graph, logits: str, hidden: str, memories: Sequence[Memory]) -> str:
+        """Return the log-probabilities (B, V') of the mixture after `hidden` (B, H), from the model's `logits` (B, V').
+
+        The memory is given in parts, the oldest first; of all of them the last `size` pairs count. Only the log-probabilities
+        of tokens in memory differ from the model's, but for a constant: there are fewer of them than tokens in the vocabulary.
+        """
+        query = g("Unsqueeze", hidden, g.constant(np.array([2])))  # (B, H, 1)
+        scores = [g("Squeeze", g("MatMul", memory.hidden, query), g.constant(np.array([2]))) for memory in memories]
+        score = g("Mul", g("Concat", *scores, axis=1), self.theta)  # (B, M)
+        tokens = g("Concat", *(memory.tokens for memory in memories), axis=1)
+        zero, zero_float = g.constant(np.int64(0)), g.constant(np.float32(0))
+        position = g("Range", zero, g("Squeeze", size_of(g, tokens, 1)), g.constant(np.int64(1)))  # (M)
+        first = g("Sub", size_of(g, tokens, 1), self.size)
+        counts = g("And", g("GreaterOrEqual", position, first), g("GreaterOrEqual", tokens, zero))
+        share = g("Softmax", g("Where", counts, score, g.constant(np.float32(FAR))), axis=1)
+        weight = self.weight_of(g, slice_of(g, tokens, -1, LAST))  # (B, 1)
+        by_model = g("Add", g("LogSoftmax", logits, axis=1), log_of_rest(g, weight))  # (B, V')
+        token = g("Max", tokens, zero)
+        zeros = g("ConstantOfShape", g("Shape", logits))
+        mass = g("ScatterElements", zeros, token, g("Mul", share, weight), axis=1, reduction="add")
+        mass, rest = (g("GatherElements", values, token, axis=1) for values in (mass, by_model))  # (B, M)
+        added = g("Where", g("Greater", mass, zero_float), g("Log", g("Add", g("Exp", rest), mass)), rest)
+        return g("ScatterElements", by_model, token, added, axis=1)
+
+    def mixed_scores(self, g: Graph, scores: str, hidden: str, targets: str, memory: Memory, pairs: Memory) -> str:
+        """Return the log-probabilities (B, T) of `targets` (B, T) by the mixture, from the model's `scores` (B, T).
+
+        `hidden` (B, T, H) are the states that predict them, and `pairs` those of the tokens read.
+        """
+        zero, one = g.constant(np.int64(0)), g.constant(np.int64(1))
+        keys, tokens = join(g, memory, pairs)  # (B, M + T, ...)
+        score = g("Mul", g("MatMul", hidden, g("Transpose", keys, perm=[0, 2, 1])), self.theta)  # (B, T, M + T)
+        old, length = (g("Squeeze", size_of(g, part, 1)) for part in (memory.tokens, targets))
+        total = g("Add", old, length)
+        position = g("Range", zero, total, one)  # (M + T)
+        # The newest pair of each place: that of the token it has read.
+        newest = g("Unsqueeze", g("Range", old, total, one), g.constant(np.array([1])))  # (T, 1)
+        inside = g("And", g("LessOrEqual", position, newest), g("Greater", position, g("Sub", newest, self.size)))
+        present = g("Unsqueeze", g("GreaterOrEqual", tokens, zero), g.constant(np.array([1])))  # (B, 1, M + T)
+        share = g("Softmax", g("Where", g("And", inside, present), score, g.constant(np.float32(FAR))), axis=2)
+        by_token = g("Unsqueeze", tokens, g.constant(np.array([1])))
+        match = g("Equal", by_token, g("Unsqueeze", targets, g.constant(np.array([2]))))
+        mass = g("ReduceSum", g("Mul", share, g("Cast", match, to=FLOAT)), g.constant(np.array([2])), keepdims=0)  # (B, T)
+        weight = self.weight_of(g, pairs.tokens)  # (B, T)
+        mass = g("Mul", mass, weight)
+        rest = g("Add", scores, log_of_rest(g, weight))
+        mixed = g("Log", g("Add", g("Exp", rest), mass))
+        return g("Where", g("Greater", mass, g.constant(np.float32(0))), mixed, rest)
+
+    def weight_of(self, g: Graph, newest: str) -> str:
+        """Return the weight of the cache where the newest token in memory is `newest`: none where that place is EMPTY."""
+        return g("Mul", g("Cast", g("GreaterOrEqual", newest, g.constant(np.int64(0))), to=FLOAT), self.weight)
+
+
+def join(g: Graph, old: Memory, new: Memory) -> Memory:
+    """Return the pairs of both."""
+    return Memory(*(g("Concat", *parts, axis=1) for parts in zip(old, new, strict=True)))
+
+
+def no_pairs(g: Graph, memory: Memory) -> Memory:
+    """Return a memory of the same batch without a place."""
+    return Memory(*(slice_of(g, part, 0, 0) for part in memory))
+
+
+def log_of_rest(g: Graph, weight: str) -> str:
+    """Return log(1 - weight)."""
+    return g("Log", g("Sub", g.constant(np.float32(1)), weight))
+
+
+def slice_of(g: Graph, values: str, start: int, end: int) -> str:
+    """Return the places `start` to `end` of (B, T, ...)."""
+    return g("Slice", values, *(g.constant(np.array([number])) for number in (start, end, 1)))
+
+
+def size_of(g: Graph, values: str, axis: int) -> str:
+    """Return the length of an axis, as a shape of one number."""
+    return g("Gather", g("Shape", values), g.constant(np.array([axis])))
