@@ -404,11 +404,10 @@ class Training:
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the mean nats of a batch of tokens (B, T + 1)."""
         targets = tokens[:, 1:]  # (B, T)
-        masks = self.training_step.masks(0)
-        masks = masks._replace(rows=masks.rows[: len(tokens)])  # (B, M)
+        masks = self.model.dropout.draw(1, 0, len(tokens), slice(None)).to(self.world.device)
         with self.precision.autocast(self.world.device):
-            hidden, _ = self.training_step.network(tokens[:, :-1], self.model.initial_state(len(tokens)), masks)  # (B, T, H)
-            hidden = self.model.dropout.drop_vectors(hidden, -1, masks)
+            raw, _ = self.training_step.network(tokens[:, :-1], self.model.initial_state(len(tokens)), masks)  # (B, T, H)
+            hidden = self.model.dropout.drop_vectors(raw, -1, masks)
             return summed_nats(hidden, self.model.projection, targets) / targets.numel()
 
 
