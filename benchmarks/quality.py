@@ -154,7 +154,7 @@ def measure(name: str, arguments: argparse.Namespace, scratch: Path, rows: list[
     reference = read_json(scratch / "baseline" / "test.json")["perplexity"]
     evaluate = [sys.executable, "-m", "lmdist.training.evaluate", str(scratch / "run"), "--split=test", "--json"]
     figures = json.loads(run([*evaluate, *([f"--cache={arguments.cache}"] if arguments.cache else [])]))
-    static = figures["perplexity_without_cache"][0] if arguments.cache else figures["perplexity"]
+    static = figures["perplexity_without_cache"] if arguments.cache else figures["perplexity"]
     case, place = f"{name} test", (reference, data, "test")
     rows += [row_of(case, baseline, reference, *place), row_of(case, ours, static, *place)]
     if arguments.cache:
