@@ -200,8 +200,8 @@ class ModelSettings:
 class OptimizerSettings:
     """The optimizer, and what the loss adds to the cross-entropy."""
 
-    name: Literal["sgd", "adam", "adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["sgd", "adam", "adamw", "nadam"] = "adamw"
+    """The optimizer; nadam: AdamW with Nesterov's momentum (Dozat 2016)."""
     learning_rate: Annotated[float, above(0)] = 0.007
     """The highest learning rate; the schedule says when."""
     momentum: Annotated[float, at_least(0)] = 0.0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from lmdist.settings import OptimizerSettings
 
@@ -50,6 +50,13 @@ OPTIMIZERS: dict[str, Row] = {
         ),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
+    ),
+    "nadam": Row(
+        lambda model, settings: NAdam(
+            model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, decoupled_weight_decay=True
+        ),
+        tensors=("exp_avg", "exp_avg_sq"),
+        scalars=("step", "mu_product"),
     ),
 }
 
