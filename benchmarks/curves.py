@@ -98,11 +98,8 @@ def train(
     """Return the nats per token of each step."""
     where = device if isinstance(job, Job) else torch.device("cpu")
     batches = training_batches(folder, data, seed)
-    curve = []
-    for step in range(steps):
-        torch.manual_seed(seed * 1_000_003 + step)
-        curve.append(job.step(*batches.batch(step, slice(0, data.global_batch)).tensors_on(where)))
-    return torch.stack(curve).tolist()
+    everything = slice(0, data.global_batch)
+    return torch.stack([job.step(*batches.batch(step, everything).tensors_on(where)) for step in range(steps)]).tolist()
 
 
 def row(variant: str, curve: list[float], baseline: list[float]) -> dict[str, Any]:

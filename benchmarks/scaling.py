@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, distributed
 from torch.profiler import profile
 
+from lmdist.cpus import MEMORY_ENVIRONMENT
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
 from lmdist.model.precision import Precision, choose, configure_precision
@@ -198,7 +199,7 @@ def run_job(flags: dict[str, Any], ranks: int, arguments: argparse.Namespace) ->
         flags |= {name: getattr(arguments, name) for name in ("device", "compression", "seconds")}
         done = subprocess.run(
             [sys.executable, *torchrun, *(f"--{name}={value}" for name, value in flags.items())],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"},  # huge pages, as lmdist-train sets them
+            env={**os.environ, **MEMORY_ENVIRONMENT, "OMP_NUM_THREADS": "1"},  # as lmdist-train sets them
             capture_output=True,
             text=True,
         )
@@ -408,7 +409,8 @@ class Training:
         with self.precision.autocast(self.world.device):
             raw, _ = self.training_step.network(tokens[:, :-1], self.model.initial_state(len(tokens)), masks)  # (B, T, H)
             hidden = self.model.dropout.drop_vectors(raw, -1, masks)
-            return summed_nats(hidden, self.model.projection, targets) / targets.numel()
+            weight = torch.full((), 1 / targets.numel(), device=self.world.device)
+            return summed_nats(hidden, self.model.projection, targets, weight) * weight
 
 
 def time_in_turns(world: World, ready: Mapping[str, Callable[[], Callable[[], object]]], times: int) -> dict[str, list[float]]:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lmdist.cpus import MEMORY_ENVIRONMENT
 from lmdist.model.cuda_graph import Graphed
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
@@ -264,12 +265,11 @@ def parts(job: Job, inputs: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def start_worker(case: Case, variant: str) -> Worker:
-    """Return a worker process for a variant; lmdist's have large pages, as its launcher sets them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("THP_MEM_ALLOC_ENABLE", None)
+    """Return a worker process for a variant; lmdist's have the environment that its launcher sets."""
+    environment = {name: value for name, value in os.environ.items() if name not in MEMORY_ENVIRONMENT}
     if variant != BASELINE:
-        environment["THP_MEM_ALLOC_ENABLE"] = "1"
-    return Worker(__file__, [asdict(case), variant], environment)
+        environment |= MEMORY_ENVIRONMENT
+    return Worker(__file__, [asdict(case), variant], {**environment, "OMP_NUM_THREADS": "1"})
 
 
 def measure_on_cpu(case: Case, rounds: int, seconds_a_turn: float, *, with_baseline: bool) -> list[dict[str, Any]]:

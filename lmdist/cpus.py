@@ -1,4 +1,4 @@
-"""The number of CPUs that a process may use.
+"""The CPUs that a process may use, and the environment variables that make it fast on them.
 
 A container sees all CPUs of its machine and may run on each of them for a part of the time: `limits.cpu: 2` on a machine of
 64 CPUs is a quota of its control group. One thread for each CPU of the machine would use up the quota at once, and then all
@@ -12,6 +12,14 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+MEMORY_ENVIRONMENT = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 62),
+}
+"""How a process that trains on a CPU allocates memory: torch's tensors in huge pages, and, by glibc, what a step has freed is
+kept for the next one. Otherwise the kernel takes it back and clears it again for each large tensor of each step."""
 
 
 def available_cpus(root: Path = Path("/")) -> int:

@@ -1,10 +1,10 @@
 """The loss: projection and cross-entropy fused, in chunks, so that the logits of all tokens never exist at once.
 
 With a large vocabulary the logits (B * T, V) and their gradient are most of a step's memory, and reading and writing them is
-much of its time. Here a chunk of some hundred tokens goes all the way in the forward pass: its logits, then the gradients of
-the hidden states and of the projection. The backward pass only multiplies these by the incoming gradient, a scalar, unless it
-is the one that was expected. The idea is that of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989) and of Cut Cross-Entropy
-(Wijmans et al. 2024, arXiv:2411.09009), in plain PyTorch.
+much of its time. Here a chunk of at least a thousand tokens goes all the way in the forward pass: its logits, then the
+gradients of the hidden states and of the projection. The backward pass only multiplies these by the incoming gradient, a
+scalar, unless it is the one that was expected. The idea is that of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989) and of Cut
+Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009), in plain PyTorch.
 
 A GPU takes few large kernels (`LinearNats`). A CPU takes blocks of the vocabulary that stay in a core's cache, and the layouts
 of matrices that its matrix multiplications are fast in (`BlockedLinearNats`).
@@ -198,18 +198,19 @@ class BlockedLinearNats(torch.autograd.Function):
         nats = torch.zeros((), dtype=exact)
         by_hidden = torch.empty_like(hidden)
         by_weight = torch.empty_like(weight) if with_gradients else None
-        by_bias = None if bias is None else torch.zeros_like(bias)
+        by_bias = torch.zeros_like(bias) if with_gradients and bias is not None else None
         parts = chunks(hidden, targets, by_hidden)
         blocks = projection_blocks(weight, bias, len(parts[0][0]), exact)
         if len(parts) > 1 and low != weight.dtype:
-            # Several chunks read the weights several times. For a single one a block is cast when it is read, in the cache.
+            # Several chunks read the weights several times, and bf16 is fast with the right layouts only. For a single chunk a
+            # block is cast when it is read, in the cache, which takes no memory.
             blocks = [Block(block.weight.to(low), block.transposed.to(low).contiguous(), block.bias) for block in blocks]
         for number, (vectors, ids, by_vectors) in enumerate(parts):
             mask = ids != IGNORED  # (C)
             ids = ids.clamp(min=0)  # (C)
             vectors, target_rows = vectors.to(low), weight[ids]  # (C, H), (C, H)
-            # As the matrix multiplication rounds it: a token as likely as the target has the ratio 1.
-            target_logits = (vectors * target_rows.to(low)).sum(1, dtype=exact).to(low).to(exact)  # (C)
+            # Rounded like the other logits, so that a token as likely as the target has the ratio 1.
+            target_logits = (vectors.to(exact) * target_rows.to(low).to(exact)).sum(1).to(low).to(exact)  # (C)
             if bias is not None:
                 target_logits += bias[ids]
             ratios, sums, shift, weighted_rows = probability_ratios(vectors, blocks, target_logits, with_gradients)
