@@ -36,6 +36,9 @@ CHUNK_SIZE = 1024
 saves."""
 BLOCK_BYTES = 1 << 21
 """On a CPU the fp32 logits of a block of the vocabulary have so many bytes per thread: about a core's L2 cache."""
+CLUSTER_MULTIPLE = 64
+"""The tokens of an adaptive head's cluster are padded to a multiple of this: oneDNN compiles and keeps a kernel for each shape,
+and without padding nearly every step has another one."""
 GRADIENT_ROWS = 2048
 """The rows of the projection whose gradient is computed at once, and cast while it is in the cache."""
 LARGEST_RATIO = 1e16
@@ -67,8 +70,10 @@ def adaptive_nats(
         inside = (targets >= start) & (targets < end)
         first[inside] = projection.cutoffs[0] + number
         index = inside.nonzero().squeeze(1)  # if it is empty, the cluster's gradients are zeros
+        padding = (0, -len(index) % CLUSTER_MULTIPLE)
+        index, inner = functional.pad(index, padding), functional.pad(targets[index] - start, padding, value=IGNORED)
         narrow, output = projection.tail[number]  # type: ignore[misc]
-        nats = nats + linear_nats(narrow(hidden[index]), output.weight, output.bias, targets[index] - start, expected_gradient)
+        nats = nats + linear_nats(narrow(hidden[index]), output.weight, output.bias, inner, expected_gradient)
     return nats + linear_nats(hidden, projection.head.weight, projection.head.bias, first, expected_gradient)
 
 
