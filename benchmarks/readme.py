@@ -90,7 +90,16 @@ def ablations(machine: str) -> str:
             difference = "" if row is base else f"{row['value'] - base['value']:+,.1f}"
             cells = [f"{row['minutes']:,.0f}", f"{row['steps']:,}", f"{row['value']:,.1f}{spread}", difference]
             lines.append([row["case"], name, *cells])
-    return markdown(["recipe, split", "variant", "minutes", "steps", "perplexity", "difference"], lines)
+    table = markdown(["recipe, split", "variant", "minutes", "steps", "perplexity", "difference"], lines)
+    return ABLATIONS + table if lines else ""
+
+
+ABLATIONS = """## What each part is worth
+
+`benchmarks/ablations.py` trains a recipe without one of its parts for the same time: a part that slows a step down has to earn it.
+The recipe itself has several seeds; half of the distance between the best and the worst is behind the ±.
+
+"""
 
 
 COMPARED = {"unigram": "unigram model", "KN-5": "5-gram model", "baseline": "pytorch/examples"}
