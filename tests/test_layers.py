@@ -39,7 +39,7 @@ FLOORS = {
     "lmdist": """
         errors cpus perplexity
         bounds signals storage console
-        settings neural_cache
+        settings cache_settings
         config
         text model tracking
         training

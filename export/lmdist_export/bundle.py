@@ -22,8 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, MissingInputError
-from lmdist.neural_cache import NeuralCache
 from lmdist.storage.checksums import FileFacts, verify_checksums
 from lmdist.storage.reading import check_folder, file_size, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json

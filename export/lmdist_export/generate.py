@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -104,21 +104,17 @@ def run(arguments: argparse.Namespace) -> None:
     """Read the bundle, generate tokens, write text."""
     options = Options.from_values(vars(arguments), as_flags=True)
     check_arguments(arguments, options)
-    # What is imported and opened here lasts until the end: a look for garbage in it, now and at the exit, takes as long as the
-    # import of onnxruntime.
-    gc.disable()
-    # Imported here, since numpy and onnxruntime take longer to import than --help may.
-    from lmdist_export.bundle import Bundle
-    from lmdist_export.sampling.sampler import Sampler
+    with without_garbage_collection():
+        # Imported here, since numpy and onnxruntime take longer to import than --help may.
+        from lmdist_export.bundle import Bundle
+        from lmdist_export.sampling.sampler import Sampler
 
-    bundle = Bundle.load(arguments.bundle)
-    config = generation_config(options, bundle)
-    stops = token_sequences(options, bundle, "stop")
-    if config.num_beams > 1 and arguments.stream:
-        raise UsageError(no_search(options, "--stream"))
-    sampler = Sampler(bundle, arguments.provider, arguments.threads)
-    gc.freeze()
-    gc.enable()
+        bundle = Bundle.load(arguments.bundle)
+        config = generation_config(options, bundle)
+        stops = token_sequences(options, bundle, "stop")
+        if config.num_beams > 1 and arguments.stream:
+            raise UsageError(no_search(options, "--stream"))
+        sampler = Sampler(bundle, arguments.provider, arguments.threads)
     prompts = Prompts(bundle, arguments)
     growth = generate(sampler, prompts, config, stops, options, arguments)
     if arguments.stream:
@@ -136,6 +132,20 @@ def run(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - began
     where = f" -> {arguments.output}" if arguments.output else ""
     log(f"{num_tokens:,} tokens in {seconds:.2f} s, {num_tokens / seconds:,.0f} tokens/s{where}", COMMAND)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Do not look for garbage inside, nor later in what was imported and opened there and lasts until the end.
+
+    To look through it, then and at the exit, takes as long as the import of onnxruntime.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def output_file(path: Path | None) -> AbstractContextManager[TextIO]:

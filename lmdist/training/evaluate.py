@@ -16,13 +16,14 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmdist.bounds import at_least, between, check
+from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.console import log, shown, table
 from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
-from lmdist.neural_cache import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.perplexity import perplexity
 
 if TYPE_CHECKING:
@@ -146,59 +147,87 @@ def tokens_of_file(checkpoint: Path, file: str) -> np.ndarray:
     return np.array(ids, dtype=np.uint32)
 
 
+class Texts(NamedTuple):
+    """The text that is measured, and what belongs to it."""
+
+    name: str
+    tokens: np.ndarray
+    """(N)"""
+    valid: np.ndarray | None
+    """What a cache is tuned on, if there is to be one."""
+    train: np.ndarray | None
+    """What a unigram model is made of, if the text is a split beside it."""
+
+
+def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[str, Any]) -> Texts:
+    """Return the texts that the command line names, as ids of the checkpoint's vocabulary."""
+    from lmdist.training.data import DataFolder
+
+    if arguments.file and not arguments.cache:
+        return Texts(arguments.file, tokens_of_file(checkpoint, arguments.file), None, None)
+    folder = DataFolder(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
+    folder.check_vocabulary(manifest)
+    if arguments.cache and not folder.has("valid"):
+        raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
+    valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
+    if arguments.file:
+        return Texts(arguments.file, tokens_of_file(checkpoint, arguments.file), valid, None)
+    name = arguments.split or "test"
+    if arguments.cache and name == "valid":
+        log("warning: valid is the split that the cache is tuned on; --split test gives a figure to report", COMMAND)
+    return Texts(name, folder.tokens(name), valid, folder.tokens("train") if folder.has("train") else None)
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of a model, or of an ensemble, on a text."""
-    import numpy as np
-
-    from lmdist.text.vocabulary import UNKNOWN_ID
     from lmdist.training.checkpoints.read import load_model
     from lmdist.training.checkpoints.retain import find_checkpoint
-    from lmdist.training.data import DataFolder
     from lmdist.training.distributed import join_job
+    from lmdist.training.neural_cache import WINDOW
 
     paths = [find_checkpoint(path) for path in arguments.checkpoints]
     model, manifest = load_model(paths[0])
     check_same_vocabulary(paths)
     world = join_job(arguments.device, global_batch=1, accumulation=1, timeout_seconds=120)
-    folder = None
-    if arguments.cache or not arguments.file:
-        folder = DataFolder(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
-        folder.check_vocabulary(manifest)
-    if arguments.file:
-        tokens = tokens_of_file(paths[0], arguments.file)
-        name = arguments.file
-    else:
-        assert folder
-        name = arguments.split or "test"
-        tokens = folder.tokens(name)
-    if len(tokens) < arguments.streams:
-        raise DataError(f"{name} has {len(tokens)} tokens; at least {arguments.streams} are needed")
-    valid = folder.tokens("valid")[:TUNING_TOKENS] if folder and arguments.cache else None
+    texts = read_texts(arguments, paths[0], manifest)
+    for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
+        if tokens is not None and len(tokens) < arguments.streams:
+            raise DataError(f"{name} has {len(tokens)} tokens; at least {arguments.streams} are needed")
     start_time = time.perf_counter()
-    if len(paths) == 1 and not arguments.cache:
-        nats = evaluate(model.to(world.device), tokens, arguments.streams, 256, world).mean()
-        figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
+    if len(paths) == 1 and texts.valid is None:
+        nats = evaluate(model.to(world.device), texts.tokens, arguments.streams, WINDOW, world).mean()
     else:
-        models = (load_model(path)[0] if number else model for number, path in enumerate(paths))
-        members = list(measure_members(zip(paths, models, strict=True), tokens, valid, arguments, world))
-        nats, figures = combined(members)
+        loaded = chain([(model, manifest)], map(load_model, paths[1:]))
+        nats, figures = combined(list(measure_members(zip(paths, loaded, strict=True), texts, arguments, world)))
     seconds = time.perf_counter() - start_time
     if not math.isfinite(nats):
-        raise DataError(f"{paths[0]}: the loss on {name} is {nats}, so its weights are too large for a trained model")
+        raise DataError(f"{paths[0]}: the loss on {texts.name} is {nats}, so its weights are too large for a trained model")
+    return result_of(paths, texts, nats, figures, model.vocabulary_size, seconds)
+
+
+def result_of(
+    paths: Sequence[Path], texts: Texts, nats: float, figures: dict[str, Any], vocabulary_size: int, seconds: float
+) -> dict[str, Any]:
+    """Return all that is printed: of the models at `paths`, which have `nats` per token and the `figures` of `combined`."""
+    import numpy as np
+
+    from lmdist.text.vocabulary import UNKNOWN_ID
+
+    num_read = len(texts.tokens) + (0 if texts.valid is None else len(texts.valid))
     result: dict[str, Any] = {
         **({"checkpoint": str(paths[0])} if len(paths) == 1 else {"checkpoints": [*map(str, paths)]}),
-        "text": name,
+        "text": texts.name,
         "perplexity": perplexity(nats),
         "nats_per_token": nats,
         **figures,
-        "words": len(tokens),
-        "unknown_rate": float(np.mean(tokens == UNKNOWN_ID)),
-        "vocabulary": model.vocabulary_size,
-        "tokens_per_second": len(paths) * (len(tokens) + (0 if valid is None else len(valid))) / seconds,
+        "words": len(texts.tokens),
+        "unknown_rate": float(np.mean(texts.tokens == UNKNOWN_ID)),
+        "vocabulary": vocabulary_size,
+        "tokens_per_second": len(paths) * num_read / seconds,
     }
-    if folder and not arguments.file and folder.has("train"):
-        unigram = unigram_nats(folder.tokens("train"), tokens, model.vocabulary_size)
-        result["unigram_perplexity"] = perplexity(unigram)
+    if texts.train is not None:
+        result["unigram_perplexity"] = perplexity(unigram_nats(texts.train, texts.tokens, vocabulary_size))
     return result
 
 
@@ -227,24 +256,27 @@ def check_same_vocabulary(paths: Sequence[Path]) -> None:
 
 
 def measure_members(
-    models: Iterable[tuple[Path, LanguageModel]],
-    tokens: np.ndarray,
-    valid: np.ndarray | None,
+    models: Iterable[tuple[Path, tuple[LanguageModel, dict[str, Any]]]],
+    texts: Texts,
     arguments: argparse.Namespace,
     world: World,
 ) -> Iterator[Member]:
-    """Yield what each model predicts of each token, a model at a time; with `valid` its cache is tuned and saved."""
+    """Yield what each model predicts of each token, a model at a time; with a `valid` text its cache is tuned and saved.
+
+    The models are given as their paths and what `load_model` returns.
+    """
     from lmdist.training.neural_cache import mixed, token_log_probabilities, tune
 
-    for path, model in models:
+    tokens = texts.tokens
+    for path, (model, manifest) in models:
         model.to(world.device)
-        if valid is None:
+        if texts.valid is None:
             static, _ = token_log_probabilities(model, tokens, arguments.streams, world.device)
             yield Member(-float(static.mean()), static, None)
             continue
         log(f"{path}: tuning a cache of {arguments.cache:,} tokens on valid", COMMAND)
-        cache = tune(model, valid, arguments.streams, world.device, arguments.cache)
-        save_tuned(path, cache)
+        cache = tune(model, texts.valid, arguments.streams, world.device, arguments.cache)
+        save_tuned(path, manifest, cache)
         static, cached = token_log_probabilities(model, tokens, arguments.streams, world.device, cache.size, [cache.theta])
         yield Member(-float(static.mean()), mixed(static, cached[0], cache.weight), cache)
 
@@ -268,16 +300,16 @@ def combined(members: Sequence[Member]) -> tuple[float, dict[str, Any]]:
     return nats, {name: values if len(members) > 1 else values[0] for name, values in figures.items()}
 
 
-def save_tuned(path: Path, cache: NeuralCache) -> None:
+def save_tuned(path: Path, manifest: dict[str, Any], cache: NeuralCache) -> None:
     """Write the parameters of a cache into the run of a checkpoint; log where that is not possible."""
     from lmdist.tracking.run_folder import CHECKPOINTS
-    from lmdist.training.checkpoints.read import read_manifest
+    from lmdist.training.checkpoints.read import parameters_file
 
     if path.resolve().parent.name != CHECKPOINTS:
         log(f"{path} is not in the folder of a run, so theta and weight are not saved", COMMAND)
         return
     try:
-        write_tuned(path.resolve().parent.parent, read_manifest(path)["progress"]["step"], cache)
+        write_tuned(path.resolve().parent.parent, manifest["files"][parameters_file(manifest)]["sha256"], cache)
     except OSError as error:
         log(f"warning: theta and weight are not saved: {error.strerror}", COMMAND)
 

@@ -3,11 +3,11 @@
     static, cached = token_log_probabilities(model, tokens, streams, device, size, [theta])
     nats = -mixed(static, cached[0], weight).mean()
 
-The cache (Grave et al. 2017, arXiv:1612.04426; its formulas are in lmdist/neural_cache.py) needs no training: it remembers the
-last hidden states and the tokens after them. A text is read in chunks: the hidden states of a chunk times those that each can
-remember are one matrix multiplication. This module knows no files.
+The cache (Grave et al. 2017, arXiv:1612.04426; its formulas are in lmdist/cache_settings.py) needs no training: it remembers
+the last hidden states and the tokens after them. A text is read in windows: the hidden states of a window times those that each
+can remember are one matrix multiplication. This module knows no files.
 
-Shapes: B streams, T tokens of a chunk, M pairs in memory, H size of the last layer, K thetas, N tokens of the text.
+Shapes: B streams, T tokens of a window, M pairs in memory, H size of the last layer, K thetas, N tokens of the text.
 """
 
 from __future__ import annotations
@@ -20,17 +20,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lmdist.cache_settings import NeuralCache
+from lmdist.errors import DataError
 from lmdist.model.language_model import LanguageModel
-from lmdist.model.loss import CHUNK_SIZE, IGNORED
-from lmdist.neural_cache import NeuralCache
+from lmdist.model.loss import IGNORED
 from lmdist.training.data import Streams
 
-CHUNK = 256
+WINDOW = 256
+"""Tokens of each stream that are read at a time; `lmdist-evaluate` without a cache reads as many."""
+LOGITS_AT_ONCE = 1024
+"""Tokens whose logits are held at a time."""
 THETAS = (0.0, *(round(0.02 * 1.35**number, 3) for number in range(19)))
 """0, and 0.02 to 4.4 in steps of a third: larger models, whose h . h is larger, need a smaller one."""
 MAX_WEIGHT = 0.99
 """A token that is not in the cache keeps some probability."""
 BISECTIONS = 30
+"""Halvings of the interval of weights: to 1e-9, far below what is rounded away."""
 
 
 class Memory:
@@ -68,14 +73,14 @@ def token_log_probabilities(
 
     The text is read as in `evaluate`, in the order of its batches. Where the cache is empty its p is the model's.
     """
-    batches = Streams(tokens, streams, CHUNK)
+    batches = Streams(tokens, streams, WINDOW)
     state = model.initial_state(streams)
     memory = Memory(size)
     static, cached = [], []
     for step in range(batches.steps_per_epoch):
         inputs, targets = batches.batch(step, slice(0, streams)).tensors_on(device)
         hidden, state = model(inputs, state)  # (B, T, H)
-        rows = zip(hidden.flatten(0, 1).split(CHUNK_SIZE), targets.flatten().split(CHUNK_SIZE), strict=True)
+        rows = zip(hidden.flatten(0, 1).split(LOGITS_AT_ONCE), targets.flatten().split(LOGITS_AT_ONCE), strict=True)
         nats = [functional.cross_entropy(model.logits(h), ids, ignore_index=IGNORED, reduction="none") for h, ids in rows]
         present = targets != IGNORED
         by_model = -torch.cat(nats).view_as(targets)[present].double()
@@ -107,8 +112,12 @@ def best_weight(static: Tensor, cached: Tensor) -> float:
 
 
 def tune(model: LanguageModel, tokens: np.ndarray, streams: int, device: torch.device, size: int) -> NeuralCache:
-    """Return the cache of `size` tokens whose theta and weight fit a text best."""
+    """Return the cache of `size` tokens whose theta and weight fit a text best; raise DataError if the loss is not finite."""
     static, cached = token_log_probabilities(model, tokens, streams, device, size, THETAS)
+    if not static.isfinite().all():
+        raise DataError(
+            "the loss on the text that tunes the cache is not finite: the weights are too large for a trained model"
+        )
     weights = [best_weight(static, by_cache) for by_cache in cached]
     sums = [float(mixed(static, by_cache, weight).sum()) for by_cache, weight in zip(cached, weights, strict=True)]
     best = sums.index(max(sums))

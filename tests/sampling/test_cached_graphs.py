@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -14,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmdist.cache_settings import NeuralCache, write_tuned
 from lmdist.errors import DataError, UsageError
-from lmdist.neural_cache import NeuralCache, write_tuned
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
 from lmdist.training.checkpoints.read import load_model
 from lmdist.training.checkpoints.retain import find_checkpoint
@@ -183,6 +185,8 @@ def test_states_join_part_and_wait_in_a_file(pair: tuple[Any, Sampler], tmp_path
         sampler.prefill(sampler.start([[END_ID, *prompt]], cached=True).seeded(2), config) for prompt in (text(20), text(3))
     )
     joined = concatenate([one, other]).seeded(2)
+    without_config = sampler.prefill(sampler.start([[END_ID, *text(20)]], cached=True)).seeded(2)
+    assert np.array_equal(sampler.generate(without_config, config, 8)[0], sampler.generate(one, config, 8)[0])
     joined.save(tmp_path / "state.npz")
     tokens, _ = sampler.generate(State.load(tmp_path / "state.npz"), config, 8)
     assert sampler.generate(joined, config, 8)[0].tolist() == tokens.tolist()
@@ -227,6 +231,43 @@ def test_mistakes(tmp_path: Path) -> None:
     sampler.bundle = replace(sampler.bundle, cache=CACHE)
     with pytest.raises(UsageError, match="the state has no memory"):
         sampler.generate(sampler.start([[END_ID]]).seeded(0), config_of(), 3)
+    tokens = np.array([[5, 6]])
+    with pytest.raises(UsageError, match="the state has no memory"):
+        sampler.score(tokens, tokens, sampler.initial_state(1), CACHE)
+
+
+def test_without_a_cache_a_memory_is_left_out(pair: tuple[Any, Sampler]) -> None:
+    _, sampler = pair
+    tokens, cached = np.array([text(9)]), sampler.initial_state(1, cached=True)
+    for with_memory, without in (
+        (sampler.step(tokens, cached), sampler.step(tokens, cached[:2])),
+        (sampler.score(tokens, tokens, cached), sampler.score(tokens, tokens, cached[:2])),
+    ):
+        assert np.array_equal(with_memory[0], without[0])
+        assert len(with_memory[1]) == len(without[1]) == 2
+    for states in itertools.permutations([sampler.start([[END_ID]], cached=True), sampler.start([[END_ID]])]):
+        with pytest.raises(AssertionError, match="states with a memory and without one"):
+            concatenate(states)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (3, np.array([[10**6]]), "the id of a token is 1000000; one below 300"),
+        (3, np.array([[2.0]]), r"cache_tokens is float64 \(1, 1\); int64"),
+        (3, np.array(2), r"cache_tokens is int64 \(\); int64 \(1, 1\)"),
+        (3, np.zeros((1, 0), np.int64), r"cache_tokens is int64 \(1, 0\); int64 \(1, 1\)"),
+        (2, np.full((1, 1, 20), np.nan, np.float32), "cache_hidden holds numbers that are not finite"),
+        (2, np.array([[[np.inf, -np.inf] * 10]], np.float32), "cache_hidden holds numbers that are not finite"),
+        (2, np.zeros((1, 2, 20), np.float32), r"cache_hidden is float32 \(1, 2, 20\); float32 \(1, 1, 20\)"),
+    ],
+)
+def test_a_foreign_memory_is_rejected(tmp_path: Path, part: int, value: np.ndarray, message: str) -> None:
+    _, sampler = model_and_sampler("adaptive", tmp_path / "bundle")
+    state = sampler.start([[END_ID]], cached=True).seeded(1)
+    replace(state, model=(*state.model[:part], value, *state.model[part + 1 :])).save(tmp_path / "state.npz")
+    with pytest.raises(UsageError, match=f"the state is not this model's: .*{message}"):
+        sampler.generate(State.load(tmp_path / "state.npz"), config_of(), 3)
 
 
 # --- the commands --------------------------------------------------------------------------------------------------
@@ -237,7 +278,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run for which a cache was tuned, and its bundle."""
     folder = tmp_path_factory.mktemp("exported")
     run = make_run(folder, TIED, "whitespace", PLAIN_WORDS)
-    write_tuned(run, 7, CACHE)
+    manifest = json.loads((find_checkpoint(run) / "manifest.json").read_text())
+    write_tuned(run, manifest["files"]["model.safetensors"]["sha256"], CACHE)
     export.main([str(run), "-o", str(folder / "bundle")])
     return run, folder / "bundle"
 
@@ -260,7 +302,7 @@ def test_the_bundle_remembers_what_was_tuned(exported: tuple[Path, Path], comman
     run, bundle = exported
     assert Bundle.load(bundle).cache == CACHE
     assert Bundle.load(bundle).generation.cache_weight == 0
-    write_tuned(run, 8, CACHE)
+    write_tuned(run, "0" * 64, CACHE)  # another training, at the same step
     output = command(export, run, "-o", tmp_path / "other")
     assert "cache.json: it is not of this checkpoint" in output.err
     assert Bundle.load(tmp_path / "other").cache is None
@@ -299,6 +341,8 @@ def test_texts_of_the_command(exported: tuple[Path, Path], command: Callable[...
 
 def test_mistakes_of_the_commands(exported: tuple[Path, Path], command: Callable[..., Any], tmp_path: Path) -> None:
     bundle = exported[1]
+    assert "nowhere does not exist" in command(generate, tmp_path / "nowhere", code=66).err
+    assert gc.isenabled()
     message = "--cache-weight is 1.0; it must be at least 0 and below 1 (0 is off)"
     assert message in command(generate, bundle, "--cache-weight=1", code=64).err
     both = command(generate, bundle, "--cache-weight=0.1", "--num-beams=2", code=64).err

@@ -304,13 +304,17 @@ def test_a_state_of_another_model_is_rejected(opened: Opened, tmp_path: Path) ->
     other = Sampler(bare_bundle(tmp_path / "other", UNTIED), threads=1)
     larger = Sampler(bare_bundle(tmp_path / "larger", TIED, vocabulary_size=2 * V), threads=1)
     for state, message in (
-        (other.start([[1, 4], [5]]), r"h is \(2, 20\); \(2, 32\) is expected"),
+        (other.start([[1, 4], [5]]), r"h is float32 \(2, 20\); float32 \(2, 32\) is expected"),
         (
             replace(here.start([[1]]), model=(here.initial_state(1)[0], np.zeros((1, 5), np.float32))),
-            r"c is \(1, 5\); \(1, 32\) is expected",
+            r"c is float32 \(1, 5\); float32 \(1, 32\) is expected",
         ),
-        (larger.generate(larger.start([[1]]).seeded(1), ALL_OPTIONS, 1)[1], r"counts is \(1, 768\); \(1, 512\) is expected"),
+        (
+            larger.generate(larger.start([[1]]).seeded(1), ALL_OPTIONS, 1)[1],
+            r"counts is float32 \(1, 768\); float32 \(1, 512\) is expected",
+        ),
         (larger.start([[1, V]]), f"token is {V}; one below {V} is expected"),
+        (replace(here.start([[1]]), tokens=np.ones((1, 1))), r"tokens is float64 \(1, 1\); int64 \(1, 1\) is expected"),
     ):
         with pytest.raises(UsageError, match=f"the state is not this model's: .*{message}"):
             here.generate(state.seeded(1), ALL_OPTIONS, 2)
@@ -591,6 +595,22 @@ def test_onnxruntime_that_is_missing_or_installed_twice(monkeypatch: pytest.Monk
     monkeypatch.setattr(runtime.importlib, "import_module", missing)
     with pytest.raises(UsageError, match=r"pip install 'lmdist\[cpu\]'"):
         runtime.import_onnxruntime()
+
+
+def test_wheels_are_found_beside_folders_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "Onnxruntime_GPU-1.20.dist-info").mkdir()  # as old builds of wheels spell it
+    names, installed = os.listdir, getattr(runtime.installed, "__wrapped__")  # noqa: B009 (without its cache)
+
+    def listed(folder: str) -> list[str]:
+        if folder == "closed":
+            raise PermissionError(folder)
+        return names(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", listed)
+        patch.setattr(sys, "path", ["closed", str(tmp_path)])
+        found = [installed(name) for name in ("onnxruntime", "onnxruntime-gpu")]
+    assert found == [False, True]
 
 
 def test_a_folder_without_weights(bundle: Bundle, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from corpora import chain, write_data_folder
+from lmdist.cache_settings import NeuralCache, read_tuned, write_tuned
 from lmdist.errors import DataError
-from lmdist.neural_cache import NeuralCache, read_tuned, write_tuned
 from lmdist.training import neural_cache
 from lmdist.training.checkpoints.read import load_model
 from lmdist.training.checkpoints.retain import find_checkpoint
@@ -51,7 +51,7 @@ def test_the_cache_is_the_naive_one(settings: Any) -> None:
 def test_the_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int, streams: int) -> None:
     model, tokens = make_model(TIED, 20), text(59)
     expected = [sorted(part.flatten().tolist()) for part in token_log_probabilities(model, tokens, streams, CPU, SIZE, [THETA])]
-    monkeypatch.setattr(neural_cache, "CHUNK", chunk)
+    monkeypatch.setattr(neural_cache, "WINDOW", chunk)
     for part, values in zip(token_log_probabilities(model, tokens, streams, CPU, SIZE, [THETA]), expected, strict=True):
         assert sorted(part.flatten().tolist()) == pytest.approx(values, rel=1e-4, abs=1e-5)
 
@@ -79,6 +79,14 @@ def test_tuned_where_the_text_is_likeliest() -> None:
     for theta, weight in [(cache.theta * 1.4, cache.weight), (cache.theta, cache.weight - 0.02), (cache.theta, 0.1)]:
         static, (cached,) = token_log_probabilities(model, tokens, 1, CPU, 40, [theta])
         assert mixed(static, cached, weight).sum() < best
+
+
+def test_nothing_is_tuned_where_the_loss_is_not_finite() -> None:
+    model = make_model(TIED, 20)
+    with torch.no_grad():
+        dict(model.named_parameters())["projection.bias"][:2] = torch.tensor([3e38, -3e38])
+    with pytest.raises(DataError, match="the loss on the text that tunes the cache is not finite"):
+        tune(model, text(50), 1, CPU, 40)
 
 
 def test_an_ensemble_averages_probabilities() -> None:
@@ -140,16 +148,18 @@ def test_the_cache_of_the_command(runs: tuple[Path, Path], command: Callable[...
     by_model, (by_cache,) = token_log_probabilities(model, tokens, 1, CPU, 60, [cache.theta])
     assert figures["nats_per_token"] == pytest.approx(-float(mixed(by_model, by_cache, cache.weight).mean()))
 
-    # The run remembers it, for this checkpoint.
-    step = manifest["progress"]["step"]
-    assert read_tuned(run, step) == cache
-    assert read_tuned(run, step + 1) is None
+    # The run remembers it, for these parameters: those of the other run are of the same step.
+    assert read_tuned(run, manifest["files"]["model.safetensors"]["sha256"]) == cache
+    _, other = load_model(find_checkpoint(runs[1]))
+    assert other["progress"]["step"] == manifest["progress"]["step"]
+    assert read_tuned(run, other["files"]["model.safetensors"]["sha256"]) is None
     alone = tmp_path / "alone"
     alone.mkdir()
     for file in checkpoint.iterdir():
         (alone / file.name).write_bytes(file.read_bytes())
     assert "not saved" in command(alone, "--cache=60").err
 
+    assert "valid is the split that the cache is tuned on" in command(run, "--split=valid", "--cache=60").err
     file = tmp_path / "text.txt"
     file.write_text("w3 w4 w3 w4 w3\n")
     assert json.loads(command(run, f"--file={file}", "--cache=60", "--json").out)["cache_theta"] == cache.theta
@@ -182,7 +192,8 @@ def test_mistakes(runs: tuple[Path, Path], command: Callable[..., Any], tmp_path
     assert f"{tmp_path / 'run'}" in line
     assert "another vocabulary" in line
     folder = write_data_folder(tmp_path / "test-only", {"train": chain(451, 30), "test": chain(99, 30)}, 30)
-    assert "has no valid split" in command(run, "--cache=9", f"--data={folder}", code=66).err
+    message = f"--cache is tuned on the valid split, and {folder} has none"
+    assert message in command(run, "--cache=9", f"--data={folder}", "--file=x", code=64).err
 
 
 @pytest.mark.parametrize(
@@ -195,10 +206,10 @@ def test_mistakes(runs: tuple[Path, Path], command: Callable[..., Any], tmp_path
     ],
 )
 def test_damaged_parameters(tmp_path: Path, values: dict[str, Any], message: str) -> None:
-    write_tuned(tmp_path, 3, NeuralCache(5, 0.3, 0.1))
+    write_tuned(tmp_path, "3f", NeuralCache(5, 0.3, 0.1))
     path = tmp_path / "cache.json"
     found = json.loads(path.read_text())
     found["cache"] |= values
     path.write_text(json.dumps(found))
     with pytest.raises(DataError, match=message.replace("(", r"\(")):
-        read_tuned(tmp_path, 3)
+        read_tuned(tmp_path, "3f")

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from lmdist import __version__
+from lmdist.cache_settings import TUNED, NeuralCache, read_tuned
 from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.model.language_model import LanguageModel
-from lmdist.neural_cache import TUNED, NeuralCache, read_tuned
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.checksums import checksums
@@ -34,7 +34,7 @@ from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.run_folder import CHECKPOINTS, read_metadata
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.read import load_model, parameters_file
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.data import DataFolder
 from lmdist_export import EXPORT_COMMAND
@@ -86,7 +86,7 @@ class Checkpoint:
         run = self.path.resolve().parent.parent
         if self.path.resolve().parent.name != CHECKPOINTS or not (run / TUNED).exists():
             return None
-        cache = read_tuned(run, self.step)
+        cache = read_tuned(run, self.manifest["files"][parameters_file(self.manifest)]["sha256"])
         if cache is None:
             log(f"without {run / TUNED}: it is not of this checkpoint; lmdist-evaluate --cache tunes it again", EXPORT_COMMAND)
         return cache

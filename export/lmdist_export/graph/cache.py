@@ -4,10 +4,10 @@
     memory = cache.remember(g, memory, cache.pairs(g, before, hidden, tokens))
     log_probabilities = cache.mixture(g, logits, hidden, [memory])
 
-lmdist/neural_cache.py has the formulas; lmdist/training/neural_cache.py is the counterpart in torch. A pair is remembered when
-its token is read, so the memory is a function of the tokens that were read, as the state is. It is a part of the state: (B, M,
-H) and (B, M), the newest pair last, M at most the size of the cache. Rows that have read less than others have the token EMPTY
-in their first places. A new memory has one such place; it has no weight in the mixture.
+lmdist/cache_settings.py has the formulas; lmdist/training/neural_cache.py is the counterpart in torch. A pair is remembered
+when its token is read, so the memory is a function of the tokens that were read, as the state is. It is a part of the state:
+(B, M, H) and (B, M), the newest pair last, M at most the size of the cache. Rows that have read less than others have the token
+EMPTY in their first places. A new memory has one such place; it has no weight in the mixture.
 
 This module knows no sampling and no layers.
 

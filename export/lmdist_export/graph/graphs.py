@@ -262,9 +262,13 @@ def bias_after_scale(g: Graph, network: Network, bias: str, options: Mapping[str
     return g("Mul", bias, options["inverse_temperature"]) if "inverse_temperature" in options else bias
 
 
+NOT_IN_FILES = {"cached"}
+"""Features that no graph in a file has."""
+
+
 def features_in_file(features: Features) -> str:
-    """Return the features that a graph's file names, as JSON; no graph in a file has the cache."""
-    return json.dumps({name: value for name, value in asdict(features).items() if value or name != "cached"})
+    """Return the features that a graph's file names, as JSON."""
+    return json.dumps({name: value for name, value in asdict(features).items() if name not in NOT_IN_FILES})
 
 
 def metadata(what: str, sizes: Sizes, run: str) -> dict[str, str]:

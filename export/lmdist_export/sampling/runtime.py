@@ -130,8 +130,11 @@ def installed(distribution: str) -> bool:
     """Return whether a distribution is installed, working or not."""
     # As importlib.metadata finds it, which takes longer to import than a small bundle to open.
     start = f"{distribution.replace('-', '_')}-"
-    folders = (folder for folder in sys.path if os.path.isdir(folder))
-    return any(name.startswith(start) and name.endswith(".dist-info") for folder in folders for name in os.listdir(folder))
+    names: list[str] = []
+    for folder in sys.path:
+        with contextlib.suppress(OSError):  # it does not exist, is an archive, or may not be read
+            names += os.listdir(folder)
+    return any(name.lower().startswith(start) and name.endswith(".dist-info") for name in names)
 
 
 def load_cuda(onnxruntime: Any) -> None:

@@ -6,6 +6,7 @@
     tokens, state = sampler.generate(state, config, 100)            # 100 tokens of each, (100, 4),
     tokens, state = sampler.generate(state, config, 100)            # and 100 more
 
+A text that is to have the neural cache begins as `sampler.start(..., cached=True)`; its state has a memory as well.
 A graph is built for what is asked of it (graphs.py), when it is first needed. This module does not know when a text ends
 (generation.py). No torch and no onnx: a machine that samples has neither.
 
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, UsageError
-from lmdist.neural_cache import NeuralCache
 from lmdist_export.bundle import WEIGHTS, Bundle
 from lmdist_export.graph.cache import CACHE, EMPTY
 from lmdist_export.graph.cell import STATE
@@ -37,6 +38,10 @@ from lmdist_export.sampling.token_session import Generated, TokenSession
 STEP_TOKENS = 64  # in one call where only the last logits count: those of all are (1, 64, V)
 PREFILL_TOKENS = 512  # in one call without logits: their gates are (512, B, 4H)
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one call: 32 MiB
+NO_MEMORY = (
+    "the state has no memory for the neural cache: it was not started by Sampler.start(..., cached=True), "
+    "or it was continued without cache_weight"
+)
 
 
 class Sampler:
@@ -103,8 +108,12 @@ class Sampler:
         return self.bundle.cache
 
     def step(self, tokens: NDArray[np.int64], state: ModelState) -> tuple[NDArray[np.float32], ModelState]:
-        """Read `tokens` (B, T) from `state` on; return the logits (B, T, V) after each token, and the state after all."""
+        """Read `tokens` (B, T) from `state` on; return the logits (B, T, V) after each token, and the state after all.
+
+        It is without the memory that `state` may have.
+        """
         assert tokens.ndim == 2, tokens.shape
+        state = state[: len(STATE)]
         feed = {"tokens": tokens, **by_part(state)}
         logits, *after = self.step_session.run(["logits", *next_names(state)], feed)
         return self.finite(logits), tuple(after)
@@ -120,10 +129,13 @@ class Sampler:
     def prefill(self, state: State, config: GenerationConfig | None = None) -> State:
         """Read all tokens of each row but the last, and return the state that has only that one to read.
 
-        No logits are computed. The graph is the one that generates with `config`, so a session for it is opened only once.
+        No logits are computed. The graph is the one that generates with `config`, so a session for it is opened only once. A
+        memory is carried on in any case.
         """
         self.check_state(state)
         config = config or GenerationConfig()
+        if len(state.model) == len(PARTS) and not config.cache_weight:
+            config = replace(config, cache_weight=0.5)  # no token is sampled by it
         while state.tokens.shape[1] > 1:
             rest = state.tokens[:, PREFILL_TOKENS:]
             read = replace(
@@ -162,11 +174,14 @@ class Sampler:
 
         Tokens are read from `state` on, by default the state before the first token. The logits of LOGITS_AT_ONCE places
         are held at a time, whatever B and T. Rows may be padded on the right: the scores of padding mean nothing. With a
-        `cache` the state has its memory.
+        `cache` the state has its memory, without one it loses it. Raises UsageError for a `cache` and a state without memory.
         """
         assert tokens.shape == targets.shape, (tokens.shape, targets.shape)
         batch, length = tokens.shape
         before = state or self.initial_state(batch, cached=cache is not None)
+        if cache and len(before) < len(PARTS):
+            raise UsageError(NO_MEMORY)
+        before = before if cache else before[: len(STATE)]
         session = self.cached_score_session if cache else self.score_session
         names, fixed = ["log_probabilities", *next_names(before)], cache_feed(cache) if cache else {}
         after: list[ModelState] = []
@@ -211,8 +226,8 @@ class Sampler:
         """Generate N = `num_tokens` tokens of each text, (N, B), fewer once all have one of `stops`; return them and the state.
 
         A text is continued after its stop while others have not reached theirs. `bias` (V) is added to all logits, `row_bias`
-        (B, V) to each row's; `in_prompt` (B, V) says which tokens a repetition penalty finds in the prompts. Raises UsageError
-        for a state of another model.
+        (B, V) to each row's; `in_prompt` (B, V) says which tokens a repetition penalty finds in the prompts. Without a
+        cache_weight the state that is returned has no memory. Raises UsageError for a state of another model.
         """
         self.check_state(state)
         features = features_of(config, row_bias is not None)
@@ -229,7 +244,7 @@ class Sampler:
         }
         if features.cached:
             if len(state.model) < len(PARTS):
-                raise UsageError("the state has no memory for cache_weight: start it by Sampler.start(..., cached=True)")
+                raise UsageError(NO_MEMORY)
             feed = cache_feed(self.cache) | feed  # the weight is the option's
         if features.adjusted:
             empty = np.zeros((rows, self.sizes.padded), np.float32)
@@ -275,21 +290,36 @@ class Sampler:
         return Generated(tokens.reshape(-1, len(feed["lengths"])), mass, tuple(state), counts)
 
     def check_state(self, state: State) -> None:
-        """Raise UsageError if shapes and ids show that a state is not of this model."""
-        batch, size, vocabulary = len(state), self.sizes.state_size, self.sizes.vocabulary_size
+        """Raise UsageError if types, shapes or numbers show that a state is not of this model."""
+        assert len(state.model) in (len(STATE), len(PARTS)), len(state.model)
+        batch, vocabulary = len(state), self.sizes.vocabulary_size
         memory = state.model[len(STATE) :]
-        shapes = [(*memory[-1].shape, self.sizes.layer_sizes[-1]), (batch, *memory[-1].shape[1:])] if memory else []
-        for name, array, expected in (
-            *((name, part, (batch, size)) for name, part in zip(STATE, state.model, strict=False)),
-            *((name, part, shape) for name, part, shape in zip(CACHE, memory, shapes, strict=False)),
-            ("counts", state.counts, (batch, self.sizes.padded)),
-        ):
-            if array is not None and array.shape != expected:
-                raise UsageError(f"the state is not this model's: the shape of {name} is {array.shape}; {expected} is expected")
-        if state.tokens.max() >= vocabulary:
+        hidden, remembered = CACHE
+        num_read, places = (max((1, *part.shape[1:])) for part in (state.tokens, memory[1] if memory else state.tokens))
+        expected = {
+            "tokens": ("int64", (batch, num_read)),
+            "lengths": ("int64", (batch,)),
+            **dict.fromkeys(STATE, ("float32", (batch, self.sizes.state_size))),
+            hidden: ("float32", (batch, places, self.sizes.layer_sizes[-1])),
+            remembered: ("int64", (batch, places)),
+            "counts": ("float32", (batch, self.sizes.padded)),
+        }
+        counts = {} if state.counts is None else {"counts": state.counts}
+        for name, array in {"tokens": state.tokens, "lengths": state.lengths, **by_part(state.model), **counts}.items():
+            kind, shape = expected[name]
+            if array.dtype != kind or array.shape != shape:
+                raise UsageError(
+                    f"the state is not this model's: {name} is {array.dtype} {array.shape}; {kind} {shape} is expected"
+                )
+        largest = max(state.tokens.max(), memory[1].max() if memory else EMPTY)
+        if largest >= vocabulary:
             raise UsageError(
-                f"the state is not this model's: the id of a token is {state.tokens.max()}; one below {vocabulary} is expected"
+                f"the state is not this model's: the id of a token is {largest}; one below {vocabulary} is expected"
             )
+        with np.errstate(all="ignore"):
+            finite = not memory or np.isfinite(memory[0].sum())  # a sum is fast: a call may generate but one token
+        if not finite:
+            raise UsageError(f"the state is not this model's: {hidden} holds numbers that are not finite")
 
     def padded(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return (..., V) as (..., V')."""

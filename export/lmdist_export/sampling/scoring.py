@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdist.bounds import at_least, check
+from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, UsageError
-from lmdist.neural_cache import NeuralCache
 from lmdist.perplexity import perplexity
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN_ID
 from lmdist_export.sampling.sampler import Sampler, log_softmax

@@ -121,7 +121,11 @@ def by_part(state: ModelState) -> dict[str, NDArray[Any]]:
 
 
 def joined(states: Sequence[ModelState]) -> ModelState:
-    """Return the rows of all states; where rows remember less than others, their first places are EMPTY."""
+    """Return the rows of all states; where rows remember less than others, their first places are EMPTY.
+
+    All of them have a memory, or none.
+    """
+    assert len({len(state) for state in states}) == 1, f"states with a memory and without one: {[*map(len, states)]} parts"
     parts = {name: [by_part(state)[name] for state in states] for name in by_part(states[0])}
     for name, empty in zip(CACHE, (0, EMPTY), strict=True):
         most = max((part.shape[1] for part in parts.get(name, ())), default=0)

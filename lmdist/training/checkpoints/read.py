@@ -92,6 +92,11 @@ def is_averaged(manifest: dict[str, Any]) -> bool:
     return manifest["progress"]["averaged_from"] is not None
 
 
+def parameters_file(manifest: dict[str, Any]) -> str:
+    """Return the file of the parameters that a checkpoint's model has: the average, where it holds one."""
+    return AVERAGED if is_averaged(manifest) else MODEL
+
+
 def load_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
     """Return the model of a checkpoint, on the CPU and in evaluation mode, and the manifest.
 
@@ -104,7 +109,7 @@ def load_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
         raise DataError(f"{folder}: vocab.txt has {len(vocabulary)} words, the model {manifest['vocabulary_size']}")
     settings = ModelSettings(**manifest["model"])
     # A manifest may ask for more than any memory. The model is built only if the file has its shapes.
-    file = AVERAGED if is_averaged(manifest) else MODEL
+    file = parameters_file(manifest)
     found = read_shapes(folder / file)
     if settings.num_layers > len(found) or max(settings.hidden_size, settings.embedding_size) > LARGEST_SIZE:
         raise DataError(f"{folder}: the model of the manifest is not the one of {file}: {manifest['model']}")

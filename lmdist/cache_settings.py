@@ -23,7 +23,7 @@ from lmdist.storage.reading import as_json, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 
 TUNED = "cache.json"
-"""In a run's folder: what was tuned last, and for which checkpoint."""
+"""In a run's folder: what was tuned last, and for which parameters."""
 FORMAT, VERSION = "lmdist cache", 1
 MAX_SIZE = 1_000_000
 
@@ -43,17 +43,21 @@ class NeuralCache:
         check_bounds(self, "cache")
 
 
-def write_tuned(run: Path, step: int, cache: NeuralCache) -> None:
-    """Write what was tuned for the checkpoint of `step` into a run's folder."""
-    write_atomic(run / TUNED, as_json({"format": FORMAT, "version": VERSION, "step": step, "cache": dataclasses.asdict(cache)}))
+def write_tuned(run: Path, sha256: str, cache: NeuralCache) -> None:
+    """Write what was tuned for the parameters with this sha256 into a run's folder."""
+    values = {"format": FORMAT, "version": VERSION, "sha256": sha256, "cache": dataclasses.asdict(cache)}
+    write_atomic(run / TUNED, as_json(values))
 
 
-def read_tuned(run: Path, step: int) -> NeuralCache | None:
-    """Return what was tuned for the checkpoint of `step`, if anything was; raise DataError for a damaged file."""
+def read_tuned(run: Path, sha256: str) -> NeuralCache | None:
+    """Return what was tuned for the parameters with this sha256, if anything was; raise DataError for a damaged file.
+
+    A run that is trained anew has other parameters at the same step.
+    """
     path = run / TUNED
     if not path.is_file():
         return None
     found = read_json(path)
     check_version(found, (FORMAT, VERSION), path)
-    check_schema(found, {"step": int, "cache": NeuralCache}, path)
-    return dataclass_from_json(NeuralCache, found["cache"], path, "cache") if found["step"] == step else None
+    check_schema(found, {"sha256": str, "cache": NeuralCache}, path)
+    return dataclass_from_json(NeuralCache, found["cache"], path, "cache") if found["sha256"] == sha256 else None
