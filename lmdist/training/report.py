@@ -36,7 +36,7 @@ def report_on(run: Run) -> Iterator[Report]:
     """Open the logger and the progress bar of a run, and print what the job is about to do."""
     total, done, silent = run.total_steps, run.progress.step, not run.world.is_main
     with open_logger(run) as logger, ProgressBar(total, "step", done=done, silent=silent) as console:
-        for line in [*announcement(run), *run.hints]:
+        for line in announcement(run):
             console.log(line)
         yield Report(run, logger, console)
 
@@ -60,14 +60,14 @@ def open_logger(run: Run) -> MetricsLogger:
 
 def announcement(run: Run) -> list[str]:
     """Return the lines that say what the job is about to do."""
+    done, total_steps = run.progress.step, run.total_steps
+    if done > total_steps:
+        return [f"{run.path} has {done:,} steps already, more than the {total_steps:,} asked for: nothing to train"]
     recipe, world, folder, precision = run.recipe, run.world, run.folder, run.precision
     num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
     layers = "-".join(str(size) for size in [recipe.model.embedding_size, *run.model.layer_sizes])
     head = ", adaptive head" if recipe.model.head == "adaptive" else " tied" if recipe.model.tied else ""
-    done, total_steps = run.progress.step, run.total_steps
     start = f"resuming after step {done:,}" if done else "starting"
-    if done > total_steps:
-        return [f"{run.path} has {done:,} steps already, more than the {total_steps:,} asked for: nothing to train"]
     lines = [
         f"{run.path}: {start}, to step {total_steps:,} ({run.batches.steps_per_epoch:,} per epoch)",
         f"  data   {folder.path}: {folder.meta['splits']['train']['tokens']:,} tokens to train on, "
@@ -81,7 +81,7 @@ def announcement(run: Run) -> list[str]:
         lines.append(f"  average of the parameters by {recipe.averaging.name}, which is validated, sampled and exported")
     if folder.vocabulary_size > LARGE_VOCABULARY and recipe.model.head == "full":
         lines.append("  hint   --model.head adaptive --model.tied false trains several times as fast at this vocabulary size")
-    return lines
+    return [*lines, *run.hints]
 
 
 class Report:
