@@ -157,7 +157,7 @@ class ModelSettings:
     dropout_input: Annotated[float | None, between(0, 1, includes_high=False)] = None
     """Dropout probability of the first layer's inputs; by default that of model.dropout."""
     dropout_hidden: Annotated[float | None, between(0, 1, includes_high=False)] = None
-    """Dropout probability between two layers; by default that of model.dropout."""
+    """Dropout probability between two layers, where there are two or more; by default that of model.dropout."""
     dropout_output: Annotated[float | None, between(0, 1, includes_high=False)] = None
     """Dropout probability of the last layer's outputs; by default that of model.dropout."""
     dropout_embedding: Annotated[float, between(0, 1, includes_high=False)] = 0.0
@@ -207,7 +207,7 @@ class OptimizerSettings:
     momentum: Annotated[float, at_least(0)] = 0.0
     """sgd: momentum."""
     weight_decay: Annotated[float, at_least(0)] = 0.01
-    """Weight decay; decoupled from the gradient with adamw."""
+    """Weight decay; decoupled from the gradient with adamw and nadam."""
     clip: Annotated[float, at_least(0)] = 0.5
     """Largest norm of the gradient of a step; 0 does not clip."""
     activation_penalty: Annotated[float, at_least(0)] = 0.0

@@ -71,7 +71,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             progress.step += 1
             progress.tokens += batch.num_tokens
             progress.valid_nats = None
-            report.show_progress()
+            report.show_progress(start)
 
             # Decide at the same step on every rank: stop, log, save. Only reading the loss waits for a GPU.
             stopping = world.any_delayed(stop.requested)

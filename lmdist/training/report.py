@@ -36,7 +36,7 @@ def report_on(run: Run) -> Iterator[Report]:
     """Open the logger and the progress bar of a run, and print what the job is about to do."""
     total, done, silent = run.total_steps, run.progress.step, not run.world.is_main
     with open_logger(run) as logger, ProgressBar(total, "step", done=done, silent=silent) as console:
-        for line in [*announcement(run), *run.hints]:
+        for line in announcement(run):
             console.log(line)
         yield Report(run, logger, console)
 
@@ -60,13 +60,16 @@ def open_logger(run: Run) -> MetricsLogger:
 
 def announcement(run: Run) -> list[str]:
     """Return the lines that say what the job is about to do."""
+    done, total_steps = run.progress.step, run.total_steps
+    if done > total_steps:
+        return [f"{run.path} has {done:,} steps already, more than the {total_steps:,} asked for: nothing to train"]
     recipe, world, folder, precision = run.recipe, run.world, run.folder, run.precision
     num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
     layers = "-".join(str(size) for size in [recipe.model.embedding_size, *run.model.layer_sizes])
     head = ", adaptive head" if recipe.model.head == "adaptive" else " tied" if recipe.model.tied else ""
-    start = f"resuming after step {run.progress.step:,}" if run.progress.step else "starting"
+    start = f"resuming after step {done:,}" if done else "starting"
     lines = [
-        f"{run.path}: {start}, to step {run.total_steps:,} ({run.batches.steps_per_epoch:,} per epoch)",
+        f"{run.path}: {start}, to step {total_steps:,} ({run.batches.steps_per_epoch:,} per epoch)",
         f"  data   {folder.path}: {folder.meta['splits']['train']['tokens']:,} tokens to train on, "
         f"vocabulary {folder.vocabulary_size:,}",
         f"  model  LSTM {layers}{head}, {num_parameters:,} parameters",
@@ -78,7 +81,7 @@ def announcement(run: Run) -> list[str]:
         lines.append(f"  average of the parameters by {recipe.averaging.name}, which is validated, sampled and exported")
     if folder.vocabulary_size > LARGE_VOCABULARY and recipe.model.head == "full":
         lines.append("  hint   --model.head adaptive --model.tied false trains several times as fast at this vocabulary size")
-    return lines
+    return [*lines, *run.hints]
 
 
 class Report:
@@ -91,24 +94,28 @@ class Report:
         self.tokens_before = run.progress.tokens
         self.seconds_before = run.progress.seconds
         self.first_step = run.progress.step
-        self.timed_from = 0.0
+        self.timed_from = 0.0  # seconds of the steps before those that are timed
 
-    def show_progress(self) -> None:
-        """Move the progress bar; after the first steps print how long the run takes."""
-        step = self.run.progress.step
-        self.console.update(step)
-        steps = step - self.first_step
-        if steps not in (SLOW_STEPS, SLOW_STEPS + TIMED_STEPS):
+    def show_progress(self, start: float) -> None:
+        """Move the progress bar; after the first steps print how long the run takes.
+
+        `start` is when the step that has just been done began, by time.perf_counter.
+        """
+        progress = self.run.progress
+        self.console.update(progress.step)
+        steps, left = progress.step - self.first_step, self.run.total_steps - progress.step
+        if steps not in (SLOW_STEPS, SLOW_STEPS + TIMED_STEPS) or left == 0:
             return
         if self.run.world.device.type == "cuda":
             torch.cuda.synchronize()  # the steps are only queued
+        seconds = progress.seconds + time.perf_counter() - start  # in steps: validations and checkpoints come on top
         if steps == SLOW_STEPS:
-            self.timed_from = time.perf_counter()
+            self.timed_from = seconds
             return
-        seconds = (time.perf_counter() - self.timed_from) / TIMED_STEPS
-        left = self.run.total_steps - step
+        each = (seconds - self.timed_from) / TIMED_STEPS
+        left_at_most = f"{'at most ' if self.run.recipe.training.patience else ''}{left:,}"
         self.console.log(
-            f"  time   about {duration(left * seconds)} for {left:,} more steps of {seconds:.3g} s; validations come on top"
+            f"  time   about {duration(left * each)} for {left_at_most} more steps of {each:.3g} s; validations come on top"
         )
 
     def training(self, nats: float, gradient_norm: float, learning_rate: float) -> None:

@@ -59,13 +59,14 @@ class Run:
     @property
     def finished(self) -> bool:
         """Return whether all steps are done, or validation has stalled for longer than training.patience."""
-        return self.progress.step == self.total_steps or self.out_of_patience
+        return self.progress.step >= self.total_steps or self.out_of_patience  # beyond it after a resume with fewer steps
 
     @property
     def out_of_patience(self) -> bool:
         """Return whether the last `training.patience` validations were not better than the best one."""
-        validations = self.progress.validations
-        stalled = len(validations) - 1 - validations.index(min(validations)) if validations else 0
+        validations, best = self.progress.validations, self.progress.best_valid_nats
+        # The best one is not among them where it was measured before checkpoints held them all.
+        stalled = len(validations) - 1 - validations.index(best) if best in validations else len(validations)
         return 0 < self.recipe.training.patience <= stalled
 
     @property
@@ -97,8 +98,8 @@ def set_up(recipe: Recipe, world: World) -> Run:
     folder = DataFolder(Path(recipe.data.folder))
     batches = training_batches(folder, recipe.data, recipe.seed)
     validation = folder.tokens("valid") if folder.has("valid") else None
-    if recipe.training.patience and validation is None:
-        raise UsageError(f"training.patience needs validations, and {folder.path} has no valid split: leave it out")
+    if validation is None:
+        check_needs_no_validations(recipe, folder)
     total_steps = recipe.training.steps or math.ceil(recipe.training.epochs * batches.steps_per_epoch)
 
     torch.manual_seed(recipe.seed)
@@ -132,6 +133,17 @@ def find_newest(recipe: Recipe, world: World) -> Checkpoint | None:
             "--run_folder NAME starts another"
         )
     return newest or (Path(path), read_verified_manifest(Path(path)))
+
+
+def check_needs_no_validations(recipe: Recipe, folder: DataFolder) -> None:
+    """Raise UsageError if the recipe has a setting that acts on validations, which a folder without a valid split has not."""
+    for setting, is_given in (
+        ("training.patience", recipe.training.patience > 0),
+        ("averaging.name nt-asgd", recipe.averaging.name == "nt-asgd"),
+        ("schedule.name plateau", recipe.schedule.name == "plateau"),
+    ):
+        if is_given:
+            raise UsageError(f"{setting} needs validations, and {folder.path} has no valid split: leave it out")
 
 
 def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, part_size: int) -> Precision:

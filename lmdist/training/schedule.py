@@ -65,6 +65,7 @@ SCHEDULES: dict[str, Callable[[ScheduleSettings, Position], float]] = {
 
 def learning_rate(peak: float, settings: ScheduleSettings, position: Position) -> float:
     """Return the learning rate of a step, whose highest value is `peak`."""
+    assert position.step < position.total_steps, position  # beyond the end rates rise again, or are negative
     if position.step < settings.warmup_steps:
         return peak * (position.step + 1) / settings.warmup_steps
     return peak * SCHEDULES[settings.name](settings, position)
@@ -80,6 +81,8 @@ def momentum(settings: ScheduleSettings, position: Position) -> float | None:
 def cycle(settings: ScheduleSettings, position: Position) -> tuple[bool, float]:
     """Return whether one-cycle still rises, and its height between 0 (the first and the last step) and 1 (the peak)."""
     peak, last = settings.warmup_fraction * position.total_steps - 1, position.total_steps - 1
+    if last == 0:
+        return False, 1.0  # a run of one step shall learn something
     rising = position.step < peak
     done = position.step / peak if rising else 1 - (position.step - peak) / (last - peak)
     return rising, (1 - math.cos(math.pi * done)) / 2

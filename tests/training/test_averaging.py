@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdist.errors import DataError
+from corpora import chain, write_data_folder
+from lmdist.errors import DataError, UsageError
 from lmdist.storage.reading import read_json
-from lmdist.training import evaluate
+from lmdist.training import evaluate, loop
 from lmdist.training.averaging import is_nonmonotone
 from lmdist.training.checkpoints.read import load_model, read_tensors, read_verified_manifest
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
@@ -98,6 +100,27 @@ def test_resumed_is_the_same_bit_for_bit(data, tmp_path, name):
         assert losses(run, "valid/loss") == losses(tmp_path / "whole", "valid/loss")
 
 
+def test_resumed_is_the_same_with_a_cycle_an_average_and_patience_at_once(data, tmp_path):
+    """The run ends where validation has stalled, a part of which was before the stop."""
+    more = ["--schedule.name=one-cycle", "--optimizer.learning_rate=0.5", "--training.patience=2"]
+    more += ["--model.dropout=0.3", "--checkpoint.every_steps=1", "--checkpoint.keep=99"]
+    train_here(*flags(data, tmp_path / "whole", "ema", *more, steps=60))
+    validations = losses(tmp_path / "whole", "valid/loss")
+    best, last = int(np.argmin(validations)), 2 * len(validations)
+    assert len(validations) == best + 3
+    assert 6 < last < 60
+    whole = tensors(tmp_path / "whole", last)
+    for stop in (3, last - 1):
+        run = shutil.copytree(tmp_path / "whole", tmp_path / f"stopped-{stop}")
+        for step in range(stop + 1, last + 1):
+            shutil.rmtree(run / "checkpoints" / f"step-{step:09d}")
+        train_here(*flags(data, run, "ema", *more, "--resume=auto", steps=60))
+        assert losses(run, "valid/loss") == validations
+        for file, values in tensors(run, last).items():
+            for key, value in values.items():
+                assert torch.equal(whole[file][key], value), (stop, file, key)
+
+
 def test_the_number_of_ranks_changes_nothing(data, tmp_path):
     for ranks in (1, 2):
         run_flags = flags(data, tmp_path / str(ranks), "ema", "--model.dropout=0")
@@ -133,15 +156,38 @@ def test_what_is_validated_is_what_is_evaluated_and_exported(data, tmp_path, cap
     np.testing.assert_allclose(scores[0], expected, atol=1e-4)
 
 
-def test_an_average_begins_in_a_run_without_one(data, tmp_path):
-    """Also of a checkpoint from before there were averages, and it is left out again."""
-    run = tmp_path / "run"
+def old_run(data: Path, run: Path, **progress: float) -> list[str]:
+    """Train 4 steps, leave out of the checkpoint what is younger than the first ones, and return the flags to resume with.
+
+    `progress` replaces figures of the checkpoint's.
+    """
     plain = [f"--data.folder={data}", f"--run_folder={run}", "--resume=auto"]
     train_here(*plain, "--training.steps=4")
     manifest = run / "checkpoints" / "step-000000004" / "manifest.json"
-    recipe, progress = read_json(manifest)["recipe"], read_json(manifest)["progress"]
-    del recipe["averaging"], recipe["training"]["patience"], progress["validations"], progress["averaged_from"]
-    edit_json(manifest, recipe=recipe, progress=progress)
+    before = read_json(manifest)
+    del before["recipe"]["averaging"], before["recipe"]["training"]["patience"]
+    del before["progress"]["validations"], before["progress"]["averaged_from"]
+    for model in (before["model"], before["recipe"]["model"]):
+        for name in ("dropout_input", "dropout_hidden", "dropout_output", "dropout_embedding", "weight_dropout"):
+            del model[name]
+    before["progress"] |= progress
+    edit_json(manifest, **before)
+    return plain
+
+
+def test_an_old_checkpoint_is_evaluated_and_exported(data, tmp_path, capsys):
+    old_run(data, tmp_path / "run")
+    evaluate.main([str(tmp_path / "run"), "--split=valid", "--streams=10", "--json"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["nats_per_token"] == pytest.approx(losses(tmp_path / "run", "valid/loss")[-1], abs=1e-5)
+    export.main([str(tmp_path / "run"), "-o", str(tmp_path / "bundle"), "--precision=fp32"])
+    assert Bundle.load(tmp_path / "bundle")
+
+
+def test_an_average_begins_in_a_run_without_one(data, tmp_path):
+    """Also of a checkpoint from before there were averages, and it is left out again."""
+    run = tmp_path / "run"
+    plain = old_run(data, run)
     train_here(*plain, "--training.steps=8", "--averaging.name=ema")
     assert read_verified_manifest(run / "checkpoints" / "step-000000008")["progress"]["averaged_from"] == 4
     train_here(*plain, "--training.steps=9")
@@ -192,15 +238,41 @@ def test_without_a_better_validation_a_run_ends_and_the_best_checkpoint_is_taken
     assert len(losses(run)) > len(losses(before))
 
 
-def test_patience_needs_validations(tmp_path):
-    from corpora import chain, write_data_folder
+def test_patience_counts_from_the_best_validation_of_an_old_checkpoint(data, tmp_path):
+    run = tmp_path / "run"
+    plain = old_run(data, run, best_valid_nats=0.5)
+    before = len(losses(run, "valid/loss"))
+    train_here(*plain, "--training.steps=30", "--training.validate_every=2", "--training.patience=2")
+    validations = losses(run, "valid/loss")[before:]
+    assert len(validations) == 2
+    assert 0.5 < validations[1] < validations[0], "better than the one before, and not the best"
 
+
+@pytest.mark.parametrize("setting", ["training.patience=3", "averaging.name=nt-asgd", "schedule.name=plateau"])
+def test_what_acts_on_validations_needs_them(tmp_path, setting):
     data = write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
-    done = train(1, *SMALL, f"--data.folder={data}", "--run_folder=run", "--training.patience=3", cwd=tmp_path, code=64)
-    assert "has no valid split" in done.stderr
+    with pytest.raises(UsageError, match=f"{setting.split('=')[0]}.* needs validations, and .* has no valid split"):
+        train_here(f"--data.folder={data}", f"--run_folder={tmp_path / 'run'}", f"--{setting}")
 
 
 def test_the_time_is_estimated_after_the_first_steps(data, tmp_path, capsys):
     train_here(f"--data.folder={data}", f"--run_folder={tmp_path / 'run'}", "--training.steps=30")
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  time ")]
     assert re.search(r"about \d+s for 10 more steps of \d", line)
+
+
+def test_no_time_is_estimated_of_no_steps_nor_of_validations(data, tmp_path, capsys, monkeypatch):
+    plain = [f"--data.folder={data}", "--training.validate_every=10", "--training.patience=9"]
+    train_here(*plain, f"--run_folder={tmp_path / 'short'}", "--training.steps=20")
+    assert "  time " not in capsys.readouterr().err
+
+    seconds_more = iter([1.0])
+
+    def slow_validation(*arguments):
+        time.sleep(next(seconds_more, 0))
+        return evaluate.evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", slow_validation)
+    train_here(*plain, f"--run_folder={tmp_path / 'run'}", "--training.steps=21")
+    [each] = re.findall(r"for at most 1 more steps of (\S+) s", capsys.readouterr().err)
+    assert float(each) < 1 / 15, "the validation after step 10 counts as steps"

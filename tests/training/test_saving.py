@@ -142,6 +142,18 @@ def test_the_thread_that_writes_leaves_the_cores_to_the_training(tmp_path):
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
+def test_a_container_that_forbids_a_niceness_still_gets_its_checkpoints(state, tmp_path, monkeypatch):
+    def forbidden(increment: int) -> int:
+        raise PermissionError
+
+    data, model, optimizer, streams, recipe = state
+    monkeypatch.setattr(os, "nice", forbidden)
+    saver = Saver(tmp_path / "checkpoints", recipe, data, keep=2)
+    saver.save(take_snapshot(Progress(1), model, optimizer, streams))
+    saver.close()
+    assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-000000001"
+
+
 def test_a_newest_one_that_is_missing_is_named(state, tmp_path, capsys):
     data, model, optimizer, streams, recipe = state
     for step in (1, 2):

@@ -38,11 +38,12 @@ def test_the_table_of_schedules_has_every_choice_of_the_setting():
 
 def test_known_points():
     assert factors(1000, 0, 9, 10, 500, 999, name="constant", warmup_steps=10) == [0.1, 1, 1, 1, 1]
-    assert factors(1000, 0, 500, 1000, name="cosine") == pytest.approx([1, 0.55, 0.1])
+    assert factors(1000, 0, 500, 999, name="cosine") == pytest.approx([1, 0.55, 0.1], rel=1e-4)
     stable = {"name": "warmup-stable-decay", "warmup_steps": 100, "decay_fraction": 0.2}
     assert factors(1000, 0, 99, 500, 800, 900, 999, **stable) == pytest.approx([0.01, 1, 1, 1, 0.5, 0.005])
     assert factors(1000, 49, 99, 399, 899, name="inverse-sqrt", warmup_steps=100) == pytest.approx([0.5, 1, 1 / 2, 1 / 3])
     assert factors(1000, 0, 299, 999, name="one-cycle") == pytest.approx([1 / 25, 1, 1 / 25e4])
+    assert factors(1, 0, name="one-cycle") == [1]
     divided = Position(7, 10, divisions=2)
     assert learning_rate(1.0, ScheduleSettings("plateau", divide_by=3), divided) == pytest.approx(1 / 9)
 
@@ -50,8 +51,8 @@ def test_known_points():
 @given(
     total_steps=st.integers(2, 100),
     fraction=st.floats(0.01, 0.99),
-    low=st.floats(0, 0.9),
-    rise=st.floats(0, 0.09),
+    low=st.floats(0, 0.9, allow_subnormal=False),  # the loop of other tests sets them to 0 in all of the process
+    rise=st.floats(0, 0.09, allow_subnormal=False),
 )
 def test_one_cycle_is_torch_s(total_steps, fraction, low, rise):
     assume(fraction * total_steps != 1)  # theirs divides by zero

@@ -294,6 +294,22 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_p
     assert "another model.hidden_size: 24, and this recipe has 25" in other.stderr
 
 
+def test_a_run_with_more_steps_than_are_asked_for_is_finished(data, tmp_path):
+    """It neither trains on nor fails; with more steps it goes on, to the same end."""
+    run = data.parent / "run"
+    flags = [*SMALL, *into_run(data, "--resume=auto", "--schedule.name=constant", "--training.validate_every=2")]
+    train(1, *flags, "--training.steps=4", cwd=tmp_path)
+    (run / "finished.toml").unlink()
+    done = train(1, *flags, "--training.steps=2", cwd=tmp_path)
+    assert "run has 4 steps already, more than the 2 asked for: nothing to train" in done.stderr
+    assert len(losses(run)) == 4
+    finished = config.load(["--config", str(run / "finished.toml")])
+    assert finished == config.load([*flags, "--training.steps=2"])
+    train(1, *flags, "--training.steps=6", cwd=tmp_path)
+    train(1, *flags, "--training.steps=6", f"--run_folder={tmp_path / 'whole'}", cwd=tmp_path)
+    assert losses(run) == losses(tmp_path / "whole")
+
+
 def test_help_is_quick_and_explains_the_settings(tmp_path):
     done = train(1, "--help", cwd=tmp_path)
     assert "Size of an LSTM layer's state" in " ".join(done.stdout.split())

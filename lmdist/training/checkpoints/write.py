@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ from lmdist.text.data_folder import META, TEXT, VOCABULARY
 from lmdist.training.checkpoints.format import AVERAGED, FORMAT, MANIFEST, MODEL, NEWEST, TRAINING, VERSION, Progress
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.optimizer import optimizer_state
+
+NICENESS = 10
+"""Added to the niceness of the thread that writes. Where all cores compute it takes a tenth of one of them, and writes some 4
+times longer than it would as the equal of the training; with 19, the most, it would be 12 times longer, and a kill meanwhile
+would lose the steps of all that time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +109,6 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
     return target
 
 
-NICENESS = 10
-"""Added to the niceness of the thread that writes. Where all cores compute it takes a tenth of one of them, and writes some 4
-times longer than it would as the equal of the training; with 19, the most, it would be 12 times longer, and a kill meanwhile
-would lose the steps of all that time."""
-
-
 class Saver:
     """Writes snapshots in a thread, one at a time, while training continues."""
 
@@ -129,7 +129,8 @@ class Saver:
     def write(self, snapshot: Snapshot) -> None:
         """Write and remove old checkpoints, in the thread; a failure is a warning, because older checkpoints remain."""
         if sys.platform == "linux":  # where it is this thread's niceness, and elsewhere the process's
-            os.nice(NICENESS)
+            with suppress(OSError):  # a container may forbid it, and then the checkpoint matters more
+                os.nice(NICENESS)
         try:
             write_checkpoint(self.checkpoints, snapshot, self.recipe, self.data)
             remove_old(self.checkpoints, self.keep)
