@@ -229,8 +229,8 @@ class BlockedLinearNats(torch.autograd.Function):
             by_vectors.copy_(weighted_rows * factor.unsqueeze(1) - target_rows * scale.unsqueeze(1))  # (C, H)
             scaled = (vectors * factor.unsqueeze(1)).to(low)  # (C, H)
             for block, by_rows in zip(ratios.split(GRADIENT_ROWS), by_weight.split(GRADIENT_ROWS), strict=True):
-                by_chunk = (block @ scaled).to(weight.dtype)  # (rows, H)
-                by_rows.add_(by_chunk) if number else by_rows.copy_(by_chunk)
+                by_chunk = block @ scaled  # (rows, H)
+                by_rows.add_(by_chunk.to(weight.dtype)) if number else by_rows.copy_(by_chunk)
             by_weight.index_add_(0, ids, vectors * -scale.unsqueeze(1))
             if by_bias is not None:
                 by_bias.add_(ratios @ factor.to(low)).index_add_(0, ids, -scale)
