@@ -96,8 +96,8 @@ def ablations(machine: str) -> str:
 
 ABLATIONS = """## What each part is worth
 
-`benchmarks/ablations.py` trains a recipe without one of its parts for the same time: a part that slows a step down has to earn it.
-The recipe itself has several seeds; half of the distance between the best and the worst is behind the ±.
+`benchmarks/ablations.py` trains a recipe without one of its parts for the same time: a part that slows a step down has to earn
+it. The recipe itself has several seeds; half of the distance between the best and the worst is behind the ±.
 
 """
 
