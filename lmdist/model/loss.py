@@ -209,7 +209,7 @@ class BlockedLinearNats(torch.autograd.Function):
         if len(parts) > 1 and low != weight.dtype:
             # Several chunks read the weights several times, and bf16 is fast with the right layouts only. For a single chunk a
             # block is cast when it is read, in the cache, which takes no memory.
-            blocks = [Block(block.weight.to(low), block.transposed.to(low).contiguous(), block.bias) for block in blocks]
+            blocks = [block.cast(low, with_gradients) for block in blocks]
         for number, (vectors, ids, by_vectors) in enumerate(parts):
             mask = ids != IGNORED  # (C)
             ids = ids.clamp(min=0)  # (C)
@@ -259,6 +259,11 @@ class Block(NamedTuple):
     """The same as (H, R)."""
     bias: Tensor | None
     """(R, 1)."""
+
+    def cast(self, low: torch.dtype, with_gradients: bool) -> Block:
+        """Return the block in another type, its transposed rows contiguous `with_gradients`, which alone multiply by them."""
+        weight = self.weight.to(low)
+        return Block(weight, weight.t().contiguous() if with_gradients else weight.t(), self.bias)
 
 
 def projection_blocks(weight: Tensor, bias: Tensor | None, chunk_size: int, exact: torch.dtype) -> list[Block]:
