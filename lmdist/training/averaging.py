@@ -23,23 +23,11 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import AveragingSettings
 from lmdist.training.checkpoints.format import Progress
 
-Update = Callable[[list[Tensor], list[Tensor], int], None]
-"""Moves an average, in place, towards the parameters, given the number of steps already in it."""
-
-
-def ema(decay: float) -> Update:
-    """Return the update of an exponential moving average."""
-
-    def update(average: list[Tensor], parameters: list[Tensor], count: int) -> None:
-        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(average, parameters, count)
-
-    return update
-
-
-UPDATES: dict[str, Callable[[AveragingSettings], Update]] = {
-    "ema": lambda settings: ema(settings.decay),
-    "nt-asgd": lambda settings: get_swa_multi_avg_fn(),
+UPDATES: dict[str, Callable[[AveragingSettings, int], Callable[..., None]]] = {
+    "ema": lambda settings, count: get_ema_multi_avg_fn(min(settings.decay, (1 + count) / (10 + count))),
+    "nt-asgd": lambda settings, count: get_swa_multi_avg_fn(),
 }
+"""torch's function that moves an average, in place, towards the parameters, given the number of steps already in it."""
 
 
 class Averaging:
@@ -79,7 +67,7 @@ class Averaging:
             assert self.progress.averaged_from is not None
             average: list[Tensor] = list(self.averaged.parameters())
             count = self.progress.step - self.progress.averaged_from
-            UPDATES[self.settings.name](self.settings)(average, list(self.source.parameters()), count)
+            UPDATES[self.settings.name](self.settings, count)(average, list(self.source.parameters()), count)
 
 
 def is_nonmonotone(validations: Sequence[float], interval: int) -> bool:
