@@ -187,7 +187,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     paths = [find_checkpoint(path) for path in arguments.checkpoints]
     model, manifest = load_model(paths[0])
-    check_same_vocabulary(paths)
+    check_same_vocabulary(paths, manifest)
     world = join_job(arguments.device, global_batch=1, accumulation=1, timeout_seconds=120)
     texts = read_texts(arguments, paths[0], manifest)
     for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
@@ -244,14 +244,13 @@ class Member(NamedTuple):
     cache: NeuralCache | None
 
 
-def check_same_vocabulary(paths: Sequence[Path]) -> None:
-    """Raise DataError unless all checkpoints have the same words with the same ids."""
+def check_same_vocabulary(paths: Sequence[Path], manifest: dict[str, Any]) -> None:
+    """Raise DataError unless all checkpoints have the words and ids of the first, whose manifest is given."""
     from lmdist.text.data_folder import VOCABULARY
     from lmdist.training.checkpoints.read import read_manifest
 
-    first, *others = (read_manifest(path)["files"][VOCABULARY]["sha256"] for path in paths)
-    for path, other in zip(paths[1:], others, strict=True):
-        if other != first:
+    for path in paths[1:]:
+        if read_manifest(path)["files"][VOCABULARY]["sha256"] != manifest["files"][VOCABULARY]["sha256"]:
             raise DataError(f"{path} has another vocabulary than {paths[0]}: the models of an ensemble need the same one")
 
 
@@ -302,14 +301,15 @@ def combined(members: Sequence[Member]) -> tuple[float, dict[str, Any]]:
 
 def save_tuned(path: Path, manifest: dict[str, Any], cache: NeuralCache) -> None:
     """Write the parameters of a cache into the run of a checkpoint; log where that is not possible."""
-    from lmdist.tracking.run_folder import CHECKPOINTS
     from lmdist.training.checkpoints.read import parameters_file
+    from lmdist.training.checkpoints.retain import run_of
 
-    if path.resolve().parent.name != CHECKPOINTS:
+    run = run_of(path)
+    if run is None:
         log(f"{path} is not in the folder of a run, so theta and weight are not saved", COMMAND)
         return
     try:
-        write_tuned(path.resolve().parent.parent, manifest["files"][parameters_file(manifest)]["sha256"], cache)
+        write_tuned(run, manifest["files"][parameters_file(manifest)]["sha256"], cache)
     except OSError as error:
         log(f"warning: theta and weight are not saved: {error.strerror}", COMMAND)
 

@@ -33,9 +33,9 @@ from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.tracking.run_folder import CHECKPOINTS, read_metadata
+from lmdist.tracking.run_folder import read_metadata
 from lmdist.training.checkpoints.read import load_model, parameters_file
-from lmdist.training.checkpoints.retain import find_checkpoint
+from lmdist.training.checkpoints.retain import find_checkpoint, run_of
 from lmdist.training.data import DataFolder
 from lmdist_export import EXPORT_COMMAND
 from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MANIFEST, VERSION, Bundle
@@ -72,8 +72,7 @@ class Checkpoint:
     @property
     def run(self) -> str:
         """Return NAME of runs/NAME/checkpoints/STEP, or the folder's own name if it lies elsewhere."""
-        path = self.path.resolve()
-        return path.parent.parent.name if path.parent.name == CHECKPOINTS else path.name
+        return (run_of(self.path) or self.path.resolve()).name
 
     @property
     def step(self) -> int:
@@ -83,8 +82,8 @@ class Checkpoint:
     @property
     def cache(self) -> NeuralCache | None:
         """Return the neural cache that lmdist-evaluate has tuned for this checkpoint, if any; logs where it was another's."""
-        run = self.path.resolve().parent.parent
-        if self.path.resolve().parent.name != CHECKPOINTS or not (run / TUNED).exists():
+        run = run_of(self.path)
+        if run is None or not (run / TUNED).exists():
             return None
         cache = read_tuned(run, self.manifest["files"][parameters_file(self.manifest)]["sha256"])
         if cache is None:

@@ -29,6 +29,12 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
     return checkpoint
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run that a checkpoint lies in; None if it lies elsewhere."""
+    checkpoints = checkpoint.resolve().parent
+    return checkpoints.parent if checkpoints.name == CHECKPOINTS else None
+
+
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """Return the newest undamaged checkpoint; warn of each one that is damaged or missing."""
     newest = newest_verified(checkpoints)
