@@ -72,7 +72,6 @@ def measure(
     """Append a row for the recipe and one for each variant; if stopped, those of the variants that have ended."""
     data = data_folder(arguments, scratch)
     launch = [sys.executable, "-m", "lmdist.job.launcher", f"--nproc-per-node={arguments.nproc}", f"--data.folder={data}"]
-    launch += ["--training.timeout_seconds=86400"]  # a rank may be stopped for longer than the usual patience of its peers
     launch += [*QUIET, *([f"--config={arguments.recipe}"] if arguments.recipe else [])]
     settings = {(BASE, seed): {"seed": seed} for seed in range(1, arguments.seeds + 1)}
     settings |= {(variant, 1): {**changes, "seed": 1} for variant, changes in variants.items()}

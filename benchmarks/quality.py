@@ -70,7 +70,10 @@ STYLES: dict[str, dict[str, Any]] = {
     KNESER_NEY: {"color": "#e69f00", "linestyle": "--"},
     UNIGRAM: {"color": "black", "linestyle": ":"},
 }
-QUIET = ["--tracking.mlflow=false", "--sample.words=0", "--sample.final_words=0", "--resume=never"]
+QUIET = [
+    *("--tracking.mlflow=false", "--sample.words=0", "--sample.final_words=0", "--resume=never"),
+    "--training.timeout_seconds=86400",  # a rank may be stopped for longer than the usual patience of its peers
+]
 TRIAL_STEPS, TRIAL_LOG_STEPS = 120, 20
 SHARE_OF_STEPS = 0.93
 """Of a run's time; the rest is the start, validations and checkpoints."""
