@@ -63,7 +63,8 @@ WINGS = {
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": "run_folder store replay uploader logger sync plot",
     "lmdist.training": (
-        "distributed metrics data optimizer schedule sample checkpoints averaging neural_cache evaluate step run report loop"
+        "distributed metrics data agreement optimizer schedule sample checkpoints averaging neural_cache evaluate step run "
+        "report loop"
     ),
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher",
