@@ -56,13 +56,14 @@ class ReadSettings:
     """How files are read."""
 
     text_column: str = ""
-    """The column with the text; by default the first of content, text, article, body that exists. With --no-header its number."""
+    """The column with the text, by its name or with --no-header by its number; by default the first of content, text, article,
+    body that exists."""
     header: bool = True
     """The first line of CSV and TSV has the names of the columns; with --no-header it is a row like all others."""
     separator: str = ""
     """The character between the cells of CSV and TSV, or tab; by default a comma, a semicolon, a tab or |, whichever fits."""
     lines: bool = False
-    """Each line of plain text is a document; by default blank lines separate documents, and with whitespace each line is one."""
+    """Each line of plain text is a document; by default blank lines separate documents (of whitespace, lines do)."""
     rows: Annotated[int, at_least(0)] = 0
     """Read only the first rows, so many of all files together; 0 reads all."""
     encoding: str = ""

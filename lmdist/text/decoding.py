@@ -76,7 +76,9 @@ def check_nuls(head: bytes, name: str) -> None:
     for encoding, count in (("utf-16-le", at_odd), ("utf-16-be", nuls - at_odd)):
         if count > 0.95 * nuls:
             raise DataError(f"{name} seems to be UTF-16 without a byte order mark: give --encoding {encoding}")
-    raise DataError(f"{name} is not text: {nuls:,} of its first {len(head):,} bytes are NUL; or name its encoding by --encoding")
+    raise DataError(
+        f"{name} is not text: {nuls:,} of its first {len(head):,} bytes are NUL; or name its encoding by --encoding"
+    )
 
 
 class UndecodableBytes:
@@ -110,6 +112,6 @@ class UndecodableBytes:
         """Raise DataError where too many of the characters that were read so far were such bytes."""
         if self.count > FEWEST and self.count > MOST_UNDECODABLE * characters:
             raise DataError(
-                f"{self.source.name} is not UTF-8: {self.count:,} bytes in {characters:,} characters are not, which is too many for "
+                f"{self.source.name} is not UTF-8: {self.count:,} bytes in {characters:,} characters are not, too many for "
                 "Windows-1252; name its encoding by --encoding (gb18030, cp1251, shift_jis, utf-16-le), or it is not text"
             )

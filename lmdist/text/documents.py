@@ -141,7 +141,9 @@ class Documents:
         """Note which files are not read because `rows` ended in the one of this number."""
         others = [str(file) for file in self.files[number:]]
         if others:
-            self.notes.append(f"--rows {self.options.rows:,} ended in {self.files[number - 1]}; not read were {shortened(others)}")
+            self.notes.append(
+                f"--rows {self.options.rows:,} ended in {self.files[number - 1]}; not read were {shortened(others)}"
+            )
 
     def _is_new(self, text: str, seen: set[int]) -> bool:
         """Return whether a text is neither empty nor a duplicate; count the reason if it is."""

@@ -24,6 +24,8 @@ from lmdist.text.tables import Table
 TEXT_COLUMNS = ("content", "text", "article", "body")
 SEPARATORS = (",", ";", "\t", "|")
 
+LONGEST_NAME = 60
+"""Characters; what is longer is hardly the name of a column."""
 MANY_LINES = 20
 """So many lines without a blank one between them may be meant as so many documents."""
 
@@ -308,18 +310,14 @@ def find_columns(names: Sequence[str], source: Source) -> tuple[int, int | None]
             return names.index(name)
         printable = [name if name.isprintable() else repr(name) for name in names[:20]]
         existing = ", ".join(name if len(name) < 40 else f"{name[:40]}..." for name in printable)
-        message = f"{source.name} has no column {' or '.join(wanted)}; it has: {existing}. "
+        advice = f"Name one with {flag}"
         if any(len(name) > LONGEST_NAME or name.strip().isdecimal() for name in names):
             longest = max(range(len(names)), key=lambda index: len(names[index])) + 1
-            raise DataError(f"{message}If these are no names but a first row, give --no-header --text-column {longest}")
-        raise DataError(f"{message}Name one with {flag}")
+            advice += f"; if these are no names but a first row, give --no-header --text-column {longest}"
+        raise DataError(f"{source.name} has no column {' or '.join(wanted)}; it has: {existing}. {advice}")
 
     options = source.options
     return find(text_columns(source), "--text-column"), find([options.group_by], "--group-by") if options.group_by else None
-
-
-LONGEST_NAME = 60
-"""Characters; what is longer is hardly the name of a column."""
 
 
 def numbered_columns(first_row: Sequence[str], source: Source) -> tuple[int, int | None]:

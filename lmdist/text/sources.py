@@ -169,7 +169,9 @@ def copied(path: Path) -> IO[bytes]:
         file.flush()
     except OSError as error:
         place = tempfile.gettempdir()
-        raise DataError(f"{path} cannot be copied to {place}: {error.strerror}; the variable TMPDIR names another folder") from None
+        raise DataError(
+            f"{path} cannot be copied to {place}: {error.strerror}; the variable TMPDIR names another folder"
+        ) from None
     return file
 
 

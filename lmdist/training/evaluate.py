@@ -178,8 +178,8 @@ class Texts(NamedTuple):
     """What a cache is tuned on, if there is to be one."""
     train: np.ndarray | None
     """What a unigram model is made of, if the text is a split beside it."""
-    figures: dict[str, Any] = {}
-    """What there is to say of a file."""
+    figures: dict[str, Any]
+    """What else there is to say of a file."""
 
 
 def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[str, Any]) -> Texts:
@@ -203,7 +203,7 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[s
     name = arguments.split or "test"
     if arguments.cache and name == "valid":
         log("warning: valid is the split that the cache is tuned on; --split test gives a figure to report", COMMAND)
-    return Texts(name, folder.tokens(name), valid, folder.tokens("train") if folder.has("train") else None)
+    return Texts(name, folder.tokens(name), valid, folder.tokens("train") if folder.has("train") else None, {})
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

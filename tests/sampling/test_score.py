@@ -18,11 +18,11 @@ import torch
 
 from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
+from lmdist.settings import ReadSettings
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.read import load_model
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
-from lmdist.settings import ReadSettings
 from lmdist.training.evaluate import evaluate, read_file
 from lmdist_export import score
 from lmdist_export.bundle import Bundle

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.text import readers
-from lmdist.text.documents import Documents, find_files
 from lmdist.text.decoding import lines_of
+from lmdist.text.documents import Documents, find_files
 from lmdist.text.readers import FORMATS, Document, Format, Row
 from lmdist.text.sources import ReadOptions, Source
 
