@@ -65,7 +65,7 @@ class ReadSettings:
     lines: bool = False
     """Each line of plain text is a document; by default blank lines separate documents (of whitespace, lines do)."""
     rows: Annotated[int, at_least(0)] = 0
-    """Read only the first rows, so many of all files together; 0 reads all."""
+    """Read only the first rows, so many of all inputs together or of each given split; 0 reads all."""
     encoding: str = ""
     """The encoding of the files; by default UTF-8, or UTF-16 with a byte order mark; a few undecodable bytes are read as
     Windows-1252."""

@@ -51,9 +51,9 @@ def lines_of(source: Source, newline: str) -> Iterator[str]:
             source.lines += 1
             if characters - shown > PROGRESS_CHARACTERS:  # tell() is a system call: one a line would take a third of the time
                 source.bytes_read, shown = max(source.bytes_read, source.position()), characters
-                undecodable.check(characters)
+                check_share(undecodable.count, characters, source.name)
             yield line
-    undecodable.check(characters)
+    check_share(undecodable.count, characters, source.name)
 
 
 def decode(source: Source, undecodable: UndecodableBytes, newline: str) -> io.TextIOWrapper:
@@ -63,6 +63,8 @@ def decode(source: Source, undecodable: UndecodableBytes, newline: str) -> io.Te
     if encoding:
         return io.TextIOWrapper(source.stream, encoding, newline=newline)
     check_nuls(head, source.name)
+    text = head.decode("utf-8", "surrogateescape")
+    check_share(0 if text.isascii() else sum("\udc80" <= letter <= "\udcff" for letter in text), len(text), source.name)
     codecs.register_error("lmdist", undecodable)
     return io.TextIOWrapper(source.stream, "utf-8-sig", "lmdist", newline=newline)
 
@@ -79,6 +81,15 @@ def check_nuls(head: bytes, name: str) -> None:
     raise DataError(
         f"{name} is not text: {nuls:,} of its first {len(head):,} bytes are NUL; or name its encoding by --encoding"
     )
+
+
+def check_share(undecodable: int, characters: int, name: str) -> None:
+    """Raise DataError where too many bytes are not UTF-8, of so many characters, to be Windows-1252."""
+    if undecodable > max(FEWEST, MOST_UNDECODABLE * characters):
+        raise DataError(
+            f"{name} is not UTF-8: {undecodable:,} bytes in {characters:,} characters are not, too many for Windows-1252; "
+            "name its encoding by --encoding (gb18030, cp1251, shift_jis, utf-16-le), or it is not text"
+        )
 
 
 class UndecodableBytes:
@@ -107,11 +118,3 @@ class UndecodableBytes:
             f"{self.source.name}: {self.count:,} bytes are not UTF-8 and were read as Windows-1252, as in {self.example!r}; "
             "--encoding names another"
         )
-
-    def check(self, characters: int) -> None:
-        """Raise DataError where too many of the characters that were read so far were such bytes."""
-        if self.count > FEWEST and self.count > MOST_UNDECODABLE * characters:
-            raise DataError(
-                f"{self.source.name} is not UTF-8: {self.count:,} bytes in {characters:,} characters are not, too many for "
-                "Windows-1252; name its encoding by --encoding (gb18030, cp1251, shift_jis, utf-16-le), or it is not text"
-            )

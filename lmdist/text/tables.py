@@ -96,10 +96,10 @@ class Table:
     # --- quotes that are not closed ---
 
     def _holds_rows(self) -> bool:
-        """Return whether a row of several lines, well-formed as it is, has lines that are rows: the quote closes another one.
+        """Return whether a row of several lines, well-formed as it is, has lines that are rows: its quote closes another..
 
-        A cell with such lines can be meant, so they must be many, or numbered in one of the columns as the row after them is. In
-        TSV hardly any cell has tabs in it.
+        Such lines can be meant, so they must be many, or numbered in a column, as is the row after them. In TSV hardly any cell
+        has tabs in it.
         """
         lines = self._taken[:MOST_COMPARED]
         if self.width < 2 or any(line.count(self.separator) != self.width - 1 for line in lines):

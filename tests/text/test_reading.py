@@ -1,6 +1,7 @@
 """Files as people have them: without a header, with an open quote, packed under another name, in another encoding."""
 
 import bz2
+import csv
 import gzip
 import io
 import itertools
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import PrepareSettings, ReadSettings
 from lmdist.text.documents import Documents, find_files
 from lmdist.text.prepare import prepare
 from lmdist.text.sources import ReadOptions
+from lmdist.text.tables import Table
 from lmdist.training import evaluate
 
 SUBJECTS = ["The river", "A tired clerk", "Mr. Holm", "Our mayor", "The council"]
@@ -101,6 +105,18 @@ def test_cells_with_lines_like_rows_are_cells_where_they_are_quoted_well(tmp_pat
     for separator in ",;|\t":
         path = write(tmp_path / "a.csv", csv_of(quoted, separator))
         assert read(path)[0] == cells
+
+
+@given(
+    st.lists(st.text('ab,;"\n\r 1', max_size=12), min_size=1, max_size=12), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+)
+def test_rows_that_are_written_well_are_those_of_the_csv_module(cells, quoting):
+    text = io.StringIO(newline="")
+    csv.writer(text, quoting=quoting).writerows(["x", cell, "y"] for cell in cells)
+    lines = io.StringIO(text.getvalue(), newline="").readlines()
+    table = Table(iter(lines), ",", 3)
+    assert [list(row) for row in table] == list(csv.reader(lines))
+    assert not table.as_it_stands
 
 
 # --- lost lines ----------------------------------------------------------------------------------------------------
