@@ -137,7 +137,7 @@ class PrepareSettings(ReadSettings):
         if self.train and self.group_by:
             raise UsageError("group_by says how inputs are split, and train, valid and test are splits: leave it out")
 
-    def files(self, split: Split) -> list[str]:
+    def files(self, split: str) -> list[str]:
         """Return the files or globs that a given split is read from."""
         value: list[str] | str = getattr(self, split)
         return value if isinstance(value, list) else [value] if value else []

@@ -17,7 +17,7 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -110,7 +110,7 @@ class Documents:
             bytes_before += size_of(file)
             self.bytes_read = bytes_before
 
-    def _sources(self, file: Path) -> Iterator[Source]:
+    def _sources(self, file: Path) -> Generator[Source]:
         return open_sources(file, self.options, members_to_read)
 
     def _rows(self, source: Source, seen: set[int]) -> Iterator[Document | None]:

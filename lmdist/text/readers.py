@@ -9,23 +9,21 @@ know how files are packed, which documents were read before, nor what a word is.
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from lmdist.errors import DataError, UsageError, one_line
+from lmdist.text.columns import cells_of, find_columns, find_separator, name_of, numbered_columns, text_columns
 from lmdist.text.decoding import LONGEST_ROW, lines_of
 from lmdist.text.sources import PACKED_EXTENSIONS, Source, errors_of
 from lmdist.text.tables import Table
 
-TEXT_COLUMNS = ("content", "text", "article", "body")
 SEPARATORS = (",", ";", "\t", "|")
 
-LONGEST_NAME = 60
-"""Characters; what is longer is hardly the name of a column."""
 MANY_LINES = 20
 """So many lines without a blank one between them may be meant as so many documents."""
 
@@ -73,7 +71,7 @@ class Format(NamedTuple):
     """A text that comes twice in one file is meant to; a row that comes twice is an accident."""
 
 
-def read(source: Source, found: Format) -> Iterator[Row]:
+def read(source: Source, found: Format) -> Generator[Row]:
     """Yield the rows of a source in the format that `format_of` found; raise DataError, naming it, for what cannot be read."""
     options = source.options
     if not found.has_columns and (options.group_by or options.text_column):
@@ -107,7 +105,7 @@ def format_by_content(source: Source) -> Format:
     found = PLAIN_TEXT
     if head.startswith(b"PAR1"):
         found = PARQUET
-    elif first_line.startswith("{") and is_object(first_line):
+    elif re.match(r'\{\s*"[^"]*"\s*:', first_line):  # it may be longer than what is known of it
         found = JSON_LINES
     elif options.separator or not options.header:
         found = CSV
@@ -118,14 +116,6 @@ def format_by_content(source: Source) -> Format:
     if found is not PLAIN_TEXT:
         source.notes.append(f"{source.name} was read as {found.name}")
     return found
-
-
-def is_object(line: str) -> bool:
-    """Return whether a line is an object in JSON."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def members_to_read(names: Sequence[str]) -> list[str]:
@@ -280,79 +270,6 @@ JSON_LINES = Format("JSON Lines", (".jsonl", ".ndjson", ".json"), read_jsonl)
 PARQUET = Format("Parquet", (".parquet", ".pq"), read_parquet)
 FORMATS = (CSV, TSV, JSON_LINES, PARQUET)
 PLAIN_TEXT = Format("plain text", (".txt", ".text"), read_text, has_columns=False, keeps_duplicates=True)
-
-
-# --- columns and cells ---------------------------------------------------------------------------------------------
-
-
-def text_columns(source: Source) -> Sequence[str]:
-    """Return the names that the column of the text may have."""
-    return [source.options.text_column] if source.options.text_column else TEXT_COLUMNS
-
-
-def name_of(names: Iterable[str], wanted: Iterable[str]) -> str | None:
-    """Return the first wanted name that exists, as it is written there; else one that differs in case or spaces."""
-    folded = {name.strip().casefold(): name for name in reversed([*names])}
-    for name in wanted:
-        if name in names:
-            return name
-        if name.casefold() in folded:
-            return folded[name.casefold()]
-    return None
-
-
-def find_columns(names: Sequence[str], source: Source) -> tuple[int, int | None]:
-    """Return the index of the text column and of the group column, if any; raise DataError naming the columns that exist."""
-
-    def find(wanted: Sequence[str], flag: str) -> int:
-        name = name_of(names, wanted)
-        if name is not None:
-            return names.index(name)
-        printable = [name if name.isprintable() else repr(name) for name in names[:20]]
-        existing = ", ".join(name if len(name) < 40 else f"{name[:40]}..." for name in printable)
-        advice = f"Name one with {flag}"
-        if any(len(name) > LONGEST_NAME or name.strip().isdecimal() for name in names):
-            longest = max(range(len(names)), key=lambda index: len(names[index])) + 1
-            advice += f"; if these are no names but a first row, give --no-header --text-column {longest}"
-        raise DataError(f"{source.name} has no column {' or '.join(wanted)}; it has: {existing}. {advice}")
-
-    options = source.options
-    return find(text_columns(source), "--text-column"), find([options.group_by], "--group-by") if options.group_by else None
-
-
-def numbered_columns(first_row: Sequence[str], source: Source) -> tuple[int, int | None]:
-    """Return the index of the text column and of the group column, if any, of a table without names."""
-    width = len(first_row)
-
-    def find(number: str, flag: str) -> int:
-        if number.isdecimal() and 1 <= int(number) <= width:
-            return int(number) - 1
-        longest = max(range(width), key=lambda index: len(first_row[index])) + 1
-        raise DataError(
-            f"{source.name} has {width} column(s) and no header: {flag} is expected to be a number from 1 to {width}; "
-            f"the longest cell of the first row is number {longest}"
-        )
-
-    text = find(source.options.text_column or ("1" if width == 1 else ""), "--text-column")
-    return text, find(source.options.group_by, "--group-by") if source.options.group_by else None
-
-
-def find_separator(first_lines: Sequence[str], source: Source, separators: Sequence[str]) -> str:
-    """Return the first separator that finds the text's column, or without a header as many cells in all lines."""
-    for separator in separators:
-        if source.options.header:
-            if name_of(cells_of(first_lines, separator), text_columns(source)) is not None:
-                return separator
-        else:
-            widths = [len(row) for row in csv.reader(first_lines, delimiter=separator)]
-            if widths and widths[0] > 1 and len(set(widths[:-1] or widths)) == 1:  # the last row may go on after these lines
-                return separator
-    return max(separators, key=lambda separator: len(cells_of(first_lines, separator)))
-
-
-def cells_of(first_lines: Sequence[str], separator: str) -> list[str]:
-    """Return the cells of the first row."""
-    return next(csv.reader(first_lines, delimiter=separator), [])
 
 
 def document_of(value: Any, group: Any, line: int) -> Row:

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -46,8 +46,9 @@ class ReadOptions(ReadSettings):
     @classmethod
     def of(cls, settings: ReadSettings, text: TextSettings, group_by: str = "") -> ReadOptions:
         """Return the options of a command that reads files as the settings say, for a tokenizer with these settings."""
-        values = {setting.name: getattr(settings, setting.name) for setting in fields(ReadSettings)}
-        return cls(**(values | {"lines": settings.lines or text.line_by_line}), group_by=group_by)
+        values: dict[str, Any] = {setting.name: getattr(settings, setting.name) for setting in fields(ReadSettings)}
+        values["lines"] = settings.lines or text.line_by_line
+        return cls(**values, group_by=group_by)
 
 
 @dataclass
@@ -77,7 +78,9 @@ class Source:
         return self.stream.peek(SAMPLE_BYTES)[:SAMPLE_BYTES]
 
 
-def open_sources(path: Path, options: ReadOptions, choose: Callable[[Sequence[str]], Sequence[str]] = list) -> Iterator[Source]:
+def open_sources(
+    path: Path, options: ReadOptions, choose: Callable[[Sequence[str]], Sequence[str]] = list
+) -> Generator[Source]:
     """Yield what a file holds: itself, or the members of a zip archive whose names `choose` returns.
 
     A source can be read until the next one is asked for. Raises DataError, naming the file, for what is not text.
@@ -95,6 +98,8 @@ def open_sources(path: Path, options: ReadOptions, choose: Callable[[Sequence[st
         left_out = [name for name in names if name not in chosen]
         notes: list[object] = [f"{path}: not read were {shortened(left_out)}"] if left_out else []
         for name in chosen:
+            if archive.getinfo(name).flag_bits & 1:
+                raise DataError(f"{path}: {name} is encrypted: unpack the archive, and name its files")
             with ExitStack() as of_member:
                 stream = unpacked(of_member.enter_context(archive.open(name)), f"{path}: {name}", of_member)
                 member = Source(f"{path}: {name}", PurePath(name), stream, options, raw.tell, size, notes)
@@ -127,8 +132,7 @@ def errors_of(name: str) -> Iterator[None]:
         yield
     except MissingInputError as error:
         raise MissingInputError(f"{name}: {error}") from None
-    # RuntimeError: a member is encrypted; NotImplementedError: its compression is not known.
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DataError(f"{name} cannot be read: {one_line(error)}") from None
 
 

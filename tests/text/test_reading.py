@@ -222,6 +222,9 @@ def test_zip_archives(tmp_path):
     assert "an archive in an archive" in fails(write(tmp_path / "c.zip", zip_of({"d.zip": zip_of({"e.txt": "e"})})))
     assert "without a file" in fails(write(tmp_path / "d.zip", zip_of({})))
     assert "cannot be read" in fails(write(tmp_path / "e.zip", one.read_bytes()[:-30]))
+    locked = bytearray(one.read_bytes())
+    locked[locked.index(b"PK\x01\x02") + 8] |= 1
+    assert "news.csv is encrypted" in fails(write(tmp_path / "g.zip", bytes(locked)))
     assert "a spreadsheet" in fails(write(tmp_path / "f.xlsx", zip_of({"[Content_Types].xml": "", "xl/workbook.xml": ""})))
 
 
@@ -238,6 +241,16 @@ def test_parquet_in_an_archive_and_without_a_name(tmp_path):
     parquet.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "table")
     data = (tmp_path / "table").read_bytes()
     assert read(tmp_path / "table")[0] == read(write(tmp_path / "a.zip", zip_of({"a.parquet": data})))[0] == ["one", "two"]
+
+
+def test_files_without_an_extension_are_read_as_what_they_hold(tmp_path):
+    long = "word " * 20_000
+    rows = [json.dumps({"id": number, "text": text}) for number, text in enumerate([long, *SENTENCES])]
+    assert read(write(tmp_path / "a", "\n".join(rows)))[0] == [long, *SENTENCES]
+    found, documents = read(write(tmp_path / "b.2019", csv_of(SENTENCES, ";")))
+    assert (found, documents.notes) == (SENTENCES, [f"{tmp_path / 'b.2019'} was read as CSV"])
+    found, documents = read(write(tmp_path / "c.md", "Text\n\nContent, of a kind\n\n{no: json}\n"))
+    assert (found, documents.notes) == (["Text", "Content, of a kind", "{no: json}"], [])
 
 
 @pytest.mark.parametrize(
