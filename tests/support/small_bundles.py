@@ -107,10 +107,11 @@ def edit_json(path: Path, **values: object) -> None:
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
 
 
-def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `python -m ...`, as its installed command does."""
+def command(*arguments: object, cwd: Path | None = None, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ...`, as its installed command does, with `given` on stdin, or nothing."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
+        **({"stdin": subprocess.DEVNULL} if given is None else {"input": given}),
         capture_output=True,
         text=True,
         encoding="utf-8",
