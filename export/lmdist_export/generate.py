@@ -23,10 +23,17 @@ from typing import TYPE_CHECKING, Any
 from lmdist.bounds import at_least, check
 from lmdist.console import log
 from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
-from lmdist.text.vocabulary import UNKNOWN, Vocabulary
 from lmdist_export.lines import STDIN, Lines, has_input, output_file
 from lmdist_export.options import APPLIED, CONTENT, OUTPUT, PARAMS, SAMPLING, GenerationConfig, Options, Row
-from lmdist_export.sampling.completion import as_object, detokenized, generation_config, no_search, token_sequences
+from lmdist_export.sampling.completion import (
+    as_object,
+    detokenized,
+    generation_config,
+    no_search,
+    token_sequences,
+    warning_of_prompt,
+    warnings_of_options,
+)
 
 if TYPE_CHECKING:
     from lmdist_export.bundle import Bundle
@@ -54,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
 
     content = parser.add_argument_group(CONTENT)
     content.add_argument(
-        "--prompt", help="text to continue (default: what is piped into stdin, a prompt a line; else none, the beginning of a text)"
+        "--prompt",
+        help="text to continue (default: what is piped into stdin, a prompt a line; else none, the beginning of a text)",
     )
     content.add_argument("--prompts-file", metavar="FILE", help=f"one prompt a line; {STDIN} is stdin")
     add_options(content)
@@ -114,6 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
         bundle = Bundle.load(arguments.bundle)
         config = generation_config(options, bundle)
         stops = token_sequences(options, bundle, "stop")
+        for sentence in warnings_of_options(options, bundle):
+            log(f"warning: {sentence}", COMMAND)
         if config.num_beams > 1 and arguments.stream:
             raise UsageError(no_search(options, "--stream"))
         sampler = Sampler(bundle, arguments.provider, arguments.threads)
@@ -188,7 +198,8 @@ class Prompts:
         try:
             for line in self.lines:
                 words = self.bundle.tokenizer.tokenize(line) if line else []  # NLTK is slow to import
-                warn_of_unknown(words, self.bundle.vocabulary)
+                if sentence := warning_of_prompt(words, self.bundle):
+                    log(f"warning: {sentence}", COMMAND)
                 self.words.append(words)
                 yield self.bundle.vocabulary.encode(words)
         except DataError as error:
@@ -242,16 +253,6 @@ def generate(
     ):
         warn_of_exhausted(text)
         yield text, tokens
-
-
-def warn_of_unknown(prompt: Sequence[str], vocabulary: Vocabulary) -> None:
-    """Name the words of a prompt that are not in the vocabulary."""
-    unknown = list(dict.fromkeys(word for word in prompt if word not in vocabulary.ids))
-    if not unknown:
-        return
-    known = [word.lower() for word in unknown if word.lower() in vocabulary.ids]
-    hint = f"; known in lowercase: {', '.join(known)}" if known else ""
-    log(f"warning: not in the vocabulary, and read as {UNKNOWN}: {', '.join(unknown)}{hint}", COMMAND)
 
 
 def warn_of_exhausted(text: Text) -> None:

@@ -94,6 +94,12 @@ def make_bundle(
     return folder / "bundle"
 
 
+def neutral(bundle: Path) -> Path:
+    """Have a bundle sample from all of the model's distribution, where its options are not set; return it."""
+    edit_json(bundle / "generation_config.json", temperature=1.0, top_p=1.0)
+    return bundle
+
+
 def bare_bundle(folder: Path, settings: ModelSettings = TIED, precision: str = "fp32", vocabulary_size: int = 300) -> Bundle:
     """Write a bundle of `make_model` without verifying it against torch, which is much faster than an export."""
     folder.mkdir(parents=True)

@@ -220,17 +220,22 @@ def prompts_of(form: str, given: Any) -> list[str]:
 
 
 def params_of(given: Any) -> dict[str, Any]:
-    """Return the params that are given, and not null; raises BadRequest for an unknown name or a wrong type."""
+    """Return the params that are given, and not null; raises BadRequest for an unknown name or a wrong type.
+
+    A string where a list of them is expected is a list of one.
+    """
     if given is None:
         return {}
     if not isinstance(given, dict):
         raise BadRequest(f'params is {quoted(given)}; an object is expected, as {{"seed": 7}}')
+    params = {}
     for name, value in given.items():
         if name not in PARAMS:
             raise BadRequest(f"params: {quoted(name)} is not known; known are {', '.join(PARAMS)}")
         if value is not None:
-            check_param(PARAMS[name], value)
-    return {name: value for name, value in given.items() if value is not None}
+            params[name] = [value] if PARAMS[name].is_list and isinstance(value, str) else value
+            check_param(PARAMS[name], params[name])
+    return params
 
 
 def check_param(row: Row, value: Any) -> None:

@@ -25,7 +25,13 @@ from lmdist import __version__
 from lmdist.errors import UsageError
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Options
-from lmdist_export.sampling.completion import as_object, generation_config, token_sequences
+from lmdist_export.sampling.completion import (
+    as_object,
+    generation_config,
+    token_sequences,
+    warning_of_prompt,
+    warnings_of_options,
+)
 from lmdist_export.sampling.generation import BATCH_SIZE
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.batching import Batcher, Request, RequestTimeout
@@ -95,7 +101,12 @@ class ServedModel(PythonModel):
             texts = self.batcher.generate(request, self.timeout_seconds)
             config = request.generation.config
             sampled = {} if config.greedy or config.num_beams > 1 else {"seed": request.seed}
-            return [as_object(self.sampler, text, prompts[text.prompt_number], options) | sampled for text in texts]
+            return [
+                as_object(self.sampler, text, prompts[text.prompt_number], options)
+                | sampled
+                | self.warnings(prompts[text.prompt_number], options)
+                for text in texts
+            ]
         except UsageError as error:
             raise RequestError(str(error), INVALID_PARAMETER_VALUE) from None
         except RequestTimeout:
@@ -104,6 +115,11 @@ class ServedModel(PythonModel):
         except Exception as error:
             logging.getLogger(__name__).exception("a request could not be answered")
             raise RequestError(f"{type(error).__name__}: the server's log has more", INTERNAL_ERROR) from None
+
+    def warnings(self, prompt: list[str], options: Options) -> dict[str, list[str]]:
+        """Return what lmdist-generate prints as warnings, as a field of an answer, or no field."""
+        found = [*filter(None, [warning_of_prompt(prompt, self.bundle)]), *warnings_of_options(options, self.bundle)]
+        return {"warnings": found} if found else {}
 
     def request(self, prompts: list[list[int]], options: Options) -> Request:
         """Return the request for these prompts; raises UsageError where it is too large or its options exclude each other."""
@@ -139,7 +155,15 @@ def signature() -> ModelSignature:
         ParamSpec(name, TYPES[row.type], [] if row.is_list else None, (-1,) if row.is_list else None)
         for name, row in PARAMS.items()
     ]
-    answer = {"prompt_number": int, "index": int, "text": str, "words": None, "finish_reason": str, "seed": int}
+    answer = {
+        "prompt_number": int,
+        "index": int,
+        "text": str,
+        "words": None,
+        "finish_reason": str,
+        "seed": int,
+        "warnings": None,
+    }
     outputs: list[Any] = [ColSpec(TYPES[of] if of else Array(DataType.string), name) for name, of in answer.items()]
     return ModelSignature(Schema([ColSpec(DataType.string, "prompt")]), Schema(outputs), ParamSchema(params))
 
