@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from types import ModuleType
@@ -61,22 +61,30 @@ class BadRequest(UsageError):
 # --- the server ----------------------------------------------------------------------------------------------------
 
 
-def install(module: ModuleType | None) -> None:
+def install(module: ModuleType | None, cors_origins: Sequence[str] = ()) -> None:
     """Put the middleware before the `app` of a module that is being imported; None is no module, as without a server.
 
-    The server takes `app` from the module that loads the model: both server commands import this module, and nothing later.
+    Browsers let pages of `cors_origins`, as "https://example.org" or "*", read the answers. The server takes `app` from the
+    module that loads the model: both server commands import this module, and nothing later.
     """
     if module is not None:
         module.__class__ = ModuleWithMiddleware
+        vars(module)["cors_origins"] = cors_origins
 
 
 class ModuleWithMiddleware(ModuleType):
     """A module whose `app` is behind the middleware."""
 
     @property
-    def app(self) -> RequestMiddleware:
+    def app(self) -> App:
         """The `app` of the module, behind the middleware."""
-        return RequestMiddleware(vars(self)["app"])
+        app: App = RequestMiddleware(vars(self)["app"])
+        if origins := vars(self)["cors_origins"]:
+            from starlette.middleware.cors import CORSMiddleware  # MLflow's server is built on starlette
+
+            # Outermost, so that a page can read the sentence of an error too.
+            app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        return app
 
 
 class RequestMiddleware:
