@@ -16,6 +16,7 @@ from typing import Any
 from lmdist.bounds import at_least, check
 from lmdist.console import log, table
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
+from lmdist.storage.atomic import check_output_folder
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
 DEFECT = 1
@@ -75,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export, or report in one line why not."""
-    arguments = parser().parse_args(argv)
     with exit_on_error(EXPORT_COMMAND):
+        arguments = parser().parse_args(argv)
         if arguments.layout == "sherpa-onnx":
             check_flags(arguments)
         if arguments.max_perplexity_loss is not None:
@@ -178,9 +179,7 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
     from lmdist_export.bundle import read_manifest
 
     if not os.path.lexists(output):
-        place = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
-        if not os.path.isdir(place) or not os.access(place, os.W_OK):
-            raise UsageError(f"-o {output}: nothing can be written in {place}; give another name")
+        check_output_folder("-o", output)
         return
     if not overwrite:
         raise UsageError(f"{output} exists already: give another name, or --overwrite to replace it")

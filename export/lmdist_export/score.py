@@ -8,7 +8,6 @@ them.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import re
@@ -19,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby, tee
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from lmdist.bounds import at_least, between, check
 from lmdist.console import log, shown, table
@@ -108,9 +107,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score text, or print in one line why that is not possible."""
-    arguments = parser().parse_intermixed_args(argv)  # files may follow options
-    with exit_on_error(COMMAND):
-        run(arguments)
+    with exit_on_error(COMMAND, ends_with_reader=True):
+        run(parser().parse_intermixed_args(argv))  # files may follow options
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -129,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
     cache = sampler.cache if arguments.cache else None
     scorer = Scorer(sampler, end=not arguments.no_eos, carry_state=arguments.carry_state, batch_size=batch_size, cache=cache)
     lines = Lines(arguments.files, COMMAND)
-    with atomic_file(arguments.output) if arguments.output else nullcontext(utf8(sys.stdout)) as output:
+    with atomic_file(arguments.output) if arguments.output else nullcontext(sys.stdout) as output:
         for piece in KINDS[kind](scorer, lines, arguments):
             output.write(piece)
             output.flush()
@@ -299,13 +297,6 @@ def record(values: dict[str, Any], as_json: bool) -> str:
         for value in values.values()
     )
     return "\t".join(cells) + "\n"
-
-
-def utf8(output: IO[str]) -> IO[str]:
-    """Return the same output in UTF-8, whatever the machine's own encoding is."""
-    if isinstance(output, io.TextIOWrapper):
-        output.reconfigure(encoding="utf-8", newline="\n")
-    return output
 
 
 if __name__ == "__main__":

@@ -107,6 +107,9 @@ MISTAKES = {
     "a machine in words": (["--node-rank=first"], 64, "invalid int value: 'first'"),
     "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 tokens to train on"),
     "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere does not exist"),
+    "more than any memory": (["--nproc-per-node=2", "--model.hidden_size=1000000"], 64, "this machine's memory is full"),
+    "a file for a folder": (["--run_folder=data/vocab.txt"], 64, "data/vocab.txt is not a folder"),
+    "a folder for a file": (["--run_folder=odd"], 64, "odd/checkpoints/newest is no file"),
     "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
     "restarts without end": (["--restarts=-1"], 64, "--restarts is -1; it must be at least 0"),
 }
@@ -116,6 +119,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_reported_once_and_its_exit_code_is_returned(data, tmp_path, mistake):
     flags, code, message = MISTAKES[mistake]
+    (tmp_path / "odd/checkpoints/newest").mkdir(parents=True)
     job = start(tmp_path, *SMALL, "--restarts=3", *flags)
     assert job.wait(timeout=60) == code
     assert printed(tmp_path).count(message) == 1
@@ -221,9 +225,10 @@ def test_a_second_stop_does_not_change_the_exit_code():
 def test_a_machine_that_restarts_after_the_end_of_the_run_waits_for_no_peer(data, tmp_path, monkeypatch):
     """As when one of two machines is lost after the other has exited: there is no peer, and nothing to do."""
     monkeypatch.chdir(tmp_path)
-    train_here("--data.folder=data", "--training.steps=3")
+    train_here("--data.folder=data", "--training.steps=3", "--training.precision=auto")
     machine_1 = ["--nnodes=2", "--node-rank=1", "--master-addr=127.0.0.1", "--master-port=1"]
-    assert start(tmp_path, *machine_1, *SMALL, "--training.steps=3", "--resume=auto").wait(timeout=60) == 0
+    again = [*SMALL, "--training.steps=3", "--training.precision=auto", "--resume=auto"]
+    assert start(tmp_path, *machine_1, *again).wait(timeout=60) == 0
     assert printed(tmp_path) == "lmdist-train: runs/demo is finished already\n"
     other = load(["--data.folder=data", "--training.steps=4", "--resume=auto", *SMALL])
     assert not is_finished(other), "more steps are to be done"
