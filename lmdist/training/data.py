@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,8 +87,8 @@ class DataFolder:
         for name, content in self.contents.items():
             if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
                 raise DataError(f"{path / name} was changed while it was read: wait until the folder is complete")
-        self.open_files: dict[str, tuple[BinaryIO, os.stat_result]] = {}
-        """The token files that are in use, as they were when they were opened, by name."""
+        self.in_use: dict[str, tuple[np.ndarray, os.stat_result]] = {}
+        """The token files that are mapped, and what they were then, by name."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -116,9 +116,9 @@ class DataFolder:
         if not size:
             raise DataError(f"{path} is empty: prepare the folder anew from more text")
         try:
-            file = path.open("rb")
-            self.open_files[path.name] = file, os.fstat(file.fileno())
-            tokens = np.memmap(file, dtype=dtype, mode="r")
+            with path.open("rb") as file:
+                tokens = np.memmap(file, dtype=dtype, mode="r")
+                self.in_use[path.name] = tokens, os.fstat(file.fileno())
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from None
         # This reads the whole file, which then is in the page cache for the first epoch. Without the check an id outside the
@@ -131,18 +131,24 @@ class DataFolder:
         return tokens
 
     def check_unchanged(self) -> None:
-        """Raise DataError if a token file in use was written to since it was opened: batches would come from another text."""
-        for name, (file, before) in self.open_files.items():
-            now = os.fstat(file.fileno())
-            if (now.st_mtime_ns, now.st_size) == (before.st_mtime_ns, before.st_size):
+        """Raise DataError if a token file in use was written to since it was mapped: batches would come from another text.
+
+        One that was removed, or replaced by another file, is still what it was to this process.
+        """
+        for name, (tokens, before) in self.in_use.items():
+            try:
+                now = os.stat(self.path / name)
+            except OSError:
                 continue
-            file.seek(0)
-            if hashlib.file_digest(file, "sha256").hexdigest() != self.meta["files"][name]["sha256"]:
+            if (now.st_dev, now.st_ino) != (before.st_dev, before.st_ino) or now.st_mtime_ns == before.st_mtime_ns:
+                continue
+            expected = self.meta["files"][name]["sha256"]
+            if now.st_size != before.st_size or hashlib.sha256(tokens.view(np.uint8)).hexdigest() != expected:
                 raise DataError(
                     f"{self.path / name} was overwritten while the job read it, and nothing is saved since: prepare other text "
                     "into another folder, and this one anew to continue"
                 )
-            self.open_files[name] = file, now
+            self.in_use[name] = tokens, now
 
 
 class Streams:

@@ -110,8 +110,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    arguments = parser().parse_args(argv)
     with exit_on_error(COMMAND):
+        arguments = parser().parse_args(argv)
         check("--cache", arguments.cache, between(0, MAX_SIZE, "0 is none"))
         if arguments.file and (arguments.split or (arguments.data and not arguments.cache)):
             raise UsageError("--file takes the place of --split and --data: give one or the other")
