@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from lmdist.standard_streams import ResultsError, finish, guard
 
+EXIT_DEFECT = 1  # what is not the user's mistake: it has a traceback
 EXIT_USAGE = 64  # a wrong flag, key or combination of settings
 EXIT_DATA = 65  # the input exists and cannot be used
 EXIT_MISSING_INPUT = 66  # the input does not exist
@@ -80,7 +81,7 @@ def exit_on_error(command: str, *, ends_with_reader: bool = False) -> Iterator[N
             yield
             finish()
         except (UsageError, DataError, MissingInputError) as error:
-            leave(f"{command}: error: {error}", error.exit_code)
+            leave(f"{command}: error: {error}", exit_code_of(error))
         except Stopped as stop:
             leave(f"{command}: {stop}", stop.exit_code)
         except KeyboardInterrupt:
@@ -90,9 +91,16 @@ def exit_on_error(command: str, *, ends_with_reader: bool = False) -> Iterator[N
                 sys.exit(0)
             leave(f"{command}: error: stdout cannot be written: {error.strerror}", EXIT_DATA)
         except OSError as error:
-            if error.errno not in LASTING:
+            if exit_code_of(error) == EXIT_DEFECT:
                 raise
-            leave(f"{command}: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", EXIT_DATA)
+            leave(f"{command}: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", exit_code_of(error))
+
+
+def exit_code_of(error: Exception) -> int:
+    """Return the exit code of a command that ends with an error."""
+    if isinstance(error, OSError) and error.errno in LASTING:
+        return EXIT_DATA
+    return getattr(error, "exit_code", EXIT_DEFECT)
 
 
 def leave(line: str, code: int) -> NoReturn:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lmdist import config
-from lmdist.errors import EXIT_AGAIN, EXIT_DATA, DataError, MissingInputError, Stopped, UsageError, exit_on_error, one_line
+from lmdist.errors import EXIT_AGAIN, EXIT_DEFECT, Stopped, UsageError, exit_code_of, exit_on_error, one_line
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
 from lmdist.signals import AGENT, FIRST_FAILURE, StopRequest, die_with_parent
 from lmdist.storage.locks import exclusive_lock
@@ -29,7 +29,6 @@ LOCK_PATIENCE = 20.0
 PEERS_FIRST = 2.0
 """torchrun reports the first rank that exits. A rank that lost a peer, or that fails as rank 0 does, waits so many seconds, so
 that it is not the first."""
-DEFECT = 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,26 +75,26 @@ def reported_once(*, is_main: bool) -> Iterator[None]:
         if not is_main:
             sys.exit(EXIT_AGAIN)
         raise
-    except (UsageError, DataError, MissingInputError, OSError) as error:
-        code = getattr(error, "exit_code", EXIT_DATA)
-        if FIRST_FAILURE in os.environ:
-            if not is_first_failure(code):
-                sys.exit(code)
-        elif not is_main:  # rank 0 has it too, and would be ended by torchrun if this rank exited first
+    except Exception as error:
+        code = exit_code_of(error)
+        is_first = is_first_failure(code) if FIRST_FAILURE in os.environ else is_main
+        if code == EXIT_DEFECT or is_first:
+            raise
+        if FIRST_FAILURE not in os.environ:  # rank 0 has it too, and would be ended by torchrun if this rank exited first
             time.sleep(PEERS_FIRST)
-            sys.exit(code)
-        raise
-    except Exception:
-        is_first_failure(DEFECT)
-        raise
+        sys.exit(code)
 
 
 def is_first_failure(code: int) -> bool:
     """Record the exit code of this rank for the agent (job/agent.py); return whether no other rank has done so before."""
-    with suppress(OSError), open(os.environ.get(FIRST_FAILURE, os.devnull), "x", encoding="ascii") as file:
-        file.write(str(code))
-        return True
-    return False
+    try:
+        with open(os.environ[FIRST_FAILURE], "x", encoding="ascii") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # a full disk: rather reported twice than not at all
+    return True
 
 
 def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
@@ -127,7 +126,7 @@ def run_as_process() -> NoReturn:
         code = leaving.code
     except BaseException:
         traceback.print_exc()
-        code = DEFECT
+        code = EXIT_DEFECT
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

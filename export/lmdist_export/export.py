@@ -15,11 +15,10 @@ from typing import Any
 
 from lmdist.bounds import at_least, check
 from lmdist.console import log, table
-from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
+from lmdist.errors import EXIT_DEFECT, CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist.storage.atomic import check_output_folder
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
-DEFECT = 1
 LAYOUTS = ("bundle", "sherpa-onnx")
 
 
@@ -93,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = run_sherpa_layout(arguments) if arguments.layout == "sherpa-onnx" else run_bundle_layout(arguments)
         except MismatchError as error:
             log(f"the graph differs from torch, nothing was written: {error}", EXPORT_COMMAND)
-            sys.exit(DEFECT)
+            sys.exit(EXIT_DEFECT)
         sys.stdout.write(table(rows, width=14))
         if arguments.register:
             sys.stdout.flush()
