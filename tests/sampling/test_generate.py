@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -318,20 +317,6 @@ def test_what_is_piped_into_the_command_are_its_prompts(whitespace_bundle: Path)
     assert text("--prompt", "it is", given="the cat\n") == text("--prompt", "it is")
     several = command(*arguments, "--stream", given="the cat\nit is\n")
     assert (several.returncode, "stdin has several lines" in several.stderr) == (65, True)
-
-
-@pytest.mark.parametrize(("redirected", "message"), [("<&-", "stdin is closed"), (">&-", "stdout is closed")])
-def test_streams_that_are_closed(whitespace_bundle: Path, redirected: str, message: str) -> None:
-    line = f"exec {sys.executable} -m lmdist_export.generate {whitespace_bundle} --prompts-file - {redirected}"
-    done = subprocess.run(["sh", "-c", line], input="the cat\n", capture_output=True, text=True, check=False)
-    assert (done.returncode, message in done.stderr.splitlines()[-1]) == (64, True)
-
-
-def test_text_is_utf_8_whatever_the_encoding_of_the_machine(whitespace_bundle: Path) -> None:
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    line = [sys.executable, "-m", "lmdist_export.generate", str(whitespace_bundle), "--prompt", "„Ω“", "--max-new-tokens", "1"]
-    done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, env=environment, check=True)
-    assert done.stdout.decode().startswith("„Ω“")
 
 
 def test_prompts_that_cannot_be_read(whitespace_bundle: Path, tmp_path: Path, failure) -> None:
