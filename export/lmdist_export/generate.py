@@ -187,7 +187,7 @@ class Prompts:
         if arguments.prompts_file is not None:
             self.lines = Lines([arguments.prompts_file], COMMAND)
         elif arguments.prompt is None and has_input(sys.stdin):
-            log('prompts are read from stdin, one a line; without any, or with --prompt "", a text begins', COMMAND)
+            log('prompts are read from stdin, one a line; --prompt "" begins a text without one', COMMAND)
             self.lines = from_stdin(stream=arguments.stream)
         self.words: list[list[str]] = []
         """The words of each prompt that was read."""

@@ -364,7 +364,7 @@ def test_an_interrupt_leaves_the_texts_that_are_done(whitespace_bundle: Path, tm
         first = [] if to_file else [process.stdout.readline()]
         while to_file and not any(file.stat().st_size for file in tmp_path.iterdir()):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM if to_file else signal.SIGINT)
         rest = process.stdout.readlines()
         error = process.stderr.read()
         assert process.wait(timeout=60) == 75
