@@ -163,7 +163,13 @@ def test_tokens_are_those_of_the_reference(kind: str, opened: Opened) -> None:
 def test_what_a_config_suppresses_is_never_generated(opened: Opened) -> None:
     sampler = opened("fp32")
     favored = tuple(([token], 4.0) for token in (0, 5, 9))
-    for forbidden in ({}, {"suppress_tokens": ()}, {"suppress_tokens": (0, 5)}, {"bad_words_ids": ([9], [7, 3])}):
+    forbidden_ones: list[dict[str, Any]] = [
+        {},
+        {"suppress_tokens": ()},
+        {"suppress_tokens": (0, 5)},
+        {"bad_words_ids": ([9], [7, 3])},
+    ]
+    for forbidden in forbidden_ones:
         config = GenerationConfig(sequence_bias=favored, **forbidden)
         tokens, _ = sampler.generate(sampler.start([[1, 7]] * 4).seeded(1), config, 50)
         banned = {*config.suppress_tokens, *(9 for _ in config.bad_words_ids)}

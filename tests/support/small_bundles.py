@@ -118,7 +118,8 @@ def command(*arguments: object, cwd: Path | None = None, given: str | None = Non
     """Run `python -m ...`, as its installed command does, with `given` on stdin, or nothing."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
-        **({"stdin": subprocess.DEVNULL} if given is None else {"input": given}),
+        stdin=subprocess.DEVNULL if given is None else None,
+        input=given,
         capture_output=True,
         text=True,
         encoding="utf-8",
