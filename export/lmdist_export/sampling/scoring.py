@@ -102,7 +102,7 @@ class Scorer:
     def score(self, sentences: Iterable[str]) -> Iterator[SentenceScore]:
         """Yield the score of each sentence, in their order; no more than a batch of them is held at a time.
 
-        Raises UsageError for a single string.
+        Raises TypeError for a single string.
         """
         return self.scores(several(sentences))
 
@@ -160,9 +160,9 @@ class Scorer:
 
 
 def several(sentences: Iterable[str]) -> Iterator[str]:
-    """Return the sentences one by one; raises UsageError for a string, whose letters would be taken for sentences."""
+    """Return the sentences one by one; raises TypeError for a string, whose letters would be taken for sentences."""
     if isinstance(sentences, str):
-        raise UsageError(f"the sentences are {reprlib.repr(sentences)}; a list is expected, as [{reprlib.repr(sentences)}]")
+        raise TypeError(f"the sentences are {reprlib.repr(sentences)}; a list is expected, as [{reprlib.repr(sentences)}]")
     return iter(sentences)
 
 
