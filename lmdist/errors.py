@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from lmdist.standard_streams import ResultsError, finish, guard
@@ -101,6 +103,26 @@ def exit_code_of(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in LASTING:
         return EXIT_DATA
     return getattr(error, "exit_code", EXIT_DEFECT)
+
+
+def run_as_process(main: Callable[[], None]) -> NoReturn:
+    """Run the `main` of a process that has imported torch, and end the process at once.
+
+    At Python's own exit a thread of a library that still runs could abort it, and a job that is done, or that is not to be run
+    again, would be taken for one that was killed.
+    """
+    code: object = 0
+    try:
+        main()
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = EXIT_DEFECT
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else EXIT_DEFECT)
 
 
 def leave(line: str, code: int) -> NoReturn:

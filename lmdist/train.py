@@ -10,14 +10,12 @@ import dataclasses
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import NoReturn
 
 from lmdist import config
-from lmdist.errors import EXIT_AGAIN, EXIT_DEFECT, Stopped, UsageError, exit_code_of, exit_on_error, one_line
+from lmdist.errors import EXIT_AGAIN, EXIT_DEFECT, Stopped, UsageError, exit_code_of, exit_on_error, one_line, run_as_process
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
 from lmdist.signals import AGENT, FIRST_FAILURE, StopRequest, die_with_parent
 from lmdist.storage.locks import exclusive_lock
@@ -113,25 +111,5 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
         time.sleep(0.2)
 
 
-def run_as_process() -> NoReturn:
-    """Run `main` and end the process at once.
-
-    At Python's own exit a thread of a library that still runs could abort the process, after all is written, and a job that
-    is done would be taken for one that was killed.
-    """
-    code: object = 0
-    try:
-        main()
-    except SystemExit as leaving:
-        code = leaving.code
-    except BaseException:
-        traceback.print_exc()
-        code = EXIT_DEFECT
-    with suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0)
-
-
 if __name__ == "__main__":
-    run_as_process()
+    run_as_process(main)

@@ -143,7 +143,7 @@ class DataFolder:
             if (now.st_dev, now.st_ino) != (before.st_dev, before.st_ino) or now.st_mtime_ns == before.st_mtime_ns:
                 continue
             expected = self.meta["files"][name]["sha256"]
-            if now.st_size != before.st_size or hashlib.sha256(tokens.view(np.uint8)).hexdigest() != expected:
+            if now.st_size != before.st_size or hashlib.sha256(tokens.view(np.uint8).data).hexdigest() != expected:
                 raise DataError(
                     f"{self.path / name} was overwritten while the job read it, and nothing is saved since: prepare other text "
                     "into another folder, and this one anew to continue"
