@@ -67,7 +67,7 @@ WINGS = {
         "distributed metrics data optimizer schedule sample checkpoints averaging neural_cache evaluate step run report loop"
     ),
     "lmdist.training.checkpoints": "format read retain write",
-    "lmdist.job": "agent launcher",
+    "lmdist.job": "agent launcher __main__",
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes graphs",
     "lmdist_export.sampling": "state runtime token_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
