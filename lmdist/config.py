@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from lmdist.errors import EXIT_USAGE, CommandParser, MissingInputError, UsageError
+from lmdist.errors import EXIT_USAGE, CommandParser, MissingInputError, UsageError, escaped
 from lmdist.settings import Recipe
 
 
@@ -30,7 +30,7 @@ class RecipeParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with code 64."""
-        sys.stderr.write(f"{self.prog}: error: {readable(message)} (see --help)\n")
+        sys.stderr.write(f"{self.prog}: error: {escaped(readable(message))} (see --help)\n")
         sys.exit(EXIT_USAGE)
 
 

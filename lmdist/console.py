@@ -12,20 +12,22 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from lmdist.errors import escaped
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 
 def log(line: str, command: str = "") -> None:
     """Print a line on stderr, after the name of the command where one is given."""
-    sys.stderr.write(f"{command}: {line}\n" if command else f"{line}\n")
+    sys.stderr.write(escaped(f"{command}: {line}\n" if command else f"{line}\n"))
     sys.stderr.flush()
 
 
 def table(rows: Mapping[str, object], width: int = 0) -> str:
     """Return a line for each name and its value, the values aligned at column `width` or after the longest name."""
     width = max(width, 2 + max(map(len, rows)))
-    return "".join(f"{name:<{width}}{value}\n" for name, value in rows.items())
+    return "".join(f"{name:<{width}}{escaped(value)}\n" for name, value in rows.items())
 
 
 def shown(value: object) -> str:
@@ -70,7 +72,7 @@ class ProgressBar:
     def log(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
         if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
+            self.bar.write(escaped(line), file=sys.stderr)
         elif not self.silent:
             log(line)
 

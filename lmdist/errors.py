@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from lmdist.users import ensure_user
+
 EXIT_USAGE = 64  # a wrong flag, key or combination of settings
 EXIT_DATA = 65  # the input exists and cannot be used
 EXIT_MISSING_INPUT = 66  # the input does not exist
 EXIT_AGAIN = 75  # stopped on request: run the same command again
+
+CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
+"""Control characters, C0 and C1; a terminal acts on them."""
+MESSAGE_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
+"""The same but for those of layout: a tab, a line break."""
 
 
 class UsageError(ValueError):
@@ -48,21 +56,22 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 64."""
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {escaped(message)} (see {self.prog} --help)\n")
 
 
 @contextmanager
 def exit_on_error(command: str, *, quiet: bool = False) -> Iterator[None]:
     """Turn a user's mistake into one line on stderr and its exit code; `quiet` (ranks other than 0) omits the line."""
+    ensure_user()
     try:
         yield
     except (UsageError, DataError, MissingInputError) as error:
         if not quiet:
-            sys.stderr.write(f"{command}: error: {error}\n")
+            sys.stderr.write(f"{command}: error: {escaped(error)}\n")
         sys.exit(error.exit_code)
     except Stopped as stop:
         if not quiet:
-            sys.stderr.write(f"{command}: {stop}\n")
+            sys.stderr.write(f"{command}: {escaped(stop)}\n")
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         if not quiet:
@@ -72,6 +81,11 @@ def exit_on_error(command: str, *, quiet: bool = False) -> Iterator[None]:
         # `lmdist-generate ... | head` has read enough. Python would print the error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def escaped(message: object) -> str:
+    """Return a message with its control characters written as \\x1b: it may quote a foreign text, and terminals act on them."""
+    return MESSAGE_CONTROLS.sub(lambda match: repr(match[0])[1:-1], str(message))
 
 
 def one_line(error: Exception) -> str:

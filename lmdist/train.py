@@ -14,9 +14,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lmdist import config
+from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, exit_on_error, one_line
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
 from lmdist.signals import AGENT, StopRequest, die_with_parent
+from lmdist.storage.atomic import TakenError
 from lmdist.storage.locks import exclusive_lock
 from lmdist.text.prepare import prepare
 from lmdist.tracking.run_folder import JOB_LOCK
@@ -81,7 +83,10 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
     if folder.exists() or not (settings.inputs or settings.train):
         return
     if is_main:
-        prepare(settings, folder)
+        try:
+            prepare(settings, folder)
+        except TakenError:
+            log(f"{folder} was prepared by another job meanwhile, and is used as it is")
     while not folder.exists():
         time.sleep(0.2)
 

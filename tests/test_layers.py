@@ -37,6 +37,7 @@ HOMES = {
 # lines above its own. Inside a wing, a file imports only from files before it; a folder inside a wing has a line of its own.
 FLOORS = {
     "lmdist": """
+        users
         errors cpus perplexity
         bounds signals storage console
         settings cache_settings
@@ -58,7 +59,7 @@ FLOORS = {
     """,
 }
 WINGS = {
-    "lmdist.storage": "locks reading atomic checksums schema",
+    "lmdist.storage": "reading locks atomic checksums schema",
     "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": "run_folder store replay uploader logger sync plot",

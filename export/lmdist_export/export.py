@@ -16,6 +16,7 @@ from typing import Any
 from lmdist.bounds import at_least, check
 from lmdist.console import log, table
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
+from lmdist.storage.atomic import refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
 DEFECT = 1
@@ -107,7 +108,12 @@ def run_bundle_layout(arguments: argparse.Namespace) -> dict[str, str]:
     held_out = exporting.held_out_text(checkpoint, arguments.data)
     log_start(checkpoint, arguments.output)
     manifest = exporting.export_bundle(
-        checkpoint, arguments.output, held_out, arguments.precision, arguments.max_perplexity_loss
+        checkpoint,
+        arguments.output,
+        held_out,
+        arguments.precision,
+        arguments.max_perplexity_loss,
+        replace=arguments.overwrite,
     )
     return rows_of(arguments.output, manifest)
 
@@ -118,7 +124,9 @@ def run_sherpa_layout(arguments: argparse.Namespace) -> dict[str, str]:
 
     checkpoint = exporting.Checkpoint.load(arguments.checkpoint)
     log_start(checkpoint, arguments.output)
-    differences = sherpa.write(checkpoint.model, checkpoint.vocabulary, arguments.output, checkpoint.origin)
+    differences = sherpa.write(
+        checkpoint.model, checkpoint.vocabulary, arguments.output, checkpoint.origin, replace=arguments.overwrite
+    )
     return sherpa.rows_of(arguments.output, differences, checkpoint.origin)
 
 
@@ -177,6 +185,7 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
     """Raise UsageError unless `output` is free, or is of this layout and may be replaced."""
     from lmdist_export.bundle import read_manifest
 
+    refuse_to_replace_link(output)
     if not os.path.lexists(output):
         place = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
         if not os.path.isdir(place) or not os.access(place, os.W_OK):

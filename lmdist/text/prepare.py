@@ -48,7 +48,7 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False)
         log(f"reading {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} into {output}")
         for documents in sources.values():
             documents.check()
-        with atomic_folder(output) as folder:
+        with atomic_folder(output, replace=overwrite) as folder:
             meta = write_data_folder(folder, settings, sources)
     except MissingInputError:
         raise

@@ -73,9 +73,7 @@ class DataFolder:
         files, names = self.meta["files"], (VOCABULARY, TEXT)
         verify_checksums(path, {name: files[name] for name in names if name in files}, names)
         self.tokenizer = WordTokenizer.load(path / TEXT)
-        self.vocabulary = Vocabulary.load(path / VOCABULARY)
-        if self.meta["vocabulary_size"] != self.vocabulary_size:
-            raise DataError(f"{path}: vocab.txt has {self.vocabulary_size} words, meta.json {self.meta['vocabulary_size']}")
+        self.vocabulary = Vocabulary.load(path / VOCABULARY, self.meta["vocabulary_size"], "meta.json")
 
     @property
     def vocabulary_size(self) -> int:

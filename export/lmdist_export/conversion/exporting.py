@@ -131,8 +131,10 @@ def export_bundle(
     held_out: HeldOutText | None,
     precision: str = "fp32",
     max_loss_percent: float | None = None,
+    *,
+    replace: bool = False,
 ) -> dict[str, Any]:
-    """Write and verify the bundle `output`, atomically; return its manifest.
+    """Write and verify the bundle `output`, atomically, in place of another one if `replace`; return its manifest.
 
     Raises MismatchError for a graph that differs from torch, UsageError for a precision that is impossible or costs too much.
     """
@@ -140,7 +142,7 @@ def export_bundle(
         raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
     if reason := obstacle(checkpoint.text, checkpoint.vocabulary):
         log(f"without {TOKENIZER}: {reason}", EXPORT_COMMAND)
-    with atomic_folder(output) as folder:
+    with atomic_folder(output, replace=replace) as folder:
         if precision == "auto":
             return write_fastest(checkpoint, folder, held_out, max_loss_percent)
         return write_bundle(checkpoint, folder, held_out, precision, max_loss_percent)
