@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from lmdist import config
 from lmdist.console import log
-from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, exit_on_error, one_line
+from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, exit_on_error, one_line, require
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
 from lmdist.signals import AGENT, StopRequest, die_with_parent
 from lmdist.storage.atomic import TakenError
 from lmdist.storage.locks import exclusive_lock
 from lmdist.text.prepare import prepare
 from lmdist.tracking.run_folder import JOB_LOCK
+from lmdist.tracking.store import packages_of, store_address
 
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just exiting, such as the one before a restart."""
@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         die_with_parent(int(os.environ.get(AGENT, 0)) or None)
     with exit_on_error("lmdist.train", quiet=not is_main), nullcontext() if is_main else after_rank_0():
         stop = StopRequest().listen()
+        from lmdist import config
+
         recipe = config.load(argv, quiet=not is_main)
+        require_packages(recipe)
         prepare_if_absent(recipe, is_main=is_main)
 
         import torch
@@ -61,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     raise
                 time.sleep(PEERS_FIRST)
                 raise Stopped("another rank was lost; --resume auto continues from the last checkpoint") from None
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Raise UsageError for a package that is missing and that the job may import only at its end."""
+    require("torch", "safetensors", "matplotlib", "toml")
+    if recipe.tracking.mlflow:
+        require(*packages_of(store_address()), purpose="without --tracking.mlflow false: ")
 
 
 @contextmanager

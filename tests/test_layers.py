@@ -37,7 +37,7 @@ HOMES = {
 # lines above its own. Inside a wing, a file imports only from files before it; a folder inside a wing has a line of its own.
 FLOORS = {
     "lmdist": """
-        users
+        users extras
         errors cpus perplexity
         bounds signals storage console
         settings cache_settings

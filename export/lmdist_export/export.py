@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from lmdist.bounds import at_least, check
 from lmdist.console import log, table
-from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
+from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error, require
 from lmdist.storage.atomic import refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
@@ -152,9 +153,11 @@ def check_registration(arguments: argparse.Namespace) -> None:
     if arguments.register is None and arguments.alias is not None:
         raise UsageError(f"--alias {arguments.alias} is for a registered model: give --register NAME as well")
     if arguments.register is not None:
+        from lmdist.tracking.store import packages_of, store_address
         from lmdist_export.serving import registry
 
         registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
+        require(*packages_of(store_address()), purpose="--register: ")
     if not arguments.output:
         from lmdist_export.bundle import read_manifest
 
@@ -224,7 +227,7 @@ def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:
         f"on {held_out['tokens']:,} tokens of the {held_out['split']} split ({held_out['loss_percent']:+.2f} %); "
         f"the same most likely token in {held_out['top_1_agreement']:.1%}",
         **({"cache": "{size:,} tokens, theta {theta}, weight {weight}".format_map(cache)} if cache else {}),
-        "next": f'lmdist-generate {output} --prompt "..."',
+        "next": shlex.join(["lmdist-generate", str(output)]),
     }
 
 

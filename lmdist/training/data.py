@@ -114,6 +114,22 @@ class DataFolder:
         return tokens
 
 
+def folder_of_model(manifest: dict[str, Any], given: Path | None, otherwise: str = "") -> DataFolder:
+    """Return the data folder that is `given`, or that a checkpoint's model was trained on; its vocabulary is the model's.
+
+    Raise MissingInputError, with what to do `otherwise`, or DataError.
+    """
+    path = given or Path(manifest["recipe"]["data"]["folder"])
+    if not path.is_dir():
+        which = "" if given else ", which the model was trained on,"
+        raise MissingInputError(
+            f"the data folder {path}{which} does not exist here: give its place by --data FOLDER{otherwise}"
+        )
+    folder = DataFolder(path)
+    folder.check_vocabulary(manifest)
+    return folder
+
+
 class Streams:
     """Global batches of G contiguous streams whose state is carried on."""
 

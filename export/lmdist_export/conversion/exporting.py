@@ -24,7 +24,7 @@ import torch
 from lmdist import __version__
 from lmdist.cache_settings import TUNED, NeuralCache, read_tuned
 from lmdist.console import log
-from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
@@ -36,7 +36,7 @@ from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.run_folder import read_metadata
 from lmdist.training.checkpoints.read import load_model, parameters_file
 from lmdist.training.checkpoints.retain import find_checkpoint, run_of
-from lmdist.training.data import DataFolder
+from lmdist.training.data import folder_of_model
 from lmdist_export import EXPORT_COMMAND
 from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MANIFEST, VERSION, Bundle
 from lmdist_export.conversion.tokenizer_json import TOKENIZER, obstacle, write_tokenizer
@@ -110,18 +110,12 @@ def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | Non
     """
     if data == "none":
         return None
-    path = Path(data or checkpoint.manifest["recipe"]["data"]["folder"])
-    if not path.is_dir():
-        raise MissingInputError(
-            f"the data folder {path}, which has the held-out text, does not exist: give its place by --data FOLDER, "
-            "or export without held-out text by --data none"
-        )
-    folder = DataFolder(path)
-    folder.check_vocabulary(checkpoint.manifest)
+    otherwise = ", or export without held-out text by --data none"
+    folder = folder_of_model(checkpoint.manifest, Path(data) if data else None, otherwise)
     split = next(name for name in ("valid", "test", "train") if folder.has(name))
     tokens = folder.tokens(split)
     if len(tokens) == 0:
-        raise DataError(f"the {split} split of {path} is empty: export without held-out text by --data none")
+        raise DataError(f"the {split} split of {folder.path} is empty: export without held-out text by --data none")
     return HeldOutText(split, tokens)
 
 
