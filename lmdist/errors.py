@@ -101,6 +101,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
             names.setdefault(part, set()).add(name)
     plain = given.lstrip("-").replace("-", "_")
     close = get_close_matches(plain, names, n=1) or get_close_matches(plain.rpartition(".")[2], names, n=1)
+    close = close or [name for name in names if name.startswith(plain)]
     return f"; did you mean {' or '.join(sorted(names[close[0]]))}?" if close else ""
 
 

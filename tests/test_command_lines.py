@@ -43,12 +43,10 @@ def test_both_spellings_are_parsed() -> None:
     ("arguments", "meant"),
     [
         (["--data.foldr=data/news"], "--data.folder"),
-        (["--data-folder", "data/news"], "--data.folder"),
         (["--hidden-size=8"], "--model.hidden_size"),
         (["--epochs=3"], "--training.epochs"),
         (["--restart=3"], "--restarts"),
         (["--nproc=3"], "--nproc-per-node"),
-        (["--training.name=x"], "--averaging.name or --optimizer.name or --schedule.name or --training.precision"),
     ],
 )
 def test_a_misspelled_flag_of_a_training(arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
