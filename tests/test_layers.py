@@ -68,7 +68,7 @@ WINGS = {
     ),
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher",
-    "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes graphs",
+    "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": "state runtime token_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
     "lmdist_export.conversion": "tokenizer_json weights verify sherpa exporting",
