@@ -101,7 +101,7 @@ def test_a_request_to_stop_is_one_line_and_leaves_nothing_half(number, tmp_path)
         from pathlib import Path
         from lmdist.errors import exit_on_error
         from lmdist.storage.atomic import atomic_folder
-        with exit_on_error("made-up"), atomic_folder(Path("out")) as folder:
+        with exit_on_error("made-up"), atomic_folder(Path("out"), replace=False) as folder:
             (folder / "half").touch()
             time.sleep(60)
     """
