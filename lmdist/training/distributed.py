@@ -168,7 +168,7 @@ class RowAverage:
         gradient.index_copy_(0, index, rows.to(gradient.dtype))
 
 
-def lost_peer(error: RuntimeError) -> bool:
+def lost_peer(error: Exception) -> bool:
     """Return whether an error means that another rank has died or did not answer in time."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 

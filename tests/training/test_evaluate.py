@@ -123,6 +123,20 @@ def test_mistakes(trained, tmp_path, command):
     assert "another vocabulary" in command(run, f"--data={other}", code=65).err
 
 
+def test_the_data_folder_is_asked_for_where_it_is_elsewhere(trained, command):
+    run, data = trained
+    moved = data.rename(data.with_name("moved"))
+    try:
+        error = command(run, code=66).err
+        assert f"the data folder {data}, which the model was trained on, does not exist here: give its place by --data" in error
+        assert "lmdist-prepare" not in error
+        assert "perplexity" in command(run, f"--data={moved}").out
+    finally:
+        moved.rename(data)
+    without_test = write_data_folder(data.with_name("without"), {"train": chain(451, 30), "valid": chain(99, 30)}, 30)
+    assert "has no test split: give --split train or valid, or --file" in command(run, f"--data={without_test}", code=66).err
+
+
 def test_damaged_checkpoints_are_rejected_in_one_line(trained, tmp_path, command):
     run, _ = trained
     whole = find_checkpoint(run)
