@@ -126,7 +126,7 @@ for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
     os.environ.pop(name, None)
 from lmdist.text import prepare
 from lmdist_export import export
-prepare.main(["a.txt", "-o", "data", "--min-count=1"])  # imports NLTK
+prepare.main(["a.txt", "-o", "data", "--min-count=1", "--valid-fraction=0", "--test-fraction=0"])  # imports NLTK
 export.main(["nowhere", "-o", "bundle"])  # imports MLflow
 """
 
