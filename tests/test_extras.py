@@ -55,8 +55,8 @@ NEEDS = {
 @pytest.mark.parametrize(("line", "package"), [(line, package) for line, needs in NEEDS.items() for package in needs.split()])
 def test_a_package_that_is_missing_is_one_line(line: str, package: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,content\n1,one two\n")
-    for name in ("a.parquet", "a.csv.zst"):
-        (tmp_path / name).touch()
+    (tmp_path / "a.parquet").write_bytes(b"PAR1PAR1")
+    (tmp_path / "a.csv.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     done = without(package, *line.split(), cwd=tmp_path)
     error = done.stderr.splitlines()[-1]
     assert done.returncode == EXIT_USAGE, done.stderr
