@@ -54,11 +54,11 @@ class Stopped(Exception):
 class CommandParser(argparse.ArgumentParser):
     """argparse, with the project's exit code for wrong usage and one line instead of the usage text."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse, with --max_new_tokens for --max-new-tokens."""
         return super().parse_known_args(self.dashed(sys.argv[1:] if args is None else args), namespace)
 
-    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Do the same where options stand between positional arguments."""
         return super().parse_known_intermixed_args(self.dashed(sys.argv[1:] if args is None else args), namespace)
 
