@@ -105,8 +105,8 @@ def argparse_options(row: Row) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate text, or print in one line why that is not possible."""
-    arguments = parser().parse_args(argv)
-    with exit_on_error(COMMAND):
+    with exit_on_error(COMMAND, ends_with_reader=True):
+        arguments = parser().parse_args(argv)
         run(arguments)
 
 

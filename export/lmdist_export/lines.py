@@ -5,7 +5,6 @@ This module does not know what a command does with a line.
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import sys
@@ -84,15 +83,13 @@ def has_input(stdin: IO[str] | None) -> bool:
 
 @contextmanager
 def output_file(path: Path | None, command: str) -> Iterator[IO[str]]:
-    """Yield the file to write, or stdout, in UTF-8 whatever the machine's own encoding is.
+    """Yield the file to write, or stdout.
 
     The file is atomic. Where the command is interrupted, or its next line cannot be used, it has what was written before.
     """
     if path is None:
-        if sys.stdout is None:
+        if sys.__stdout__ is None:
             raise UsageError("stdout is closed: give a file by -o FILE")
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         yield sys.stdout
         return
     from lmdist.storage.atomic import atomic_file  # a command that writes to stdout has no need of it

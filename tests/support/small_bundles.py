@@ -21,6 +21,7 @@ from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.format import OWN_CHECKSUM, Progress, own_checksum
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
+from lmdist.training.data import DataFolder
 from lmdist_export import export
 from lmdist_export.bundle import Bundle
 from lmdist_export.conversion.weights import write_graphs
@@ -78,7 +79,7 @@ def make_run(
     recipe = config.as_dict(Recipe(data=DataSettings(folder=str(data)), model=settings))
     run = folder / "runs" / "small"
     taken = take_snapshot(Progress(step=7), model, optimizer, None)
-    write_checkpoint(run / "checkpoints", taken, recipe, data)
+    write_checkpoint(run / "checkpoints", taken, recipe, DataFolder(data))
     return run
 
 
