@@ -1,7 +1,7 @@
 """The training job: `torchrun --nproc_per_node=4 -m lmdist.train [--config recipe.toml] [--section.key value ...]`.
 
 Reads the recipe, joins the job, and calls the loop in training/loop.py. torch is imported after the recipe is checked, so that
-`--help` and usage errors are fast. Only rank 0 prints.
+`--help` and usage errors are fast. Only rank 0 prints, but for the rank that is the first to fail.
 """
 
 from __future__ import annotations
