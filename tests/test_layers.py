@@ -61,7 +61,7 @@ WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
     "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
-    "lmdist.tracking": "run_folder store replay uploader logger sync plot",
+    "lmdist.tracking": ("address failures metadata run_folder store machines replay uploader logger sync figures plot"),
     "lmdist.training": (
         "distributed metrics data optimizer schedule sample checkpoints averaging neural_cache evaluate step run report loop"
     ),

@@ -13,7 +13,8 @@ from lmdist.errors import Stopped, UsageError
 from lmdist.settings import TrackingSettings
 from lmdist.storage.reading import read_json
 from lmdist.tracking.logger import RunLogger
-from lmdist.tracking.run_folder import read_metadata, read_metrics, write_metadata
+from lmdist.tracking.metadata import read_metadata, write_metadata
+from lmdist.tracking.run_folder import read_metrics
 from support.jobs import SMALL, rows, small_data, train
 
 

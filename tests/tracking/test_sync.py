@@ -31,7 +31,7 @@ from lmdist.storage.reading import read_json
 from lmdist.tracking import sync as command
 from lmdist.tracking import uploader
 from lmdist.tracking.logger import RunLogger
-from lmdist.tracking.run_folder import read_metadata
+from lmdist.tracking.metadata import read_metadata
 from servers import Proxy, Server
 from support.jobs import SMALL, rows, small_data, train
 
@@ -193,7 +193,10 @@ def test_a_server_that_was_dead_at_the_start_or_died_during_the_job_gets_all_of_
         died.log_text("samples/step-000000040.txt", "some words\n")
         with suppress(ZeroDivisionError), dead:
             dead.log(1, 2000)
-            until(lambda: "MLflow does not accept this run's points (ConnectionError); they are in runs/dead/metrics" in stderr)
+            refused = (
+                "does not accept this run's points (ConnectionRefusedError: Connection refused); they are in runs/dead/metrics"
+            )
+            until(lambda: refused in stderr)
             dead.log(0, 0)
         until(lambda: "they are in runs/died/metrics" in stderr)
         began = time.monotonic()
@@ -340,7 +343,12 @@ def test_two_jobs_create_the_default_store_at_once(here, capfd):
         first.log(1, 5)
         second.log(1, 5)
     store = f"sqlite:///{here}/mlflow.db"
-    assert capfd.readouterr().err == ""
+    printed = capfd.readouterr().err
+    for run in ("one", "two"):  # no warning, only where the pages are
+        page = f"MLflow: http://127.0.0.1:5000/#/experiments/1/runs/{read_metadata(Path('runs', run))['run_id']}?workflow"
+        assert page in printed
+    assert printed.count("mlflow ui --backend-store-uri sqlite:///mlflow.db\n") == 2
+    assert "warning" not in printed
     assert {path.name for path in here.iterdir() if path.is_file()} == {"mlflow.db"}
     check(store, "one", "FINISHED")
     check(store, "two", "FINISHED")
