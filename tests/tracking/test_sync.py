@@ -30,7 +30,7 @@ from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json
 from lmdist.tracking import sync as command
 from lmdist.tracking import uploader
-from lmdist.tracking.logger import RunLogger
+from lmdist.tracking.logger import MachineLogger, MetricsLogger, RunLogger, logger_of_rank
 from lmdist.tracking.metadata import read_metadata
 from servers import Proxy, Server
 from support.jobs import SMALL, rows, small_data, train
@@ -295,7 +295,7 @@ ENDLESS = """
 import time
 from pathlib import Path
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TrackingSettings
-from lmdist.tracking.logger import RunLogger
+from lmdist.tracking.logger import MachineLogger, MetricsLogger, RunLogger, logger_of_rank
 with RunLogger(Path("runs/one"), TrackingSettings(), {"seed": 1}, "data", {}, 0, resume=False) as logger:
     for step in range(1, 31):
         logger.log_metrics(step, {"train/loss": 1 / step, "train/tokens": float(step)})
@@ -334,6 +334,31 @@ def test_a_job_that_is_killed_leaves_no_process_and_resumes_as_the_same_run(serv
     assert found.info.status == "FINISHED"
     assert found.data.params["seed"] == "1"
     assert "learning_rate" not in found.data.params
+
+
+@pytest.mark.slow
+def test_each_machine_of_a_job_logs_its_own_load(server, here, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    # As torchrun sets them on two machines, for the first rank of each.
+    for name, value in {"GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert type(logger_of_rank(Path("runs/one"), "key")) is MetricsLogger, "its uploader does that"
+    with Job("one") as job:
+        monkeypatch.setenv("GROUP_RANK", "1")
+        with logger_of_rank(job.run, job.run_key) as other:
+            assert isinstance(other, MachineLogger)
+            assert other.monitor.child
+            job.until_found()
+            client, run_id = mlflow.MlflowClient(server.uri), read_metadata(job.run)["run_id"]
+            expected = {f"system/node-{number}/cpu_utilization_percentage" for number in (0, 1)}
+            until(lambda: expected <= client.get_run(run_id).data.metrics.keys())
+        assert other.monitor.child.poll() is not None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert type(logger_of_rank(job.run, job.run_key)) is MetricsLogger
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert type(logger_of_rank(job.run, job.run_key)) is MetricsLogger, "SQLite is for one machine"
 
 
 @pytest.mark.slow
