@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from lmdist import config
-from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, exit_on_error, one_line
+from lmdist.console import log
+from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, exit_on_error, one_line, require
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
 from lmdist.signals import AGENT, StopRequest, die_with_parent
+from lmdist.storage.atomic import TakenError
 from lmdist.storage.locks import exclusive_lock
 from lmdist.text.prepare import prepare
+from lmdist.tracking.address import packages_of, store_address
 from lmdist.tracking.run_folder import JOB_LOCK
 
 LOCK_PATIENCE = 20.0
@@ -35,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         die_with_parent(int(os.environ.get(AGENT, 0)) or None)
     with exit_on_error("lmdist.train", quiet=not is_main), nullcontext() if is_main else after_rank_0():
         stop = StopRequest().listen()
+        from lmdist import config
+
         recipe = config.load(argv, quiet=not is_main)
+        require_packages(recipe)
         prepare_if_absent(recipe, is_main=is_main)
 
         import torch
@@ -61,6 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise Stopped("another rank was lost; --resume auto continues from the last checkpoint") from None
 
 
+def require_packages(recipe: Recipe) -> None:
+    """Raise UsageError for a package that is missing and that the job may import only at its end."""
+    require("torch", "safetensors", "matplotlib", "toml")
+    if recipe.tracking.mlflow:
+        require(*packages_of(store_address()), purpose="without --tracking.mlflow false: ")
+
+
 @contextmanager
 def after_rank_0() -> Iterator[None]:
     """Delay a user's error: rank 0 has it too and prints it, unless torchrun ends rank 0 because this rank exits first."""
@@ -81,7 +93,10 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
     if folder.exists() or not (settings.inputs or settings.train):
         return
     if is_main:
-        prepare(settings, folder)
+        try:
+            prepare(settings, folder)
+        except TakenError:
+            log(f"{folder} was prepared by another job meanwhile, and is used as it is")
     while not folder.exists():
         time.sleep(0.2)
 

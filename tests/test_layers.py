@@ -37,6 +37,7 @@ HOMES = {
 # lines above its own. Inside a wing, a file imports only from files before it; a folder inside a wing has a line of its own.
 FLOORS = {
     "lmdist": """
+        users extras
         errors cpus perplexity
         bounds signals storage console
         settings cache_settings
@@ -58,7 +59,7 @@ FLOORS = {
     """,
 }
 WINGS = {
-    "lmdist.storage": "locks reading atomic checksums schema",
+    "lmdist.storage": "reading locks atomic checksums schema",
     "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures metadata run_folder store machines replay uploader logger sync figures plot"),
@@ -67,7 +68,7 @@ WINGS = {
     ),
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher",
-    "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes graphs",
+    "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": "state runtime token_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
     "lmdist_export.conversion": "tokenizer_json weights verify sherpa exporting",

@@ -39,6 +39,7 @@ from lmdist.errors import (
     Stopped,
     UsageError,
     exit_on_error,
+    require,
 )
 from lmdist.job.agent import COMMAND
 from lmdist.signals import StopRequest, die_with_parent
@@ -65,14 +66,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, with restarts, and exit with the code of the ranks."""
     stop = StopRequest().listen()
     with exit_on_error(COMMAND):
-        arguments, flags = parser().parse_known_args(argv)
-
-        from lmdist import config
-
+        own = parser()
+        arguments, flags = own.parse_known_args(argv)
         check("--restarts", arguments.restarts, at_least(0))
         if arguments.help:
-            sys.stdout.write(parser().format_help() + "\nThe settings of the recipe:\n\n")
-        recipe = config.load(["--help"] if arguments.help else flags)
+            sys.stdout.write(own.format_help() + "\nThe settings of the recipe:\n\n")
+            sys.stdout.flush()
+        from lmdist import config
+        from lmdist.train import require_packages
+
+        recipe = config.load(["--help"] if arguments.help else flags, other_options=own.options)
+        require("psutil")
+        require_packages(recipe)
         stop.deferred = True
         code = run_attempts(arguments, flags, recipe, stop)
         stop.ignore()
@@ -93,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     def option(name: str, help: str, **more: object) -> None:
-        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", help=help, **more)  # type: ignore[arg-type]
+        parser.add_argument(f"--{name}", help=help, **more)  # type: ignore[arg-type]
 
     parser.add_argument("-h", "--help", action="store_true", help="show this, and every setting of the recipe")
     option("restarts", "restart at most N times in a row without a new checkpoint (default: 0)", type=int, default=0)

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lmdist.errors import DataError, MissingInputError, UsageError, one_line
+from lmdist.errors import DataError, MissingInputError, UsageError, one_line, require
 
 TEXT_COLUMNS = ("content", "text", "article", "body")
 
@@ -330,10 +330,9 @@ class UndecodableBytes:
 @contextmanager
 def open_zstd(raw: IO[bytes]) -> Iterator[IO[bytes]]:
     """Decompress zstd, for which Python has no module."""
-    try:
-        import zstandard
-    except ImportError:
-        raise MissingInputError(f"{raw.name} needs zstandard to be read: pip install 'lmdist[zstd]'") from None
+    require("zstandard", purpose=f"{raw.name} cannot be read: ")
+    import zstandard
+
     try:
         yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     except zstandard.ZstdError as error:

@@ -43,6 +43,12 @@ def experiment_name(setting: str = TrackingSettings.experiment) -> str:
     return setting if setting != TrackingSettings.experiment else os.environ.get("MLFLOW_EXPERIMENT_NAME") or setting
 
 
+def packages_of(address: str) -> list[str]:
+    """Return the packages that a store needs: mlflow-skinny has no databases."""
+    database = re.match(r"(sqlite|mysql|postgresql|mssql)\b", address)
+    return ["mlflow", *(["sqlalchemy", "alembic"] if database else [])]
+
+
 def is_file(address: str) -> bool:
     """Return whether a store is a file on this machine rather than a server."""
     return address.startswith(("sqlite:", "file:", "/", "."))

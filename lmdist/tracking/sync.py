@@ -17,10 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from lmdist.console import log
-from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputError, Stopped, exit_on_error
+from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputError, Stopped, exit_on_error, require
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json
-from lmdist.tracking.address import DEFAULT_FILE, DEFAULT_STORE, configure, experiment_name, store_address, without_password
+from lmdist.tracking.address import (
+    DEFAULT_FILE,
+    DEFAULT_STORE,
+    configure,
+    experiment_name,
+    packages_of,
+    store_address,
+    without_password,
+)
 from lmdist.tracking.failures import FinalError, UploadError, upload_error
 from lmdist.tracking.machines import monitor
 from lmdist.tracking.metadata import (
@@ -85,6 +93,7 @@ def parser() -> CommandParser:
 
 def sync(runs: list[Path], *, new_run: bool = False) -> int:
     """Upload runs one after the other; return the exit code. Raise Stopped or DataError where MLflow does not accept a run."""
+    require(*packages_of(store_address()))
     for run in runs:
         load_metadata(run)  # a mistake in the last one is reported before the first one is uploaded
     address = without_password(store_address())

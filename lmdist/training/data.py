@@ -73,9 +73,7 @@ class DataFolder:
         files, names = self.meta["files"], (VOCABULARY, TEXT)
         verify_checksums(path, {name: files[name] for name in names if name in files}, names)
         self.tokenizer = WordTokenizer.load(path / TEXT)
-        self.vocabulary = Vocabulary.load(path / VOCABULARY)
-        if self.meta["vocabulary_size"] != self.vocabulary_size:
-            raise DataError(f"{path}: vocab.txt has {self.vocabulary_size} words, meta.json {self.meta['vocabulary_size']}")
+        self.vocabulary = Vocabulary.load(path / VOCABULARY, self.meta["vocabulary_size"], "meta.json")
 
     @property
     def vocabulary_size(self) -> int:
@@ -114,6 +112,22 @@ class DataFolder:
                 f"{path} is damaged: it has a token {largest}, and the vocabulary ends at {self.vocabulary_size - 1}"
             )
         return tokens
+
+
+def folder_of_model(manifest: dict[str, Any], given: Path | None, otherwise: str = "") -> DataFolder:
+    """Return the data folder that is `given`, or that a checkpoint's model was trained on; its vocabulary is the model's.
+
+    Raise MissingInputError, with what to do `otherwise`, or DataError.
+    """
+    path = given or Path(manifest["recipe"]["data"]["folder"])
+    if not path.is_dir():
+        which = "" if given else ", which the model was trained on,"
+        raise MissingInputError(
+            f"the data folder {path}{which} does not exist here: give its place by --data FOLDER{otherwise}"
+        )
+    folder = DataFolder(path)
+    folder.check_vocabulary(manifest)
+    return folder
 
 
 class Streams:

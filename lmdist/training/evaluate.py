@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lmdist.bounds import at_least, between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.console import log, shown, table
-from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
+from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist.perplexity import perplexity
 
 if TYPE_CHECKING:
@@ -163,18 +163,21 @@ class Texts(NamedTuple):
 
 def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[str, Any]) -> Texts:
     """Return the texts that the command line names, as ids of the checkpoint's vocabulary."""
-    from lmdist.training.data import DataFolder
+    from lmdist.training.data import folder_of_model
 
     if arguments.file and not arguments.cache:
         return Texts(arguments.file, tokens_of_file(checkpoint, arguments.file), None, None)
-    folder = DataFolder(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
-    folder.check_vocabulary(manifest)
+    folder = folder_of_model(manifest, arguments.data, "" if arguments.cache else ", or a text by --file")
     if arguments.cache and not folder.has("valid"):
         raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
     valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
     if arguments.file:
         return Texts(arguments.file, tokens_of_file(checkpoint, arguments.file), valid, None)
     name = arguments.split or "test"
+    if not folder.has(name):
+        raise MissingInputError(
+            f"{folder.path} has no {name} split: give --split {' or '.join(folder.meta['splits'])}, or --file"
+        )
     if arguments.cache and name == "valid":
         log("warning: valid is the split that the cache is tuned on; --split test gives a figure to report", COMMAND)
     return Texts(name, folder.tokens(name), valid, folder.tokens("train") if folder.has("train") else None)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lmdist import config
-from lmdist.console import ProgressBar, duration
+from lmdist.console import ProgressBar, duration, next_line, unused
 from lmdist.perplexity import perplexity
 from lmdist.storage.atomic import write_atomic
 from lmdist.tracking.logger import MetricsLogger, RunLogger, logger_of_rank
@@ -182,10 +182,18 @@ class Report:
             f"  run      {path}",
             *([f"  sample   {path / SAMPLE}"] if num_tokens else []),
             f"  picture  {path / PICTURE}",
-            f"next: lmdist-evaluate {path}; lmdist-export {path} -o bundles/{path.name}",
+            self.next_line(),
         ]
         for line in lines:
             self.console.log(line)
+
+    def next_line(self) -> str:
+        """Return the commands that measure the model on text that it was not trained on, if there is any, and export it."""
+        path, folder = self.run.path, self.run.folder
+        split = next((name for name in ("test", "valid") if folder.has(name)), None)
+        evaluate = ["lmdist-evaluate", path, *([] if split == "test" else ["--split", split])] if split else []
+        export = ["lmdist-export", path, "-o", unused(Path("bundles") / path.resolve().name)]
+        return next_line(*([evaluate] if split else []), export)
 
     def write_picture_and_sample(self, name: str, num_tokens: int) -> None:
         """Draw the losses so far, and write a sample of `num_tokens` tokens to the file `name` of the run folder."""

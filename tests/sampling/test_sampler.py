@@ -160,6 +160,18 @@ def test_tokens_are_those_of_the_reference(kind: str, opened: Opened) -> None:
     assert unsure < 10
 
 
+def test_what_a_config_suppresses_is_never_generated(opened: Opened) -> None:
+    sampler = opened("fp32")
+    favored = tuple(([token], 4.0) for token in (0, 5, 9))
+    for forbidden in ({}, {"suppress_tokens": ()}, {"suppress_tokens": (0, 5)}, {"bad_words_ids": ([9], [7, 3])}):
+        config = GenerationConfig(sequence_bias=favored, **forbidden)
+        tokens, _ = sampler.generate(sampler.start([[1, 7]] * 4).seeded(1), config, 50)
+        banned = {*config.suppress_tokens, *(9 for _ in config.bad_words_ids)}
+        assert {0, 5, 9} & set(tokens.ravel().tolist()) == {0, 5, 9} - banned
+    with pytest.raises(UsageError, match="no token is left to sample"):
+        sampler.generate(sampler.start([[1]]).seeded(1), GenerationConfig(suppress_tokens=tuple(range(V))), 1)
+
+
 def test_the_seed_decides_and_rows_do_not_depend_on_the_others(opened: Opened) -> None:
     sampler, config = opened("fp32"), GenerationConfig(top_p=0.8)
     prompts = [PROMPTS[1]] * 3
@@ -593,7 +605,7 @@ def test_onnxruntime_that_is_missing_or_installed_twice(monkeypatch: pytest.Monk
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(runtime.importlib, "import_module", missing)
-    with pytest.raises(UsageError, match=r"pip install 'lmdist\[cpu\]'"):
+    with pytest.raises(UsageError, match=r"pip install .*\[cpu\]"):
         runtime.import_onnxruntime()
 
 

@@ -291,7 +291,7 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_p
     train(1, *flags, cwd=tmp_path)
     assert "--resume auto continues it" in train(1, *flags, cwd=tmp_path, code=64).stderr
     other = train(1, *flags, "--resume=auto", "--model.hidden_size=25", cwd=tmp_path, code=64)
-    assert "another model.hidden_size: 24, and this recipe has 25" in other.stderr
+    assert "model.hidden_size: the run has 24, the recipe 25; --run_folder run-2 starts another" in other.stderr
 
 
 def test_a_run_with_more_steps_than_are_asked_for_is_finished(data, tmp_path):

@@ -29,7 +29,18 @@ from lmdist.storage.atomic import atomic_folder, write_atomic
 from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import read_json, write_json
 from lmdist.text.data_folder import META, TEXT, VOCABULARY
-from lmdist.training.checkpoints.format import AVERAGED, FORMAT, MANIFEST, MODEL, NEWEST, TRAINING, VERSION, Progress
+from lmdist.training.checkpoints.format import (
+    AVERAGED,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    NEWEST,
+    OWN_CHECKSUM,
+    TRAINING,
+    VERSION,
+    Progress,
+    own_checksum,
+)
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.optimizer import optimizer_state
 
@@ -85,7 +96,7 @@ def copy_to_cpu(tensor: Tensor) -> Tensor:
 def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, Any], data: Path) -> Path:
     """Write the atomic folder `checkpoints/step-N`, then its name into `checkpoints/newest`; return the folder."""
     target = checkpoints / f"step-{snapshot.progress.step:09d}"
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, replace=True) as folder:
         save_file(snapshot.parameters, folder / MODEL)
         save_file(snapshot.training, folder / TRAINING)
         if snapshot.averaged:
@@ -104,7 +115,7 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
             "data": read_json(data / META),
             "files": checksums(folder),
         }
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, {**manifest, OWN_CHECKSUM: own_checksum(manifest)})
     write_atomic(checkpoints / NEWEST, f"{target.name}\n")
     return target
 
