@@ -6,6 +6,7 @@ import mlflow.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ def is_final(error: Exception) -> bool:
         return isinstance(error, FinalError)
     return any(
         isinstance(one, PermissionError | ImportError)
+        or getattr(one, "errno", None) == errno.EROFS
         or getattr(one, "error_code", "") in FINAL_CODES
         or is_damaged_database(one)
         for one in chain(error)

@@ -125,8 +125,7 @@ class RunLogger(MetricsLogger):
             if self.uploader and not self.uploader.finish(status):
                 sync = f"lmdist-sync {shlex.quote(str(self.run))}"
                 log(f"warning: MLflow has not received all of this run; {sync} uploads the rest")
-            elif self.uploader:
-                metadata = read_metadata(self.run)
+            elif self.uploader and "run_id" in (metadata := read_metadata(self.run)):
                 for line in pages(metadata["experiment_id"], metadata["run_id"]):
                     log(line)
         finally:

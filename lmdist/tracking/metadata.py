@@ -140,8 +140,8 @@ def own_metadata(run: Path, metadata: dict[str, Any]) -> dict[str, Any]:
         return metadata
     here, original = place(run), metadata["folder"]["path"]
     log(f"{run} is a copy of {original}: it gets a run of its own in MLflow")
-    key = hashlib.sha256(f"{metadata['run_key']} {here['path']} {here['inode']}".encode()).hexdigest()[:32]
-    copied = {"run_key": key, "name": Path(here["path"]).name, "files": {}}
+    key = hashlib.sha256(f"{metadata.get('run_key')} {here['path']} {here['inode']}".encode()).hexdigest()[:32]
+    copied = {"run_key": key, "name": Path(here["path"]).name}
     if "run_id" in metadata:
         copied["tags"] = {**metadata.get("tags", {}), COPY_TAG: metadata["run_id"]}
     return as_new_run({**metadata, **copied})
@@ -149,4 +149,4 @@ def own_metadata(run: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
 def as_new_run(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return metadata without what is known of their run in MLflow."""
-    return {name: value for name, value in metadata.items() if name not in ("run_id", "experiment_id")}
+    return {name: value for name, value in metadata.items() if name not in ("run_id", "experiment_id")} | {"files": {}}

@@ -395,9 +395,9 @@ def test_a_run_without_mlflow_is_uploaded_by_its_recipe(here, monkeypatch):
     assert {dataset.tags[0].value for dataset in found.inputs.dataset_inputs} == {"train", "valid"}
 
     Path("elsewhere").mkdir()
-    shutil.copytree("runs", "elsewhere/runs")
     monkeypatch.chdir("elsewhere")
-    assert "mlflow.db is not here, and MLflow has had runs/one" in sync("runs/one", code=66)
+    assert "mlflow.db is not here, and MLflow has had ../runs/one" in sync("../runs/one", code=66)
+    assert not Path("mlflow.db").exists()
 
 
 def test_lmdist_sync_leaves_a_run_to_its_uploader(here):
