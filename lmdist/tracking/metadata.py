@@ -141,7 +141,7 @@ def own_metadata(run: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     here, original = place(run), metadata["folder"]["path"]
     log(f"{run} is a copy of {original}: it gets a run of its own in MLflow")
     key = hashlib.sha256(f"{metadata.get('run_key')} {here['path']} {here['inode']}".encode()).hexdigest()[:32]
-    copied = {"run_key": key, "name": Path(here["path"]).name}
+    copied: dict[str, Any] = {"run_key": key, "name": Path(here["path"]).name}
     if "run_id" in metadata:
         copied["tags"] = {**metadata.get("tags", {}), COPY_TAG: metadata["run_id"]}
     return as_new_run({**metadata, **copied})
