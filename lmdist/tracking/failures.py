@@ -67,9 +67,13 @@ def reason(error: Exception) -> str:
     """Return the type and the message of an error, without secrets, in one line."""
     if isinstance(error, UploadError):
         return str(error)
-    cause = error
-    for cause in chain(error):  # the last one
-        if not WRAPPERS.match(type(cause).__module__):
+    cause: BaseException = error
+    for one in chain(error):
+        module = type(one).__module__
+        if module == "builtins" and not isinstance(one, OSError) and one is not error:
+            break  # such as the KeyError that MLflow's own message explains
+        cause = one
+        if not WRAPPERS.match(module):
             break
     code = getattr(error, "error_code", "")
     name = f"{type(cause).__name__} {code}" if cause is error and re.fullmatch("[A-Z_]+", str(code)) else type(cause).__name__

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -31,6 +34,50 @@ def test_a_server_that_is_away_may_come_back_and_is_named_without_its_password(m
     assert "pass" in str(error), "the test needs an error that quotes the address"
     assert reason(error) == "ConnectionRefusedError: Connection refused"
     assert not is_final(error)
+
+
+class Answer(BaseHTTPRequestHandler):
+    """A server that has one answer to all."""
+
+    status, body = 200, b""
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "final", "expected"),
+    [
+        (401, b"<html>no</html>", True, "UNAUTHENTICATED: .* failed with error code 401"),
+        (403, b'{"error_code": "PERMISSION_DENIED", "message": "Ask Jo"}', True, "RestException PERMISSION_DENIED: .*Ask Jo"),
+        (404, b"another server", True, "ENDPOINT_NOT_FOUND: .* error code 404"),
+        (500, b"error", False, "too many 500 error responses"),
+        (503, b"", False, "too many 503 error responses"),
+        (200, b"<html>hello</html>", False, "not in a valid JSON format"),
+    ],
+)
+def test_what_a_server_answers_is_shown_and_a_refusal_is_final(monkeypatch, status, body, final, expected):
+    answer = type("OneAnswer", (Answer,), {"status": status, "body": body})
+    with ThreadingHTTPServer(("127.0.0.1", 0), answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:pass-word@127.0.0.1:{server.server_port}")
+        error = failure(os.environ["MLFLOW_TRACKING_URI"])
+        server.shutdown()
+    assert is_final(error) == final
+    assert re.search(expected, reason(error))
+    assert "pass-word" not in reason(error)
+
+
+def test_an_address_of_no_store_is_final():
+    error = failure("foo://bar")
+    assert is_final(error)
+    assert "foo://bar" in reason(error)
 
 
 @pytest.mark.parametrize(
