@@ -59,7 +59,7 @@ def test_a_run_and_its_second_half_are_one_mlflow_run_without_a_point_twice(data
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "one"
     assert found.data.params["model.hidden_size"] == "24"
-    assert found.data.tags["mlflow.note.content"].startswith("LSTM 16-24-16 tied, 7,230 parameters. data")
+    assert found.data.tags["mlflow.note.content"].startswith("LSTM 16-24-16 tied, 7,230 parameters. ")
     assert found.info.user_id == found.data.tags["mlflow.user"]
     for key in ("train/loss", "train/tokens_per_second", "valid/loss", "valid/perplexity", "valid/best_perplexity"):
         assert [step for step, _ in history(client, run_id, key)] == [step for step, _ in expected(run, key)], key
