@@ -107,11 +107,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 def require(*packages: str, purpose: str = "") -> None:
     """Raise UsageError for a package that is not installed, before hours of work that end in its import."""
-    from lmdist.extras import is_installed, remedy
+    from lmdist.extras import is_installed, not_installed
 
     for package in packages:
         if not is_installed(package):
-            raise UsageError(f"{purpose}the package {package} is not installed: {remedy(package)}")
+            raise UsageError(purpose + not_installed(package))
 
 
 @contextmanager
@@ -137,12 +137,12 @@ def exit_on_error(command: str, *, quiet: bool = False) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except ImportError as error:
-        from lmdist.extras import missing_package, remedy
+        from lmdist.extras import missing_package, not_installed
 
         if not (package := missing_package(error)):
             raise
         if not quiet:
-            sys.stderr.write(f"{command}: error: the package {package} is not installed: {remedy(package)}\n")
+            sys.stderr.write(f"{command}: error: {not_installed(package)}\n")
         sys.exit(EXIT_USAGE)
 
 

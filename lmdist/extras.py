@@ -48,6 +48,11 @@ def missing_package(error: BaseException | None) -> str | None:
     return None
 
 
+def not_installed(package: str) -> str:
+    """Return what there is to say about a package that is missing."""
+    return f"the package {package} is not installed: {remedy(package)}"
+
+
 def remedy(package: str) -> str:
     """Return the commands that install a package that is missing."""
     extra = EXTRAS[package]

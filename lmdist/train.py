@@ -70,7 +70,7 @@ def require_packages(recipe: Recipe) -> None:
     """Raise UsageError for a package that is missing and that the job may import only at its end."""
     require("torch", "safetensors", "matplotlib", "toml")
     if recipe.tracking.mlflow:
-        require(*packages_of(store_address()), purpose="without --tracking.mlflow false: ")
+        require(*packages_of(store_address()), purpose="the run is logged to MLflow unless you give --tracking.mlflow false: ")
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(code)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return the parser of the launcher's own options; unknown ones are the recipe's."""
     parser = CommandParser(
         prog=COMMAND,

@@ -46,7 +46,7 @@ def experiment_name(setting: str = TrackingSettings.experiment) -> str:
 def packages_of(address: str) -> list[str]:
     """Return the packages that a store needs: mlflow-skinny has no databases."""
     database = re.match(r"(sqlite|mysql|postgresql|mssql)\b", address)
-    return ["mlflow", *(["sqlalchemy", "alembic"] if database else [])]
+    return [*(["sqlalchemy", "alembic"] if database else []), "mlflow"]
 
 
 def is_file(address: str) -> bool:

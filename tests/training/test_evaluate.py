@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -138,7 +139,11 @@ def test_a_file_is_tokenized_as_the_training_text_was(trained, tmp_path, command
     assert figures["words"] == 6  # with an end mark after each of the lines
     assert figures["unknown_rate"] == pytest.approx(1 / 6)
     assert "unigram_perplexity" not in figures
-    assert "perplexity" in command(run, f"--file={text}").out
+    assert (figures["documents"], figures["skipped"]) == (2, {})
+    text.write_text("id;w\n" + "1;w3 w4\n" * 3)
+    text = text.rename(tmp_path / "text.csv")
+    assert "--text-column" in command(run, f"--file={text}", code=65).err
+    assert re.search("skipped +2 duplicate", command(run, f"--file={text}", "--text-column=w").out)
 
 
 def test_unigram_model():
@@ -155,6 +160,20 @@ def test_mistakes(trained, tmp_path, command):
     assert "--streams" in command(run, "--streams=0", code=64).err
     other = write_data_folder(tmp_path / "other", {"train": chain(451, 31), "test": chain(99, 31)}, 31)
     assert "another vocabulary" in command(run, f"--data={other}", code=65).err
+
+
+def test_the_data_folder_is_asked_for_where_it_is_elsewhere(trained, command):
+    run, data = trained
+    moved = data.rename(data.with_name("moved"))
+    try:
+        error = command(run, code=66).err
+        assert f"the data folder {data}, which the model was trained on, does not exist here: give its place by --data" in error
+        assert "lmdist-prepare" not in error
+        assert "perplexity" in command(run, f"--data={moved}").out
+    finally:
+        moved.rename(data)
+    without_test = write_data_folder(data.with_name("without"), {"train": chain(451, 30), "valid": chain(99, 30)}, 30)
+    assert "has no test split: give --split train or valid, or --file" in command(run, f"--data={without_test}", code=66).err
 
 
 def test_damaged_checkpoints_are_rejected_in_one_line(trained, tmp_path, command):
