@@ -31,8 +31,8 @@ from lmdist.signals import AGENT, FIRST_FAILURE, StopRequest, die_with_parent
 from lmdist.storage.atomic import TakenError
 from lmdist.storage.locks import exclusive_lock
 from lmdist.text.prepare import prepare
+from lmdist.tracking.address import packages_of, store_address
 from lmdist.tracking.run_folder import JOB_LOCK, check_run_folder
-from lmdist.tracking.store import packages_of, store_address
 
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just exiting, such as the one before a restart."""

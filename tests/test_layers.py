@@ -64,7 +64,7 @@ WINGS = {
         "vocabulary data_folder words tokenizer sources decoding tables columns readers documents demo corpus prepare"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
-    "lmdist.tracking": "run_folder store replay uploader logger sync plot",
+    "lmdist.tracking": ("address failures metadata run_folder store machines replay uploader logger sync figures plot"),
     "lmdist.training": (
         "distributed metrics data agreement optimizer schedule sample checkpoints averaging neural_cache evaluate step run "
         "report loop"

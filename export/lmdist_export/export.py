@@ -152,7 +152,7 @@ def check_registration(arguments: argparse.Namespace) -> None:
     if arguments.register is None and arguments.alias is not None:
         raise UsageError(f"--alias {arguments.alias} is for a registered model: give --register NAME as well")
     if arguments.register is not None:
-        from lmdist.tracking.store import packages_of, store_address
+        from lmdist.tracking.address import packages_of, store_address
         from lmdist_export.serving import registry
 
         registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)

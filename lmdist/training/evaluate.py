@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.write(json.dumps(result) + "\n")
         else:
             sys.stdout.write(table({key.replace("_", " "): printed(value) for key, value in result.items()}, width=22))
+        sys.stdout.flush()
+        add_to_run(arguments, result)
 
 
 def printed(value: Any) -> str:
@@ -261,6 +263,25 @@ def result_of(
     if texts.train is not None:
         result["unigram_perplexity"] = perplexity(unigram_nats(texts.train, texts.tokens, vocabulary_size))
     return result
+
+
+def add_to_run(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Add the figures of one model on the test split of its own data to its run, and so to MLflow."""
+    from lmdist.text.data_folder import read_meta
+    from lmdist.tracking.figures import add_figures
+    from lmdist.training.checkpoints.read import read_manifest
+    from lmdist.training.checkpoints.retain import run_of
+
+    if arguments.file or result["text"] != "test" or "checkpoint" not in result:
+        return
+    checkpoint = Path(result["checkpoint"])
+    manifest = read_manifest(checkpoint)
+    meta = read_meta(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
+    if (run := run_of(checkpoint)) and meta["files"] == manifest["data"]["files"]:
+        static = result.get("perplexity_without_cache", result["perplexity"])
+        cached = {"perplexity_with_cache": result["perplexity"]} if "cache" in result else {}
+        figures = {"perplexity": static, "unknown_rate": result["unknown_rate"], **cached}
+        add_figures(run, manifest["progress"]["step"], figures, COMMAND)
 
 
 # --- caches and ensembles ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from lmdist.perplexity import perplexity
 from lmdist.settings import Recipe
 from lmdist.signals import StopRequest
 from lmdist.storage.atomic import write_atomic
-from lmdist.tracking.logger import MetricsLogger, RunLogger
+from lmdist.tracking.logger import MetricsLogger, RunLogger, logger_of_rank
 from lmdist.tracking.plot import plot_losses
 from lmdist.tracking.run_folder import FINISHED, METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES
 from lmdist.training.run import Run
@@ -46,10 +46,10 @@ def report_on(run: Run, stop: StopRequest) -> Iterator[Report]:
 def open_logger(run: Run) -> MetricsLogger:
     """Return rank 0's logger, after writing the resolved recipe; on other ranks one that writes nothing."""
     if not run.world.is_main:
-        return MetricsLogger()
+        return logger_of_rank(run.path, run.world.broadcast(""))
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(run.path / RECIPE, config.as_toml(run.recipe))
-    return RunLogger(
+    logger = RunLogger(
         run.path,
         run.recipe.tracking,
         config.flat(run.recipe),
@@ -57,7 +57,25 @@ def open_logger(run: Run) -> MetricsLogger:
         run.folder.meta,
         run.progress.step,
         resume=run.recipe.resume == "auto",
+        description=f"{model_line(run)}. {data_line(run)}.",
     )
+    run.world.broadcast(logger.run_key)
+    return logger
+
+
+def model_line(run: Run) -> str:
+    """Return the sizes of the model."""
+    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    layers = "-".join(str(size) for size in [run.recipe.model.embedding_size, *run.model.layer_sizes])
+    head = ", adaptive head" if run.recipe.model.head == "adaptive" else " tied" if run.recipe.model.tied else ""
+    return f"LSTM {layers}{head}, {num_parameters:,} parameters"
+
+
+def data_line(run: Run) -> str:
+    """Return the name and the sizes of the data."""
+    folder = run.folder
+    tokens = folder.meta["splits"]["train"]["tokens"]
+    return f"{folder.path}: {tokens:,} tokens to train on, vocabulary {folder.vocabulary_size:,}"
 
 
 def announcement(run: Run) -> list[str]:
@@ -66,15 +84,11 @@ def announcement(run: Run) -> list[str]:
     if done > total_steps:
         return [f"{run.path} has {done:,} steps already, more than the {total_steps:,} asked for: nothing to train"]
     recipe, world, folder, precision = run.recipe, run.world, run.folder, run.precision
-    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    layers = "-".join(str(size) for size in [recipe.model.embedding_size, *run.model.layer_sizes])
-    head = ", adaptive head" if recipe.model.head == "adaptive" else " tied" if recipe.model.tied else ""
     start = f"resuming after step {done:,}" if done else "starting"
     lines = [
         f"{run.path}: {start}, to step {total_steps:,} ({run.batches.steps_per_epoch:,} per epoch)",
-        f"  data   {folder.path}: {folder.meta['splits']['train']['tokens']:,} tokens to train on, "
-        f"vocabulary {folder.vocabulary_size:,}",
-        f"  model  LSTM {layers}{head}, {num_parameters:,} parameters",
+        f"  data   {data_line(run)}",
+        f"  model  {model_line(run)}",
         f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} tokens "
         f"on {world.size} rank(s), {world.device.type}",
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
@@ -152,7 +166,10 @@ class Report:
         )
         if progress.averaged_from == progress.step:
             self.console.log(f"averaging the parameters from step {progress.step} on, because validation has stalled")
-        self.logger.log_metrics(progress.step, {"valid/loss": nats, "valid/perplexity": perplexity(nats)})
+        self.logger.log_metrics(
+            progress.step,
+            {"valid/loss": nats, "valid/perplexity": perplexity(nats), "valid/best_perplexity": perplexity(best)},
+        )
         self.write_picture_and_sample(f"{SAMPLES}/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
 
     def finish(self) -> bool:
@@ -170,7 +187,6 @@ class Report:
             f"  run      {path}",
             *([f"  sample   {path / SAMPLE}"] if num_tokens else []),
             f"  picture  {path / PICTURE}",
-            *([f"  MLflow   {self.logger.page}"] if self.logger.page else []),
             self.next_line(),
         ]
         for line in lines:

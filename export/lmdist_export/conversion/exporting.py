@@ -33,7 +33,7 @@ from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.tracking.run_folder import read_metadata
+from lmdist.tracking.metadata import read_metadata
 from lmdist.training.checkpoints.read import load_model, parameters_file
 from lmdist.training.checkpoints.retain import find_checkpoint, run_of
 from lmdist.training.data import folder_of_model
@@ -73,6 +73,12 @@ class Checkpoint:
     def run(self) -> str:
         """Return NAME of runs/NAME/checkpoints/STEP, or the folder's own name if it lies elsewhere."""
         return (run_of(self.path) or self.path.resolve()).name
+
+    @property
+    def run_id(self) -> str | None:
+        """Return the id in MLflow of the run that it lies in, if it has one."""
+        run = run_of(self.path)
+        return None if run is None else read_metadata(run).get("run_id")
 
     @property
     def step(self) -> int:
@@ -192,6 +198,7 @@ def write_bundle(
         "sizes": dataclasses.asdict(sizes),
         "cache": None if (cache := checkpoint.cache) is None else dataclasses.asdict(cache),
         "run": checkpoint.run,
+        "run_id": checkpoint.run_id,
         "step": checkpoint.step,
         "tolerance": TOLERANCES.get(precision),
         "differences": check_values(sampler, model),
@@ -207,7 +214,7 @@ def write_bundle(
     }
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / MANIFEST, manifest)
-    write_model(folder, read_metadata(checkpoint.path.parent.parent).get("run_id"))
+    write_model(folder, checkpoint.run_id)
     return manifest
 
 
