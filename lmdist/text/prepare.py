@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 COMMAND = "lmdist-prepare"
 
 # One process tokenizes less than this before worker processes have started and filled their caches.
-ONE_PROCESS_BYTES = {"word_tokenize": 40_000_000, "wordpunct": 60_000_000, "whitespace": 60_000_000}
+ONE_PROCESS_BYTES = {"word_tokenize": 40_000_000, "wordpunct": 60_000_000, "whitespace": 60_000_000, "characters": 60_000_000}
 
 SECONDS_BETWEEN_LINES = 5.0
 

@@ -225,7 +225,7 @@ WORDS = """
 
 @given(st.lists(st.sampled_from(WORDS)), st.integers(0, 20), st.sampled_from(get_args(Tokenizer)))
 def test_the_text_of_the_first_words_begins_the_text_of_all(words, count, tokenizer):
-    from lmdist.text.tokenizer import detokenize
+    from lmdist.text.detokenizer import detokenize
 
     assert detokenize(words, tokenizer).startswith(detokenize(words[:count], tokenizer))
 
