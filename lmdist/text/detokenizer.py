@@ -110,11 +110,12 @@ def punctuation(run: str, before: str, quotes: list[str]) -> tuple[bool, bool]:
     for position, mark in enumerate(run):
         if mark in CLOSES or mark in "\"'’":
             # In a run the quote after a full stop closes, and so does that before a comma.
-            beside = (position > 0 and sides[-1][0]) or closes(run[position + 1 : position + 2])
+            beside = (position > 0 and sides[-1] == (True, False)) or closes(run[position + 1 : position + 2])
             sides.append(quote(mark, quotes, closing=beside))
         else:
             sides.append((closes(mark), opens(mark, before)))
-    return sides[0][0], sides[-1][1]
+    wide = any(map(is_wide, run))  # also the quotes beside such a mark
+    return sides[0][0] or wide, sides[-1][1] or wide
 
 
 def quote(mark: str, quotes: list[str], *, closing: bool) -> tuple[bool, bool]:

@@ -179,7 +179,7 @@ LETTER, MARK, SPACE = r"\p{L}\p{N}_", r"\p{M}\u200c\u200d", r"\s\x1c-\x1f"
 WORDPUNCT_MARKS = rf"[{LETTER}][{LETTER}{MARK}]*|[^{LETTER}{SPACE}]+"
 CHARACTER_MARKS = rf"[^{SPACE}][{MARK}]*"
 # Where a mark, or a letter that is younger than Python, may stand; most European texts have none of these.
-BEYOND = re.compile("[\u0300-\u1fff\u200c\u200d\u20c1-\U0010ffff]")
+BEYOND = re.compile("[\u0300-\u1fff\u200c\u200d\u2070-\u209f\u20c1-\U0010ffff]")
 
 TUTORIAL = str.maketrans("-", " ", string.punctuation.replace("-", ""))
 

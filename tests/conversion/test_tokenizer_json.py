@@ -30,7 +30,7 @@ DATA = Path(os.environ.get("LMDIST_DATA", Path(__file__).parents[3] / "shared" /
 
 SETTINGS = [
     TextSettings(tokenizer, clean, lowercase, rules)
-    for tokenizer, rules in (("wordpunct", 2), ("whitespace", 2), ("characters", 2), ("wordpunct", 1), ("whitespace", 1))
+    for tokenizer, rules in (("wordpunct", 2), ("whitespace", 2), ("characters", 2), ("wordpunct", 1))
     for clean in ("none", "tutorial")
     for lowercase in (False, True)
 ]
@@ -88,7 +88,7 @@ def case(request: pytest.FixtureRequest) -> tuple[TextSettings, Vocabulary, Toke
     return request.param, vocabulary, reader(request.param, vocabulary)
 
 
-@effort(max_examples=300, deadline=None)
+@effort(max_examples=200, deadline=None)
 @given(text=st.lists(st.sampled_from(TRAPS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)).map("".join))
 def test_any_text_has_the_same_ids(case: tuple[TextSettings, Vocabulary, Tokenizer], text: str) -> None:
     settings, vocabulary, tokenizer = case
