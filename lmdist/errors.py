@@ -7,16 +7,34 @@ below. Any other exception is a defect in lmdist and keeps its traceback. This m
 from __future__ import annotations
 
 import argparse
-import os
+import errno
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from lmdist.standard_streams import ResultsError, finish, guard
+
+EXIT_DEFECT = 1  # what is not the user's mistake: it has a traceback
 EXIT_USAGE = 64  # a wrong flag, key or combination of settings
 EXIT_DATA = 65  # the input exists and cannot be used
 EXIT_MISSING_INPUT = 66  # the input does not exist
 EXIT_AGAIN = 75  # stopped on request: run the same command again
+
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)  # not on Windows
+]
+"""Requests to stop, beside Ctrl-C: of Kubernetes, of a terminal that is closed, of Slurm before a time limit."""
+LASTING = {
+    getattr(errno, name)
+    for name in "ENOENT ENOTDIR EISDIR EEXIST EACCES EPERM EROFS ENAMETOOLONG ELOOP ENXIO ENOSPC EDQUOT EFBIG".split()
+    if hasattr(errno, name)
+}
+"""Reasons why a path cannot be read or written that another try would only repeat."""
 
 
 class UsageError(ValueError):
@@ -52,26 +70,58 @@ class CommandParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def exit_on_error(command: str, *, quiet: bool = False) -> Iterator[None]:
-    """Turn a user's mistake into one line on stderr and its exit code; `quiet` (ranks other than 0) omits the line."""
+def exit_on_error(command: str, *, ends_with_reader: bool = False) -> Iterator[None]:
+    """Turn a user's mistake, or what the machine refuses, into one line on stderr and its exit code; a stop into code 75.
+
+    `ends_with_reader` is for a command whose work ends where nobody reads its results any more.
+    """
+    guard(ends_with_reader=ends_with_reader)
+    with interrupted_by(STOP_SIGNALS):
+        try:
+            yield
+            finish()
+        except (UsageError, DataError, MissingInputError) as error:
+            leave(f"{command}: error: {error}", exit_code_of(error))
+        except Stopped as stop:
+            leave(f"{command}: {stop}", stop.exit_code)
+        except KeyboardInterrupt:
+            leave(f"{command}: interrupted", EXIT_AGAIN)
+        except ResultsError as error:
+            if error.errno == errno.EPIPE:  # `lmdist-generate ... | head` has read enough
+                sys.exit(0)
+            leave(f"{command}: error: stdout cannot be written: {error.strerror}", EXIT_DATA)
+        except OSError as error:
+            if exit_code_of(error) == EXIT_DEFECT:
+                raise
+            leave(f"{command}: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", exit_code_of(error))
+
+
+def exit_code_of(error: Exception) -> int:
+    """Return the exit code of a command that ends with an error."""
+    if isinstance(error, OSError) and error.errno in LASTING:
+        return EXIT_DATA
+    return getattr(error, "exit_code", EXIT_DEFECT)
+
+
+def leave(line: str, code: int) -> NoReturn:
+    """Print a line and exit."""
+    sys.stderr.write(f"{line}\n")
+    sys.exit(code)
+
+
+@contextmanager
+def interrupted_by(signals: list[signal.Signals]) -> Iterator[None]:
+    """Have signals raise KeyboardInterrupt, as Ctrl-C does, where they would end the process at once."""
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    changed = [number for number in signals if in_main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
-    except (UsageError, DataError, MissingInputError) as error:
-        if not quiet:
-            sys.stderr.write(f"{command}: error: {error}\n")
-        sys.exit(error.exit_code)
-    except Stopped as stop:
-        if not quiet:
-            sys.stderr.write(f"{command}: {stop}\n")
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        if not quiet:
-            sys.stderr.write(f"{command}: interrupted\n")
-        sys.exit(EXIT_AGAIN)
-    except BrokenPipeError:
-        # `lmdist-generate ... | head` has read enough. Python would print the error again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    finally:
+        for number in changed:
+            if signal.getsignal(number) is signal.default_int_handler:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def one_line(error: Exception) -> str:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from lmdist import config
-from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, exit_on_error, one_line
+from lmdist.errors import EXIT_AGAIN, EXIT_DEFECT, Stopped, UsageError, exit_code_of, exit_on_error, one_line
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
-from lmdist.signals import AGENT, StopRequest, die_with_parent
+from lmdist.signals import AGENT, FIRST_FAILURE, StopRequest, die_with_parent
 from lmdist.storage.locks import exclusive_lock
 from lmdist.text.prepare import prepare
-from lmdist.tracking.run_folder import JOB_LOCK
+from lmdist.tracking.run_folder import JOB_LOCK, check_run_folder
 
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just exiting, such as the one before a restart."""
@@ -33,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:
         die_with_parent(int(os.environ.get(AGENT, 0)) or None)
-    with exit_on_error("lmdist.train", quiet=not is_main), nullcontext() if is_main else after_rank_0():
+    with exit_on_error("lmdist.train"), reported_once(is_main=is_main):
         stop = StopRequest().listen()
         recipe = config.load(argv, quiet=not is_main)
+        check_run_folder(Path(recipe.run_folder))
         prepare_if_absent(recipe, is_main=is_main)
 
         import torch
@@ -49,12 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
                 )
                 loop.train(recipe, world, stop)
-            except torch.OutOfMemoryError as error:
-                raise UsageError(
-                    "the GPU's memory is full: lower data.global_batch or data.window, or raise training.accumulation "
-                    f"({one_line(error)})"
-                ) from None
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
+                if distributed.out_of_memory(error):
+                    which = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
+                    raise UsageError(
+                        f"{which} memory is full: lower data.global_batch or data.window, raise training.accumulation, "
+                        f"or take a smaller model ({one_line(error)})"
+                    ) from None
                 if not distributed.lost_peer(error):
                     raise
                 time.sleep(PEERS_FIRST)
@@ -62,13 +67,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def after_rank_0() -> Iterator[None]:
-    """Delay a user's error: rank 0 has it too and prints it, unless torchrun ends rank 0 because this rank exits first."""
+def reported_once(*, is_main: bool) -> Iterator[None]:
+    """Have one rank of a machine report why the job fails or stops: the first that fails; for all else rank 0."""
     try:
         yield
-    except (UsageError, DataError, MissingInputError):
-        time.sleep(PEERS_FIRST)
+    except (Stopped, KeyboardInterrupt):
+        if not is_main:
+            sys.exit(EXIT_AGAIN)
         raise
+    except Exception as error:
+        code = exit_code_of(error)
+        is_first = is_first_failure(code) if FIRST_FAILURE in os.environ else is_main
+        if code == EXIT_DEFECT or is_first:
+            raise
+        if FIRST_FAILURE not in os.environ:  # rank 0 has it too, and would be ended by torchrun if this rank exited first
+            time.sleep(PEERS_FIRST)
+        sys.exit(code)
+
+
+def is_first_failure(code: int) -> bool:
+    """Record the exit code of this rank for the agent (job/agent.py); return whether no other rank has done so before."""
+    try:
+        with open(os.environ[FIRST_FAILURE], "x", encoding="ascii") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # a full disk: rather reported twice than not at all
+    return True
 
 
 def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
@@ -81,10 +107,31 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
     if folder.exists() or not (settings.inputs or settings.train):
         return
     if is_main:
-        prepare(settings, folder)
+        with redirect_stdout(sys.stderr):  # a job has no results on stdout
+            prepare(settings, folder)
     while not folder.exists():
         time.sleep(0.2)
 
 
+def run_as_process() -> NoReturn:
+    """Run `main` and end the process at once.
+
+    At Python's own exit a thread of a library that still runs could abort the process, after all is written, and a job that
+    is done would be taken for one that was killed.
+    """
+    code: object = 0
+    try:
+        main()
+    except SystemExit as leaving:
+        code = leaving.code
+    except BaseException:
+        traceback.print_exc()
+        code = EXIT_DEFECT
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0)
+
+
 if __name__ == "__main__":
-    main()
+    run_as_process()

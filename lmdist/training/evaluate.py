@@ -117,8 +117,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    arguments = parser().parse_args(argv)
     with exit_on_error(COMMAND):
+        arguments = parser().parse_args(argv)
         check("--cache", arguments.cache, between(0, MAX_SIZE, "0 is none"))
         if arguments.file and (arguments.split or (arguments.data and not arguments.cache)):
             raise UsageError("--file takes the place of --split and --data: give one or the other")
@@ -210,13 +210,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of a model, or of an ensemble, on a text."""
     from lmdist.training.checkpoints.read import load_model
     from lmdist.training.checkpoints.retain import find_checkpoint
-    from lmdist.training.distributed import join_job
+    from lmdist.training.distributed import World, choose_device
     from lmdist.training.neural_cache import WINDOW
 
     paths = [find_checkpoint(path) for path in arguments.checkpoints]
     model, manifest = load_model(paths[0])
     check_same_vocabulary(paths, manifest)
-    world = join_job(arguments.device, global_batch=1, accumulation=1, timeout_seconds=120)
+    world = World(0, 1, choose_device(arguments.device))  # whatever WORLD_SIZE says, as in the pod of a training job
     texts = read_texts(arguments, paths[0], manifest)
     for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
         if tokens is not None and len(tokens) < arguments.streams:

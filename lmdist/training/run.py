@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lmdist import config
 from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.precision import Precision, choose, configure_precision
@@ -49,7 +51,7 @@ class Run:
     total_steps: int
     precision: Precision
     hints: list[str]
-    """Lines for the user about the speed of the model on this machine."""
+    """Lines for the user: what has changed since the checkpoint, and about the speed of the model on this machine."""
 
     @property
     def path(self) -> Path:
@@ -105,7 +107,8 @@ def set_up(recipe: Recipe, world: World) -> Run:
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
     training_step = TrainingStep(recipe, model, precision, world)
-    hints = configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
+    hints = changed_settings(newest, recipe) if newest else []
+    hints += configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
     progress = Progress() if newest is None else restore(newest, recipe, folder, training_step)
     averaging = Averaging(recipe.averaging, model, progress)
     if newest:
@@ -160,19 +163,17 @@ def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, training_ste
     Raise UsageError if the checkpoint was trained with other data, another model or another optimizer.
     """
     path, manifest = newest
-    train = token_file("train")
-    pairs = {
-        "vocabulary": (manifest["files"][VOCABULARY], folder.meta["files"][VOCABULARY]),
-        train: (manifest["data"]["files"][train], folder.meta["files"][train]),
-        "seed": (manifest["recipe"]["seed"], recipe.seed),
-        "optimizer.name": (manifest["recipe"]["optimizer"]["name"], recipe.optimizer.name),
-    }
-    for section, settings in (("model", recipe.model), ("data", recipe.data)):
-        for key, value in dataclasses.asdict(settings).items():
-            if (section, key) not in (("data", "folder"), ("data", "valid_batch")):
-                pairs[f"{section}.{key}"] = (manifest["recipe"][section][key], value)
-    for name, (before, now) in pairs.items():
-        if before != now:
+    for name, before in (
+        (VOCABULARY, manifest["files"][VOCABULARY]),
+        (token_file("train"), manifest["data"]["files"][token_file("train")]),
+    ):
+        if before["sha256"] != folder.meta["files"][name]["sha256"]:
+            raise UsageError(
+                f"{path} was trained on other data: {name} in {folder.path} is another one. "
+                "Give --data.folder the folder that it was trained on, or --run_folder another name to train anew"
+            )
+    for name, (before, now) in pairs_of(manifest["recipe"], recipe).items():
+        if before != now and is_fixed(name):
             raise UsageError(f"{path} was trained with another {name}: {before}, and this recipe has {now}")
     load_parameters(training_step.model, path)
     progress, streams = load_training(path, training_step.optimizer)
@@ -182,6 +183,36 @@ def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, training_ste
         part = training_step.world.part_of(recipe.data.global_batch)
         training_step.state = tuple(stream[part].to(training_step.world.device) for stream in streams)  # parts (B, S)
     return progress
+
+
+def is_fixed(name: str) -> bool:
+    """Return whether a setting cannot change when a run is resumed.
+
+    The rest may: a step's learning rate, its dropout and all that says how long, how often and where follow from the recipe
+    alone, not from the steps before.
+    """
+    section, _, key = name.rpartition(".")
+    return (
+        name in ("seed", "optimizer.name")
+        or (section == "data" and key not in ("folder", "valid_batch"))
+        or (section == "model" and "dropout" not in key)
+    )
+
+
+def changed_settings(newest: Checkpoint, recipe: Recipe) -> list[str]:
+    """Return a line with the settings of the training that are others than the checkpoint's; none where there are none."""
+    changed = [
+        f"{name} {reprlib.repr(before)} -> {now!r}"
+        for name, (before, now) in pairs_of(newest[1]["recipe"], recipe).items()
+        if before != now and name.startswith(("model.", "optimizer.", "schedule.", "averaging."))
+    ]
+    return [f"  changed since step {newest[1]['progress']['step']:,}: {', '.join(changed)}"] if changed else []
+
+
+def pairs_of(before: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return each setting that a checkpoint's recipe has as well: its value there, and in `recipe`."""
+    now = config.flat(recipe)
+    return {name: (value, now[name]) for name, value in config.flat_values(before).items() if name in now}
 
 
 def restore_average(newest: Checkpoint, averaging: Averaging) -> None:

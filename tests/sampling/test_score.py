@@ -500,6 +500,12 @@ def test_empty_lists_print_nothing(bundle, written) -> None:
         assert written(bundle, *options) == ""
 
 
+def test_a_string_is_no_list_of_sentences(sampler) -> None:
+    for method in (Scorer(sampler).score, Scorer(sampler).predict):
+        with pytest.raises(UsageError, match=r"the sentences are 'the cat'; a list is expected, as \['the cat'\]"):
+            method("the cat")
+
+
 def test_a_scorer_that_contradicts_itself(sampler) -> None:
     with pytest.raises(UsageError, match="cannot be left out"):
         Scorer(sampler, end=False, carry_state=True)

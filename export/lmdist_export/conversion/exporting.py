@@ -42,7 +42,7 @@ from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MANIFEST, VERSION, B
 from lmdist_export.conversion.tokenizer_json import TOKENIZER, obstacle, write_tokenizer
 from lmdist_export.conversion.verify import MAX_LOSS_PERCENT, TOLERANCES, check_perplexity, check_values
 from lmdist_export.conversion.weights import write_graphs
-from lmdist_export.options import GenerationConfig
+from lmdist_export.options import EXPORTED
 from lmdist_export.sampling.runtime import runtime_version
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.mlflow_model import write_model
@@ -62,9 +62,9 @@ class Checkpoint:
     text: TextSettings
 
     @classmethod
-    def load(cls, run_or_checkpoint: Path) -> Self:
+    def load(cls, run_or_checkpoint: str | Path) -> Self:
         """Load a checkpoint, of a run the best one; raises MissingInputError or DataError."""
-        path = find_checkpoint(run_or_checkpoint)
+        path = find_checkpoint(Path(run_or_checkpoint))
         model, manifest = load_model(path)
         text = WordTokenizer.load(path / TEXT).settings
         return cls(path, model, manifest, Vocabulary.load(path / VOCABULARY), text)
@@ -186,7 +186,7 @@ def write_bundle(
         write_tokenizer(folder, checkpoint.text, checkpoint.vocabulary)
     files = checksums(folder)
     log(f"comparing {precision} with torch" + ("" if held_out is None else ", also on held-out text"), EXPORT_COMMAND)
-    generation = GenerationConfig()
+    generation = EXPORTED
     sampler = Sampler(Bundle(folder, {}, sizes, checkpoint.vocabulary, generation))
     max_loss = MAX_LOSS_PERCENT.get(precision, 0.0) if max_loss_percent is None else max_loss_percent
     manifest = {

@@ -28,8 +28,6 @@ AVERAGED = "averaged.safetensors"
 """Is there if `Progress.averaged_from` is set."""
 FILES = (MODEL, TRAINING, VOCABULARY, TEXT)
 """The files that a manifest must name."""
-NEWEST = "newest"
-"""Beside the checkpoints: a file with the name of the one that was written last."""
 
 MANIFEST_SCHEMA = {
     "model": {},

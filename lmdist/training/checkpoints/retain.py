@@ -13,8 +13,8 @@ from typing import Any
 from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError
 from lmdist.storage.reading import check_folder, read_bytes
-from lmdist.tracking.run_folder import CHECKPOINTS
-from lmdist.training.checkpoints.format import MANIFEST, NEWEST
+from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST
+from lmdist.training.checkpoints.format import MANIFEST
 from lmdist.training.checkpoints.read import read_manifest, read_verified_manifest
 
 
