@@ -21,6 +21,7 @@ import string
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -195,6 +196,16 @@ def split_characters(document: str) -> list[str]:
     """Return each character with the marks on it, and a SPACE for whitespace between two."""
     text = detokenizer.SPACE.join(document.split())
     return list(text) if text.isascii() else pattern(CHARACTER_MARKS).findall(text)
+
+
+# Long runs of scripts that write no space between words.
+SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{M}]{8,}"
+
+
+def lacks_spaces(words: Iterable[str]) -> bool:
+    """Return whether the first 10,000 distinct words of a text are often whole clauses of Chinese, Japanese, Thai or the like."""
+    sample = list(islice(words, 10_000))
+    return sum(not word.isascii() and pattern(SPACELESS).search(word) is not None for word in sample) > len(sample) / 5
 
 
 @cache
