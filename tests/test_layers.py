@@ -62,8 +62,8 @@ FLOORS = {
 WINGS = {
     "lmdist.storage": "locks reading atomic checksums schema",
     "lmdist.text": (
-        "vocabulary data_folder words markup detokenizer tokenizer sources decoding tables columns readers documents demo corpus "
-        "prepare"
+        "vocabulary data_folder words markup detokenizer tokenizer sources decoding tables columns readers documents demo "
+        "corpus prepare"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": "run_folder store replay uploader logger sync plot",

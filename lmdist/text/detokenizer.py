@@ -70,12 +70,13 @@ def pieces(words: Iterable[str], tokenizer: str) -> Iterator[str]:
 
 def spaced(word: str, before: str, quotes: list[str], *, wordpunct: bool) -> tuple[str, bool, bool]:
     """Return a word as it is written, and whether it needs no space on its left and on its right; update the open quotes."""
-    if word == "``":
-        return '"', False, True
-    if word == "''":
-        return '"', True, False
-    if len(word) == 3 and word[0] == word[2] == "@":  # WikiText's notation for a - , or . inside a word or number
-        return word[1], True, True
+    if not wordpunct:  # which has the text's own signs
+        if word == "``":
+            return '"', False, True
+        if word == "''":
+            return '"', True, False
+        if len(word) == 3 and word[0] == word[2] == "@":  # WikiText's notation for a - , or . inside a word or number
+            return word[1], True, True
     if any(map(str.isalnum, word)):
         lower = word.lower()
         left = (

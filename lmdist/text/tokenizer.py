@@ -203,7 +203,7 @@ SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar
 
 
 def lacks_spaces(words: Iterable[str]) -> bool:
-    """Return whether the first 10,000 distinct words of a text are often whole clauses of Chinese, Japanese, Thai or the like."""
+    """Return whether many of the first 10,000 distinct words of a text are clauses of Chinese, Japanese, Thai or the like."""
     sample = list(islice(words, 10_000))
     return sum(not word.isascii() and pattern(SPACELESS).search(word) is not None for word in sample) > len(sample) / 5
 

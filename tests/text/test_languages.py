@@ -1,8 +1,10 @@
 """Text of any language: marks stay with their letters, one spelling a word, spaces where the language writes them, HTML."""
 
 import csv
+import dataclasses
 import json
 import os
+import re
 import time
 import unicodedata
 from pathlib import Path
@@ -13,9 +15,11 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmdist.settings import TextSettings, Tokenizer
+from lmdist.errors import DataError
+from lmdist.settings import PrepareSettings, TextSettings, Tokenizer
 from lmdist.text.detokenizer import SPACE, detokenize
 from lmdist.text.markup import text_of_html
+from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import BEYOND, LETTER, WORDPUNCT, WORDPUNCT_MARKS, WordTokenizer, pattern
 from lmdist.text.vocabulary import Vocabulary
 
@@ -79,7 +83,8 @@ def test_what_is_split_without_the_package_regex_is_split_alike():
     text = "".join(f"a{character}b {character} " for character in near)
     assert pattern(WORDPUNCT_MARKS).findall(text) == WORDPUNCT.findall(text)
     # Beyond these too, each letter of Python's is one.
-    assert all(pattern(f"[{LETTER}]").match(chr(code)) for code in range(0x300, 0x110000) if chr(code).isalnum())
+    beyond = "".join(map(chr, [*range(0x300, 0xD800), *range(0xE000, 0x20000)]))
+    assert set(pattern(f"[{LETTER}]").findall(beyond)) >= set(re.findall(r"\w", beyond))
 
 
 # --- one spelling --------------------------------------------------------------------------------------------------
@@ -213,6 +218,38 @@ def test_html_that_never_closes_takes_no_longer_than_its_length(piece):
     began = time.perf_counter()
     text_of_html(piece * 20_000)
     assert time.perf_counter() - began < 10  # of 60 kB; html.parser needs minutes
+
+
+# --- which setting suits a text ------------------------------------------------------------------------------------
+
+
+def test_a_text_without_spaces_is_told_of_characters(tmp_path):
+    clauses = ["".join(chr(0x4E00 + (7919 * (9 * row + column)) % 5000) for column in range(9)) for row in range(400)]
+    text = [f"{''.join(f'{clause}，' for clause in clauses[row : row + 4])}" for row in range(0, 400, 4)]
+    (tmp_path / "zh.txt").write_text("\n\n".join(text), encoding="utf-8")
+    values = PrepareSettings(inputs=[str(tmp_path / "zh.txt")], tokenizer="word_tokenize")
+    with pytest.raises(DataError, match=r"no word occurs 2 times in the text to train on: .* --tokenizer characters"):
+        prepare(values, tmp_path / "out")
+    prepare(dataclasses.replace(values, tokenizer="characters"), tmp_path / "out")
+    words = Vocabulary.load(tmp_path / "out/vocab.txt").words
+    assert words[2] == "，"
+    assert set("".join(clauses)) >= set("".join(words[3:]))
+
+
+def test_html_among_the_most_frequent_words_is_named(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text(
+        "content\n" + "".join(f'"<p>No. {row} &amp; more</p>"\n' for row in range(60)), encoding="utf-8"
+    )
+    values = PrepareSettings(inputs=[str(tmp_path / "a.csv")], tokenizer="wordpunct")
+    prepare(values, tmp_path / "out")
+    assert (
+        "note: this text seems to be HTML, whose tags are among its most frequent words; --clean html"
+        in capsys.readouterr().err
+    )
+    prepare(dataclasses.replace(values, clean="html"), tmp_path / "out", overwrite=True)
+    assert "note" not in capsys.readouterr().err
+    assert {"No", ".", "&", "more"} <= set(Vocabulary.load(tmp_path / "out/vocab.txt").words)
+    assert not {"<", ">", "p", "amp"} & set(Vocabulary.load(tmp_path / "out/vocab.txt").words)
 
 
 # --- words, not letters --------------------------------------------------------------------------------------------
