@@ -153,7 +153,7 @@ def cleaned(document: str, settings: TextSettings) -> str:
     """Return a document as it is split: without what the settings leave out, and in one spelling."""
     if settings.clean == "html":
         document = text_of_html(document)
-    if settings.rules > FIRST_RULES and not document.isascii():
+    if settings.rules > FIRST_RULES and not is_plain(document):
         if settings.tokenizer != "whitespace":  # text that is tokenized already: a sign that stands alone is a word
             document = INVISIBLE.sub("", document.replace("\u200b", " "))
         document = unicodedata.normalize("NFC", document)
@@ -179,17 +179,20 @@ WORDPUNCT = re.compile(r"\w+|[^\w\s]+")
 LETTER, MARK, SPACE = r"\p{L}\p{N}_", r"\p{M}\u200c\u200d", r"\s\x1c-\x1f"
 WORDPUNCT_MARKS = rf"[{LETTER}][{LETTER}{MARK}]*|[^{LETTER}{SPACE}]+"
 CHARACTER_MARKS = rf"[^{SPACE}][{MARK}]*"
-# Where a mark, or a letter that is younger than Python, may stand; most European texts have none of these.
-BEYOND = re.compile("[\u0300-\u1fff\u200c\u200d\u2070-\u209f\u20c1-\U0010ffff]")
+# Latin letters and typographic signs: in normal form C, visible, without marks, and the same to Python and to `regex`.
+PLAIN = re.compile("[\x00-\xac\xae-\u02ff\u2002-\u200a\u2010-\u2029\u202f-\u205f\u20a0-\u20c0]*+")
 
 TUTORIAL = str.maketrans("-", " ", string.punctuation.replace("-", ""))
 
 
+def is_plain(document: str) -> bool:
+    """Return whether a document has PLAIN characters only, as most English ones do: the quick way is enough then."""
+    return document.isascii() or PLAIN.fullmatch(document) is not None
+
+
 def split_wordpunct(document: str) -> list[str]:
     """Return runs of letters and digits with the marks on them, and runs of other characters."""
-    if document.isascii() or not BEYOND.search(document):
-        return WORDPUNCT.findall(document)  # twice as fast
-    return pattern(WORDPUNCT_MARKS).findall(document)
+    return WORDPUNCT.findall(document) if is_plain(document) else pattern(WORDPUNCT_MARKS).findall(document)
 
 
 def split_characters(document: str) -> list[str]:

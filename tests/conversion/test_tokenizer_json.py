@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import assume, given
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 
-from lmdist.settings import TextSettings
+from lmdist.settings import Cleaning, TextSettings
+from lmdist.settings import Tokenizer as Tokenizers
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist_export import export
@@ -28,10 +30,12 @@ from support.small_bundles import PLAIN_WORDS, SINGLE, make_bundle, make_run
 
 DATA = Path(os.environ.get("LMDIST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
+SPLITTERS: list[tuple[Tokenizers, Literal[1, 2]]] = [("wordpunct", 2), ("whitespace", 2), ("characters", 2), ("wordpunct", 1)]
+CLEANINGS: list[Cleaning] = ["none", "tutorial"]
 SETTINGS = [
     TextSettings(tokenizer, clean, lowercase, rules)
-    for tokenizer, rules in (("wordpunct", 2), ("whitespace", 2), ("characters", 2), ("wordpunct", 1))
-    for clean in ("none", "tutorial")
+    for tokenizer, rules in SPLITTERS
+    for clean in CLEANINGS
     for lowercase in (False, True)
 ]
 # Blanks of Python and of others, capitals that are more than one letter in small or depend on their neighbours, marks that

@@ -20,7 +20,7 @@ from lmdist.settings import PrepareSettings, TextSettings, Tokenizer
 from lmdist.text.detokenizer import SPACE, detokenize
 from lmdist.text.markup import text_of_html
 from lmdist.text.prepare import prepare
-from lmdist.text.tokenizer import BEYOND, LETTER, WORDPUNCT, WORDPUNCT_MARKS, WordTokenizer, pattern
+from lmdist.text.tokenizer import LETTER, PLAIN, WORDPUNCT, WORDPUNCT_MARKS, WordTokenizer, cleaned, pattern
 from lmdist.text.vocabulary import Vocabulary
 
 CASES = Path(os.environ.get("LMDIST_DATA", Path(__file__).parents[3] / "shared" / "data")).parent / "cases"
@@ -79,8 +79,10 @@ def test_text_splits_alike_when_it_was_put_together_from_its_spellings(text, tok
 
 
 def test_what_is_split_without_the_package_regex_is_split_alike():
-    near = [chr(code) for code in range(0x110000) if not BEYOND.match(chr(code)) and not 0xD800 <= code < 0xE000]
-    text = "".join(f"a{character}b {character} " for character in near)
+    plain = [chr(code) for code in range(0x110000) if PLAIN.fullmatch(chr(code))]
+    assert len(plain) > 800
+    text = "".join(f"a{character}b {character} " for character in plain)
+    assert text == unicodedata.normalize("NFC", text) == cleaned(f"{text}\u0300", TextSettings())[:-1]  # with a mark, not plain
     assert pattern(WORDPUNCT_MARKS).findall(text) == WORDPUNCT.findall(text)
     # Beyond these too, each letter of Python's is one.
     beyond = "".join(map(chr, [*range(0x300, 0xD800), *range(0xE000, 0x20000)]))
