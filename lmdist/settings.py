@@ -14,8 +14,8 @@ from typing import Annotated, Literal, get_args
 from lmdist.bounds import above, at_least, between, check_bounds
 from lmdist.errors import UsageError
 
-Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace"]
-Cleaning = Literal["none", "tutorial"]
+Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace", "characters"]
+Cleaning = Literal["none", "tutorial", "html"]
 
 DEMO = "demo"
 """In place of a file name: the demo corpus."""
@@ -31,11 +31,15 @@ class TextSettings:
     """How a document is tokenized."""
 
     tokenizer: Tokenizer = "word_tokenize"
-    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of punctuation) or whitespace."""
+    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of punctuation), whitespace or characters."""
     clean: Cleaning = "none"
-    """none, or tutorial: hyphens become spaces, all other ASCII punctuation is removed, letters become lowercase."""
+    """none; tutorial: hyphens become spaces, all other ASCII punctuation is removed, letters become lowercase; html: tags are
+    dropped, entities decoded."""
     lowercase: bool = False
     """Lowercase all words."""
+    rules: Literal[1, 2] = 2
+    """2: text is put into Unicode's normal form C, invisible characters are dropped, and in wordpunct combining marks stay with
+    their letters; 1: none of it, as in folders that were made before there was a choice."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -102,9 +106,11 @@ class PrepareSettings(ReadSettings):
     group_by: str = ""
     """A column: rows with the same value go to the same split."""
     tokenizer: Tokenizer = "word_tokenize"
-    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of punctuation) or whitespace (line by line)."""
+    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of punctuation), whitespace (line by line) or
+    characters, for languages without spaces between words."""
     clean: Cleaning = "none"
-    """none, or tutorial: hyphens become spaces, all other ASCII punctuation is removed, letters become lowercase."""
+    """none; tutorial: hyphens become spaces, all other ASCII punctuation is removed, letters become lowercase; html: tags are
+    dropped, entities decoded."""
     lowercase: bool = False
     """Lowercase all words."""
     valid_fraction: Annotated[float, between(0, 1, includes_high=False)] = 0.05

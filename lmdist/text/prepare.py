@@ -21,11 +21,12 @@ from lmdist.errors import CommandParser, DataError, MissingInputError, UsageErro
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.text.data_folder import META, TEXT, VOCABULARY, token_file, write_meta
-from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.tokenizer import WordTokenizer, lacks_spaces
 
 if TYPE_CHECKING:
     from lmdist.text.corpus import Corpus
     from lmdist.text.documents import Documents
+    from lmdist.text.vocabulary import Vocabulary
 
     Sources = Mapping[str, Documents]
     """The documents of each given split, or of the inputs under the name ""."""
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 COMMAND = "lmdist-prepare"
 
 # One process tokenizes less than this before worker processes have started and filled their caches.
-ONE_PROCESS_BYTES = {"word_tokenize": 40_000_000, "wordpunct": 60_000_000, "whitespace": 60_000_000}
+ONE_PROCESS_BYTES = {"word_tokenize": 40_000_000, "wordpunct": 60_000_000, "whitespace": 60_000_000, "characters": 60_000_000}
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -117,8 +118,12 @@ def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources)
     own_unknown = settings.unknown == "file"
     min_count = 1 if own_unknown else settings.min_count
     vocabulary = corpus.vocabulary(splits, min_count, settings.vocabulary_size, own_unknown=own_unknown)
+    advice = advice_on(settings, corpus, vocabulary)
     if len(vocabulary) < 3:
-        raise DataError(f"no word occurs {min_count} times in the text to train on: take more text, or a lower --min-count")
+        advice = advice or "take more text, or a lower --min-count"
+        raise DataError(f"no word occurs {min_count} times in the text to train on: {advice}")
+    if advice:
+        log(f"note: {advice}")
     vocabulary.save(folder / VOCABULARY)
     facts = {
         split: corpus.write(folder / token_file(split), splits == index, vocabulary)
@@ -131,6 +136,16 @@ def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources)
     corpus.temporary_file.unlink()
     files = [(file, size_of(file)) for documents in sources.values() for file in documents.files]
     return write_meta(folder, len(vocabulary), facts, settings, skipped(corpus, sources), files)
+
+
+def advice_on(settings: PrepareSettings, corpus: Corpus, vocabulary: Vocabulary) -> str:
+    """Return which setting suits a text better, judged by the words that were found in it, or ""."""
+    if settings.tokenizer in ("word_tokenize", "wordpunct") and lacks_spaces(corpus.ids):
+        return "the words of this text are not separated by spaces; --tokenizer characters takes each character for a word"
+    frequent = set(vocabulary.words[:100])
+    if settings.clean == "none" and ">" in frequent and frequent & {"<", "</"}:
+        return "this text seems to be HTML, whose tags are among its most frequent words; --clean html drops them"
+    return ""
 
 
 def read_all(corpus: Corpus, settings: PrepareSettings, sources: Sources, text_json: Path) -> None:

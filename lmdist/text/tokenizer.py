@@ -6,7 +6,11 @@
 
 `word_tokenize` returns what NLTK returns, sentence splitting included. NLTK's sentence splitter, Punkt (Kiss and Strunk 2006),
 is unsupervised: it learns from the corpus itself instead of a download, and its parameters are saved in text.json. This
-module does not know about ids, files of documents or splits. words.py finds the same words as NLTK, only faster.
+module does not know about ids, files of documents or splits. words.py finds the same words as NLTK, only faster;
+detokenizer.py turns words back into text.
+
+Text is put into Unicode's normal form C first, and characters that nobody sees are left out, so that two spellings of a word
+that look alike are one word. `rules` in the settings says by which rules a text was split: those of a folder never change.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -24,6 +30,8 @@ from lmdist.errors import DataError
 from lmdist.settings import TextSettings
 from lmdist.storage.reading import read_json, write_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
+from lmdist.text import detokenizer
+from lmdist.text.markup import text_of_html
 from lmdist.text.vocabulary import END
 
 FORMAT = "lmdist text"
@@ -66,29 +74,32 @@ class WordTokenizer:
     @classmethod
     def train(cls, settings: TextSettings, documents: Iterable[str]) -> WordTokenizer:
         """Return a tokenizer for documents like these; it reads no more of them than Punkt needs."""
-        return cls(settings, train_punkt(documents) if settings.needs_sentences else None)
+        return cls(settings, train_punkt(cleaned(text, settings) for text in documents) if settings.needs_sentences else None)
 
-    def tokenize(self, document: str) -> list[str]:
+    def tokenize(self, document: str, *, continues: bool = False) -> list[str]:
         """Return the words of a document; `whitespace` puts an <eos> between two lines.
+
+        A prompt is the beginning of a document that `continues`: an abbreviation at its end keeps its full stop, as it does
+        in the middle of a document, where at the end of one NLTK splits "Mr." in two.
 
         A `<eos>` or `<unk>` that stands in the text as a word of its own, which only `whitespace` can find, is that token:
         PTB and WikiText are written so. Raises DataError for the rare document that NLTK gives up.
         """
-        if self.settings.clean == "tutorial":
-            document = document.translate(TUTORIAL).lower()
+        text = cleaned(document, self.settings)
+        continues = continues and self.settings.needs_sentences
         try:
-            words = self._split(document)
+            words = self._split(f"{text} {NEXT_WORD}")[:-1] if continues else self._split(text)
         except TimeoutError:  # NLTK limits each regular expression to 5 seconds; 100,000 dots with spaces between take more
             raise DataError(f"NLTK gave up on a document of {len(document):,} characters: {document[:60]!r}") from None
         return [word.lower() for word in words] if self.settings.lowercase else words
 
     def detokenize(self, words: Iterable[str]) -> str:
         """Return readable text; that of `words[:n]` is always a prefix of that of `words`, so text can be streamed."""
-        return detokenize(words, self.settings.tokenizer)
+        return detokenizer.detokenize(words, self.settings.tokenizer)
 
     def pieces(self, words: Iterable[str]) -> Iterator[str]:
         """Yield the readable text of each word, with the space before it, as soon as the word is known."""
-        return pieces(words, self.settings.tokenizer)
+        return detokenizer.pieces(words, self.settings.tokenizer)
 
     def save(self, path: Path) -> None:
         """Write text.json."""
@@ -109,7 +120,7 @@ class WordTokenizer:
         value = read_json(path)
         check_version(value, (FORMAT, VERSION), path)
         check_schema(value, SAVED, path)
-        settings = dataclass_from_json(TextSettings, value["settings"], path, "settings")
+        settings = dataclass_from_json(TextSettings, {"rules": FIRST_RULES, **value["settings"]}, path, "settings")
         try:
             return cls(settings, value["punkt"], value["nltk"])
         except DataError as error:
@@ -121,7 +132,9 @@ class WordTokenizer:
         if self.settings.tokenizer == "whitespace":
             return split_lines
         if self.settings.tokenizer == "wordpunct":
-            return WORDPUNCT.findall
+            return WORDPUNCT.findall if self.settings.rules == FIRST_RULES else split_wordpunct
+        if self.settings.tokenizer == "characters":
+            return split_characters
         if self.nltk_version.split(".")[:2] != installed_nltk().split(".")[:2]:
             log(f"warning: the text was tokenized by NLTK {self.nltk_version}; this is {installed_nltk()}, which may differ")
         from lmdist.text.words import WordFinder  # its regular expressions take as long to compile as a small model to open
@@ -136,10 +149,74 @@ def installed_nltk() -> str:
     return version("nltk")
 
 
+def cleaned(document: str, settings: TextSettings) -> str:
+    """Return a document as it is split: without what the settings leave out, and in one spelling."""
+    if settings.clean == "html":
+        document = text_of_html(document)
+    if settings.rules > FIRST_RULES and not is_plain(document):
+        if settings.tokenizer != "whitespace":  # text that is tokenized already: a sign that stands alone is a word
+            document = INVISIBLE.sub("", document.replace("\u200b", " "))
+        document = unicodedata.normalize("NFC", document)
+    if settings.clean == "tutorial":
+        document = document.translate(TUTORIAL).lower()
+    return document
+
+
+# --- characters and words -------------------------------------------------------------------------------------------
+
+FIRST_RULES = 1
+"""The rules of a text.json that names none: no normal form, and wordpunct splits before each combining mark."""
+
+NEXT_WORD = "Qxzq"
+"""What follows a prompt: a name that no text has, so that Punkt decides by the word before it."""
+
+# Soft hyphen, marks of direction, word joiner, byte order mark; the zero width space, which separates words, is a space.
+INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+
 # nltk.tokenize.wordpunct_tokenize, without NLTK.
 WORDPUNCT = re.compile(r"\w+|[^\w\s]+")
+# The same, but what combines with a letter stays with it: accents, vowel signs, joiners. `re` has no class for these.
+LETTER, MARK, SPACE = r"\p{L}\p{N}_", r"\p{M}\u200c\u200d", r"\s\x1c-\x1f"
+WORDPUNCT_MARKS = rf"[{LETTER}][{LETTER}{MARK}]*|[^{LETTER}{SPACE}]+"
+CHARACTER_MARKS = rf"[^{SPACE}][{MARK}]*"
+# Latin letters and typographic signs: in normal form C, visible, without marks, and the same to Python and to `regex`.
+PLAIN = re.compile("[\x00-\xac\xae-\u02ff\u2002-\u200a\u2010-\u2029\u202f-\u205f\u20a0-\u20c0]*+")
 
 TUTORIAL = str.maketrans("-", " ", string.punctuation.replace("-", ""))
+
+
+def is_plain(document: str) -> bool:
+    """Return whether a document has PLAIN characters only, as most English ones do: the quick way is enough then."""
+    return document.isascii() or PLAIN.fullmatch(document) is not None
+
+
+def split_wordpunct(document: str) -> list[str]:
+    """Return runs of letters and digits with the marks on them, and runs of other characters."""
+    return WORDPUNCT.findall(document) if is_plain(document) else pattern(WORDPUNCT_MARKS).findall(document)
+
+
+def split_characters(document: str) -> list[str]:
+    """Return each character with the marks on it, and a SPACE for whitespace between two."""
+    text = detokenizer.SPACE.join(document.split())
+    return list(text) if text.isascii() else pattern(CHARACTER_MARKS).findall(text)
+
+
+# Long runs of scripts that write no space between words.
+SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{M}]{8,}"
+
+
+def lacks_spaces(words: Iterable[str]) -> bool:
+    """Return whether many of the first 10,000 distinct words of a text are clauses of Chinese, Japanese, Thai or the like."""
+    sample = list(islice(words, 10_000))
+    return sum(not word.isascii() and pattern(SPACELESS).search(word) is not None for word in sample) > len(sample) / 5
+
+
+@cache
+def pattern(expression: str) -> Any:
+    """Return a compiled pattern of the package `regex`, which NLTK matches with too; importing it takes 20 milliseconds."""
+    import regex
+
+    return regex.compile(expression)
 
 
 def split_lines(document: str) -> list[str]:
@@ -187,70 +264,3 @@ def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
         "sentence_starters": sorted(parameters.sent_starters),
         "contexts": dict(sorted(parameters.ortho_context.items())),
     }
-
-
-# --- back to text --------------------------------------------------------------------------------------------------
-
-OPENING = frozenset("([{<«“‘„¿¡$£€#@")
-CLOSING = frozenset(")]}>»”’.,:;?!%…")
-CLITICS = frozenset({"'s", "'m", "'d", "'ll", "'re", "'ve", "n't"})
-# NLTK splits these in two.
-PAIRS = frozenset(
-    {("can", "not"), ("d", "'ye"), ("gim", "me"), ("gon", "na"), ("got", "ta"), ("lem", "me"), ("more", "'n")}
-    | {("wan", "na"), ("'t", "is"), ("'t", "was")}
-)
-# What follows the apostrophe of a word that was split at it: it's, don't, we'll.
-AFTER_APOSTROPHE = frozenset({"s", "t", "m", "d", "ll", "re", "ve"})
-
-
-def detokenize(words: Iterable[str], tokenizer: str) -> str:
-    """Join words into text."""
-    return "".join(pieces(words, tokenizer))
-
-
-def pieces(words: Iterable[str], tokenizer: str) -> Iterator[str]:
-    """Yield each word as it is written in text; the space before it depends on earlier words, never on later ones."""
-    open_quotes: set[str] = set()
-    before = ""  # the word before
-    glue = True  # whether the next word follows without a space
-    for word in words:
-        if word == END:
-            yield "\n" if tokenizer == "whitespace" else "\n\n"
-            open_quotes.clear()
-            before, glue = "", True
-            continue
-        text, left, right = word, False, False
-        if word in ('"', "'"):
-            # An apostrophe that belongs to the word before: the boys' books, or, in wordpunct, it ' s.
-            plural = word == "'" and before[-1:].isalnum() and (tokenizer == "wordpunct" or before[-1] in "sS")
-            if word in open_quotes or plural:
-                left = True
-                open_quotes.discard(word)
-            else:
-                right = True
-                open_quotes.add(word)
-        elif word == "``":
-            text, right = '"', True
-        elif word == "''":
-            text, left = '"', True
-        elif len(word) == 3 and word[0] == word[2] == "@":  # WikiText's notation for a - , or . inside a word or number
-            text, left, right = word[1], True, True
-        elif tokenizer == "wordpunct" and word in ("-", "/", "_"):
-            left = right = before != ""
-        elif not any(map(str.isalnum, word)):
-            left = word[0] in CLOSING
-            right = word[-1] in OPENING
-            if '"' in word:  # wordpunct's runs: (" opens, ," closes, and so does ",
-                right = '"' not in open_quotes and word[-1] == '"' and not left
-                left = not right
-                (open_quotes.add if right else open_quotes.discard)('"')
-        else:
-            lower = word.lower()
-            left = (
-                lower in CLITICS
-                or (before.lower(), lower) in PAIRS
-                or (lower == "'t" and before[-1:] in ("n", "N"))
-                or (before in ("'", "’") and lower in AFTER_APOSTROPHE)
-            )
-        yield text if left or glue else f" {text}"
-        before, glue = word, right

@@ -23,10 +23,17 @@ UNKNOWN_ID = 0
 END_ID = 1
 
 
+def check_words(words: Iterable[str]) -> None:
+    """Raise TypeError for a text in place of its words: its letters would be taken for them."""
+    if isinstance(words, str):
+        raise TypeError(f"a list of words is expected, not the text {reprlib.repr(words)}: tokenize(text) returns its words")
+
+
 class Vocabulary:
     """The words of a model, in the order of their ids; raise DataError for words that cannot be a vocabulary."""
 
     def __init__(self, words: Iterable[str]) -> None:
+        check_words(words)
         self.words = list(words)
         if self.words[:2] != [UNKNOWN, END]:
             raise DataError(
@@ -49,7 +56,8 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, words: Iterable[str]) -> list[int]:
-        """Return the ids of `words`; a word that is not in the vocabulary has the id of `<unk>`."""
+        """Return the ids of `words`; a word that is not in the vocabulary has the id of `<unk>`. Raise TypeError for a text."""
+        check_words(words)
         ids = self.ids
         return [ids.get(word, UNKNOWN_ID) for word in words]
 

@@ -1,4 +1,4 @@
-"""`tokenizer.json`: the words of `wordpunct` and `whitespace` in the format of Hugging Face's `tokenizers`, id for id the same.
+"""`tokenizer.json`: the words of all tokenizers but `word_tokenize` in the format of Hugging Face's `tokenizers`, id for id.
 
     if not obstacle(settings, vocabulary):
         write_tokenizer(folder, settings, vocabulary)
@@ -8,12 +8,13 @@
 The file has replacements, then a split into words, then a lookup. Python, Rust and their versions of Unicode differ in what a
 letter, whitespace or lowercase is, so the file leaves none of it to `tokenizers`: its character classes are spelled out as
 Python has them, and uppercase letters are replaced one by one, those only that could matter to a word of the vocabulary. Any
-other word is `<unk>`, however it is written.
+other word is `<unk>`, however it is written. Only Unicode's normal form C is left to `tokenizers`, whose Unicode is older: it
+keeps several marks on one letter in their order if one of them is younger than it.
 
 There are no added tokens: `tokenizers` would find `<unk>` inside words too, where lmdist does not.
 
-The format cannot express `word_tokenize`, which follows NLTK's rules and what Punkt has learned. This module does not import
-`tokenizers`; tests/conversion/test_tokenizer_json.py compares the two.
+The format cannot express `word_tokenize`, which follows NLTK's rules and what Punkt has learned, nor HTML. This module does
+not import `tokenizers`; tests/conversion/test_tokenizer_json.py compares the two.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any
 
 from lmdist.settings import TextSettings
 from lmdist.storage.reading import write_json
-from lmdist.text.tokenizer import WORDPUNCT
+from lmdist.text.detokenizer import SPACE
+from lmdist.text.tokenizer import FIRST_RULES, INVISIBLE, LETTER, MARK, WORDPUNCT, pattern
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
 TOKENIZER = "tokenizer.json"
@@ -46,9 +48,11 @@ def write_tokenizer(folder: Path, settings: TextSettings, vocabulary: Vocabulary
 def obstacle(settings: TextSettings, vocabulary: Vocabulary) -> str:
     """Return why the format cannot express this tokenizer, or "" if it can."""
     if settings.tokenizer == "word_tokenize":
-        return "its format cannot express the rules of word_tokenize; it can those of wordpunct and whitespace"
+        return "its format cannot express the rules of word_tokenize; it can those of the other tokenizers"
+    if settings.clean == "html":
+        return "its format cannot express the cleaning of HTML"
     if lowers_words(settings) and settings.tokenizer == "wordpunct":
-        for capital in filter(breaks_words, capitals()):
+        for capital in (capital for capital in capitals() if breaks_words(capital, settings)):
             for word in vocabulary.words:
                 if capital in word or capital.lower() in word:
                     return f"its format lowercases before it splits, and would split {word!r} at its {capital!r}"
@@ -57,7 +61,7 @@ def obstacle(settings: TextSettings, vocabulary: Vocabulary) -> str:
 
 def tokenizer_json(settings: TextSettings, vocabulary: Vocabulary) -> dict[str, Any]:
     """Return the contents of tokenizer.json, for settings and a vocabulary that have no `obstacle`."""
-    normalizers = [*cleaning(settings), *lowering(settings, vocabulary), *line_ends(settings)]
+    normalizers = [*spelling(settings), *cleaning(settings), *lowering(settings, vocabulary), *spaces(settings)]
     return {
         "version": "1.0",
         "truncation": None,
@@ -69,6 +73,19 @@ def tokenizer_json(settings: TextSettings, vocabulary: Vocabulary) -> dict[str, 
         "decoder": None,
         "model": {"type": "WordLevel", "vocab": vocabulary.ids, "unk_token": UNKNOWN},
     }
+
+
+def spelling(settings: TextSettings) -> list[Replacement]:
+    """Return the steps by which two spellings of a word become one: no invisible characters, and normal form C."""
+    if settings.rules == FIRST_RULES:
+        return []
+    form = {"type": "NFC"}
+    return [form] if settings.tokenizer == "whitespace" else [*visible(), form]
+
+
+def visible() -> list[Replacement]:
+    """Return the replacements of characters that nobody sees."""
+    return [replace_text("\u200b", " "), replace_pattern(f"[{every(INVISIBLE.pattern)}]", "")]
 
 
 def cleaning(settings: TextSettings) -> list[Replacement]:
@@ -85,11 +102,14 @@ def lowering(settings: TextSettings, vocabulary: Vocabulary) -> list[Replacement
         return []
     letters = set("".join(vocabulary.words))
     keeps_words = lowers_words(settings) and settings.tokenizer == "wordpunct"
-    replacements = [replace_pattern(final_sigma(inside_words=keeps_words), "ς")] if letters & {"σ", "ς"} else []
+    one_by_one = lowers_words(settings) and settings.tokenizer == "characters"  # no Σ stands at the end of a word
+    replacements: list[Replacement] = []
+    if letters & {"σ", "ς"} and not one_by_one:
+        replacements.append(replace_pattern(final_sigma(word_character(settings) if keeps_words else r"[\s\S]"), "ς"))
     for capital in capitals():
         small = capital.lower()
         decides = capital in letters or letters.issuperset(small)
-        if breaks_words(capital):
+        if breaks_words(capital, settings):
             # Lowercased before the split, it would end a word. After the tutorial's cleaning it does; elsewhere lmdist has
             # split already, and no word of the vocabulary has it.
             decides = not keeps_words
@@ -99,12 +119,12 @@ def lowering(settings: TextSettings, vocabulary: Vocabulary) -> list[Replacement
 
 
 @cache
-def final_sigma(*, inside_words: bool) -> str:
+def final_sigma(between: str) -> str:
     """Return the pattern of the Σ that is lowercased to ς: after a letter and not before one, as Python sees it.
 
-    Characters that Unicode calls case-ignorable may lie between; `inside_words`, only those that a word may have.
+    Characters that Unicode calls case-ignorable may lie between, those that match the expression `between`.
     """
-    characters = re.findall(r"\w", CHARACTERS) if inside_words else CHARACTERS
+    characters = matching(between)
     cased = {character for character in characters if f"{character}Σ".lower().endswith("ς")}
     ignorable = character_class(
         character for character in characters if character not in cased and f"A{character}Σ".lower().endswith("ς")
@@ -113,21 +133,33 @@ def final_sigma(*, inside_words: bool) -> str:
     return f"[{letter}][{ignorable}]*\\KΣ(?![{ignorable}]*[{letter}])"  # what stands before \K must be there and is kept
 
 
-def line_ends(settings: TextSettings) -> list[Replacement]:
-    """Return the replacements of line breaks: `whitespace` has `<eos>` between two lines, and none after the last."""
-    if settings.tokenizer != "whitespace":
-        return []
-    return [replace_pattern(r"\n\z", ""), replace_text("\n", f" {END} ")]
+def spaces(settings: TextSettings) -> list[Replacement]:
+    """Return the replacements of whitespace that is a token.
+
+    `whitespace` has `<eos>` between two lines, and none after the last; `characters` has a SPACE between two words.
+    """
+    if settings.tokenizer == "whitespace":
+        return [replace_pattern(r"\n\z", ""), replace_text("\n", f" {END} ")]
+    if settings.tokenizer == "characters":
+        space = every(r"\s")
+        return [replace_pattern(rf"\A[{space}]+|[{space}]+\z", ""), replace_pattern(f"[{space}]+", SPACE)]
+    return []
 
 
 def splitting(settings: TextSettings) -> dict[str, Any]:
-    """Return the split into words: by whitespace, or by the pattern of `wordpunct`."""
-    letter, space = every(r"\w"), every(r"\s")
+    """Return the split into words: by whitespace, or by the pattern of `wordpunct` or `characters`."""
+    space = every(r"\s")
     if settings.tokenizer == "whitespace":
         return {"type": "Split", "pattern": {"Regex": f"[{space}]+"}, "behavior": "Removed", "invert": False}
-    pattern = f"[{letter}]+|[^{letter}{space}]+"
+    letter, mark = (every(r"\w"), "") if settings.rules == FIRST_RULES else (every(f"[{LETTER}]"), every(f"[{MARK}]"))
+    words = f"[^{space}][{mark}]*" if settings.tokenizer == "characters" else f"[{letter}][{letter}{mark}]*|[^{letter}{space}]+"
     # Inverted: what the pattern does not find is removed.
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}
+    return {"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": True}
+
+
+def word_character(settings: TextSettings) -> str:
+    """Return the expression of a character that a word of `wordpunct` may have."""
+    return r"\w" if settings.rules == FIRST_RULES else f"[{LETTER}{MARK}]"
 
 
 def lowers_words(settings: TextSettings) -> bool:
@@ -142,14 +174,21 @@ def capitals() -> tuple[str, ...]:
 
 
 @cache
-def every(pattern: str) -> str:
-    """Return the class of all characters that match a pattern in Python."""
-    return character_class(re.findall(pattern, CHARACTERS))
+def every(expression: str) -> str:
+    """Return the class of all characters that match a regular expression."""
+    return character_class(matching(expression))
 
 
-def breaks_words(capital: str) -> bool:
-    """Return whether an uppercase letter is part of a word of `wordpunct`, and its lowercase is not: İ, i and a dot."""
-    return len(WORDPUNCT.findall(f"x{capital}x")) != len(WORDPUNCT.findall(f"x{capital.lower()}x"))
+def matching(expression: str) -> list[str]:
+    """Return all characters that match a regular expression, as the tokenizer reads it."""
+    compile_ = pattern if r"\p" in expression else re.compile
+    return compile_(expression).findall(CHARACTERS)
+
+
+def breaks_words(capital: str, settings: TextSettings) -> bool:
+    """Return whether an uppercase letter is part of a word of `wordpunct`, and its lowercase is not: İ is i and a mark."""
+    separates_marks = settings.rules == FIRST_RULES
+    return separates_marks and len(WORDPUNCT.findall(f"x{capital}x")) != len(WORDPUNCT.findall(f"x{capital.lower()}x"))
 
 
 def character_class(characters: Iterable[str]) -> str:

@@ -76,7 +76,7 @@ def token_sequences(options: Options, bundle: Bundle, name: str) -> list[list[in
 
 def word_sequences(options: Options, bundle: Bundle, name: str) -> dict[str, list[str]]:
     """Return the words of each text of the option `name`; raises UsageError for a text without words."""
-    sequences = {text: bundle.tokenizer.tokenize(text) for text in getattr(options, name)}
+    sequences = {text: bundle.tokenizer.tokenize(text, continues=True) for text in getattr(options, name)}
     for text, words in sequences.items():
         if not words:
             raise UsageError(f"{options.name_for_caller(name)} {reprlib.repr(text)} has no words")

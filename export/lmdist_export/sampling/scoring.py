@@ -122,7 +122,7 @@ class Scorer:
 
     def next_words(self, text: str, count: int) -> list[tuple[str, float]]:
         """Return the `count` most likely words after `text`, never `<unk>`, each with its probability."""
-        words = self.sampler.bundle.tokenizer.tokenize(text) if text else []
+        words = self.sampler.bundle.tokenizer.tokenize(text, continues=True) if text else []
         vocabulary = self.sampler.bundle.vocabulary
         logits, _ = self.sampler.next_logits([END_ID, *vocabulary.encode(words)], self.cache)
         best = most_likely(logits[0], count)

@@ -99,7 +99,9 @@ class ServedModel(PythonModel):
         """Return the texts that continue prompts, as JSON objects; raises RequestError."""
         try:
             options = Options.from_values(params or {})
-            prompts = [self.bundle.tokenizer.tokenize(prompt) for prompt in strings_of("prompt", column(model_input))]
+            prompts = [
+                self.bundle.tokenizer.tokenize(prompt, continues=True) for prompt in strings_of("prompt", column(model_input))
+            ]
             request = self.request([self.bundle.vocabulary.encode(words) for words in prompts], options)
             if disconnected := CLIENT_DISCONNECTED.get():
                 disconnected.add_done_callback(lambda _: request.cancel())

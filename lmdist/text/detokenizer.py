@@ -1,0 +1,161 @@
+"""From words back to readable text: where a space stands between two words, in the languages that write spaces.
+
+A space depends on earlier words, never on later ones, so that text can be streamed. What a punctuation mark is follows from
+its category in Unicode; quotes and apostrophes, which languages use in opposite ways, follow from what is open. This module
+does not know how text was split, beside the name of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+from lmdist.text.vocabulary import END, check_words
+
+SPACE = "\u2581"
+"""The word of `characters` that is a space; SentencePiece's sign."""
+
+OPENING = frozenset("([{<#@¿¡")
+CLOSING = frozenset(")]}>.,:;?!%")
+NEUTRAL = frozenset("§¶†‡•‣※⁂\"'*/\\&")
+"""Punctuation with a space on both sides."""
+INNER = frozenset("-/_‐‑\u05be\u05f3\u05f4՛՞՜\u0f0b")
+"""Punctuation inside words, where wordpunct splits them: hyphens; maqaf and geresh; Armenian's stresses; Tibetan's tsheg."""
+
+CLOSES = {"“": "”", "„": "“”", "‚": "‘’", "‘": "’", "”": "”", "«": "»", "»": "«»", "‹": "›", "›": "‹›"}
+"""What closes each opening quote: “English”, „German“, „Polish”, ”Swedish”, «French», »Danish«, »Finnish»."""
+
+CLITICS = frozenset({"'s", "'m", "'d", "'ll", "'re", "'ve", "n't"})
+# NLTK splits these in two.
+PAIRS = frozenset(
+    {("can", "not"), ("d", "'ye"), ("gim", "me"), ("gon", "na"), ("got", "ta"), ("lem", "me"), ("more", "'n")}
+    | {("wan", "na"), ("'t", "is"), ("'t", "was")}
+)
+# What follows the apostrophe of a word that was split at it: it's, don't, we'll.
+AFTER_APOSTROPHE = frozenset({"s", "t", "m", "d", "ll", "re", "ve"})
+# What precedes the apostrophe of a word that was split at it: l'homme, c'est, dell'anno, O'Brien.
+BEFORE_APOSTROPHE = frozenset(
+    """
+    c d j l m n s t qu lorsqu puisqu jusqu quoiqu presqu quelqu aujourd un dell all nell sull dall coll quell quest gl dov com
+    cos anch senz tutt mezz o
+    """.split()
+)
+
+
+def detokenize(words: Iterable[str], tokenizer: str) -> str:
+    """Join words into text."""
+    return "".join(pieces(words, tokenizer))
+
+
+def pieces(words: Iterable[str], tokenizer: str) -> Iterator[str]:
+    """Yield each word as it is written in text; the space before it depends on earlier words, never on later ones."""
+    check_words(words)
+    quotes: list[str] = []  # those that are open
+    before = ""  # the word before
+    glue = True  # whether the next word follows without a space
+    for word in words:
+        if word == END:
+            yield "\n" if tokenizer == "whitespace" else "\n\n"
+            quotes.clear()
+            before, glue = "", True
+            continue
+        if tokenizer == "characters":
+            yield " " if word == SPACE else word
+            continue
+        text, left, right = spaced(word, before, quotes, wordpunct=tokenizer == "wordpunct")
+        yield text if left or glue else f" {text}"
+        before, glue = word, right
+
+
+def spaced(word: str, before: str, quotes: list[str], *, wordpunct: bool) -> tuple[str, bool, bool]:
+    """Return a word as it is written, and whether it needs no space on its left and on its right; update the open quotes."""
+    if not wordpunct:  # which has the text's own signs
+        if word == "``":
+            return '"', False, True
+        if word == "''":
+            return '"', True, False
+        if len(word) == 3 and word[0] == word[2] == "@":  # WikiText's notation for a - , or . inside a word or number
+            return word[1], True, True
+    if any(map(str.isalnum, word)):
+        lower = word.lower()
+        left = (
+            lower in CLITICS
+            or (before.lower(), lower) in PAIRS
+            or (lower == "'t" and before[-1:] in ("n", "N"))
+            or (before in ("'", "’") and lower in AFTER_APOSTROPHE)
+        )
+        return word, left, False
+    if wordpunct and (word in INNER or (word == "·" and before[-1:] in ("l", "L"))):  # Catalan's l·l
+        return word, before != "", before != ""
+    if word in ("'", "’") and (sides := apostrophe(word, before, quotes, wordpunct=wordpunct)):
+        return word, *sides
+    return word, *punctuation(word, before, quotes)
+
+
+def apostrophe(word: str, before: str, quotes: list[str], *, wordpunct: bool) -> tuple[bool, bool] | None:
+    """Return the sides that need no space of an apostrophe that belongs to the word before, or None if it is a quote."""
+    if before.lower() in BEFORE_APOSTROPHE or "\u0400" <= before[-1:] <= "\u052f":  # Ukrainian has it inside words
+        return True, True
+    # The boys' books, or, in wordpunct, it ' s.
+    if word == "'" and before[-1:].isalnum() and (wordpunct or before[-1] in "sS"):
+        if word in quotes:
+            quotes.remove(word)
+        return True, False
+    return None
+
+
+def punctuation(run: str, before: str, quotes: list[str]) -> tuple[bool, bool]:
+    """Return whether a run of punctuation needs no space on its left and on its right."""
+    sides: list[tuple[bool, bool]] = []
+    for position, mark in enumerate(run):
+        if mark in CLOSES or mark in "\"'’":
+            # In a run the quote after a full stop closes, and so does that before a comma.
+            beside = (position > 0 and sides[-1] == (True, False)) or closes(run[position + 1 : position + 2])
+            sides.append(quote(mark, quotes, closing=beside))
+        else:
+            sides.append((closes(mark), opens(mark, before)))
+    wide = any(map(is_wide, run))  # also the quotes beside such a mark
+    return sides[0][0] or wide, sides[-1][1] or wide
+
+
+def quote(mark: str, quotes: list[str], *, closing: bool) -> tuple[bool, bool]:
+    """Return whether a quote needs no space on its left, since it closes, or on its right, since it opens."""
+    for opening in reversed(quotes):
+        if mark in CLOSES.get(opening, opening):
+            quotes.remove(opening)
+            return True, False
+    if closing or mark == "’":
+        return True, False
+    if mark not in quotes:  # each paragraph of a long quotation begins with one
+        quotes.append(mark)
+    return False, True
+
+
+@cache
+def closes(mark: str) -> bool:
+    """Return whether punctuation follows a word without a space: . and ) in any script; East Asian marks need no spaces."""
+    if not mark or mark.isascii():
+        return mark in CLOSING and mark != ""
+    category = unicodedata.category(mark)
+    return category in ("Pe", "Pf") or (category == "Po" and mark not in (OPENING | NEUTRAL)) or is_wide(mark) or is_mark(mark)
+
+
+def opens(mark: str, before: str) -> bool:
+    """Return whether a word follows punctuation without a space: ( and $ in any script, but not the € of "5 €"."""
+    category = unicodedata.category(mark)
+    if category == "Sc":
+        return not before[-1:].isdigit()
+    return mark in OPENING or category in ("Ps", "Pi") or is_wide(mark)
+
+
+@cache
+def is_wide(mark: str) -> bool:
+    """Return whether a mark is East Asian punctuation, which has its space inside."""
+    return unicodedata.east_asian_width(mark) in ("W", "F") and unicodedata.category(mark)[0] == "P"
+
+
+@cache
+def is_mark(character: str) -> bool:
+    """Return whether a character combines with the one before it: an accent, a vowel sign, a joiner."""
+    return unicodedata.category(character)[0] == "M" or character in "\u200c\u200d"
