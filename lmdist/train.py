@@ -21,7 +21,7 @@ from lmdist.signals import AGENT, StopRequest, die_with_parent
 from lmdist.storage.atomic import TakenError
 from lmdist.storage.locks import exclusive_lock
 from lmdist.text.prepare import prepare
-from lmdist.tracking.run_folder import JOB_LOCK
+from lmdist.tracking.run_folder import JOB_LOCK, refuse_links
 
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just exiting, such as the one before a restart."""
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error("lmdist.train", quiet=not is_main), nullcontext() if is_main else after_rank_0():
         stop = StopRequest().listen()
         recipe = config.load(argv, quiet=not is_main)
+        refuse_links(Path(recipe.run_folder))
         prepare_if_absent(recipe, is_main=is_main)
 
         import torch

@@ -15,7 +15,7 @@ from lmdist.console import log
 from lmdist.errors import DataError, Stopped
 from lmdist.storage.atomic import write_atomic
 from lmdist.storage.locks import exclusive_lock
-from lmdist.storage.reading import read_json
+from lmdist.storage.reading import read_json, refuse_link
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
@@ -35,6 +35,14 @@ JOB_LOCK = ".lock"
 """Held by the job that trains in the folder."""
 UPLOAD_LOCK = ".mlflow.lock"
 """Held by the one process that uploads the folder to MLflow and writes the run metadata."""
+
+NAMES = (CHECKPOINTS, SAMPLES, RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK)
+
+
+def refuse_links(run: Path) -> None:
+    """Raise DataError where a file or a folder of a run is a link: what is written there would be written somewhere else."""
+    for name in NAMES:
+        refuse_link(run / name)
 
 
 class MetricsFile:
