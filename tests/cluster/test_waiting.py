@@ -1,4 +1,4 @@
-"""The command by which docs/kubernetes.md waits for a Job ends when the Job has failed as well: real kubectl, a small API server."""
+"""The wait that docs/kubernetes.md prints ends when the Job has failed as well: real kubectl and a small API server."""
 
 from __future__ import annotations
 
