@@ -82,8 +82,8 @@ def load(argv: Sequence[str] | None = None, *, quiet: bool = False) -> Recipe:
 # --- commands of one section ---------------------------------------------------------------------------------------
 
 
-def add_flags(parser: argparse.ArgumentParser, section: type) -> None:
-    """Add a flag for each setting of a section, `--text-column` for `text_column`; a list is the positional arguments.
+def add_flags(parser: argparse._ActionsContainer, section: type) -> None:
+    """Add a flag for each setting of a section, `--text-column` for `text_column`; `inputs` are the positional arguments.
 
     The parser's result has only what was given where its `argument_default` is SUPPRESS, so that a recipe can lie below it.
     """
@@ -92,8 +92,10 @@ def add_flags(parser: argparse.ArgumentParser, section: type) -> None:
         flag, kind = f"--{setting.name.replace('_', '-')}", hints[setting.name]
         shown = "" if setting.default in ("", 0) and kind is not bool else f" (default: {setting.default})"
         text = (help_of[setting.name].rstrip(".") + shown).replace("%", "%%")
-        if get_origin(kind) is list:
+        if setting.name == "inputs":
             parser.add_argument(setting.name, nargs="*", metavar="INPUT", help=help_of[setting.name])
+        elif list[str] in get_args(kind):
+            parser.add_argument(flag, nargs="+", metavar="FILE", help=text)
         elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif get_origin(kind) is Literal:
@@ -103,10 +105,11 @@ def add_flags(parser: argparse.ArgumentParser, section: type) -> None:
 
 
 def descriptions(section: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass."""
+    """Return the docstring under each field of a dataclass and of those it inherits from."""
     from docstring_parser import parse_from_object
 
-    return {field.arg_name: field.description or "" for field in parse_from_object(section).params}
+    kinds = [kind for kind in reversed(section.__mro__) if dataclasses.is_dataclass(kind)]
+    return {field.arg_name: field.description or "" for kind in kinds for field in parse_from_object(kind).params}
 
 
 def read_section(path: Path, name: str, section: type) -> dict[str, Any]:

@@ -45,28 +45,62 @@ class TextSettings:
         """Return whether a document is split into sentences first; the tutorial's cleaning leaves no full stop."""
         return self.tokenizer == "word_tokenize" and self.clean != "tutorial"
 
+    @property
+    def line_by_line(self) -> bool:
+        """Return whether each line of plain text is a document, blank or not."""
+        return self.tokenizer == "whitespace"
 
-@dataclass
-class PrepareSettings:
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How files are read."""
+
+    text_column: str = ""
+    """The column with the text, by its name or with --no-header by its number; by default the first of content, text, article,
+    body that exists."""
+    header: bool = True
+    """The first line of CSV and TSV has the names of the columns; with --no-header it is a row like all others."""
+    separator: str = ""
+    """The character between the cells of CSV and TSV, or tab; by default a comma, a semicolon, a tab or |, whichever fits."""
+    lines: bool = False
+    """Each line of plain text is a document; by default blank lines separate documents (of whitespace, lines do)."""
+    rows: Annotated[int, at_least(0)] = 0
+    """Read only the first rows, so many of all inputs together or of each given split; 0 reads all."""
+    encoding: str = ""
+    """The encoding of the files; by default UTF-8, or UTF-16 with a byte order mark; a few undecodable bytes are read as
+    Windows-1252."""
+    allow_losses: bool = False
+    """Go on without the lines that cannot be read; by default more than 1 % of them are an error."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        try:
+            "".encode(self.encoding or "utf-8")
+        except (LookupError, UnicodeError):
+            raise UsageError(
+                f"encoding is {self.encoding!r}, which Python does not know; utf-16 and gb18030 are encodings"
+            ) from None
+        if self.separator in ("tab", "\\t"):
+            object.__setattr__(self, "separator", "\t")
+        if self.separator and (len(self.separator) > 1 or self.separator in '"\r\n '):
+            raise UsageError(f"separator is {self.separator!r}; one character such as ; or | is expected, or tab")
+
+
+@dataclass(frozen=True)
+class PrepareSettings(ReadSettings):
     """What to read, how it is tokenized, and how it is split."""
 
     inputs: list[str] = field(default_factory=list)
-    """Files or globs: CSV, TSV, JSON Lines, Parquet or plain text, also as gz, bz2, xz or zst; "demo" is the demo corpus."""
-    train: str = ""
-    """A file or glob to train on, in place of inputs that are split."""
-    valid: str = ""
-    """A file or glob to validate on; needs train."""
-    test: str = ""
-    """A file or glob to test on; needs train."""
-    text_column: str = ""
-    """The column with the text; by default the first of content, text, article, body that exists."""
+    """Files or globs: CSV, TSV, JSON Lines, Parquet or plain text, also packed by gzip, bzip2, xz, zstd or zip; - is stdin, and
+    "demo" is the demo corpus."""
+    train: list[str] | str = ""
+    """Files or globs to train on, in place of inputs that are split."""
+    valid: list[str] | str = ""
+    """Files or globs to validate on; needs train."""
+    test: list[str] | str = ""
+    """Files or globs to test on; needs train."""
     group_by: str = ""
     """A column: rows with the same value go to the same split."""
-    rows: Annotated[int, at_least(0)] = 0
-    """Read only so many rows; 0 reads all."""
-    encoding: str = ""
-    """The encoding of the files; by default UTF-8, or UTF-16 with a byte order mark; undecodable bytes are read as
-    Windows-1252."""
     tokenizer: Tokenizer = "word_tokenize"
     """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of punctuation) or whitespace (line by line)."""
     clean: Cleaning = "none"
@@ -89,7 +123,7 @@ class PrepareSettings:
     """Processes that tokenize; 0 is one for each available CPU."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        super().__post_init__()
         if 0 < self.vocabulary_size < 3:
             raise UsageError(f"vocabulary_size is {self.vocabulary_size}; <unk>, <eos> and one word need 3")
         if self.valid_fraction + self.test_fraction >= 1:
@@ -102,6 +136,11 @@ class PrepareSettings:
             raise UsageError("valid and test need train beside them")
         if self.train and self.group_by:
             raise UsageError("group_by says how inputs are split, and train, valid and test are splits: leave it out")
+
+    def files(self, split: str) -> list[str]:
+        """Return the files or globs that a given split is read from."""
+        value: list[str] | str = getattr(self, split)
+        return value if isinstance(value, list) else [value] if value else []
 
     @property
     def text(self) -> TextSettings:

@@ -60,11 +60,12 @@ FLOORS = {
 }
 WINGS = {
     "lmdist.storage": "reading locks atomic checksums schema",
-    "lmdist.text": "vocabulary data_folder words tokenizer readers documents demo corpus prepare",
+    "lmdist.text": "vocabulary data_folder words tokenizer sources decoding tables columns readers documents demo corpus prepare",
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": "run_folder store replay uploader logger sync plot",
     "lmdist.training": (
-        "distributed metrics data optimizer schedule sample checkpoints averaging neural_cache evaluate step run report loop"
+        "distributed metrics data agreement optimizer schedule sample checkpoints averaging neural_cache evaluate step run "
+        "report loop"
     ),
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher",

@@ -77,6 +77,39 @@ def tokenize(texts: list[str], tokenizer: WordTokenizer) -> Tokenized:
     return Tokenized(list(ids), np.array(flat, dtype=np.uint32), lengths)
 
 
+def why_skipped(length: int, *, keep_empty: bool) -> str | None:
+    """Return why a document with so many words, of those in `Tokenized.lengths`, is not in the corpus, if it is not."""
+    if length < 0:
+        return UNTOKENIZABLE
+    return EMPTY if length == 0 and not keep_empty else None
+
+
+class FoundIds(NamedTuple):
+    """Documents as ids of a vocabulary that exists, as a data folder would have them."""
+
+    tokens: np.ndarray
+    """(N) uint32"""
+    documents: int
+    skipped: dict[str, int]
+    """Rows without a document, by reason."""
+
+
+def find_ids(documents: Documents, tokenizer: WordTokenizer, vocabulary: Vocabulary) -> FoundIds:
+    """Return the ids of documents, an end mark after each; all are held in memory."""
+    ids = array("I")
+    num_documents = 0
+    skipped: Counter[str] = Counter()
+    for document in documents:
+        found = tokenize([document.text], tokenizer)
+        if reason := why_skipped(found.lengths[0], keep_empty=tokenizer.settings.line_by_line):
+            skipped[reason] += 1
+        else:
+            ids.frombytes(np.array(vocabulary.encode(found.words), dtype=np.uint32)[found.ids].tobytes())
+            ids.append(END_ID)
+            num_documents += 1
+    return FoundIds(np.array(ids, dtype=np.uint32), num_documents, dict(sorted((documents.skipped + skipped).items())))
+
+
 # --- worker processes ----------------------------------------------------------------------------------------------
 
 worker_tokenizer: WordTokenizer
@@ -152,11 +185,11 @@ class Corpus:
                 file.write(np.array(ids, dtype="<u4")[found.ids].tobytes())
                 self.tokens += len(found.ids)
                 for key, length in zip(chunk.keys, found.lengths, strict=True):
-                    if length > 0 or (length == 0 and keep_empty):
+                    if reason := why_skipped(length, keep_empty=keep_empty):
+                        self.skipped[reason] += 1
+                    else:
                         self.lengths.append(length)
                         self.keys.append(key)
-                    else:
-                        self.skipped[EMPTY if length == 0 else UNTOKENIZABLE] += 1
                 yield chunk.bytes_read
 
     def chunks(self, documents: Documents, split: str) -> Iterator[Chunk]:
@@ -184,15 +217,18 @@ class Corpus:
         """Return the split of each document, where all were given: its index in SPLITS, (documents,)."""
         return np.array(self.keys, dtype=np.uint8)
 
-    def split_by_key(self, valid_fraction: float, test_fraction: float) -> np.ndarray:
-        """Return the split of each document: its index in SPLITS, (documents,); raise DataError where there are too few."""
+    def split_by_key(self, valid_fraction: float, test_fraction: float, advice: str = "") -> np.ndarray:
+        """Return the split of each document: its index in SPLITS, (documents,); raise DataError where there are too few.
+
+        `advice` ends the message: what else could be done.
+        """
         keys = np.array(self.keys, dtype=np.uint64)
         groups = np.unique(keys)  # sorted by the hash: the first are valid, the next test
         valid, test = (max(1, round(share * len(groups))) if share else 0 for share in (valid_fraction, test_fraction))
         if valid + test >= len(groups):
             raise DataError(
                 f"{len(groups)} document(s) or group(s) are too few to hold back {valid} for valid and {test} for test: "
-                "take more text, or --valid-fraction 0 --test-fraction 0"
+                f"take more text, or --valid-fraction 0 --test-fraction 0{advice}"
             )
         place = np.searchsorted(groups, keys)
         return np.where(place < valid, 1, np.where(place < valid + test, 2, 0)).astype(np.uint8)

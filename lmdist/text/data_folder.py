@@ -69,9 +69,12 @@ def write_meta(
     splits: Mapping[str, SplitFacts],
     settings: PrepareSettings,
     skipped: Mapping[str, int],
-    sources: Iterable[Path],
+    sources: Iterable[tuple[Path, int]],
 ) -> dict[str, Any]:
-    """Write meta.json beside the other files of a data folder, which must all be there; return its content."""
+    """Write meta.json beside the other files of a data folder, which must all be there; return its content.
+
+    `sources` are the files that were read, and their sizes in bytes.
+    """
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -82,7 +85,7 @@ def write_meta(
         "skipped": dict(sorted(skipped.items())),
         "text": dataclasses.asdict(settings.text),
         "prepare": dataclasses.asdict(settings),
-        "sources": [{"name": str(file), "bytes": file.stat().st_size} for file in sources],
+        "sources": [{"name": str(file), "bytes": size} for file, size in sources],
         "files": checksums(folder),
     }
     write_json(folder / META, meta)

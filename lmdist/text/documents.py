@@ -3,7 +3,8 @@
     documents = Documents(find_files(["news/*.csv.gz"]), ReadOptions(group_by="title"))
     for document in documents:
         document.text, document.group
-    documents.skipped      # {"empty": 3, "duplicate": 11}
+    documents.skipped           # {"empty": 3, "duplicate": 11}
+    documents.check_losses()    # DataError where many lines could not be read
 
 One row is held at a time. Memory grows by 100 bytes a row, the hash by which a duplicate is recognized. This module does not
 know file formats (readers.py does), nor what a word is.
@@ -16,14 +17,38 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from lmdist.errors import MissingInputError, UsageError
-from lmdist.text.readers import Document, ReadOptions, Source, format_of, read
+from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.text.readers import Document, Skipped, format_of, members_to_read, read
+from lmdist.text.sources import ReadOptions, Source, is_pipe, open_sources, shortened, size_of
 
 # Why a row has no document, beside the reasons of the readers.
 EMPTY, DUPLICATE = "empty", "duplicate"
+
+MOST_LOST = 0.01
+"""Share of the lines; more is an error unless it is allowed."""
+ROWS_CHECKED = 1000
+"""Of each file before the first is read; the first document among them is enough."""
+
+
+@dataclass
+class Loss:
+    """Rows of a source that cannot be read, for one reason."""
+
+    name: str
+    why: str
+    line: int
+    """Number of the first line of the first one."""
+    rows: int = 0
+    lines: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}: {self.rows:,} row(s) on {self.lines:,} line(s), the first at line {self.line:,}"
 
 
 class Documents:
@@ -32,40 +57,93 @@ class Documents:
     def __init__(self, files: Sequence[Path], options: ReadOptions | None = None) -> None:
         self.files = files
         self.options = options or ReadOptions()
-        self.bytes = sum(file.stat().st_size for file in files)
+        self.bytes = sum(map(size_of, files))
         self.bytes_read = 0
         """Bytes read so far, as they lie on the disk."""
+        self.lines = 0
+        """Lines of the files, or rows of formats without lines."""
         self.skipped: Counter[str] = Counter()
         """Rows without a document, by reason."""
+        self.losses: dict[tuple[str, str], Loss] = {}
+        """What cannot be read, by source and by what is wrong with it."""
         self.notes: list[str] = []
-        """What the user should know about the files."""
+        """What the user should know about the files, the losses included."""
 
     def check(self) -> None:
-        """Read the first row of each file, so that an error in the last one is known before the first takes hours."""
+        """Read the beginning of each file, so that an error in the last one is known before the first takes hours."""
         for file in self.files:
-            next(read(Source(file, self.options, self.notes)), None)
+            for source in self._sources(file):
+                with closing(read(source, format_of(source))) as rows:
+                    next((row for row in islice(rows, ROWS_CHECKED) if isinstance(row, Document)), None)
+
+    @property
+    def lost_lines(self) -> int:
+        """Return the number of lines that cannot be read."""
+        return sum(loss.lines for loss in self.losses.values())
+
+    def check_losses(self) -> None:
+        """Raise DataError where more than MOST_LOST of the lines cannot be read, unless the options allow it."""
+        lost = self.lost_lines
+        if lost > MOST_LOST * self.lines and not self.options.allow_losses:
+            raise DataError(
+                f"{lost:,} of {self.lines:,} lines ({lost / self.lines:.1%}) cannot be read: "
+                f"{shortened([*map(str, self.losses.values())])}. Mend the file, or leave these lines out by --allow-losses"
+            )
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped.clear()
+        self.losses.clear()
         self.notes.clear()
-        self.bytes_read = bytes_before = rows = 0
+        self.bytes_read = self.lines = bytes_before = rows = 0
         seen: set[int] = set()
-        for file in self.files:
-            source = Source(file, self.options, self.notes)
-            keeps_duplicates = format_of(file).keeps_duplicates
-            for row in read(source):
-                self.bytes_read = bytes_before + source.bytes_read
-                if isinstance(row, str):
-                    self.skipped[row] += 1
+        for number, file in enumerate(self.files, 1):
+            with closing(self._sources(file)) as sources:
+                for source in sources:
+                    for row in self._rows(source, seen):
+                        self.bytes_read = bytes_before + source.bytes_read
+                        if row is not None:
+                            yield row
+                        rows += 1
+                        if rows == self.options.rows:
+                            self._note_unread(number)
+                            return
+            bytes_before += size_of(file)
+            self.bytes_read = bytes_before
+
+    def _sources(self, file: Path) -> Generator[Source]:
+        return open_sources(file, self.options, members_to_read)
+
+    def _rows(self, source: Source, seen: set[int]) -> Iterator[Document | None]:
+        """Yield the document of each row of a source, or None where it is skipped, which is counted."""
+        found = format_of(source)
+        try:
+            for row in read(source, found):
+                if isinstance(row, Skipped):
+                    self._count(row, source)
+                    yield None
                 else:
                     document = Document(well_formed(row.text), row.group and well_formed(row.group))
-                    if keeps_duplicates or self._is_new(document.text, seen):
-                        yield document
-                rows += 1
-                if rows == self.options.rows:
-                    return
-            bytes_before += file.stat().st_size
-            self.bytes_read = bytes_before
+                    yield document if found.keeps_duplicates or self._is_new(document.text, seen) else None
+        finally:
+            self.lines += source.lines
+            self.notes += map(str, source.notes)
+            self.notes += [str(loss) for (name, _), loss in self.losses.items() if name == source.name]
+
+    def _count(self, row: Skipped, source: Source) -> None:
+        """Count a row that is skipped."""
+        self.skipped[row.reason] += 1
+        if row.why:
+            loss = self.losses.setdefault((source.name, row.why), Loss(source.name, row.why, row.line))
+            loss.rows += 1
+            loss.lines += row.num_lines
+
+    def _note_unread(self, number: int) -> None:
+        """Note which files are not read because `rows` ended in the one of this number."""
+        others = [str(file) for file in self.files[number:]]
+        if others:
+            self.notes.append(
+                f"--rows {self.options.rows:,} ended in {self.files[number - 1]}; not read were {shortened(others)}"
+            )
 
     def _is_new(self, text: str, seen: set[int]) -> bool:
         """Return whether a text is neither empty nor a duplicate; count the reason if it is."""
@@ -90,7 +168,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
-        if os.path.isfile(path):  # not Path.is_file(), which raises where it may not look
+        if os.path.isfile(path) or is_pipe(path):  # not Path.is_file(), which raises where it may not look
             files[path] = None
         elif os.path.isdir(path):
             raise UsageError(f"{pattern} is a folder; name files in it, like {path / '*.csv'}")

@@ -56,9 +56,6 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DataError(f"the disk that holds {output} is full: {error.strerror}; nothing was kept") from None
         raise DataError(f"{output} cannot be written: {error}") from None
-    for documents in sources.values():
-        for note in documents.notes:
-            log(f"note: {note}")
     sys.stdout.write(summary(meta, output))
     sys.stdout.flush()
 
@@ -77,21 +74,15 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def open_sources(settings: PrepareSettings, output: Path) -> Sources:
     """Find the files to read; write the demo corpus beside `output` where it is asked for."""
     from lmdist.text.documents import Documents, find_files
-    from lmdist.text.readers import ReadOptions
+    from lmdist.text.sources import ReadOptions
 
     inputs, group_by = settings.inputs, settings.group_by
     if inputs == [DEMO] and not Path(DEMO).is_file():
         inputs, group_by = [str(demo_csv(output.parent))], group_by or "title"
-    patterns = {split: [getattr(settings, split)] for split in SPLITS if getattr(settings, split)} or {"": inputs}
+    patterns = {split: settings.files(split) for split in SPLITS if settings.files(split)} or {"": inputs}
     if not any(patterns.values()):
         raise UsageError("nothing to read: name a file (articles1.csv), give --train, or take the demo corpus: demo")
-    options = ReadOptions(
-        text_column=settings.text_column,
-        group_by=group_by,
-        lines=settings.tokenizer == "whitespace",
-        rows=settings.rows,
-        encoding=settings.encoding,
-    )
+    options = ReadOptions.of(settings, settings.text, group_by)
     return {split: Documents(find_files(names), options) for split, names in patterns.items()}
 
 
@@ -109,6 +100,7 @@ def demo_csv(folder: Path) -> Path:
 def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources) -> dict[str, Any]:
     """Write the files of a data folder; return the content of meta.json."""
     from lmdist.text.corpus import Corpus
+    from lmdist.text.sources import size_of
 
     if settings.text.needs_sentences:
         log("learning where sentences end")
@@ -117,7 +109,11 @@ def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources)
 
     corpus = Corpus(folder / "tokens.tmp", settings.seed)
     read_all(corpus, settings, sources, folder / TEXT)
-    splits = corpus.given_splits() if settings.train else corpus.split_by_key(settings.valid_fraction, settings.test_fraction)
+    if settings.train:
+        splits = corpus.given_splits()
+    else:
+        advice = "" if settings.lines else ", or --lines where each line of plain text is a document"
+        splits = corpus.split_by_key(settings.valid_fraction, settings.test_fraction, advice)
 
     log("building the vocabulary and the token files")
     own_unknown = settings.unknown == "file"
@@ -133,9 +129,9 @@ def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources)
     }
     for split in sources:
         if split and split not in facts:
-            raise DataError(f"{getattr(settings, split)} has no text for {split}")
+            raise DataError(f"{', '.join(settings.files(split))} has no text for {split}")
     corpus.temporary_file.unlink()
-    files = [file for documents in sources.values() for file in documents.files]
+    files = [(file, size_of(file)) for documents in sources.values() for file in documents.files]
     return write_meta(folder, len(vocabulary), facts, settings, skipped(corpus, sources), files)
 
 
@@ -147,10 +143,13 @@ def read_all(corpus: Corpus, settings: PrepareSettings, sources: Sources, text_j
         progress = ReadingProgress(bar, size)
         bytes_before = 0
         for split, documents in sources.items():
-            keep_empty = settings.tokenizer == "whitespace"
-            for bytes_read in corpus.read(documents, split, text_json, workers, keep_empty=keep_empty):
+            for bytes_read in corpus.read(documents, split, text_json, workers, keep_empty=settings.text.line_by_line):
                 progress.show(bytes_before + bytes_read, len(corpus.lengths), corpus.tokens)
             bytes_before += documents.bytes
+    for documents in sources.values():
+        documents.check_losses()
+        for note in documents.notes:
+            log(f"note: {note}")
     if not corpus.tokens:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped(corpus, sources).items())
         raise DataError(f"there is no text in what was read{f': rows skipped: {counts}' if counts else ''}")

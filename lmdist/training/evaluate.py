@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmdist.model.language_model import LanguageModel
+    from lmdist.settings import ReadSettings
     from lmdist.signals import StopRequest
+    from lmdist.text.corpus import FoundIds
     from lmdist.training.distributed import World
     from lmdist.training.metrics import NatsTotal
 
@@ -80,6 +83,9 @@ def unigram_nats(train: np.ndarray, tokens: np.ndarray, vocabulary_size: int) ->
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line of lmdist-evaluate."""
+    from lmdist.config import add_flags
+    from lmdist.settings import ReadSettings
+
     command = CommandParser(
         prog=COMMAND,
         description="Measure the perplexity of a trained model: one stream, the state carried on, each token counted once.",
@@ -92,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         help="a run (runs/NAME: its best checkpoint is taken) or a checkpoint; of several, probabilities are averaged",
     )
     command.add_argument("--split", choices=("train", "valid", "test"), help="a split of the data folder (default: test)")
-    command.add_argument("--file", help="in place of a split: a text file, or any file that lmdist-prepare reads")
+    command.add_argument("--file", help="in place of a split: a file as lmdist-prepare reads it, or - for stdin")
     command.add_argument("--data", type=Path, help="the data folder (default: the one the model was trained on)")
     command.add_argument(
         "--cache",
@@ -105,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--streams", type=int, default=1, help="read the text as so many streams: faster, a little worse")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (default: auto)")
     command.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    add_flags(command.add_argument_group("how --file is read, as by lmdist-prepare"), ReadSettings)
     return command
 
 
@@ -116,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.file and (arguments.split or (arguments.data and not arguments.cache)):
             raise UsageError("--file takes the place of --split and --data: give one or the other")
         check("--streams", arguments.streams, at_least(1))
+        read_settings(arguments)
         result = measure(arguments)
         if arguments.json:
             sys.stdout.write(json.dumps(result) + "\n")
@@ -125,26 +133,39 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def printed(value: Any) -> str:
     """Return a figure, or several in a row, as people read it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{count:,} {name}" for name, count in value.items()) or "0"
     return ", ".join(map(shown, value)) if isinstance(value, list) else shown(value)
 
 
-def tokens_of_file(checkpoint: Path, file: str) -> np.ndarray:
-    """Return the ids of a file, (N,), tokenized as the training text was, with an end mark after each document."""
-    import numpy as np
+def read_settings(arguments: argparse.Namespace) -> ReadSettings:
+    """Return how --file is read; raise UsageError for a flag of it without it."""
+    from lmdist.settings import ReadSettings
 
+    names = [setting.name for setting in fields(ReadSettings)]
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if given and not arguments.file:
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')} says how --file is read: give --file too, or leave it out")
+    return ReadSettings(**given)
+
+
+def read_file(checkpoint: Path, file: str, settings: ReadSettings) -> FoundIds:
+    """Return what lmdist-prepare would make of a file, with the tokenizer and the vocabulary of a checkpoint."""
+    from lmdist.text.corpus import find_ids
     from lmdist.text.data_folder import TEXT, VOCABULARY
     from lmdist.text.documents import Documents, find_files
-    from lmdist.text.readers import ReadOptions
+    from lmdist.text.sources import ReadOptions
     from lmdist.text.tokenizer import WordTokenizer
-    from lmdist.text.vocabulary import END_ID, Vocabulary
+    from lmdist.text.vocabulary import Vocabulary
 
     tokenizer = WordTokenizer.load(checkpoint / TEXT)
-    vocabulary = Vocabulary.load(checkpoint / VOCABULARY)
-    ids: list[int] = []
-    for document in Documents(find_files([file]), ReadOptions(lines=tokenizer.settings.tokenizer == "whitespace")):
-        ids += vocabulary.encode(tokenizer.tokenize(document.text))
-        ids.append(END_ID)
-    return np.array(ids, dtype=np.uint32)
+    documents = Documents(find_files([file]), ReadOptions.of(settings, tokenizer.settings))
+    documents.check()
+    found = find_ids(documents, tokenizer, Vocabulary.load(checkpoint / VOCABULARY))
+    documents.check_losses()
+    for note in documents.notes:
+        log(f"note: {note}", COMMAND)
+    return found
 
 
 class Texts(NamedTuple):
@@ -157,25 +178,32 @@ class Texts(NamedTuple):
     """What a cache is tuned on, if there is to be one."""
     train: np.ndarray | None
     """What a unigram model is made of, if the text is a split beside it."""
+    figures: dict[str, Any]
+    """What else there is to say of a file."""
 
 
 def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[str, Any]) -> Texts:
     """Return the texts that the command line names, as ids of the checkpoint's vocabulary."""
     from lmdist.training.data import DataFolder
 
-    if arguments.file and not arguments.cache:
-        return Texts(arguments.file, tokens_of_file(checkpoint, arguments.file), None, None)
+    figures: dict[str, Any] = {}
+    tokens = None
+    if arguments.file:
+        found = read_file(checkpoint, arguments.file, read_settings(arguments))
+        tokens, figures = found.tokens, {"documents": found.documents, "skipped": found.skipped}
+        if not arguments.cache:
+            return Texts(arguments.file, tokens, None, None, figures)
     folder = DataFolder(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
     folder.check_vocabulary(manifest)
     if arguments.cache and not folder.has("valid"):
         raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
     valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
-    if arguments.file:
-        return Texts(arguments.file, tokens_of_file(checkpoint, arguments.file), valid, None)
+    if tokens is not None:
+        return Texts(arguments.file, tokens, valid, None, figures)
     name = arguments.split or "test"
     if arguments.cache and name == "valid":
         log("warning: valid is the split that the cache is tuned on; --split test gives a figure to report", COMMAND)
-    return Texts(name, folder.tokens(name), valid, folder.tokens("train") if folder.has("train") else None)
+    return Texts(name, folder.tokens(name), valid, folder.tokens("train") if folder.has("train") else None, {})
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -221,6 +249,7 @@ def result_of(
         "perplexity": perplexity(nats),
         "nats_per_token": nats,
         **figures,
+        **texts.figures,
         "words": len(texts.tokens),
         "unknown_rate": float(np.mean(texts.tokens == UNKNOWN_ID)),
         "vocabulary": vocabulary_size,

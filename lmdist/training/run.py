@@ -19,6 +19,7 @@ from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import Recipe
 from lmdist.text.data_folder import VOCABULARY, token_file
 from lmdist.tracking.run_folder import CHECKPOINTS
+from lmdist.training.agreement import check_agreement
 from lmdist.training.averaging import Averaging
 from lmdist.training.checkpoints.format import AVERAGED, Progress
 from lmdist.training.checkpoints.read import load_parameters, load_training, read_verified_manifest
@@ -90,12 +91,13 @@ class Run:
 
 def set_up(recipe: Recipe, world: World) -> Run:
     """Return the run of `recipe`, restored from its newest checkpoint if there is one; a collective call."""
+    folder = DataFolder(Path(recipe.data.folder))
+    check_agreement(recipe, folder, world)
     newest = find_newest(recipe, world)
     part_size = recipe.data.global_batch // world.size // recipe.training.accumulation
     precision = agree_on_precision(recipe, world, newest, part_size)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision.name))
 
-    folder = DataFolder(Path(recipe.data.folder))
     batches = training_batches(folder, recipe.data, recipe.seed)
     validation = folder.tokens("valid") if folder.has("valid") else None
     if validation is None:

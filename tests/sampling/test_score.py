@@ -18,11 +18,12 @@ import torch
 
 from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
+from lmdist.settings import ReadSettings
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.read import load_model
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
-from lmdist.training.evaluate import evaluate, tokens_of_file
+from lmdist.training.evaluate import evaluate, read_file
 from lmdist_export import score
 from lmdist_export.bundle import Bundle
 from lmdist_export.sampling import sampler as sampler_module
@@ -180,7 +181,7 @@ def test_small_pieces_of_logits_change_nothing(sampler, monkeypatch) -> None:
 
 
 def test_with_carried_state_the_perplexity_is_that_of_evaluate(folder, bundle, model, text, written) -> None:
-    tokens = tokens_of_file(bundle, str(text))
+    tokens = read_file(bundle, str(text), ReadSettings()).tokens
     nats = evaluate(model, tokens, 1, 256, World(0, 1, torch.device("cpu")))
     for batch_size in (1, 2, 256):
         figures = json.loads(written(bundle, text, "--carry-state", "--json", "--batch-size", batch_size))

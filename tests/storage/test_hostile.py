@@ -38,7 +38,7 @@ from lmdist.storage.reading import MAX_JSON_BYTES, read_json
 from lmdist.text.documents import Documents
 from lmdist.text.prepare import main as prepare_main
 from lmdist.text.prepare import prepare
-from lmdist.text.readers import ReadOptions
+from lmdist.text.sources import ReadOptions
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.training import evaluate
 from lmdist.training.checkpoints.format import Progress
@@ -798,15 +798,15 @@ def texts(path: Path, **settings: Any) -> list[str]:
 
 
 def test_a_line_or_a_row_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmdist.text.readers.LONGEST_ROW", 1 << 16)
+    for module in ("decoding", "tables", "readers"):
+        monkeypatch.setattr(f"lmdist.text.{module}.LONGEST_ROW", 1 << 16)
     for name in ("a.csv", "a.jsonl", "a.txt"):
         path = tmp_path / f"{name}.gz"
-        path.write_bytes(gzip.compress(b"content" + bytes(1 << 22)))
+        path.write_bytes(gzip.compress(b"content" * (1 << 19)))
         with pytest.raises(DataError, match=rf"{name}\.gz has a line of more than 65,536 characters"):
             texts(path)
     (tmp_path / "b.csv").write_text("content\n" + '"\n",' * (1 << 16))
-    with pytest.raises(DataError, match="the row has more than 65,536 characters"):
-        texts(tmp_path / "b.csv")
+    assert texts(tmp_path / "b.csv") == ['"', ","]
     (tmp_path / "c.txt").write_text("a line\n" * (1 << 14))
     with pytest.raises(DataError, match="no blank line in"):
         texts(tmp_path / "c.txt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -103,7 +104,11 @@ def test_a_file_is_tokenized_as_the_training_text_was(trained, tmp_path, command
     assert figures["words"] == 6  # with an end mark after each of the lines
     assert figures["unknown_rate"] == pytest.approx(1 / 6)
     assert "unigram_perplexity" not in figures
-    assert "perplexity" in command(run, f"--file={text}").out
+    assert (figures["documents"], figures["skipped"]) == (2, {})
+    text.write_text("id;w\n" + "1;w3 w4\n" * 3)
+    text = text.rename(tmp_path / "text.csv")
+    assert "--text-column" in command(run, f"--file={text}", code=65).err
+    assert re.search("skipped +2 duplicate", command(run, f"--file={text}", "--text-column=w").out)
 
 
 def test_unigram_model():

@@ -274,6 +274,15 @@ def test_mistakes_are_one_line_with_their_exit_code(data, tmp_path, mistake):
     assert "Traceback" not in done.stderr
 
 
+def test_an_update_that_diverges_is_not_saved(tmp_path):
+    """The loss is that of before the update, and nothing is validated."""
+    folder = write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
+    flags = ["--optimizer.name=sgd", "--optimizer.learning_rate=1e38", "--optimizer.clip=0", "--training.steps=1"]
+    done = train(1, *SMALL, *flags, f"--data.folder={folder}", "--run_folder=run", cwd=tmp_path, code=64)
+    assert "the norm of the parameters is inf at step 1: the training has diverged" in done.stderr
+    assert not list(tmp_path.glob("run/checkpoints/step-*"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
 def test_missing_cuda_is_an_error(data, tmp_path):
     done = train(1, *SMALL, f"--data.folder={data}", "--training.device=cuda", cwd=tmp_path, code=64)
