@@ -60,7 +60,9 @@ FLOORS = {
 }
 WINGS = {
     "lmdist.storage": "reading locks atomic checksums schema",
-    "lmdist.text": "vocabulary data_folder words tokenizer sources decoding tables columns readers documents demo corpus prepare",
+    "lmdist.text": (
+        "vocabulary data_folder words tokenizer sources decoding tables columns readers documents demo corpus prepare"
+    ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": "run_folder store replay uploader logger sync plot",
     "lmdist.training": (

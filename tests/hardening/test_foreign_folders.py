@@ -154,20 +154,42 @@ def test_of_two_writers_of_a_new_folder_the_second_one_loses(tmp_path: Path) -> 
     assert content(tmp_path) == {"news/file": "mine"}
 
 
-def test_of_two_prepares_one_ends_with_64_and_says_so(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("".join(f"the cat said {number} .\n" for number in range(50)))
-    arguments = ["a.txt", "-o", "data", "--tokenizer", "whitespace", "--min-count", "1", "--workers", "1"]
-    code = (
-        "import os, time; from lmdist.text.prepare import main\n"
-        f"while not os.path.exists('go'): time.sleep(0.01)\nmain({arguments})"
-    )
-    job = partial(subprocess.Popen, [sys.executable, "-c", code], cwd=tmp_path, text=True)
+def at_once(folder: Path, code: str) -> list[tuple[str, int]]:
+    """Run two processes of the same code, which begin when both have been started; return their last lines and exit codes."""
+    wait = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\n"
+    job = partial(subprocess.Popen, [sys.executable, "-c", wait + code], cwd=folder, text=True)
     jobs = [job(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
-    (tmp_path / "go").touch()
-    ends = [(job.communicate()[1].splitlines()[-1], job.returncode) for job in jobs]
+    (folder / "go").touch()
+    ends = [(job.communicate()[1].rpartition("\n")[0].rpartition("\n")[2], job.returncode) for job in jobs]
+    (folder / "go").unlink()
+    return ends
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A folder with a text of 50 documents."""
+    (tmp_path / "a.txt").write_text("".join(f"the cat said {number} .\n" for number in range(50)))
+    return tmp_path
+
+
+def test_of_two_prepares_one_ends_with_64_and_says_so(text: Path) -> None:
+    arguments = ["a.txt", "-o", "data", "--tokenizer", "whitespace", "--min-count", "1", "--workers", "1"]
+    ends = at_once(text, f"from lmdist.text.prepare import main; main({arguments})")
     assert sorted(code for _, code in ends) == [0, 64], ends
     assert "data exists" in next(message for message, code in ends if code == 64)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "data", "go"]
+    assert sorted(path.name for path in text.iterdir()) == ["a.txt", "data"]
+
+
+def test_of_two_jobs_both_train_on_what_one_of_them_has_prepared(text: Path) -> None:
+    settings = {"inputs": ["a.txt"], "tokenizer": "whitespace", "min_count": 1, "workers": 1}
+    ends = at_once(
+        text,
+        "from lmdist.settings import DataSettings, PrepareSettings, Recipe; from lmdist.train import prepare_if_absent\n"
+        f"recipe = Recipe(data=DataSettings(folder='data'), prepare=PrepareSettings(**{settings}))\n"
+        "prepare_if_absent(recipe, is_main=True)",
+    )
+    assert [code for _, code in ends] == [0, 0], ends
+    assert sorted(path.name for path in text.iterdir()) == ["a.txt", "data"]
 
 
 def test_several_writers_may_replace_one_folder(tmp_path: Path) -> None:
