@@ -24,6 +24,7 @@ from support.small_bundles import edit_json, make_data, make_run
 
 OURS = (".step-000000003.writing-node-0-77", ".step-000000002.removed-node-0-1", ".step-000000007.old-elsewhere-12")
 FOREIGN = (".git", ".ssh", ".config", ".step-3.writing-node-77", ".step-000000003", ".x.writing-node-77", "step-old")
+FOREIGN += (".newest.writing-8", ".newest.writing-notes", f".step-000000003.writing-node-{10**20}")
 
 
 def fill(folder: Path) -> Path:
