@@ -6,9 +6,13 @@ work without it. This module does not know what the commands do.
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -22,6 +26,17 @@ def log(line: str, command: str = "") -> None:
     """Print a line on stderr, after the name of the command where one is given."""
     sys.stderr.write(escaped(f"{command}: {line}\n" if command else f"{line}\n"))
     sys.stderr.flush()
+
+
+def next_line(*commands: Sequence[object]) -> str:
+    """Return the line that ends the output of a command: what to run next, as a shell takes it."""
+    return f"next: {'; '.join(shlex.join(map(str, command)) for command in commands)}"
+
+
+def unused(path: Path) -> Path:
+    """Return a name that is free, for a command that a user may run next: this one, or NAME-2, NAME-3 and so on."""
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def table(rows: Mapping[str, object], width: int = 0) -> str:

@@ -37,7 +37,7 @@ HOMES = {
 # lines above its own. Inside a wing, a file imports only from files before it; a folder inside a wing has a line of its own.
 FLOORS = {
     "lmdist": """
-        users
+        users extras standard_streams
         errors cpus perplexity
         bounds signals storage console
         settings cache_settings
@@ -70,8 +70,8 @@ WINGS = {
         "report loop"
     ),
     "lmdist.training.checkpoints": "format read retain write",
-    "lmdist.job": "agent launcher",
-    "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes graphs",
+    "lmdist.job": "agent launcher __main__",
+    "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": "state runtime token_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
     "lmdist_export.conversion": "tokenizer_json weights verify sherpa exporting",

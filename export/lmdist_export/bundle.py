@@ -60,8 +60,9 @@ class Bundle:
     """The neural cache that was tuned for the model, if one was."""
 
     @classmethod
-    def load(cls, folder: Path) -> Bundle:
+    def load(cls, folder: str | Path) -> Bundle:
         """Read and check a bundle; raises MissingInputError or DataError."""
+        folder = Path(folder)
         manifest = read_manifest(folder)
         # What a look at the sizes refuses costs no time: the sha256 of many gigabytes takes a minute.
         verify_sizes(folder, manifest["files"], CHECKED)

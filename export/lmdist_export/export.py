@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,10 @@ from typing import Any
 
 from lmdist.bounds import at_least, check
 from lmdist.console import log, table
-from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
-from lmdist.storage.atomic import refuse_to_replace_link
+from lmdist.errors import EXIT_DEFECT, CommandParser, DataError, MissingInputError, UsageError, exit_on_error, require
+from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
-DEFECT = 1
 LAYOUTS = ("bundle", "sherpa-onnx")
 
 
@@ -76,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export, or report in one line why not."""
-    arguments = parser().parse_args(argv)
     with exit_on_error(EXPORT_COMMAND):
+        arguments = parser().parse_args(argv)
         if arguments.layout == "sherpa-onnx":
             check_flags(arguments)
         if arguments.max_perplexity_loss is not None:
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = run_sherpa_layout(arguments) if arguments.layout == "sherpa-onnx" else run_bundle_layout(arguments)
         except MismatchError as error:
             log(f"the graph differs from torch, nothing was written: {error}", EXPORT_COMMAND)
-            sys.exit(DEFECT)
+            sys.exit(EXIT_DEFECT)
         sys.stdout.write(table(rows, width=14))
         if arguments.register:
             sys.stdout.flush()
@@ -152,9 +152,11 @@ def check_registration(arguments: argparse.Namespace) -> None:
     if arguments.register is None and arguments.alias is not None:
         raise UsageError(f"--alias {arguments.alias} is for a registered model: give --register NAME as well")
     if arguments.register is not None:
+        from lmdist.tracking.store import packages_of, store_address
         from lmdist_export.serving import registry
 
         registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
+        require(*packages_of(store_address()), purpose="--register: ")
     if not arguments.output:
         from lmdist_export.bundle import read_manifest
 
@@ -187,9 +189,7 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
 
     refuse_to_replace_link(output)
     if not os.path.lexists(output):
-        place = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
-        if not os.path.isdir(place) or not os.access(place, os.W_OK):
-            raise UsageError(f"-o {output}: nothing can be written in {place}; give another name")
+        check_output_folder("-o", output)
         return
     if not overwrite:
         raise UsageError(f"{output} exists already: give another name, or --overwrite to replace it")
@@ -224,7 +224,7 @@ def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:
         f"on {held_out['tokens']:,} tokens of the {held_out['split']} split ({held_out['loss_percent']:+.2f} %); "
         f"the same most likely token in {held_out['top_1_agreement']:.1%}",
         **({"cache": "{size:,} tokens, theta {theta}, weight {weight}".format_map(cache)} if cache else {}),
-        "next": f'lmdist-generate {output} --prompt "..."',
+        "next": shlex.join(["lmdist-generate", str(output)]),
     }
 
 

@@ -15,18 +15,25 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from lmdist.bounds import at_least, check
 from lmdist.console import log
 from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
-from lmdist.text.vocabulary import UNKNOWN, Vocabulary
-from lmdist_export.lines import Lines
+from lmdist_export.lines import STDIN, Lines, has_input, output_file
 from lmdist_export.options import APPLIED, CONTENT, OUTPUT, PARAMS, SAMPLING, GenerationConfig, Options, Row
-from lmdist_export.sampling.completion import as_object, detokenized, generation_config, no_search, token_sequences
+from lmdist_export.sampling.completion import (
+    as_object,
+    detokenized,
+    generation_config,
+    no_search,
+    token_sequences,
+    warning_of_prompt,
+    warnings_of_options,
+)
 
 if TYPE_CHECKING:
     from lmdist_export.bundle import Bundle
@@ -53,8 +60,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("bundle", type=Path, help="a folder written by lmdist-export")
 
     content = parser.add_argument_group(CONTENT)
-    content.add_argument("--prompt", help="text to continue (default: none, the beginning of a text)")
-    content.add_argument("--prompts-file", metavar="FILE", help="one prompt a line; - is stdin")
+    content.add_argument(
+        "--prompt",
+        help="text to continue (default: what is piped into stdin, a prompt a line; else none, the beginning of a text)",
+    )
+    content.add_argument("--prompts-file", metavar="FILE", help=f"one prompt a line; {STDIN} is stdin")
     add_options(content)
     add_options(parser.add_argument_group(SAMPLING))
     output = parser.add_argument_group(OUTPUT)
@@ -95,8 +105,8 @@ def argparse_options(row: Row) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate text, or print in one line why that is not possible."""
-    arguments = parser().parse_args(argv)
-    with exit_on_error(COMMAND):
+    with exit_on_error(COMMAND, ends_with_reader=True):
+        arguments = parser().parse_args(argv)
         run(arguments)
 
 
@@ -112,6 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
         bundle = Bundle.load(arguments.bundle)
         config = generation_config(options, bundle)
         stops = token_sequences(options, bundle, "stop")
+        for sentence in warnings_of_options(options, bundle):
+            log(f"warning: {sentence}", COMMAND)
         if config.num_beams > 1 and arguments.stream:
             raise UsageError(no_search(options, "--stream"))
         sampler = Sampler(bundle, arguments.provider, arguments.threads)
@@ -122,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         pieces = formatted(sampler, growth, prompts, config, options, as_json=arguments.json)
     began, num_tokens = time.perf_counter(), 0
-    with output_file(arguments.output) as output:
+    with output_file(arguments.output, COMMAND) as output:
         for piece, count in pieces:
             num_tokens += count
             output.write(piece)
@@ -148,15 +160,6 @@ def without_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def output_file(path: Path | None) -> AbstractContextManager[TextIO]:
-    """Return the file to write, or stdout."""
-    if path is None:
-        return nullcontext(sys.stdout)
-    from lmdist.storage.atomic import atomic_file
-
-    return atomic_file(path)
-
-
 def check_arguments(arguments: argparse.Namespace, options: Options) -> None:
     """Raise UsageError for mistakes that can be seen before anything is read."""
     check("--batch-size", arguments.batch_size, at_least(1))
@@ -180,8 +183,12 @@ class Prompts:
 
     def __init__(self, bundle: Bundle, arguments: argparse.Namespace) -> None:
         self.bundle = bundle
-        from_file = arguments.prompts_file is not None
-        self.lines = Lines([arguments.prompts_file], COMMAND) if from_file else [arguments.prompt or ""]
+        self.lines: Iterable[str] = [arguments.prompt or ""]
+        if arguments.prompts_file is not None:
+            self.lines = Lines([arguments.prompts_file], COMMAND)
+        elif arguments.prompt is None and has_input(sys.stdin):
+            log('prompts are read from stdin, one a line; --prompt "" begins a text without one', COMMAND)
+            self.lines = from_stdin(stream=arguments.stream)
         self.words: list[list[str]] = []
         """The words of each prompt that was read."""
         self.error: DataError | None = None
@@ -191,11 +198,23 @@ class Prompts:
         try:
             for line in self.lines:
                 words = self.bundle.tokenizer.tokenize(line) if line else []  # NLTK is slow to import
-                warn_of_unknown(words, self.bundle.vocabulary)
+                if sentence := warning_of_prompt(words, self.bundle):
+                    log(f"warning: {sentence}", COMMAND)
                 self.words.append(words)
                 yield self.bundle.vocabulary.encode(words)
         except DataError as error:
             self.error = error
+
+
+def from_stdin(*, stream: bool) -> Iterator[str]:
+    """Yield the prompts that were piped into the command, or an empty one; with `stream` there may be only one."""
+    number = -1
+    for number, line in enumerate(Lines([STDIN], COMMAND)):
+        if number and stream:
+            raise DataError("--stream prints one text, and stdin has several lines: a prompt is expected")
+        yield line
+    if number < 0:
+        yield ""
 
 
 def generate(
@@ -234,16 +253,6 @@ def generate(
     ):
         warn_of_exhausted(text)
         yield text, tokens
-
-
-def warn_of_unknown(prompt: Sequence[str], vocabulary: Vocabulary) -> None:
-    """Name the words of a prompt that are not in the vocabulary."""
-    unknown = list(dict.fromkeys(word for word in prompt if word not in vocabulary.ids))
-    if not unknown:
-        return
-    known = [word.lower() for word in unknown if word.lower() in vocabulary.ids]
-    hint = f"; known in lowercase: {', '.join(known)}" if known else ""
-    log(f"warning: not in the vocabulary, and read as {UNKNOWN}: {', '.join(unknown)}{hint}", COMMAND)
 
 
 def warn_of_exhausted(text: Text) -> None:

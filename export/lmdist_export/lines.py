@@ -1,4 +1,4 @@
-"""Lines of text from files and from stdin, read one after the other and never all at once.
+"""Lines of text: read from files and from stdin one after the other, never all at once; written to a file or to stdout.
 
 This module does not know what a command does with a line.
 """
@@ -6,10 +6,12 @@ This module does not know what a command does with a line.
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 from lmdist.console import log
@@ -66,3 +68,38 @@ def opened(name: str) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def has_input(stdin: IO[str]) -> bool:
+    """Return whether somebody has given text on stdin: a pipe or a file, and no terminal nor /dev/null."""
+    try:
+        mode = os.fstat(stdin.fileno()).st_mode
+    except (OSError, ValueError):  # it is no file
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+@contextmanager
+def output_file(path: Path | None, command: str) -> Iterator[IO[str]]:
+    """Yield the file to write, which is atomic, or stdout.
+
+    Where the command is interrupted, or its next line cannot be used, the file has what was written before.
+    """
+    if path is None:
+        if sys.__stdout__ is None:
+            raise UsageError("stdout is closed: give a file by -o FILE")
+        yield sys.stdout
+        return
+    from lmdist.storage.atomic import atomic_file  # a command that writes to stdout has no need of it
+
+    end: KeyboardInterrupt | DataError | None = None
+    with atomic_file(path) as file:
+        try:
+            yield file
+        except (KeyboardInterrupt, DataError) as error:
+            if not file.tell():
+                raise
+            end = error
+    if end:
+        log(f"{path} has what was done before", command)
+        raise end

@@ -101,7 +101,11 @@ def clamp_above_fp32_tiny(share: float, vocabulary_size: int) -> float:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The options of generation and their defaults; the names are those of Hugging Face, or of the OpenAI API."""
+    """The options of generation; the names are those of Hugging Face, or of the OpenAI API.
+
+    The defaults of the fields change nothing: tokens are sampled from the model's own distribution. EXPORTED has those that
+    lmdist-export writes into generation_config.json.
+    """
 
     bos_token_id: Annotated[int, Option("the token before the first: a text begins where another ended")] = END_ID
     eos_token_id: Annotated[int, Option("the token that ends a text")] = END_ID
@@ -364,9 +368,12 @@ class Options:
         return name in self.given or (name in REQUEST and getattr(self, name) != REQUEST[name].default)
 
 
-def rows_of(kind: type) -> dict[str, Row]:
-    """Return the rows of the table that are the fields of a dataclass."""
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+EXPORTED = GenerationConfig(temperature=0.7, top_p=0.9)
+"""What lmdist-export writes: what reads best (docs/sampling.md has texts to compare)."""
+
+
+def rows_of(kind: type, defaults: Any) -> dict[str, Row]:
+    """Return the rows of the table that are the fields of a dataclass; `defaults` has an attribute of each name."""
     rows = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if get_origin(hint) is not Annotated:
@@ -375,13 +382,13 @@ def rows_of(kind: type) -> dict[str, Row]:
         option = next(extra for extra in metadata if isinstance(extra, Option))
         bounds = next((extra for extra in metadata if isinstance(extra, Bounds)), None)
         simple = next((simple for simple in (bool, int, float, str) if plain is simple or simple in get_args(plain)), list)
-        rows[name] = Row(name, simple, get_origin(plain) is Sequence, defaults[name], bounds, option)
+        rows[name] = Row(name, simple, get_origin(plain) is Sequence, getattr(defaults, name), bounds, option)
     return rows
 
 
-GENERATION = rows_of(GenerationConfig)
+GENERATION = rows_of(GenerationConfig, EXPORTED)
 """The options of generation_config.json."""
-REQUEST = rows_of(Options)
+REQUEST = rows_of(Options, Options)
 """The options of a request alone."""
 LISTED = sorted(GENERATION.values(), key=lambda row: (not row.option.first, row.option.group != CONTENT))
 PARAMS = {row.name: row for row in LISTED if row.option.group} | REQUEST

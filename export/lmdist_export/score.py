@@ -8,23 +8,20 @@ them.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby, tee
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from lmdist.bounds import at_least, between, check
 from lmdist.console import log, shown, table
 from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
-from lmdist_export.lines import STDIN, Lines
+from lmdist_export.lines import STDIN, Lines, output_file
 
 if TYPE_CHECKING:
     from lmdist_export.sampling.scoring import Scorer
@@ -108,28 +105,28 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score text, or print in one line why that is not possible."""
-    arguments = parser().parse_intermixed_args(argv)  # files may follow options
-    with exit_on_error(COMMAND):
-        run(arguments)
+    with exit_on_error(COMMAND, ends_with_reader=True):
+        run(parser().parse_intermixed_args(argv))  # files may follow options
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the bundle, then score line after line."""
     kind = kind_of(arguments)
     # Imported here, since numpy and onnxruntime take longer to import than --help may.
-    from lmdist.storage.atomic import atomic_file, check_output_file
     from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.sampler import Sampler
     from lmdist_export.sampling.scoring import BATCH_SIZE, Scorer
 
     if arguments.output:
+        from lmdist.storage.atomic import check_output_file
+
         check_output_file(arguments.output)
     sampler = Sampler(Bundle.load(arguments.bundle), arguments.provider, arguments.threads)
     batch_size = BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
     cache = sampler.cache if arguments.cache else None
     scorer = Scorer(sampler, end=not arguments.no_eos, carry_state=arguments.carry_state, batch_size=batch_size, cache=cache)
     lines = Lines(arguments.files, COMMAND)
-    with atomic_file(arguments.output) if arguments.output else nullcontext(utf8(sys.stdout)) as output:
+    with output_file(arguments.output, COMMAND) as output:
         for piece in KINDS[kind](scorer, lines, arguments):
             output.write(piece)
             output.flush()
@@ -299,13 +296,6 @@ def record(values: dict[str, Any], as_json: bool) -> str:
         for value in values.values()
     )
     return "\t".join(cells) + "\n"
-
-
-def utf8(output: IO[str]) -> IO[str]:
-    """Return the same output in UTF-8, whatever the machine's own encoding is."""
-    if isinstance(output, io.TextIOWrapper):
-        output.reconfigure(encoding="utf-8", newline="\n")
-    return output
 
 
 if __name__ == "__main__":

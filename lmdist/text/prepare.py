@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import signal
 import sys
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdist.console import ProgressBar, duration, log
+from lmdist.console import ProgressBar, duration, log, next_line, unused
 from lmdist.cpus import available_cpus
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
@@ -204,7 +203,7 @@ def summary(meta: Mapping[str, Any], output: Path) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line of lmdist-prepare: a flag for each field of PrepareSettings."""
-    from lmdist.config import add_flags
+    from lmdist.config import add_flags, recipe_names
 
     built = CommandParser(
         prog=COMMAND,
@@ -217,7 +216,12 @@ def parser() -> argparse.ArgumentParser:
     )
     built.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the data folder to write")
     built.add_argument("--overwrite", action="store_true", default=False, help="replace a data folder that exists")
-    built.add_argument("--recipe", type=Path, default=None, metavar="FILE.toml", help="take [prepare] of a recipe; flags win")
+    built.add_argument(
+        "--recipe",
+        default=None,
+        metavar="RECIPE",
+        help=f"take [prepare] of a recipe, a file or one of {', '.join(recipe_names())}; flags win",
+    )
     add_flags(built, PrepareSettings)
     return built
 
@@ -241,18 +245,22 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a data folder."""
-    flags = vars(parser().parse_args(argv))
-    output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
-    if not flags.get("inputs"):
-        flags.pop("inputs", None)
     with exit_on_error(COMMAND):
+        flags = vars(parser().parse_args(argv))
+        output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
+        if not flags.get("inputs"):
+            flags.pop("inputs", None)
         from lmdist.config import read_section
 
-        # As Ctrl-C does: the unfinished folder and the workers are removed.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        flags = vars(parser().parse_args(argv))
+        output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
+        if not flags.get("inputs"):
+            flags.pop("inputs", None)
         settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe else {}, flags)
         prepare(settings, output, overwrite=overwrite)
-        sys.stdout.write(f"next: lmdist-train --data.folder {output}\n")
+        name = output.resolve().name
+        train = ["lmdist-train", *(["--config", recipe] if recipe else []), "--data.folder", output]
+        sys.stdout.write(f"{next_line([*train, '--run_folder', unused(Path('runs') / name)])}\n")
 
 
 if __name__ == "__main__":

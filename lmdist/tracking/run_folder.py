@@ -6,14 +6,15 @@ The folder is the source of truth and MLflow holds a copy. This module does not 
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdist.console import log
-from lmdist.errors import DataError, Stopped
-from lmdist.storage.atomic import write_atomic
+from lmdist.errors import DataError, Stopped, UsageError
+from lmdist.storage.atomic import check_output_folder, write_atomic
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json, refuse_link
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lmdist.settings import Recipe
 
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+NEWEST = "newest"
+"""Among the checkpoints: a file with the name of the one that was written last."""
 RECIPE = "recipe.toml"
 """The resolved recipe."""
 FINISHED = "finished.toml"
@@ -35,14 +38,6 @@ JOB_LOCK = ".lock"
 """Held by the job that trains in the folder."""
 UPLOAD_LOCK = ".mlflow.lock"
 """Held by the one process that uploads the folder to MLflow and writes the run metadata."""
-
-NAMES = (CHECKPOINTS, SAMPLES, RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK)
-
-
-def refuse_links(run: Path) -> None:
-    """Raise DataError where a file or a folder of a run is a link: what is written there would be written somewhere else."""
-    for name in NAMES:
-        refuse_link(run / name)
 
 
 class MetricsFile:
@@ -144,6 +139,21 @@ def update_metadata(run: Path, **changes: Any) -> dict[str, Any]:
     metadata = {**read_metadata(run), **changes}
     write_metadata(run, metadata)
     return metadata
+
+
+def check_run_folder(run: Path) -> None:
+    """Raise UsageError where a job could not write its run, before it trains for hours: a folder that is none, or a file.
+
+    Raise DataError where one of them is a link: what is written there would be written somewhere else.
+    """
+    names = (RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK, f"{CHECKPOINTS}/{NEWEST}")
+    for name in (CHECKPOINTS, SAMPLES, *names):
+        refuse_link(run / name)
+    for folder in (run, run / CHECKPOINTS, run / SAMPLES):
+        check_output_folder("--run_folder", folder)
+    for path in (run / name for name in names):
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise UsageError(f"--run_folder {run}: {path} is no file, and is to be one: move it away, or name another folder")
 
 
 def is_finished(recipe: Recipe) -> bool:

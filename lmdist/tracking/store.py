@@ -173,6 +173,12 @@ def store_address() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
 
 
+def packages_of(address: str) -> list[str]:
+    """Return the packages that a store needs: mlflow-skinny has no databases."""
+    database = re.match(r"(sqlite|mysql|postgresql|mssql)\b", address)
+    return [*(["sqlalchemy", "alembic"] if database else []), "mlflow"]
+
+
 def is_file(address: str) -> bool:
     """Return whether a store is a file on this machine rather than a server."""
     return address.startswith(("sqlite:", "file:", "/", "."))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdist.console import log
-from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputError, Stopped, exit_on_error
+from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputError, Stopped, exit_on_error, require
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json
 from lmdist.tracking.replay import Replay
@@ -37,6 +37,7 @@ from lmdist.tracking.store import (
     UploadError,
     configure,
     error_name,
+    packages_of,
     silence,
     store_address,
     without_password,
@@ -81,6 +82,7 @@ def parser() -> CommandParser:
 
 def sync(runs: list[Path]) -> int:
     """Upload runs one after the other; return the exit code. Raise Stopped where MLflow does not accept a run."""
+    require(*packages_of(store_address()))
     for run in runs:
         load_metadata(run)  # a mistake in the last one is reported before the first one is uploaded
     address = without_password(store_address())

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lmdist.bounds import at_least, between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.console import log, shown, table
-from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
+from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist.perplexity import perplexity
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    arguments = parser().parse_args(argv)
     with exit_on_error(COMMAND):
+        arguments = parser().parse_args(argv)
         check("--cache", arguments.cache, between(0, MAX_SIZE, "0 is none"))
         if arguments.file and (arguments.split or (arguments.data and not arguments.cache)):
             raise UsageError("--file takes the place of --split and --data: give one or the other")
@@ -184,7 +184,7 @@ class Texts(NamedTuple):
 
 def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[str, Any]) -> Texts:
     """Return the texts that the command line names, as ids of the checkpoint's vocabulary."""
-    from lmdist.training.data import DataFolder
+    from lmdist.training.data import folder_of_model
 
     figures: dict[str, Any] = {}
     tokens = None
@@ -193,14 +193,17 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[s
         tokens, figures = found.tokens, {"documents": found.documents, "skipped": found.skipped}
         if not arguments.cache:
             return Texts(arguments.file, tokens, None, None, figures)
-    folder = DataFolder(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
-    folder.check_vocabulary(manifest)
+    folder = folder_of_model(manifest, arguments.data, "" if arguments.cache else ", or a text by --file")
     if arguments.cache and not folder.has("valid"):
         raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
     valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
     if tokens is not None:
         return Texts(arguments.file, tokens, valid, None, figures)
     name = arguments.split or "test"
+    if not folder.has(name):
+        raise MissingInputError(
+            f"{folder.path} has no {name} split: give --split {' or '.join(folder.meta['splits'])}, or --file"
+        )
     if arguments.cache and name == "valid":
         log("warning: valid is the split that the cache is tuned on; --split test gives a figure to report", COMMAND)
     return Texts(name, folder.tokens(name), valid, folder.tokens("train") if folder.has("train") else None, {})
@@ -210,13 +213,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of a model, or of an ensemble, on a text."""
     from lmdist.training.checkpoints.read import load_model
     from lmdist.training.checkpoints.retain import find_checkpoint
-    from lmdist.training.distributed import join_job
+    from lmdist.training.distributed import World, choose_device
     from lmdist.training.neural_cache import WINDOW
 
     paths = [find_checkpoint(path) for path in arguments.checkpoints]
     model, manifest = load_model(paths[0])
     check_same_vocabulary(paths, manifest)
-    world = join_job(arguments.device, global_batch=1, accumulation=1, timeout_seconds=120)
+    world = World(0, 1, choose_device(arguments.device))  # whatever WORLD_SIZE says, as in the pod of a training job
     texts = read_texts(arguments, paths[0], manifest)
     for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
         if tokens is not None and len(tokens) < arguments.streams:

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from lmdist import config
-from lmdist.console import ProgressBar, duration
+from lmdist.console import ProgressBar, duration, next_line, unused
 from lmdist.perplexity import perplexity
+from lmdist.settings import Recipe
+from lmdist.signals import StopRequest
 from lmdist.storage.atomic import write_atomic
 from lmdist.tracking.logger import MetricsLogger, RunLogger
 from lmdist.tracking.plot import plot_losses
@@ -32,13 +34,13 @@ TIMED_STEPS = 15
 
 
 @contextmanager
-def report_on(run: Run) -> Iterator[Report]:
-    """Open the logger and the progress bar of a run, and print what the job is about to do."""
+def report_on(run: Run, stop: StopRequest) -> Iterator[Report]:
+    """Open the logger and the progress bar of a run, and print what the job is about to do; a `stop` cuts samples short."""
     total, done, silent = run.total_steps, run.progress.step, not run.world.is_main
     with open_logger(run) as logger, ProgressBar(total, "step", done=done, silent=silent) as console:
         for line in announcement(run):
             console.log(line)
-        yield Report(run, logger, console)
+        yield Report(run, logger, console, stop)
 
 
 def open_logger(run: Run) -> MetricsLogger:
@@ -87,10 +89,11 @@ def announcement(run: Run) -> list[str]:
 class Report:
     """Reports on a run in the course of training."""
 
-    def __init__(self, run: Run, logger: MetricsLogger, console: ProgressBar) -> None:
+    def __init__(self, run: Run, logger: MetricsLogger, console: ProgressBar, stop: StopRequest) -> None:
         self.run = run
         self.logger = logger
         self.console = console
+        self.stop = stop
         self.tokens_before = run.progress.tokens
         self.seconds_before = run.progress.seconds
         self.first_step = run.progress.step
@@ -152,12 +155,14 @@ class Report:
         self.logger.log_metrics(progress.step, {"valid/loss": nats, "valid/perplexity": perplexity(nats)})
         self.write_picture_and_sample(f"{SAMPLES}/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
 
-    def finish(self) -> None:
-        """Write the last sample and picture, and print where the results are."""
+    def finish(self) -> bool:
+        """Write the last sample and picture, and print where the results are; return whether a stop has cut it short."""
         if not self.logger.writes:
-            return
+            return False
         run, path, num_tokens = self.run, self.run.path, self.run.recipe.sample.final_words
         self.write_picture_and_sample(SAMPLE, num_tokens)
+        if num_tokens and self.stop.requested:
+            return True
         early = f"ended before step {run.total_steps:,}: {run.recipe.training.patience} validations without a better one"
         lines = [
             *([early] if run.progress.step < run.total_steps else []),
@@ -166,10 +171,19 @@ class Report:
             *([f"  sample   {path / SAMPLE}"] if num_tokens else []),
             f"  picture  {path / PICTURE}",
             *([f"  MLflow   {self.logger.page}"] if self.logger.page else []),
-            f"next: lmdist-evaluate {path}; lmdist-export {path} -o bundles/{path.name}",
+            self.next_line(),
         ]
         for line in lines:
             self.console.log(line)
+        return False
+
+    def next_line(self) -> str:
+        """Return the commands that measure the model on text that it was not trained on, if there is any, and export it."""
+        path, folder = self.run.path, self.run.folder
+        split = next((name for name in ("test", "valid") if folder.has(name)), None)
+        evaluate = ["lmdist-evaluate", path, *([] if split == "test" else ["--split", split])] if split else []
+        export = ["lmdist-export", path, "-o", unused(Path("bundles") / path.resolve().name)]
+        return next_line(*([evaluate] if split else []), export)
 
     def write_picture_and_sample(self, name: str, num_tokens: int) -> None:
         """Draw the losses so far, and write a sample of `num_tokens` tokens to the file `name` of the run folder."""
@@ -188,7 +202,8 @@ class Report:
     def sample(self, num_tokens: int) -> str:
         """Return a text that the model generates; its seed is the run's plus the step."""
         run = self.run
-        ids = sample(run.averaging.model, num_tokens, run.recipe.sample.temperature, seed=run.recipe.seed + run.progress.step)
+        seed = run.recipe.seed + run.progress.step
+        ids = sample(run.averaging.model, num_tokens, run.recipe.sample.temperature, seed, self.stop)
         return run.folder.tokenizer.detokenize(run.folder.vocabulary.decode(ids)) + "\n"
 
 
@@ -197,8 +212,8 @@ def age(path: Path) -> float:
     return time.time() - path.stat().st_mtime if path.exists() else float("inf")
 
 
-def mark_finished(run: Run) -> None:
-    """Write the recipe to finished.toml, so that a restarted job exits at once."""
+def mark_finished(run: Run, asked: Recipe) -> None:
+    """Write the recipe as it was asked for, without what was chosen for it, to finished.toml: a restarted job exits at once."""
     if run.world.is_main:
         with suppress(OSError):  # on a full disk the checkpoint is what counts
-            write_atomic(run.path / FINISHED, config.as_toml(dataclasses.replace(run.recipe, resume="auto")))
+            write_atomic(run.path / FINISHED, config.as_toml(dataclasses.replace(asked, resume="auto")))

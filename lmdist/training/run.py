@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lmdist import config
+from lmdist.console import unused
 from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.precision import Precision, choose, configure_precision
@@ -50,7 +54,7 @@ class Run:
     total_steps: int
     precision: Precision
     hints: list[str]
-    """Lines for the user about the speed of the model on this machine."""
+    """Lines for the user: what has changed since the checkpoint, and about the speed of the model on this machine."""
 
     @property
     def path(self) -> Path:
@@ -93,7 +97,7 @@ def set_up(recipe: Recipe, world: World) -> Run:
     """Return the run of `recipe`, restored from its newest checkpoint if there is one; a collective call."""
     folder = DataFolder(Path(recipe.data.folder))
     check_agreement(recipe, folder, world)
-    newest = find_newest(recipe, world)
+    newest = find_newest(recipe, folder, world)
     part_size = recipe.data.global_batch // world.size // recipe.training.accumulation
     precision = agree_on_precision(recipe, world, newest, part_size)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision.name))
@@ -107,8 +111,9 @@ def set_up(recipe: Recipe, world: World) -> Run:
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
     training_step = TrainingStep(recipe, model, precision, world)
-    hints = configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
-    progress = Progress() if newest is None else restore(newest, recipe, folder, training_step)
+    hints = changed_settings(newest, recipe) if newest else []
+    hints += configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
+    progress = Progress() if newest is None else restore(newest, recipe, training_step)
     averaging = Averaging(recipe.averaging, model, progress)
     if newest:
         restore_average(newest, averaging)
@@ -119,8 +124,8 @@ def set_up(recipe: Recipe, world: World) -> Run:
     )
 
 
-def find_newest(recipe: Recipe, world: World) -> Checkpoint | None:
-    """Return the newest undamaged checkpoint of the run folder and its manifest; raise UsageError if `resume` forbids it."""
+def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint | None:
+    """Return the newest undamaged checkpoint of the run folder and its manifest; raise UsageError if it may not be resumed."""
     checkpoints = Path(recipe.run_folder) / CHECKPOINTS
     newest = None
     if world.is_main:
@@ -129,12 +134,14 @@ def find_newest(recipe: Recipe, world: World) -> Checkpoint | None:
     path = world.broadcast(str(newest[0]) if newest else "")
     if not path:
         return None
+    newest = newest or (Path(path), read_verified_manifest(Path(path)))
+    differences = differences_from(newest[1], recipe, folder)
+    another = f"--run_folder {shlex.quote(str(unused(Path(recipe.run_folder))))} starts another"
+    if differences:
+        raise UsageError(f"{recipe.run_folder} holds a run of another recipe: {'; '.join(differences)}; {another}")
     if recipe.resume == "never":
-        raise UsageError(
-            f"{recipe.run_folder} holds a run already ({Path(path).name}): --resume auto continues it, "
-            "--run_folder NAME starts another"
-        )
-    return newest or (Path(path), read_verified_manifest(Path(path)))
+        raise UsageError(f"{recipe.run_folder} holds a run already ({newest[0].name}): --resume auto continues it, {another}")
+    return newest
 
 
 def check_needs_no_validations(recipe: Recipe, folder: DataFolder) -> None:
@@ -156,26 +163,25 @@ def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, 
     return Precision(name, reason)
 
 
-def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, training_step: TrainingStep) -> Progress:
-    """Restore model, optimizer, loss scaler and LSTM state from a checkpoint; return the progress.
+def differences_from(manifest: dict[str, Any], recipe: Recipe, folder: DataFolder) -> list[str]:
+    """Return what a checkpoint was trained with that this recipe and its data folder have not: data, model, optimizer."""
+    settings = [
+        f"{name}: the run has {before}, the recipe {now}"
+        for name, (before, now) in pairs_of(manifest["recipe"], recipe).items()
+        if before != now and is_fixed(name)
+    ]
+    files = {VOCABULARY: manifest["files"], token_file("train"): manifest["data"]["files"]}
+    data = [name for name, facts in files.items() if facts[name]["sha256"] != folder.meta["files"][name]["sha256"]]
+    if data:
+        before = manifest["recipe"]["data"]["folder"]
+        was = "when the run began" if before == str(folder.path) else f"{before}, which the run began with"
+        settings.insert(0, f"data.folder: {folder.path} has another {' and '.join(data)} than {was}")
+    return settings
 
-    Raise UsageError if the checkpoint was trained with other data, another model or another optimizer.
-    """
-    path, manifest = newest
-    train = token_file("train")
-    pairs = {
-        "vocabulary": (manifest["files"][VOCABULARY], folder.meta["files"][VOCABULARY]),
-        train: (manifest["data"]["files"][train], folder.meta["files"][train]),
-        "seed": (manifest["recipe"]["seed"], recipe.seed),
-        "optimizer.name": (manifest["recipe"]["optimizer"]["name"], recipe.optimizer.name),
-    }
-    for section, settings in (("model", recipe.model), ("data", recipe.data)):
-        for key, value in dataclasses.asdict(settings).items():
-            if (section, key) not in (("data", "folder"), ("data", "valid_batch")):
-                pairs[f"{section}.{key}"] = (manifest["recipe"][section][key], value)
-    for name, (before, now) in pairs.items():
-        if before != now:
-            raise UsageError(f"{path} was trained with another {name}: {before}, and this recipe has {now}")
+
+def restore(newest: Checkpoint, recipe: Recipe, training_step: TrainingStep) -> Progress:
+    """Restore model, optimizer, loss scaler and LSTM state from a checkpoint of the same recipe; return the progress."""
+    path, _ = newest
     load_parameters(training_step.model, path)
     progress, streams = load_training(path, training_step.optimizer)
     if progress.loss_scale:
@@ -184,6 +190,36 @@ def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, training_ste
         part = training_step.world.part_of(recipe.data.global_batch)
         training_step.state = tuple(stream[part].to(training_step.world.device) for stream in streams)  # parts (B, S)
     return progress
+
+
+def is_fixed(name: str) -> bool:
+    """Return whether a setting cannot change when a run is resumed.
+
+    The rest may: a step's learning rate, its dropout and all that says how long, how often and where follow from the recipe
+    alone, not from the steps before.
+    """
+    section, _, key = name.rpartition(".")
+    return (
+        name in ("seed", "optimizer.name")
+        or (section == "data" and key not in ("folder", "valid_batch"))
+        or (section == "model" and "dropout" not in key)
+    )
+
+
+def changed_settings(newest: Checkpoint, recipe: Recipe) -> list[str]:
+    """Return a line with the settings of the training that are others than the checkpoint's; none where there are none."""
+    changed = [
+        f"{name} {reprlib.repr(before)} -> {now!r}"
+        for name, (before, now) in pairs_of(newest[1]["recipe"], recipe).items()
+        if before != now and name.startswith(("model.", "optimizer.", "schedule.", "averaging."))
+    ]
+    return [f"  changed since step {newest[1]['progress']['step']:,}: {', '.join(changed)}"] if changed else []
+
+
+def pairs_of(before: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return each setting that a checkpoint's recipe has as well: its value there, and in `recipe`."""
+    now = config.flat(recipe)
+    return {name: (value, now[name]) for name, value in config.flat_values(before).items() if name in now}
 
 
 def restore_average(newest: Checkpoint, averaging: Averaging) -> None:

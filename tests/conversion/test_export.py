@@ -18,7 +18,7 @@ from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
 from lmdist_export.conversion import exporting
 from lmdist_export.conversion.weights import quantize_int8
 from lmdist_export.graph import cell
-from lmdist_export.options import GenerationConfig
+from lmdist_export.options import EXPORTED
 from lmdist_export.sampling.sampler import Sampler
 from support import failures
 from support.small_bundles import (
@@ -56,7 +56,7 @@ def failure(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tupl
 def test_the_command_writes_a_bundle_and_prints_the_next_command(run: Path, tmp_path: Path) -> None:
     result = command("lmdist_export.export", run, "-o", tmp_path / "deep/bundle")
     assert result.returncode == 0, result.stderr
-    assert f'lmdist-generate {tmp_path / "deep/bundle"} --prompt "..."' in result.stdout
+    assert f"lmdist-generate {tmp_path / 'deep/bundle'}" in result.stdout
     assert "step 7" in result.stderr
     names = {path.name for path in (tmp_path / "deep/bundle").iterdir()}
     assert names == FILES
@@ -86,16 +86,16 @@ def test_the_manifest_describes_the_bundle(bundle: Path) -> None:
     verify_checksums(bundle, manifest["files"])
     loaded = Bundle.load(bundle)
     assert dataclasses.asdict(loaded.sizes) == manifest["sizes"]
-    assert loaded.generation == GenerationConfig()
+    assert loaded.generation == EXPORTED
     written = json.loads((bundle / "generation_config.json").read_text(encoding="utf-8"))
-    assert written == json.loads(json.dumps(dataclasses.asdict(GenerationConfig())))
+    assert written == json.loads(json.dumps(dataclasses.asdict(EXPORTED)))
     assert written == written | {
         "bos_token_id": 1,
         "eos_token_id": 1,
         "do_sample": True,
-        "temperature": 1.0,
+        "temperature": 0.7,
         "top_k": 0,
-        "top_p": 1.0,
+        "top_p": 0.9,
         "min_p": 0.0,
         "typical_p": 1.0,
         "repetition_penalty": 1.0,
@@ -236,7 +236,7 @@ def test_an_output_that_exists(run: Path, bundle: Path, tmp_path: Path, capsys: 
     assert (code, "only bundles" in message) == (64, True)
     (tmp_path / "file").touch()
     code, message = failure([run, "-o", tmp_path / "file/bundle"], capsys)
-    assert (code, "nothing can be written" in message) == (64, True)
+    assert (code, f"{tmp_path / 'file'} is not a folder" in message) == (64, True)
 
 
 def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

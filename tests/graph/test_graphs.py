@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from lmdist import __version__
 from lmdist_export import PRECISIONS
 from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS
 from lmdist_export.graph import onnx_file
@@ -104,6 +105,42 @@ def test_a_tied_matrix_is_stored_once(folder: Path) -> None:
     # Each place begins on a whole page, so that little is left between them.
     stored = sum(int(place["length"]) for name, place in places.items() if name != "embedding")
     assert stored <= (folder / WEIGHTS).stat().st_size < stored + 4096 * len(others)
+
+
+def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return the nodes of a graph, and of those inside of it."""
+    nodes = list(graph.node)
+    return nodes + [inner for node in nodes for entry in node.attribute if entry.HasField("g") for inner in all_nodes(entry.g)]
+
+
+@pytest.mark.parametrize("name", [MODEL, GENERATION])
+def test_a_graph_says_what_its_parts_are(folder: Path, name: str) -> None:
+    model = onnx.load(folder / name, load_external_data=False)
+    assert (model.producer_name, model.producer_version) == ("lmdist", __version__)
+    assert model.doc_string.endswith(".")
+    assert all(value.doc_string for value in (*model.graph.input, *model.graph.output))
+    names = [node.name for node in all_nodes(model.graph)]
+    assert len(set(names)) == len(names)
+    parts = {name.rpartition("/")[0] for name in names}
+    inside = {"embedding", *(f"layer_{layer}" for layer in range(3))}
+    loop = {f"token/{part}" for part in (*inside, "projection", "penalties", "sampling")}
+    assert parts - {"", "token", "prefill"} == (
+        {*inside, "projection"} if name == MODEL else {f"prefill/{part}" for part in inside} | loop
+    )
+
+
+@pytest.mark.parametrize("name", [MODEL, GENERATION])
+def test_what_openvino_asks_of_a_graph(folder: Path, name: str) -> None:
+    """No node has a last input that is left out, and no Scan refers to values outside but weights and constants."""
+    graph = onnx.load(folder / name, load_external_data=False).graph
+    nodes = all_nodes(graph)
+    assert all(node.input[-1] for node in nodes if node.input)
+    tensors = {tensor.name for tensor in graph.initializer}
+    scans = [entry.g for node in nodes if node.op_type == "Scan" for entry in node.attribute if entry.HasField("g")]
+    assert len(scans) == 3, "one for each layer"
+    for body in scans:
+        known = {value.name for value in body.input} | {output for node in body.node for output in node.output}
+        assert {given for node in body.node for given in node.input} <= known | tensors
 
 
 EVERY_SIZE = [

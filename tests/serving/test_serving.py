@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from lmdist.errors import UsageError
@@ -30,6 +31,10 @@ from support.small_bundles import PLAIN_WORDS, UNTIED, command, make_bundle, mak
 
 MODEL_FILES = {"MLmodel", "served_model.py", "requirements.txt", "python_env.yaml"}
 APP = "mlflow.pyfunc.scoring_server.app:app"
+
+
+ORIGIN = "https://pages.example"
+"""Of the pages that may read the answers of `serving`."""
 
 
 class Serving:
@@ -71,6 +76,16 @@ class Serving:
             with error:
                 return error.code, json.loads(error.read())
 
+    def allowed_origin(self, origin: str, method: str, body: object = None) -> str | None:
+        """Return the origin of pages that may read an answer, for a request of a page of `origin`, by a browser's own rules."""
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        asks = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        client.request(method, "/invocations", json.dumps(body).encode(), asks | {"Content-Type": "application/json"})
+        answer = client.getresponse()
+        answer.read()
+        client.close()
+        return answer.getheader("Access-Control-Allow-Origin")
+
     def texts(self, *prompts: str, **params: object) -> list[dict[str, Any]]:
         """Return the texts that continue prompts."""
         status, answer = self.post({"dataframe_records": [{"prompt": prompt} for prompt in prompts], "params": params})
@@ -92,7 +107,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """`mlflow models serve` over the folder that lmdist-export wrote."""
     arguments = ["mlflow", "models", "serve", "-m", str(bundle), "--env-manager", "local"]
-    server = Serving(arguments, tmp_path_factory.mktemp("serving"))
+    server = Serving(arguments, tmp_path_factory.mktemp("serving"), SERVING_MODEL_CONFIG=json.dumps({"cors_origins": [ORIGIN]}))
     try:
         server.wait()
         yield server
@@ -131,6 +146,20 @@ def test_the_folder_is_a_model_of_mlflow_and_a_bundle_as_before(bundle: Path) ->
     assert "lmdist[cpu,serve]==" in requirements
     assert "torch" not in requirements
     assert str(bundle) not in (bundle / "MLmodel").read_text()
+
+
+def test_a_model_that_is_loaded_takes_the_inputs_of_the_server(bundle: Path, generated) -> None:
+    import mlflow
+
+    model = mlflow.pyfunc.load_model(str(bundle))
+    params = {"seed": 7, "max_new_tokens": 5}
+    expected = [text | {"seed": 7} for text in generated("the cat", "", **params)]
+    prompts = ["the cat", ""]
+    for given in (prompts, {"prompt": prompts}, [{"prompt": prompt} for prompt in prompts], pd.DataFrame({"prompt": prompts})):
+        assert model.predict(given, params) == expected
+    assert model.predict("the cat", params) == model.predict({"prompt": "the cat"}, params) == expected[:1]
+    with pytest.raises(Exception, match="the first column is 'id'; a list of strings, or a column named prompt is expected"):
+        model.predict(pd.DataFrame({"id": ["a", "b"], "prompt": prompts}), params)
 
 
 # --- answers -------------------------------------------------------------------------------------------------------
@@ -211,6 +240,29 @@ def test_32_clients_at_once_get_what_each_gets_alone(serving: Serving, generated
         assert [answer] == generated("the cat", **params)
 
 
+@pytest.mark.slow
+def test_words_that_are_not_in_the_vocabulary_are_named(serving: Serving) -> None:
+    known, unknown = serving.texts("the cat", "The Xylophone", max_new_tokens=3, seed=1)
+    assert "warnings" not in known
+    assert unknown["warnings"] == ["not in the vocabulary, and read as <unk>: The, Xylophone; known in lowercase: the"]
+    asked = {"max_new_tokens": 30, "seed": 1, "ignore_eos": True}
+    (text,) = serving.texts("the cat", bad_words=["xyzzy", "x" * 1_000, "dog"], logit_bias=["xyzzy=2"], **asked)
+    long = f"{'x' * 12}...{'x' * 13}"
+    assert text.pop("warnings") == [
+        f"bad_words: not in the vocabulary, so never generated: 'xyzzy', '{long}'",
+        "logit_bias: not in the vocabulary, so never generated: 'xyzzy'",
+    ]
+    assert [text] == serving.texts("the cat", bad_words=["dog"], **asked)
+
+
+@pytest.mark.slow
+def test_a_string_in_place_of_a_list_is_a_list_of_one(serving: Serving) -> None:
+    asked = {"max_new_tokens": 30, "seed": 1, "ignore_eos": True}
+    (text,) = serving.texts("the cat", stop="the", **asked)
+    assert text["finish_reason"] == "stop"
+    assert [text] == serving.texts("the cat", stop=["the"], **asked)
+
+
 # --- invalid requests ----------------------------------------------------------------------------------------------
 
 
@@ -228,12 +280,9 @@ REFUSED = {
     "a number for a flag": (one(ignore_eos=1), "ignore_eos is 1; true or false is expected"),
     "too large a number": (one(seed=2**64), "seed is 18446744073709551616; an integer of at most 64 bits is expected"),
     "far too large a number": (b'{"inputs": ["the"], "params": {"seed": %s}}' % (b"9" * 5_000), "has a number of thousands of"),
-    "a text for a list": (one(stop="cat"), 'stop is "cat"; a list of strings is expected'),
     "an object for a list": (one(stop={"cat": 1}), 'stop is {"cat": 1}; a list of strings is expected'),
     "a list in a list": (one(stop=["the", ["cat"]]), 'stop number 1 is ["cat"]; a string is expected'),
     "nothing in a list": (one(stop=[None]), "stop number 0 is null; a string is expected"),
-    "a long word": (one(stop=["x" * 1_000]), f"stop: '{'x' * 12}...{'x' * 13}' is not in the vocabulary"),
-    "an unknown word": (one(stop=["xyzzy"]), "stop: 'xyzzy' is not in the vocabulary"),
     "too many words": (one(max_new_tokens=10**9), "together is 1,000,000,001; this server accepts at most 20,000"),
     "too many texts": (one(n=1_000), "this server accepts at most 20,000"),
     "too many beams": (one(num_beams=65, max_new_tokens=1), "num_beams is 65; this server accepts at most 64"),
@@ -320,6 +369,17 @@ def test_a_body_that_is_too_long_is_a_413_and_a_sentence(serving: Serving) -> No
 def test_no_other_path_is_served(serving: Serving) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{serving.port}/version", timeout=60) as answer:
         assert answer.status == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "body"),
+    [("OPTIONS", None), ("POST", one(max_new_tokens=1)), ("POST", one(top_p=7))],
+    ids=["preflight", "answer", "error"],
+)
+def test_pages_of_the_origins_that_were_given_may_read_answers(serving: Serving, method: str, body: object) -> None:
+    assert serving.allowed_origin(ORIGIN, method, body) == ORIGIN
+    assert serving.allowed_origin("https://other.example", method, body) is None
 
 
 # --- several clients -----------------------------------------------------------------------------------------------
@@ -409,6 +469,7 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
         server.wait()
         assert server.post(one(max_tokens=5))[0] == 400
         assert server.post(b"prompt\nthe\n", "text/csv")[0] == 415
+        assert server.allowed_origin(ORIGIN, "OPTIONS") is None  # no page, unless cors_origins has it
     finally:
         tracking.kill()
     answers: list[list[dict[str, Any]]] = []

@@ -21,6 +21,7 @@ from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.format import OWN_CHECKSUM, Progress, own_checksum
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
+from lmdist.training.data import DataFolder
 from lmdist_export import export
 from lmdist_export.bundle import Bundle
 from lmdist_export.conversion.weights import write_graphs
@@ -78,7 +79,7 @@ def make_run(
     recipe = config.as_dict(Recipe(data=DataSettings(folder=str(data)), model=settings))
     run = folder / "runs" / "small"
     taken = take_snapshot(Progress(step=7), model, optimizer, None)
-    write_checkpoint(run / "checkpoints", taken, recipe, data)
+    write_checkpoint(run / "checkpoints", taken, recipe, DataFolder(data))
     return run
 
 
@@ -92,6 +93,12 @@ def make_bundle(
     """Export a bundle by the command."""
     export.main([str(make_run(folder, settings, tokenizer, words)), "-o", str(folder / "bundle"), "--precision", precision])
     return folder / "bundle"
+
+
+def neutral(bundle: Path) -> Path:
+    """Have a bundle sample from all of the model's distribution, where its options are not set; return it."""
+    edit_json(bundle / "generation_config.json", temperature=1.0, top_p=1.0)
+    return bundle
 
 
 def bare_bundle(folder: Path, settings: ModelSettings = TIED, precision: str = "fp32", vocabulary_size: int = 300) -> Bundle:
@@ -108,10 +115,12 @@ def edit_json(path: Path, **values: object) -> None:
     write_json(path, value | ({OWN_CHECKSUM: own_checksum(value)} if OWN_CHECKSUM in value else {}))
 
 
-def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `python -m ...`, as its installed command does."""
+def command(*arguments: object, cwd: Path | None = None, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ...`, as its installed command does, with `given` on stdin, or nothing."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
+        stdin=subprocess.DEVNULL if given is None else None,
+        input=given,
         capture_output=True,
         text=True,
         encoding="utf-8",

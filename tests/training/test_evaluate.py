@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -58,9 +59,9 @@ def test_perplexity_is_that_of_one_pass_over_all_tokens(trained):
     with torch.no_grad():
         hidden, _ = model(inputs[None], model.initial_state(1))
         expected = functional.cross_entropy(model.projection(hidden)[0], tokens).item()
-    done = subprocess.run(
-        [sys.executable, "-m", "lmdist.training.evaluate", run, "--json"], capture_output=True, text=True, check=True
-    )
+    in_pod = {**os.environ, "WORLD_SIZE": "4", "RANK": "3"}  # of a training job, where this is one process all the same
+    command = [sys.executable, "-m", "lmdist.training.evaluate", run, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=in_pod)
     figures = json.loads(done.stdout)
     assert figures["nats_per_token"] == pytest.approx(expected, abs=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
@@ -125,6 +126,20 @@ def test_mistakes(trained, tmp_path, command):
     assert "--streams" in command(run, "--streams=0", code=64).err
     other = write_data_folder(tmp_path / "other", {"train": chain(451, 31), "test": chain(99, 31)}, 31)
     assert "another vocabulary" in command(run, f"--data={other}", code=65).err
+
+
+def test_the_data_folder_is_asked_for_where_it_is_elsewhere(trained, command):
+    run, data = trained
+    moved = data.rename(data.with_name("moved"))
+    try:
+        error = command(run, code=66).err
+        assert f"the data folder {data}, which the model was trained on, does not exist here: give its place by --data" in error
+        assert "lmdist-prepare" not in error
+        assert "perplexity" in command(run, f"--data={moved}").out
+    finally:
+        moved.rename(data)
+    without_test = write_data_folder(data.with_name("without"), {"train": chain(451, 30), "valid": chain(99, 30)}, 30)
+    assert "has no test split: give --split train or valid, or --file" in command(run, f"--data={without_test}", code=66).err
 
 
 def test_damaged_checkpoints_are_rejected_in_one_line(trained, tmp_path, command):

@@ -300,7 +300,14 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_p
     train(1, *flags, cwd=tmp_path)
     assert "--resume auto continues it" in train(1, *flags, cwd=tmp_path, code=64).stderr
     other = train(1, *flags, "--resume=auto", "--model.hidden_size=25", cwd=tmp_path, code=64)
-    assert "another model.hidden_size: 24, and this recipe has 25" in other.stderr
+    assert "model.hidden_size: the run has 24, the recipe 25; --run_folder run-2 starts another" in other.stderr
+    words = write_data_folder(tmp_path / "words", {"train": chain(451, 31)}, 31)
+    for resume in ("auto", "never"):  # neither advises what fails
+        done = train(1, *flags, f"--data.folder={words}", f"--resume={resume}", cwd=tmp_path, code=64)
+        line = done.stderr.splitlines()[-1]
+        assert f"data.folder: {words} has another vocab.txt and train.bin than {data}, which the run began with" in line
+        assert "resume" not in line
+        assert "sha256" not in line
 
 
 def test_a_run_with_more_steps_than_are_asked_for_is_finished(data, tmp_path):

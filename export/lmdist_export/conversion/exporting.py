@@ -24,7 +24,7 @@ import torch
 from lmdist import __version__
 from lmdist.cache_settings import TUNED, NeuralCache, read_tuned
 from lmdist.console import log
-from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
@@ -36,13 +36,13 @@ from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.run_folder import read_metadata
 from lmdist.training.checkpoints.read import load_model, parameters_file
 from lmdist.training.checkpoints.retain import find_checkpoint, run_of
-from lmdist.training.data import DataFolder
+from lmdist.training.data import folder_of_model
 from lmdist_export import EXPORT_COMMAND
 from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MANIFEST, VERSION, Bundle
 from lmdist_export.conversion.tokenizer_json import TOKENIZER, obstacle, write_tokenizer
 from lmdist_export.conversion.verify import MAX_LOSS_PERCENT, TOLERANCES, check_perplexity, check_values
 from lmdist_export.conversion.weights import write_graphs
-from lmdist_export.options import GenerationConfig
+from lmdist_export.options import EXPORTED
 from lmdist_export.sampling.runtime import runtime_version
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.mlflow_model import write_model
@@ -62,9 +62,9 @@ class Checkpoint:
     text: TextSettings
 
     @classmethod
-    def load(cls, run_or_checkpoint: Path) -> Self:
+    def load(cls, run_or_checkpoint: str | Path) -> Self:
         """Load a checkpoint, of a run the best one; raises MissingInputError or DataError."""
-        path = find_checkpoint(run_or_checkpoint)
+        path = find_checkpoint(Path(run_or_checkpoint))
         model, manifest = load_model(path)
         text = WordTokenizer.load(path / TEXT).settings
         return cls(path, model, manifest, Vocabulary.load(path / VOCABULARY), text)
@@ -110,24 +110,18 @@ def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | Non
     """
     if data == "none":
         return None
-    path = Path(data or checkpoint.manifest["recipe"]["data"]["folder"])
-    if not path.is_dir():
-        raise MissingInputError(
-            f"the data folder {path}, which has the held-out text, does not exist: give its place by --data FOLDER, "
-            "or export without held-out text by --data none"
-        )
-    folder = DataFolder(path)
-    folder.check_vocabulary(checkpoint.manifest)
+    otherwise = ", or export without held-out text by --data none"
+    folder = folder_of_model(checkpoint.manifest, Path(data) if data else None, otherwise)
     split = next(name for name in ("valid", "test", "train") if folder.has(name))
     tokens = folder.tokens(split)
     if len(tokens) == 0:
-        raise DataError(f"the {split} split of {path} is empty: export without held-out text by --data none")
+        raise DataError(f"the {split} split of {folder.path} is empty: export without held-out text by --data none")
     return HeldOutText(split, tokens)
 
 
 def export_bundle(
     checkpoint: Checkpoint,
-    output: Path,
+    output: str | Path,
     held_out: HeldOutText | None,
     precision: str = "fp32",
     max_loss_percent: float | None = None,
@@ -142,7 +136,7 @@ def export_bundle(
         raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
     if reason := obstacle(checkpoint.text, checkpoint.vocabulary):
         log(f"without {TOKENIZER}: {reason}", EXPORT_COMMAND)
-    with atomic_folder(output, replace=replace) as folder:
+    with atomic_folder(Path(output), replace=replace) as folder:
         if precision == "auto":
             return write_fastest(checkpoint, folder, held_out, max_loss_percent)
         return write_bundle(checkpoint, folder, held_out, precision, max_loss_percent)
@@ -188,7 +182,7 @@ def write_bundle(
         write_tokenizer(folder, checkpoint.text, checkpoint.vocabulary)
     files = checksums(folder)
     log(f"comparing {precision} with torch" + ("" if held_out is None else ", also on held-out text"), EXPORT_COMMAND)
-    generation = GenerationConfig()
+    generation = EXPORTED
     sampler = Sampler(Bundle(folder, {}, sizes, checkpoint.vocabulary, generation))
     max_loss = MAX_LOSS_PERCENT.get(precision, 0.0) if max_loss_percent is None else max_loss_percent
     manifest = {

@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from lmdist import __version__
 from lmdist.errors import DataError
 from lmdist.model.language_model import LanguageModel
 from lmdist.storage.atomic import atomic_folder
@@ -102,12 +103,14 @@ def rnn_lm(model: LanguageModel, origin: str) -> onnx.ModelProto:
     """Return the graph of the contract with its metadata; `origin` becomes the `comment` of the metadata."""
     sizes, vocabulary_size = model.layer_sizes, model.vocabulary_size
     state = [len(sizes), "N", max(sizes)]
-    nodes = [
+    nodes: list[onnx.NodeProto] = [
         helper.make_node("Transpose", ["x"], ["tokens"], perm=[1, 0]),  # (1, N)
         helper.make_node("Gather", ["embedding", "tokens"], ["embedded"]),  # (1, N, E)
         *layer_nodes(sizes),
         *head_nodes(model),
     ]
+    for node in nodes:
+        node.name = node.name or node.output[0]
     graph = helper.make_graph(
         nodes,
         "rnn_lm",
@@ -122,7 +125,12 @@ def rnn_lm(model: LanguageModel, origin: str) -> onnx.ModelProto:
         initializer=[numpy_helper.from_array(value, name) for name, value in (weights(model) | constants(model)).items()],
     )
     result = helper.make_model(
-        graph, producer_name="lmdist", opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        graph,
+        producer_name="lmdist",
+        producer_version=__version__,
+        doc_string="A language model for sherpa-onnx, by icefall's contract of rnn_lm: one token in, log-probabilities out.",
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
     )
     metadata = {
         "model_type": "rnnlm",

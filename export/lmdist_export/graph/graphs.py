@@ -46,6 +46,7 @@ from lmdist_export.graph.network import Network, StateNames, Target
 from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, Shape, model_bytes
 from lmdist_export.graph.sampling_nodes import SamplingNodes, any_of, option_inputs
 from lmdist_export.graph.sizes import Sizes
+from lmdist_export.graph.value_docs import DOCS, GENERATION_GRAPH, STEP_GRAPH
 from lmdist_export.options import Features
 
 VERSION = 2
@@ -53,7 +54,7 @@ VERSION = 2
 
 def step_graph(sizes: Sizes, target: Target, run: str = "") -> bytes:
     """Return the graph that reads tokens and outputs the logits after each."""
-    g = Graph("lmdist_step")
+    g = Graph("lmdist_step", doc=STEP_GRAPH, docs=DOCS)
     network = Network(sizes, g, target)
     tokens = g.input("tokens", INT64, ["batch", "time"])
     hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), state_inputs(g, sizes))
@@ -110,7 +111,7 @@ def next_graph(sizes: Sizes, target: Target) -> bytes:
 
 def generation_graph(sizes: Sizes, features: Features, target: Target, run: str = "") -> bytes:
     """Return the graph that reads prompts and generates N tokens after each, or fewer where all have stopped."""
-    g = Graph("lmdist_generation")
+    g = Graph("lmdist_generation", doc=GENERATION_GRAPH, docs=DOCS)
     network = Network(sizes, g, target)
     prompt = g.input("prompt", INT64, ["batch", "prompt_words"])
     lengths = g.input("lengths", INT64, ["batch"])
@@ -124,7 +125,8 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     # All tokens of a prompt but its last are prefilled; the last one is the first that the loop reads.
     last = g("Sub", lengths, g.constant(np.int64(1)))
     before = state[-1][0]
-    hidden, state = network.prefill(g, g("Transpose", prompt, perm=[1, 0]), state, last)
+    with g.within("prefill"):
+        hidden, state = network.prefill(g, g("Transpose", prompt, perm=[1, 0]), state, last)
     token = g("GatherElements", prompt, g("Unsqueeze", last, g.constant(np.array([1]))), axis=1)  # (B, 1)
     token = g("Squeeze", token, g.constant(np.array([1])))
     sampling = SamplingNodes(sizes, features, options, target.cuda)
@@ -164,8 +166,9 @@ def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]
     place = body.input("place", INT64, [])
     body.input("condition", BOOL, [])
     before = {name: body.input(f"{name}_before", kind, shape) for name, (kind, shape) in shapes.items()}
-    numbers = body("Gather", uniform, place, axis=0)  # (B, A)
-    sampled, mass, after = decoder.next_token(body, before, numbers)
+    with body.within("token"):
+        numbers = body("Gather", uniform, place, axis=0)  # (B, A)
+        sampled, mass, after = decoder.next_token(body, before, numbers)
     axis = body.constant(np.array([1]))
     token = body("Squeeze", sampled, axis)  # (B)
     stopped = body("ReduceMax", body("Cast", body("Equal", sampled, stops), to=INT32), axes=[1], keepdims=0)
@@ -235,16 +238,20 @@ class Decoder:
         state = self.network.step(g, before["word"], state_before)
         added = None
         if self.cache and self.memory:
-            pair = self.cache.pair(g, state_before[-1][0], g("Unsqueeze", before["word"], g.constant(np.array([1]))))
-            added = join(g, Memory(*(before[name] for name in ADDED)), pair)
-            logits = self.cache.mixture(g, self.network.logits(g, state[-1][0]), state[-1][0], [self.memory, added])
+            logits = self.network.logits(g, state[-1][0])
+            with g.within("cache"):
+                pair = self.cache.pair(g, state_before[-1][0], g("Unsqueeze", before["word"], g.constant(np.array([1]))))
+                added = join(g, Memory(*(before[name] for name in ADDED)), pair)
+                logits = self.cache.mixture(g, logits, state[-1][0], [self.memory, added])
             logits = g("Add", logits, self.bias)
             logits = g("Mul", logits, options["inverse_temperature"]) if "inverse_temperature" in options else logits
         else:
             logits = self.network.logits(g, state[-1][0], self.bias, options.get("inverse_temperature", ""))
         if features.adjusted:
-            logits = self.sampling.penalize(g, logits, before["counts"])
-        token, mass = self.sampling.sample(g, logits, uniform)
+            with g.within("penalties"):
+                logits = self.sampling.penalize(g, logits, before["counts"])
+        with g.within("sampling"):
+            token, mass = self.sampling.sample(g, logits, uniform)
         # A stranger's weights may sample the padding of the vocabulary, which has no embedding.
         token = g("Min", token, g.constant(np.int64(sizes.vocabulary_size - 1)))
         after = by_name(state) | (dict(zip(ADDED, added, strict=True)) if added else {})

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmdist_export.graph import cell
-from lmdist_export.graph.onnx_file import FLOAT, FLOAT16, INT8, INT32, INT64, UINT8, Graph
+from lmdist_export.graph.onnx_file import BOOL, FLOAT, FLOAT16, INT8, INT32, UINT8, Graph
 from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, weights
 
 StateNames = Sequence[Sequence[str]]
@@ -128,14 +128,16 @@ class Network:
 
     def embedded_gates(self, g: Graph, tokens: str) -> str:
         """Return the first layer's W x + b for the embeddings of `tokens` (R): (R, 4H)."""
-        rows = g("Gather", self.weight("embedding"), tokens)  # (R, E)
-        if self.sizes.precision == "fp16":
-            rows = g("Cast", rows, to=FLOAT)
-        bias = self.weight("layer_0.bias")
-        if not self.sizes.is_quantized:
-            return self.matmul(g, "layer_0.input", rows, bias)
-        gates = self.int8_matmul(g, "layer_0.input", rows)  # a row's own scale is applied afterwards
-        return g("Add", g("Mul", gates, g("Gather", self.weight("embedding.scale"), tokens)), bias)
+        with g.within("embedding"):
+            rows = g("Gather", self.weight("embedding"), tokens)  # (R, E)
+            if self.sizes.precision == "fp16":
+                rows = g("Cast", rows, to=FLOAT)
+        with g.within("layer_0"):
+            bias = self.weight("layer_0.bias")
+            if not self.sizes.is_quantized:
+                return self.matmul(g, "layer_0.input", rows, bias)
+            gates = self.int8_matmul(g, "layer_0.input", rows)  # a row's own scale is applied afterwards
+            return g("Add", g("Mul", gates, g("Gather", self.weight("embedding.scale"), tokens)), bias)
 
     def cell(self, g: Graph, layer: int, from_input: str, state: Sequence[str]) -> list[str]:
         """Return a layer's state after one token, from its W x + b (B, 4H) and its state before."""
@@ -151,9 +153,10 @@ class Network:
         after: list[Sequence[str]] = []
         gates = self.embedded_gates(g, tokens)  # (B, 4H)
         for layer, before in enumerate(state):
-            if layer:
-                gates = self.matmul(g, f"layer_{layer}.input", after[-1][0], f"layer_{layer}.bias")
-            after.append(self.cell(g, layer, gates, before))
+            with g.within(f"layer_{layer}"):
+                if layer:
+                    gates = self.matmul(g, f"layer_{layer}.input", after[-1][0], f"layer_{layer}.bias")
+                after.append(self.cell(g, layer, gates, before))
         return after
 
     def prefill(self, g: Graph, tokens: str, state: StateNames, lengths: str = "") -> tuple[str, StateNames]:
@@ -165,33 +168,36 @@ class Network:
         time_and_batch = g("Shape", tokens)
         gates = self.embedded_gates(g, g("Reshape", tokens, g.constant(np.array([-1]))))  # (T*B, 4H)
         hidden = ""
+        mask = [read_mask(g, time_and_batch, lengths)] if lengths else []
         for layer, size in enumerate(self.sizes.layer_sizes):
-            if layer:
-                gates = self.matmul(g, f"layer_{layer}.input", hidden, f"layer_{layer}.bias")
-            shape = g("Concat", time_and_batch, g.constant(np.array([cell.gates_size(size)])), axis=0)
-            body = self.prefill_body(g, layer, lengths)
-            starts = [*state[layer], *([g.constant(np.int64(0))] if lengths else [])]
-            by_time = g("Reshape", gates, shape)  # (T, B, 4H)
-            outputs = g.several("Scan", len(starts) + 1, *starts, by_time, body=body, num_scan_inputs=1)
-            after.append(outputs[: len(cell.STATE)])
-            hidden = g("Reshape", outputs[-1], g.constant(np.array([-1, size])))  # (T*B, H)
+            with g.within(f"layer_{layer}"):
+                if layer:
+                    gates = self.matmul(g, f"layer_{layer}.input", hidden, f"layer_{layer}.bias")
+                shape = g("Concat", time_and_batch, g.constant(np.array([cell.gates_size(size)])), axis=0)
+                body = self.prefill_body(g, layer, masked=bool(lengths))
+                by_time = [g("Reshape", gates, shape), *mask]  # (T, B, 4H), (T, B, 1)
+                outputs = g.several(
+                    "Scan", len(cell.STATE) + 1, *state[layer], *by_time, body=body, num_scan_inputs=len(by_time)
+                )
+                after.append(outputs[:-1])
+                hidden = g("Reshape", outputs[-1], g.constant(np.array([-1, size])))  # (T*B, H)
         return hidden, after
 
-    def prefill_body(self, g: Graph, layer: int, lengths: str) -> Graph:
-        """Return the body of a layer's Scan over the tokens: state, place and gates in, state, place and output out."""
+    def prefill_body(self, g: Graph, layer: int, *, masked: bool) -> Graph:
+        """Return the body of a layer's Scan over the tokens: state and gates in, state and output out.
+
+        A `masked` body has one more input: which rows read the token. (OpenVINO knows no Scan that refers to values outside.)
+        """
         size = self.sizes.layer_sizes[layer]
         body = g.subgraph(f"layer_{layer}")
         before = [body.input(f"{name}_in_{layer}", FLOAT, ["batch", size]) for name in cell.STATE]
-        place = body.input(f"place_in_{layer}", INT64, []) if lengths else ""
         gates = body.input(f"gates_in_{layer}", FLOAT, ["batch", cell.gates_size(size)])
         after = self.cell(body, layer, gates, before)
-        if lengths:
-            mask = body("Unsqueeze", body("Less", place, lengths), body.constant(np.array([1])))  # (B, 1)
+        if masked:
+            mask = body.input(f"mask_in_{layer}", BOOL, ["batch", 1])
             after = [body("Where", mask, new, old) for new, old in zip(after, before, strict=True)]
         for name, value in zip(cell.STATE, after, strict=True):
             body.output(value, f"{name}_out_{layer}", FLOAT, ["batch", size])
-        if lengths:
-            body.output(body("Add", place, body.constant(np.int64(1))), f"place_out_{layer}", INT64, [])
         body.output(after[0], f"hidden_out_{layer}", FLOAT, ["batch", size])
         return body
 
@@ -200,11 +206,12 @@ class Network:
 
         `bias` (V') replaces the model's own. An adaptive head returns log-probabilities, to which it is added.
         """
-        if not self.sizes.cutoffs:
-            return self.matmul(g, "projection", hidden, bias or "projection.bias", scale)
-        logits = self.adaptive_log_probabilities(g, hidden)
-        logits = g("Add", logits, bias) if bias else logits
-        return g("Mul", logits, scale) if scale else logits
+        with g.within("projection"):
+            if not self.sizes.cutoffs:
+                return self.matmul(g, "projection", hidden, bias or "projection.bias", scale)
+            logits = self.adaptive_log_probabilities(g, hidden)
+            logits = g("Add", logits, bias) if bias else logits
+            return g("Mul", logits, scale) if scale else logits
 
     def adaptive_log_probabilities(self, g: Graph, hidden: str) -> str:
         """Return the log-probabilities (R, V') of an adaptive head (Grave et al. 2017, arXiv:1609.04309)."""
@@ -226,3 +233,10 @@ class Network:
             padding = np.full((1, self.sizes.padded - self.sizes.vocabulary_size), -np.inf, np.float32)
             scores.append(g("Add", g("Mul", of_clusters[0], g.constant(np.float32(0))), g.constant(padding)))
         return g("Concat", *scores, axis=1)
+
+
+def read_mask(g: Graph, time_and_batch: str, lengths: str) -> str:
+    """Return which rows read which of T tokens, (T, B, 1): row b its first `lengths` (B)."""
+    num_tokens = g("Gather", time_and_batch, g.constant(np.int64(0)))
+    places = g("Range", g.constant(np.int64(0)), num_tokens, g.constant(np.int64(1)))  # (T)
+    return g("Unsqueeze", g("Less", g("Unsqueeze", places, g.constant(np.array([1]))), lengths), g.constant(np.array([2])))

@@ -15,11 +15,14 @@ https://github.com/onnx/onnx; weights are external data, in a file beside the gr
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 import numpy as np
+
+from lmdist import __version__
 
 FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16 = 1, 2, 3, 6, 7, 9, 10  # of tensors
 TYPES = {
@@ -46,11 +49,16 @@ class Graph:
     A subgraph (the body of a Loop or a Scan) sees all names of the outer graph and keeps its constants there.
     """
 
-    def __init__(self, name: str, outer: Graph | None = None) -> None:
+    def __init__(self, name: str, outer: Graph | None = None, doc: str = "", docs: Mapping[str, str] | None = None) -> None:
+        """`doc` is a sentence about the graph, `docs` has one for each of its inputs and outputs."""
         self.name = name
         self.outer = outer
-        self.nodes: list[tuple[str, Sequence[str], list[str], Mapping[str, Any]]] = []
-        """The operator, inputs, outputs and attributes of each node."""
+        self.doc = doc
+        self.docs = docs or {}
+        self.part = outer.part if outer else ""
+        """What the names of new nodes begin with."""
+        self.nodes: list[tuple[str, str, Sequence[str], list[str], Mapping[str, Any]]] = []
+        """The part, operator, inputs, outputs and attributes of each node."""
         self.inputs: list[bytes] = []
         self.outputs: list[bytes] = []
         self.tensors: list[bytes] = outer.tensors if outer else []
@@ -63,9 +71,18 @@ class Graph:
         """Return a new subgraph of this graph."""
         return Graph(name, self)
 
+    @contextmanager
+    def within(self, part: str) -> Iterator[None]:
+        """Name the nodes that are added inside by the part of the graph that they are in: "layer_0/Gemm_8"."""
+        before, self.part = self.part, f"{self.part}{part}/"
+        try:
+            yield
+        finally:
+            self.part = before
+
     def input(self, name: str, kind: int, shape: Shape) -> str:
         """Declare an input and return its name."""
-        self.inputs.append(value_info(name, kind, shape))
+        self.inputs.append(value_info(name, kind, shape, self.docs.get(name, "")))
         return name
 
     def output(self, value: str, name: str, kind: int, shape: Shape) -> None:
@@ -73,11 +90,11 @@ class Graph:
 
         A node's output gets that name; all else is copied: what comes from outside the graph, or is an output already.
         """
-        if value not in self.renamed and any(value in outputs for _, _, outputs, _ in self.nodes):
+        if value not in self.renamed and any(value in outputs for *_, outputs, _ in self.nodes):
             self.renamed[value] = name
         else:
-            self.nodes.append(("Identity", [value], [name], {}))
-        self.outputs.append(value_info(name, kind, shape))
+            self.nodes.append((self.part, "Identity", [value], [name], {}))
+        self.outputs.append(value_info(name, kind, shape, self.docs.get(name, "")))
 
     def weight(self, name: str, kind: int, shape: Sequence[int], location: str, offset: int) -> str:
         """Declare a tensor in the file `location` beside the graph and return its name."""
@@ -106,21 +123,24 @@ class Graph:
 
     def several(self, operator: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
         """Add a node with several outputs and return their names."""
+        while inputs and not inputs[-1]:  # OpenVINO takes a last input "" for a value of unknown rank
+            inputs = inputs[:-1]
         names = [f"{operator}_{next(self.numbers)}" for _ in range(outputs)]
-        self.nodes.append((operator, inputs, names, attributes))
+        self.nodes.append((self.part, operator, inputs, names, attributes))
         return names
 
     def encoded(self) -> bytes:
         """Return the graph as a protobuf message."""
         nodes = (
-            node(operator, map(self.final_name, inputs), map(self.final_name, outputs), attributes)
-            for operator, inputs, outputs, attributes in self.nodes
+            node(part, operator, map(self.final_name, inputs), map(self.final_name, outputs), attributes)
+            for part, operator, inputs, outputs, attributes in self.nodes
         )
         return message(
             [
                 *((1, part) for part in nodes),
                 (2, self.name),
                 *((5, part) for part in (self.tensors if self.outer is None else [])),
+                *([(10, self.doc)] if self.doc else []),
                 *((11, part) for part in self.inputs),
                 *((12, part) for part in self.outputs),
             ]
@@ -137,6 +157,8 @@ def model_bytes(graph: Graph, metadata: Mapping[str, str]) -> bytes:
         [
             (1, IR_VERSION),
             (2, "lmdist"),
+            (3, __version__),
+            *([(6, graph.doc)] if graph.doc else []),
             (7, graph.encoded()),
             (8, message([(1, ""), (2, OPSET)])),
             (8, message([(1, MICROSOFT), (2, 1)])),
@@ -145,14 +167,14 @@ def model_bytes(graph: Graph, metadata: Mapping[str, str]) -> bytes:
     )
 
 
-def node(operator: str, inputs: Iterable[str], outputs: Iterable[str], attributes: Mapping[str, Any]) -> bytes:
-    """Return a node as a protobuf message."""
+def node(part: str, operator: str, inputs: Iterable[str], outputs: Iterable[str], attributes: Mapping[str, Any]) -> bytes:
+    """Return a node as a protobuf message; `part` and its first output are its name."""
     outputs = list(outputs)
     return message(
         [
             *((1, name) for name in inputs),
             *((2, name) for name in outputs),
-            (3, f"{operator}:{outputs[0]}"),
+            (3, f"{part}{outputs[0]}"),
             (4, operator),
             *((5, attribute(name, value)) for name, value in attributes.items()),
             (7, MICROSOFT if operator in MICROSOFT_OPERATORS else ""),
@@ -173,10 +195,10 @@ def attribute(name: str, value: float | str | Sequence[int] | Graph) -> bytes:
     return message([(1, name), *((8, number) for number in value), (20, 7)])
 
 
-def value_info(name: str, kind: int, shape: Shape) -> bytes:
-    """Return the name, type and axes of an input or output."""
+def value_info(name: str, kind: int, shape: Shape, doc: str) -> bytes:
+    """Return the name, type and axes of an input or output, and a sentence about it, if there is one."""
     axes = message([(1, message([(1 if isinstance(axis, int) else 2, axis)])) for axis in shape])
-    return message([(1, name), (2, message([(1, message([(1, kind), (2, axes)]))]))])
+    return message([(1, name), (2, message([(1, message([(1, kind), (2, axes)]))])), *([(3, doc)] if doc else [])])
 
 
 def pair(key: str, value: str) -> bytes:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmdist_export.options import GenerationConfig
-from lmdist_export.sampling.generation import Text, all_masked, ends_with, fixed_bias, row_bias
-from lmdist_export.sampling.sampler import Sampler, log_softmax
+from lmdist_export.sampling.generation import Text, ends_with, row_bias
+from lmdist_export.sampling.sampler import Sampler, all_masked, fixed_bias, log_softmax
 from lmdist_export.sampling.state import select
 
 

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lmdist.errors import UsageError
-from lmdist.text.vocabulary import UNKNOWN_ID
+from lmdist.text.vocabulary import UNKNOWN, UNKNOWN_ID
 from lmdist_export.options import NO_CACHE, PARAMS, GenerationConfig, Options
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def generation_config(options: Options, bundle: Bundle) -> GenerationConfig:
     if options.bad_words:
         values["bad_words_ids"] = (*bundle.generation.bad_words_ids, *token_sequences(options, bundle, "bad_words"))
     if options.logit_bias:
-        added = (token_bias(options, bundle, given) for given in options.logit_bias)
-        values["sequence_bias"] = (*bundle.generation.sequence_bias, *added)
+        added = (word_and_bias(options, given) for given in options.logit_bias)
+        known = (([bundle.vocabulary.ids[word]], bias) for word, bias in added if word in bundle.vocabulary.ids)
+        values["sequence_bias"] = (*bundle.generation.sequence_bias, *known)
     if "min_new_tokens" in values and "max_new_tokens" not in values:
         values["max_new_tokens"] = max(values["min_new_tokens"], bundle.generation.max_new_tokens)
     config = dataclasses.replace(bundle.generation, **values)
@@ -67,21 +68,23 @@ def no_search(options: Options, name: str) -> str:
 
 
 def token_sequences(options: Options, bundle: Bundle, name: str) -> list[list[int]]:
-    """Return the ids of each of the word sequences of the option `name`.
+    """Return the ids of each of the word sequences of the option `name` that can be generated: all its words are known."""
+    ids = bundle.vocabulary.ids
+    sequences = word_sequences(options, bundle, name).values()
+    return [bundle.vocabulary.encode(words) for words in sequences if all(word in ids for word in words)]
 
-    Raises UsageError for a text without words, and for a word that is not in the vocabulary.
-    """
-    sequences = []
-    for text in getattr(options, name):
-        words = bundle.tokenizer.tokenize(text)
+
+def word_sequences(options: Options, bundle: Bundle, name: str) -> dict[str, list[str]]:
+    """Return the words of each text of the option `name`; raises UsageError for a text without words."""
+    sequences = {text: bundle.tokenizer.tokenize(text) for text in getattr(options, name)}
+    for text, words in sequences.items():
         if not words:
             raise UsageError(f"{options.name_for_caller(name)} {reprlib.repr(text)} has no words")
-        sequences.append([token_of(options, bundle, word, name) for word in words])
     return sequences
 
 
-def token_bias(options: Options, bundle: Bundle, given: str) -> tuple[list[int], float]:
-    """Return the id of a word, in a list, and what is added to its logit, from WORD=X."""
+def word_and_bias(options: Options, given: str) -> tuple[str, float]:
+    """Return a word and what is added to its logit, from WORD=X."""
     name = options.name_for_caller("logit_bias")
     word, _, number = given.rpartition("=")
     try:
@@ -90,17 +93,36 @@ def token_bias(options: Options, bundle: Bundle, given: str) -> tuple[list[int],
             raise ValueError
     except ValueError:
         raise UsageError(f"{name} is {reprlib.repr(given)}; WORD=X is expected, as in {name} the=-2.5") from None
-    return [token_of(options, bundle, word, "logit_bias")], value
+    return word, value
 
 
-def token_of(options: Options, bundle: Bundle, word: str, name: str) -> int:
-    """Return the id of a word of the option `name`; raises UsageError where it is not in the vocabulary."""
-    if word not in bundle.vocabulary.ids:
-        raise UsageError(
-            f"{options.name_for_caller(name)}: {reprlib.repr(word)} is not in the vocabulary, so it is never generated; "
-            "vocab.txt has all words"
-        )
-    return bundle.vocabulary.ids[word]
+def warnings_of_options(options: Options, bundle: Bundle) -> list[str]:
+    """Return a sentence for each option that names words which are not in the vocabulary: a list may serve many bundles."""
+    given = {
+        "stop": [word for words in word_sequences(options, bundle, "stop").values() for word in words],
+        "bad_words": [word for words in word_sequences(options, bundle, "bad_words").values() for word in words],
+        "logit_bias": [word_and_bias(options, given)[0] for given in options.logit_bias],
+    }
+    return [
+        f"{options.name_for_caller(name)}: not in the vocabulary, so never generated: {reprlib.repr(unknown)[1:-1]}"
+        for name, words in given.items()
+        if (unknown := unknown_words(words, bundle))
+    ]
+
+
+def warning_of_prompt(prompt: Sequence[str], bundle: Bundle) -> str:
+    """Return a sentence that names the words of a prompt which are not in the vocabulary, or nothing."""
+    unknown = unknown_words(prompt, bundle)
+    if not unknown:
+        return ""
+    known = [word.lower() for word in unknown if word.lower() in bundle.vocabulary.ids]
+    hint = f"; known in lowercase: {', '.join(known)}" if known else ""
+    return f"not in the vocabulary, and read as {UNKNOWN}: {', '.join(unknown)}{hint}"
+
+
+def unknown_words(words: Sequence[str], bundle: Bundle) -> list[str]:
+    """Return the words that are not in the vocabulary, each once."""
+    return [word for word in dict.fromkeys(words) if word not in bundle.vocabulary.ids]
 
 
 def detokenized(bundle: Bundle, text: Text, prompt: Sequence[str], *, echo: bool) -> str:

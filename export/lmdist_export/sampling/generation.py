@@ -20,9 +20,8 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdist.errors import UsageError
 from lmdist_export.options import GenerationConfig
-from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, log_softmax
+from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, all_masked, fixed_bias, log_softmax
 from lmdist_export.sampling.state import State, concatenate
 
 BATCH_SIZE = 16
@@ -243,18 +242,6 @@ def log_probabilities(sampler: Sampler, text: Text, top: int) -> tuple[list[floa
 # --- what is added to logits ---------------------------------------------------------------------------------------
 
 
-def fixed_bias(config: GenerationConfig, vocabulary_size: int) -> NDArray[np.float32]:
-    """Return what is added to the logits (V) of every token of every text: -inf for a token that is never generated."""
-    bias = np.zeros(vocabulary_size, np.float32)
-    for tokens, value in config.sequence_bias:
-        bias[tokens] += np.float32(value)
-    bias[list(config.suppress_tokens)] = -np.inf
-    bias[[tokens[0] for tokens in config.bad_words_ids if len(tokens) == 1]] = -np.inf
-    if all_masked(bias):
-        raise UsageError("no token is left to sample: suppress_tokens, bad words and logit bias mask all of them")
-    return bias
-
-
 def row_bias(
     texts: Sequence[Text],
     config: GenerationConfig,
@@ -269,11 +256,6 @@ def row_bias(
             row += np.asarray(custom_bias([*text.prompt, *text.tokens]), np.float32)
         row[banned_tokens(text, config, end)] = -np.inf
     return bias
-
-
-def all_masked(bias: NDArray[np.floating]) -> bool:
-    """Return whether a bias (V) leaves no token that can be sampled."""
-    return bool(np.isneginf(bias).all())
 
 
 def banned_tokens(text: Text, config: GenerationConfig, end: Collection[int]) -> list[int]:

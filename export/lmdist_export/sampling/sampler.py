@@ -1,6 +1,6 @@
 """A bundle in onnxruntime: read tokens, score them, sample new ones.
 
-    sampler = Sampler(Bundle.load(Path("bundle")))
+    sampler = Sampler(Bundle.load("bundle"))
     prompt = sampler.prefill(sampler.start([[END_ID, 17, 4]]))      # a prompt is read once,
     state = prompt.fork(4, seed=1)                                  # continued as 4 texts,
     tokens, state = sampler.generate(state, config, 100)            # 100 tokens of each, (100, 4),
@@ -225,9 +225,11 @@ class Sampler:
     ) -> tuple[NDArray[np.int64], State]:
         """Generate N = `num_tokens` tokens of each text, (N, B), fewer once all have one of `stops`; return them and the state.
 
-        A text is continued after its stop while others have not reached theirs. `bias` (V) is added to all logits, `row_bias`
-        (B, V) to each row's; `in_prompt` (B, V) says which tokens a repetition penalty finds in the prompts. Without a
-        cache_weight the state that is returned has no memory. Raises UsageError for a state of another model.
+        A text is continued after its stop while others have not reached theirs. `bias` (V) is added to all logits, by default
+        that of the tokens that `config` names, `row_bias` (B, V) to each row's; `in_prompt` (B, V) says which tokens a
+        repetition penalty finds in the prompts. What depends on the tokens before (no_repeat_ngram_size, min_new_tokens, bad
+        words of several tokens) is not applied here: generation.py does. Without a cache_weight the state that is returned has
+        no memory. Raises UsageError for a state of another model.
         """
         self.check_state(state)
         features = features_of(config, row_bias is not None)
@@ -240,7 +242,7 @@ class Sampler:
             **by_part(state.model),
             "stops": np.array([*stops, -1], np.int64),  # no token is -1
             "going": np.ones(rows, np.bool_),
-            "bias": self.padded(np.zeros(self.sizes.vocabulary_size, np.float32) if bias is None else bias),
+            "bias": self.padded(fixed_bias(config, self.sizes.vocabulary_size) if bias is None else bias),
         }
         if features.cached:
             if len(state.model) < len(PARTS):
@@ -360,6 +362,23 @@ def option_feed(config: GenerationConfig, features: Features, vocabulary_size: i
             inverse_temperature = value
         feed[graph.name or name] = np.asarray(value * inverse_temperature) if graph.per_temperature else value
     return feed
+
+
+def fixed_bias(config: GenerationConfig, vocabulary_size: int) -> NDArray[np.float32]:
+    """Return what is added to the logits (V) of every token of every text: -inf for a token that is never generated."""
+    bias = np.zeros(vocabulary_size, np.float32)
+    for tokens, value in config.sequence_bias:
+        bias[tokens] += np.float32(value)
+    bias[list(config.suppress_tokens)] = -np.inf
+    bias[[tokens[0] for tokens in config.bad_words_ids if len(tokens) == 1]] = -np.inf
+    if all_masked(bias):
+        raise UsageError("no token is left to sample: suppress_tokens, bad words and logit bias mask all of them")
+    return bias
+
+
+def all_masked(bias: NDArray[np.floating]) -> bool:
+    """Return whether a bias (V) leaves no token that can be sampled."""
+    return bool(np.isneginf(bias).all())
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,6 +1,6 @@
 """Log-probabilities of text, word by word, and the most likely next words.
 
-    scorer = Scorer(Sampler(Bundle.load(Path("bundle"))))
+    scorer = Scorer(Sampler(Bundle.load("bundle")))
     for score in scorer.score(["the cat is here .", "we said it ."]):
         score.log_probability, score.words, score.unknown
 
@@ -19,11 +19,12 @@ Shapes: B rows, T tokens, V vocabulary, S the sum of the layers' sizes.
 from __future__ import annotations
 
 import math
+import reprlib
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,10 +100,16 @@ class Scorer:
         return words, self.sampler.bundle.vocabulary.encode(words)
 
     def score(self, sentences: Iterable[str]) -> Iterator[SentenceScore]:
-        """Yield the score of each sentence, in their order; no more than a batch of them is held at a time."""
-        coming = iter(sentences)
+        """Yield the score of each sentence, in their order; no more than a batch of them is held at a time.
+
+        Raises TypeError for a single string.
+        """
+        return self.scores(several(sentences))
+
+    def scores(self, coming: Iterator[str]) -> Iterator[SentenceScore]:
+        """Yield the score of each sentence."""
         state = self.sampler.initial_state(1, cached=self.cache is not None)
-        while batch := list(islice(coming, self.batch_size)):
+        for batch in batches(coming, self.batch_size):
             encoded = [self.encode(sentence) for sentence in batch]
             texts = [ids for _, ids in encoded]
             if self.carry_state:
@@ -123,6 +130,7 @@ class Scorer:
 
     def predict(self, sentences: Iterable[str]) -> Predictions:
         """Predict each word of sentences from those before it, one call a word, as a keyboard does."""
+        sentences = several(sentences)
         beginning = self.sampler.initial_state(1, cached=self.cache is not None)
         self.step(END_ID, beginning)  # the first call of a session takes longer than any after it
         found, state = Predictions(), beginning
@@ -149,6 +157,30 @@ class Scorer:
             return scores[0], state
         logits, state = self.sampler.step(tokens, state)
         return logits[0, 0], state
+
+
+def several(sentences: Iterable[str]) -> Iterator[str]:
+    """Return the sentences one by one; raises TypeError for a string, whose letters would be taken for sentences."""
+    if isinstance(sentences, str):
+        raise TypeError(f"the sentences are {reprlib.repr(sentences)}; a list is expected, as [{reprlib.repr(sentences)}]")
+    return iter(sentences)
+
+
+def batches(sentences: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Yield the sentences in lists of `size`; where one cannot be read, those before it come before the error."""
+    batch: list[str] = []
+    try:
+        for sentence in sentences:
+            batch.append(sentence)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except DataError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

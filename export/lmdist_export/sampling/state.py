@@ -73,22 +73,22 @@ class State:
         """Return the counts (B, V'), zeros if nothing asked for them yet; V' is that of the counts of an `other` state."""
         return np.zeros((len(self), other.shape[1]), np.float32) if self.counts is None else self.counts
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the state to a file."""
         # The file's key for the tokens is "words": files of earlier versions have it.
         arrays = {"words": self.tokens, "lengths": self.lengths, **by_part(self.model)}
         if self.counts is not None:
             arrays["counts"] = self.counts
         generators = json.dumps([generator.bit_generator.state for generator in self.generators])
-        with path.open("wb") as file:
+        with Path(path).open("wb") as file:
             np.savez(file, generators=np.array(generators), allow_pickle=False, **arrays)
 
     @classmethod
-    def load(cls, path: Path) -> State:
+    def load(cls, path: str | Path) -> State:
         """Read a state; raises MissingInputError, or DataError if the file holds none."""
         try:
             # Opened here, because numpy does not close a file that is damaged.
-            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 generators = tuple(restored(state) for state in json.loads(str(file["generators"])))
                 counts = file.get("counts")
                 model = tuple(file[name] for name in (PARTS if CACHE[0] in file else STATE))

@@ -20,8 +20,8 @@ from dataclasses import replace
 
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
-from lmdist_export.sampling.generation import BATCH_SIZE, Generation, Text, fixed_bias, generation_steps, new_texts
-from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.generation import BATCH_SIZE, Generation, Text, generation_steps, new_texts
+from lmdist_export.sampling.sampler import Sampler, fixed_bias
 from lmdist_export.sampling.state import State
 
 MAX_GRAPHS = 8

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from types import ModuleType
@@ -61,22 +61,30 @@ class BadRequest(UsageError):
 # --- the server ----------------------------------------------------------------------------------------------------
 
 
-def install(module: ModuleType | None) -> None:
+def install(module: ModuleType | None, cors_origins: Sequence[str] = ()) -> None:
     """Put the middleware before the `app` of a module that is being imported; None is no module, as without a server.
 
-    The server takes `app` from the module that loads the model: both server commands import this module, and nothing later.
+    Browsers let pages of `cors_origins`, as "https://example.org" or "*", read the answers. The server takes `app` from the
+    module that loads the model: both server commands import this module, and nothing later.
     """
     if module is not None:
         module.__class__ = ModuleWithMiddleware
+        vars(module)["cors_origins"] = cors_origins
 
 
 class ModuleWithMiddleware(ModuleType):
     """A module whose `app` is behind the middleware."""
 
     @property
-    def app(self) -> RequestMiddleware:
+    def app(self) -> App:
         """The `app` of the module, behind the middleware."""
-        return RequestMiddleware(vars(self)["app"])
+        app: App = RequestMiddleware(vars(self)["app"])
+        if origins := vars(self)["cors_origins"]:
+            from starlette.middleware.cors import CORSMiddleware  # MLflow's server is built on starlette
+
+            # Outermost, so that a page can read the sentence of an error too.
+            app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        return app
 
 
 class RequestMiddleware:
@@ -220,17 +228,22 @@ def prompts_of(form: str, given: Any) -> list[str]:
 
 
 def params_of(given: Any) -> dict[str, Any]:
-    """Return the params that are given, and not null; raises BadRequest for an unknown name or a wrong type."""
+    """Return the params that are given, and not null; raises BadRequest for an unknown name or a wrong type.
+
+    A string where a list of them is expected is a list of one.
+    """
     if given is None:
         return {}
     if not isinstance(given, dict):
         raise BadRequest(f'params is {quoted(given)}; an object is expected, as {{"seed": 7}}')
+    params = {}
     for name, value in given.items():
         if name not in PARAMS:
             raise BadRequest(f"params: {quoted(name)} is not known; known are {', '.join(PARAMS)}")
         if value is not None:
-            check_param(PARAMS[name], value)
-    return {name: value for name, value in given.items() if value is not None}
+            params[name] = [value] if PARAMS[name].is_list and isinstance(value, str) else value
+            check_param(PARAMS[name], params[name])
+    return params
 
 
 def check_param(row: Row, value: Any) -> None:

@@ -25,7 +25,13 @@ from lmdist import __version__
 from lmdist.errors import UsageError
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Options
-from lmdist_export.sampling.completion import as_object, generation_config, token_sequences
+from lmdist_export.sampling.completion import (
+    as_object,
+    generation_config,
+    token_sequences,
+    warning_of_prompt,
+    warnings_of_options,
+)
 from lmdist_export.sampling.generation import BATCH_SIZE
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.batching import Batcher, Request, RequestTimeout
@@ -58,6 +64,9 @@ MAX_LOGPROBS = 20
 MAX_PHRASES = 1_000
 """Stops, bad words and logit biases."""
 
+MODEL_CONFIG: dict[str, Any] = {"provider": "cpu", "threads": 0, "batch_size": BATCH_SIZE, "cors_origins": []}
+"""What SERVING_MODEL_CONFIG may set: MLflow ignores names that MLmodel does not have."""
+
 TYPES = {int: DataType.long, float: DataType.double, str: DataType.string, bool: DataType.boolean}
 
 
@@ -74,28 +83,33 @@ class ServedModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Open the bundle and generate a token, so that the server answers /ping only when it is ready."""
-        config = {"provider": "cpu", "threads": 0, "batch_size": BATCH_SIZE} | (context.model_config or {})
+        config = MODEL_CONFIG | (context.model_config or {})
         self.bundle = Bundle.load(Path(context.artifacts["bundle"]))
         self.sampler = Sampler(self.bundle, config["provider"], config["threads"])
         self.batcher = Batcher(self.sampler, config["batch_size"])
         self.timeout_seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
         first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0, "seed": 0})
         self.batcher.generate(self.request([[]], first), self.timeout_seconds)
-        install(sys.modules.get(SERVER))
+        install(sys.modules.get(SERVER), strings_of("cors_origins", config["cors_origins"]))
 
     # Not list[str]: for such an annotation MLflow derives a signature of its own, which drops the params.
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
-        """Return the texts that continue the column `prompt`, as JSON objects; raises RequestError."""
+        """Return the texts that continue prompts, as JSON objects; raises RequestError."""
         try:
             options = Options.from_values(params or {})
-            prompts = [self.bundle.tokenizer.tokenize(prompt) for prompt in strings_of("prompt", model_input["prompt"])]
+            prompts = [self.bundle.tokenizer.tokenize(prompt) for prompt in strings_of("prompt", column(model_input))]
             request = self.request([self.bundle.vocabulary.encode(words) for words in prompts], options)
             if disconnected := CLIENT_DISCONNECTED.get():
                 disconnected.add_done_callback(lambda _: request.cancel())
             texts = self.batcher.generate(request, self.timeout_seconds)
             config = request.generation.config
             sampled = {} if config.greedy or config.num_beams > 1 else {"seed": request.seed}
-            return [as_object(self.sampler, text, prompts[text.prompt_number], options) | sampled for text in texts]
+            return [
+                as_object(self.sampler, text, prompts[text.prompt_number], options)
+                | sampled
+                | self.warnings(prompts[text.prompt_number], options)
+                for text in texts
+            ]
         except UsageError as error:
             raise RequestError(str(error), INVALID_PARAMETER_VALUE) from None
         except RequestTimeout:
@@ -104,6 +118,11 @@ class ServedModel(PythonModel):
         except Exception as error:
             logging.getLogger(__name__).exception("a request could not be answered")
             raise RequestError(f"{type(error).__name__}: the server's log has more", INTERNAL_ERROR) from None
+
+    def warnings(self, prompt: list[str], options: Options) -> dict[str, list[str]]:
+        """Return what lmdist-generate prints as warnings, as a field of an answer, or no field."""
+        found = [*filter(None, [warning_of_prompt(prompt, self.bundle)]), *warnings_of_options(options, self.bundle)]
+        return {"warnings": found} if found else {}
 
     def request(self, prompts: list[list[int]], options: Options) -> Request:
         """Return the request for these prompts; raises UsageError where it is too large or its options exclude each other."""
@@ -119,6 +138,18 @@ class ServedModel(PythonModel):
         stops = token_sequences(options, self.bundle, "stop")
         seed = secrets.randbelow(2**32) if options.seed is None else options.seed
         return Request(self.sampler, prompts, config, seed, options.n, stops, options.ignore_eos)
+
+
+def column(given: pd.DataFrame) -> list[Any]:
+    """Return the prompts of what MLflow makes of an input; raises UsageError for another column than `prompt`.
+
+    A list of strings becomes a column without a name; {"prompt": ["We must"]} becomes a row of one list.
+    """
+    [name, *others] = given.columns
+    if others or name not in ("prompt", 0):
+        raise UsageError(f"the first column is {name!r}; a list of strings, or a column named prompt is expected")
+    cells = given[name].tolist()
+    return cells[0] if len(cells) == 1 and isinstance(cells[0], list) else cells
 
 
 def check_limit(name: str, value: int, limit: int) -> None:
@@ -139,9 +170,18 @@ def signature() -> ModelSignature:
         ParamSpec(name, TYPES[row.type], [] if row.is_list else None, (-1,) if row.is_list else None)
         for name, row in PARAMS.items()
     ]
-    answer = {"prompt_number": int, "index": int, "text": str, "words": None, "finish_reason": str, "seed": int}
+    answer = {
+        "prompt_number": int,
+        "index": int,
+        "text": str,
+        "words": None,
+        "finish_reason": str,
+        "seed": int,
+        "warnings": None,
+    }
     outputs: list[Any] = [ColSpec(TYPES[of] if of else Array(DataType.string), name) for name, of in answer.items()]
-    return ModelSignature(Schema([ColSpec(DataType.string, "prompt")]), Schema(outputs), ParamSchema(params))
+    # The column has no name here, so that MLflow takes a list of strings too.
+    return ModelSignature(Schema([ColSpec(DataType.string)]), Schema(outputs), ParamSchema(params))
 
 
 def write_model(folder: Path, run_id: str | None) -> None:
@@ -152,7 +192,7 @@ def write_model(folder: Path, run_id: str | None) -> None:
         loader_module="mlflow.pyfunc.loaders.code_model",
         model_code_path=CODE,
         python_env=ENVIRONMENT,
-        model_config={"provider": "cpu", "threads": 0, "batch_size": BATCH_SIZE},
+        model_config=MODEL_CONFIG,
         artifacts={"bundle": {"path": ".", "uri": "."}},
     )
     model.model_size_bytes = sum(file.stat().st_size for file in folder.iterdir())
