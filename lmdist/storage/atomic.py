@@ -100,7 +100,7 @@ def recover(parent: Path, name: str, *, everyone: bool = False) -> None:
     The processes are those of this machine; of all machines, whether they run or not, if `everyone`. No other name is
     touched, and no link is followed: whatever else lies there is somebody's own.
     """
-    pattern = re.compile(rf"\.(?P<target>{name})\.(?P<kind>{'|'.join(KINDS)})-(?P<host>.+)-(?P<pid>[0-9]+)")
+    pattern = re.compile(rf"\.(?P<target>{name})\.(?P<kind>{'|'.join(KINDS)})-(?P<host>.+)-(?P<pid>[0-9]{{1,9}})")
     for folder in list(parent.iterdir()):
         match = pattern.fullmatch(folder.name)
         if not match or folder.is_symlink() or not (everyone or is_left_over(match["host"], int(match["pid"]))):

@@ -19,7 +19,7 @@ from lmdist.console import ProgressBar, duration, log, next_line, unused
 from lmdist.cpus import available_cpus
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
-from lmdist.storage.atomic import atomic_folder
+from lmdist.storage.atomic import atomic_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, TEXT, VOCABULARY, token_file, write_meta
 from lmdist.text.tokenizer import WordTokenizer, lacks_spaces
 
@@ -62,6 +62,7 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False)
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise UsageError where `output` must not be written."""
+    refuse_to_replace_link(output)
     if not output.exists():
         return
     if not overwrite:

@@ -15,6 +15,7 @@ from lmdist.console import log
 from lmdist.errors import Stopped, UsageError
 from lmdist.storage.atomic import check_output_folder, write_atomic
 from lmdist.storage.locks import exclusive_lock
+from lmdist.storage.reading import refuse_link
 from lmdist.tracking.metadata import RUN_METADATA
 
 if TYPE_CHECKING:
@@ -101,10 +102,15 @@ def append_figures(path: Path, step: int, values: dict[str, float]) -> None:
 
 
 def check_run_folder(run: Path) -> None:
-    """Raise UsageError where a job could not write its run, before it trains for hours: a folder that is none, or a file."""
+    """Raise UsageError where a job could not write its run, before it trains for hours: a folder that is none, or a file.
+
+    Raise DataError where one of them is a link: what is written there would be written somewhere else.
+    """
+    names = (RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK, f"{CHECKPOINTS}/{NEWEST}")
+    for name in (CHECKPOINTS, SAMPLES, *names):
+        refuse_link(run / name)
     for folder in (run, run / CHECKPOINTS, run / SAMPLES):
         check_output_folder("--run_folder", folder)
-    names = (RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK, f"{CHECKPOINTS}/{NEWEST}")
     for path in (run / name for name in names):
         if os.path.lexists(path) and not os.path.isfile(path):
             raise UsageError(f"--run_folder {run}: {path} is no file, and is to be one: move it away, or name another folder")

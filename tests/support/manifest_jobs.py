@@ -202,7 +202,7 @@ def recipes_fit_their_pods(render: Render) -> Iterator[str]:
 
 @rule
 def exports_take_a_run(render: Render) -> Iterator[str]:
-    """An export's flags are lmdist-export's, and it reads the run of the base's training."""
+    """An export's flags are lmdist-export's, and it reads the run of the training that it comes after."""
     runs = {inner.run_folder for _, _, inner in recipes(Render(of_kind(render.required, "Job"), render.required))}
     for pod, container in running(render, "lmdist-export"):
         try:

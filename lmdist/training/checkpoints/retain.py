@@ -11,7 +11,7 @@ from typing import Any
 
 from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError
-from lmdist.storage.atomic import recover, remove_folder
+from lmdist.storage.atomic import WRITING, recover, remove_folder
 from lmdist.storage.reading import check_folder, read_bytes, refuse_link
 from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST
 from lmdist.training.checkpoints.format import MANIFEST, STEP
@@ -105,5 +105,6 @@ def remove_unfinished(checkpoints: Path) -> None:
     refuse_link(checkpoints)
     if checkpoints.is_dir():
         recover(checkpoints, STEP.pattern, everyone=True)
-        for left in checkpoints.glob(f".{NEWEST}.writing-*"):
-            left.unlink()
+        for left in checkpoints.glob(f".{NEWEST}.{WRITING}-*"):
+            if left.name.rpartition("-")[2].isdigit() and not left.is_dir():
+                left.unlink()
