@@ -6,6 +6,7 @@ This module does not know how a step is computed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,8 @@ from lmdist.training.run import Run
 from lmdist.training.sample import sample
 
 SECONDS_BETWEEN_PICTURES = 60.0
+TELLING = 0.01
+"""A change of the valid perplexity of which a hint is given."""
 LARGE_VOCABULARY = 100_000
 SLOW_STEPS = 5
 """The first steps of a process, in which libraries are loaded and kernels chosen."""
@@ -187,11 +190,30 @@ class Report:
             f"  run      {path}",
             *([f"  sample   {path / SAMPLE}"] if num_tokens else []),
             f"  picture  {path / PICTURE}",
+            *self.outlook(),
             self.next_line(),
         ]
         for line in lines:
             self.console.log(line)
         return False
+
+    def outlook(self) -> list[str]:
+        """Return a hint for the next run, if the last validation tells one: a longer run, or a better regularized one."""
+        progress, training = self.run.progress, self.run.recipe.training
+        if len(progress.validations) < 2:
+            return []
+        before, last = progress.validations[-2:]
+        assert progress.best_valid_nats is not None
+        fall, rise = 1 - math.exp(last - before), math.exp(last - progress.best_valid_nats) - 1
+        longer = f"training.steps {2 * training.steps}" if training.steps else f"training.epochs {2 * training.epochs:g}"
+        if fall >= TELLING:
+            return [f"  hint     valid perplexity fell by {fall:.0%} to the last validation: try a longer run (--{longer})"]
+        if rise >= TELLING:
+            return [
+                f"  hint     valid perplexity has risen by {rise:.0%} since its best, which is kept: try more dropout "
+                f"(--model.dropout {min(0.7, self.run.recipe.model.dropout + 0.15):.2g}), or a shorter run"
+            ]
+        return []
 
     def next_line(self) -> str:
         """Return the commands that measure the model on text that it was not trained on, if there is any, and export it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -341,6 +342,15 @@ def test_every_recipe_is_read_and_every_line_has_a_reason(path):
     for section, values in tomllib.loads(path.read_text()).items():
         for key, value in values.items() if isinstance(values, dict) else ():
             assert getattr(getattr(asked, section), key) == value
+
+
+def test_the_last_validation_gives_a_hint_for_the_next_run(data, capsys):
+    flags = ["--resume=auto", "--model.dropout=0", "--schedule.name=constant"]
+    train_here(*into_run(data, *flags, "--training.epochs=2"))
+    fallen, risen = r"fell by \d+% to the last validation.*--training\.epochs 4\)", r"risen by \d+%.*--model\.dropout 0\.15\)"
+    assert re.search(fallen, capsys.readouterr().err)
+    train_here(*into_run(data, *flags, "--training.epochs=60"))
+    assert re.search(risen, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("order", [1, -1])
