@@ -579,7 +579,7 @@ def test_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cuda_with_the_wheel_for_cpus(bundle: Bundle) -> None:
     if "CUDAExecutionProvider" in runtime.import_onnxruntime().get_available_providers():
         pytest.skip("this onnxruntime is built with CUDA")
-    with pytest.raises(UsageError, match=r"built without CUDA.*lmdist\[gpu\]"):
+    with pytest.raises(UsageError, match=r"built without CUDA.*pip install .*\[gpu\]"):
         Sampler(bundle, provider="cuda")
 
 
