@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from corpora import write_data_folder
 from lmdist import config
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
-from lmdist.settings import ModelSettings, Recipe, TextSettings
-from lmdist.storage.reading import write_json
-from lmdist.text.tokenizer import WordTokenizer
-from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
+from lmdist.settings import ModelSettings, Recipe
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.checkpoints.write import Saver, Snapshot, take_snapshot, write_checkpoint
+from lmdist.training.data import DataFolder
 from origin import add_json_option, collect_rows
 
 CASES = {
@@ -56,11 +56,7 @@ def main() -> None:
 
 def measure(case: str, settings: ModelSettings, vocabulary_size: int, scratch: Path, rounds: int) -> list[dict[str, Any]]:
     """Return the rows of one size of model."""
-    data = scratch / "data"
-    data.mkdir()
-    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(data / "vocab.txt")
-    WordTokenizer.train(TextSettings(tokenizer="whitespace"), []).save(data / "text.json")
-    write_json(data / "meta.json", {"files": {"train.bin": {"bytes": 0, "sha256": "0" * 64}}})
+    data = DataFolder(write_data_folder(scratch / "data", {"train": np.zeros(1)}, vocabulary_size))
     model = LanguageModel(settings, vocabulary_size)
     optimizer = torch.optim.AdamW(model.parameters())
     tokens = torch.randint(vocabulary_size, (20, 35))

@@ -6,25 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from corpora import write_data_folder
 from lmdist import config
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import ModelSettings, Recipe, TextSettings
-from lmdist.storage.reading import write_json
-from lmdist.text.tokenizer import WordTokenizer
-from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
+from lmdist.settings import ModelSettings, Recipe
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
+from lmdist.training.data import DataFolder
 
 
 def make_bundle(folder: Path, embedding_size: int, hidden_size: int, vocabulary_size: int) -> Path:
     """Write a checkpoint of two layers, runs/random, export it, and return its bundle."""
-    data = folder / "data"
-    data.mkdir()
-    Vocabulary([UNKNOWN, END, *(f"w{number}" for number in range(2, vocabulary_size))]).save(data / "vocab.txt")
-    WordTokenizer.train(TextSettings(tokenizer="whitespace"), []).save(data / "text.json")
-    write_json(data / "meta.json", {"files": {"train.bin": {"bytes": 0, "sha256": "0" * 64}}})
+    data = DataFolder(write_data_folder(folder / "data", {"train": np.zeros(1)}, vocabulary_size))
     torch.manual_seed(0)
     settings = ModelSettings(embedding_size=embedding_size, hidden_size=hidden_size, num_layers=2, dropout=0.0, tied=False)
     model = LanguageModel(settings, vocabulary_size)

@@ -136,7 +136,7 @@ class Server:
                     return
                 asked = {
                     "dataframe_records": [{"prompt": PROMPTS[number % len(PROMPTS)]}],
-                    "params": {"max_new_tokens": num_tokens, "ignore_eos": True, "seed": number},
+                    "params": {"max_new_tokens": num_tokens, "ignore_eos": True, "seed": number, "temperature": 1, "top_p": 1},
                 }
                 body = json.dumps(asked)
                 began = time.perf_counter()

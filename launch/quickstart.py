@@ -26,7 +26,9 @@ def command(line: str, *, capture: bool = False) -> str:
     """Print a command and run it; return its output where `capture`. Exit with its code if it fails."""
     print(f"\n$ {line}", flush=True)
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(shlex.split(line), env=environment, stdout=subprocess.PIPE if capture else None, text=True)
+    stdout = subprocess.PIPE if capture else None
+    # No command is to wait for text on a stdin that is left open, as in CI.
+    done = subprocess.run(shlex.split(line), env=environment, stdin=subprocess.DEVNULL, stdout=stdout, text=True)
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout or ""
@@ -40,7 +42,7 @@ def main() -> None:
     command("lmdist-train --config launch/demo.toml --resume auto --restarts 2")
     figures = json.loads(command(f"lmdist-evaluate {RUN} --streams 10 --json", capture=True))
     command(f"lmdist-export {RUN} -o {BUNDLE} --overwrite")
-    command(f"lmdist-generate {BUNDLE} --max-new-tokens 1000 --ignore-eos --temperature 0.8 --seed 1 -o {TEXT}")
+    command(f"lmdist-generate {BUNDLE} --max-new-tokens 1000 --ignore-eos --seed 1 -o {TEXT}")
 
     metadata = read_metadata(RUN)
     page = LOCAL_PAGE + (run_path(metadata["experiment_id"], metadata["run_id"]) if "run_id" in metadata else "")

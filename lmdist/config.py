@@ -201,7 +201,12 @@ def as_toml(recipe: Recipe) -> str:
 
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe with its keys as the flags name them: `model.hidden_size`."""
+    return flat_values(as_dict(recipe))
+
+
+def flat_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe's sections in the same way."""
     pairs: dict[str, Any] = {}
-    for key, value in as_dict(recipe).items():
+    for key, value in values.items():
         pairs.update({f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value})
     return pairs

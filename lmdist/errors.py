@@ -7,20 +7,38 @@ below. Any other exception is a defect in lmdist and keeps its traceback. This m
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
+import signal
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from lmdist.standard_streams import ResultsError, finish, guard
 from lmdist.users import ensure_user
 
+EXIT_DEFECT = 1  # what is not the user's mistake: it has a traceback
 EXIT_USAGE = 64  # a wrong flag, key or combination of settings
 EXIT_DATA = 65  # the input exists and cannot be used
 EXIT_MISSING_INPUT = 66  # the input does not exist
 EXIT_AGAIN = 75  # stopped on request: run the same command again
 
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)  # not on Windows
+]
+"""Requests to stop, beside Ctrl-C: of Kubernetes, of a terminal that is closed, of Slurm before a time limit."""
+LASTING = {
+    getattr(errno, name)
+    for name in "ENOENT ENOTDIR EISDIR EEXIST EACCES EPERM EROFS ENAMETOOLONG ELOOP ENXIO ENOSPC EDQUOT EFBIG".split()
+    if hasattr(errno, name)
+}
+"""Reasons why a path cannot be read or written that another try would only repeat."""
 CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f]")
 """Control characters, C0 and C1; a terminal acts on them."""
 MESSAGE_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
@@ -54,11 +72,13 @@ class Stopped(Exception):
 class CommandParser(argparse.ArgumentParser):
     """argparse, with the project's exit code for wrong usage and one line instead of the usage text."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse, with --max_new_tokens for --max-new-tokens."""
         return super().parse_known_args(self.dashed(sys.argv[1:] if args is None else args), namespace)
 
-    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_intermixed_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """Do the same where options stand between positional arguments."""
         return super().parse_known_intermixed_args(self.dashed(sys.argv[1:] if args is None else args), namespace)
 
@@ -115,35 +135,92 @@ def require(*packages: str, purpose: str = "") -> None:
 
 
 @contextmanager
-def exit_on_error(command: str, *, quiet: bool = False) -> Iterator[None]:
-    """Turn a user's mistake into one line on stderr and its exit code; `quiet` (ranks other than 0) omits the line."""
+def exit_on_error(command: str, *, ends_with_reader: bool = False) -> Iterator[None]:
+    """Turn a user's mistake, or what the machine refuses, into one line on stderr and its exit code; a stop into code 75.
+
+    `ends_with_reader` is for a command whose work ends where nobody reads its results any more.
+    """
     ensure_user()
+    guard(ends_with_reader=ends_with_reader)
+    with interrupted_by(STOP_SIGNALS):
+        try:
+            yield
+            finish()
+        except (UsageError, DataError, MissingInputError) as error:
+            leave(f"{command}: error: {error}", exit_code_of(error))
+        except Stopped as stop:
+            leave(f"{command}: {stop}", stop.exit_code)
+        except KeyboardInterrupt:
+            leave(f"{command}: interrupted", EXIT_AGAIN)
+        except ResultsError as error:
+            if error.errno == errno.EPIPE:  # `lmdist-generate ... | head` has read enough
+                sys.exit(0)
+            leave(f"{command}: error: stdout cannot be written: {error.strerror}", EXIT_DATA)
+        except (ImportError, OSError) as error:
+            if exit_code_of(error) == EXIT_DEFECT:
+                raise
+            leave(f"{command}: error: {reason(error)}", exit_code_of(error))
+
+
+def exit_code_of(error: Exception) -> int:
+    """Return the exit code of a command that ends with an error."""
+    if isinstance(error, OSError) and error.errno in LASTING:
+        return EXIT_DATA
+    if isinstance(error, ImportError):
+        from lmdist.extras import missing_package
+
+        return EXIT_USAGE if missing_package(error) else EXIT_DEFECT
+    return getattr(error, "exit_code", EXIT_DEFECT)
+
+
+def reason(error: ImportError | OSError) -> str:
+    """Return which package is missing, or which path cannot be used and why."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    from lmdist.extras import missing_package, not_installed
+
+    return not_installed(missing_package(error) or "")
+
+
+def run_as_process(main: Callable[[], None]) -> NoReturn:
+    """Run the `main` of a process that has imported torch, and end the process at once.
+
+    At Python's own exit a thread of a library that still runs could abort it, and a job that is done, or that is not to be run
+    again, would be taken for one that was killed.
+    """
+    code: object = 0
+    try:
+        main()
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = EXIT_DEFECT
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else EXIT_DEFECT)
+
+
+def leave(line: str, code: int) -> NoReturn:
+    """Print a line and exit."""
+    sys.stderr.write(f"{escaped(line)}\n")
+    sys.exit(code)
+
+
+@contextmanager
+def interrupted_by(signals: list[signal.Signals]) -> Iterator[None]:
+    """Have signals raise KeyboardInterrupt, as Ctrl-C does, where they would end the process at once."""
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    changed = [number for number in signals if in_main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
-    except (UsageError, DataError, MissingInputError) as error:
-        if not quiet:
-            sys.stderr.write(f"{command}: error: {escaped(error)}\n")
-        sys.exit(error.exit_code)
-    except Stopped as stop:
-        if not quiet:
-            sys.stderr.write(f"{command}: {escaped(stop)}\n")
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        if not quiet:
-            sys.stderr.write(f"{command}: interrupted\n")
-        sys.exit(EXIT_AGAIN)
-    except BrokenPipeError:
-        # `lmdist-generate ... | head` has read enough. Python would print the error again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except ImportError as error:
-        from lmdist.extras import missing_package, not_installed
-
-        if not (package := missing_package(error)):
-            raise
-        if not quiet:
-            sys.stderr.write(f"{command}: error: {not_installed(package)}\n")
-        sys.exit(EXIT_USAGE)
+    finally:
+        for number in changed:
+            if signal.getsignal(number) is signal.default_int_handler:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def escaped(message: object) -> str:

@@ -1,8 +1,9 @@
 """Requests to stop, and processes that are killed with their parent.
 
-SIGTERM is how Kubernetes, Slurm and torchrun ask a job to stop; Ctrl-C is how a person does. During the preparation a request
-ends the job at once. In the training loop it is deferred to the end of a step, so that the step can be saved. This module
-does not know what a step is, nor which other processes must be informed.
+SIGTERM is how Kubernetes, Slurm and torchrun ask a job to stop; Ctrl-C is how a person does; SIGHUP comes when a terminal is
+closed, SIGUSR1 from `sbatch --signal`. During the preparation a request ends the job at once. In the training loop it is
+deferred to the end of a step, so that the step can be saved. This module does not know what a step is, nor which other
+processes must be informed.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import sys
 import time
 from types import FrameType
 
-from lmdist.errors import Stopped
+from lmdist.errors import STOP_SIGNALS, Stopped
 
 AGENT = "LMDIST_AGENT"
 """Environment variable of the ranks that the launcher started: the process id of their parent."""
+FIRST_FAILURE = "LMDIST_FIRST_FAILURE"
+"""Environment variable of the same: a file that the first rank that fails creates, with its exit code."""
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SECOND_INTERRUPT_SECONDS = 2.0
 """A later Ctrl-C is a second request; an earlier one is the first, forwarded by the launcher."""
@@ -37,14 +40,17 @@ class StopRequest:
         return self.requested_at is not None
 
     def listen(self) -> StopRequest:
-        """Handle SIGTERM and SIGINT from now on."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
+        """Handle Ctrl-C and the other requests from now on, but not a SIGHUP that `nohup` has had ignored."""
+        for number in (signal.SIGINT, *STOP_SIGNALS):
+            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.handle)
+        if hasattr(signal, "pthread_sigmask"):  # job/__init__.py has held them back
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, *STOP_SIGNALS))
         return self
 
     def ignore(self) -> None:
         """Ignore further requests: Python removes its handlers before it exits, and a late one would change the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT, *STOP_SIGNALS):
             signal.signal(number, signal.SIG_IGN)
 
     def handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,27 +1,38 @@
 """The training job: `torchrun --nproc_per_node=4 -m lmdist.train [--config recipe.toml] [--section.key value ...]`.
 
 Reads the recipe, joins the job, and calls the loop in training/loop.py. torch is imported after the recipe is checked, so that
-`--help` and usage errors are fast. Only rank 0 prints.
+`--help` and usage errors are fast. Only rank 0 prints, but for the rank that is the first to fail.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 from lmdist.console import log
-from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, exit_on_error, one_line, require
+from lmdist.errors import (
+    EXIT_AGAIN,
+    EXIT_DEFECT,
+    Stopped,
+    UsageError,
+    exit_code_of,
+    exit_on_error,
+    one_line,
+    require,
+    run_as_process,
+)
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
-from lmdist.signals import AGENT, StopRequest, die_with_parent
+from lmdist.signals import AGENT, FIRST_FAILURE, StopRequest, die_with_parent
 from lmdist.storage.atomic import TakenError
 from lmdist.storage.locks import exclusive_lock
 from lmdist.text.prepare import prepare
 from lmdist.tracking.address import packages_of, store_address
-from lmdist.tracking.run_folder import JOB_LOCK
+from lmdist.tracking.run_folder import JOB_LOCK, check_run_folder
 
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just exiting, such as the one before a restart."""
@@ -35,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:
         die_with_parent(int(os.environ.get(AGENT, 0)) or None)
-    with exit_on_error("lmdist.train", quiet=not is_main), nullcontext() if is_main else after_rank_0():
+    with exit_on_error("lmdist.train"), reported_once(is_main=is_main):
         stop = StopRequest().listen()
         from lmdist import config
 
         recipe = config.load(argv, quiet=not is_main)
         require_packages(recipe)
+        check_run_folder(Path(recipe.run_folder))
         prepare_if_absent(recipe, is_main=is_main)
 
         import torch
@@ -54,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
                 )
                 loop.train(recipe, world, stop)
-            except torch.OutOfMemoryError as error:
-                raise UsageError(
-                    "the GPU's memory is full: lower data.global_batch or data.window, or raise training.accumulation "
-                    f"({one_line(error)})"
-                ) from None
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
+                if distributed.out_of_memory(error):
+                    which = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
+                    raise UsageError(
+                        f"{which} memory is full: lower data.global_batch or data.window, raise training.accumulation, "
+                        f"or take a smaller model ({one_line(error)})"
+                    ) from None
                 if not distributed.lost_peer(error):
                     raise
                 time.sleep(PEERS_FIRST)
@@ -74,13 +87,34 @@ def require_packages(recipe: Recipe) -> None:
 
 
 @contextmanager
-def after_rank_0() -> Iterator[None]:
-    """Delay a user's error: rank 0 has it too and prints it, unless torchrun ends rank 0 because this rank exits first."""
+def reported_once(*, is_main: bool) -> Iterator[None]:
+    """Have one rank of a machine report why the job fails or stops: the first that fails; for all else rank 0."""
     try:
         yield
-    except (UsageError, DataError, MissingInputError):
-        time.sleep(PEERS_FIRST)
+    except (Stopped, KeyboardInterrupt):
+        if not is_main:
+            sys.exit(EXIT_AGAIN)
         raise
+    except Exception as error:
+        code = exit_code_of(error)
+        is_first = is_first_failure(code) if FIRST_FAILURE in os.environ else is_main
+        if code == EXIT_DEFECT or is_first:
+            raise
+        if FIRST_FAILURE not in os.environ:  # rank 0 has it too, and would be ended by torchrun if this rank exited first
+            time.sleep(PEERS_FIRST)
+        sys.exit(code)
+
+
+def is_first_failure(code: int) -> bool:
+    """Record the exit code of this rank for the agent (job/agent.py); return whether no other rank has done so before."""
+    try:
+        with open(os.environ[FIRST_FAILURE], "x", encoding="ascii") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # a full disk: rather reported twice than not at all
+    return True
 
 
 def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
@@ -94,7 +128,8 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
         return
     if is_main:
         try:
-            prepare(settings, folder)
+            with redirect_stdout(sys.stderr):  # a job has no results on stdout
+                prepare(settings, folder)
         except TakenError:
             log(f"{folder} was prepared by another job meanwhile, and is used as it is")
     while not folder.exists():
@@ -102,4 +137,4 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_process(main)

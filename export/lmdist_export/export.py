@@ -16,11 +16,10 @@ from typing import Any
 
 from lmdist.bounds import at_least, check
 from lmdist.console import log, table
-from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error, require
-from lmdist.storage.atomic import refuse_to_replace_link
+from lmdist.errors import EXIT_DEFECT, CommandParser, DataError, MissingInputError, UsageError, exit_on_error, require
+from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
-DEFECT = 1
 LAYOUTS = ("bundle", "sherpa-onnx")
 
 
@@ -77,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export, or report in one line why not."""
-    arguments = parser().parse_args(argv)
     with exit_on_error(EXPORT_COMMAND):
+        arguments = parser().parse_args(argv)
         if arguments.layout == "sherpa-onnx":
             check_flags(arguments)
         if arguments.max_perplexity_loss is not None:
@@ -94,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = run_sherpa_layout(arguments) if arguments.layout == "sherpa-onnx" else run_bundle_layout(arguments)
         except MismatchError as error:
             log(f"the graph differs from torch, nothing was written: {error}", EXPORT_COMMAND)
-            sys.exit(DEFECT)
+            sys.exit(EXIT_DEFECT)
         sys.stdout.write(table(rows, width=14))
         if arguments.register:
             sys.stdout.flush()
@@ -190,9 +189,7 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
 
     refuse_to_replace_link(output)
     if not os.path.lexists(output):
-        place = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
-        if not os.path.isdir(place) or not os.access(place, os.W_OK):
-            raise UsageError(f"-o {output}: nothing can be written in {place}; give another name")
+        check_output_folder("-o", output)
         return
     if not overwrite:
         raise UsageError(f"{output} exists already: give another name, or --overwrite to replace it")

@@ -105,8 +105,8 @@ def argparse_options(row: Row) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate text, or print in one line why that is not possible."""
-    arguments = parser().parse_args(argv)
-    with exit_on_error(COMMAND):
+    with exit_on_error(COMMAND, ends_with_reader=True):
+        arguments = parser().parse_args(argv)
         run(arguments)
 
 
@@ -187,7 +187,7 @@ class Prompts:
         if arguments.prompts_file is not None:
             self.lines = Lines([arguments.prompts_file], COMMAND)
         elif arguments.prompt is None and has_input(sys.stdin):
-            log('prompts are read from stdin, one a line; without any, or with --prompt "", a text begins', COMMAND)
+            log('prompts are read from stdin, one a line; --prompt "" begins a text without one', COMMAND)
             self.lines = from_stdin(stream=arguments.stream)
         self.words: list[list[str]] = []
         """The words of each prompt that was read."""

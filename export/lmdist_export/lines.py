@@ -5,7 +5,6 @@ This module does not know what a command does with a line.
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import sys
@@ -60,10 +59,8 @@ class Lines:
 
 @contextmanager
 def opened(name: str) -> Iterator[IO[bytes]]:
-    """Open a file, or stdin; raises DataError where it cannot be read, and UsageError where there is no stdin."""
+    """Open a file, or stdin; raises DataError where it cannot be read."""
     if name == STDIN:
-        if sys.stdin is None:
-            raise UsageError("stdin is closed, and text is expected there: give a file, or < FILE")
         yield sys.stdin.buffer
         return
     try:
@@ -73,26 +70,24 @@ def opened(name: str) -> Iterator[IO[bytes]]:
         raise DataError(f"{name} cannot be read: {error.strerror}") from None
 
 
-def has_input(stdin: IO[str] | None) -> bool:
+def has_input(stdin: IO[str]) -> bool:
     """Return whether somebody has given text on stdin: a pipe or a file, and no terminal nor /dev/null."""
     try:
-        mode = os.fstat(stdin.fileno()).st_mode if stdin else 0
-    except (OSError, ValueError):  # it is closed, or no file
+        mode = os.fstat(stdin.fileno()).st_mode
+    except (OSError, ValueError):  # it is no file
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 @contextmanager
 def output_file(path: Path | None, command: str) -> Iterator[IO[str]]:
-    """Yield the file to write, or stdout, in UTF-8 whatever the machine's own encoding is.
+    """Yield the file to write, which is atomic, or stdout.
 
-    The file is atomic. Where the command is interrupted, or its next line cannot be used, it has what was written before.
+    Where the command is interrupted, or its next line cannot be used, the file has what was written before.
     """
     if path is None:
-        if sys.stdout is None:
+        if sys.__stdout__ is None:
             raise UsageError("stdout is closed: give a file by -o FILE")
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         yield sys.stdout
         return
     from lmdist.storage.atomic import atomic_file  # a command that writes to stdout has no need of it

@@ -105,9 +105,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score text, or print in one line why that is not possible."""
-    arguments = parser().parse_intermixed_args(argv)  # files may follow options
-    with exit_on_error(COMMAND):
-        run(arguments)
+    with exit_on_error(COMMAND, ends_with_reader=True):
+        run(parser().parse_intermixed_args(argv))  # files may follow options
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,3 +2,14 @@
 
 Nothing here knows what the ranks compute.
 """
+
+import signal
+
+
+def main() -> None:
+    """Run the launcher. A stop that arrives during its imports is held back until it listens, and is not lost."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    from lmdist.job import launcher
+
+    launcher.main()

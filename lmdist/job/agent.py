@@ -19,8 +19,19 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lmdist.console import log
-from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, UsageError, exit_on_error, one_line
-from lmdist.signals import AGENT, die_with_parent
+from lmdist.errors import (
+    EXIT_AGAIN,
+    EXIT_DATA,
+    EXIT_MISSING_INPUT,
+    EXIT_USAGE,
+    STOP_SIGNALS,
+    UsageError,
+    exit_on_error,
+    one_line,
+    run_as_process,
+)
+from lmdist.signals import AGENT, FIRST_FAILURE, die_with_parent
+from lmdist.standard_streams import guard
 
 COMMAND = "lmdist-train"
 DEFAULT_PORT = 29500
@@ -28,17 +39,21 @@ DEFAULT_PORT = 29500
 JOIN_TIMEOUT_SECONDS = 600.0
 """How long a machine tries to reach machine 0; torchrun's own."""
 REPORT_AFTER_SECONDS = 10.0
-"""Waiting for machine 0 is reported after this time."""
+"""Waiting for other machines is reported after this time, and for ranks of theirs again and again."""
+REPORT_AGAIN_SECONDS = 60.0
 EXIT_GRACE_SECONDS = 5.0
 """How long an agent may take to exit by itself after machine 0 has ended the attempt."""
 
 
 def main() -> None:
     """Run the ranks until they have ended."""
+    guard()  # before torch, whose loggers take stderr as it is when they are made
     die_with_parent()
     # The launcher forwards a stop to the ranks as SIGTERM, and the agent waits for them. A rank inherits SIG_IGN, but not a
     # handler: so SIGTERM ends one that has no handler of its own yet, and is not lost.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
+            signal.signal(number, lambda number, frame: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[AGENT] = str(os.getpid())
 
@@ -53,13 +68,15 @@ def main() -> None:
         if arguments.rdzv_backend == "static" and arguments.nnodes != "1" and arguments.node_rank > 0:
             connection = connect(arguments.master_addr, arguments.master_port or DEFAULT_PORT)
             threading.Thread(target=exit_with, args=(connection,), name="machine 0", daemon=True).start()
+        if arguments.nnodes != "1":
+            threading.Thread(target=report_waiting, args=(arguments.nnodes,), name="waiting", daemon=True).start()
         run(arguments)
     except ChildFailedError as failed:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         for rank, code in sorted(codes.items()):
             if code < 0:
                 log(f"rank {rank} was killed by {signal.Signals(-code).name}", COMMAND)
-        sys.exit(exit_code(list(codes.values())))
+        sys.exit(first_failure() or exit_code(list(codes.values())))
     except (DistError, TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         log(f"the rendezvous of the machines failed: {reason}", COMMAND)
@@ -106,6 +123,19 @@ def connect(host: str, port: int) -> socket.socket:
             time.sleep(0.2)
 
 
+def report_waiting(machines: str) -> None:
+    """Report, now and then, that no rank has been started yet, because not all machines have joined."""
+    import psutil
+
+    pause = REPORT_AFTER_SECONDS
+    while True:
+        time.sleep(pause)
+        if psutil.Process().children():
+            return
+        log(f"waiting until all {machines} machines have joined", COMMAND)
+        pause = REPORT_AGAIN_SECONDS
+
+
 def exit_with(connection: socket.socket) -> NoReturn:
     """Exit soon after the agent of machine 0, which closes its end of the connection when it exits.
 
@@ -123,6 +153,19 @@ def exit_with(connection: socket.socket) -> NoReturn:
     os._exit(EXIT_AGAIN)  # the ranks are killed with this process
 
 
+def first_failure() -> int:
+    """Return the exit code of the rank of this machine that failed first, 0 where none has recorded it.
+
+    What follows the first failure is no sign of its cause: a rank that has lost a peer, or is stopped by torchrun, exits
+    with 75, and one whose libraries are torn down beside running threads may be killed by SIGABRT.
+    """
+    try:
+        with open(os.environ[FIRST_FAILURE], encoding="ascii") as file:
+            return int(file.read() or 0)
+    except (KeyError, OSError, ValueError):
+        return 0
+
+
 def exit_code(codes: list[int]) -> int:
     """Return one exit code for all ranks: a user's mistake before a killed rank, a killed rank before its peers' codes."""
     for mistake in (EXIT_USAGE, EXIT_DATA, EXIT_MISSING_INPUT):
@@ -132,4 +175,4 @@ def exit_code(codes: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_process(main)

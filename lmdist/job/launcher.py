@@ -6,7 +6,8 @@ controls:
     lmdist-train ─ agent (torchrun) ─┬─ rank 0
                                      └─ rank 1 ...
 
-* SIGTERM and Ctrl-C are forwarded to the ranks, which agree on a step, save it and exit; the launcher then exits with 75.
+* A stop (SIGTERM, Ctrl-C, a terminal that is closed, SIGUSR1 or SIGUSR2) is forwarded to the ranks, which agree on a step, save
+  it and exit; the launcher then exits with 75.
 * When a rank or a machine fails, all ranks restart from the newest checkpoint, up to `--restarts` times in a row.
 * Child processes are killed with their parent; an agent that outlives its ranks is killed.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -42,8 +44,8 @@ from lmdist.errors import (
     require,
 )
 from lmdist.job.agent import COMMAND
-from lmdist.signals import StopRequest, die_with_parent
-from lmdist.tracking.run_folder import CHECKPOINTS, is_finished
+from lmdist.signals import FIRST_FAILURE, StopRequest, die_with_parent
+from lmdist.tracking.run_folder import CHECKPOINTS, check_run_folder, is_finished
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
@@ -64,8 +66,8 @@ LONGEST_BACKOFF_SECONDS = 60.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, with restarts, and exit with the code of the ranks."""
-    stop = StopRequest().listen()
     with exit_on_error(COMMAND):
+        stop = StopRequest().listen()
         own = parser()
         arguments, flags = own.parse_known_args(argv)
         check("--restarts", arguments.restarts, at_least(0))
@@ -76,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lmdist.train import require_packages
 
         recipe = config.load(["--help"] if arguments.help else flags, other_options=own.options)
+        check_run_folder(Path(recipe.run_folder))
+        if (arguments.nnodes or os.environ.get("PET_NNODES", "1")) == "1":
+            check_loopback()
         require("psutil")
         require_packages(recipe)
         stop.deferred = True
@@ -148,7 +153,7 @@ def start_agent(arguments: argparse.Namespace, ranks: str, logs: str, flags: lis
     options = [f"--nproc-per-node={ranks}", "--max-restarts=0", f"--log-dir={logs}", "--signals-to-handle=SIGQUIT"]
     own = {name: getattr(arguments, name) for name in ("nnodes", "node_rank", "master_addr", "master_port")}
     options += [f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value is not None]
-    environment = {**MEMORY_ENVIRONMENT, **os.environ}
+    environment = {**MEMORY_ENVIRONMENT, **os.environ, FIRST_FAILURE: str(Path(logs) / "first_failure")}
     if ranks.isdigit() and int(ranks):  # torchrun resolves names, such as gpu
         environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // int(ranks))))
     launcher = os.getpid()
@@ -209,6 +214,18 @@ def children_of(agent: subprocess.Popen[bytes]) -> set[int] | None:
         return {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
     except psutil.Error:
         return None
+
+
+def check_loopback() -> None:
+    """Raise UsageError where this machine cannot reach itself: its ranks would look for each other for minutes."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=10).close()
+    except OSError as error:
+        raise UsageError(
+            f"this machine does not reach itself at 127.0.0.1 ({error.strerror or error}), as its ranks must: "
+            "bring the loopback interface up (ip link set lo up)"
+        ) from None
 
 
 def default_ranks(recipe: Recipe, nnodes: str | None) -> int:

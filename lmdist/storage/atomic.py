@@ -169,6 +169,15 @@ def check_output_file(output: Path) -> None:
         raise UsageError(f"-o {output}: nothing can be written in {output.parent}; create it first, or give another name")
 
 
+def check_output_folder(flag: str, output: Path) -> None:
+    """Raise UsageError where nothing could be written in the folder that a flag names, which need not exist yet."""
+    place = next(place for place in (output, *output.absolute().parents) if os.path.lexists(place))
+    if not os.path.isdir(place):
+        raise UsageError(f"{flag}: {place} is not a folder, and is to be one; give another name")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag}: nothing can be written in {place}; give another name")
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lmdist.errors import DataError, MissingInputError
 
@@ -54,7 +55,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Open a file for reading; raise MissingInputError, or DataError for a link, a folder or a pipe."""
     file_size(path)  # a pipe is not even opened
     try:

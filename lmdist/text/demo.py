@@ -80,8 +80,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the CSV and print where it is."""
-    arguments = parser().parse_args(argv)
     with exit_on_error("lmdist.text.demo"):
+        arguments = parser().parse_args(argv)
         count = write_demo(arguments.output)
         command = ["lmdist-prepare", arguments.output, "--group-by", "title", "-o", unused(Path("data/demo"))]
         sys.stdout.write(f"{count:,} articles in {arguments.output}\n{next_line(command)}\n")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import signal
 import sys
 import time
 from collections import Counter
@@ -252,8 +251,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             flags.pop("inputs", None)
         from lmdist.config import read_section
 
-        # As Ctrl-C does: the unfinished folder and the workers are removed.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        flags = vars(parser().parse_args(argv))
+        output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
+        if not flags.get("inputs"):
+            flags.pop("inputs", None)
         settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe else {}, flags)
         prepare(settings, output, overwrite=overwrite)
         name = output.resolve().name

@@ -185,7 +185,7 @@ ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 @contextmanager
 def open_zstd(raw: IO[bytes]) -> Iterator[io.RawIOBase]:
     """Decompress zstd, for which Python has no module."""
-    require("zstandard")
+    require("zstandard", purpose="a file packed with zstd cannot be read: ")
     import zstandard
 
     class Decompressed(io.RawIOBase):

@@ -6,19 +6,22 @@ The folder is the source of truth and MLflow holds a copy. This module does not 
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdist.console import log
-from lmdist.errors import Stopped
-from lmdist.storage.atomic import write_atomic
+from lmdist.errors import Stopped, UsageError
+from lmdist.storage.atomic import check_output_folder, write_atomic
 from lmdist.storage.locks import exclusive_lock
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
 
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+NEWEST = "newest"
+"""Among the checkpoints: a file with the name of the one that was written last."""
 RECIPE = "recipe.toml"
 """The resolved recipe."""
 FINISHED = "finished.toml"
@@ -27,6 +30,8 @@ METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
 SAMPLE = "sample.txt"
 """The last sample."""
+RUN_METADATA = "mlflow.json"
+"""What links the run to MLflow, and how it ended."""
 JOB_LOCK = ".lock"
 """Held by the job that trains in the folder."""
 TEST = "test/"
@@ -94,6 +99,16 @@ def append_figures(path: Path, step: int, values: dict[str, float]) -> None:
     with path.open("ab", buffering=0) as file:  # one write, at the end, whoever else appends
         truncated = path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"  # by a kill
         file.write((("\n" if truncated else "") + json.dumps(row) + "\n").encode())
+
+
+def check_run_folder(run: Path) -> None:
+    """Raise UsageError where a job could not write its run, before it trains for hours: a folder that is none, or a file."""
+    for folder in (run, run / CHECKPOINTS, run / SAMPLES):
+        check_output_folder("--run_folder", folder)
+    names = (RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK, f"{CHECKPOINTS}/{NEWEST}")
+    for path in (run / name for name in names):
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise UsageError(f"--run_folder {run}: {path} is no file, and is to be one: move it away, or name another folder")
 
 
 def is_finished(recipe: Recipe) -> bool:

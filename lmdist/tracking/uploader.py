@@ -20,7 +20,7 @@ from threading import Event, Thread
 from typing import IO, Any
 
 from lmdist.console import log
-from lmdist.errors import EXIT_AGAIN, Stopped
+from lmdist.errors import EXIT_AGAIN, STOP_SIGNALS, Stopped
 from lmdist.storage.locks import exclusive_lock
 from lmdist.tracking.address import is_file, store_address
 from lmdist.tracking.failures import is_final, reason
@@ -88,7 +88,7 @@ class Uploader:
 
 def follow(run: Path, stderr: IO[str]) -> int:
     """Upload a run until its job, at the other end of stdin, has ended; return the exit code. Messages go to `stderr`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *STOP_SIGNALS):
         signal.signal(number, signal.SIG_IGN)  # a job is often ended by a signal to all its processes; uploads remain
     os.nice(19)  # at 10 it still takes a tenth of a core from a training that uses them all
     job = JobStatus(sys.stdin)

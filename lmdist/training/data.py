@@ -25,6 +25,8 @@ Shapes: G global batch size, B batch size of this rank, T tokens. This module kn
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,10 +65,14 @@ class Batch(NamedTuple):
 
 
 class DataFolder:
-    """A data folder: its meta.json, tokenizer and vocabulary, and its token files as memory-mapped arrays."""
+    """A data folder: its meta.json, tokenizer and vocabulary, and its token files as memory-mapped arrays.
+
+    All of it is read or held open from the start: a job goes on, and saves checkpoints of the words it began with, when the
+    folder is removed or another one is put in its place.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Read all but the token files: a sample hours later needs the vocabulary and the tokenizer."""
+        """Read all but the token files."""
         check_folder(path, f"a data folder is expected: lmdist-prepare YOUR.csv -o {path} writes it")
         self.path = path
         self.meta = read_meta(path)
@@ -74,6 +80,13 @@ class DataFolder:
         verify_checksums(path, {name: files[name] for name in names if name in files}, names)
         self.tokenizer = WordTokenizer.load(path / TEXT)
         self.vocabulary = Vocabulary.load(path / VOCABULARY, self.meta["vocabulary_size"], "meta.json")
+        self.contents = {name: (path / name).read_bytes() for name in names}
+        """The vocabulary's and the tokenizer's files."""
+        for name, content in self.contents.items():
+            if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
+                raise DataError(f"{path / name} was changed while it was read: wait until the folder is complete")
+        self.in_use: dict[str, tuple[np.ndarray, os.stat_result]] = {}
+        """The token files that are mapped, and what they were then, by name."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -101,7 +114,9 @@ class DataFolder:
         if not size:
             raise DataError(f"{path} is empty: prepare the folder anew from more text")
         try:
-            tokens = np.memmap(path, dtype=dtype, mode="r")
+            with path.open("rb") as file:
+                tokens = np.memmap(file, dtype=dtype, mode="r")
+                self.in_use[path.name] = tokens, os.fstat(file.fileno())
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from None
         # This reads the whole file, which then is in the page cache for the first epoch. Without the check an id outside the
@@ -112,6 +127,26 @@ class DataFolder:
                 f"{path} is damaged: it has a token {largest}, and the vocabulary ends at {self.vocabulary_size - 1}"
             )
         return tokens
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if a token file in use was written to since it was mapped: batches would come from another text.
+
+        One that was removed, or replaced by another file, is still what it was to this process.
+        """
+        for name, (tokens, before) in self.in_use.items():
+            try:
+                now = os.stat(self.path / name)
+            except OSError:
+                continue
+            if (now.st_dev, now.st_ino) != (before.st_dev, before.st_ino) or now.st_mtime_ns == before.st_mtime_ns:
+                continue
+            expected = self.meta["files"][name]["sha256"]
+            if now.st_size != before.st_size or hashlib.sha256(tokens.view(np.uint8).data).hexdigest() != expected:
+                raise DataError(
+                    f"{self.path / name} was overwritten while the job read it, and nothing is saved since: prepare other text "
+                    "into another folder, and this one anew to continue"
+                )
+            self.in_use[name] = tokens, now
 
 
 def folder_of_model(manifest: dict[str, Any], given: Path | None, otherwise: str = "") -> DataFolder:

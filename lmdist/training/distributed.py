@@ -121,13 +121,16 @@ class World:
         rows = self.gather(torch.frombuffer(bytearray(data), dtype=torch.uint8)[None])  # (W, limit)
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
 
-    def close(self) -> None:
-        """Wait until all ranks have come this far, and leave the process group."""
-        if self.size > 1:
-            if self.pending:
-                self.pending[0].wait()
-            dist.all_reduce(torch.zeros(1), group=self.closing_group)
-            dist.destroy_process_group()
+    def close(self, *, interrupted: bool = False) -> bool:
+        """Wait until all ranks have come this far, leave the process group; return whether one of them was interrupted."""
+        if self.size == 1:
+            return interrupted
+        if self.pending:
+            self.pending[0].wait()
+        count = torch.tensor([float(interrupted)])
+        dist.all_reduce(count, group=self.closing_group)
+        dist.destroy_process_group()
+        return bool(count.item())
 
 
 class RowAverage:
@@ -171,9 +174,32 @@ class RowAverage:
         gradient.index_copy_(0, index, rows.to(gradient.dtype))
 
 
-def lost_peer(error: RuntimeError) -> bool:
+def lost_peer(error: Exception) -> bool:
     """Return whether an error means that another rank has died or did not answer in time."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether memory could not be allocated, that of a GPU or of the machine."""
+    is_cpus = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_cpus or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device that `name` (auto, cpu or cuda) is for a rank of this machine; raise UsageError if there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise UsageError("the device is to be cuda, and torch sees no CUDA device: check nvidia-smi and the torch build")
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"rank {local_rank} of this machine needs GPU number {local_rank}, and there are {torch.cuda.device_count()}: "
+            f"start torchrun with --nproc_per_node={torch.cuda.device_count()}, or with --training.device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device(name, local_rank)
 
 
 def join_job(device: str, global_batch: int, accumulation: int, timeout_seconds: float) -> World:
@@ -185,26 +211,14 @@ def join_job(device: str, global_batch: int, accumulation: int, timeout_seconds:
             f"data.global_batch {global_batch} cannot be divided evenly over {size} ranks x {accumulation} parts: "
             f"take a multiple of {size * accumulation}, or a number of ranks out of {fitting or 'none'}"
         )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("training.device is cuda, and torch sees no CUDA device: check nvidia-smi and the torch build")
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"rank {rank} needs GPU number {local_rank}, and this machine has {torch.cuda.device_count()}: "
-                f"start torchrun with --nproc_per_node={torch.cuda.device_count()}, or with --training.device cpu"
-            )
-        torch.cuda.set_device(local_rank)
-    own_device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    own_device = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     closing_group = None
     if size > 1:
         # gloo beside NCCL: flags and figures of the job are in the CPU's memory, and wait for no GPU.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
-            device_id=own_device if device == "cuda" else None,
+            device_id=own_device if own_device.type == "cuda" else None,
         )
         closing_group = dist.new_group(backend="gloo", timeout=CLOSE_TIMEOUT)
         assert isinstance(closing_group, dist.ProcessGroup), closing_group  # a number on ranks outside it: none is

@@ -215,13 +215,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of a model, or of an ensemble, on a text."""
     from lmdist.training.checkpoints.read import load_model
     from lmdist.training.checkpoints.retain import find_checkpoint
-    from lmdist.training.distributed import join_job
+    from lmdist.training.distributed import World, choose_device
     from lmdist.training.neural_cache import WINDOW
 
     paths = [find_checkpoint(path) for path in arguments.checkpoints]
     model, manifest = load_model(paths[0])
     check_same_vocabulary(paths, manifest)
-    world = join_job(arguments.device, global_batch=1, accumulation=1, timeout_seconds=120)
+    world = World(0, 1, choose_device(arguments.device))  # whatever WORLD_SIZE says, as in the pod of a training job
     texts = read_texts(arguments, paths[0], manifest)
     for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
         if tokens is not None and len(tokens) < arguments.streams:

@@ -32,13 +32,14 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     """Train by `recipe`, from its newest checkpoint or from scratch; raise Stopped when `stop` is requested."""
     torch.set_flush_denormal(True)
     run = set_up(recipe, world)
-    recipe, progress, training_step = run.recipe, run.progress, run.training_step  # the recipe with the chosen precision
-    saver = Saver(run.path / CHECKPOINTS, config.as_dict(recipe), run.folder.path, recipe.checkpoint.keep)
+    asked, recipe = recipe, run.recipe  # the second has the precision that was chosen
+    progress, training_step = run.progress, run.training_step
+    saver = Saver(run.path / CHECKPOINTS, config.as_dict(recipe), run.folder, recipe.checkpoint.keep)
     nats, last_save = NatsTotal(world, progress.nats, progress.counted), time.monotonic()
     saving = stopping = False
     stop.deferred = True  # from here on a request to stop waits for the end of a step
 
-    with report_on(run) as report, closing(saver):
+    with report_on(run, stop) as report, closing(saver):
         while True:
             # Between two steps: validate, unless the validation is in the checkpoint already; save; leave.
             if run.validation_due and progress.valid_nats is None and not stopping:
@@ -56,6 +57,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                 progress.loss_scale = training_step.scaler.state_dict()
                 streams = tuple(world.gather(part) for part in training_step.state)  # parts (G, S)
                 if world.is_main:
+                    run.folder.check_unchanged()
                     averaged = run.averaging.averaged
                     saver.save(take_snapshot(progress, run.model, training_step.optimizer, streams, averaged))
                 last_save = time.monotonic()
@@ -99,9 +101,12 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             raise Stopped(
                 f"stopped on request after step {progress.step:,}, which is saved; --resume auto continues from there"
             )
-        report.finish()
-    mark_finished(run)
-    world.close()  # after all is written: a rank that is lost and restarted earlier would have no peers
+        interrupted = report.finish()
+    if not interrupted:
+        mark_finished(run, asked)
+    # After all is written: a rank that is lost and restarted earlier would have no peers.
+    if world.close(interrupted=interrupted):
+        raise Stopped("stopped on request in the last sample; the run is saved, and --resume auto samples anew")
 
 
 def is_multiple(step: int, every: int) -> bool:

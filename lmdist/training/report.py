@@ -16,6 +16,8 @@ import torch
 from lmdist import config
 from lmdist.console import ProgressBar, duration, next_line, unused
 from lmdist.perplexity import perplexity
+from lmdist.settings import Recipe
+from lmdist.signals import StopRequest
 from lmdist.storage.atomic import write_atomic
 from lmdist.tracking.logger import MetricsLogger, RunLogger, logger_of_rank
 from lmdist.tracking.plot import plot_losses
@@ -32,13 +34,13 @@ TIMED_STEPS = 15
 
 
 @contextmanager
-def report_on(run: Run) -> Iterator[Report]:
-    """Open the logger and the progress bar of a run, and print what the job is about to do."""
+def report_on(run: Run, stop: StopRequest) -> Iterator[Report]:
+    """Open the logger and the progress bar of a run, and print what the job is about to do; a `stop` cuts samples short."""
     total, done, silent = run.total_steps, run.progress.step, not run.world.is_main
     with open_logger(run) as logger, ProgressBar(total, "step", done=done, silent=silent) as console:
         for line in announcement(run):
             console.log(line)
-        yield Report(run, logger, console)
+        yield Report(run, logger, console, stop)
 
 
 def open_logger(run: Run) -> MetricsLogger:
@@ -101,10 +103,11 @@ def announcement(run: Run) -> list[str]:
 class Report:
     """Reports on a run in the course of training."""
 
-    def __init__(self, run: Run, logger: MetricsLogger, console: ProgressBar) -> None:
+    def __init__(self, run: Run, logger: MetricsLogger, console: ProgressBar, stop: StopRequest) -> None:
         self.run = run
         self.logger = logger
         self.console = console
+        self.stop = stop
         self.tokens_before = run.progress.tokens
         self.seconds_before = run.progress.seconds
         self.first_step = run.progress.step
@@ -169,12 +172,14 @@ class Report:
         )
         self.write_picture_and_sample(f"{SAMPLES}/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
 
-    def finish(self) -> None:
-        """Write the last sample and picture, and print where the results are."""
+    def finish(self) -> bool:
+        """Write the last sample and picture, and print where the results are; return whether a stop has cut it short."""
         if not self.logger.writes:
-            return
+            return False
         run, path, num_tokens = self.run, self.run.path, self.run.recipe.sample.final_words
         self.write_picture_and_sample(SAMPLE, num_tokens)
+        if num_tokens and self.stop.requested:
+            return True
         early = f"ended before step {run.total_steps:,}: {run.recipe.training.patience} validations without a better one"
         lines = [
             *([early] if run.progress.step < run.total_steps else []),
@@ -186,6 +191,7 @@ class Report:
         ]
         for line in lines:
             self.console.log(line)
+        return False
 
     def next_line(self) -> str:
         """Return the commands that measure the model on text that it was not trained on, if there is any, and export it."""
@@ -212,7 +218,8 @@ class Report:
     def sample(self, num_tokens: int) -> str:
         """Return a text that the model generates; its seed is the run's plus the step."""
         run = self.run
-        ids = sample(run.averaging.model, num_tokens, run.recipe.sample.temperature, seed=run.recipe.seed + run.progress.step)
+        seed = run.recipe.seed + run.progress.step
+        ids = sample(run.averaging.model, num_tokens, run.recipe.sample.temperature, seed, self.stop)
         return run.folder.tokenizer.detokenize(run.folder.vocabulary.decode(ids)) + "\n"
 
 
@@ -221,8 +228,8 @@ def age(path: Path) -> float:
     return time.time() - path.stat().st_mtime if path.exists() else float("inf")
 
 
-def mark_finished(run: Run) -> None:
-    """Write the recipe to finished.toml, so that a restarted job exits at once."""
+def mark_finished(run: Run, asked: Recipe) -> None:
+    """Write the recipe as it was asked for, without what was chosen for it, to finished.toml: a restarted job exits at once."""
     if run.world.is_main:
         with suppress(OSError):  # on a full disk the checkpoint is what counts
-            write_atomic(run.path / FINISHED, config.as_toml(dataclasses.replace(run.recipe, resume="auto")))
+            write_atomic(run.path / FINISHED, config.as_toml(dataclasses.replace(asked, resume="auto")))

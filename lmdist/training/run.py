@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lmdist import config
 from lmdist.console import unused
 from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
@@ -52,7 +54,7 @@ class Run:
     total_steps: int
     precision: Precision
     hints: list[str]
-    """Lines for the user about the speed of the model on this machine."""
+    """Lines for the user: what has changed since the checkpoint, and about the speed of the model on this machine."""
 
     @property
     def path(self) -> Path:
@@ -109,7 +111,8 @@ def set_up(recipe: Recipe, world: World) -> Run:
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
     training_step = TrainingStep(recipe, model, precision, world)
-    hints = configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
+    hints = changed_settings(newest, recipe) if newest else []
+    hints += configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
     progress = Progress() if newest is None else restore(newest, recipe, training_step)
     averaging = Averaging(recipe.averaging, model, progress)
     if newest:
@@ -162,20 +165,15 @@ def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, 
 
 def differences_from(manifest: dict[str, Any], recipe: Recipe, folder: DataFolder) -> list[str]:
     """Return what a checkpoint was trained with that this recipe and its data folder have not: data, model, optimizer."""
-    trained = manifest["recipe"]
-    pairs = {
-        "seed": (trained["seed"], recipe.seed),
-        "optimizer.name": (trained["optimizer"]["name"], recipe.optimizer.name),
-    }
-    for section, settings in (("model", recipe.model), ("data", recipe.data)):
-        for key, value in dataclasses.asdict(settings).items():
-            if (section, key) not in (("data", "folder"), ("data", "valid_batch")):
-                pairs[f"{section}.{key}"] = (trained[section][key], value)
-    settings = [f"{name}: the run has {before}, the recipe {now}" for name, (before, now) in pairs.items() if before != now]
+    settings = [
+        f"{name}: the run has {before}, the recipe {now}"
+        for name, (before, now) in pairs_of(manifest["recipe"], recipe).items()
+        if before != now and is_fixed(name)
+    ]
     files = {VOCABULARY: manifest["files"], token_file("train"): manifest["data"]["files"]}
     data = [name for name, facts in files.items() if facts[name]["sha256"] != folder.meta["files"][name]["sha256"]]
     if data:
-        before = trained["data"]["folder"]
+        before = manifest["recipe"]["data"]["folder"]
         was = "when the run began" if before == str(folder.path) else f"{before}, which the run began with"
         settings.insert(0, f"data.folder: {folder.path} has another {' and '.join(data)} than {was}")
     return settings
@@ -192,6 +190,36 @@ def restore(newest: Checkpoint, recipe: Recipe, training_step: TrainingStep) -> 
         part = training_step.world.part_of(recipe.data.global_batch)
         training_step.state = tuple(stream[part].to(training_step.world.device) for stream in streams)  # parts (B, S)
     return progress
+
+
+def is_fixed(name: str) -> bool:
+    """Return whether a setting cannot change when a run is resumed.
+
+    The rest may: a step's learning rate, its dropout and all that says how long, how often and where follow from the recipe
+    alone, not from the steps before.
+    """
+    section, _, key = name.rpartition(".")
+    return (
+        name in ("seed", "optimizer.name")
+        or (section == "data" and key not in ("folder", "valid_batch"))
+        or (section == "model" and "dropout" not in key)
+    )
+
+
+def changed_settings(newest: Checkpoint, recipe: Recipe) -> list[str]:
+    """Return a line with the settings of the training that are others than the checkpoint's; none where there are none."""
+    changed = [
+        f"{name} {reprlib.repr(before)} -> {now!r}"
+        for name, (before, now) in pairs_of(newest[1]["recipe"], recipe).items()
+        if before != now and name.startswith(("model.", "optimizer.", "schedule.", "averaging."))
+    ]
+    return [f"  changed since step {newest[1]['progress']['step']:,}: {', '.join(changed)}"] if changed else []
+
+
+def pairs_of(before: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return each setting that a checkpoint's recipe has as well: its value there, and in `recipe`."""
+    now = config.flat(recipe)
+    return {name: (value, now[name]) for name, value in config.flat_values(before).items() if name in now}
 
 
 def restore_average(newest: Checkpoint, averaging: Averaging) -> None:

@@ -16,11 +16,12 @@ import psutil
 import pytest
 
 from lmdist.config import load
-from lmdist.errors import UsageError
+from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.job import agent, launcher
 from lmdist.job.agent import exit_code
-from lmdist.signals import StopRequest
+from lmdist.signals import FIRST_FAILURE, StopRequest
 from lmdist.tracking.run_folder import is_finished
+from lmdist.train import reported_once
 from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, train, train_here, wait_for_steps
 
 LONG = [*SMALL, "--model.dropout=0.3", "--training.epochs=25", "--checkpoint.every_steps=5", "--training.timeout_seconds=10"]
@@ -107,6 +108,9 @@ MISTAKES = {
     "a machine in words": (["--node-rank=first"], 64, "invalid int value: 'first'"),
     "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 tokens to train on"),
     "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere does not exist"),
+    "more than any memory": (["--nproc-per-node=2", "--model.hidden_size=1000000"], 64, "this machine's memory is full"),
+    "a file for a folder": (["--run_folder=data/vocab.txt"], 64, "data/vocab.txt is not a folder"),
+    "a folder for a file": (["--run_folder=odd"], 64, "odd/checkpoints/newest is no file"),
     "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
     "restarts without end": (["--restarts=-1"], 64, "--restarts is -1; it must be at least 0"),
 }
@@ -116,6 +120,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_reported_once_and_its_exit_code_is_returned(data, tmp_path, mistake):
     flags, code, message = MISTAKES[mistake]
+    (tmp_path / "odd/checkpoints/newest").mkdir(parents=True)
     job = start(tmp_path, *SMALL, "--restarts=3", *flags)
     assert job.wait(timeout=60) == code
     assert printed(tmp_path).count(message) == 1
@@ -149,7 +154,7 @@ def test_a_stop_before_the_first_step_is_a_stop(data, tmp_path, moment):
 
 
 def can_unshare() -> bool:
-    command = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
+    command = ["unshare", "--pid", "--net", "--fork", "--mount-proc", "true"]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -221,9 +226,10 @@ def test_a_second_stop_does_not_change_the_exit_code():
 def test_a_machine_that_restarts_after_the_end_of_the_run_waits_for_no_peer(data, tmp_path, monkeypatch):
     """As when one of two machines is lost after the other has exited: there is no peer, and nothing to do."""
     monkeypatch.chdir(tmp_path)
-    train_here("--data.folder=data", "--training.steps=3")
+    train_here("--data.folder=data", "--training.steps=3", "--training.precision=auto")
     machine_1 = ["--nnodes=2", "--node-rank=1", "--master-addr=127.0.0.1", "--master-port=1"]
-    assert start(tmp_path, *machine_1, *SMALL, "--training.steps=3", "--resume=auto").wait(timeout=60) == 0
+    again = [*SMALL, "--training.steps=3", "--training.precision=auto", "--resume=auto"]
+    assert start(tmp_path, *machine_1, *again).wait(timeout=60) == 0
     assert printed(tmp_path) == "lmdist-train: runs/demo is finished already\n"
     other = load(["--data.folder=data", "--training.steps=4", "--resume=auto", *SMALL])
     assert not is_finished(other), "more steps are to be done"
@@ -259,6 +265,57 @@ def test_a_machine_that_waits_for_machine_0_reports_it_once(monkeypatch, capsys)
     with pytest.raises(TimeoutError, match="does not answer"):
         agent.connect("127.0.0.1", 1)
     assert capsys.readouterr().err.count("waiting for machine 0 at 127.0.0.1:1") == 1
+
+
+@pytest.mark.slow
+def test_machine_0_that_waits_for_others_says_so_again_and_again(data, tmp_path):
+    """A real torchrun alone in a job of two machines."""
+    waiting = "agent.REPORT_AFTER_SECONDS = agent.REPORT_AGAIN_SECONDS = 0.3"
+    flags = [
+        "--nnodes=2",
+        "--node-rank=0",
+        "--master-addr=127.0.0.1",
+        f"--master-port={29600 + os.getpid() % 1000}",
+        "-m",
+        "lmdist.train",
+    ]
+    code = f"import sys; from lmdist.job import agent; {waiting}; sys.argv[1:] = {flags!r}; agent.main()"
+    first = subprocess.Popen([sys.executable, "-c", code], env=environment(), stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    lines = [first.stderr.readline() for _ in range(2)]
+    first.kill()
+    first.communicate()
+    assert lines == ["lmdist-train: waiting until all 2 machines have joined\n"] * 2
+
+
+@pytest.mark.skipif(not can_unshare(), reason="no right to make a network namespace")
+def test_a_machine_that_does_not_reach_itself_is_told_at_once(data, tmp_path):
+    """A container without its loopback interface: gloo and torchrun's store would try for minutes."""
+    alone = ["unshare", "--net", sys.executable, "-m", "lmdist.job.launcher", "--data.folder=data", *SMALL]
+    done = subprocess.run(alone, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.count("\n")) == (64, 1)
+    assert "does not reach itself at 127.0.0.1" in done.stderr
+
+
+def test_the_first_rank_that_fails_says_why_and_its_code_is_the_jobs(tmp_path, monkeypatch):
+    """What the other ranks do afterwards is no sign of the cause: torchrun stops them, or they lose their peer."""
+    monkeypatch.setenv(FIRST_FAILURE, str(tmp_path / "first_failure"))
+    assert agent.first_failure() == 0
+    with pytest.raises(SystemExit) as stopped, reported_once(is_main=False):
+        raise Stopped("another rank was lost")
+    assert (stopped.value.code, agent.first_failure()) == (75, 0)
+    with pytest.raises(UsageError, match="memory"), reported_once(is_main=False):  # which is printed, though it is not rank 0
+        raise UsageError("the memory is full")
+    with pytest.raises(SystemExit) as second, reported_once(is_main=True):  # and is not printed again
+        raise DataError("no such file")
+    assert (second.value.code, agent.first_failure()) == (65, 64)
+
+
+def test_a_defect_on_one_rank_is_not_run_again_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setenv(FIRST_FAILURE, str(tmp_path / "first_failure"))
+    with pytest.raises(ZeroDivisionError), reported_once(is_main=False):
+        _ = 1 / 0
+    assert agent.first_failure() == 1
 
 
 def test_the_default_number_of_ranks_divides_the_batch(monkeypatch):

@@ -186,10 +186,8 @@ def test_the_penalties_do_not_depend_on_holes():
     found = activation_penalty(raw, dropped, counted, 2, 1)
     torch.testing.assert_close(found, activation_penalty(raw[:2], dropped[:2], counted[:2], 2, 1))
     counted[1, 6] = False  # the end of a shorter stream
-    assert torch.equal(
-        activation_penalty(raw, dropped, counted, 2, 1),
-        activation_penalty(*(holes(values, counted) for values in (raw, dropped)), counted, 2, 1),
-    )
+    found = activation_penalty(raw, dropped, counted, 2, 1)
+    assert torch.equal(found, activation_penalty(holes(raw, counted), holes(dropped, counted), counted, 2, 1))
 
 
 def holes(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from lmdist_export.graph.sizes import Sizes
 from lmdist_export.options import EVERY_FEATURE, GenerationConfig, features_of
 from lmdist_export.sampling import runtime
 from lmdist_export.sampling.runtime import Runtime
-from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler
+from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler, fixed_bias
 from lmdist_export.sampling.state import State, concatenate, restored, uniform_numbers
 from support.mutations import damaged
 from support.sampling_reference import NEAR, Past, check_frequencies, expected, scores_of
@@ -163,7 +163,13 @@ def test_tokens_are_those_of_the_reference(kind: str, opened: Opened) -> None:
 def test_what_a_config_suppresses_is_never_generated(opened: Opened) -> None:
     sampler = opened("fp32")
     favored = tuple(([token], 4.0) for token in (0, 5, 9))
-    for forbidden in ({}, {"suppress_tokens": ()}, {"suppress_tokens": (0, 5)}, {"bad_words_ids": ([9], [7, 3])}):
+    forbidden_ones: list[dict[str, Any]] = [
+        {},
+        {"suppress_tokens": ()},
+        {"suppress_tokens": (0, 5)},
+        {"bad_words_ids": ([9], [7, 3])},
+    ]
+    for forbidden in forbidden_ones:
         config = GenerationConfig(sequence_bias=favored, **forbidden)
         tokens, _ = sampler.generate(sampler.start([[1, 7]] * 4).seeded(1), config, 50)
         banned = {*config.suppress_tokens, *(9 for _ in config.bad_words_ids)}
@@ -187,7 +193,7 @@ def test_tokens_of_any_seed_follow_the_models_distribution(opened: Opened) -> No
     logits, _ = sampler.next_logits([1, 7])
     state = sampler.prefill(sampler.start([[1, 7]]))
     for config in (GenerationConfig(), GenerationConfig(top_p=0.8), GenerationConfig(min_p=0.02, temperature=1.5)):
-        right = expected(logits[0].tolist(), config)
+        right = expected((logits[0] + fixed_bias(config, V)).tolist(), config)
         tokens, _ = sampler.generate(state.fork(4_000, seed=9), config, 1)
         assert set(tokens[0].tolist()) <= set(right.tokens)
         check_frequencies(tokens[0], dict(zip(right.tokens, right.probabilities, strict=True)))
@@ -460,7 +466,7 @@ def test_the_exported_graph_alone_generates_the_same_tokens(kind: str, opened: O
             "h": np.zeros((rows, sampler.sizes.state_size), np.float32),
             "c": np.zeros((rows, sampler.sizes.state_size), np.float32),
             "uniform": uniform_numbers(generators, 20, 1),
-            "bias": np.zeros(padded, np.float32),
+            "bias": sampler.padded(fixed_bias(config, sampler.sizes.vocabulary_size)),
             "stops": np.array([-1]),
             "going": np.ones(rows, np.bool_),
             "counts": np.zeros((rows, padded), np.float32),

@@ -95,7 +95,7 @@ def make_checkpoint(folder: Path) -> Path:
     state = step(model, optimizer, model.initial_state(ROWS))
     taken = take_snapshot(Progress(1, valid_nats=2.0), model, optimizer, state)
     recipe = Recipe(model=SETTINGS, data=DataSettings(folder=str(data), global_batch=ROWS, window=7))
-    return write_checkpoint(folder / "run" / "checkpoints", taken, config.as_dict(recipe), data)
+    return write_checkpoint(folder / "run" / "checkpoints", taken, config.as_dict(recipe), DataFolder(data))
 
 
 def step(model: LanguageModel, optimizer: torch.optim.Optimizer, state: Any) -> Any:

@@ -21,6 +21,7 @@ from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.format import OWN_CHECKSUM, Progress, own_checksum
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
+from lmdist.training.data import DataFolder
 from lmdist_export import export
 from lmdist_export.bundle import Bundle
 from lmdist_export.conversion.weights import write_graphs
@@ -78,7 +79,7 @@ def make_run(
     recipe = config.as_dict(Recipe(data=DataSettings(folder=str(data)), model=settings))
     run = folder / "runs" / "small"
     taken = take_snapshot(Progress(step=7), model, optimizer, None)
-    write_checkpoint(run / "checkpoints", taken, recipe, data)
+    write_checkpoint(run / "checkpoints", taken, recipe, DataFolder(data))
     return run
 
 
@@ -118,7 +119,8 @@ def command(*arguments: object, cwd: Path | None = None, given: str | None = Non
     """Run `python -m ...`, as its installed command does, with `given` on stdin, or nothing."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
-        **({"stdin": subprocess.DEVNULL} if given is None else {"input": given}),
+        stdin=subprocess.DEVNULL if given is None else None,
+        input=given,
         capture_output=True,
         text=True,
         encoding="utf-8",

@@ -20,6 +20,7 @@ from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import load_model, load_training, read_tensors, read_verified_manifest
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint, remove_old
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
+from lmdist.training.data import DataFolder
 from lmdist.training.optimizer import OPTIMIZERS, build_optimizer, optimizer_state
 from support.jobs import after_one_step
 from support.small_bundles import edit_json
@@ -34,7 +35,7 @@ def saved(tmp_path):
     model, optimizer, streams, recipe = after_one_step(ModelSettings(embedding_size=6, hidden_size=8), 20, rows=3)
     for step, nats in ((10, 2.0), (20, 1.5), (30, 1.9)):
         taken = take_snapshot(Progress(step, valid_nats=nats), model, optimizer, streams)
-        write_checkpoint(tmp_path / "run" / "checkpoints", taken, recipe, data)
+        write_checkpoint(tmp_path / "run" / "checkpoints", taken, recipe, DataFolder(data))
     return tmp_path / "run", model, optimizer, streams
 
 
@@ -67,7 +68,7 @@ def test_what_each_optimizer_keeps_is_saved_and_loaded_strictly(name, tmp_path):
     model.projection(hidden).square().sum().backward()
     optimizer.step()
     snapshot = take_snapshot(Progress(1), model, optimizer, tuple(part.detach() for part in state))
-    folder = write_checkpoint(tmp_path / "checkpoints", snapshot, config.as_dict(recipe), data)
+    folder = write_checkpoint(tmp_path / "checkpoints", snapshot, config.as_dict(recipe), DataFolder(data))
 
     loaded = build_optimizer(recipe.optimizer, LanguageModel(recipe.model, 20))
     load_training(folder, loaded)

@@ -22,6 +22,7 @@ from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import load_model, load_training, read_verified_manifest
 from lmdist.training.checkpoints.retain import newest_checkpoint, remove_old, remove_unfinished
 from lmdist.training.checkpoints.write import NICENESS, Saver, take_snapshot, write_checkpoint
+from lmdist.training.data import DataFolder
 from support.jobs import SMALL, after_one_step, environment, losses, rows, small_data, train_here
 
 
@@ -42,7 +43,7 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
         with torch.no_grad():
             model.projection.bias.fill_(step)
         taken = take_snapshot(Progress(step), model, optimizer, streams)
-        write_checkpoint(checkpoints, taken, recipe, data)
+        write_checkpoint(checkpoints, taken, recipe, DataFolder(data))
         remove_old(checkpoints, keep=2)
 
     began = time.monotonic()
@@ -84,7 +85,7 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
 def test_a_write_that_fails_is_a_warning_and_the_last_one_a_stop(state, tmp_path, capsys):
     data, model, optimizer, streams, recipe = state
     checkpoints = tmp_path / "checkpoints"
-    saver = Saver(checkpoints, recipe, data, keep=2)
+    saver = Saver(checkpoints, recipe, DataFolder(data), keep=2)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(step: int, largest_file: int) -> None:
@@ -127,7 +128,7 @@ def test_what_the_training_does_next_does_not_change_a_snapshot(state):
 def test_the_thread_that_writes_leaves_the_cores_to_the_training(tmp_path):
     data = small_data(tmp_path / "data")
     model, optimizer, streams, recipe = after_one_step(ModelSettings(embedding_size=256, hidden_size=256), 5_000, rows=4)
-    saver = Saver(tmp_path / "checkpoints", recipe, data, keep=2)
+    saver = Saver(tmp_path / "checkpoints", recipe, DataFolder(data), keep=2)
     own = os.getpriority(os.PRIO_PROCESS, 0)
     saver.save(take_snapshot(Progress(1), model, optimizer, streams))
     assert saver.thread is not None
@@ -148,7 +149,7 @@ def test_a_container_that_forbids_a_niceness_still_gets_its_checkpoints(state, t
 
     data, model, optimizer, streams, recipe = state
     monkeypatch.setattr(os, "nice", forbidden)
-    saver = Saver(tmp_path / "checkpoints", recipe, data, keep=2)
+    saver = Saver(tmp_path / "checkpoints", recipe, DataFolder(data), keep=2)
     saver.save(take_snapshot(Progress(1), model, optimizer, streams))
     saver.close()
     assert newest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-000000001"
@@ -158,7 +159,7 @@ def test_a_newest_one_that_is_missing_is_named(state, tmp_path, capsys):
     data, model, optimizer, streams, recipe = state
     for step in (1, 2):
         taken = take_snapshot(Progress(step), model, optimizer, streams)
-        write_checkpoint(tmp_path / "checkpoints", taken, recipe, data)
+        write_checkpoint(tmp_path / "checkpoints", taken, recipe, DataFolder(data))
     shutil.rmtree(tmp_path / "checkpoints" / "step-000000002")
     found = newest_checkpoint(tmp_path / "checkpoints")
     assert found is not None

@@ -127,7 +127,7 @@ def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | Non
 
 def export_bundle(
     checkpoint: Checkpoint,
-    output: Path,
+    output: str | Path,
     held_out: HeldOutText | None,
     precision: str = "fp32",
     max_loss_percent: float | None = None,
@@ -142,7 +142,7 @@ def export_bundle(
         raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
     if reason := obstacle(checkpoint.text, checkpoint.vocabulary):
         log(f"without {TOKENIZER}: {reason}", EXPORT_COMMAND)
-    with atomic_folder(output, replace=replace) as folder:
+    with atomic_folder(Path(output), replace=replace) as folder:
         if precision == "auto":
             return write_fastest(checkpoint, folder, held_out, max_loss_percent)
         return write_bundle(checkpoint, folder, held_out, precision, max_loss_percent)

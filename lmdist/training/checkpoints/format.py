@@ -33,8 +33,6 @@ FILES = (MODEL, TRAINING, VOCABULARY, TEXT)
 """The files that a manifest must name."""
 STEP = re.compile(r"step-([0-9]{9,})")
 """The name of a checkpoint's folder in a run, with its step."""
-NEWEST = "newest"
-"""Beside the checkpoints: a file with the name of the one that was written last."""
 
 MANIFEST_SCHEMA = {
     "model": {},

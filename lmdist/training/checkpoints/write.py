@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
 import threading
 from contextlib import suppress
@@ -21,20 +20,20 @@ from torch import Tensor
 
 from lmdist import __version__
 from lmdist.console import log
-from lmdist.errors import Stopped
+from lmdist.errors import DataError, Stopped
 from lmdist.model.language_model import LanguageModel, State
 from lmdist.model.lstm import STATE_PARTS
 from lmdist.settings import ModelSettings
 from lmdist.storage.atomic import atomic_folder, write_atomic
 from lmdist.storage.checksums import checksums
-from lmdist.storage.reading import read_json, write_json
-from lmdist.text.data_folder import META, TEXT, VOCABULARY
+from lmdist.storage.reading import write_json
+from lmdist.text.data_folder import TEXT, VOCABULARY
+from lmdist.tracking.run_folder import NEWEST
 from lmdist.training.checkpoints.format import (
     AVERAGED,
     FORMAT,
     MANIFEST,
     MODEL,
-    NEWEST,
     OWN_CHECKSUM,
     TRAINING,
     VERSION,
@@ -42,6 +41,7 @@ from lmdist.training.checkpoints.format import (
     own_checksum,
 )
 from lmdist.training.checkpoints.retain import remove_old
+from lmdist.training.data import DataFolder
 from lmdist.training.optimizer import optimizer_state
 
 NICENESS = 10
@@ -93,8 +93,11 @@ def copy_to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().to("cpu", copy=True)
 
 
-def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, Any], data: Path) -> Path:
-    """Write the atomic folder `checkpoints/step-N`, then its name into `checkpoints/newest`; return the folder."""
+def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, Any], data: DataFolder) -> Path:
+    """Write the atomic folder `checkpoints/step-N`, then its name into `checkpoints/newest`; return the folder.
+
+    Vocabulary and tokenizer are those that `data` had when it was opened, whatever has become of the folder.
+    """
     target = checkpoints / f"step-{snapshot.progress.step:09d}"
     with atomic_folder(target, replace=True) as folder:
         save_file(snapshot.parameters, folder / MODEL)
@@ -102,7 +105,7 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
         if snapshot.averaged:
             save_file(snapshot.averaged, folder / AVERAGED)
         for name in (VOCABULARY, TEXT):
-            shutil.copyfile(data / name, folder / name)
+            (folder / name).write_bytes(data.contents[name])
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -112,7 +115,7 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
             "vocabulary_size": snapshot.vocabulary_size,
             "progress": dataclasses.asdict(snapshot.progress),
             "recipe": recipe,
-            "data": read_json(data / META),
+            "data": data.meta,
             "files": checksums(folder),
         }
         write_json(folder / MANIFEST, {**manifest, OWN_CHECKSUM: own_checksum(manifest)})
@@ -123,7 +126,7 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
 class Saver:
     """Writes snapshots in a thread, one at a time, while training continues."""
 
-    def __init__(self, checkpoints: Path, recipe: dict[str, Any], data: Path, keep: int) -> None:
+    def __init__(self, checkpoints: Path, recipe: dict[str, Any], data: DataFolder, keep: int) -> None:
         self.checkpoints = checkpoints
         self.recipe = recipe
         self.data = data
@@ -157,11 +160,14 @@ class Saver:
             self.thread.join()
 
     def close(self) -> None:
-        """Wait for the last write; raise Stopped if it failed, because the last steps are not on the disk."""
+        """Wait for the last write; if it failed, the last steps are not on the disk: raise Stopped.
+
+        Raise DataError where another try would fail as well, but for a full disk, of which there are many names.
+        """
         self.wait()
         if self.failure:
             newest_one = max((folder.name for folder in self.checkpoints.glob("step-*")), default="none")
-            raise Stopped(
-                f"the last checkpoint could not be written ({self.failure}); the newest one is {newest_one}. "
-                "Make room for it and run again with --resume auto"
-            )
+            failed = f"the last checkpoint could not be written ({self.failure}); the newest one is {newest_one}."
+            if isinstance(self.failure, NotADirectoryError | IsADirectoryError | FileExistsError | PermissionError):
+                raise DataError(f"{failed} Give the job a run folder that it may write in, then run again with --resume auto")
+            raise Stopped(f"{failed} Make room for it and run again with --resume auto")
