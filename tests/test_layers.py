@@ -66,7 +66,7 @@ WINGS = {
         "corpus prepare"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
-    "lmdist.tracking": ("address failures metadata run_folder store machines replay uploader logger sync figures plot"),
+    "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),
     "lmdist.training": (
         "distributed metrics data agreement optimizer schedule sample checkpoints averaging neural_cache evaluate step run "
         "report loop"

@@ -13,8 +13,7 @@ from lmdist.errors import DataError, MissingInputError, Stopped
 from lmdist.storage.locks import exclusive_lock
 from lmdist.tracking.address import configure
 from lmdist.tracking.failures import UploadError
-from lmdist.tracking.metadata import RUN_METADATA
-from lmdist.tracking.run_folder import METRICS, TEST, UPLOAD_LOCK, append_figures, is_training
+from lmdist.tracking.run_folder import METRICS, RUN_METADATA, TEST, UPLOAD_LOCK, append_figures, is_training
 from lmdist.tracking.sync import upload
 
 

@@ -24,7 +24,6 @@ from lmdist.storage.locks import exclusive_lock
 from lmdist.tracking.address import experiment_name, pages
 from lmdist.tracking.machines import MachineMonitor, is_first_of_another_machine
 from lmdist.tracking.metadata import (
-    RUN_METADATA,
     dataset_inputs,
     new_metadata,
     own_metadata,
@@ -33,7 +32,7 @@ from lmdist.tracking.metadata import (
     update_metadata,
     write_metadata,
 )
-from lmdist.tracking.run_folder import METRICS, UPLOAD_LOCK, MetricsFile
+from lmdist.tracking.run_folder import METRICS, RUN_METADATA, UPLOAD_LOCK, MetricsFile
 from lmdist.tracking.uploader import Uploader
 
 LOCK_WAIT_SECONDS = 6.0

@@ -21,9 +21,8 @@ from lmdist.console import log
 from lmdist.errors import DataError
 from lmdist.storage.atomic import write_atomic
 from lmdist.storage.reading import read_json
+from lmdist.tracking.run_folder import RUN_METADATA
 
-RUN_METADATA = "mlflow.json"
-"""The file's name in a run's folder."""
 COPY_TAG = "lmdist.copy_of"
 """The tag of a run whose folder was a copy: the id of the original's run."""
 GIT_SECONDS = 5

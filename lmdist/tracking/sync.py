@@ -32,7 +32,6 @@ from lmdist.tracking.address import (
 from lmdist.tracking.failures import FinalError, UploadError, upload_error
 from lmdist.tracking.machines import monitor
 from lmdist.tracking.metadata import (
-    RUN_METADATA,
     as_new_run,
     dataset_inputs,
     is_copy,
@@ -41,7 +40,7 @@ from lmdist.tracking.metadata import (
     write_metadata,
 )
 from lmdist.tracking.replay import Replay
-from lmdist.tracking.run_folder import METRICS, RECIPE, UPLOAD_LOCK, is_training, read_metrics
+from lmdist.tracking.run_folder import METRICS, RECIPE, RUN_METADATA, UPLOAD_LOCK, is_training, read_metrics
 from lmdist.tracking.store import silence
 from lmdist.tracking.uploader import follow
 
