@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,7 +36,7 @@ def check_agreement(recipe: Recipe, folder: DataFolder, world: World) -> None:
 
 def facts(recipe: Recipe, folder: DataFolder) -> dict[str, str]:
     """Return what decides the figures of a training, by name: settings, and digests of data and code."""
-    settings = {name: repr(value) for name, value in flattened(config.as_dict(recipe)) if not name.startswith(ITS_OWN)}
+    settings = {name: repr(value) for name, value in config.flat(recipe).items() if not name.startswith(ITS_OWN)}
     sources = hashlib.sha256()
     package = Path(lmdist.__file__).parent
     for path in sorted(package.rglob("*.py")):
@@ -49,11 +47,3 @@ def facts(recipe: Recipe, folder: DataFolder) -> dict[str, str]:
         "torch": torch.__version__,
         "lmdist": sources.hexdigest()[:12],
     }
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the values of nested mappings with their names, joined by full stops."""
-    pairs: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        pairs += flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-    return pairs
