@@ -196,7 +196,7 @@ class ModelSettings:
     """Size of an LSTM layer's state. With tied weights the last layer has the embedding's size instead."""
     num_layers: Annotated[int, at_least(1)] = 2
     """Number of LSTM layers."""
-    dropout: Annotated[float, between(0, 1, includes_high=False)] = 0.15
+    dropout: Annotated[float, between(0, 1, includes_high=False)] = 0.2
     """Dropout probability between embedding, layers and projection: of those of the next three that are not given. All are
     AWD-LSTM's (Merity et al. 2018, arXiv:1708.02182), with one mask for all tokens of a sequence in a step."""
     dropout_input: Annotated[float | None, between(0, 1, includes_high=False)] = None
@@ -268,7 +268,7 @@ class OptimizerSettings:
 class ScheduleSettings:
     """How the learning rate changes, and with one-cycle the momentum."""
 
-    name: Literal["constant", "cosine", "plateau", "one-cycle", "warmup-stable-decay", "inverse-sqrt"] = "cosine"
+    name: Literal["constant", "cosine", "plateau", "one-cycle", "warmup-stable-decay", "inverse-sqrt"] = "warmup-stable-decay"
     """constant; cosine: down to a tenth at the last step; plateau: divided whenever validation does not improve; one-cycle: up
     from a 25th, then down to almost 0, the momentum the other way; warmup-stable-decay: constant, and down to 0 in the last
     part; inverse-sqrt: after the warmup down with the square root of the step."""
@@ -276,7 +276,7 @@ class ScheduleSettings:
     """Steps of linear warmup from 0; for any schedule but one-cycle."""
     warmup_fraction: Annotated[float, between(0, 1, includes_high=False)] = 0.3
     """one-cycle: fraction of the steps, the first ones, in which the rate rises."""
-    decay_fraction: Annotated[float, between(0, 1)] = 0.2
+    decay_fraction: Annotated[float, between(0, 1)] = 0.6
     """warmup-stable-decay: fraction of the steps, the last ones, in which the rate falls."""
     momentum_low: Annotated[float, between(0, 1, includes_high=False)] = 0.85
     """one-cycle: momentum at the highest rate, in place of optimizer.momentum; with adam and its kin beta1."""
@@ -317,7 +317,7 @@ class AveragingSettings:
 class TrainingSettings:
     """How long, in which precision and on which device."""
 
-    epochs: float = 2.0
+    epochs: float = 4.0
     """Epochs to train for."""
     steps: Annotated[int, at_least(0)] = 0
     """Steps to train for, in place of epochs; 0 leaves it to epochs."""
