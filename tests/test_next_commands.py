@@ -79,6 +79,7 @@ def corpus(folder: Path, recipe: str) -> list[str]:
     return ["articles 1.csv"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_next_command_of_a_recipe_runs(recipe: str, tmp_path: Path) -> None:
     (train_line,) = run(

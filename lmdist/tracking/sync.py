@@ -81,7 +81,7 @@ def parser() -> CommandParser:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, such as runs/demo")
     parser.add_argument(
         "--new-run",
-        "--new_run",
+        "--new-run",
         action="store_true",
         help="upload all of it as a new run, where the one of before was deleted in MLflow, or is not to be touched",
     )
