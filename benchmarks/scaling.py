@@ -295,6 +295,7 @@ def work(arguments: argparse.Namespace) -> None:
     if world.is_main:
         arguments.answer.write_text(json.dumps(answer), encoding="utf-8")
     world.close()
+    os._exit(0)  # the profiler's thread may still run, and the interpreter's end would abort the process (seen: SIGABRT)
 
 
 def time_case(world: World, arguments: argparse.Namespace) -> Answer:

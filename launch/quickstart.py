@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 from lmdist.console import table
+from lmdist.tracking.address import LOCAL_PAGE, run_path
+from lmdist.tracking.metadata import read_metadata
 
 RUN, BUNDLE, TEXT = Path("runs/demo"), Path("bundles/demo"), Path("sample.txt")
 BIN = Path(sys.executable).parent
@@ -42,6 +44,8 @@ def main() -> None:
     command(f"lmdist-export {RUN} -o {BUNDLE} --overwrite")
     command(f"lmdist-generate {BUNDLE} --max-new-tokens 1000 --ignore-eos --seed 1 -o {TEXT}")
 
+    metadata = read_metadata(RUN)
+    page = LOCAL_PAGE + (run_path(metadata["experiment_id"], metadata["run_id"]) if "run_id" in metadata else "")
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row)
     results = {
@@ -52,7 +56,8 @@ def main() -> None:
         "loss curve": str(RUN / "loss.png"),
         "bundle": str(BUNDLE),
         "MLflow database": "mlflow.db",
-        "MLflow page": f"{os.path.relpath(BIN)}/mlflow ui --backend-store-uri sqlite:///mlflow.db",
+        "MLflow server": f"{os.path.relpath(BIN)}/mlflow ui --backend-store-uri sqlite:///mlflow.db",
+        "MLflow page": page,
     }
     print(f"\n{table(results)}", end="")
     print(f"\n{' '.join(TEXT.read_text(encoding='utf-8').split()[:40])} ...")

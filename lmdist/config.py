@@ -1,7 +1,8 @@
 """Settings from defaults < recipe file < flags, for every command that reads a recipe.
 
 `load` reads the whole recipe of a training job with jsonargparse; the resolved recipe is saved with the run, so that
-`--config runs/NAME/recipe.toml` does the same again. A command of one section, such as lmdist-prepare, has a flag for each
+`--config runs/NAME/recipe.toml` does the same again. The recipes of launch/ lie in the wheel too, and are known by their names:
+`--config demo`. A command of one section, such as lmdist-prepare, has a flag for each
 of its settings by `add_flags`, and reads the section of a recipe by `read_section`. Names, types, defaults and help come from
 the dataclasses in settings.py. This module does not know what the settings mean.
 """
@@ -14,23 +15,33 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from lmdist.errors import EXIT_USAGE, CommandParser, MissingInputError, UsageError
+from lmdist.errors import EXIT_USAGE, CommandParser, MissingInputError, UsageError, did_you_mean, escaped, respelled
 from lmdist.settings import Recipe
+
+IN_WHEEL, IN_CHECKOUT = Path(__file__).parent / "recipes", Path(__file__).parents[1] / "launch"
+RECIPES = IN_WHEEL if IN_WHEEL.is_dir() else IN_CHECKOUT
+"""The recipes that come with lmdist."""
 
 
 class RecipeParser(ArgumentParser):
     """jsonargparse, with the project's exit code and one line for wrong usage."""
 
+    other_options: Collection[str] = ()
+    """Options of the command that are not the recipe's, which a misspelled one may be meant for."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with code 64."""
-        sys.stderr.write(f"{self.prog}: error: {readable(message)} (see --help)\n")
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        known = [*(f"--{key}" for key in flat(Recipe())), *self.other_options]
+        hint = did_you_mean(unknown[1], known) if unknown else ""
+        sys.stderr.write(f"{self.prog}: error: {escaped(readable(message))}{hint} (see --help)\n")
         sys.exit(EXIT_USAGE)
 
 
@@ -53,14 +64,32 @@ def parser() -> RecipeParser:
         usage="torchrun --nproc_per_node=N -m lmdist.train [--config RECIPE.toml] [--section.key VALUE ...]",
         description="Train a word-level LSTM language model on N GPUs or CPU processes. "
         "Without torchrun, python -m lmdist.train runs one process.",
-        epilog="With no argument it trains on the demo corpus. launch/ has recipes to start from.",
+        epilog="With no argument it trains on the demo corpus.",
     )
-    built.add_argument("--config", action="config", help="a recipe, such as launch/demo.toml; flags win over it")
+    names = ", ".join(recipe_names())
+    built.add_argument(
+        "--config", action="config", help=f"a recipe: a file, or the name of one of these: {names}; flags win over it"
+    )
     built.add_class_arguments(Recipe)
     return built
 
 
-def load(argv: Sequence[str] | None = None, *, quiet: bool = False) -> Recipe:
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with lmdist."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: the file itself where it exists, else the one of this name that comes with lmdist."""
+    if Path(name).is_file():
+        return Path(name)
+    known = recipe_names()
+    if name.removesuffix(".toml") in known:
+        return RECIPES / f"{name.removesuffix('.toml')}.toml"
+    raise MissingInputError(f"the recipe {name} does not exist; lmdist has {', '.join(known)}, which need no path")
+
+
+def load(argv: Sequence[str] | None = None, *, quiet: bool = False, other_options: Collection[str] = ()) -> Recipe:
     """Return the recipe that the command line asks for; exits for --help and for wrong usage, silently where `quiet`."""
     with (
         open(os.devnull, "w") as nowhere,
@@ -70,13 +99,41 @@ def load(argv: Sequence[str] | None = None, *, quiet: bool = False) -> Recipe:
         recipes = CommandParser(prog="lmdist.train", add_help=False, allow_abbrev=False)
         recipes.add_argument("--config", action="append", default=[])
         found, flags = recipes.parse_known_args(argv)
-        for file in found.config:
-            if not Path(file).is_file():
-                raise MissingInputError(f"the recipe {file} does not exist; launch/ has recipes to start from")
+        files = [find_recipe(name) for name in found.config]
+        for file in files:
+            check_keys(file)
         built = parser()
+        built.other_options = other_options
         # The last argument wins with jsonargparse, so recipes come first.
-        values = built.instantiate(built.parse_args([*(f"--config={file}" for file in found.config), *flags]))
+        words = [*(f"--config={file}" for file in files), *respelled(flags, "-", "_")]
+        values = built.instantiate(built.parse_args(words))
     return Recipe(**{key: value for key, value in vars(values).items() if key != "config"})
+
+
+def check_keys(file: Path) -> None:
+    """Raise UsageError for a key of a recipe that is no setting, with the one that is most like it."""
+    sections = get_type_hints(Recipe)
+    for key, value in read_toml(file).items():
+        if key not in sections:
+            raise UsageError(f"{file} has {key}, which is no setting{did_you_mean(key, [*sections, *flat(Recipe())])}")
+        if isinstance(value, dict) and dataclasses.is_dataclass(sections[key]):
+            check_section(file, key, value, [field.name for field in dataclasses.fields(sections[key])])
+
+
+def check_section(file: Path, name: str, values: dict[str, Any], known: list[str]) -> None:
+    """Raise UsageError for a key of [name] in a recipe that is none of those known."""
+    for key in values:
+        if key not in known:
+            hint = did_you_mean(key, known) or f"; it has {', '.join(known)}"
+            raise UsageError(f"{file}: [{name}] has no {key}{hint}")
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Return the content of a recipe."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise UsageError(f"{file} is not a recipe: {error}") from None
 
 
 # --- commands of one section ---------------------------------------------------------------------------------------
@@ -112,20 +169,13 @@ def descriptions(section: type) -> dict[str, str]:
     return {field.arg_name: field.description or "" for kind in kinds for field in parse_from_object(kind).params}
 
 
-def read_section(path: Path, name: str, section: type) -> dict[str, Any]:
+def read_section(recipe: str, name: str, section: type) -> dict[str, Any]:
     """Return what [name] of a recipe sets, with the types of `section`; an error names the file and what is wrong in it."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
-    except FileNotFoundError:
-        raise MissingInputError(f"the recipe {path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
-        raise UsageError(f"{path} is not a recipe: {error}") from None
+    path = find_recipe(recipe)
+    values = read_toml(path).get(name, {})
     if not isinstance(values, dict):
         raise UsageError(f"{path}: [{name}] is expected to be a section")
-    known = [field.name for field in dataclasses.fields(section)]
-    for key in values:
-        if key not in known:
-            raise UsageError(f"{path}: [{name}] has no {key}; it has {', '.join(known)}")
+    check_section(path, name, values, [field.name for field in dataclasses.fields(section)])
     built = ArgumentParser(exit_on_error=False)
     built.add_class_arguments(section)
     try:

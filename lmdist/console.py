@@ -6,11 +6,17 @@ work without it. This module does not know what the commands do.
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+from lmdist.errors import escaped
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -18,14 +24,25 @@ if TYPE_CHECKING:
 
 def log(line: str, command: str = "") -> None:
     """Print a line on stderr, after the name of the command where one is given."""
-    sys.stderr.write(f"{command}: {line}\n" if command else f"{line}\n")
+    sys.stderr.write(escaped(f"{command}: {line}\n" if command else f"{line}\n"))
     sys.stderr.flush()
+
+
+def next_line(*commands: Sequence[object]) -> str:
+    """Return the line that ends the output of a command: what to run next, as a shell takes it."""
+    return f"next: {'; '.join(shlex.join(map(str, command)) for command in commands)}"
+
+
+def unused(path: Path) -> Path:
+    """Return a name that is free, for a command that a user may run next: this one, or NAME-2, NAME-3 and so on."""
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def table(rows: Mapping[str, object], width: int = 0) -> str:
     """Return a line for each name and its value, the values aligned at column `width` or after the longest name."""
     width = max(width, 2 + max(map(len, rows)))
-    return "".join(f"{name:<{width}}{value}\n" for name, value in rows.items())
+    return "".join(f"{name:<{width}}{escaped(value)}\n" for name, value in rows.items())
 
 
 def shown(value: object) -> str:
@@ -70,7 +87,7 @@ class ProgressBar:
     def log(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
         if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
+            self.bar.write(escaped(line), file=sys.stderr)
         elif not self.silent:
             log(line)
 

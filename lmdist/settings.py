@@ -382,7 +382,7 @@ class TrackingSettings:
     mlflow: bool = True
     """Log to MLflow: to the server that MLFLOW_TRACKING_URI names, else to the file mlflow.db."""
     experiment: str = "lmdist"
-    """The MLflow experiment of the run."""
+    """The MLflow experiment of the run; with the default, MLFLOW_EXPERIMENT_NAME counts."""
 
 
 @dataclass

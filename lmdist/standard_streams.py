@@ -50,7 +50,6 @@ def guard(*, ends_with_reader: bool = False) -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed: a file opened next would be taken for the console
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (open to the end)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream: io.TextIOWrapper | None = getattr(sys, name)
         is_terminal = os.isatty(number)

@@ -1,7 +1,7 @@
 """The training job: `torchrun --nproc_per_node=4 -m lmdist.train [--config recipe.toml] [--section.key value ...]`.
 
 Reads the recipe, joins the job, and calls the loop in training/loop.py. torch is imported after the recipe is checked, so that
-`--help` and usage errors are fast. Only rank 0 prints.
+`--help` and usage errors are fast. Only rank 0 prints, but for the rank that is the first to fail.
 """
 
 from __future__ import annotations
@@ -10,18 +10,28 @@ import dataclasses
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import NoReturn
 
-from lmdist import config
-from lmdist.errors import EXIT_AGAIN, EXIT_DEFECT, Stopped, UsageError, exit_code_of, exit_on_error, one_line
+from lmdist.console import log
+from lmdist.errors import (
+    EXIT_AGAIN,
+    EXIT_DEFECT,
+    Stopped,
+    UsageError,
+    exit_code_of,
+    exit_on_error,
+    one_line,
+    require,
+    run_as_process,
+)
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
 from lmdist.signals import AGENT, FIRST_FAILURE, StopRequest, die_with_parent
+from lmdist.storage.atomic import TakenError
 from lmdist.storage.locks import exclusive_lock
 from lmdist.text.prepare import prepare
+from lmdist.tracking.address import packages_of, store_address
 from lmdist.tracking.run_folder import JOB_LOCK, check_run_folder
 
 LOCK_PATIENCE = 20.0
@@ -38,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         die_with_parent(int(os.environ.get(AGENT, 0)) or None)
     with exit_on_error("lmdist.train"), reported_once(is_main=is_main):
         stop = StopRequest().listen()
+        from lmdist import config
+
         recipe = config.load(argv, quiet=not is_main)
+        require_packages(recipe)
         check_run_folder(Path(recipe.run_folder))
         prepare_if_absent(recipe, is_main=is_main)
 
@@ -64,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     raise
                 time.sleep(PEERS_FIRST)
                 raise Stopped("another rank was lost; --resume auto continues from the last checkpoint") from None
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Raise UsageError for a package that is missing and that the job may import only at its end."""
+    require("torch", "safetensors", "matplotlib", "toml")
+    if recipe.tracking.mlflow:
+        require(*packages_of(store_address()), purpose="the run is logged to MLflow unless you give --tracking.mlflow false: ")
 
 
 @contextmanager
@@ -107,31 +127,14 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
     if folder.exists() or not (settings.inputs or settings.train):
         return
     if is_main:
-        with redirect_stdout(sys.stderr):  # a job has no results on stdout
-            prepare(settings, folder)
+        try:
+            with redirect_stdout(sys.stderr):  # a job has no results on stdout
+                prepare(settings, folder)
+        except TakenError:
+            log(f"{folder} was prepared by another job meanwhile, and is used as it is")
     while not folder.exists():
         time.sleep(0.2)
 
 
-def run_as_process() -> NoReturn:
-    """Run `main` and end the process at once.
-
-    At Python's own exit a thread of a library that still runs could abort the process, after all is written, and a job that
-    is done would be taken for one that was killed.
-    """
-    code: object = 0
-    try:
-        main()
-    except SystemExit as leaving:
-        code = leaving.code
-    except BaseException:
-        traceback.print_exc()
-        code = EXIT_DEFECT
-    with suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0)
-
-
 if __name__ == "__main__":
-    run_as_process()
+    run_as_process(main)

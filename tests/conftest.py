@@ -21,6 +21,8 @@ settings.load_profile("lmdist")
 PACKAGES = {
     "cluster/test_manifests.py": ("yaml", "yamllint", "kubernetes_validate", "kubeflow_trainer_api"),
     "cluster/test_pods.py": ("yaml",),
+    "cluster/test_sky.py": ("yaml",),
+    "cluster/test_waiting.py": ("yaml",),
     "conversion/test_tokenizer_json.py": ("tokenizers",),
 }
 """Test files, and the packages of the extras dev-runtimes and dev-cluster that they import."""

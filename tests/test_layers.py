@@ -38,7 +38,7 @@ HOMES = {
 # lines above its own. Inside a wing, a file imports only from files before it; a folder inside a wing has a line of its own.
 FLOORS = {
     "lmdist": """
-        standard_streams
+        users extras standard_streams
         errors cpus perplexity
         bounds signals storage console
         settings cache_settings
@@ -60,18 +60,19 @@ FLOORS = {
     """,
 }
 WINGS = {
-    "lmdist.storage": "locks reading atomic checksums schema",
+    "lmdist.storage": "reading locks atomic checksums schema",
     "lmdist.text": (
         "vocabulary data_folder words markup detokenizer tokenizer sources decoding tables columns readers documents demo "
         "corpus prepare"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
-    "lmdist.tracking": "run_folder store replay uploader logger sync plot",
+    "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),
     "lmdist.training": (
-        "distributed metrics data optimizer schedule sample checkpoints averaging neural_cache evaluate step run report loop"
+        "distributed metrics data agreement optimizer schedule sample checkpoints averaging neural_cache evaluate step run "
+        "report loop"
     ),
     "lmdist.training.checkpoints": "format read retain write",
-    "lmdist.job": "agent launcher",
+    "lmdist.job": "agent launcher __main__",
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": "state runtime token_session sampler generation beam_search scoring completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",

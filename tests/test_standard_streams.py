@@ -78,7 +78,7 @@ def test_results_are_in_utf_8_whatever_the_machine_has(tmp_path):
 @pytest.mark.slow
 def test_real_results_on_a_full_disk_are_one_line(tmp_path):
     run = make_run(tmp_path)
-    (tmp_path / "text.txt").write_text("the cat saw the dog\nthe dog saw the cat\n" * 9)
+    (tmp_path / "text.txt").write_text("".join(f"the cat saw {number} dogs\n" for number in range(20)))
     python = f"{sys.executable} -m"
     prepared = shell(f"{python} lmdist.text.prepare text.txt -o prepared --tokenizer whitespace >/dev/full", tmp_path)
     exported = shell(f"{python} lmdist_export.export {run} -o bundle >/dev/full", tmp_path)
@@ -101,7 +101,7 @@ def test_a_request_to_stop_is_one_line_and_leaves_nothing_half(number, tmp_path)
         from pathlib import Path
         from lmdist.errors import exit_on_error
         from lmdist.storage.atomic import atomic_folder
-        with exit_on_error("made-up"), atomic_folder(Path("out")) as folder:
+        with exit_on_error("made-up"), atomic_folder(Path("out"), replace=False) as folder:
             (folder / "half").touch()
             time.sleep(60)
     """

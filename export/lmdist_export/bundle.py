@@ -24,7 +24,7 @@ from typing import Any
 
 from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, MissingInputError
-from lmdist.storage.checksums import FileFacts, verify_checksums
+from lmdist.storage.checksums import FileFacts, verify_checksums, verify_sizes
 from lmdist.storage.reading import check_folder, file_size, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
@@ -64,11 +64,11 @@ class Bundle:
         """Read and check a bundle; raises MissingInputError or DataError."""
         folder = Path(folder)
         manifest = read_manifest(folder)
-        verify_checksums(folder, manifest["files"], CHECKED)
+        # What a look at the sizes refuses costs no time: the sha256 of many gigabytes takes a minute.
+        verify_sizes(folder, manifest["files"], CHECKED)
         sizes = read_sizes(manifest, folder)
-        vocabulary = Vocabulary.load(folder / VOCABULARY)
-        if len(vocabulary) != sizes.vocabulary_size:
-            raise DataError(f"{folder}: vocab.txt has {len(vocabulary)} words, the model {sizes.vocabulary_size}")
+        verify_checksums(folder, manifest["files"], CHECKED)
+        vocabulary = Vocabulary.load(folder / VOCABULARY, sizes.vocabulary_size, "the model")
         generation = read_generation_config(folder / GENERATION_CONFIG, len(vocabulary))
         return cls(folder, manifest, sizes, vocabulary, generation, read_cache(manifest, folder))
 

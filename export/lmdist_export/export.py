@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 
 from lmdist.bounds import at_least, check
 from lmdist.console import log, table
-from lmdist.errors import EXIT_DEFECT, CommandParser, DataError, MissingInputError, UsageError, exit_on_error
-from lmdist.storage.atomic import check_output_folder
+from lmdist.errors import EXIT_DEFECT, CommandParser, DataError, MissingInputError, UsageError, exit_on_error, require
+from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
 LAYOUTS = ("bundle", "sherpa-onnx")
@@ -107,7 +108,12 @@ def run_bundle_layout(arguments: argparse.Namespace) -> dict[str, str]:
     held_out = exporting.held_out_text(checkpoint, arguments.data)
     log_start(checkpoint, arguments.output)
     manifest = exporting.export_bundle(
-        checkpoint, arguments.output, held_out, arguments.precision, arguments.max_perplexity_loss
+        checkpoint,
+        arguments.output,
+        held_out,
+        arguments.precision,
+        arguments.max_perplexity_loss,
+        replace=arguments.overwrite,
     )
     return rows_of(arguments.output, manifest)
 
@@ -118,7 +124,9 @@ def run_sherpa_layout(arguments: argparse.Namespace) -> dict[str, str]:
 
     checkpoint = exporting.Checkpoint.load(arguments.checkpoint)
     log_start(checkpoint, arguments.output)
-    differences = sherpa.write(checkpoint.model, checkpoint.vocabulary, arguments.output, checkpoint.origin)
+    differences = sherpa.write(
+        checkpoint.model, checkpoint.vocabulary, arguments.output, checkpoint.origin, replace=arguments.overwrite
+    )
     return sherpa.rows_of(arguments.output, differences, checkpoint.origin)
 
 
@@ -144,9 +152,11 @@ def check_registration(arguments: argparse.Namespace) -> None:
     if arguments.register is None and arguments.alias is not None:
         raise UsageError(f"--alias {arguments.alias} is for a registered model: give --register NAME as well")
     if arguments.register is not None:
+        from lmdist.tracking.address import packages_of, store_address
         from lmdist_export.serving import registry
 
         registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
+        require(*packages_of(store_address()), purpose="--register: ")
     if not arguments.output:
         from lmdist_export.bundle import read_manifest
 
@@ -177,6 +187,7 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
     """Raise UsageError unless `output` is free, or is of this layout and may be replaced."""
     from lmdist_export.bundle import read_manifest
 
+    refuse_to_replace_link(output)
     if not os.path.lexists(output):
         check_output_folder("-o", output)
         return
@@ -213,7 +224,7 @@ def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:
         f"on {held_out['tokens']:,} tokens of the {held_out['split']} split ({held_out['loss_percent']:+.2f} %); "
         f"the same most likely token in {held_out['top_1_agreement']:.1%}",
         **({"cache": "{size:,} tokens, theta {theta}, weight {weight}".format_map(cache)} if cache else {}),
-        "next": f'lmdist-generate {output} --prompt "..."',
+        "next": shlex.join(["lmdist-generate", str(output)]),
     }
 
 

@@ -86,6 +86,8 @@ def output_file(path: Path | None, command: str) -> Iterator[IO[str]]:
     Where the command is interrupted, or its next line cannot be used, the file has what was written before.
     """
     if path is None:
+        if sys.__stdout__ is None:
+            raise UsageError("stdout is closed: give a file by -o FILE")
         yield sys.stdout
         return
     from lmdist.storage.atomic import atomic_file  # a command that writes to stdout has no need of it

@@ -28,6 +28,7 @@ from lmdist.errors import (
     UsageError,
     exit_on_error,
     one_line,
+    run_as_process,
 )
 from lmdist.signals import AGENT, FIRST_FAILURE, die_with_parent
 from lmdist.standard_streams import guard
@@ -174,4 +175,4 @@ def exit_code(codes: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_process(main)

@@ -41,6 +41,7 @@ from lmdist.errors import (
     Stopped,
     UsageError,
     exit_on_error,
+    require,
 )
 from lmdist.job.agent import COMMAND
 from lmdist.signals import FIRST_FAILURE, StopRequest, die_with_parent
@@ -67,24 +68,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, with restarts, and exit with the code of the ranks."""
     with exit_on_error(COMMAND):
         stop = StopRequest().listen()
-        arguments, flags = parser().parse_known_args(argv)
-
-        from lmdist import config
-
+        own = parser()
+        arguments, flags = own.parse_known_args(argv)
         check("--restarts", arguments.restarts, at_least(0))
         if arguments.help:
-            sys.stdout.write(parser().format_help() + "\nThe settings of the recipe:\n\n")
-        recipe = config.load(["--help"] if arguments.help else flags)
+            sys.stdout.write(own.format_help() + "\nThe settings of the recipe:\n\n")
+            sys.stdout.flush()
+        from lmdist import config
+        from lmdist.train import require_packages
+
+        recipe = config.load(["--help"] if arguments.help else flags, other_options=own.options)
         check_run_folder(Path(recipe.run_folder))
         if (arguments.nnodes or os.environ.get("PET_NNODES", "1")) == "1":
             check_loopback()
+        require("psutil")
+        require_packages(recipe)
         stop.deferred = True
         code = run_attempts(arguments, flags, recipe, stop)
         stop.ignore()
         sys.exit(code)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return the parser of the launcher's own options; unknown ones are the recipe's."""
     parser = CommandParser(
         prog=COMMAND,
@@ -98,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     def option(name: str, help: str, **more: object) -> None:
-        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", help=help, **more)  # type: ignore[arg-type]
+        parser.add_argument(f"--{name}", help=help, **more)  # type: ignore[arg-type]
 
     parser.add_argument("-h", "--help", action="store_true", help="show this, and every setting of the recipe")
     option("restarts", "restart at most N times in a row without a new checkpoint (default: 0)", type=int, default=0)

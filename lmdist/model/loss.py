@@ -94,15 +94,18 @@ def linear_nats(
     return nats
 
 
-def activation_penalty(raw: Tensor, dropped: Tensor, activation: float, temporal: float) -> Tensor:
-    """Return AR and TAR of Merity et al. 2017 (arXiv:1708.01009), an fp32 scalar and a mean over the batch.
+def activation_penalty(raw: Tensor, dropped: Tensor, counted: Tensor, activation: float, temporal: float) -> Tensor:
+    """Return AR and TAR of Merity et al. 2017 (arXiv:1708.01009), an fp32 scalar and a sum over the tokens `counted` (B, T).
 
     `activation` is the weight of the mean square of the last layer's outputs after dropout, `dropped` (B, T, H); `temporal`
-    that of the mean square of the change from token to token of those before dropout, `raw` (B, T, H).
+    that of the mean square of the change from token to token of those before dropout, `raw` (B, T, H). A sequence of T tokens
+    has T - 1 changes, which together weigh as much as its tokens. What is not counted may be anything finite.
     """
-    penalty = activation * dropped.float().square().mean()
-    if raw.shape[1] > 1:
-        penalty = penalty + temporal * (raw[:, 1:] - raw[:, :-1]).float().square().mean()
+    penalty = activation * (dropped.float().square().mean(2) * counted).sum()
+    length = raw.shape[1]
+    if length > 1:
+        changes = (raw[:, 1:] - raw[:, :-1]).float().square().mean(2)  # (B, T - 1)
+        penalty = penalty + temporal * length / (length - 1) * (changes * (counted[:, 1:] & counted[:, :-1])).sum()
     return penalty
 
 

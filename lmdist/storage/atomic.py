@@ -6,52 +6,119 @@ module does not know what the files mean.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from lmdist.errors import UsageError
 
+KINDS = WRITING, OLD, REMOVED = "writing", "old", "removed"
+"""The kinds of temporary folders: what is being written, what it is about to replace, what is being removed."""
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+"""Why a folder cannot be renamed to a name: something else has it."""
+
+
+class TakenError(UsageError):
+    """The name was free before a folder was written, and now another process has written one."""
+
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill: it replaces `target` on success, and is removed on any error."""
+def atomic_folder(target: Path, *, replace: bool) -> Iterator[Path]:
+    """Yield an empty folder to fill: on success it gets the name `target`, on any error it is removed.
+
+    A folder `target` is replaced if `replace`. Otherwise the name must be free, at the end as well: of two processes that
+    write the same new folder the second one gets TakenError.
+    """
+    refuse_to_replace_link(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    recover(target, host)
-    temporary = target.parent / f".{target.name}.writing-{host}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    recover(target.parent, re.escape(target.name))
+    temporary = target.with_name(temporary_name(target, WRITING))
     temporary.mkdir()
     try:
         yield temporary
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        if target.exists():
-            old = target.parent / f".{target.name}.old-{host}-{os.getpid()}"
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
+        if replace:
+            rename_over(temporary, target)
         else:
-            temporary.rename(target)
+            rename_to_free(temporary, target)
         sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def recover(target: Path, host: str) -> None:
-    """Remove the temporary folders of killed writers on this machine; restore `target` where one was about to replace it."""
-    for folder in target.parent.iterdir():
-        kind, _, pid = folder.name.removeprefix(f".{target.name}.").partition(f"-{host}-")
-        if folder.name.startswith(f".{target.name}.") and pid.isdigit() and not is_running(int(pid)):
-            if kind == "old" and not target.exists():
-                folder.rename(target)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
+def refuse_to_replace_link(target: Path) -> None:
+    """Raise UsageError for a link, which a rename would replace, and not what it leads to."""
+    if target.is_symlink():
+        raise UsageError(f"{target} is a link, which would itself be replaced: name what it leads to, or take another name")
+
+
+def rename_to_free(folder: Path, target: Path) -> None:
+    """Rename a folder to a name that is still free."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in OCCUPIED:
+            raise
+        raise TakenError(
+            f"{target} exists: another process has written it meanwhile, so this one's is removed; take another name"
+        ) from None
+
+
+def rename_over(folder: Path, target: Path) -> None:
+    """Rename a folder to a name, and remove the folder that had it; another process may be doing the same."""
+    old = target.with_name(temporary_name(target, OLD))
+    while True:
+        with suppress(FileNotFoundError):
+            target.rename(old)
+        try:
+            folder.rename(target)
+            break
+        except OSError as error:
+            if error.errno not in OCCUPIED:
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; a kill leaves no half of it under its name."""
+    removed = folder.rename(folder.with_name(temporary_name(folder, REMOVED)))
+    shutil.rmtree(removed)
+
+
+def recover(parent: Path, name: str, *, everyone: bool = False) -> None:
+    """Remove what killed processes left in `parent` of folders whose names match `name`; restore one that was to be replaced.
+
+    The processes are those of this machine; of all machines, whether they run or not, if `everyone`. No other name is
+    touched, and no link is followed: whatever else lies there is somebody's own.
+    """
+    pattern = re.compile(rf"\.(?P<target>{name})\.(?P<kind>{'|'.join(KINDS)})-(?P<host>.+)-(?P<pid>[0-9]{{1,9}})")
+    for folder in list(parent.iterdir()):
+        match = pattern.fullmatch(folder.name)
+        if not match or folder.is_symlink() or not (everyone or is_left_over(match["host"], int(match["pid"]))):
+            continue
+        if match["kind"] == OLD and not os.path.lexists(parent / match["target"]):
+            folder.rename(parent / match["target"])
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporary_name(target: Path, kind: str) -> str:
+    """Return the name of this process's temporary folder of a kind."""
+    return f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
+def is_left_over(host: str, pid: int) -> bool:
+    """Return whether a process ran on this machine and is gone; this one has written nothing yet, but may have its number."""
+    return host == socket.gethostname() and (pid == os.getpid() or not is_running(pid))
 
 
 def is_running(pid: int) -> bool:
@@ -66,16 +133,24 @@ def is_running(pid: int) -> bool:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[TextIO]:
-    """Yield a text file to write: it replaces `path` on success, and is removed on any error."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield the name of an empty file to fill: it replaces `path`, also a link, on success, and is removed on any error."""
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
+        temporary.touch(exist_ok=False)
+        yield temporary
         sync(temporary)
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[TextIO]:
+    """Yield a text file to write: it replaces `path` on success, and is removed on any error."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -86,6 +161,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 def check_output_file(output: Path) -> None:
     """Raise UsageError where `atomic_file` could not write the file that -o names."""
+    refuse_to_replace_link(output)
     if output.exists() and not output.is_file():
         # Devices are rejected as well: the rename would replace them.
         raise UsageError(f"-o {output} is not a file; a file's name is expected")

@@ -6,14 +6,13 @@ This module does not know where the checksums are stored.
 from __future__ import annotations
 
 import hashlib
-import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from lmdist.errors import DataError, MissingInputError
-from lmdist.storage.reading import file_size
+from lmdist.storage.reading import file_size, open_file
 
 
 class FileFacts(TypedDict):
@@ -33,26 +32,40 @@ def verify_checksums(folder: Path, expected: Mapping[str, Any], needed: Iterable
 
     `needed` are the files that the caller reads. `expected` must name them, or they would go unchecked.
     """
+    verify_sizes(folder, expected, needed)
+    for name, facts in expected.items():
+        try:
+            found = sha256(folder / name)
+        except OSError as error:
+            raise DataError(f"{folder / name} cannot be read: {error.strerror}") from None
+        if found != facts["sha256"]:
+            raise DataError(f"{folder / name} is damaged: its sha256 is not the one recorded when it was written")
+
+
+def verify_sizes(folder: Path, expected: Mapping[str, Any], needed: Iterable[str] = ()) -> None:
+    """Raise DataError unless each file named in `expected` exists with its size, which takes no time for a large one."""
+    check_names(folder, expected)
     for name, facts in expected.items():
         path = folder / name
-        if path.parent != folder or not name.isprintable():
-            raise DataError(f"{folder} names a file outside itself: {reprlib.repr(name)}")
-        if os.path.islink(path):
-            raise DataError(f"{path} is a link, which may lead anywhere: put the file itself in its place")
         try:
-            is_intact = file_size(path) == facts["bytes"] and sha256(path) == facts["sha256"]
+            size = file_size(path)
         except MissingInputError:
             raise DataError(f"{path} is missing: the folder is damaged") from None
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
-        if not is_intact:
-            raise DataError(f"{path} is damaged: its sha256 is not the one recorded when it was written")
+        if size != facts["bytes"]:
+            raise DataError(f"{path} is damaged: it has {size:,} bytes, and {facts['bytes']:,} were written")
     for name in needed:
         if name not in expected:
             raise DataError(f"{folder} names no sha256 for its {name}, which could hold anything")
 
 
+def check_names(folder: Path, names: Iterable[str]) -> None:
+    """Raise DataError for a name that a manifest has and that is not the name of a file in its folder."""
+    for name in names:
+        if (folder / name).parent != folder or not name.isprintable():
+            raise DataError(f"{folder} names a file outside itself: {reprlib.repr(name)}")
+
+
 def sha256(path: Path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

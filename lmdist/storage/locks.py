@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lmdist.errors import Stopped
+from lmdist.storage.reading import refuse_link
 
 
 @contextmanager
@@ -16,6 +17,7 @@ def exclusive_lock(path: Path, patience_seconds: float) -> Iterator[None]:
     import fcntl  # not on Windows, where a machine may sample
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_link(path)
     with path.open("a") as file:
         until = time.monotonic() + patience_seconds
         while True:

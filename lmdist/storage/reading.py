@@ -1,6 +1,8 @@
-"""Read files that a stranger may have written: missing, too large, not a file, not JSON. Each error names the path.
+"""Read files that a stranger may have written: missing, too large, a link, not a file, not JSON. Each error names the path.
 
-This module does not know what the files mean; schema.py checks what JSON holds.
+A file of a folder that lmdist writes is opened here, or its size is asked for here first: a link in such a folder may lead
+anywhere, so none is followed. (The folder itself may be reached through one.) This module does not know what the files mean;
+schema.py checks what JSON holds.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +45,43 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """Read a file; raise MissingInputError, or DataError where it is unreadable or has more than `max_bytes`."""
-    size = file_size(path)
-    if size > max_bytes:
-        raise DataError(f"{path} has {size:,} bytes; at most {max_bytes:,} are expected")
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise DataError(f"{path} has {size:,} bytes; at most {max_bytes:,} are expected")
+        try:
+            return file.read()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file for reading; raise MissingInputError, or DataError for a link, a folder or a pipe."""
+    file_size(path)  # a pipe is not even opened
     try:
-        return path.read_bytes()
+        return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def file_size(path: Path) -> int:
-    """Return the size of a file in bytes; raise MissingInputError, or DataError for a folder or a pipe, which blocks."""
+    """Return the size of a file in bytes; raise MissingInputError, or DataError for a link, a folder or a pipe."""
     try:
-        status = path.stat()
+        status = path.lstat()
     except FileNotFoundError:
         raise MissingInputError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:  # ValueError: not a possible name
         raise DataError(f"{path} cannot be read: {error}") from None
+    refuse_link(path)
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path} is not a file, and one is expected")
     return status.st_size
+
+
+def refuse_link(path: Path) -> None:
+    """Raise DataError for a link."""
+    if os.path.islink(path):  # not Path.is_symlink(), which raises where it may not look
+        raise DataError(f"{path} is a link, which may lead anywhere: put in its place what it leads to")
 
 
 def check_folder(path: Path, expected: str) -> None:

@@ -41,7 +41,9 @@ def find_columns(names: Sequence[str], source: Source) -> tuple[int, int | None]
             return names.index(name)
         printable = [name if name.isprintable() else repr(name) for name in names[:20]]
         existing = ", ".join(name if len(name) < 40 else f"{name[:40]}..." for name in printable)
-        advice = f"Name one with {flag}"
+        advice = f"Name one with {flag} (in a recipe prepare.{flag.removeprefix('--').replace('-', '_')})"
+        if flag == "--group-by":
+            advice += ", or leave it out"
         if any(len(name) > LONGEST_NAME or name.strip().isdecimal() for name in names):
             longest = max(range(len(names)), key=lambda index: len(names[index])) + 1
             advice += f"; if these are no names but a first row, give --no-header --text-column {longest}"

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmdist.errors import DataError
+from lmdist.errors import CONTROLS, DataError
 from lmdist.settings import SPLITS
 from lmdist.text.data_folder import SplitFacts, dtype_of
 from lmdist.text.documents import EMPTY, Documents
@@ -258,7 +258,7 @@ class Corpus:
         if own_unknown and not (UNKNOWN in self.ids and counts[self.ids[UNKNOWN]]):
             raise DataError(f"unknown is file, and the text to train on has no {UNKNOWN}: leave it out, or take text with it")
         kept = [(-int(counts[number]), word) for word, number in self.ids.items() if counts[number] >= min_count]
-        words = [word for _, word in sorted(kept) if word not in (UNKNOWN, END)]
+        words = [word for _, word in sorted(kept) if word not in (UNKNOWN, END) and not CONTROLS.search(word)]
         return Vocabulary([UNKNOWN, END, *(words[: size - 2] if size else words)])
 
     def write(self, path: Path, in_split: np.ndarray, vocabulary: Vocabulary) -> SplitFacts:

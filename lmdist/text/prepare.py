@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdist.console import ProgressBar, duration, log
+from lmdist.console import ProgressBar, duration, log, next_line, unused
 from lmdist.cpus import available_cpus
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
-from lmdist.storage.atomic import atomic_folder
+from lmdist.storage.atomic import atomic_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, TEXT, VOCABULARY, token_file, write_meta
 from lmdist.text.tokenizer import WordTokenizer, lacks_spaces
 
@@ -48,7 +48,7 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False)
         log(f"reading {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} into {output}")
         for documents in sources.values():
             documents.check()
-        with atomic_folder(output) as folder:
+        with atomic_folder(output, replace=overwrite) as folder:
             meta = write_data_folder(folder, settings, sources)
     except MissingInputError:
         raise
@@ -62,6 +62,7 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False)
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise UsageError where `output` must not be written."""
+    refuse_to_replace_link(output)
     if not output.exists():
         return
     if not overwrite:
@@ -217,7 +218,7 @@ def summary(meta: Mapping[str, Any], output: Path) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line of lmdist-prepare: a flag for each field of PrepareSettings."""
-    from lmdist.config import add_flags
+    from lmdist.config import add_flags, recipe_names
 
     built = CommandParser(
         prog=COMMAND,
@@ -230,7 +231,12 @@ def parser() -> argparse.ArgumentParser:
     )
     built.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the data folder to write")
     built.add_argument("--overwrite", action="store_true", default=False, help="replace a data folder that exists")
-    built.add_argument("--recipe", type=Path, default=None, metavar="FILE.toml", help="take [prepare] of a recipe; flags win")
+    built.add_argument(
+        "--recipe",
+        default=None,
+        metavar="RECIPE",
+        help=f"take [prepare] of a recipe, a file or one of {', '.join(recipe_names())}; flags win",
+    )
     add_flags(built, PrepareSettings)
     return built
 
@@ -255,6 +261,10 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a data folder."""
     with exit_on_error(COMMAND):
+        flags = vars(parser().parse_args(argv))
+        output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
+        if not flags.get("inputs"):
+            flags.pop("inputs", None)
         from lmdist.config import read_section
 
         flags = vars(parser().parse_args(argv))
@@ -263,7 +273,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             flags.pop("inputs", None)
         settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe else {}, flags)
         prepare(settings, output, overwrite=overwrite)
-        sys.stdout.write(f"next: lmdist-train --data.folder {output}\n")
+        name = output.resolve().name
+        train = ["lmdist-train", *(["--config", recipe] if recipe else []), "--data.folder", output]
+        sys.stdout.write(f"{next_line([*train, '--run_folder', unused(Path('runs') / name)])}\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 
-from lmdist.errors import DataError, MissingInputError, UsageError, one_line
+from lmdist.errors import DataError, UsageError, one_line, require
 from lmdist.settings import ReadSettings, TextSettings
 
 STDIN = Path("-")
@@ -130,8 +130,6 @@ def errors_of(name: str) -> Iterator[None]:
     """Turn the errors of reading a file into DataError, naming it."""
     try:
         yield
-    except MissingInputError as error:
-        raise MissingInputError(f"{name}: {error}") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DataError(f"{name} cannot be read: {one_line(error)}") from None
 
@@ -187,10 +185,8 @@ ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 @contextmanager
 def open_zstd(raw: IO[bytes]) -> Iterator[io.RawIOBase]:
     """Decompress zstd, for which Python has no module."""
-    try:
-        import zstandard
-    except ImportError:
-        raise MissingInputError("zstandard is needed to read it: pip install 'lmdist[zstd]'") from None
+    require("zstandard", purpose="a file packed with zstd cannot be read: ")
+    import zstandard
 
     class Decompressed(io.RawIOBase):
         """The decompressed bytes; an error of zstandard's is an OSError, as those of the other compressions are."""

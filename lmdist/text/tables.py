@@ -7,7 +7,7 @@
 Rows are parsed by Python's csv module, strictly: a file that is written as it should be is read as the module reads it. But
 where a quote is opened and not closed, the module takes all rows up to the next quote for one cell. Such a row is recognized
 by its lines, which are rows of their own: its first line is read as it stands, and the others are put back. They hold no other
-open quote, so no line is searched twice. All this is as fast as the module, ten times faster than text is tokenized.
+open quote, so no line is searched twice. It is nearly as fast as the module, ten times faster than text is tokenized.
 
 pandas is not used: its C parser pads a short row with empty texts, shifts or cuts a long row silently, and gives up the file
 at one quote that is never closed; its Python parser is the csv module. This module does not know what the cells mean.

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from lmdist.errors import DataError
+from lmdist.errors import CONTROLS, DataError
 from lmdist.storage.reading import read_bytes
 
 MAX_BYTES = 256 << 20
@@ -43,6 +43,9 @@ class Vocabulary:
             raise DataError(f"a vocabulary holds each word once; {len(self.words) - len(self.ids)} of these are repeated")
         if "" in self.ids:
             raise DataError(f"a vocabulary holds words; line {self.ids[''] + 1} of this one is empty")
+        if CONTROLS.search("".join(self.words)):  # a terminal would act on them
+            line, word = next((line, word) for line, word in enumerate(self.words, 1) if CONTROLS.search(word))
+            raise DataError(f"a word holds no control characters; line {line} of this vocabulary is {reprlib.repr(word)}")
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -67,10 +70,17 @@ class Vocabulary:
         path.write_text("".join(f"{word}\n" for word in self.words), encoding="utf-8", newline="\n")
 
     @classmethod
-    def load(cls, path: Path) -> Vocabulary:
-        """Read one word a line; raise MissingInputError or DataError, each naming the file."""
+    def load(cls, path: Path, expected: int | None = None, owner: str = "") -> Vocabulary:
+        """Read one word a line; raise MissingInputError or DataError, each naming the file.
+
+        There must be as many words as `expected` by their `owner`: lines are counted before memory is allocated for words.
+        """
+        content = read_bytes(path, MAX_BYTES)
+        lines = content.count(b"\n") + (not content.endswith(b"\n"))
+        if expected not in (None, lines):
+            raise DataError(f"{path.parent}: {path.name} has {lines} words, {owner} {expected}")
         try:
-            text = read_bytes(path, MAX_BYTES).decode("utf-8")
+            text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8: {error}") from None
         try:

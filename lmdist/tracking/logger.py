@@ -4,11 +4,12 @@ Logging costs the training a line in `metrics.jsonl`. An uploader process (uploa
 or dead server costs the training nothing: no request, no import, no thread. What the uploader cannot upload while the job
 runs, `lmdist-sync RUN` uploads later. This module does not know the training loop.
 
-    mlflow ui --backend-store-uri sqlite:///mlflow.db      # the page, for the default store
+    mlflow ui --backend-store-uri sqlite:///mlflow.db      # the server of the pages, for the default store
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -20,18 +21,18 @@ from lmdist.errors import EXIT_AGAIN, Stopped
 from lmdist.settings import TrackingSettings
 from lmdist.storage.atomic import write_atomic
 from lmdist.storage.locks import exclusive_lock
-from lmdist.tracking.run_folder import (
-    METRICS,
-    RUN_METADATA,
-    UPLOAD_LOCK,
-    MetricsFile,
+from lmdist.tracking.address import experiment_name, pages
+from lmdist.tracking.machines import MachineMonitor, is_first_of_another_machine
+from lmdist.tracking.metadata import (
     dataset_inputs,
     new_metadata,
+    own_metadata,
+    provenance,
     read_metadata,
     update_metadata,
     write_metadata,
 )
-from lmdist.tracking.store import page_hint
+from lmdist.tracking.run_folder import METRICS, RUN_METADATA, UPLOAD_LOCK, MetricsFile
 from lmdist.tracking.uploader import Uploader
 
 LOCK_WAIT_SECONDS = 6.0
@@ -43,8 +44,8 @@ class MetricsLogger:
 
     writes = False
     """Whether anything is written."""
-    page = ""
-    """How to open the run's page in MLflow, where it has one."""
+    run_key = ""
+    """The key of the run that is uploaded to MLflow while the job runs, if it is."""
 
     def __enter__(self) -> Self:
         return self
@@ -80,8 +81,12 @@ class RunLogger(MetricsLogger):
         step: int,
         *,
         resume: bool,
+        description: str = "",
     ) -> None:
-        """Log a run that is at `step`; `resume` says whether it continues the run that is in the folder."""
+        """Log a run that is at `step`; `resume` says whether it continues the run that is in the folder.
+
+        MLflow's page shows the `description` of the model.
+        """
         self.run = run
         with ExitStack() as stack:
             if (run / RUN_METADATA).exists():
@@ -90,14 +95,17 @@ class RunLogger(MetricsLogger):
             if not resume:
                 (run / RUN_METADATA).unlink(missing_ok=True)
             self.file = MetricsFile(run / METRICS, step)
-            before = read_metadata(run)
+            written = read_metadata(run)
+            before = own_metadata(run, written)
             if settings.mlflow or before:
-                inputs = dataset_inputs(data_name, data_meta)
-                metadata = new_metadata(run, settings.experiment, parameters, inputs, int(time.time() * 1000))
-                # Earlier entries stay: MLflow rejects a parameter that changes.
-                write_metadata(run, {**metadata, **before, "status": "RUNNING"})
+                inputs, now = dataset_inputs(data_name, data_meta), int(time.time() * 1000)
+                experiment = experiment_name(settings.experiment)
+                metadata = new_metadata(run, experiment, parameters, inputs, now, provenance(description))
+                # Earlier entries stay, for MLflow rejects a parameter that changes; the run of a copy has none yet.
+                kept = before if before is written else {**before, "parameters": parameters}
+                write_metadata(run, {**metadata, **kept, "status": "RUNNING"})
         self.uploader = Uploader(run) if settings.mlflow else None
-        self.page = page_hint() if settings.mlflow else ""
+        self.run_key = read_metadata(run)["run_key"] if settings.mlflow else ""
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         """Append a row to metrics.jsonl."""
@@ -114,9 +122,30 @@ class RunLogger(MetricsLogger):
         self.file.close()
         try:
             if self.uploader and not self.uploader.finish(status):
-                log(f"warning: MLflow has not received all of this run; lmdist-sync {self.run} uploads the rest")
+                sync = f"lmdist-sync {shlex.quote(str(self.run))}"
+                log(f"warning: MLflow has not received all of this run; {sync} uploads the rest")
+            elif self.uploader and "run_id" in (metadata := read_metadata(self.run)):
+                for line in pages(metadata["experiment_id"], metadata["run_id"]):
+                    log(line)
         finally:
             # The uploader has written the status, unless it hung; then it was killed, so there is no second writer.
             with suppress(OSError):
                 if read_metadata(self.run).get("status", status) != status:
                     update_metadata(self.run, status=status)
+
+
+class MachineLogger(MetricsLogger):
+    """The logger of the first rank of another machine than rank 0's: MLflow gets the machine's load."""
+
+    def __init__(self, run: Path, run_key: str) -> None:
+        """Start the process that logs it, to the run with this key in the folder `run`."""
+        self.monitor = MachineMonitor(run, run_key)
+
+    def close(self, status: str) -> None:
+        """End the process."""
+        self.monitor.close()
+
+
+def logger_of_rank(run: Path, run_key: str) -> MetricsLogger:
+    """Return the logger of a rank other than 0, of a job whose rank 0 uploads the run with this key, or none."""
+    return MachineLogger(run, run_key) if run_key and is_first_of_another_machine() else MetricsLogger()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from lmdist.storage.atomic import atomic_path
 from lmdist.tracking.run_folder import read_metrics
 
 
@@ -32,5 +33,6 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     ticks = [p for p in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if low <= math.log(p) <= high]
     right.set_yticks([math.log(p) for p in ticks], [f"{p:,}" for p in ticks])
     right.set_ylabel("perplexity")
-    figure.savefig(picture, dpi=110)
+    with atomic_path(picture) as temporary:  # which replaces a link and does not follow it
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)

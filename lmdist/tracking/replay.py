@@ -7,6 +7,8 @@ it: the uploader beside a job, or `lmdist-sync`.
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +18,18 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from lmdist.storage.checksums import sha256
-from lmdist.tracking.run_folder import METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES, parse_row, update_metadata
-from lmdist.tracking.store import POINTS_PER_REQUEST, Point, Store, UploadError, logged_contexts, store_address
+from lmdist.tracking.address import store_address
+from lmdist.tracking.failures import FinalError
+from lmdist.tracking.machines import machine_name
+from lmdist.tracking.metadata import update_metadata
+from lmdist.tracking.run_folder import METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES, TEST, parse_row
+from lmdist.tracking.store import POINTS_PER_REQUEST, Point, Store, logged_contexts
 
 if TYPE_CHECKING:
     from lmdist.tracking.store import Run, SystemMetricsMonitor
 
-FILES = (RECIPE, PICTURE, SAMPLE, f"{SAMPLES}/*.txt")
-"""The files that are uploaded; checkpoints are too large."""
+FILES = (RECIPE, PICTURE, SAMPLE, f"{SAMPLES}/step-*.txt")
+"""The files that are uploaded, unless they are links; checkpoints are too large."""
 ROWS_PER_READ = 500
 
 
@@ -48,7 +54,7 @@ class Replay:
         self.run_id = ""
         self.status = ""
         self.keys: set[str] = set()  # the metrics that the run had points of when it was opened
-        self.steps: dict[str, set[int]] = {}  # the steps of these points, for each metric that was asked for
+        self.points: dict[str, set[object]] = {}  # `identity` of these points, for each metric that was asked for
         if self.monitor:  # in a thread, for it may wait for the server
             Thread(target=self.monitor.finish, daemon=True).start()
             self.monitor = None
@@ -68,11 +74,16 @@ class Replay:
         """Find the run in MLflow or create it; upload its parameters and datasets."""
         store = Store(store_address())
         run = self.find_or_create(store)
+        run_id, experiment_id = run.info.run_id, run.info.experiment_id
         if run.info.lifecycle_stage == "deleted":
-            raise UploadError("the run was deleted there")
-        run_id = run.info.run_id
+            raise FinalError(
+                f"the run was deleted there: mlflow runs restore --run-id {run_id} brings it back, and "
+                f"lmdist-sync --new-run {shlex.quote(str(self.run))} uploads all of it as a new run"
+            )
         if run_id != self.metadata.get("run_id"):
-            self.metadata = update_metadata(self.run, run_id=run_id, files={})
+            self.metadata = update_metadata(self.run, run_id=run_id, experiment_id=experiment_id, files={})
+        elif "experiment_id" not in self.metadata:
+            self.metadata = update_metadata(self.run, experiment_id=experiment_id)
         # A parameter that has changed since keeps its first value: MLflow rejects another.
         parameters = self.metadata["parameters"].items()
         store.log_parameters(run_id, {key: value for key, value in parameters if key not in run.data.params})
@@ -95,7 +106,7 @@ class Replay:
         return (
             (store.get_run(saved["run_id"]) if "run_id" in saved else None)
             or store.find_run(experiment, run_key)
-            or store.create_run(experiment, run_key, saved["name"], saved["start_time"])
+            or store.create_run(experiment, run_key, saved["name"], saved["start_time"], saved.get("tags", {}))
         )
 
     def upload_points(self, *, ended: bool = False) -> None:
@@ -126,10 +137,12 @@ class Replay:
             return
         step, self.last_time = row.pop("step"), int(row.pop("time") * 1000)
         for key, value in row.items():
-            if key not in self.steps:
-                self.steps[key] = store.logged_steps(self.run_id, key) if key in self.keys else set()
-            if step not in self.steps[key]:
-                yield Point(key, float(value), self.last_time, step)
+            point = Point(key, float(value), self.last_time, step)
+            if key not in self.points:
+                logged = store.logged_points(self.run_id, key) if key in self.keys else []
+                self.points[key] = {identity(one) for one in logged}
+            if identity(point) not in self.points[key]:
+                yield point
 
     def upload_status(self, status: str) -> bool:
         """Upload the last points and the status; return whether MLflow had another status."""
@@ -151,6 +164,8 @@ class Replay:
         """
         assert self.store
         for path in sorted(path for pattern in FILES for path in self.run.glob(pattern)):
+            if os.path.islink(path) or os.path.islink(path.parent) or not path.is_file():
+                continue  # a link may lead to a file that nobody wants uploaded
             name, facts = path.relative_to(self.run).as_posix(), path.stat()
             version = (facts.st_mtime_ns, facts.st_size)
             settled = ended or time.time() - facts.st_mtime > 1
@@ -167,4 +182,10 @@ class Replay:
         """Have MLflow log the machine's load until the process ends or an upload fails."""
         assert self.store
         if not self.monitor:
-            self.monitor = self.store.monitor_system(self.run_id)
+            self.monitor = self.store.system_monitor(self.run_id, machine_name())
+            self.monitor.start()
+
+
+def identity(point: Point) -> object:
+    """Return what MLflow has once of a metric: a step, which is trained again after a kill; of what is measured, its value."""
+    return (point.step, point.value) if point.key.startswith(TEST) else point.step

@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, `metrics.jsonl`, and the run metadata that link it to a run in MLflow.
+"""A run's folder: the names of its files, and `metrics.jsonl`.
 
 The folder is the source of truth and MLflow holds a copy. This module does not know how MLflow is accessed.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import os
 import time
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdist.console import log
-from lmdist.errors import DataError, Stopped, UsageError
+from lmdist.errors import Stopped, UsageError
 from lmdist.storage.atomic import check_output_folder, write_atomic
 from lmdist.storage.locks import exclusive_lock
-from lmdist.storage.reading import read_json
+from lmdist.storage.reading import refuse_link
+from lmdist.tracking.metadata import RUN_METADATA
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
@@ -33,9 +33,11 @@ PICTURE = "loss.png"
 SAMPLE = "sample.txt"
 """The last sample."""
 RUN_METADATA = "mlflow.json"
-"""What it takes to find the run in MLflow or to create it there, and how the run ended. It holds no address."""
+"""What links the run to MLflow, and how it ended."""
 JOB_LOCK = ".lock"
 """Held by the job that trains in the folder."""
+TEST = "test/"
+"""How the names of the figures begin that lmdist-evaluate adds to metrics.jsonl."""
 UPLOAD_LOCK = ".mlflow.lock"
 """Held by the one process that uploads the folder to MLflow and writes the run metadata."""
 
@@ -91,61 +93,26 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def new_metadata(
-    run: Path, experiment: str, parameters: dict[str, Any], datasets: list[dict[str, str]], start_time: int
-) -> dict[str, Any]:
-    """Return the metadata of a run that MLflow does not know yet; `start_time` is in milliseconds since 1970."""
-    return {
-        "run_key": uuid.uuid4().hex,  # a tag of the run: it finds the run when the response to its creation was lost
-        "experiment": experiment,
-        "name": run.absolute().name,
-        "start_time": start_time,
-        "status": "RUNNING",
-        "parameters": parameters,
-        "datasets": datasets,
-        "files": {},  # name and sha256 of each file that was uploaded
-    }
-
-
-def dataset_inputs(name: str, meta: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the splits of a data folder as inputs of an MLflow run; `meta` is the folder's meta.json."""
-    return [
-        {
-            "name": name,
-            "context": split,
-            "digest": meta["files"][f"{split}.bin"]["sha256"][:36],
-            "source": json.dumps({"sources": meta["sources"]}),
-            "profile": json.dumps(counts),
-        }
-        for split, counts in meta.get("splits", {}).items()
-    ]
-
-
-def read_metadata(run: Path) -> dict[str, Any]:
-    """Return the run metadata; empty where they are missing or unreadable."""
-    try:
-        return read_json(run / RUN_METADATA)
-    except (FileNotFoundError, DataError):
-        return {}
-
-
-def write_metadata(run: Path, metadata: dict[str, Any]) -> None:
-    """Write the run metadata atomically."""
-    write_atomic(run / RUN_METADATA, json.dumps(metadata, indent=1, ensure_ascii=False) + "\n")
-
-
-def update_metadata(run: Path, **changes: Any) -> dict[str, Any]:
-    """Change some entries of the run metadata on disk; return all of them."""
-    metadata = {**read_metadata(run), **changes}
-    write_metadata(run, metadata)
-    return metadata
+def append_figures(path: Path, step: int, values: dict[str, float]) -> None:
+    """Append a row to the metrics.jsonl `path` of a run that may be in training, unless it has these values already."""
+    if any(row["step"] == step and values.items() <= row.items() for row in read_metrics(path)):
+        return
+    row = {"step": step, "time": round(time.time(), 3), **values}
+    with path.open("ab", buffering=0) as file:  # one write, at the end, whoever else appends
+        truncated = path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"  # by a kill
+        file.write((("\n" if truncated else "") + json.dumps(row) + "\n").encode())
 
 
 def check_run_folder(run: Path) -> None:
-    """Raise UsageError where a job could not write its run, before it trains for hours: a folder that is none, or a file."""
+    """Raise UsageError where a job could not write its run, before it trains for hours: a folder that is none, or a file.
+
+    Raise DataError where one of them is a link: what is written there would be written somewhere else.
+    """
+    names = (RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK, f"{CHECKPOINTS}/{NEWEST}")
+    for name in (CHECKPOINTS, SAMPLES, *names):
+        refuse_link(run / name)
     for folder in (run, run / CHECKPOINTS, run / SAMPLES):
         check_output_folder("--run_folder", folder)
-    names = (RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK, f"{CHECKPOINTS}/{NEWEST}")
     for path in (run / name for name in names):
         if os.path.lexists(path) and not os.path.isfile(path):
             raise UsageError(f"--run_folder {run}: {path} is no file, and is to be one: move it away, or name another folder")

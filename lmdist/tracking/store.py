@@ -1,36 +1,35 @@
-"""MLflow's tracking store: its address, its creation, and the requests that need MLflow's own classes.
+"""MLflow's tracking store: its creation, and the requests that need MLflow's own classes.
 
-An address may hold a password, and the texts of exceptions hold addresses. So `error_name` returns only the type of an error,
-and `silence` discards what MLflow and the libraries below it print. This module does not know what a run's folder holds. It
-imports mlflow only when a store is opened: that takes two seconds.
+An address may hold a password, so `silence` discards what MLflow and the libraries below it print. This module does not know
+what a run's folder holds. It imports mlflow only when a store is opened: that takes two seconds.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lmdist.storage.atomic import is_running
+from lmdist.tracking.address import sqlite_file
+from lmdist.tracking.failures import FinalError
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-DEFAULT_STORE = "sqlite:///mlflow.db"
-DEFAULT_FILE = Path("mlflow.db")
 KEY_TAG = "lmdist.run_key"
 CONTEXT_TAG = "mlflow.data.context"
 POINTS_PER_REQUEST = 1000
 """MLflow's limit."""
-
-
-class UploadError(Exception):
-    """MLflow did not accept a request. The message contains no secret."""
+SQLITE_MAGIC = b"SQLite format 3\0"
+"""How each database of SQLite begins, unless it is empty."""
 
 
 class Point(NamedTuple):
@@ -47,17 +46,22 @@ class Store:
     """A connection to MLflow. Each method may raise any exception of MLflow or of a library below it."""
 
     def __init__(self, address: str) -> None:
-        """Connect to `address`; create the default store where it is missing."""
+        """Connect to `address`; create a store in SQLite where it is missing."""
+        if path := sqlite_file(address):
+            prepare_sqlite(path)
         from mlflow import MlflowClient
 
-        if address == DEFAULT_STORE:
-            create_default_store()
         self.address = address
         self.client: MlflowClient = MlflowClient(address)
 
     def experiment_id(self, name: str) -> str:
-        """Return the id of an experiment; create it where it is missing."""
+        """Return the id of an experiment; create it where it is missing. Raise FinalError where it was deleted."""
         found = self.client.get_experiment_by_name(name)
+        if found and found.lifecycle_stage == "deleted":
+            raise FinalError(
+                f"the experiment {name} was deleted there: mlflow experiments restore --experiment-id {found.experiment_id} "
+                "brings it back; MLFLOW_EXPERIMENT_NAME=OTHER names another one, for a run that MLflow has with --new-run"
+            )
         if found:
             return found.experiment_id
         # With this tag the page opens on runs and their curves, not on traces of chat models.
@@ -79,9 +83,9 @@ class Store:
         condition = f"tags.`{KEY_TAG}` = '{run_key}'"
         return next(iter(self.client.search_runs([self.experiment_id(experiment)], condition, order_by=["start_time"])), None)
 
-    def create_run(self, experiment: str, run_key: str, name: str, start_time: int) -> Run:
+    def create_run(self, experiment: str, run_key: str, name: str, start_time: int, tags: dict[str, str]) -> Run:
         """Create a run."""
-        return self.client.create_run(self.experiment_id(experiment), start_time, {KEY_TAG: run_key}, name)
+        return self.client.create_run(self.experiment_id(experiment), start_time, {**tags, KEY_TAG: run_key}, name)
 
     def log_parameters(self, run_id: str, parameters: dict[str, Any]) -> None:
         """Log parameters; MLflow rejects one that the run has with another value."""
@@ -102,17 +106,18 @@ class Store:
 
         self.client.log_batch(run_id, metrics=[Metric(*point) for point in points], synchronous=True)
 
-    def logged_steps(self, run_id: str, key: str) -> set[int]:
-        """Return the steps at which the run has a point of this metric."""
-        return {point.step for point in self.client.get_metric_history(run_id, key)}
+    def logged_points(self, run_id: str, key: str) -> list[Point]:
+        """Return the points that the run has of this metric."""
+        return [Point(key, point.value, point.timestamp, point.step) for point in self.client.get_metric_history(run_id, key)]
 
-    def monitor_system(self, run_id: str) -> SystemMetricsMonitor:
-        """Start MLflow's own logging of CPU, memory, disk, network and GPUs: a thread that stops when the server is away."""
+    def system_monitor(self, run_id: str, machine: str | None) -> SystemMetricsMonitor:
+        """Return MLflow's own logger of CPU, memory, disk, network and GPUs, which ends when the server is away.
+
+        Of a job on several machines, the metrics have the name of the `machine`.
+        """
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.address)
-        monitor.start()
-        return monitor
+        return SystemMetricsMonitor(run_id, resume_logging=True, node_id=machine, tracking_uri=self.address)
 
 
 def logged_contexts(run: Run) -> set[str]:
@@ -121,41 +126,44 @@ def logged_contexts(run: Run) -> set[str]:
     return {tag.value for dataset in inputs for tag in dataset.tags if tag.key == CONTEXT_TAG}
 
 
-def create_default_store() -> None:
-    """Create mlflow.db atomically.
+def prepare_sqlite(path: Path) -> None:
+    """Create the file of a store in SQLite atomically where it is missing. Raise FinalError at once where it cannot be used.
 
-    MLflow takes a second or more to create it. If it is killed meanwhile, or two processes do it at once, the file may be
-    unusable for ever.
+    MLflow tries for two minutes to open a file that cannot be opened. It takes a second or more to create one; if it is killed
+    meanwhile, or the disk is full, or two processes do it at once, the file may be unusable for ever.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for place in (path.parent, path):  # SQLite writes a journal beside the file
+        if place.exists() and not os.access(place, os.W_OK):
+            raise FinalError(f"{place.absolute()} cannot be written to: set MLFLOW_TRACKING_URI, or go to another folder")
+    if not path.exists():
+        create_sqlite(path)
+    with path.open("rb") as file:
+        if file.read(len(SQLITE_MAGIC)) not in (SQLITE_MAGIC, b""):
+            raise FinalError(f"{path.absolute()} is not a database of SQLite")
+
+
+def create_sqlite(path: Path) -> None:
+    """Create the file of a store under another name, then link it to its own."""
     from mlflow import MlflowClient
 
-    if DEFAULT_FILE.exists():
-        return
-    temporary = Path(f"{DEFAULT_FILE}.writing-{os.getpid()}")
+    prefix = f"{path.name}.writing-{socket.gethostname()}-"
+    for left in [left for left in path.parent.iterdir() if left.name.startswith(prefix)]:
+        pid = left.name.removeprefix(prefix).partition("-")[0]  # SQLite's journal has the same name and "-journal"
+        if pid.isdigit() and not is_running(int(pid)):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{prefix}{os.getpid()}")
     try:
         MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
         try:
-            os.link(temporary, DEFAULT_FILE)
+            os.link(temporary, path)
         except FileExistsError:  # another job was faster; a rename would replace what it has written since
             pass
         except OSError:  # a file system without links
-            temporary.rename(DEFAULT_FILE)
+            temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def configure(request_timeout_seconds: int = 10) -> None:
-    """Set MLflow's environment variables where the user has not set them."""
-    variables = {
-        # MLflow's own retries wait minutes for a dead server, and create runs twice.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(request_timeout_seconds),
-        # To print the address of a run, which `silence` discards, MLflow would send a request.
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
+        temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -166,36 +174,3 @@ def silence() -> Iterator[None]:
     devnull = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - loggers keep it
     with redirect_stdout(devnull), redirect_stderr(devnull):
         yield
-
-
-def store_address() -> str:
-    """Return the address of MLflow's store, which may hold a password."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
-
-
-def is_file(address: str) -> bool:
-    """Return whether a store is a file on this machine rather than a server."""
-    return address.startswith(("sqlite:", "file:", "/", "."))
-
-
-def without_password(address: str) -> str:
-    """Return the address of a store without user name, password and query."""
-    return re.sub(r"[?#].*", "", re.sub(r"//.*@", "//", address))
-
-
-def page_hint() -> str:
-    """Return how to open MLflow's page."""
-    if store_address() == DEFAULT_STORE:
-        return f"mlflow ui --backend-store-uri {DEFAULT_STORE}"
-    return "on the server that MLFLOW_TRACKING_URI names"
-
-
-def error_name(error: BaseException) -> str:
-    """Return the type of an error without its text, which may hold an address with a password."""
-    if isinstance(error, UploadError):
-        return str(error)
-    cause = error.__cause__ or error.__context__
-    if type(error).__name__ == "MlflowException" and cause:
-        error = cause
-    code = getattr(error, "error_code", "")
-    return f"{type(error).__name__} {code}" if re.fullmatch("[A-Z_]+", str(code)) else type(error).__name__

@@ -10,37 +10,38 @@ import os
 import sys
 import time
 import tomllib
+import uuid
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lmdist.console import log
-from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputError, Stopped, exit_on_error
+from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputError, Stopped, exit_on_error, require
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json
-from lmdist.tracking.replay import Replay
-from lmdist.tracking.run_folder import (
-    METRICS,
-    RECIPE,
-    RUN_METADATA,
-    UPLOAD_LOCK,
-    dataset_inputs,
-    is_training,
-    new_metadata,
-    read_metrics,
-    write_metadata,
-)
-from lmdist.tracking.store import (
+from lmdist.tracking.address import (
     DEFAULT_FILE,
     DEFAULT_STORE,
-    UploadError,
     configure,
-    error_name,
-    silence,
+    experiment_name,
+    packages_of,
     store_address,
     without_password,
 )
+from lmdist.tracking.failures import FinalError, UploadError, upload_error
+from lmdist.tracking.machines import monitor
+from lmdist.tracking.metadata import (
+    as_new_run,
+    dataset_inputs,
+    is_copy,
+    new_metadata,
+    own_metadata,
+    write_metadata,
+)
+from lmdist.tracking.replay import Replay
+from lmdist.tracking.run_folder import METRICS, RECIPE, RUN_METADATA, UPLOAD_LOCK, is_training, read_metrics
+from lmdist.tracking.store import silence
 from lmdist.tracking.uploader import follow
 
 COMMAND = "lmdist-sync"
@@ -51,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     configure()
     with exit_on_error(COMMAND):
         arguments = parser().parse_args(argv)
+        if arguments.monitor:
+            monitor(arguments.runs[0], arguments.monitor)
         if not arguments.follow:
-            sys.exit(sync(arguments.runs))
+            sys.exit(sync(arguments.runs, new_run=arguments.new_run))
         code = 1
         try:
             code = follow(arguments.runs[0], sys.stderr)
@@ -70,17 +73,26 @@ def parser() -> CommandParser:
         "ended. A job does so by itself while it runs; this is for what was left over when its server was away.",
         epilog="MLflow is where MLFLOW_TRACKING_URI says, else mlflow.db in this directory: go to where the job ran. Nothing "
         "is uploaded twice, so this may be run at any time, and again. A run whose job was killed is marked KILLED; of one "
-        "that was trained with --tracking.mlflow false the end is unknown, and FINISHED is assumed. Exit codes: 0 all is "
-        "uploaded, 65 not the folder of a run, 66 a folder that does not exist, 75 MLflow does not answer or a job is "
+        "that was trained with --tracking.mlflow false the end is unknown, and FINISHED is assumed. A folder that is a copy "
+        "of another run's gets a run of its own. Exit codes: 0 all is uploaded, 65 not the folder of a run, or MLflow does "
+        "not accept it, whenever it is asked, 66 a folder that does not exist, 75 MLflow does not answer or a job is "
         "uploading: run me again.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, such as runs/demo")
+    parser.add_argument(
+        "--new-run",
+        "--new_run",
+        action="store_true",
+        help="upload all of it as a new run, where the one of before was deleted in MLflow, or is not to be touched",
+    )
     parser.add_argument("--follow", action="store_true", help=SUPPRESS)  # how a job starts it
+    parser.add_argument("--monitor", metavar="KEY", help=SUPPRESS)  # how it starts it on its other machines
     return parser
 
 
-def sync(runs: list[Path]) -> int:
-    """Upload runs one after the other; return the exit code. Raise Stopped where MLflow does not accept a run."""
+def sync(runs: list[Path], *, new_run: bool = False) -> int:
+    """Upload runs one after the other; return the exit code. Raise Stopped or DataError where MLflow does not accept a run."""
+    require(*packages_of(store_address()))
     for run in runs:
         load_metadata(run)  # a mistake in the last one is reported before the first one is uploaded
     address = without_password(store_address())
@@ -88,10 +100,12 @@ def sync(runs: list[Path]) -> int:
     for run in runs:
         try:
             with exclusive_lock(run / UPLOAD_LOCK, 0):
-                line = f"{upload(run)} ({address})"
+                line = f"{upload(run, new_run=new_run)} ({address})"
         except Stopped:
             code = EXIT_AGAIN
             line = "its job or another lmdist-sync is uploading it: nothing to do now, run me again after that"
+        except FinalError as error:
+            raise DataError(f"MLflow ({address}) does not accept {run} ({error})") from None
         except UploadError as error:
             raise Stopped(f"MLflow ({address}) does not accept {run} ({error}): run me again later") from None
         except PermissionError as error:
@@ -101,12 +115,18 @@ def sync(runs: list[Path]) -> int:
     return code
 
 
-def upload(run: Path) -> str:
+def upload(run: Path, *, new_run: bool = False) -> str:
     """Upload what is missing of one run; return a description of what that was. Raise UploadError where MLflow fails."""
     metadata = load_metadata(run)
-    if store_address() == DEFAULT_STORE and metadata.get("run_id") and not DEFAULT_FILE.exists():
+    other = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if new_run:
+        metadata = {**as_new_run(metadata), "run_key": uuid.uuid4().hex, "experiment": other or metadata["experiment"]}
+    elif is_copy(run, metadata):
+        metadata = own_metadata(run, metadata)
+    elif store_address() == DEFAULT_STORE and metadata.get("run_id") and not DEFAULT_FILE.exists():
         raise MissingInputError(
-            f"{DEFAULT_FILE} is not here, and MLflow has had {run}: go to where the job ran, or set its MLFLOW_TRACKING_URI"
+            f"{DEFAULT_FILE} is not here, and MLflow has had {run}: go to where the job ran, or set its MLFLOW_TRACKING_URI; "
+            "--new-run uploads it to a new one"
         )
     status: str = metadata["status"]
     if is_training(run):
@@ -121,7 +141,7 @@ def upload(run: Path) -> str:
             changed = replay.upload_status(status)
             replay.upload_files(ended=True)
     except Exception as error:  # any exception of MLflow and the libraries below it
-        raise UploadError(error_name(error)) from None
+        raise upload_error(error) from None
     counts = [(replay.num_points, "point"), (replay.num_files, "file")]
     uploaded = [f"{count:,} {thing}{'s' if count > 1 else ''}" for count, thing in counts if count]
     if uploaded:
@@ -149,7 +169,9 @@ def load_metadata(run: Path) -> dict[str, Any]:
     inputs = dataset_inputs(data.name, read_json(data / "meta.json")) if (data / "meta.json").exists() else []
     rows = read_metrics(run / METRICS)
     start_time = int((rows[0]["time"] if rows else time.time()) * 1000)
-    return {**new_metadata(run, experiment, parameters, inputs, start_time), "status": "UNKNOWN", **metadata}
+    tags = {"mlflow.source.name": "lmdist-train", "mlflow.source.type": "LOCAL"}
+    new = new_metadata(run, experiment_name(experiment), parameters, inputs, start_time, tags)
+    return {**new, "status": "UNKNOWN", **metadata}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ exits at most ORPHAN_SECONDS after its job, however that ended. It does not know
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,11 +19,16 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import IO, Any
 
+from lmdist.console import log
 from lmdist.errors import EXIT_AGAIN, STOP_SIGNALS, Stopped
 from lmdist.storage.locks import exclusive_lock
+from lmdist.tracking.address import is_file, store_address
+from lmdist.tracking.failures import is_final, reason
+from lmdist.tracking.machines import ONE_THREAD
+from lmdist.tracking.metadata import update_metadata
 from lmdist.tracking.replay import Replay
-from lmdist.tracking.run_folder import METRICS, UPLOAD_LOCK, update_metadata
-from lmdist.tracking.store import error_name, is_file, silence, store_address
+from lmdist.tracking.run_folder import METRICS, UPLOAD_LOCK
+from lmdist.tracking.store import silence
 
 COMMAND = ("-m", "lmdist.tracking.sync", "--follow")
 """Arguments of Python that start the process; the run's folder follows."""
@@ -30,6 +36,8 @@ SERVER_WAIT_SECONDS = 9.0
 """How long the end of a job waits for a server; with the kill and the rest of the exit it stays below 10."""
 FILE_WAIT_SECONDS = 120.0
 """The same for a store in a file, which is only slow when many jobs share it."""
+QUIET_SECONDS = 3.0
+"""Of them, those before a line says that the job waits."""
 PERIOD_SECONDS = 10.0
 """Between two uploads. Each takes some 50 ms of a core that a training may want, so they are rare: below 1 %."""
 LONGEST_BACKOFF_SECONDS = 30.0
@@ -47,14 +55,13 @@ class Uploader:
         """Start the process for the folder `run`."""
         self.wait_seconds = FILE_WAIT_SECONDS if is_file(store_address()) else SERVER_WAIT_SECONDS
         self.child: subprocess.Popen[bytes] | None = None
-        one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
         with suppress(OSError):  # no memory or no process left: the end of the job reports that points are missing
             self.child = subprocess.Popen(
                 [sys.executable, *COMMAND, str(run)],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                env={**os.environ, **one_thread},
+                env={**os.environ, **ONE_THREAD},
                 process_group=0,  # Ctrl-C and signals to a process group are for the job, which informs the uploader
             )
 
@@ -66,7 +73,10 @@ class Uploader:
         try:
             with suppress(OSError):  # it has exited already
                 self.child.stdin.write(f"{status}\n".encode())
-            return self.child.wait(self.wait_seconds) == 0
+            with suppress(subprocess.TimeoutExpired):
+                return self.child.wait(QUIET_SECONDS) == 0
+            log(f"waiting for MLflow, at most {self.wait_seconds:.0f} s")
+            return self.child.wait(max(0.0, self.wait_seconds - QUIET_SECONDS)) == 0
         except subprocess.TimeoutExpired:
             return False
         finally:
@@ -130,7 +140,10 @@ class JobStatus:
 
 
 class Retry:
-    """One kind of upload with back-off: one warning in an outage, one line when uploads succeed again."""
+    """One kind of upload with back-off: one warning in an outage, one line when uploads succeed again.
+
+    What fails for a reason that patience does not mend is reported at once, and not tried again at the end of the job.
+    """
 
     def __init__(self, what: str, place: Path, run: Path, stderr: IO[str]) -> None:
         """Retry the upload of `what`, which lies in `place`, a part of the folder `run`."""
@@ -139,6 +152,7 @@ class Retry:
         self.run = run
         self.stderr = stderr
         self.failures = 0
+        self.reported = self.is_final = False
         self.next_time = 0.0
 
     @property
@@ -156,16 +170,20 @@ class Retry:
         try:
             upload()
         except Exception as error:  # any exception of MLflow and the libraries below it: tracking never hurts training
-            self.next_time = time.monotonic() + min(2**self.failures, LONGEST_BACKOFF_SECONDS)
+            self.is_final = is_final(error)
+            backoff = LONGEST_BACKOFF_SECONDS if self.is_final else min(2**self.failures, LONGEST_BACKOFF_SECONDS)
+            self.next_time = time.monotonic() + backoff
             self.failures += 1
-            if self.failures == 2:
+            if not self.reported and (self.failures > 1 or self.is_final):
+                self.reported = True
                 self.print(
-                    f"warning: MLflow does not accept this run's {self.what} ({error_name(error)}); they are in {self.place}; "
-                    f"lmdist-sync {self.run} uploads them later"
+                    f"warning: MLflow does not accept this run's {self.what} ({reason(error)}); they are in {self.place}; "
+                    f"lmdist-sync {shlex.quote(str(self.run))} uploads them later"
                 )
             return False
-        if self.failures > 1:
+        if self.reported:
             self.print(f"MLflow accepts this run's {self.what} again")
+            self.reported = False
         self.next_time = time.monotonic() + PERIOD_SECONDS
         self.failures = 0
         return True
@@ -173,7 +191,7 @@ class Retry:
     def persist(self, upload: Callable[[], Any]) -> bool:
         """Try up to MAX_ATTEMPTS times, only once if as many attempts have failed already; return whether it succeeded."""
         while not self.attempt(upload):
-            if self.failures >= MAX_ATTEMPTS:
+            if self.is_final or self.failures >= MAX_ATTEMPTS:
                 return False
             time.sleep(max(0.0, self.next_time - time.monotonic()))
         return True

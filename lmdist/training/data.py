@@ -79,9 +79,7 @@ class DataFolder:
         files, names = self.meta["files"], (VOCABULARY, TEXT)
         verify_checksums(path, {name: files[name] for name in names if name in files}, names)
         self.tokenizer = WordTokenizer.load(path / TEXT)
-        self.vocabulary = Vocabulary.load(path / VOCABULARY)
-        if self.meta["vocabulary_size"] != self.vocabulary_size:
-            raise DataError(f"{path}: vocab.txt has {self.vocabulary_size} words, meta.json {self.meta['vocabulary_size']}")
+        self.vocabulary = Vocabulary.load(path / VOCABULARY, self.meta["vocabulary_size"], "meta.json")
         self.contents = {name: (path / name).read_bytes() for name in names}
         """The vocabulary's and the tokenizer's files."""
         for name, content in self.contents.items():
@@ -143,12 +141,28 @@ class DataFolder:
             if (now.st_dev, now.st_ino) != (before.st_dev, before.st_ino) or now.st_mtime_ns == before.st_mtime_ns:
                 continue
             expected = self.meta["files"][name]["sha256"]
-            if now.st_size != before.st_size or hashlib.sha256(tokens.view(np.uint8)).hexdigest() != expected:
+            if now.st_size != before.st_size or hashlib.sha256(tokens.view(np.uint8).data).hexdigest() != expected:
                 raise DataError(
                     f"{self.path / name} was overwritten while the job read it, and nothing is saved since: prepare other text "
                     "into another folder, and this one anew to continue"
                 )
             self.in_use[name] = tokens, now
+
+
+def folder_of_model(manifest: dict[str, Any], given: Path | None, otherwise: str = "") -> DataFolder:
+    """Return the data folder that is `given`, or that a checkpoint's model was trained on; its vocabulary is the model's.
+
+    Raise MissingInputError, with what to do `otherwise`, or DataError.
+    """
+    path = given or Path(manifest["recipe"]["data"]["folder"])
+    if not path.is_dir():
+        which = "" if given else ", which the model was trained on,"
+        raise MissingInputError(
+            f"the data folder {path}{which} does not exist here: give its place by --data FOLDER{otherwise}"
+        )
+    folder = DataFolder(path)
+    folder.check_vocabulary(manifest)
+    return folder
 
 
 class Streams:

@@ -115,6 +115,12 @@ class World:
             dist.broadcast_object_list(texts, device=torch.device("cpu"))
         return texts[0]
 
+    def gather_texts(self, text: str, limit: int = 4096) -> list[str]:
+        """Return the texts of all ranks, each cut off after `limit` bytes of UTF-8, on each rank."""
+        data = text.encode()[:limit].ljust(limit, b"\0")
+        rows = self.gather(torch.frombuffer(bytearray(data), dtype=torch.uint8)[None])  # (W, limit)
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+
     def close(self, *, interrupted: bool = False) -> bool:
         """Wait until all ranks have come this far, leave the process group; return whether one of them was interrupted."""
         if self.size == 1:
@@ -168,7 +174,7 @@ class RowAverage:
         gradient.index_copy_(0, index, rows.to(gradient.dtype))
 
 
-def lost_peer(error: RuntimeError) -> bool:
+def lost_peer(error: Exception) -> bool:
     """Return whether an error means that another rank has died or did not answer in time."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 

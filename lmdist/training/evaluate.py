@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lmdist.bounds import at_least, between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.console import log, shown, table
-from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
+from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist.perplexity import perplexity
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.write(json.dumps(result) + "\n")
         else:
             sys.stdout.write(table({key.replace("_", " "): printed(value) for key, value in result.items()}, width=22))
+        sys.stdout.flush()
+        add_to_run(arguments, result)
 
 
 def printed(value: Any) -> str:
@@ -184,7 +186,7 @@ class Texts(NamedTuple):
 
 def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[str, Any]) -> Texts:
     """Return the texts that the command line names, as ids of the checkpoint's vocabulary."""
-    from lmdist.training.data import DataFolder
+    from lmdist.training.data import folder_of_model
 
     figures: dict[str, Any] = {}
     tokens = None
@@ -193,14 +195,17 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[s
         tokens, figures = found.tokens, {"documents": found.documents, "skipped": found.skipped}
         if not arguments.cache:
             return Texts(arguments.file, tokens, None, None, figures)
-    folder = DataFolder(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
-    folder.check_vocabulary(manifest)
+    folder = folder_of_model(manifest, arguments.data, "" if arguments.cache else ", or a text by --file")
     if arguments.cache and not folder.has("valid"):
         raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
     valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
     if tokens is not None:
         return Texts(arguments.file, tokens, valid, None, figures)
     name = arguments.split or "test"
+    if not folder.has(name):
+        raise MissingInputError(
+            f"{folder.path} has no {name} split: give --split {' or '.join(folder.meta['splits'])}, or --file"
+        )
     if arguments.cache and name == "valid":
         log("warning: valid is the split that the cache is tuned on; --split test gives a figure to report", COMMAND)
     return Texts(name, folder.tokens(name), valid, folder.tokens("train") if folder.has("train") else None, {})
@@ -258,6 +263,25 @@ def result_of(
     if texts.train is not None:
         result["unigram_perplexity"] = perplexity(unigram_nats(texts.train, texts.tokens, vocabulary_size))
     return result
+
+
+def add_to_run(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Add the figures of one model on the test split of its own data to its run, and so to MLflow."""
+    from lmdist.text.data_folder import read_meta
+    from lmdist.tracking.figures import add_figures
+    from lmdist.training.checkpoints.read import read_manifest
+    from lmdist.training.checkpoints.retain import run_of
+
+    if arguments.file or result["text"] != "test" or "checkpoint" not in result:
+        return
+    checkpoint = Path(result["checkpoint"])
+    manifest = read_manifest(checkpoint)
+    meta = read_meta(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
+    if (run := run_of(checkpoint)) and meta["files"] == manifest["data"]["files"]:
+        static = result.get("perplexity_without_cache", result["perplexity"])
+        cached = {"perplexity_with_cache": result["perplexity"]} if "cache" in result else {}
+        figures = {"perplexity": static, "unknown_rate": result["unknown_rate"], **cached}
+        add_figures(run, manifest["progress"]["step"], figures, COMMAND)
 
 
 # --- caches and ensembles ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import time
 from contextlib import closing
 
 import torch
+from torch import nn
 
 from lmdist import config
 from lmdist.errors import Stopped, UsageError
@@ -51,6 +52,8 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                     report.validation()
                 saving = True
             if saving:
+                parameters = [parameter.detach() for parameter in run.model.parameters()]
+                check_finite(nn.utils.get_total_norm(parameters).item(), "norm of the parameters", progress.step)
                 progress.loss_scale = training_step.scaler.state_dict()
                 streams = tuple(world.gather(part) for part in training_step.state)  # parts (G, S)
                 if world.is_main:

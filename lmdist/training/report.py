@@ -6,6 +6,7 @@ This module does not know how a step is computed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,18 +15,20 @@ from pathlib import Path
 import torch
 
 from lmdist import config
-from lmdist.console import ProgressBar, duration
+from lmdist.console import ProgressBar, duration, next_line, unused
 from lmdist.perplexity import perplexity
 from lmdist.settings import Recipe
 from lmdist.signals import StopRequest
 from lmdist.storage.atomic import write_atomic
-from lmdist.tracking.logger import MetricsLogger, RunLogger
+from lmdist.tracking.logger import MetricsLogger, RunLogger, logger_of_rank
 from lmdist.tracking.plot import plot_losses
 from lmdist.tracking.run_folder import FINISHED, METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES
 from lmdist.training.run import Run
 from lmdist.training.sample import sample
 
 SECONDS_BETWEEN_PICTURES = 60.0
+TELLING = 0.01
+"""A change of the valid perplexity of which a hint is given."""
 LARGE_VOCABULARY = 100_000
 SLOW_STEPS = 5
 """The first steps of a process, in which libraries are loaded and kernels chosen."""
@@ -46,10 +49,10 @@ def report_on(run: Run, stop: StopRequest) -> Iterator[Report]:
 def open_logger(run: Run) -> MetricsLogger:
     """Return rank 0's logger, after writing the resolved recipe; on other ranks one that writes nothing."""
     if not run.world.is_main:
-        return MetricsLogger()
+        return logger_of_rank(run.path, run.world.broadcast(""))
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(run.path / RECIPE, config.as_toml(run.recipe))
-    return RunLogger(
+    logger = RunLogger(
         run.path,
         run.recipe.tracking,
         config.flat(run.recipe),
@@ -57,7 +60,25 @@ def open_logger(run: Run) -> MetricsLogger:
         run.folder.meta,
         run.progress.step,
         resume=run.recipe.resume == "auto",
+        description=f"{model_line(run)}. {data_line(run)}.",
     )
+    run.world.broadcast(logger.run_key)
+    return logger
+
+
+def model_line(run: Run) -> str:
+    """Return the sizes of the model."""
+    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    layers = "-".join(str(size) for size in [run.recipe.model.embedding_size, *run.model.layer_sizes])
+    head = ", adaptive head" if run.recipe.model.head == "adaptive" else " tied" if run.recipe.model.tied else ""
+    return f"LSTM {layers}{head}, {num_parameters:,} parameters"
+
+
+def data_line(run: Run) -> str:
+    """Return the name and the sizes of the data."""
+    folder = run.folder
+    tokens = folder.meta["splits"]["train"]["tokens"]
+    return f"{folder.path}: {tokens:,} tokens to train on, vocabulary {folder.vocabulary_size:,}"
 
 
 def announcement(run: Run) -> list[str]:
@@ -66,15 +87,11 @@ def announcement(run: Run) -> list[str]:
     if done > total_steps:
         return [f"{run.path} has {done:,} steps already, more than the {total_steps:,} asked for: nothing to train"]
     recipe, world, folder, precision = run.recipe, run.world, run.folder, run.precision
-    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    layers = "-".join(str(size) for size in [recipe.model.embedding_size, *run.model.layer_sizes])
-    head = ", adaptive head" if recipe.model.head == "adaptive" else " tied" if recipe.model.tied else ""
     start = f"resuming after step {done:,}" if done else "starting"
     lines = [
         f"{run.path}: {start}, to step {total_steps:,} ({run.batches.steps_per_epoch:,} per epoch)",
-        f"  data   {folder.path}: {folder.meta['splits']['train']['tokens']:,} tokens to train on, "
-        f"vocabulary {folder.vocabulary_size:,}",
-        f"  model  LSTM {layers}{head}, {num_parameters:,} parameters",
+        f"  data   {data_line(run)}",
+        f"  model  {model_line(run)}",
         f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} tokens "
         f"on {world.size} rank(s), {world.device.type}",
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
@@ -152,7 +169,10 @@ class Report:
         )
         if progress.averaged_from == progress.step:
             self.console.log(f"averaging the parameters from step {progress.step} on, because validation has stalled")
-        self.logger.log_metrics(progress.step, {"valid/loss": nats, "valid/perplexity": perplexity(nats)})
+        self.logger.log_metrics(
+            progress.step,
+            {"valid/loss": nats, "valid/perplexity": perplexity(nats), "valid/best_perplexity": perplexity(best)},
+        )
         self.write_picture_and_sample(f"{SAMPLES}/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
 
     def finish(self) -> bool:
@@ -170,12 +190,38 @@ class Report:
             f"  run      {path}",
             *([f"  sample   {path / SAMPLE}"] if num_tokens else []),
             f"  picture  {path / PICTURE}",
-            *([f"  MLflow   {self.logger.page}"] if self.logger.page else []),
-            f"next: lmdist-evaluate {path}; lmdist-export {path} -o bundles/{path.name}",
+            *self.outlook(),
+            self.next_line(),
         ]
         for line in lines:
             self.console.log(line)
         return False
+
+    def outlook(self) -> list[str]:
+        """Return a hint for the next run, if the last validation tells one: a longer run, or a better regularized one."""
+        progress, training = self.run.progress, self.run.recipe.training
+        if len(progress.validations) < 2:
+            return []
+        before, last = progress.validations[-2:]
+        assert progress.best_valid_nats is not None
+        fall, rise = 1 - math.exp(last - before), math.exp(last - progress.best_valid_nats) - 1
+        longer = f"training.steps {2 * training.steps}" if training.steps else f"training.epochs {2 * training.epochs:g}"
+        if fall >= TELLING:
+            return [f"  hint     valid perplexity fell by {fall:.0%} to the last validation: try a longer run (--{longer})"]
+        if rise >= TELLING:
+            return [
+                f"  hint     valid perplexity has risen by {rise:.0%} since its best, which is kept: try more dropout "
+                f"(--model.dropout {min(0.7, self.run.recipe.model.dropout + 0.15):.2g}), or a shorter run"
+            ]
+        return []
+
+    def next_line(self) -> str:
+        """Return the commands that measure the model on text that it was not trained on, if there is any, and export it."""
+        path, folder = self.run.path, self.run.folder
+        split = next((name for name in ("test", "valid") if folder.has(name)), None)
+        evaluate = ["lmdist-evaluate", path, *([] if split == "test" else ["--split", split])] if split else []
+        export = ["lmdist-export", path, "-o", unused(Path("bundles") / path.resolve().name)]
+        return next_line(*([evaluate] if split else []), export)
 
     def write_picture_and_sample(self, name: str, num_tokens: int) -> None:
         """Draw the losses so far, and write a sample of `num_tokens` tokens to the file `name` of the run folder."""

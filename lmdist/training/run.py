@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import numpy as np
 import torch
 
 from lmdist import config
+from lmdist.console import unused
 from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import Recipe
 from lmdist.text.data_folder import VOCABULARY, token_file
 from lmdist.tracking.run_folder import CHECKPOINTS
+from lmdist.training.agreement import check_agreement
 from lmdist.training.averaging import Averaging
 from lmdist.training.checkpoints.format import AVERAGED, Progress
 from lmdist.training.checkpoints.read import load_parameters, load_training, read_verified_manifest
@@ -92,12 +95,13 @@ class Run:
 
 def set_up(recipe: Recipe, world: World) -> Run:
     """Return the run of `recipe`, restored from its newest checkpoint if there is one; a collective call."""
-    newest = find_newest(recipe, world)
+    folder = DataFolder(Path(recipe.data.folder))
+    check_agreement(recipe, folder, world)
+    newest = find_newest(recipe, folder, world)
     part_size = recipe.data.global_batch // world.size // recipe.training.accumulation
     precision = agree_on_precision(recipe, world, newest, part_size)
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision=precision.name))
 
-    folder = DataFolder(Path(recipe.data.folder))
     batches = training_batches(folder, recipe.data, recipe.seed)
     validation = folder.tokens("valid") if folder.has("valid") else None
     if validation is None:
@@ -109,7 +113,7 @@ def set_up(recipe: Recipe, world: World) -> Run:
     training_step = TrainingStep(recipe, model, precision, world)
     hints = changed_settings(newest, recipe) if newest else []
     hints += configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
-    progress = Progress() if newest is None else restore(newest, recipe, folder, training_step)
+    progress = Progress() if newest is None else restore(newest, recipe, training_step)
     averaging = Averaging(recipe.averaging, model, progress)
     if newest:
         restore_average(newest, averaging)
@@ -120,8 +124,8 @@ def set_up(recipe: Recipe, world: World) -> Run:
     )
 
 
-def find_newest(recipe: Recipe, world: World) -> Checkpoint | None:
-    """Return the newest undamaged checkpoint of the run folder and its manifest; raise UsageError if `resume` forbids it."""
+def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint | None:
+    """Return the newest undamaged checkpoint of the run folder and its manifest; raise UsageError if it may not be resumed."""
     checkpoints = Path(recipe.run_folder) / CHECKPOINTS
     newest = None
     if world.is_main:
@@ -130,12 +134,14 @@ def find_newest(recipe: Recipe, world: World) -> Checkpoint | None:
     path = world.broadcast(str(newest[0]) if newest else "")
     if not path:
         return None
+    newest = newest or (Path(path), read_verified_manifest(Path(path)))
+    differences = differences_from(newest[1], recipe, folder)
+    another = f"--run_folder {shlex.quote(str(unused(Path(recipe.run_folder))))} starts another"
+    if differences:
+        raise UsageError(f"{recipe.run_folder} holds a run of another recipe: {'; '.join(differences)}; {another}")
     if recipe.resume == "never":
-        raise UsageError(
-            f"{recipe.run_folder} holds a run already ({Path(path).name}): --resume auto continues it, "
-            "--run_folder NAME starts another"
-        )
-    return newest or (Path(path), read_verified_manifest(Path(path)))
+        raise UsageError(f"{recipe.run_folder} holds a run already ({newest[0].name}): --resume auto continues it, {another}")
+    return newest
 
 
 def check_needs_no_validations(recipe: Recipe, folder: DataFolder) -> None:
@@ -157,24 +163,25 @@ def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, 
     return Precision(name, reason)
 
 
-def restore(newest: Checkpoint, recipe: Recipe, folder: DataFolder, training_step: TrainingStep) -> Progress:
-    """Restore model, optimizer, loss scaler and LSTM state from a checkpoint; return the progress.
+def differences_from(manifest: dict[str, Any], recipe: Recipe, folder: DataFolder) -> list[str]:
+    """Return what a checkpoint was trained with that this recipe and its data folder have not: data, model, optimizer."""
+    settings = [
+        f"{name}: the run has {before}, the recipe {now}"
+        for name, (before, now) in pairs_of(manifest["recipe"], recipe).items()
+        if before != now and is_fixed(name)
+    ]
+    files = {VOCABULARY: manifest["files"], token_file("train"): manifest["data"]["files"]}
+    data = [name for name, facts in files.items() if facts[name]["sha256"] != folder.meta["files"][name]["sha256"]]
+    if data:
+        before = manifest["recipe"]["data"]["folder"]
+        was = "when the run began" if before == str(folder.path) else f"{before}, which the run began with"
+        settings.insert(0, f"data.folder: {folder.path} has another {' and '.join(data)} than {was}")
+    return settings
 
-    Raise UsageError if the checkpoint was trained with other data, another model or another optimizer.
-    """
-    path, manifest = newest
-    for name, before in (
-        (VOCABULARY, manifest["files"][VOCABULARY]),
-        (token_file("train"), manifest["data"]["files"][token_file("train")]),
-    ):
-        if before["sha256"] != folder.meta["files"][name]["sha256"]:
-            raise UsageError(
-                f"{path} was trained on other data: {name} in {folder.path} is another one. "
-                "Give --data.folder the folder that it was trained on, or --run_folder another name to train anew"
-            )
-    for name, (before, now) in pairs_of(manifest["recipe"], recipe).items():
-        if before != now and is_fixed(name):
-            raise UsageError(f"{path} was trained with another {name}: {before}, and this recipe has {now}")
+
+def restore(newest: Checkpoint, recipe: Recipe, training_step: TrainingStep) -> Progress:
+    """Restore model, optimizer, loss scaler and LSTM state from a checkpoint of the same recipe; return the progress."""
+    path, _ = newest
     load_parameters(training_step.model, path)
     progress, streams = load_training(path, training_step.optimizer)
     if progress.loss_scale:

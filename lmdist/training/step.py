@@ -111,7 +111,7 @@ class TrainingStep:
             part_nats = summed_nats(hidden, self.model.projection, targets, weight * self.world.size)
             loss = part_nats * weight
             if self.penalties != (0, 0):
-                loss = loss + activation_penalty(raw, hidden, *self.penalties) * (len(inputs) / self.global_batch)
+                loss = loss + activation_penalty(raw, hidden, targets != IGNORED, *self.penalties) * weight
         self.scaler.scale(loss * self.world.size).backward()
         return part_nats.detach(), *(part.detach() for part in new_state)
 

@@ -160,7 +160,10 @@ def test_a_fault_is_found(old: str, new: str, fault: str):
 
 @pytest.mark.parametrize(
     "path",
-    ["lmdist/train.py", "export/lmdist_export/bundle.py", "README.md", "LICENSE", "pyproject.toml", "k8s/requirements.py"],
+    [
+        *("lmdist/train.py", "export/lmdist_export/bundle.py", "launch/demo.toml"),
+        *("README.md", "LICENSE", "pyproject.toml", "k8s/requirements.py"),
+    ],
 )
 def test_the_sources_of_the_wheel_are_in_the_context(path: str):
     assert (ROOT / path).is_file()
@@ -172,7 +175,7 @@ def test_the_sources_of_the_wheel_are_in_the_context(path: str):
     [
         *(".git/HEAD", ".venv/bin/python", "data/news/train.bin", "runs/demo/recipe.toml", "bundles/demo/weights.bin"),
         *("mlflow.db", "tests/test_images.py", "benchmarks/speed.py", "lmdist/__pycache__/train.pyc", "k8s/Dockerfile"),
-        *("export/more.py", "x.csv"),
+        *("export/more.py", "launch/node.sh", "x.csv"),
     ],
 )
 def test_everything_else_is_excluded(path: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -92,6 +93,12 @@ def test_another_namespace_needs_one_line(tmp_path: Path, overlay: str) -> None:
     known = [f"namespaces_agree: {name}" for name in ("ClusterQueue/lmdist", "ResourceFlavor/lmdist-gpu")]
     found = sorted(fault.partition(" belongs to the cluster")[0] for fault in faults(render))
     assert found == (known if overlay == "kueue" else [])
+
+
+@pytest.mark.parametrize("path", sorted(K8S.rglob("recipe.toml")), ids=lambda path: path.parent.name)
+def test_a_recipe_takes_any_table(path: Path) -> None:
+    """A user replaces `inputs` and `folder`, as step 4 of the page says: a column that is named would fail the Job at once."""
+    assert tomllib.loads(path.read_text())["prepare"].keys() <= {"inputs", "lowercase", "min_count"}
 
 
 # The files ----------------------------------------------------------------------------------------------------------

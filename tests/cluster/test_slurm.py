@@ -70,7 +70,7 @@ class Slurm:
 
     def submit(self, folder: Path, *flags: str) -> str:
         """Submit a job of two nodes without GPUs, and return its id."""
-        options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={folder}/log", "--parsable"]
+        options = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={folder}/log", "--parsable"]
         return self.run("sbatch", *options, SCRIPT, f"--data.folder={folder}/data", f"--run_folder={folder}/run", *flags)
 
     def facts(self, job: str) -> dict[str, str]:
@@ -175,8 +175,9 @@ MOCKS = {
     "srun": f"""#!{sys.executable}
 import os, signal, subprocess, sys, time
 command = sys.argv[1:]
-while command[0].startswith("--"):
-    assert command.pop(0) == "--kill-on-bad-exit=1"
+with open("srun-options", "w") as file:
+    while command[0].startswith("--"):
+        print(command.pop(0), file=file)
 variables = [{{**os.environ, "SLURM_NODEID": str(node)}} for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))]
 tasks = [subprocess.Popen(command, env=task, start_new_session=True) for task in variables]
 asked = False
@@ -220,21 +221,7 @@ DECISIONS = {
 @pytest.mark.parametrize("case", DECISIONS)
 def test_only_75_is_requeued_and_a_mistake_takes_precedence(case, tmp_path):
     ends, code = DECISIONS[case]
-    for name, script in MOCKS.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "launch").symlink_to(ROOT / "launch")
-    variables = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "20042",
-        "SLURM_JOB_NODELIST": "node-[a-b]",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_CPUS_PER_TASK": "3",
-        "END_0": ends[0],
-        "END_1": ends[1],
-    }
-    command = ["bash", SCRIPT, "--config", "a b.toml"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+    done = run_with_mocks(tmp_path, {"END_0": ends[0], "END_1": ends[1]})
     assert done.returncode == code, done.stderr
     for node in range(2):
         started = (tmp_path / f"started-{node}").read_text()
@@ -242,6 +229,48 @@ def test_only_75_is_requeued_and_a_mistake_takes_precedence(case, tmp_path):
         assert started == expected
     requeued = tmp_path / "requeued"
     assert (requeued.read_text() if requeued.exists() else "") == ("20042\n" if code == 75 else "")
+    assert (tmp_path / "srun-options").read_text() == "--kill-on-bad-exit=1\n"
+
+
+def test_a_container_runs_in_the_folder_of_the_job(tmp_path):
+    """By pyxis, whose options srun has where it is installed."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    image = {"LMDIST_IMAGE": "registry.example.com#lmdist-train:0.1.0", "LMDIST_MOUNTS": "/data:/data:ro"}
+    done = run_with_mocks(folder, {"END_0": "0", "END_1": "0", **image})
+    assert done.returncode == 0, done.stderr
+    assert (folder / "srun-options").read_text().splitlines() == [
+        "--kill-on-bad-exit=1",
+        "--container-image=registry.example.com#lmdist-train:0.1.0",
+        f"--container-mounts={folder}:{folder},/data:/data:ro",
+        f"--container-workdir={folder}",
+        "--no-container-entrypoint",
+    ]
+
+
+def run_with_mocks(folder: Path, more: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run the script in a folder, on two machines that a mock of Slurm has."""
+    for name, script in MOCKS.items():
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+    (folder / "launch").symlink_to(ROOT / "launch")
+    variables = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "20042",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "3",
+        **more,
+    }
+    command = ["bash", SCRIPT, "--config", "a b.toml"]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+
+
+def test_the_first_job_takes_one_gpu_of_one_machine():
+    options = [line.split()[1] for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH ")]
+    assert {"--nodes=1", "--gpus-per-node=1"} <= set(options)
+    advised = {line.split()[1].partition("=")[0] for line in SCRIPT.read_text().splitlines() if line.startswith("##SBATCH ")}
+    assert {"--account", "--partition"} <= advised
 
 
 def test_a_job_from_another_folder_is_an_error(tmp_path):

@@ -170,9 +170,26 @@ def test_the_adaptive_head_is_normalized_and_ignores_padding(adaptive):
 
 def test_the_penalties_are_those_of_awd_lstm():
     raw, dropped = torch.randn(4, 7, 5), torch.randn(4, 7, 5)
-    found = activation_penalty(raw, dropped, 2, 1)
+    counted = torch.ones(4, 7, dtype=torch.bool)
+    found = activation_penalty(raw, dropped, counted, 2, 1) / 28
     expected = 2 * dropped.pow(2).mean() + (raw.transpose(0, 1)[1:] - raw.transpose(0, 1)[:-1]).pow(2).mean()
     torch.testing.assert_close(found, expected)
-    parts = [activation_penalty(*part, 2, 1) for part in zip(raw.chunk(2), dropped.chunk(2), strict=True)]
-    torch.testing.assert_close(torch.stack(parts).mean(), expected)
-    assert activation_penalty(raw[:, :1], dropped[:, :1], 0, 1).item() == 0  # no change from word to word in one word
+    parts = [activation_penalty(*part, 2, 1) for part in zip(raw.chunk(2), dropped.chunk(2), counted.chunk(2), strict=True)]
+    torch.testing.assert_close(torch.stack(parts).sum() / 28, expected)
+    assert activation_penalty(raw[:, :1], dropped[:, :1], counted[:, :1], 0, 1).item() == 0  # no change in one word
+
+
+def test_the_penalties_do_not_depend_on_holes():
+    raw, dropped = torch.randn(4, 7, 5), torch.randn(4, 7, 5)
+    counted = torch.ones(4, 7, dtype=torch.bool)
+    counted[2:] = False
+    found = activation_penalty(raw, dropped, counted, 2, 1)
+    torch.testing.assert_close(found, activation_penalty(raw[:2], dropped[:2], counted[:2], 2, 1))
+    counted[1, 6] = False  # the end of a shorter stream
+    found = activation_penalty(raw, dropped, counted, 2, 1)
+    assert torch.equal(found, activation_penalty(holes(raw, counted), holes(dropped, counted), counted, 2, 1))
+
+
+def holes(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Return other values where nothing is counted."""
+    return torch.where(counted[..., None], values, 100)

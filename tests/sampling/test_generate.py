@@ -326,6 +326,13 @@ def test_what_is_piped_into_the_command_are_its_prompts(whitespace_bundle: Path)
     assert (several.returncode, "stdin has several lines" in several.stderr) == (65, True)
 
 
+def test_a_closed_stdout_is_one_line(whitespace_bundle: Path) -> None:
+    line = f"exec {sys.executable} -m lmdist_export.generate {whitespace_bundle} --prompt the >&-"
+    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 64
+    assert done.stderr.splitlines()[-1] == "lmdist-generate: error: stdout is closed: give a file by -o FILE"
+
+
 def test_prompts_that_cannot_be_read(whitespace_bundle: Path, tmp_path: Path, failure) -> None:
     assert failure(whitespace_bundle, "--prompts-file", tmp_path / "none")[0] == 66
     assert failure(whitespace_bundle, "--prompts-file", tmp_path)[0] == 64

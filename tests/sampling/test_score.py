@@ -490,9 +490,9 @@ def test_wrong_input(bundle, tmp_path, failure) -> None:
     ],
 )
 def test_wrong_lists(bundle, failure, line: str, problem: str) -> None:
-    code, error = failure(bundle, "--nbest", stdin=f"1\tthe cat\n{line}\n".encode())
+    code, error = failure(bundle, "--nbest", stdin=f"{line}\n1\tthe cat\n".encode())
     assert code == 65
-    assert f"stdin, line 2: {problem}; expected is ID ||| HYPOTHESIS" in error
+    assert f"stdin, line 1: {problem}; expected is ID ||| HYPOTHESIS" in error
 
 
 def test_empty_lists_print_nothing(bundle, written) -> None:
@@ -500,9 +500,28 @@ def test_empty_lists_print_nothing(bundle, written) -> None:
         assert written(bundle, *options) == ""
 
 
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [("--sentences", b"the cat\nit is\n", b"\xff"), ("--nbest", b"1\tthe cat\t-1\n1\tit is\t-2\n", b"no list")],
+    ids=["sentences", "nbest"],
+)
+def test_what_comes_before_a_line_that_cannot_be_used_is_scored(
+    bundle: Path, tmp_path: Path, kind: str, good: bytes, bad: bytes
+) -> None:
+    (tmp_path / "good").write_bytes(good)
+    (tmp_path / "bad").write_bytes(good + bad + b"\nthe dog\n")
+    expected = command("lmdist_export.score", bundle, tmp_path / "good", kind).stdout
+    assert len(expected.splitlines()) == 2
+    found = command("lmdist_export.score", bundle, tmp_path / "bad", kind)
+    assert (found.returncode, found.stdout) == (65, expected)
+    to_file = command("lmdist_export.score", bundle, tmp_path / "bad", kind, "-o", tmp_path / "scores")
+    assert (to_file.returncode, (tmp_path / "scores").read_text()) == (65, expected)
+    assert f"{tmp_path / 'scores'} has what was done before" in to_file.stderr
+
+
 def test_a_string_is_no_list_of_sentences(sampler) -> None:
     for method in (Scorer(sampler).score, Scorer(sampler).predict):
-        with pytest.raises(UsageError, match=r"the sentences are 'the cat'; a list is expected, as \['the cat'\]"):
+        with pytest.raises(TypeError, match=r"the sentences are 'the cat'; a list is expected, as \['the cat'\]"):
             method("the cat")
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lmdist.errors import UsageError
+from lmdist.errors import DataError, UsageError
+from lmdist.storage.checksums import sha256
 from lmdist.storage.reading import write_json
 from lmdist_export import generate
 from lmdist_export.bundle import Bundle
@@ -459,7 +462,8 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
         model = client.get_logged_model(str(version.source).removeprefix("models:/"))
         assert (model.name, model.source_run_id, str(model.status)) == ("news_en", run_id, "READY")
         assert model.params["precision"] == "fp32"
-        assert {metric.key for metric in model.metrics or ()} >= {"bundle/megabytes", "bundle/valid_perplexity"}
+        compared = {"bundle/compared_tokens", "bundle/compared_perplexity", "bundle/compared_perplexity_by_torch"}
+        assert {metric.key for metric in model.metrics or ()} >= {"bundle/megabytes", *compared}
 
         server = Serving(
             ["uvicorn", APP, "--timeout-graceful-shutdown", "60"],
@@ -493,6 +497,50 @@ def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert "version 1, alias champion  (sqlite:///mlflow.db)" in done.stdout
     assert "(a new one: the training's is not in this store)" in done.stdout
+
+
+def test_only_what_the_manifest_names_is_registered_and_what_runs_is_the_installed_package(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    from mlflow.artifacts import download_artifacts
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.chdir(tmp_path)
+    copy, secret = tmp_path / "copy", tmp_path / "secret"
+    shutil.copytree(bundle, copy)
+    secret.write_text("secret")
+    (copy / "served_model.py").write_text("raise SystemExit('not ours')")
+    (copy / "MLmodel").unlink()
+    (copy / "MLmodel").symlink_to(secret)
+    (copy / "leak.txt").symlink_to(secret)
+    (copy / "more.py").write_text("import os")
+    registry.register(copy, "safe", "champion")
+    client = mlflow.MlflowClient()
+    version = client.get_model_version_by_alias("safe", "champion")
+    listed = Bundle.load(bundle).manifest["files"]
+    downloaded = Path(download_artifacts("models:/safe@champion", dst_path=str(tmp_path / "downloaded")))
+    files = {path.name for path in downloaded.iterdir()} - {"registered_model_meta"}
+    assert files == {*listed, *MODEL_FILES, "manifest.json", "generation_config.json"}
+    assert (downloaded / "served_model.py").read_text() == (bundle / "served_model.py").read_text()
+    assert "secret" not in (downloaded / "MLmodel").read_text()
+    assert Bundle.load(downloaded).manifest == Bundle.load(bundle).manifest
+    assert re.match("LSTM 6-10-10, .* fp32", str(version.description))
+
+    manifest = Bundle.load(bundle).manifest
+    code = copy / "served_model.py"
+    write_json(copy / "manifest.json", manifest | {"files": manifest["files"] | {code.name: facts_of(code)}})
+    with pytest.raises(DataError, match=r"the manifest names served_model\.py"):
+        registry.register(copy, "safe", "champion")
+    write_json(copy / "manifest.json", manifest)
+    (copy / "generation_config.json").unlink()
+    (copy / "generation_config.json").symlink_to(bundle / "generation_config.json")
+    with pytest.raises(DataError, match="is a link"):
+        registry.register(copy, "safe", "champion")
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 @pytest.mark.slow

@@ -600,6 +600,13 @@ def test_clusters_that_no_weights_have(bundle_of_bytes: Path, tmp_path: Path, va
     refuse_within_little_memory(folder, "names sizes that no model with")
 
 
+def test_a_vocabulary_of_millions_of_lines(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    (folder / "vocab.txt").write_bytes(b"<unk>\n<eos>\n" + b"a\n" * 30_000_000)
+    with_correct_checksums(folder, "manifest.json")
+    refuse_within_little_memory(folder, "vocab.txt has 30000002 words, the model")
+
+
 def refuse_within_little_memory(folder: Path, message: str) -> None:
     """The bundle is rejected in one line, before memory is allocated for its sizes, but for the list that names them."""
     with at_most(250), pytest.raises(DataError, match=message) as raised:

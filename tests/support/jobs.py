@@ -82,14 +82,15 @@ def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.Compl
 
 
 def start(ranks: int, *flags: str, cwd: Path, outputs: list[Path]) -> list[ForkServerProcess]:
-    """Start the ranks of a job, which write stdout and stderr to two files."""
+    """Start the ranks of a job, which write stdout and stderr to two files; `{rank}` in a flag becomes each rank's number."""
     variables = environment()
     if ranks > 1:  # as torchrun sets them
         variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for number in range(ranks):
         own = variables | ({"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {})
-        started.append(FORKS.Process(target=run_rank, args=(flags, cwd, outputs, own), daemon=True))
+        own_flags = tuple(flag.replace("{rank}", str(number)) for flag in flags)
+        started.append(FORKS.Process(target=run_rank, args=(own_flags, cwd, outputs, own), daemon=True))
         started[-1].start()
     return started
 

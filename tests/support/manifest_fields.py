@@ -315,15 +315,20 @@ def references_exist(render: Render) -> Iterator[str]:
 
 @rule
 def images_have_the_right_version(render: Render) -> Iterator[str]:
-    """Our images are of lmdist's version; MLflow's server has its clients' major version and is not older than they are."""
+    """Our images are of lmdist's version, and are pulled with one Secret; MLflow's server is not older than its clients.
+
+    Their major version is the same.
+    """
     pinned = re.search(r"^mlflow==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned, "constraints.txt has no mlflow"
     client = [int(part) for part in pinned[1].split(".")]
-    for _, container, where in each_container(render):
+    for pod, container, where in each_container(render):
         image = container.get("image", "")
         ours, mlflow = re.fullmatch(r"(?:.*/)?lmdist-[a-z]+:(.+)", image), re.search(r"/mlflow:v?([\d.]+)", image)
         if ours and ours[1] != __version__:
             yield f"{where}: the image is of {ours[1]}, and lmdist of {__version__}"
+        if ours and pod.spec.get("imagePullSecrets") != [{"name": "lmdist-registry"}]:
+            yield f"{where}: the image is not pulled with the Secret lmdist-registry"
         if mlflow and not client <= [int(part) for part in mlflow[1].split(".")] < [client[0] + 1]:
             yield f"{where}: MLflow is {mlflow[1]}, and its clients are {pinned[1]}"
 

@@ -10,11 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lmdist import config
-from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, DataError, MissingInputError, UsageError
+from lmdist.errors import (
+    EXIT_AGAIN,
+    EXIT_DATA,
+    EXIT_DEFECT,
+    EXIT_MISSING_INPUT,
+    EXIT_USAGE,
+    DataError,
+    MissingInputError,
+    UsageError,
+)
 from lmdist.job.launcher import AGENT_GRACE_SECONDS
 from lmdist.job.launcher import parser as launcher_parser
 from lmdist.settings import Recipe
-from lmdist_export.export import DEFECT
 from lmdist_export.export import parser as export_parser
 from support.manifests import GPU, Document, Pod, Render, command, find, look, of_kind, pods, rendered, rule, selects, title
 
@@ -102,7 +110,7 @@ def failures_are_the_launchers(render: Render) -> Iterator[str]:
     """podFailurePolicy ignores disruptions first, then fails at final exit codes, then ignores "run me again"."""
     final = [EXIT_USAGE, EXIT_DATA, EXIT_MISSING_INPUT]
     for pod in (pod for pod in pods(render.documents) if pod.job is not None):
-        codes = {"FailJob": final, "Ignore": [EXIT_AGAIN]} if pod.trains else {"FailJob": [DEFECT, *final]}
+        codes = {"FailJob": final, "Ignore": [EXIT_AGAIN]} if pod.trains else {"FailJob": [EXIT_DEFECT, *final]}
         name = pod.containers[0]["name"]
         expected: list[Document] = [
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -194,7 +202,7 @@ def recipes_fit_their_pods(render: Render) -> Iterator[str]:
 
 @rule
 def exports_take_a_run(render: Render) -> Iterator[str]:
-    """An export's flags are lmdist-export's, and it reads the run of the base's training."""
+    """An export's flags are lmdist-export's, and it reads the run of the training that it comes after."""
     runs = {inner.run_folder for _, _, inner in recipes(Render(of_kind(render.required, "Job"), render.required))}
     for pod, container in running(render, "lmdist-export"):
         try:

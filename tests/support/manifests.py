@@ -31,7 +31,13 @@ Document = dict[str, Any]
 Labels = dict[str, str]
 
 OVERLAYS = ["base", *sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))]
-REQUIRED_OVERLAYS = {"mlflow": [], "export": ["base", "mlflow"], "serve": ["mlflow", "export"], "shell": ["base"]}
+REQUIRED_OVERLAYS = {
+    "mlflow": [],
+    "export": ["base", "mlflow"],
+    "cpu-export": ["cpu-smoke", "mlflow"],
+    "serve": ["mlflow", "export"],
+    "shell": ["base"],
+}
 """What has to be applied before an overlay; for the overlays that are not listed, `mlflow`."""
 NAME, COMPONENT = "app.kubernetes.io/name", "app.kubernetes.io/component"
 JOB_NAME, JOB_INDEX = "batch.kubernetes.io/job-name", "batch.kubernetes.io/job-completion-index"

@@ -17,6 +17,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from lmdist.storage.checksums import sha256
+from lmdist.training.checkpoints.format import OWN_CHECKSUM, own_checksum
 
 Random = np.random.Generator
 
@@ -127,7 +128,7 @@ def other_lines(data: bytes, random: Random) -> bytes:
 
 
 def with_correct_checksums(folder: Path, manifest: str) -> None:
-    """Write the checksums of the existing files into a manifest, as an attacker would."""
+    """Write the checksums of the existing files into a manifest, and its own if it has one, as an attacker would."""
     path = folder / manifest
     try:
         value = json.loads(path.read_bytes())
@@ -135,6 +136,8 @@ def with_correct_checksums(folder: Path, manifest: str) -> None:
             file = folder / name
             if file.parent == folder and file.is_file():
                 facts |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        if OWN_CHECKSUM in value:
+            value[OWN_CHECKSUM] = own_checksum(value)
         path.write_text(json.dumps(value), encoding="utf-8")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         pass  # it is too broken to hold checksums

@@ -19,6 +19,7 @@ IGNORED: Mapping[str, Mapping[str, str]] = {
     "pod": {
         **dict.fromkeys(("affinity", "tolerations", "topologySpreadConstraints"), "all pods run on this machine"),
         "serviceAccountName": "there is no API server, and no token is mounted",
+        "imagePullSecrets": "no image is pulled",
     },
     "container": {
         "image": "Python, lmdist and mlflow of the tests replace it, in a read-only root",

@@ -19,7 +19,7 @@ from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.training.checkpoints.format import Progress
+from lmdist.training.checkpoints.format import OWN_CHECKSUM, Progress, own_checksum
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
 from lmdist_export import export
@@ -110,15 +110,17 @@ def bare_bundle(folder: Path, settings: ModelSettings = TIED, precision: str = "
 
 
 def edit_json(path: Path, **values: object) -> None:
-    """Replace values of a JSON object."""
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
+    """Replace values of a JSON object, and its own checksum if it has one."""
+    value = json.loads(path.read_text(encoding="utf-8")) | values
+    write_json(path, value | ({OWN_CHECKSUM: own_checksum(value)} if OWN_CHECKSUM in value else {}))
 
 
 def command(*arguments: object, cwd: Path | None = None, given: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run `python -m ...`, as its installed command does, with `given` on stdin, or nothing."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
-        **({"stdin": subprocess.DEVNULL} if given is None else {"input": given}),
+        stdin=subprocess.DEVNULL if given is None else None,
+        input=given,
         capture_output=True,
         text=True,
         encoding="utf-8",

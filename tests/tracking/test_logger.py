@@ -13,7 +13,8 @@ from lmdist.errors import Stopped, UsageError
 from lmdist.settings import TrackingSettings
 from lmdist.storage.reading import read_json
 from lmdist.tracking.logger import RunLogger
-from lmdist.tracking.run_folder import read_metadata, read_metrics, write_metadata
+from lmdist.tracking.metadata import read_metadata, write_metadata
+from lmdist.tracking.run_folder import read_metrics
 from support.jobs import SMALL, rows, small_data, train
 
 
@@ -58,9 +59,13 @@ def test_a_run_and_its_second_half_are_one_mlflow_run_without_a_point_twice(data
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "one"
     assert found.data.params["model.hidden_size"] == "24"
-    for key in ("train/loss", "train/tokens_per_second", "valid/loss", "valid/perplexity"):
+    assert found.data.tags["mlflow.note.content"].startswith("LSTM 16-24-16 tied, 7,230 parameters. ")
+    assert found.info.user_id == found.data.tags["mlflow.user"]
+    for key in ("train/loss", "train/tokens_per_second", "valid/loss", "valid/perplexity", "valid/best_perplexity"):
         assert [step for step, _ in history(client, run_id, key)] == [step for step, _ in expected(run, key)], key
     assert history(client, run_id, "train/loss") == expected(run, "train/loss")
+    validations = [value for _, value in history(client, run_id, "valid/perplexity")]
+    assert found.data.metrics["valid/best_perplexity"] == min(validations)
     assert found.inputs
     assert {dataset.tags[0].value for dataset in found.inputs.dataset_inputs} == {"train", "valid"}
     assert {item.path for item in client.list_artifacts(run_id)} == {"loss.png", "recipe.toml", "samples"}

@@ -30,8 +30,8 @@ from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json
 from lmdist.tracking import sync as command
 from lmdist.tracking import uploader
-from lmdist.tracking.logger import RunLogger
-from lmdist.tracking.run_folder import read_metadata
+from lmdist.tracking.logger import MachineLogger, MetricsLogger, RunLogger, logger_of_rank
+from lmdist.tracking.metadata import read_metadata
 from servers import Proxy, Server
 from support.jobs import SMALL, rows, small_data, train
 
@@ -193,7 +193,10 @@ def test_a_server_that_was_dead_at_the_start_or_died_during_the_job_gets_all_of_
         died.log_text("samples/step-000000040.txt", "some words\n")
         with suppress(ZeroDivisionError), dead:
             dead.log(1, 2000)
-            until(lambda: "MLflow does not accept this run's points (ConnectionError); they are in runs/dead/metrics" in stderr)
+            refused = (
+                "does not accept this run's points (ConnectionRefusedError: Connection refused); they are in runs/dead/metrics"
+            )
+            until(lambda: refused in stderr)
             dead.log(0, 0)
         until(lambda: "they are in runs/died/metrics" in stderr)
         began = time.monotonic()
@@ -292,7 +295,7 @@ ENDLESS = """
 import time
 from pathlib import Path
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TrackingSettings
-from lmdist.tracking.logger import RunLogger
+from lmdist.tracking.logger import MachineLogger, MetricsLogger, RunLogger, logger_of_rank
 with RunLogger(Path("runs/one"), TrackingSettings(), {"seed": 1}, "data", {}, 0, resume=False) as logger:
     for step in range(1, 31):
         logger.log_metrics(step, {"train/loss": 1 / step, "train/tokens": float(step)})
@@ -334,13 +337,43 @@ def test_a_job_that_is_killed_leaves_no_process_and_resumes_as_the_same_run(serv
 
 
 @pytest.mark.slow
+def test_each_machine_of_a_job_logs_its_own_load(server, here, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    # As torchrun sets them on two machines, for the first rank of each.
+    for name, value in {"GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert type(logger_of_rank(Path("runs/one"), "key")) is MetricsLogger, "its uploader does that"
+    with Job("one") as job:
+        monkeypatch.setenv("GROUP_RANK", "1")
+        with logger_of_rank(job.run, job.run_key) as other:
+            assert isinstance(other, MachineLogger)
+            assert other.monitor.child
+            job.until_found()
+            client, run_id = mlflow.MlflowClient(server.uri), read_metadata(job.run)["run_id"]
+            expected = {f"system/node-{number}/cpu_utilization_percentage" for number in (0, 1)}
+            until(lambda: expected <= client.get_run(run_id).data.metrics.keys())
+        assert other.monitor.child.poll() is not None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert type(logger_of_rank(job.run, job.run_key)) is MetricsLogger
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert type(logger_of_rank(job.run, job.run_key)) is MetricsLogger, "SQLite is for one machine"
+
+
+@pytest.mark.slow
 def test_two_jobs_create_the_default_store_at_once(here, capfd):
     first, second = Job("one"), Job("two")
     with first, second:
         first.log(1, 5)
         second.log(1, 5)
     store = f"sqlite:///{here}/mlflow.db"
-    assert capfd.readouterr().err == ""
+    printed = capfd.readouterr().err
+    for run in ("one", "two"):  # no warning, only where the pages are
+        page = f"MLflow: http://127.0.0.1:5000/#/experiments/1/runs/{read_metadata(Path('runs', run))['run_id']}?workflow"
+        assert page in printed
+    assert printed.count("mlflow ui --backend-store-uri sqlite:///mlflow.db\n") == 2
+    assert "warning" not in printed
     assert {path.name for path in here.iterdir() if path.is_file()} == {"mlflow.db"}
     check(store, "one", "FINISHED")
     check(store, "two", "FINISHED")
@@ -362,9 +395,9 @@ def test_a_run_without_mlflow_is_uploaded_by_its_recipe(here, monkeypatch):
     assert {dataset.tags[0].value for dataset in found.inputs.dataset_inputs} == {"train", "valid"}
 
     Path("elsewhere").mkdir()
-    shutil.copytree("runs", "elsewhere/runs")
     monkeypatch.chdir("elsewhere")
-    assert "mlflow.db is not here, and MLflow has had runs/one" in sync("runs/one", code=66)
+    assert "mlflow.db is not here, and MLflow has had ../runs/one" in sync("../runs/one", code=66)
+    assert not Path("mlflow.db").exists()
 
 
 def test_lmdist_sync_leaves_a_run_to_its_uploader(here):

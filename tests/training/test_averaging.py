@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from corpora import chain, write_data_folder
 from lmdist.errors import DataError, UsageError
-from lmdist.storage.reading import read_json
+from lmdist.storage.reading import read_json, write_json
 from lmdist.training import evaluate, loop
 from lmdist.training.averaging import is_nonmonotone
 from lmdist.training.checkpoints.read import load_model, read_tensors, read_verified_manifest
@@ -171,7 +171,8 @@ def old_run(data: Path, run: Path, **progress: float) -> list[str]:
         for name in ("dropout_input", "dropout_hidden", "dropout_output", "dropout_embedding", "weight_dropout"):
             del model[name]
     before["progress"] |= progress
-    edit_json(manifest, **before)
+    del before["sha256"]
+    write_json(manifest, before)
     return plain
 
 

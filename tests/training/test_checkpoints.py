@@ -15,6 +15,7 @@ from lmdist.errors import DataError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings, Recipe
 from lmdist.storage.atomic import atomic_folder
+from lmdist.storage.reading import read_json
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import load_model, load_training, read_tensors, read_verified_manifest
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint, remove_old
@@ -22,6 +23,7 @@ from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
 from lmdist.training.optimizer import OPTIMIZERS, build_optimizer, optimizer_state
 from support.jobs import after_one_step
+from support.small_bundles import edit_json
 
 OPTIMIZER_NAMES = get_args(get_type_hints(OptimizerSettings)["name"])
 
@@ -120,7 +122,7 @@ def test_the_best_one_is_found_and_kept(saved):
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "old").touch()
-    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "kept") as folder:
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "kept", replace=True) as folder:
         shutil.copyfile(tmp_path / "nothing", folder / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["old"]
@@ -130,7 +132,7 @@ def test_names_that_lead_out_of_the_folder_are_rejected(saved):
     run, *_ = saved
     folder = run / "checkpoints" / "step-000000030"
     shutil.copyfile(folder / "vocab.txt", folder.parent / "vocab.txt")
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"vocab.txt":', '"../vocab.txt":'))
+    files = read_json(folder / "manifest.json")["files"]
+    edit_json(folder / "manifest.json", files={"../vocab.txt" if name == "vocab.txt" else name: files[name] for name in files})
     with pytest.raises(DataError, match="outside itself"):
         read_verified_manifest(folder)

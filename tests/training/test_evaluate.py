@@ -17,10 +17,16 @@ import torch
 from torch.nn import functional
 
 from corpora import chain, write_data_folder
+from lmdist.storage.reading import read_json
+from lmdist.tracking import sync
+from lmdist.tracking.metadata import read_metadata
+from lmdist.tracking.run_folder import read_metrics
+from lmdist.tracking.store import Store
 from lmdist.training.checkpoints.read import load_model
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
 from lmdist.training.evaluate import evaluate, main, unigram_nats
+from servers import free_port
 from support.jobs import losses, train_here
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -49,6 +55,35 @@ def command(capsys):
         return output
 
     return run
+
+
+@pytest.mark.slow
+def test_the_test_perplexity_is_added_to_the_run_and_to_mlflow(trained, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    run, _ = trained
+    sync.upload(run)
+    step = read_json(find_checkpoint(run) / "manifest.json")["progress"]["step"]
+
+    def added() -> list[dict[str, float]]:
+        return [row for row in read_metrics(run / "metrics.jsonl") if "test/perplexity" in row]
+
+    before = len(added())
+    command(run, "--split=valid")
+    (tmp_path / "test").write_text("w3 w4\n")
+    command(run, f"--file={tmp_path / 'test'}")
+    assert len(added()) == before, "another text's perplexity is not the run's"
+    printed = json.loads(command(run, "--json", "--streams=3").out)
+    assert "lmdist-sync" not in command(run, "--streams=3").err
+    (row,) = added()[before:]
+    assert (row["step"], row["test/perplexity"]) == (step, printed["perplexity"])
+    found = Store(f"sqlite:///{tmp_path}/store.db").get_run(read_metadata(run)["run_id"])
+    assert found
+    assert found.data.metrics["test/perplexity"] == printed["perplexity"]
+    assert found.data.metrics["test/unknown_rate"] == printed["unknown_rate"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    refused = command(run, "--streams=2")
+    assert "perplexity" in refused.out
+    assert f"MLflow does not get the figures (ConnectionRefusedError: Connection refused); lmdist-sync {run}" in refused.err
 
 
 def test_perplexity_is_that_of_one_pass_over_all_tokens(trained):
@@ -126,6 +161,20 @@ def test_mistakes(trained, tmp_path, command):
     assert "--streams" in command(run, "--streams=0", code=64).err
     other = write_data_folder(tmp_path / "other", {"train": chain(451, 31), "test": chain(99, 31)}, 31)
     assert "another vocabulary" in command(run, f"--data={other}", code=65).err
+
+
+def test_the_data_folder_is_asked_for_where_it_is_elsewhere(trained, command):
+    run, data = trained
+    moved = data.rename(data.with_name("moved"))
+    try:
+        error = command(run, code=66).err
+        assert f"the data folder {data}, which the model was trained on, does not exist here: give its place by --data" in error
+        assert "lmdist-prepare" not in error
+        assert "perplexity" in command(run, f"--data={moved}").out
+    finally:
+        moved.rename(data)
+    without_test = write_data_folder(data.with_name("without"), {"train": chain(451, 30), "valid": chain(99, 30)}, 30)
+    assert "has no test split: give --split train or valid, or --file" in command(run, f"--data={without_test}", code=66).err
 
 
 def test_damaged_checkpoints_are_rejected_in_one_line(trained, tmp_path, command):

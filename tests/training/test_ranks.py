@@ -1,4 +1,4 @@
-"""Several ranks against one: the embedding's gradient, of which the ranks exchange the rows of their tokens only."""
+"""Several ranks: the same figures as one, and none at all from ranks that would train different models."""
 
 from __future__ import annotations
 
@@ -73,3 +73,22 @@ def test_plain_sgd_changes_the_rows_of_the_tokens_that_some_rank_has_read(data, 
     changed = (tensors(tmp_path / "run", 1)["embedding.weight"] != before).any(1).nonzero().flatten()
     assert changed.tolist() == batch.inputs.unique().tolist()
     assert len(changed) < VOCABULARY_SIZE / 5
+
+
+@pytest.mark.slow
+def test_ranks_that_would_train_different_models_say_so_once(data, tmp_path):
+    flags = [*UNTIED, f"--data.folder={data}", "--run_folder=run", "--seed={rank}", "--optimizer.weight_decay=0.{rank}"]
+    done = train(2, *flags, cwd=tmp_path, code=64)
+    assert done.stderr.splitlines() == [
+        "lmdist.train: error: the ranks would not train one model: seed 0 on rank 0 and 1 on rank 1, "
+        "optimizer.weight_decay 0.0 on rank 0 and 0.1 on rank 1; start all of them with the same"
+    ]
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_ranks_that_read_different_texts_say_so(data, tmp_path):
+    write_data_folder(tmp_path / "data1", {"train": chain(5_000, VOCABULARY_SIZE, seed=2)}, VOCABULARY_SIZE)
+    data.rename(tmp_path / "data0")
+    done = train(2, *UNTIED, "--data.folder=data{rank}", "--run_folder=run", cwd=tmp_path, code=64)
+    assert "one model: data " in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -274,6 +275,15 @@ def test_mistakes_are_one_line_with_their_exit_code(data, tmp_path, mistake):
     assert "Traceback" not in done.stderr
 
 
+def test_an_update_that_diverges_is_not_saved(tmp_path):
+    """The loss is that of before the update, and nothing is validated."""
+    folder = write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
+    flags = ["--optimizer.name=sgd", "--optimizer.learning_rate=1e38", "--optimizer.clip=0", "--training.steps=1"]
+    done = train(1, *SMALL, *flags, f"--data.folder={folder}", "--run_folder=run", cwd=tmp_path, code=64)
+    assert "the norm of the parameters is inf at step 1: the training has diverged" in done.stderr
+    assert not list(tmp_path.glob("run/checkpoints/step-*"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
 def test_missing_cuda_is_an_error(data, tmp_path):
     done = train(1, *SMALL, f"--data.folder={data}", "--training.device=cuda", cwd=tmp_path, code=64)
@@ -291,7 +301,14 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_something_else(data, tmp_p
     train(1, *flags, cwd=tmp_path)
     assert "--resume auto continues it" in train(1, *flags, cwd=tmp_path, code=64).stderr
     other = train(1, *flags, "--resume=auto", "--model.hidden_size=25", cwd=tmp_path, code=64)
-    assert "another model.hidden_size: 24, and this recipe has 25" in other.stderr
+    assert "model.hidden_size: the run has 24, the recipe 25; --run_folder run-2 starts another" in other.stderr
+    words = write_data_folder(tmp_path / "words", {"train": chain(451, 31)}, 31)
+    for resume in ("auto", "never"):  # neither advises what fails
+        done = train(1, *flags, f"--data.folder={words}", f"--resume={resume}", cwd=tmp_path, code=64)
+        line = done.stderr.splitlines()[-1]
+        assert f"data.folder: {words} has another vocab.txt and train.bin than {data}, which the run began with" in line
+        assert "resume" not in line
+        assert "sha256" not in line
 
 
 def test_a_run_with_more_steps_than_are_asked_for_is_finished(data, tmp_path):
@@ -325,6 +342,15 @@ def test_every_recipe_is_read_and_every_line_has_a_reason(path):
     for section, values in tomllib.loads(path.read_text()).items():
         for key, value in values.items() if isinstance(values, dict) else ():
             assert getattr(getattr(asked, section), key) == value
+
+
+def test_the_last_validation_gives_a_hint_for_the_next_run(data, capsys):
+    flags = ["--resume=auto", "--model.dropout=0", "--schedule.name=constant"]
+    train_here(*into_run(data, *flags, "--training.epochs=2"))
+    fallen, risen = r"fell by \d+% to the last validation.*--training\.epochs 4\)", r"risen by \d+%.*--model\.dropout 0\.15\)"
+    assert re.search(fallen, capsys.readouterr().err)
+    train_here(*into_run(data, *flags, "--training.epochs=60"))
+    assert re.search(risen, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("order", [1, -1])

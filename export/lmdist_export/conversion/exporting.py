@@ -24,7 +24,7 @@ import torch
 from lmdist import __version__
 from lmdist.cache_settings import TUNED, NeuralCache, read_tuned
 from lmdist.console import log
-from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
@@ -33,10 +33,10 @@ from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.tracking.run_folder import read_metadata
+from lmdist.tracking.metadata import read_metadata
 from lmdist.training.checkpoints.read import load_model, parameters_file
 from lmdist.training.checkpoints.retain import find_checkpoint, run_of
-from lmdist.training.data import DataFolder
+from lmdist.training.data import folder_of_model
 from lmdist_export import EXPORT_COMMAND
 from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MANIFEST, VERSION, Bundle
 from lmdist_export.conversion.tokenizer_json import TOKENIZER, obstacle, write_tokenizer
@@ -75,6 +75,12 @@ class Checkpoint:
         return (run_of(self.path) or self.path.resolve()).name
 
     @property
+    def run_id(self) -> str | None:
+        """Return the id in MLflow of the run that it lies in, if it has one."""
+        run = run_of(self.path)
+        return None if run is None else read_metadata(run).get("run_id")
+
+    @property
     def step(self) -> int:
         """Return the step at which it was written."""
         return self.manifest["progress"]["step"]
@@ -110,29 +116,25 @@ def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | Non
     """
     if data == "none":
         return None
-    path = Path(data or checkpoint.manifest["recipe"]["data"]["folder"])
-    if not path.is_dir():
-        raise MissingInputError(
-            f"the data folder {path}, which has the held-out text, does not exist: give its place by --data FOLDER, "
-            "or export without held-out text by --data none"
-        )
-    folder = DataFolder(path)
-    folder.check_vocabulary(checkpoint.manifest)
+    otherwise = ", or export without held-out text by --data none"
+    folder = folder_of_model(checkpoint.manifest, Path(data) if data else None, otherwise)
     split = next(name for name in ("valid", "test", "train") if folder.has(name))
     tokens = folder.tokens(split)
     if len(tokens) == 0:
-        raise DataError(f"the {split} split of {path} is empty: export without held-out text by --data none")
+        raise DataError(f"the {split} split of {folder.path} is empty: export without held-out text by --data none")
     return HeldOutText(split, tokens)
 
 
 def export_bundle(
     checkpoint: Checkpoint,
-    output: Path,
+    output: str | Path,
     held_out: HeldOutText | None,
     precision: str = "fp32",
     max_loss_percent: float | None = None,
+    *,
+    replace: bool = False,
 ) -> dict[str, Any]:
-    """Write and verify the bundle `output`, atomically; return its manifest.
+    """Write and verify the bundle `output`, atomically, in place of another one if `replace`; return its manifest.
 
     Raises MismatchError for a graph that differs from torch, UsageError for a precision that is impossible or costs too much.
     """
@@ -140,7 +142,7 @@ def export_bundle(
         raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
     if reason := obstacle(checkpoint.text, checkpoint.vocabulary):
         log(f"without {TOKENIZER}: {reason}", EXPORT_COMMAND)
-    with atomic_folder(output) as folder:
+    with atomic_folder(Path(output), replace=replace) as folder:
         if precision == "auto":
             return write_fastest(checkpoint, folder, held_out, max_loss_percent)
         return write_bundle(checkpoint, folder, held_out, precision, max_loss_percent)
@@ -196,6 +198,7 @@ def write_bundle(
         "sizes": dataclasses.asdict(sizes),
         "cache": None if (cache := checkpoint.cache) is None else dataclasses.asdict(cache),
         "run": checkpoint.run,
+        "run_id": checkpoint.run_id,
         "step": checkpoint.step,
         "tolerance": TOLERANCES.get(precision),
         "differences": check_values(sampler, model),
@@ -211,7 +214,7 @@ def write_bundle(
     }
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / MANIFEST, manifest)
-    write_model(folder, read_metadata(checkpoint.path.parent.parent).get("run_id"))
+    write_model(folder, checkpoint.run_id)
     return manifest
 
 

@@ -72,12 +72,15 @@ def is_layout(folder: Path) -> bool:
     return {MODEL, TOKENS} <= names <= {MODEL, MODEL_DATA, TOKENS}
 
 
-def write(model: LanguageModel, vocabulary: Vocabulary, output: Path, origin: str) -> dict[str, float]:
+def write(
+    model: LanguageModel, vocabulary: Vocabulary, output: Path, origin: str, *, replace: bool = False
+) -> dict[str, float]:
     """Write the folder, atomically, if its graph agrees with torch; return the max errors.
 
-    Raises MismatchError if it does not, and DataError for a word that tokens.txt cannot hold.
+    Another one is replaced if `replace`. Raises MismatchError if the graph does not agree, and DataError for a word that
+    tokens.txt cannot hold.
     """
-    with atomic_folder(output) as folder:
+    with atomic_folder(output, replace=replace) as folder:
         write_tokens(vocabulary, folder / TOKENS)
         graph = rnn_lm(model, origin)
         # Not ByteSize(): it fails beyond the limit.

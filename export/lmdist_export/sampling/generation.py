@@ -173,9 +173,10 @@ def new_texts(
         if n > 1 or len(prompt) > PREFILL_TOKENS:
             state = sampler.prefill(state, config)
         for number in range(n):
-            # The prompt is part of the seed, so that texts of different prompts have different random numbers.
-            generator = np.random.default_rng([seed, number, *prompt])
-            yield Text(list(prompt), prompt_number, number), replace(state, generators=(generator,))
+            # The prompt is part of the seed, so that texts of different prompts have different random numbers. A spawn key is
+            # mixed in word by word, whereas entropy is padded with zeros: [w] and [w, 0] would be the same.
+            entropy = np.random.SeedSequence(seed, spawn_key=(number, *prompt))
+            yield Text(list(prompt), prompt_number, number), replace(state, generators=(np.random.default_rng(entropy),))
 
 
 def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:

@@ -95,9 +95,11 @@ def open_session(graph: bytes, folder: Path, provider: str, threads: int, captur
         if provider == "cpu":
             raise DataError(f"{folder} cannot be opened by onnxruntime {onnxruntime.__version__}: {one_line(error)}") from None
         reason = one_line(error)
+    from lmdist.extras import install_command
+
     raise UsageError(
         f"provider cuda does not run here: {reason}. Check nvidia-smi and that CUDA and cuDNN are installed "
-        "(pip install 'lmdist[gpu]'), or use --provider cpu"
+        f"({install_command('gpu')}), or use --provider cpu"
     )
 
 
@@ -106,17 +108,21 @@ def import_onnxruntime() -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it sends telemetry by default, on Linux too
     wheels = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed(name)]
     if len(wheels) == 2:
+        from lmdist.extras import remedy
+
         raise UsageError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'lmdist[cpu]' or 'lmdist[gpu]'"
+            f"pip uninstall -y onnxruntime onnxruntime-gpu, then {remedy('onnxruntime')}"
         )
     try:
         onnxruntime = importlib.import_module("onnxruntime")
         # If one of two wheels was uninstalled, an empty module is left.
         assert onnxruntime.InferenceSession
     except (ImportError, AttributeError) as error:
-        remedy = f"pip install --force-reinstall {wheels[0]}" if wheels else "pip install 'lmdist[cpu]' (or 'lmdist[gpu]')"
-        raise UsageError(f"onnxruntime cannot be imported ({one_line(error)}): {remedy}") from None
+        from lmdist.extras import remedy
+
+        again = f"pip install --force-reinstall {wheels[0]}" if wheels else remedy("onnxruntime")
+        raise UsageError(f"onnxruntime cannot be imported ({one_line(error)}): {again}") from None
     return onnxruntime
 
 
@@ -140,9 +146,11 @@ def installed(distribution: str) -> bool:
 def load_cuda(onnxruntime: Any) -> None:
     """Load the libraries of the CUDA provider; raises UsageError if the driver or the provider is missing."""
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        from lmdist.extras import install_command
+
         raise UsageError(
             "provider cuda: this onnxruntime is built without CUDA: "
-            "pip uninstall -y onnxruntime, then pip install 'lmdist[gpu]'; or use --provider cpu"
+            f"pip uninstall -y onnxruntime, then {install_command('gpu')}; or use --provider cpu"
         )
     try:
         ctypes.CDLL("libcuda.so.1")

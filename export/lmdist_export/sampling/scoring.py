@@ -24,7 +24,7 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,14 +102,14 @@ class Scorer:
     def score(self, sentences: Iterable[str]) -> Iterator[SentenceScore]:
         """Yield the score of each sentence, in their order; no more than a batch of them is held at a time.
 
-        Raises UsageError for a single string.
+        Raises TypeError for a single string.
         """
         return self.scores(several(sentences))
 
     def scores(self, coming: Iterator[str]) -> Iterator[SentenceScore]:
         """Yield the score of each sentence."""
         state = self.sampler.initial_state(1, cached=self.cache is not None)
-        while batch := list(islice(coming, self.batch_size)):
+        for batch in batches(coming, self.batch_size):
             encoded = [self.encode(sentence) for sentence in batch]
             texts = [ids for _, ids in encoded]
             if self.carry_state:
@@ -160,10 +160,27 @@ class Scorer:
 
 
 def several(sentences: Iterable[str]) -> Iterator[str]:
-    """Return the sentences one by one; raises UsageError for a string, whose letters would be taken for sentences."""
+    """Return the sentences one by one; raises TypeError for a string, whose letters would be taken for sentences."""
     if isinstance(sentences, str):
-        raise UsageError(f"the sentences are {reprlib.repr(sentences)}; a list is expected, as [{reprlib.repr(sentences)}]")
+        raise TypeError(f"the sentences are {reprlib.repr(sentences)}; a list is expected, as [{reprlib.repr(sentences)}]")
     return iter(sentences)
+
+
+def batches(sentences: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Yield the sentences in lists of `size`; where one cannot be read, those before it come before the error."""
+    batch: list[str] = []
+    try:
+        for sentence in sentences:
+            batch.append(sentence)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except DataError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

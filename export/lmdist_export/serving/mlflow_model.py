@@ -54,6 +54,8 @@ CODE = "served_model.py"
 REQUIREMENTS = "requirements.txt"
 ENVIRONMENT = "python_env.yaml"
 MLMODEL = "MLmodel"
+OWN_FILES = (CODE, REQUIREMENTS, ENVIRONMENT, MLMODEL)
+"""The files that make a bundle a model of MLflow."""
 SERVER = "mlflow.pyfunc.scoring_server.app"
 """The module that `mlflow models serve` and uvicorn import; it loads the model."""
 

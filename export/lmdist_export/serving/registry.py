@@ -2,25 +2,30 @@
 
     lmdist-export runs/demo -o bundles/demo --register demo          # or later: lmdist-export bundles/demo --register demo
 
-The store is the one that training uploads to (lmdist/tracking/store.py). The bundle has its run's id in `MLmodel`; where the
-store has that run, the LoggedModel belongs to it. Messages contain no password of an address and no text of an exception.
-This module does not know how a bundle is built.
+The store is the one that training uploads to (lmdist/tracking/store.py). The bundle's manifest has its run's id; where the
+store has that run, the LoggedModel belongs to it. Only files that the manifest names are uploaded, and what MLflow runs is
+written anew by the installed lmdist: a bundle may have come from a stranger. Messages contain no password. This module does
+not know how a bundle is built.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lmdist.console import table
-from lmdist.errors import DataError, Stopped, UsageError
-from lmdist.settings import TrackingSettings
-from lmdist.tracking.store import Store, configure, error_name, silence, store_address, without_password
-from lmdist_export.bundle import Bundle
+from lmdist.errors import DataError, MissingInputError, Stopped, UsageError
+from lmdist.storage.reading import file_size
+from lmdist.tracking.address import configure, experiment_name, store_address, without_password
+from lmdist.tracking.failures import FinalError, upload_error
+from lmdist.tracking.store import Store, silence
+from lmdist_export.bundle import GENERATION_CONFIG, MANIFEST, Bundle
 
 CHAMPION = "champion"
 REQUEST_TIMEOUT_SECONDS = 120
@@ -36,19 +41,23 @@ def check_names(name: str, alias: str) -> None:
 
 
 def register(folder: Path, name: str, alias: str) -> str:
-    """Register a bundle; return lines with its name and how to serve it. Raise Stopped where MLflow does not accept it."""
+    """Register a bundle; return lines with its name and how to serve it.
+
+    Raise Stopped where MLflow does not accept it now, DataError where it never will.
+    """
     bundle = Bundle.load(folder)
-    if not (folder / "MLmodel").is_file():
-        raise DataError(f"{folder} has no MLmodel, which lmdist-export writes: export it again")
     configure(REQUEST_TIMEOUT_SECONDS)
     address = without_password(store_address())
     try:
         with silence():
             version, run = upload(bundle, Store(store_address()), name, alias)
+    except (DataError, MissingInputError):  # of the bundle
+        raise
     except Exception as error:  # any exception of MLflow and the libraries below it
         again = shlex.join(["lmdist-export", str(folder), "--register", name, *(["--alias", alias] * (alias != CHAMPION))])
-        raise Stopped(
-            f"MLflow ({address}) does not accept the bundle ({error_name(error)}); "
+        failure = upload_error(error)
+        raise (DataError if isinstance(failure, FinalError) else Stopped)(
+            f"MLflow ({address}) does not accept the bundle ({failure}); "
             f"it is in {folder}, and this registers it later: {again}"
         ) from None
     rows = {
@@ -63,15 +72,15 @@ def upload(bundle: Bundle, store: Store, name: str, alias: str) -> tuple[str, st
     """Upload a bundle; return its version and a description of its run. Raise any exception of MLflow."""
     from mlflow import MlflowException
     from mlflow.entities import Metric
-    from mlflow.models import Model
 
     client = store.client
-    trained = Model.load(str(bundle.folder)).run_id
+    trained = bundle.manifest.get("run_id")
     run_id, experiment = (trained and find_run(store, trained)) or create_run(store, bundle.manifest["run"])
     title = re.sub(r"[/:.%\"']", "_", name)  # MLflow allows these in the name of a registered model only
     model = client.create_logged_model(experiment, title, run_id, params=parameters(bundle), model_type="lmdist bundle")
     try:
-        client.log_model_artifacts(model.model_id, str(bundle.folder))
+        with staged(bundle) as folder:
+            client.log_model_artifacts(model.model_id, str(folder))
         now = int(time.time() * 1000)
         step = bundle.manifest["step"]
         points = [Metric(key, value, now, step, model_id=model.model_id) for key, value in metrics(bundle).items()]
@@ -86,9 +95,41 @@ def upload(bundle: Bundle, store: Store, name: str, alias: str) -> tuple[str, st
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = client.create_model_version(name, f"models:/{model.model_id}", run_id, model_id=model.model_id).version
+    source = f"models:/{model.model_id}"
+    version = client.create_model_version(
+        name, source, run_id, description=description(bundle), model_id=model.model_id
+    ).version
     client.set_registered_model_alias(name, alias, version)
     return str(version), run_id if run_id == trained else f"{run_id}  (a new one: the training's is not in this store)"
+
+
+@contextmanager
+def staged(bundle: Bundle) -> Iterator[Path]:
+    """Yield a folder of what is uploaded: links to the files that the manifest names, and MLflow's own files, written anew."""
+    from lmdist_export.serving.mlflow_model import OWN_FILES, write_model
+
+    if foreign := set(OWN_FILES) & set(bundle.manifest["files"]):
+        raise DataError(f"{bundle.folder}: the manifest names {min(foreign)}, which no bundle has a checksum of")
+    with tempfile.TemporaryDirectory(prefix="lmdist-") as name:
+        folder = Path(name)
+        for file in {*bundle.manifest["files"], MANIFEST, GENERATION_CONFIG}:
+            path = bundle.folder / file
+            if path.is_symlink():
+                raise DataError(f"{path} is a link, which may lead anywhere: put in its place what it leads to")
+            file_size(path)  # raises an error for what is no file
+            (folder / file).symlink_to(path.resolve())
+        write_model(folder, bundle.manifest.get("run_id"))
+        yield folder
+
+
+def description(bundle: Bundle) -> str:
+    """Return a sentence about a bundle, for people who choose among versions."""
+    sizes, manifest = bundle.sizes, bundle.manifest
+    layers = "-".join(map(str, [sizes.embedding_size, *sizes.layer_sizes]))
+    return (
+        f"LSTM {layers}, {manifest['parameters']:,} parameters, {sizes.precision}, vocabulary {sizes.vocabulary_size:,}: "
+        f"run {manifest['run']}, step {manifest['step']:,}, lmdist {manifest['versions']['lmdist']}"
+    )
 
 
 def find_run(store: Store, run_id: str) -> tuple[str, str] | None:
@@ -99,7 +140,7 @@ def find_run(store: Store, run_id: str) -> tuple[str, str] | None:
 
 def create_run(store: Store, name: str) -> tuple[str, str]:
     """Create a run for the metrics of a bundle whose training the store does not have; return the ids as `find_run` does."""
-    experiment = store.experiment_id(TrackingSettings.experiment)
+    experiment = store.experiment_id(experiment_name())
     run_id = store.client.create_run(experiment, run_name=name).info.run_id
     store.client.set_terminated(run_id)
     return run_id, experiment
@@ -123,13 +164,17 @@ def parameters(bundle: Bundle) -> dict[str, str]:
 
 
 def metrics(bundle: Bundle) -> dict[str, float]:
-    """Return the size of a bundle and its quality on held-out text."""
+    """Return the size of a bundle, and how it compares with torch on the beginning of a split.
+
+    Perplexities of training are of the whole split: these have other names, and torch's beside onnxruntime's.
+    """
     held_out = bundle.manifest["held_out"] or {}
-    split = held_out.get("split")
     found = {
         "bundle/megabytes": sum(file["bytes"] for file in bundle.manifest["files"].values()) / 1e6,
-        f"bundle/{split}_perplexity": held_out.get("onnxruntime"),
-        f"bundle/{split}_loss_percent": held_out.get("loss_percent"),
-        f"bundle/{split}_top_1_agreement": held_out.get("top_1_agreement"),
+        "bundle/compared_tokens": held_out.get("tokens"),
+        "bundle/compared_perplexity": held_out.get("onnxruntime"),
+        "bundle/compared_perplexity_by_torch": held_out.get("torch"),
+        "bundle/compared_loss_percent": held_out.get("loss_percent"),
+        "bundle/compared_top_1_agreement": held_out.get("top_1_agreement"),
     }
     return {key: float(value) for key, value in found.items() if value is not None}

