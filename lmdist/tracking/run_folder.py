@@ -16,7 +16,6 @@ from lmdist.errors import Stopped, UsageError
 from lmdist.storage.atomic import check_output_folder, write_atomic
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import refuse_link
-from lmdist.tracking.metadata import RUN_METADATA
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
