@@ -156,6 +156,13 @@ def test_unknown_words_of_the_prompt(bundle: Path, written) -> None:
     assert "warning" not in written(bundle, "--prompt", "the cat", "--seed", 1)[1]
 
 
+def test_a_prompt_that_ends_in_an_abbreviation_goes_on(bundle: Path, written) -> None:
+    out, err = written(bundle, "--prompt", "the cat said Mr.", "--seed", 1)
+    assert out.startswith("the cat said Mr.")
+    assert "read as <unk>: Mr.\n" in err  # the word, not Mr and a full stop
+    assert "warning" not in written(bundle, "--prompt", "the cat said.", "--seed", 1)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
