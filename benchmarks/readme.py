@@ -71,7 +71,7 @@ def quality(machine: str) -> str:
     lines = []
     for ours in (row for row in rows if row["variant"] == "lmdist"):
         here = {row["variant"]: row["value"] for row in rows if row["case"] == ours["case"]}
-        minutes = [f"{ours['minutes']:,.0f}" if ours.get("minutes") else ""] if timed else []
+        minutes = [f"{ours['minutes']:,.1f}" if ours.get("minutes") else ""] if timed else []
         cells = [f"{here[name]:,.1f}" if name in here else "" for name in shown]
         cached = f" ({here['lmdist, cache']:,.1f} with a cache)" if "lmdist, cache" in here else ""
         lines.append([ours["case"], f"{ours['unknown_rate']:.1%}", *minutes, *cells, f"**{ours['value']:,.1f}**{cached}"])
