@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 
+from lmdist.errors import CONTROLS
 from lmdist.settings import Cleaning, TextSettings
 from lmdist.settings import Tokenizer as Tokenizers
 from lmdist.text.tokenizer import WordTokenizer
@@ -68,8 +69,9 @@ def names(settings: TextSettings) -> str:
 
 
 def vocabulary_of(settings: TextSettings, *texts: str) -> Vocabulary:
-    """Of the words of these texts; such as the format cannot say are left out."""
-    words = dict.fromkeys(word for text in texts for word in WordTokenizer(settings).tokenize(text))
+    """Of the words of these texts; those that the format cannot express, and control characters, are left out."""
+    found = (word for text in texts for word in WordTokenizer(settings).tokenize(text))
+    words = dict.fromkeys(word for word in found if not CONTROLS.search(word))
     if names(settings) == "wordpunct-none-lowercase-first":
         words = {word: None for word in words if "i\u0307" not in word}
     vocabulary = Vocabulary(["<unk>", "<eos>", *(word for word in words if word not in ("<unk>", "<eos>"))])
