@@ -25,7 +25,7 @@ NOT_COMPARED = (
     "tracking.",
     "training.timeout_seconds",
 )
-"""Settings that may differ: those that rank 0 alone acts on, those of a machine, and a folder, which is compared by its content.
+"""Settings that may differ: what rank 0 alone acts on, what a machine has for itself, and the data, compared by its content.
 
 A launcher that restarts adds `--resume auto`, and another that starts late has not: rank 0's decides.
 """
