@@ -61,17 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from lmdist.training import distributed, loop
 
-        with exclusive_lock(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext():
+        lock = exclusive_lock(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext()
+        with stopped_by_full_disk(), lock:
             settings = recipe.training
             try:
                 world = distributed.join_job(
                     settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
                 )
                 loop.train(recipe, world, stop)
-            except OSError as error:  # before the first checkpoint; later the loop goes on without what a full disk rejects
-                if error.errno not in FULL_DISK:
-                    raise
-                raise Stopped(f"{reason(error)}: make room and run again with --resume auto") from None
             except (RuntimeError, MemoryError) as error:
                 if distributed.out_of_memory(error):
                     which = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
@@ -90,6 +87,17 @@ def require_packages(recipe: Recipe) -> None:
     require("torch", "safetensors", "matplotlib", "toml")
     if recipe.tracking.mlflow:
         require(*packages_of(store_address()), purpose="the run is logged to MLflow unless you give --tracking.mlflow false: ")
+
+
+@contextmanager
+def stopped_by_full_disk() -> Iterator[None]:
+    """Have a disk that is full at the start stop the job; later the loop goes on without what the disk rejects."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise Stopped(f"{reason(error)}: make room and run again with --resume auto") from None
 
 
 @contextmanager
