@@ -43,6 +43,7 @@ from torch import Tensor, distributed
 from torch.profiler import profile
 
 from lmdist.cpus import MEMORY_ENVIRONMENT
+from lmdist.errors import run_as_process
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
 from lmdist.model.precision import Precision, choose, configure_precision
@@ -120,8 +121,7 @@ def main() -> None:
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments)
-        return
+        run_as_process(lambda: work(arguments))  # the profiler's thread may still run
     given = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 3)
     arguments.seconds = arguments.seconds or (2.0 if arguments.quick else 4.0)
@@ -295,7 +295,6 @@ def work(arguments: argparse.Namespace) -> None:
     if world.is_main:
         arguments.answer.write_text(json.dumps(answer), encoding="utf-8")
     world.close()
-    os._exit(0)  # the profiler's thread may still run, and the interpreter's end would abort the process (seen: SIGABRT)
 
 
 def time_case(world: World, arguments: argparse.Namespace) -> Answer:

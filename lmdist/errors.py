@@ -33,9 +33,11 @@ STOP_SIGNALS = [
     if hasattr(signal, name)  # not on Windows
 ]
 """Requests to stop, beside Ctrl-C: of Kubernetes, of a terminal that is closed, of Slurm before a time limit."""
-LASTING = {
+FULL_DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG".split() if hasattr(errno, name)}
+"""Reasons why nothing more can be written until somebody makes room."""
+LASTING = FULL_DISK | {
     getattr(errno, name)
-    for name in "ENOENT ENOTDIR EISDIR EEXIST EACCES EPERM EROFS ENAMETOOLONG ELOOP ENXIO ENOSPC EDQUOT EFBIG".split()
+    for name in "ENOENT ENOTDIR EISDIR EEXIST EACCES EPERM EROFS ENAMETOOLONG ELOOP ENXIO".split()
     if hasattr(errno, name)
 }
 """Reasons why a path cannot be read or written that another try would only repeat."""

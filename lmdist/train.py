@@ -18,11 +18,13 @@ from lmdist.console import log
 from lmdist.errors import (
     EXIT_AGAIN,
     EXIT_DEFECT,
+    FULL_DISK,
     Stopped,
     UsageError,
     exit_code_of,
     exit_on_error,
     one_line,
+    reason,
     require,
     run_as_process,
 )
@@ -37,8 +39,8 @@ from lmdist.tracking.run_folder import JOB_LOCK, check_run_folder
 LOCK_PATIENCE = 20.0
 """Seconds to wait for a job that is just exiting, such as the one before a restart."""
 PEERS_FIRST = 2.0
-"""torchrun reports the first rank that exits. A rank that lost a peer, or that fails as rank 0 does, waits so many seconds, so
-that it is not the first."""
+"""torchrun reports the first rank that exits. A rank that lost a peer waits so many seconds, so that it is not the first;
+so does one that fails as rank 0 does, where no launcher asks for the first failure."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         recipe = config.load(argv, quiet=not is_main)
         require_packages(recipe)
-        check_run_folder(Path(recipe.run_folder))
+        check_run_folder(Path(recipe.run_folder), writes=os.environ.get("GROUP_RANK", "0") == "0")
         prepare_if_absent(recipe, is_main=is_main)
 
         import torch
 
         from lmdist.training import distributed, loop
 
-        with exclusive_lock(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext():
+        lock = exclusive_lock(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext()
+        with stopped_by_full_disk(), lock:
             settings = recipe.training
             try:
                 world = distributed.join_job(
@@ -84,6 +87,17 @@ def require_packages(recipe: Recipe) -> None:
     require("torch", "safetensors", "matplotlib", "toml")
     if recipe.tracking.mlflow:
         require(*packages_of(store_address()), purpose="the run is logged to MLflow unless you give --tracking.mlflow false: ")
+
+
+@contextmanager
+def stopped_by_full_disk() -> Iterator[None]:
+    """Have a disk that is full at the start stop the job; later the loop goes on without what the disk rejects."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise Stopped(f"{reason(error)}: make room and run again with --resume auto") from None
 
 
 @contextmanager

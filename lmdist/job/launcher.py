@@ -45,7 +45,7 @@ from lmdist.errors import (
 )
 from lmdist.job.agent import COMMAND
 from lmdist.signals import FIRST_FAILURE, StopRequest, die_with_parent
-from lmdist.tracking.run_folder import CHECKPOINTS, check_run_folder, is_finished
+from lmdist.tracking.run_folder import CHECKPOINTS, check_run_folder, is_finished, newest_name
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lmdist.train import require_packages
 
         recipe = config.load(["--help"] if arguments.help else flags, other_options=own.options)
-        check_run_folder(Path(recipe.run_folder))
+        check_run_folder(Path(recipe.run_folder), writes=(arguments.node_rank or os.environ.get("PET_NODE_RANK", "0")) == "0")
         if (arguments.nnodes or os.environ.get("PET_NNODES", "1")) == "1":
             check_loopback()
         require("psutil")
@@ -249,11 +249,6 @@ def num_gpus() -> int:
     found = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if visible is None else min(found, len([device for device in visible.split(",") if device.strip()]))
-
-
-def newest_name(checkpoints: Path) -> str:
-    """Return the name of the newest checkpoint, damaged or not; empty where there is none."""
-    return max((folder.name for folder in checkpoints.glob("step-*")), default="")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def atomic_folder(target: Path, *, replace: bool) -> Iterator[Path]:
 
 def refuse_to_replace_link(target: Path) -> None:
     """Raise UsageError for a link, which a rename would replace, and not what it leads to."""
-    if target.is_symlink():
+    if os.path.islink(target):  # not Path.is_symlink(), which raises where it may not look
         raise UsageError(f"{target} is a link, which would itself be replaced: name what it leads to, or take another name")
 
 
@@ -112,7 +112,10 @@ def recover(parent: Path, name: str, *, everyone: bool = False) -> None:
 
 
 def temporary_name(target: Path, kind: str) -> str:
-    """Return the name of this process's temporary folder of a kind."""
+    """Return the name of this process's temporary folder, or file, of a kind.
+
+    Two pods that share a volume have the same process ids, but not the same host name.
+    """
     return f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}"
 
 
@@ -135,7 +138,7 @@ def is_running(pid: int) -> bool:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the name of an empty file to fill: it replaces `path`, also a link, on success, and is removed on any error."""
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    temporary = path.with_name(temporary_name(path, WRITING))
     temporary.unlink(missing_ok=True)
     try:
         temporary.touch(exist_ok=False)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import unquote
 
-from lmdist.errors import one_line
+from lmdist.errors import DataError, one_line
 
 FINAL_CODES = {
     "BAD_REQUEST",
@@ -32,7 +32,10 @@ DATABASES = re.compile(r"(mlflow|sqlalchemy|sqlite3|alembic)\b")
 """Modules whose exceptions may have such a text."""
 WRAPPERS = re.compile(r"(mlflow|requests|urllib3|sqlalchemy)\b")
 """Modules whose exceptions repeat a cause that says more."""
-SECRET_NAME = re.compile("PASSWORD|TOKEN|SECRET|CREDENTIAL|_KEY", re.IGNORECASE)
+SECRET_NAME = re.compile("PASSWORD|SECRET|CREDENTIAL|(^|_)TOKENS?(_|$)|_KEYS?(_|$)", re.IGNORECASE)
+"""The name of a variable that holds a secret: GITHUB_TOKEN, and not TOKENIZERS_PARALLELISM."""
+NO_SECRET = re.compile("true|false|yes|no|on|off|none|[0-9.]{1,7}", re.IGNORECASE)
+"""The value of such a variable that is a switch, or a small number."""
 SHORTEST_SECRET = 3
 """A shorter one would be found in every text."""
 
@@ -55,7 +58,7 @@ def is_final(error: Exception) -> bool:
     if isinstance(error, UploadError):
         return isinstance(error, FinalError)
     return any(
-        isinstance(one, PermissionError | ImportError)
+        isinstance(one, PermissionError | ImportError | DataError)
         or getattr(one, "errno", None) == errno.EROFS
         or getattr(one, "error_code", "") in FINAL_CODES
         or is_damaged_database(one)
@@ -100,7 +103,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 def without_secrets(text: str) -> str:
     """Return a text without passwords: of the addresses in it, of MLFLOW_TRACKING_URI, and of variables named like secrets."""
-    secrets = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
+    secrets = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and not NO_SECRET.fullmatch(value)}
     userinfo = re.search(r"//(.*)@", os.environ.get("MLFLOW_TRACKING_URI", ""))  # as in `without_password`
     parts = [userinfo[1], *userinfo[1].split(":", 1)] if userinfo else []
     secrets |= {*parts, *map(unquote, parts)}

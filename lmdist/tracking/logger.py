@@ -9,7 +9,6 @@ runs, `lmdist-sync RUN` uploads later. This module does not know the training lo
 
 from __future__ import annotations
 
-import shlex
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -32,7 +31,7 @@ from lmdist.tracking.metadata import (
     update_metadata,
     write_metadata,
 )
-from lmdist.tracking.run_folder import METRICS, RUN_METADATA, UPLOAD_LOCK, MetricsFile
+from lmdist.tracking.run_folder import METRICS, RUN_METADATA, UPLOAD_LOCK, MetricsFile, sync_command
 from lmdist.tracking.uploader import Uploader
 
 LOCK_WAIT_SECONDS = 6.0
@@ -122,8 +121,7 @@ class RunLogger(MetricsLogger):
         self.file.close()
         try:
             if self.uploader and not self.uploader.finish(status):
-                sync = f"lmdist-sync {shlex.quote(str(self.run))}"
-                log(f"warning: MLflow has not received all of this run; {sync} uploads the rest")
+                log(f"warning: MLflow has not received all of this run; {sync_command(self.run)} uploads the rest")
             elif self.uploader and "run_id" in (metadata := read_metadata(self.run)):
                 for line in pages(metadata["experiment_id"], metadata["run_id"]):
                     log(line)

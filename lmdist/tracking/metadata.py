@@ -25,6 +25,8 @@ from lmdist.tracking.run_folder import RUN_METADATA
 
 COPY_TAG = "lmdist.copy_of"
 """The tag of a run whose folder was a copy: the id of the original's run."""
+SOURCE = {"mlflow.source.name": "lmdist-train", "mlflow.source.type": "LOCAL"}
+"""The tags by which MLflow's page shows what has trained a run."""
 GIT_SECONDS = 5
 
 
@@ -53,13 +55,11 @@ def new_metadata(
 def provenance(description: str) -> dict[str, str]:
     """Return the tags by which MLflow's page shows who trains what: description, source, Git commit of this folder, user."""
     tags = {
+        **SOURCE,
         "mlflow.note.content": description,
-        "mlflow.source.name": "lmdist-train",
-        "mlflow.source.type": "LOCAL",
+        "mlflow.user": getpass.getuser(),
         "lmdist.version": __version__,
     }
-    with suppress(Exception):  # a user without a name
-        tags["mlflow.user"] = getpass.getuser()
     with suppress(OSError, subprocess.SubprocessError):  # no git, no repository
         command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS)

@@ -33,6 +33,8 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     ticks = [p for p in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if low <= math.log(p) <= high]
     right.set_yticks([math.log(p) for p in ticks], [f"{p:,}" for p in ticks])
     right.set_ylabel("perplexity")
-    with atomic_path(picture) as temporary:  # which replaces a link and does not follow it
-        figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
+    try:
+        with atomic_path(picture) as temporary:  # which replaces a link and does not follow it
+            figure.savefig(temporary, dpi=110, format="png")
+    finally:
+        pyplot.close(figure)  # also where the disk is full, or each try would leave one in memory

@@ -18,6 +18,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from lmdist.storage.checksums import sha256
+from lmdist.storage.reading import refuse_link
 from lmdist.tracking.address import store_address
 from lmdist.tracking.failures import FinalError
 from lmdist.tracking.machines import machine_name
@@ -121,7 +122,8 @@ class Replay:
                 self.offset += sum(map(len, lines))
 
     def new_lines(self, ended: bool) -> list[bytes]:
-        """Return some lines of metrics.jsonl that were not uploaded yet."""
+        """Return some lines of metrics.jsonl that were not uploaded yet; raise DataError for a link."""
+        refuse_link(self.run / METRICS)
         try:
             with (self.run / METRICS).open("rb") as file:
                 file.seek(self.offset)

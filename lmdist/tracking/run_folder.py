@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from lmdist.settings import Recipe
 
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+STEP = re.compile("step-([0-9]{9,})")
+"""The name of a checkpoint's folder among the checkpoints, with its step; any other folder there is the user's own."""
 NEWEST = "newest"
 """Among the checkpoints: a file with the name of the one that was written last."""
 RECIPE = "recipe.toml"
@@ -77,7 +81,8 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl, without a last line that a kill has truncated."""
+    """Return the rows of a metrics.jsonl, without a last line that a kill has truncated; raise DataError for a link."""
+    refuse_link(path)
     if not path.exists():
         return []
     rows = (parse_row(line) for line in path.read_bytes().splitlines())
@@ -93,7 +98,10 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def append_figures(path: Path, step: int, values: dict[str, float]) -> None:
-    """Append a row to the metrics.jsonl `path` of a run that may be in training, unless it has these values already."""
+    """Append a row to the metrics.jsonl `path` of a run that may be in training, unless it has these values already.
+
+    Raise DataError for a link, which may lead to any file of the user.
+    """
     if any(row["step"] == step and values.items() <= row.items() for row in read_metrics(path)):
         return
     row = {"step": step, "time": round(time.time(), 3), **values}
@@ -102,14 +110,27 @@ def append_figures(path: Path, step: int, values: dict[str, float]) -> None:
         file.write((("\n" if truncated else "") + json.dumps(row) + "\n").encode())
 
 
-def check_run_folder(run: Path) -> None:
-    """Raise UsageError where a job could not write its run, before it trains for hours: a folder that is none, or a file.
+def sync_command(run: Path) -> str:
+    """Return the command that uploads what MLflow lacks of a run."""
+    return shlex.join(["lmdist-sync", str(run)])
 
-    Raise DataError where one of them is a link: what is written there would be written somewhere else.
+
+def newest_name(checkpoints: Path) -> str:
+    """Return the name of the newest checkpoint, damaged or not; empty where there is none."""
+    return max((path.name for path in checkpoints.glob("step-*") if STEP.fullmatch(path.name)), default="")
+
+
+def check_run_folder(run: Path, *, writes: bool) -> None:
+    """Raise DataError where a part of a run is a link: what is written there would be written somewhere else.
+
+    Where this machine `writes` the run (machine 0; the others read), raise UsageError before it trains for hours if it could
+    not: for a folder that is none, or a file.
     """
     names = (RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK, f"{CHECKPOINTS}/{NEWEST}")
     for name in (CHECKPOINTS, SAMPLES, *names):
         refuse_link(run / name)
+    if not writes:
+        return
     for folder in (run, run / CHECKPOINTS, run / SAMPLES):
         check_output_folder("--run_folder", folder)
     for path in (run / name for name in names):

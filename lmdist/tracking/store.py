@@ -94,7 +94,7 @@ class Store:
         self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()], synchronous=True)
 
     def log_dataset(self, run_id: str, dataset: dict[str, str]) -> None:
-        """Log an entry of `run_folder.dataset_inputs` as an input of the run."""
+        """Log an entry of `metadata.dataset_inputs` as an input of the run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         entity = Dataset(dataset["name"], dataset["digest"], "lmdist-prepare", dataset["source"], profile=dataset["profile"])

@@ -19,7 +19,7 @@ from typing import Any
 from lmdist.console import log
 from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputError, Stopped, exit_on_error, require
 from lmdist.storage.locks import exclusive_lock
-from lmdist.storage.reading import read_json
+from lmdist.storage.reading import read_json, refuse_link
 from lmdist.tracking.address import (
     DEFAULT_FILE,
     DEFAULT_STORE,
@@ -32,6 +32,7 @@ from lmdist.tracking.address import (
 from lmdist.tracking.failures import FinalError, UploadError, upload_error
 from lmdist.tracking.machines import monitor
 from lmdist.tracking.metadata import (
+    SOURCE,
     as_new_run,
     dataset_inputs,
     is_copy,
@@ -76,11 +77,10 @@ def parser() -> CommandParser:
         "that was trained with --tracking.mlflow false the end is unknown, and FINISHED is assumed. A folder that is a copy "
         "of another run's gets a run of its own. Exit codes: 0 all is uploaded, 65 not the folder of a run, or MLflow does "
         "not accept it, whenever it is asked, 66 a folder that does not exist, 75 MLflow does not answer or a job is "
-        "uploading: run me again.",
+        "uploading: run it again.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, such as runs/demo")
     parser.add_argument(
-        "--new-run",
         "--new-run",
         action="store_true",
         help="upload all of it as a new run, where the one of before was deleted in MLflow, or is not to be touched",
@@ -103,11 +103,11 @@ def sync(runs: list[Path], *, new_run: bool = False) -> int:
                 line = f"{upload(run, new_run=new_run)} ({address})"
         except Stopped:
             code = EXIT_AGAIN
-            line = "its job or another lmdist-sync is uploading it: nothing to do now, run me again after that"
+            line = "its job or another lmdist-sync is uploading it: nothing to do now, run it again after that"
         except FinalError as error:
             raise DataError(f"MLflow ({address}) does not accept {run} ({error})") from None
         except UploadError as error:
-            raise Stopped(f"MLflow ({address}) does not accept {run} ({error}): run me again later") from None
+            raise Stopped(f"MLflow ({address}) does not accept {run} ({error}): run it again later") from None
         except PermissionError as error:
             raise DataError(f"{run} cannot be written to: {error.strerror}") from None
         sys.stdout.write(f"{run}: {line}\n")
@@ -151,16 +151,17 @@ def upload(run: Path, *, new_run: bool = False) -> str:
 
 def load_metadata(run: Path) -> dict[str, Any]:
     """Return the metadata of a run, built from its recipe where it has none. Raise MissingInputError or DataError."""
+    from lmdist import config
+
     if not run.is_dir():
         raise MissingInputError(f"{run} does not exist; the folder of a run is expected, such as runs/demo")
+    refuse_link(run / METRICS)
     metadata = read_json(run / RUN_METADATA) if (run / RUN_METADATA).exists() else {}
     if "run_key" in metadata:
         return metadata
     try:
+        refuse_link(run / RECIPE)
         recipe = tomllib.loads((run / RECIPE).read_text(encoding="utf-8"))
-        parameters = {key: value for key, value in recipe.items() if not isinstance(value, dict)}
-        for section in [key for key in recipe if key not in parameters]:
-            parameters |= {f"{section}.{key}": value for key, value in recipe[section].items()}
         experiment, data = recipe["tracking"]["experiment"], Path(recipe["data"]["folder"])
     except FileNotFoundError:
         raise DataError(f"{run} holds no recipe.toml: it is not the folder of a run") from None
@@ -169,8 +170,7 @@ def load_metadata(run: Path) -> dict[str, Any]:
     inputs = dataset_inputs(data.name, read_json(data / "meta.json")) if (data / "meta.json").exists() else []
     rows = read_metrics(run / METRICS)
     start_time = int((rows[0]["time"] if rows else time.time()) * 1000)
-    tags = {"mlflow.source.name": "lmdist-train", "mlflow.source.type": "LOCAL"}
-    new = new_metadata(run, experiment_name(experiment), parameters, inputs, start_time, tags)
+    new = new_metadata(run, experiment_name(experiment), config.flat_values(recipe), inputs, start_time, SOURCE)
     return {**new, "status": "UNKNOWN", **metadata}
 
 

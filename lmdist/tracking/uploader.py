@@ -8,7 +8,6 @@ exits at most ORPHAN_SECONDS after its job, however that ended. It does not know
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from lmdist.tracking.failures import is_final, reason
 from lmdist.tracking.machines import ONE_THREAD
 from lmdist.tracking.metadata import update_metadata
 from lmdist.tracking.replay import Replay
-from lmdist.tracking.run_folder import METRICS, UPLOAD_LOCK
+from lmdist.tracking.run_folder import METRICS, UPLOAD_LOCK, sync_command
 from lmdist.tracking.store import silence
 
 COMMAND = ("-m", "lmdist.tracking.sync", "--follow")
@@ -178,7 +177,7 @@ class Retry:
                 self.reported = True
                 self.print(
                     f"warning: MLflow does not accept this run's {self.what} ({reason(error)}); they are in {self.place}; "
-                    f"lmdist-sync {shlex.quote(str(self.run))} uploads them later"
+                    f"{sync_command(self.run)} uploads them later"
                 )
             return False
         if self.reported:

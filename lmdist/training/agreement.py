@@ -15,8 +15,20 @@ from lmdist.settings import Recipe
 from lmdist.training.data import DataFolder
 from lmdist.training.distributed import World
 
-ITS_OWN = ("run_folder", "data.folder", "prepare.", "tracking.", "training.timeout_seconds")
-"""Settings that each machine may have for itself: only rank 0 writes, and the data is compared by its content."""
+NOT_COMPARED = (
+    "run_folder",
+    "resume",
+    "data.folder",
+    "prepare.",
+    "sample.",
+    "checkpoint.keep",
+    "tracking.",
+    "training.timeout_seconds",
+)
+"""Settings that may differ: what rank 0 alone acts on, what a machine has for itself, and the data, compared by its content.
+
+A launcher that restarts adds `--resume auto`, and another that starts late has not: rank 0's decides.
+"""
 
 
 def check_agreement(recipe: Recipe, folder: DataFolder, world: World) -> None:
@@ -36,7 +48,7 @@ def check_agreement(recipe: Recipe, folder: DataFolder, world: World) -> None:
 
 def facts(recipe: Recipe, folder: DataFolder) -> dict[str, str]:
     """Return what decides the figures of a training, by name: settings, and digests of data and code."""
-    settings = {name: repr(value) for name, value in config.flat(recipe).items() if not name.startswith(ITS_OWN)}
+    settings = {name: repr(value) for name, value in config.flat(recipe).items() if not name.startswith(NOT_COMPARED)}
     sources = hashlib.sha256()
     package = Path(lmdist.__file__).parent
     for path in sorted(package.rglob("*.py")):

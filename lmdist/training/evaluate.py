@@ -179,7 +179,7 @@ class Texts(NamedTuple):
     valid: np.ndarray | None
     """What a cache is tuned on, if there is to be one."""
     train: np.ndarray | None
-    """What a unigram model is made of, if the text is a split beside it."""
+    """What a unigram model is counted from, if the text is a split beside it."""
     figures: dict[str, Any]
     """What else there is to say of a file."""
 
@@ -280,7 +280,8 @@ def add_to_run(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     if (run := run_of(checkpoint)) and meta["files"] == manifest["data"]["files"]:
         static = result.get("perplexity_without_cache", result["perplexity"])
         cached = {"perplexity_with_cache": result["perplexity"]} if "cache" in result else {}
-        figures = {"perplexity": static, "unknown_rate": result["unknown_rate"], **cached}
+        # A figure of many streams is a little worse than the exact one of a single stream: the row says which it is.
+        figures = {"perplexity": static, "unknown_rate": result["unknown_rate"], "streams": arguments.streams, **cached}
         add_figures(run, manifest["progress"]["step"], figures, COMMAND)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from lmdist import config
 from lmdist.console import ProgressBar, duration, next_line, unused
+from lmdist.errors import DataError
 from lmdist.perplexity import perplexity
 from lmdist.settings import Recipe
 from lmdist.signals import StopRequest
@@ -27,8 +28,10 @@ from lmdist.training.run import Run
 from lmdist.training.sample import sample
 
 SECONDS_BETWEEN_PICTURES = 60.0
-TELLING = 0.01
-"""A change of the valid perplexity of which a hint is given."""
+SMALLEST_CHANGE = 0.01
+"""The smallest change of the valid perplexity of which a hint is given."""
+MOST_DROPOUT = 0.7
+"""The most that a hint recommends."""
 LARGE_VOCABULARY = 100_000
 SLOW_STEPS = 5
 """The first steps of a process, in which libraries are loaded and kernels chosen."""
@@ -200,18 +203,23 @@ class Report:
     def outlook(self) -> list[str]:
         """Return a hint for the next run, if the last validation tells one: a longer run, or a better regularized one."""
         progress, training = self.run.progress, self.run.recipe.training
-        if len(progress.validations) < 2:
+        if len(progress.validations) < 2 or progress.step == self.first_step:  # nothing was trained: an old validation's
             return []
-        before, last = progress.validations[-2:]
+        per_epoch = self.run.batches.steps_per_epoch // (training.validate_every or self.run.batches.steps_per_epoch)
+        compared = min(max(per_epoch, 1), len(progress.validations) - 1)  # validations; of two that are near neither tells
+        before, last = progress.validations[-1 - compared], progress.validations[-1]
         assert progress.best_valid_nats is not None
         fall, rise = 1 - math.exp(last - before), math.exp(last - progress.best_valid_nats) - 1
         longer = f"training.steps {2 * training.steps}" if training.steps else f"training.epochs {2 * training.epochs:g}"
-        if fall >= TELLING:
-            return [f"  hint     valid perplexity fell by {fall:.0%} to the last validation: try a longer run (--{longer})"]
-        if rise >= TELLING:
+        if fall >= SMALLEST_CHANGE:
+            where = "to the last validation" if compared == 1 else f"over the last {compared} validations"
+            return [f"  hint     valid perplexity fell by {fall:.0%} {where}: try a longer run (--{longer})"]
+        if rise >= SMALLEST_CHANGE:
+            dropout = self.run.recipe.model.dropout
+            more = f"more dropout (--model.dropout {min(MOST_DROPOUT, dropout + 0.15):.2g}), or "
             return [
-                f"  hint     valid perplexity has risen by {rise:.0%} since its best, which is kept: try more dropout "
-                f"(--model.dropout {min(0.7, self.run.recipe.model.dropout + 0.15):.2g}), or a shorter run"
+                f"  hint     valid perplexity has risen by {rise:.0%} since its best, which is kept: "
+                f"try {more if dropout < MOST_DROPOUT else ''}a shorter run"
             ]
         return []
 
@@ -219,7 +227,7 @@ class Report:
         """Return the commands that measure the model on text that it was not trained on, if there is any, and export it."""
         path, folder = self.run.path, self.run.folder
         split = next((name for name in ("test", "valid") if folder.has(name)), None)
-        evaluate = ["lmdist-evaluate", path, *([] if split == "test" else ["--split", split])] if split else []
+        evaluate = ["lmdist-evaluate", path, *([] if split == "test" else ["--split", split])]
         export = ["lmdist-export", path, "-o", unused(Path("bundles") / path.resolve().name)]
         return next_line(*([evaluate] if split else []), export)
 
@@ -234,7 +242,7 @@ class Report:
                 plot_losses(self.run.path / METRICS, picture)
             if num_tokens:
                 self.logger.log_text(name, self.sample(num_tokens))
-        except OSError as error:  # a full disk costs these, not the run
+        except (OSError, DataError) as error:  # a full disk, or a link, costs these, not the run
             self.console.log(f"warning: the picture and the sample could not be written: {error}")
 
     def sample(self, num_tokens: int) -> str:

@@ -131,7 +131,8 @@ def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint 
     if world.is_main:
         remove_unfinished(checkpoints)
         newest = newest_verified(checkpoints)
-    path = world.broadcast(str(newest[0]) if newest else "")
+    # A machine that restarts resumes, whatever a peer that starts late was told: rank 0 decides.
+    resume, _, path = world.broadcast(f"{recipe.resume} {newest[0] if newest else ''}").partition(" ")
     if not path:
         return None
     newest = newest or (Path(path), read_verified_manifest(Path(path)))
@@ -139,7 +140,7 @@ def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint 
     another = f"--run_folder {shlex.quote(str(unused(Path(recipe.run_folder))))} starts another"
     if differences:
         raise UsageError(f"{recipe.run_folder} holds a run of another recipe: {'; '.join(differences)}; {another}")
-    if recipe.resume == "never":
+    if resume == "never":
         raise UsageError(f"{recipe.run_folder} holds a run already ({newest[0].name}): --resume auto continues it, {another}")
     return newest
 

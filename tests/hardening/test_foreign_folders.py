@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,15 @@ import pytest
 
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import PrepareSettings
-from lmdist.storage.atomic import TakenError, atomic_folder, check_output_file, write_atomic
+from lmdist.storage.atomic import TakenError, atomic_folder, check_output_file, temporary_name, write_atomic
 from lmdist.storage.locks import exclusive_lock
 from lmdist.text.data_folder import read_meta
 from lmdist.text.prepare import prepare
+from lmdist.tracking import sync
+from lmdist.tracking.failures import is_final
+from lmdist.tracking.figures import add_figures
+from lmdist.tracking.replay import Replay
+from lmdist.tracking.run_folder import check_run_folder, newest_name
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint, remove_old, remove_unfinished
 from lmdist_export import export
 from support.jobs import SMALL, small_data, train
@@ -44,7 +48,8 @@ def test_only_names_of_our_own_form_are_removed(tmp_path: Path) -> None:
     checkpoints = run / "checkpoints"
     for name in (*OURS, *FOREIGN):
         fill(checkpoints / name)
-    (checkpoints / ".newest.writing-77").touch()
+    for name in (".newest.writing-77", ".newest.writing-node-0-77"):
+        (checkpoints / name).touch()
     (checkpoints / ".step-000000003.writing-node-78").symlink_to(fill(tmp_path / "home"))
     remove_unfinished(checkpoints)
     left = {path.name for path in checkpoints.iterdir()}
@@ -105,6 +110,47 @@ def test_no_reader_follows_a_link_in_a_run(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "by_link") == tmp_path / "by_link"  # the user's own word for it
 
 
+def test_figures_and_points_are_neither_written_nor_read_through_a_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, victim = make_run(tmp_path), tmp_path / "victim"
+    victim.write_text("mine")
+    (run / "metrics.jsonl").symlink_to(victim)
+    add_figures(run, 7, {"perplexity": 3.0}, "lmdist-evaluate")
+    message = capsys.readouterr().err
+    assert "does not get the figures" in message
+    assert "metrics.jsonl is a link" in message
+    with pytest.raises(DataError, match=r"metrics\.jsonl is a link"):
+        sync.load_metadata(run)
+    with pytest.raises(DataError, match=r"metrics\.jsonl is a link"):
+        Replay(run, {}, live=True).new_lines(ended=True)
+    assert victim.read_text() == "mine"
+    assert is_final(DataError("a link")), "a link is no server that comes back"
+
+
+def test_a_lock_that_is_a_link_costs_the_figures_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    (run / "mlflow.json").write_text("{}")
+    (run / ".lock").symlink_to(tmp_path)
+    add_figures(run, 7, {"perplexity": 3.0}, "lmdist-evaluate")
+    assert ".lock is a link" in capsys.readouterr().err
+    assert "test/perplexity" in (run / "metrics.jsonl").read_text()
+
+
+def test_the_newest_checkpoint_is_one_of_ours(tmp_path: Path) -> None:
+    assert newest_name(tmp_path / "checkpoints") == ""
+    for name in (*FOREIGN, "step-000000010", "step-000000009"):
+        fill(tmp_path / "checkpoints" / name)
+    assert newest_name(tmp_path / "checkpoints") == "step-000000010"
+
+
+def test_only_machine_0_needs_to_write_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file, as good as a volume that may only be read")
+    check_run_folder(tmp_path / "run", writes=False)
+    with pytest.raises(UsageError, match="not a folder"):
+        check_run_folder(tmp_path / "run", writes=True)
+
+
 def test_names_in_meta_json_lie_in_the_folder(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     meta = read_meta(data)
@@ -137,7 +183,7 @@ def test_an_output_that_is_a_link_is_refused(tmp_path: Path, capsys: pytest.Capt
 def test_a_file_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("mine")
-    for name in ("sample.txt", f".sample.txt.writing-{os.getpid()}"):
+    for name in ("sample.txt", temporary_name(Path("sample.txt"), "writing")):
         (tmp_path / name).symlink_to(outside)
     write_atomic(tmp_path / "sample.txt", "ours")
     assert outside.read_text() == "mine"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lmdist.errors import STOP_SIGNALS
 from lmdist.training.checkpoints.read import read_verified_manifest
 from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, wait_for_steps
 
@@ -87,13 +89,22 @@ def test_slurms_signal_stops_the_last_sample_and_the_next_start_takes_it_anew(tm
     assert (tmp_path / "run/finished.toml").exists()
 
 
-def test_a_stop_before_the_launcher_listens_is_held_back(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_before_the_launcher_listens_is_held_back(tmp_path, stop):
     """As process 1 of a container, to which an unhandled signal does not arrive: it is blocked before the imports."""
     script = f"from lmdist.job import main; import sys; sys.argv = {['lmdist-train', *JOB[3:]]!r}; main()"
-    job = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whatever these tests were started by
+    )
     status = Path(f"/proc/{job.pid}/status")
-    while not int(next(line for line in status.read_text().splitlines() if line.startswith("SigBlk")).split()[1], 16):
+    while not (blocked := int(re.findall(r"SigBlk:\s*(\w+)", status.read_text())[0], 16)):
         time.sleep(0.0005)
-    job.terminate()
+    assert {number for number in signal.Signals if blocked >> (number - 1) & 1} == {signal.SIGINT, *STOP_SIGNALS}
+    job.send_signal(stop)
     _, stderr = job.communicate(timeout=60)
     assert (job.returncode, stderr) == (75, "lmdist-train: stopped on request before the first step: run it again\n")

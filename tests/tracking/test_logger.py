@@ -14,6 +14,7 @@ from lmdist.settings import TrackingSettings
 from lmdist.storage.reading import read_json
 from lmdist.tracking.logger import RunLogger
 from lmdist.tracking.metadata import read_metadata, write_metadata
+from lmdist.tracking.plot import plot_losses
 from lmdist.tracking.run_folder import read_metrics
 from support.jobs import SMALL, rows, small_data, train
 
@@ -106,3 +107,12 @@ def test_metrics_beyond_the_checkpoint_are_written_once(tmp_path):
         (3, 1.0),
         (4, 2.0),
     ]
+
+
+def test_a_picture_that_cannot_be_written_does_not_stay_in_memory(tmp_path):
+    from matplotlib import pyplot
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "train/loss": 1.0}\n')
+    with pytest.raises(FileNotFoundError):
+        plot_losses(tmp_path / "metrics.jsonl", tmp_path / "nowhere" / "loss.png")
+    assert not pyplot.get_fignums()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -172,6 +174,12 @@ def test_who_trains_what_from_which_commit(tmp_path, monkeypatch):
     assert "mlflow.source.git.commit" not in tags
     assert tags["mlflow.note.content"] == "LSTM 16-24-16"
     assert tags["mlflow.source.name"] == "lmdist-train"
-    assert tags["mlflow.user"]
+    assert tags["mlflow.user"] == getpass.getuser()
+    git = ["git", "-c", "user.name=somebody", "-c", "user.email=somebody@localhost"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message=first"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert len(head) >= 40
+    assert provenance("")["mlflow.source.git.commit"] == head
     monkeypatch.setenv("PATH", "/nowhere")
-    assert provenance("")
+    assert "mlflow.source.git.commit" not in provenance("")

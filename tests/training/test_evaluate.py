@@ -75,7 +75,7 @@ def test_the_test_perplexity_is_added_to_the_run_and_to_mlflow(trained, command,
     printed = json.loads(command(run, "--json", "--streams=3").out)
     assert "lmdist-sync" not in command(run, "--streams=3").err
     (row,) = added()[before:]
-    assert (row["step"], row["test/perplexity"]) == (step, printed["perplexity"])
+    assert (row["step"], row["test/perplexity"], row["test/streams"]) == (step, printed["perplexity"], 3)
     found = Store(f"sqlite:///{tmp_path}/store.db").get_run(read_metadata(run)["run_id"])
     assert found
     assert found.data.metrics["test/perplexity"] == printed["perplexity"]

@@ -92,3 +92,18 @@ def test_ranks_that_read_different_texts_say_so(data, tmp_path):
     data.rename(tmp_path / "data0")
     done = train(2, *UNTIED, "--data.folder=data{rank}", "--run_folder=run", cwd=tmp_path, code=64)
     assert "one model: data " in done.stderr
+
+
+@pytest.mark.slow
+def test_whether_a_run_is_resumed_is_for_rank_0_to_say(data, tmp_path):
+    """A launcher adds `--resume auto` to what it restarts, and that of a machine that starts late has not done so."""
+    flags = [*UNTIED, f"--data.folder={data}", "--run_folder=run"]
+    train(2, *flags, "--training.steps=4", cwd=tmp_path)
+    for folder, first, second in (("restarts", "auto", "never"), ("starts", "never", "auto")):
+        (tmp_path / folder).mkdir()
+        for rank, resume in enumerate((first, second)):
+            (tmp_path / folder / f"{rank}.toml").write_text(f'resume = "{resume}"\n')
+    done = train(2, "--config=starts/{rank}.toml", *flags, "--training.steps=6", cwd=tmp_path, code=64)
+    assert "--resume auto continues it" in done.stderr
+    train(2, "--config=restarts/{rank}.toml", *flags, "--training.steps=6", cwd=tmp_path)
+    assert len(losses(tmp_path / "run")) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -14,9 +15,10 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from corpora import chain, write_data_folder
-from lmdist.errors import Stopped
+from lmdist.errors import DataError, Stopped
 from lmdist.settings import ModelSettings
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import load_model, load_training, read_verified_manifest
@@ -108,6 +110,34 @@ def test_a_write_that_fails_is_a_warning_and_the_last_one_a_stop(state, tmp_path
     newest = newest_checkpoint(checkpoints)
     assert newest is not None
     assert newest.name == "step-000000003"
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), DataError),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links"), DataError),
+        (FileExistsError(errno.EEXIST, "File exists"), DataError),
+        (OSError(errno.ENOSPC, "No space left on device"), Stopped),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), Stopped),
+        (SafetensorError("Error while serializing"), Stopped),  # of a full disk
+    ],
+)
+def test_only_what_another_try_may_mend_is_a_stop(state, tmp_path, failure, kind):
+    saver = Saver(tmp_path / "checkpoints", {}, DataFolder(state[0]), keep=2)
+    saver.failure = failure
+    with pytest.raises(kind, match="the newest one is none"):
+        saver.close()
+
+
+def test_a_link_in_the_place_of_a_checkpoint_is_no_full_disk(state, tmp_path):
+    data, model, optimizer, streams, recipe = state
+    saver = Saver(tmp_path / "checkpoints", recipe, DataFolder(data), keep=2)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-000000001").symlink_to(tmp_path)
+    saver.save(take_snapshot(Progress(1), model, optimizer, streams))
+    with pytest.raises(DataError, match="is a link"):
+        saver.close()
 
 
 def test_what_the_training_does_next_does_not_change_a_snapshot(state):
@@ -230,6 +260,20 @@ def test_a_full_disk_costs_warnings_and_the_last_checkpoint_and_nothing_before(t
     for name in ("model.safetensors", "training.safetensors"):
         one, two = (run / "checkpoints" / "step-000000060" / name for run in (kept, tmp_path / "whole"))
         assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+def test_a_disk_that_is_full_from_the_start_is_a_stop(tmp_path):
+    small_data(tmp_path / "data")
+    (tmp_path / "disk").mkdir()
+    job = f"{sys.executable} -m lmdist.train {' '.join(SMALL)} --data.folder=data --run_folder=disk/run --training.steps=1"
+    script = f"mount -t tmpfs -o size=4k none disk; head -c 4096 /dev/zero > disk/filler; {job}; echo code $?"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["code", "75"], done.stderr
+    assert "No space left on device: make room" in done.stderr
 
 
 @pytest.mark.slow

@@ -351,6 +351,11 @@ def test_the_last_validation_gives_a_hint_for_the_next_run(data, capsys):
     assert re.search(fallen, capsys.readouterr().err)
     train_here(*into_run(data, *flags, "--training.epochs=60"))
     assert re.search(risen, capsys.readouterr().err)
+    for steps, dropout, hint in (("4", "0", ""), ("0", "0.7", "since its best, which is kept: try a shorter run\n")):
+        epochs = [] if steps != "0" else ["--training.epochs=61"]
+        train_here(*into_run(data, *flags, f"--model.dropout={dropout}", f"--training.steps={steps}", *epochs))
+        shown = capsys.readouterr().err
+        assert hint in shown if hint else "hint     valid" not in shown
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from typing import Any, get_type_hints
 
 import torch
@@ -31,8 +30,6 @@ AVERAGED = "averaged.safetensors"
 """Is there if `Progress.averaged_from` is set."""
 FILES = (MODEL, TRAINING, VOCABULARY, TEXT)
 """The files that a manifest must name."""
-STEP = re.compile(r"step-([0-9]{9,})")
-"""The name of a checkpoint's folder in a run, with its step."""
 
 MANIFEST_SCHEMA = {
     "model": {},

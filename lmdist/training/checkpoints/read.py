@@ -26,6 +26,7 @@ from lmdist.storage.schema import check_schema, check_version, dataclass_from_js
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
+from lmdist.tracking.run_folder import STEP
 from lmdist.training.checkpoints.format import (
     AVERAGED,
     FILES,
@@ -36,7 +37,6 @@ from lmdist.training.checkpoints.format import (
     MANIFEST_SCHEMA,
     MODEL,
     OWN_CHECKSUM,
-    STEP,
     TRAINING,
     VERSION,
     Progress,

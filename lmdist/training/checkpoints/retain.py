@@ -13,8 +13,8 @@ from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError
 from lmdist.storage.atomic import WRITING, recover, remove_folder
 from lmdist.storage.reading import check_folder, read_bytes, refuse_link
-from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST
-from lmdist.training.checkpoints.format import MANIFEST, STEP
+from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST, STEP
+from lmdist.training.checkpoints.format import MANIFEST
 from lmdist.training.checkpoints.read import read_manifest, read_verified_manifest
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lmdist import __version__
 from lmdist.console import log
-from lmdist.errors import DataError, Stopped
+from lmdist.errors import EXIT_DATA, EXIT_USAGE, FULL_DISK, DataError, Stopped, exit_code_of
 from lmdist.model.language_model import LanguageModel, State
 from lmdist.model.lstm import STATE_PARTS
 from lmdist.settings import ModelSettings
@@ -28,7 +28,7 @@ from lmdist.storage.atomic import atomic_folder, write_atomic
 from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
-from lmdist.tracking.run_folder import NEWEST
+from lmdist.tracking.run_folder import NEWEST, newest_name
 from lmdist.training.checkpoints.format import (
     AVERAGED,
     FORMAT,
@@ -166,8 +166,9 @@ class Saver:
         """
         self.wait()
         if self.failure:
-            newest_one = max((folder.name for folder in self.checkpoints.glob("step-*")), default="none")
+            newest_one = newest_name(self.checkpoints) or "none"
             failed = f"the last checkpoint could not be written ({self.failure}); the newest one is {newest_one}."
-            if isinstance(self.failure, NotADirectoryError | IsADirectoryError | FileExistsError | PermissionError):
+            is_full = isinstance(self.failure, OSError) and self.failure.errno in FULL_DISK
+            if not is_full and exit_code_of(self.failure) in (EXIT_USAGE, EXIT_DATA):
                 raise DataError(f"{failed} Give the job a run folder that it may write in, then run again with --resume auto")
             raise Stopped(f"{failed} Make room for it and run again with --resume auto")
