@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         recipe = config.load(argv, quiet=not is_main)
         require_packages(recipe)
-        check_run_folder(Path(recipe.run_folder))
+        check_run_folder(Path(recipe.run_folder), writes=os.environ.get("GROUP_RANK", "0") == "0")
         prepare_if_absent(recipe, is_main=is_main)
 
         import torch
@@ -129,7 +129,7 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
     if is_main:
         try:
             with redirect_stdout(sys.stderr):  # a job has no results on stdout
-                prepare(settings, folder)
+                prepare(settings, folder, flag="--data.folder")
         except TakenError:
             log(f"{folder} was prepared by another job meanwhile, and is used as it is")
     while not folder.exists():

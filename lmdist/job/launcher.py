@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lmdist.train import require_packages
 
         recipe = config.load(["--help"] if arguments.help else flags, other_options=own.options)
-        check_run_folder(Path(recipe.run_folder))
+        check_run_folder(Path(recipe.run_folder), writes=(arguments.node_rank or os.environ.get("PET_NODE_RANK", "0")) == "0")
         if (arguments.nnodes or os.environ.get("PET_NNODES", "1")) == "1":
             check_loopback()
         require("psutil")

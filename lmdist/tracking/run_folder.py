@@ -102,14 +102,16 @@ def append_figures(path: Path, step: int, values: dict[str, float]) -> None:
         file.write((("\n" if truncated else "") + json.dumps(row) + "\n").encode())
 
 
-def check_run_folder(run: Path) -> None:
+def check_run_folder(run: Path, *, writes: bool) -> None:
     """Raise UsageError where a job could not write its run, before it trains for hours: a folder that is none, or a file.
 
-    Raise DataError where one of them is a link: what is written there would be written somewhere else.
+    Only machine 0 writes. Raise DataError where one of them is a link: what is written there would be written somewhere else.
     """
     names = (RECIPE, FINISHED, METRICS, PICTURE, SAMPLE, RUN_METADATA, JOB_LOCK, UPLOAD_LOCK, f"{CHECKPOINTS}/{NEWEST}")
     for name in (CHECKPOINTS, SAMPLES, *names):
         refuse_link(run / name)
+    if not writes:
+        return
     for folder in (run, run / CHECKPOINTS, run / SAMPLES):
         check_output_folder("--run_folder", folder)
     for path in (run / name for name in names):
