@@ -143,7 +143,7 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
     if is_main:
         try:
             with redirect_stdout(sys.stderr):  # a job has no results on stdout
-                prepare(settings, folder)
+                prepare(settings, folder, flag="--data.folder")
         except TakenError:
             log(f"{folder} was prepared by another job meanwhile, and is used as it is")
     while not folder.exists():

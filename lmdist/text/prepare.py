@@ -19,7 +19,7 @@ from lmdist.console import ProgressBar, duration, log, next_line, unused
 from lmdist.cpus import available_cpus
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
-from lmdist.storage.atomic import atomic_folder, refuse_to_replace_link
+from lmdist.storage.atomic import atomic_folder, check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, TEXT, VOCABULARY, token_file, write_meta
 from lmdist.text.tokenizer import WordTokenizer, lacks_spaces
 
@@ -39,9 +39,9 @@ ONE_PROCESS_BYTES = {"word_tokenize": 40_000_000, "wordpunct": 60_000_000, "whit
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False) -> None:
-    """Write the data folder `output`, atomically."""
-    check_output(output, overwrite=overwrite)
+def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False, flag: str = "-o") -> None:
+    """Write the data folder `output`, which `flag` names, atomically."""
+    check_output(output, flag, overwrite=overwrite)
     try:
         sources = open_sources(settings, output)
         files = [file for documents in sources.values() for file in documents.files]
@@ -60,9 +60,10 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False)
     sys.stdout.flush()
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise UsageError where `output` must not be written."""
+def check_output(output: Path, flag: str, *, overwrite: bool) -> None:
+    """Raise UsageError where `output` must not be written, or cannot be."""
     refuse_to_replace_link(output)
+    check_output_folder(flag, output.absolute().parent)  # where it is written under another name first
     if not output.exists():
         return
     if not overwrite:
@@ -261,10 +262,6 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a data folder."""
     with exit_on_error(COMMAND):
-        flags = vars(parser().parse_args(argv))
-        output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
-        if not flags.get("inputs"):
-            flags.pop("inputs", None)
         from lmdist.config import read_section
 
         flags = vars(parser().parse_args(argv))

@@ -20,7 +20,7 @@ from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.job import agent, launcher
 from lmdist.job.agent import exit_code
 from lmdist.signals import FIRST_FAILURE, StopRequest
-from lmdist.tracking.run_folder import is_finished
+from lmdist.tracking.run_folder import check_run_folder, is_finished
 from lmdist.train import reported_once
 from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, train, train_here, wait_for_steps
 
@@ -221,6 +221,37 @@ def test_a_second_stop_does_not_change_the_exit_code():
         launcher.main([])
     """
     assert subprocess.run([sys.executable, "-c", script]).returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code"),
+    [
+        ([], {}, 64),
+        (["--nnodes=2", "--node-rank=0"], {}, 64),
+        (["--nnodes=2", "--node-rank=1"], {}, 0),
+        ([], {"PET_NNODES": "2", "PET_NODE_RANK": "1"}, 0),
+    ],
+)
+def test_only_machine_0_must_be_able_to_write_the_run(arguments: list[str], variables: dict[str, str], code: int) -> None:
+    script = """if True:
+        import sys
+        from lmdist.job import launcher
+        launcher.run_attempts = lambda *_: 0
+        launcher.main([*sys.argv[1:], "--run_folder=/dev/null/run"])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment() | variables, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert ("--run_folder: /dev/null is not a folder" in done.stderr) == (code == 64)
+
+
+def test_links_are_refused_on_every_machine(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    check_run_folder(tmp_path / "run", writes=False)
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(DataError, match="is a link"):
+        check_run_folder(tmp_path / "run", writes=False)
 
 
 def test_a_machine_that_restarts_after_the_end_of_the_run_waits_for_no_peer(data, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,9 +27,11 @@ import pytest
 from lmdist.errors import DataError, UsageError
 from lmdist.storage.checksums import sha256
 from lmdist.storage.reading import write_json
+from lmdist.text.tokenizer import WordTokenizer
 from lmdist_export import generate
 from lmdist_export.bundle import Bundle
 from lmdist_export.serving import registry
+from lmdist_export.serving.mlflow_model import column
 from servers import Server, free_port
 from support.small_bundles import PLAIN_WORDS, UNTIED, command, make_bundle, make_run
 
@@ -161,8 +164,37 @@ def test_a_model_that_is_loaded_takes_the_inputs_of_the_server(bundle: Path, gen
     for given in (prompts, {"prompt": prompts}, [{"prompt": prompt} for prompt in prompts], pd.DataFrame({"prompt": prompts})):
         assert model.predict(given, params) == expected
     assert model.predict("the cat", params) == model.predict({"prompt": "the cat"}, params) == expected[:1]
-    with pytest.raises(Exception, match="the first column is 'id'; a list of strings, or a column named prompt is expected"):
-        model.predict(pd.DataFrame({"id": ["a", "b"], "prompt": prompts}), params)
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [(["prompt", "id"], "the columns 'prompt', 'id'"), (["id"], "the columns 'id'"), ([], "no column")],
+)
+def test_other_columns_are_named(columns: list[str], found: str) -> None:
+    message = f"the input has {found}; a list of strings, or one column, named prompt, is expected"
+    with pytest.raises(UsageError, match=message):
+        column(pd.DataFrame({name: ["a", "b"] for name in columns}))
+
+
+def test_stops_and_bad_words_are_tokenized_once_a_request_however_many_texts(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    model = mlflow.pyfunc.load_model(str(bundle))
+    counts: Counter[str] = Counter()
+    tokenize = WordTokenizer.tokenize
+
+    def counted(self: WordTokenizer, text: str, *, continues: bool = False) -> list[str]:
+        counts[text] += 1
+        return tokenize(self, text, continues=continues)
+
+    monkeypatch.setattr(WordTokenizer, "tokenize", counted)
+    texts = model.predict(["the cat", "the dog"], {"stop": ["xyzzy"], "bad_words": ["plugh"], "n": 20, "max_new_tokens": 1})
+    assert len(texts) == 40
+    assert all(len(text["warnings"]) == 2 for text in texts)
+    assert counts["the cat"] == 1
+    assert counts["xyzzy"] == counts["plugh"] == 2  # for what it does and for the warning of it
 
 
 # --- answers -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import reprlib
 import secrets
 import sys
 import warnings
@@ -103,15 +104,14 @@ class ServedModel(PythonModel):
                 self.bundle.tokenizer.tokenize(prompt, continues=True) for prompt in strings_of("prompt", column(model_input))
             ]
             request = self.request([self.bundle.vocabulary.encode(words) for words in prompts], options)
+            warnings_of = self.warnings(prompts, options)  # once, however many texts there are
             if disconnected := CLIENT_DISCONNECTED.get():
                 disconnected.add_done_callback(lambda _: request.cancel())
             texts = self.batcher.generate(request, self.timeout_seconds)
             config = request.generation.config
             sampled = {} if config.greedy or config.num_beams > 1 else {"seed": request.seed}
             return [
-                as_object(self.sampler, text, prompts[text.prompt_number], options)
-                | sampled
-                | self.warnings(prompts[text.prompt_number], options)
+                as_object(self.sampler, text, prompts[text.prompt_number], options) | sampled | warnings_of[text.prompt_number]
                 for text in texts
             ]
         except UsageError as error:
@@ -123,10 +123,11 @@ class ServedModel(PythonModel):
             logging.getLogger(__name__).exception("a request could not be answered")
             raise RequestError(f"{type(error).__name__}: the server's log has more", INTERNAL_ERROR) from None
 
-    def warnings(self, prompt: list[str], options: Options) -> dict[str, list[str]]:
-        """Return what lmdist-generate prints as warnings, as a field of an answer, or no field."""
-        found = [*filter(None, [warning_of_prompt(prompt, self.bundle)]), *warnings_of_options(options, self.bundle)]
-        return {"warnings": found} if found else {}
+    def warnings(self, prompts: list[list[str]], options: Options) -> list[dict[str, list[str]]]:
+        """Return what lmdist-generate prints as warnings, for each prompt as a field of an answer, or no field."""
+        of_options = warnings_of_options(options, self.bundle)
+        found = ([*filter(None, [warning_of_prompt(prompt, self.bundle)]), *of_options] for prompt in prompts)
+        return [{"warnings": sentences} if sentences else {} for sentences in found]
 
     def request(self, prompts: list[list[int]], options: Options) -> Request:
         """Return the request for these prompts; raises UsageError where it is too large or its options exclude each other."""
@@ -149,10 +150,11 @@ def column(given: pd.DataFrame) -> list[Any]:
 
     A list of strings becomes a column without a name; {"prompt": ["We must"]} becomes a row of one list.
     """
-    [name, *others] = given.columns
-    if others or name not in ("prompt", 0):
-        raise UsageError(f"the first column is {name!r}; a list of strings, or a column named prompt is expected")
-    cells = given[name].tolist()
+    names = [*given.columns]
+    if names not in (["prompt"], [0]):
+        found = f"the input has the columns {reprlib.repr(names)[1:-1]}" if names else "the input has no column"
+        raise UsageError(f"{found}; a list of strings, or one column, named prompt, is expected")
+    cells = given[names[0]].tolist()
     return cells[0] if len(cells) == 1 and isinstance(cells[0], list) else cells
 
 
