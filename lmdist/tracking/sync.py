@@ -76,7 +76,7 @@ def parser() -> CommandParser:
         "that was trained with --tracking.mlflow false the end is unknown, and FINISHED is assumed. A folder that is a copy "
         "of another run's gets a run of its own. Exit codes: 0 all is uploaded, 65 not the folder of a run, or MLflow does "
         "not accept it, whenever it is asked, 66 a folder that does not exist, 75 MLflow does not answer or a job is "
-        "uploading: run me again.",
+        "uploading: run it again.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, such as runs/demo")
     parser.add_argument(
@@ -103,11 +103,11 @@ def sync(runs: list[Path], *, new_run: bool = False) -> int:
                 line = f"{upload(run, new_run=new_run)} ({address})"
         except Stopped:
             code = EXIT_AGAIN
-            line = "its job or another lmdist-sync is uploading it: nothing to do now, run me again after that"
+            line = "its job or another lmdist-sync is uploading it: nothing to do now, run it again after that"
         except FinalError as error:
             raise DataError(f"MLflow ({address}) does not accept {run} ({error})") from None
         except UploadError as error:
-            raise Stopped(f"MLflow ({address}) does not accept {run} ({error}): run me again later") from None
+            raise Stopped(f"MLflow ({address}) does not accept {run} ({error}): run it again later") from None
         except PermissionError as error:
             raise DataError(f"{run} cannot be written to: {error.strerror}") from None
         sys.stdout.write(f"{run}: {line}\n")

@@ -181,8 +181,8 @@ def lost_peer(error: Exception) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether memory could not be allocated, that of a GPU or of the machine."""
-    is_cpus = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return is_cpus or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    of_machine = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_machine or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

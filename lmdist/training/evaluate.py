@@ -179,7 +179,7 @@ class Texts(NamedTuple):
     valid: np.ndarray | None
     """What a cache is tuned on, if there is to be one."""
     train: np.ndarray | None
-    """What a unigram model is made of, if the text is a split beside it."""
+    """What a unigram model counts, if the text is a split beside it."""
     figures: dict[str, Any]
     """What else there is to say of a file."""
 
