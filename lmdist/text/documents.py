@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.text.readers import Document, Skipped, format_of, members_to_read, read
+from lmdist.text.readers import ROWS_CHECKED, Document, Skipped, format_of, members_to_read, read
 from lmdist.text.sources import ReadOptions, Source, is_pipe, open_sources, shortened, size_of
 
 # Why a row has no document, beside the reasons of the readers.
@@ -32,8 +32,6 @@ EMPTY, DUPLICATE = "empty", "duplicate"
 
 MOST_LOST = 0.01
 """Share of the lines; more is an error unless it is allowed."""
-ROWS_CHECKED = 1000
-"""Of each file before the first is read; the first document among them is enough."""
 
 
 @dataclass
@@ -74,7 +72,8 @@ class Documents:
         for file in self.files:
             for source in self._sources(file):
                 with closing(read(source, format_of(source))) as rows:
-                    next((row for row in islice(rows, ROWS_CHECKED) if isinstance(row, Document)), None)
+                    documents = (row for row in islice(rows, ROWS_CHECKED) if isinstance(row, Document))
+                    next((row for row in documents if row.group or not self.options.group_by), None)
 
     @property
     def lost_lines(self) -> int:

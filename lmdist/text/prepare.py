@@ -43,7 +43,7 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False,
     """Write the data folder `output`, which `flag` names, atomically."""
     check_output(output, flag, overwrite=overwrite)
     try:
-        sources = open_sources(settings, output)
+        sources = documents_of(settings, output)
         files = [file for documents in sources.values() for file in documents.files]
         log(f"reading {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} into {output}")
         for documents in sources.values():
@@ -72,7 +72,7 @@ def check_output(output: Path, flag: str, *, overwrite: bool) -> None:
         raise UsageError(f"{output} is not a data folder, so --overwrite does not replace it: give another -o")
 
 
-def open_sources(settings: PrepareSettings, output: Path) -> Sources:
+def documents_of(settings: PrepareSettings, output: Path) -> Sources:
     """Find the files to read; write the demo corpus beside `output` where it is asked for."""
     from lmdist.text.documents import Documents, find_files
     from lmdist.text.sources import ReadOptions

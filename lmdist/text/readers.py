@@ -24,6 +24,8 @@ from lmdist.text.tables import Table
 
 SEPARATORS = (",", ";", "\t", "|")
 
+ROWS_CHECKED = 1000
+"""Of each file before the first is read: columns that are not found in so many rows are missing."""
 MANY_LINES = 20
 """So many lines without a blank one between them may be meant as so many documents."""
 
@@ -82,7 +84,8 @@ def read(source: Source, found: Format) -> Generator[Row]:
         try:
             yield from found.read(source)
         except UnicodeError as error:
-            raise DataError(f"{source.name} is not {options.encoding or 'UTF-16'}: {error}") from None
+            guessed = getattr(error, "encoding", "utf-16")[:6].upper()  # by the mark: utf-32-le
+            raise DataError(f"{source.name} is not {options.encoding or guessed}: {error}") from None
 
 
 def format_of(source: Source) -> Format:
@@ -178,12 +181,12 @@ def read_table(source: Source, separators: Sequence[str]) -> Iterator[Row]:
         text_column, group_column = numbered_columns(header, source)
     open_quotes = OpenQuotes(source)
     for row in rows:
-        if table.as_it_stands:
+        if table.has_open_quote:
             open_quotes.add(table.line)
-        if table.cut_off:
+        if table.is_truncated:
             yield Skipped(MALFORMED, OPEN_QUOTE, table.line, table.num_lines)
         elif any(row[table.width :]):
-            yield Skipped(MALFORMED, OPEN_QUOTE if table.as_it_stands else MORE_CELLS, table.line, table.num_lines)
+            yield Skipped(MALFORMED, OPEN_QUOTE if table.has_open_quote else MORE_CELLS, table.line, table.num_lines)
         elif len(row) > text_column:
             group = row[group_column] if group_column is not None and group_column < len(row) else None
             yield Document(row[text_column], group or None)
@@ -214,7 +217,10 @@ class OpenQuotes:
 
 
 def read_jsonl(source: Source) -> Iterator[Row]:
-    """Yield the rows of JSON Lines. A column is named by the first object that has it; objects before it lack their text."""
+    """Yield the rows of JSON Lines. A column is named by the first object that has it; objects before it lack their text.
+
+    The column of the groups must be in one of the first ROWS_CHECKED objects: at the end of a large file it would be too late.
+    """
     options = source.options
     text = group = None
     names: dict[str, None] = {}
@@ -236,6 +242,8 @@ def read_jsonl(source: Source) -> Iterator[Row]:
             names |= dict.fromkeys(row)
             text = text or name_of(row, text_columns(source))
             group = group or (name_of(row, [options.group_by]) if options.group_by else None)
+            if num_rows >= ROWS_CHECKED and text is not None and options.group_by and group is None:
+                find_columns(list(names), source)  # raises DataError
         yield document_of(row.get(text), group and row.get(group), number)
     if names and (text is None or (options.group_by and group is None)):
         find_columns(list(names), source)  # raises DataError

@@ -86,13 +86,13 @@ def open_sources(
     A source can be read until the next one is asked for. Raises DataError, naming the file, for what is not text.
     """
     with errors_of(str(path)), ExitStack() as stack:
-        raw = stack.enter_context(open_file(path))
+        raw = stack.enter_context(open_once(path))
         size = os.fstat(raw.fileno()).st_size
-        whole = Source(str(path), PurePath(path.name), unpacked(raw, str(path), stack), options, raw.tell, size)
-        if not whole.head().startswith(ZIP):
-            yield whole
+        file = Source(str(path), PurePath(path.name), unpacked(raw, str(path), stack), options, raw.tell, size)
+        if not file.head().startswith(ZIP):
+            yield file
             return
-        archive = stack.enter_context(zipfile.ZipFile(whole.stream))
+        archive = stack.enter_context(zipfile.ZipFile(file.stream))
         names = members(archive, path)
         chosen = sorted(choose(names))
         left_out = [name for name in names if name not in chosen]
@@ -137,7 +137,7 @@ def errors_of(name: str) -> Iterator[None]:
 # --- files that can be read once -----------------------------------------------------------------------------------
 
 
-def open_file(path: Path) -> IO[bytes]:
+def open_once(path: Path) -> IO[bytes]:
     """Open a file, stdin or a pipe at its beginning."""
     if not is_pipe(path):
         return path.open("rb")

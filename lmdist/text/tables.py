@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 from lmdist.text.decoding import LONGEST_ROW
 
-MANY_LINES = 10
+FEWEST_ROWS_IN_A_CELL = 10
 """A cell of so many lines, each with as many cells as the table, is no accident: the lines are rows."""
 MOST_COMPARED = 1000
 """Lines of a cell that are compared with rows."""
@@ -39,9 +39,9 @@ class Table:
         """Cells of a row; 0: not known."""
         self.line = 1
         """Number of the first line of the current row."""
-        self.as_it_stands = False
+        self.has_open_quote = False
         """The current row has a quote that is not closed, and its first line was read without regard to it."""
-        self.cut_off = False
+        self.is_truncated = False
         """The current row has a quote that is not closed, and its lines are no rows: it has no cells."""
         self._lines = lines
         self._put_back: deque[str] = deque()
@@ -66,7 +66,7 @@ class Table:
             self.line += len(self._taken)
             self._taken.clear()
             self._length = 0
-            self.as_it_stands = self.cut_off = False
+            self.has_open_quote = self.is_truncated = False
             try:
                 cells = next(reader, None)
                 if cells is None:
@@ -96,7 +96,7 @@ class Table:
     # --- quotes that are not closed ---
 
     def _holds_rows(self) -> bool:
-        """Return whether a row of several lines, well-formed as it is, has lines that are rows: its quote closes another..
+        """Return whether the lines of a well-formed row are rows: its quote was left open, and one of a later row closed it.
 
         Such lines can be meant, so they must be many, or numbered in a column, as is the row after them. In TSV hardly any cell
         has tabs in it.
@@ -104,7 +104,7 @@ class Table:
         lines = self._taken[:MOST_COMPARED]
         if self.width < 2 or any(line.count(self.separator) != self.width - 1 for line in lines):
             return False
-        if self.separator == "\t" or len(lines) >= MANY_LINES:
+        if self.separator == "\t" or len(lines) >= FEWEST_ROWS_IN_A_CELL:
             return True
         rows = [line.split(self.separator) for line in lines] + [self._cells_of(line) for line in self.peek(1)]
         columns = zip(*rows, strict=False)  # a row of several lines may begin in the last
@@ -116,9 +116,9 @@ class Table:
         others = self._taken[1 : 1 + MOST_COMPARED]
         if 2 * sum(len(self._cells_of(line)) == self.width for line in others) >= len(others):
             return self._first_line()
-        self.cut_off = self._at_end
-        self.as_it_stands = not self.cut_off
-        return [] if self.cut_off else next(csv.reader(self._taken, delimiter=self.separator))
+        self.is_truncated = self._at_end
+        self.has_open_quote = not self.is_truncated
+        return [] if self.is_truncated else next(csv.reader(self._taken, delimiter=self.separator))
 
     def _first_line(self) -> list[str]:
         """Return the cells of the row's first line; the other lines are rows again."""
@@ -129,7 +129,7 @@ class Table:
         try:  # there may be spaces between a quote and the separator
             return next(csv.reader([re.sub(f'" +(?={separator}|$)', '"', line)], delimiter=self.separator, strict=True))
         except csv.Error:
-            self.as_it_stands = True
+            self.has_open_quote = True
             cells = line.split(self.separator)
             return self._cells_of(line) if len(cells) != self.width and self._closes(line) else cells
 

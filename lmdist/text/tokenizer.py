@@ -176,9 +176,9 @@ INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u206
 # nltk.tokenize.wordpunct_tokenize, without NLTK.
 WORDPUNCT = re.compile(r"\w+|[^\w\s]+")
 # The same, but what combines with a letter stays with it: accents, vowel signs, joiners. `re` has no class for these.
-LETTER, MARK, SPACE = r"\p{L}\p{N}_", r"\p{M}\u200c\u200d", r"\s\x1c-\x1f"
-WORDPUNCT_MARKS = rf"[{LETTER}][{LETTER}{MARK}]*|[^{LETTER}{SPACE}]+"
-CHARACTER_MARKS = rf"[^{SPACE}][{MARK}]*"
+LETTER, MARK, WHITESPACE = r"\p{L}\p{N}_", r"\p{M}\u200c\u200d", r"\s\x1c-\x1f"
+WORDPUNCT_MARKS = rf"[{LETTER}][{LETTER}{MARK}]*|[^{LETTER}{WHITESPACE}]+"
+CHARACTER_MARKS = rf"[^{WHITESPACE}][{MARK}]*"
 # Latin letters and typographic signs: in normal form C, visible, without marks, and the same to Python and to `regex`.
 PLAIN = re.compile("[\x00-\xac\xae-\u02ff\u2002-\u200a\u2010-\u2029\u202f-\u205f\u20a0-\u20c0]*+")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from lmdist_export.graph import onnx_file
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, token_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.sizes import Sizes, file_length, weights
+from lmdist_export.graph.value_docs import DOCS
 from lmdist_export.options import EVERY_FEATURE, GRAPH, Features
 from support.onnx_models import described, metadata_of
 from support.small_bundles import TIED, bare_bundle
 
 VOCABULARY_SIZE = 23
+PAGE = Path(__file__).parents[2] / "docs" / "bundle.md"
 
 
 @pytest.fixture
@@ -127,6 +130,14 @@ def test_a_graph_says_what_its_parts_are(folder: Path, name: str) -> None:
     assert parts - {"", "token", "prefill"} == (
         {*inside, "projection"} if name == MODEL else {f"prefill/{part}" for part in inside} | loop
     )
+
+
+def test_each_value_of_the_two_graphs_is_described_there_and_on_the_page(folder: Path) -> None:
+    graphs = [onnx.load(folder / name, load_external_data=False).graph for name in (MODEL, GENERATION)]
+    names = {value.name for graph in graphs for value in (*graph.input, *graph.output)}
+    assert set(DOCS) == names | {"cache_weight"}, "the cache has nodes in no file"
+    rows = re.findall(r"^\| (?:in|out) \| (.+?) \|", PAGE.read_text().partition("## Metadata")[0], re.MULTILINE)
+    assert {name for row in rows for name in re.findall("`(.+?)`", row)} == names
 
 
 @pytest.mark.parametrize("name", [MODEL, GENERATION])

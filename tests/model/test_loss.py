@@ -179,7 +179,7 @@ def test_the_penalties_are_those_of_awd_lstm():
     assert activation_penalty(raw[:, :1], dropped[:, :1], counted[:, :1], 0, 1).item() == 0  # no change in one word
 
 
-def test_the_penalties_do_not_depend_on_holes():
+def test_the_penalties_do_not_depend_on_padding():
     raw, dropped = torch.randn(4, 7, 5), torch.randn(4, 7, 5)
     counted = torch.ones(4, 7, dtype=torch.bool)
     counted[2:] = False
@@ -187,9 +187,9 @@ def test_the_penalties_do_not_depend_on_holes():
     torch.testing.assert_close(found, activation_penalty(raw[:2], dropped[:2], counted[:2], 2, 1))
     counted[1, 6] = False  # the end of a shorter stream
     found = activation_penalty(raw, dropped, counted, 2, 1)
-    assert torch.equal(found, activation_penalty(holes(raw, counted), holes(dropped, counted), counted, 2, 1))
+    assert torch.equal(found, activation_penalty(padded(raw, counted), padded(dropped, counted), counted, 2, 1))
 
 
-def holes(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+def padded(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """Return other values where nothing is counted."""
     return torch.where(counted[..., None], values, 100)

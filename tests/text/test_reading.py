@@ -116,7 +116,7 @@ def test_rows_that_are_written_well_are_those_of_the_csv_module(cells, quoting):
     lines = io.StringIO(text.getvalue(), newline="").readlines()
     table = Table(iter(lines), ",", 3)
     assert [list(row) for row in table] == list(csv.reader(lines))
-    assert not table.as_it_stands
+    assert not table.has_open_quote
 
 
 # --- lost lines ----------------------------------------------------------------------------------------------------
@@ -164,6 +164,23 @@ def test_a_column_that_the_first_objects_lack(tmp_path):
     assert "has no column body; it has: title, text, id" in fails(path, text_column="body")
     assert "has no column when" in fails(path, group_by="when")
     assert "--group-by (in a recipe prepare.group_by), or leave it out" in fails(path, group_by="when")
+
+
+def test_a_column_of_groups_that_no_object_has_is_known_before_a_large_file_is_read(tmp_path):
+    rows = [json.dumps({"text": f"text {number}"}) for number in range(2000)]
+    path = write(tmp_path / "a.jsonl", "\n".join([*rows, json.dumps({"text": "the last", "when": "late"})]))
+    documents = Documents([path], ReadOptions(group_by="when"))
+    with pytest.raises(DataError, match=r"a\.jsonl has no column when; it has: text"):
+        documents.check()
+    rows[900] = json.dumps({"text": "in time", "when": "early"})
+    write(path, "\n".join(rows))
+    documents.check()
+    assert [document.group for document in documents if document.group] == ["early"]
+
+
+def test_a_file_with_the_mark_of_utf_32_that_is_damaged_is_called_so(tmp_path):
+    assert "a.txt is not UTF-32: " in fails(write(tmp_path / "a.txt", b"\xff\xfe\0\0" + b"\xff" * 4))
+    assert "a.txt is not UTF-16: " in fails(write(tmp_path / "a.txt", b"\xff\xfe\x00\xd8a\0"))
 
 
 # --- separators and headers ----------------------------------------------------------------------------------------

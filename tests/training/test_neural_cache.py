@@ -193,7 +193,8 @@ def test_mistakes(runs: tuple[Path, Path], command: Callable[..., Any], tmp_path
     assert "another vocabulary" in line
     folder = write_data_folder(tmp_path / "test-only", {"train": chain(451, 30), "test": chain(99, 30)}, 30)
     message = f"--cache is tuned on the valid split, and {folder} has none"
-    assert message in command(run, "--cache=9", f"--data={folder}", "--file=x", code=64).err
+    (tmp_path / "x").write_text("w2 w3")
+    assert message in command(run, "--cache=9", f"--data={folder}", f"--file={tmp_path / 'x'}", code=64).err
 
 
 @pytest.mark.parametrize(
