@@ -63,13 +63,13 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
-def quality(machine: str) -> str:
+def quality(machine: str, split: str = "") -> str:
     """Return the perplexities of each text and split: of lmdist, and of those that it is compared with where they were run."""
     rows = [row for run in results(machine, "quality") for row in run]
     shown = [name for name in COMPARED if any(row["variant"] == name for row in rows)]
     timed = any(row.get("minutes") for row in rows)
     lines = []
-    for ours in (row for row in rows if row["variant"] == "lmdist"):
+    for ours in (row for row in rows if row["variant"] == "lmdist" and split in row["case"]):
         here = {row["variant"]: row["value"] for row in rows if row["case"] == ours["case"]}
         minutes = [f"{ours['minutes']:,.1f}" if ours.get("minutes") else ""] if timed else []
         cells = [f"{here[name]:,.1f}" if name in here else "" for name in shown]
@@ -77,6 +77,11 @@ def quality(machine: str) -> str:
         lines.append([ours["case"], f"{ours['unknown_rate']:.1%}", *minutes, *cells, f"**{ours['value']:,.1f}**{cached}"])
     head = ["recipe, split", "unknown words", *(["minutes"] if timed else []), *(COMPARED[name] for name in shown)]
     return markdown([*head, "lmdist"], lines)
+
+
+def quality_summary(machine: str) -> str:
+    """Return those of the test splits."""
+    return quality(machine, "test")
 
 
 def ablations(machine: str) -> str:
@@ -548,6 +553,7 @@ OPTIONS = (options, request_options, generation_config)
 """Tables of the code."""
 MEASURED = (
     quality,
+    quality_summary,
     ablations,
     reliability,
     reliability_summary,
