@@ -155,7 +155,7 @@ def folder_of_model(manifest: dict[str, Any], given: Path | None, otherwise: str
     Raise MissingInputError, with what to do `otherwise`, or DataError.
     """
     path = given or Path(manifest["recipe"]["data"]["folder"])
-    if not path.is_dir():
+    if not path.exists():
         which = "" if given else ", which the model was trained on,"
         raise MissingInputError(
             f"the data folder {path}{which} does not exist here: give its place by --data FOLDER{otherwise}"
