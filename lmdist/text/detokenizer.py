@@ -135,8 +135,8 @@ def quote(mark: str, quotes: list[str], *, closing: bool) -> tuple[bool, bool]:
 @cache
 def closes(mark: str) -> bool:
     """Return whether punctuation follows a word without a space: . and ) in any script; East Asian marks need no spaces."""
-    if not mark or mark.isascii():
-        return mark in CLOSING and mark != ""
+    if mark.isascii():  # "" too, which is none of them
+        return mark in CLOSING
     category = unicodedata.category(mark)
     return category in ("Pe", "Pf") or (category == "Po" and mark not in (OPENING | NEUTRAL)) or is_wide(mark) or is_mark(mark)
 

@@ -7,7 +7,6 @@ and the order of the work. This module does not know about models. Its imports a
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdist.console import ProgressBar, duration, log, next_line, unused
 from lmdist.cpus import available_cpus
-from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
+from lmdist.errors import FULL_DISK, CommandParser, DataError, MissingInputError, UsageError, exit_on_error
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder, check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, TEXT, VOCABULARY, token_file, write_meta
@@ -53,7 +52,7 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False,
     except MissingInputError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL_DISK:
             raise DataError(f"the disk that holds {output} is full: {error.strerror}; nothing was kept") from None
         raise DataError(f"{output} cannot be written: {error}") from None
     sys.stdout.write(summary(meta, output))

@@ -114,9 +114,7 @@ def staged(bundle: Bundle) -> Iterator[Path]:
         folder = Path(name)
         for file in {*bundle.manifest["files"], MANIFEST, GENERATION_CONFIG}:
             path = bundle.folder / file
-            if path.is_symlink():
-                raise DataError(f"{path} is a link, which may lead anywhere: put in its place what it leads to")
-            file_size(path)  # raises an error for what is no file
+            file_size(path)  # raises an error for a link and for what is no file
             (folder / file).symlink_to(path.resolve())
         write_model(folder, bundle.manifest.get("run_id"))
         yield folder
