@@ -70,10 +70,11 @@ def write_meta(
     settings: PrepareSettings,
     skipped: Mapping[str, int],
     sources: Iterable[tuple[Path, int]],
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write meta.json beside the other files of a data folder, which must all be there; return its content.
 
-    `sources` are the files that were read, and their sizes in bytes.
+    `sources` are the files that were read, and their sizes in bytes; `more` are further entries.
     """
     meta = {
         "format": FORMAT,
@@ -86,6 +87,7 @@ def write_meta(
         "text": dataclasses.asdict(settings.text),
         "prepare": dataclasses.asdict(settings),
         "sources": [{"name": str(file), "bytes": size} for file, size in sources],
+        **(more or {}),
         "files": checksums(folder),
     }
     write_json(folder / META, meta)
