@@ -65,8 +65,9 @@ class GivenVocabulary:
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Raise UsageError for a setting, given by hand, by which text would be tokenized otherwise than the words were."""
-        for name in CHOICES if self.tokenizer else ():
-            own = getattr(self.tokenizer.settings, name)
+        settings = self.tokenizer and self.tokenizer.settings
+        for name in CHOICES if settings else ():
+            own = getattr(settings, name)
             if given.get(name, own) != own:
                 raise UsageError(
                     f"{name} is {given[name]}, and the text of {self.name} was read with {own}: leave {name} out, "
