@@ -139,7 +139,7 @@ class PrepareSettings(ReadSettings):
             raise UsageError("extend adds words to those of a vocabulary: give vocabulary as well")
         if self.vocabulary and (self.unknown == "file" or (self.vocabulary_size and not self.extend)):
             setting = "unknown file" if self.unknown == "file" else "vocabulary_size"
-            raise UsageError(f"{setting} says which words are kept, and vocabulary {self.vocabulary} does: leave one of them out")
+            raise UsageError(f"{setting} says which words are kept, and so does vocabulary {self.vocabulary}: leave one out")
         if 0 < self.vocabulary_size < 3 and not self.extend:
             raise UsageError(f"vocabulary_size is {self.vocabulary_size}; <unk>, <eos> and one word need 3")
         if self.valid_fraction + self.test_fraction >= 1:

@@ -81,7 +81,7 @@ WINGS = {
 }
 
 
-# The files of lmdist that reach up to lmdist_export, in a function and where it is needed: a training that starts from a bundle.
+# The files of lmdist that reach up to lmdist_export, and only where it is needed: a training that starts from a bundle.
 UPWARD = {"lmdist/training/starting_point.py"}
 
 

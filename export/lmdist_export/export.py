@@ -184,7 +184,7 @@ def check_registration(arguments: argparse.Namespace) -> None:
         registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
         require(*packages_of(store_address()), purpose="--register: ")
     if arguments.vectors and not arguments.output and arguments.register is not None:
-        raise UsageError("--vectors is of a checkpoint, and --register without -o of a bundle: give -o as well, or one of the two")
+        raise UsageError("--vectors is of a checkpoint, and --register without -o of a bundle: give -o too, or one of the two")
     if not arguments.output and not arguments.vectors:
         from lmdist_export.bundle import read_manifest
 

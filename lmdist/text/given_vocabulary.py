@@ -44,7 +44,7 @@ class GivenVocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Load the words of a run, a checkpoint, a bundle, a data folder or a vocab.txt; raise MissingInputError or DataError."""
+        """Load those of a run, a checkpoint, a bundle, a data folder or a vocab.txt; raise MissingInputError or DataError."""
         if path.is_file():
             return cls(str(path), Vocabulary.load(path), None)
         folder = path if (path / VOCABULARY).is_file() else max(path.glob(CHECKPOINTS), default=None)
@@ -96,7 +96,9 @@ def verify(folder: Path) -> None:
     """Raise DataError unless the words and the tokenizer of a folder have the checksums that were written with them."""
     path = next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
     if path is None:
-        raise DataError(f"{folder} has a {VOCABULARY} and no {' or '.join(MANIFESTS)}: name the file itself, {folder / VOCABULARY}")
+        file, manifests = folder / VOCABULARY, " or ".join(MANIFESTS)
+        raise DataError(f"{folder} has a {VOCABULARY} and no {manifests}: name the file itself, {file}")
+
     manifest = read_json(path)
     check_schema(manifest, {"files": dict[str, FileFacts]}, path)
     names = (VOCABULARY, TEXT)

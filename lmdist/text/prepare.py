@@ -132,7 +132,9 @@ def write_data_folder(
         vocabulary = own_vocabulary(settings, corpus, splits)
     else:
         all_words, frequent = (corpus.vocabulary(splits, count, 0, own_unknown=False) for count in (1, settings.min_count))
-        vocabulary, more["vocabulary"] = base.applied(all_words, frequent if settings.extend else None, settings.vocabulary_size)
+        vocabulary, more["vocabulary"] = base.applied(
+            all_words, frequent if settings.extend else None, settings.vocabulary_size
+        )
     vocabulary.save(folder / VOCABULARY)
     facts = {
         split: corpus.write(folder / token_file(split), splits == index, vocabulary)
@@ -229,11 +231,10 @@ def summary(meta: Mapping[str, Any], output: Path) -> str:
         for split, facts in meta["splits"].items()
     ]
     lines.append(f"vocabulary: {meta['vocabulary_size']:,} words, including <unk> and <eos>")
-    if "vocabulary" in meta:
+    if given := meta.get("vocabulary"):
         lines.append(
-            "  {words:,} of {from}: it has {shared:,} of this text's words, {new:,} are new, {dropped:,} became <unk>".format_map(
-                meta["vocabulary"]
-            )
+            f"  {given['words']:,} are those of {given['from']}, which has {given['shared']:,} words of this text; "
+            f"{given['new']:,} of it are new, {given['dropped']:,} became <unk>"
         )
     if meta["skipped"]:
         lines.append("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items()))
@@ -285,7 +286,7 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
         raise UsageError("min_count creates unknown words, and unknown is file: give one or the other")
     if values.get("vocabulary"):
         if "min_count" in values and not values.get("extend"):
-            raise UsageError("min_count says which words are new ones, and vocabulary takes none without extend: give extend as well")
+            raise UsageError("min_count is of new words, and vocabulary takes none without extend: give extend as well")
         GivenVocabulary.load(Path(values["vocabulary"])).check(values)
     return PrepareSettings(**values)
 

@@ -45,16 +45,12 @@ OPTIMIZERS: dict[str, Row] = {
         scalars=(),
     ),
     "adam": Row(
-        lambda groups, settings: Adam(
-            groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        ),
+        lambda groups, settings: Adam(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
     ),
     "adamw": Row(
-        lambda groups, settings: AdamW(
-            groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        ),
+        lambda groups, settings: AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
     ),

@@ -72,7 +72,7 @@ def start(model: LanguageModel, recipe: Recipe, folder: DataFolder) -> StartedFr
             source = torch.tensor([base.vocabulary.ids.get(word, -1) for word in folder.vocabulary.words])
             shared = int((source >= 0).sum())
             if shared == SPECIAL:
-                raise UsageError(f"init_from {base.name} has none of the words of {folder.path}: name another base or other data")
+                raise UsageError(f"init_from {base.name} has none of the words of {folder.path}: name other data")
             facts |= {"base": base.name, **base.origin}
             facts |= {"words_shared": shared, "words_new": len(source) - shared, "words_left": len(base.vocabulary) - shared}
             take_weights(model, base.model, source, recipe.seed)
@@ -103,7 +103,7 @@ def lines_of(facts: StartedFrom | None) -> list[str]:
 
 @contextmanager
 def opened(name: str) -> Iterator[Base]:
-    """Yield the base that a recipe names: a run, a checkpoint, a bundle, or a registered model such as models:/news@champion."""
+    """Yield the base that a recipe names: a run, a checkpoint, a bundle, or a registered model, models:/NAME@ALIAS."""
     path = Path(name)
     if name.startswith(REGISTERED):
         # Here alone training reaches up to the package of what is exported: a bundle is read by the code that writes it.
@@ -155,8 +155,8 @@ def check_base(base: Base, settings: ModelSettings, folder: DataFolder) -> None:
         before, now = getattr(base.text, name), getattr(folder.tokenizer.settings, name)
         if before != now:
             raise UsageError(
-                f"init_from {base.name} read text with {name} {before}, and {folder.path} was prepared with {now}: prepare it by "
-                f"lmdist-prepare with --vocabulary {base.name}, or with the base's settings"
+                f"init_from {base.name} read text with {name} {before}, and {folder.path} was prepared with {now}: prepare "
+                f"it with --vocabulary {base.name}, or with the base's settings"
             )
 
 

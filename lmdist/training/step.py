@@ -138,7 +138,10 @@ class TrainingStep:
 
 
 def frozen_parameters(model: LanguageModel, names: Sequence[str]) -> list[nn.Parameter]:
-    """Return the parameters of the parts of a model that init.freeze names; raise UsageError for other names, and for all of it."""
+    """Return the parameters of the parts of a model that init.freeze names.
+
+    Raise UsageError for other names, and where nothing is left to train.
+    """
     parts = model.parts
     for name in names:
         if name not in parts:

@@ -16,7 +16,7 @@ from lmdist.text import prepare
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.data import DataFolder
 from support.failures import last_line
-from support.small_bundles import TIED, make_bundle, make_run
+from support.small_bundles import TIED, make_bundle
 
 TEXT = "the cat sat on the mat .\n" * 6 + "the dog sat on the sofa .\n" * 3 + "a lion .\n"
 WORDS = ["dog", "the", "cat", "president", "."]
@@ -65,7 +65,7 @@ def test_words_keep_their_ids_and_text_its_tokenizer(bases, text, kind, capsys):
     np.testing.assert_array_equal(folder.tokens("train"), expected)
     counts = {"from": str(bases[kind]), "words": 7, "shared": 4, "new": 0, "dropped": 6}
     assert folder.meta["vocabulary"] == counts
-    assert "it has 4 of this text's words, 0 are new, 6 became <unk>" in capsys.readouterr().out
+    assert "which has 4 words of this text; 0 of it are new, 6 became <unk>" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -93,16 +93,20 @@ def test_a_training_prepares_its_text_with_the_words_of_its_base(bases, text):
     settings = PrepareSettings(train=str(text), vocabulary=str(bases["bundle"]), extend=True)
     prepare.prepare(settings, text.parent / "data")
     assert Vocabulary.load(text.parent / "data" / "vocab.txt").words[2:7] == WORDS
-    with pytest.raises(UsageError, match="lowercase is True, and the text of .* was read with False"):
+    with pytest.raises(UsageError, match=r"lowercase is True, and the text of .* was read with False"):
         prepare.prepare(PrepareSettings(train=str(text), vocabulary=str(bases["run"]), lowercase=True), text.parent / "other")
 
 
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--vocabulary=RUN", "--lowercase"], 64, "lowercase is True, and the text of .* was read with False: leave lowercase out"),
+        (
+            ["--vocabulary=RUN", "--lowercase"],
+            64,
+            "lowercase is True.* was read with False: leave lowercase out",
+        ),
         (["--vocabulary=RUN", "--tokenizer=word_tokenize"], 64, "tokenizer is word_tokenize, .* was read with whitespace"),
-        (["--vocabulary=RUN", "--min-count=3"], 64, "min_count says which words are new ones.*give extend as well"),
+        (["--vocabulary=RUN", "--min-count=3"], 64, "min_count is of new words.*give extend as well"),
         (["--vocabulary=RUN", "--vocabulary-size=9"], 64, "vocabulary_size says which words are kept"),
         (["--vocabulary=RUN", "--unknown=file"], 64, "unknown file says which words are kept"),
         (["--extend"], 64, "give vocabulary as well"),

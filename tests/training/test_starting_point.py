@@ -107,7 +107,11 @@ def test_a_bundle_is_a_base_as_well(tmp_path, name, precision):
 
 def flags(tmp_path: Path, run: str, *more: str) -> list[str]:
     """Return the flags of a run in an untied model with new words, validated at its end."""
-    places = [f"--data.folder={tmp_path / 'data'}", f"--run_folder={tmp_path / run}", f"--init_from={tmp_path / 'base/runs/small'}"]
+    places = [
+        f"--data.folder={tmp_path / 'data'}",
+        f"--run_folder={tmp_path / run}",
+        f"--init_from={tmp_path / 'base/runs/small'}",
+    ]
     return [*places, *model_flags(UNTIED), "--model.dropout=0.3", "--training.steps=6", "--checkpoint.every_steps=1", *more]
 
 
@@ -141,7 +145,7 @@ def test_a_run_says_what_it_took_and_resumes_without_it_bit_for_bit(base, tmp_pa
     assert said in capsys.readouterr().err
     for key, value in parameters(tmp_path / "whole").items():
         assert torch.equal(parameters(tmp_path / "stopped")[key], value), key
-    with pytest.raises(UsageError, match="another recipe: init_from: the run has .*, the recipe other"):
+    with pytest.raises(UsageError, match=r"another recipe: init_from: the run has .*, the recipe other"):
         train_here(*flags(tmp_path, "stopped", *more, "--resume=auto", "--init_from=other"))
 
     facts = read_manifest(find_checkpoint(tmp_path / "stopped"))["progress"]["started_from"]
@@ -165,7 +169,11 @@ def test_the_number_of_ranks_changes_nothing(base, tmp_path):
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
-        (["--model.hidden_size=12"], UsageError, r"other sizes than the recipe's \(model.hidden_size 12\): give --model.hidden_size 10"),
+        (
+            ["--model.hidden_size=12"],
+            UsageError,
+            "hidden_size 12.: give --model.hidden_size 10",
+        ),
         (["--model.num_layers=3"], UsageError, "--model.num_layers 2"),
         (["--model.tied=true"], UsageError, "--model.tied false"),
         (["--model.hidden_size=20", "--model.head=adaptive"], UsageError, "--model.hidden_size 10 --model.head full"),
@@ -277,7 +285,7 @@ def test_vectors_are_the_embeddings_of_their_words_and_come_out_the_same(base, t
 
     alone = started(Path(), tmp_path / "data", UNTIED, embeddings=str(tmp_path / "in.vec"))
     assert alone.embedding.weight[words.ids["the"]].tolist() == [9] * 6 if "the" in words.ids else True
-    with pytest.raises(UsageError, match="vectors of 6 numbers, and the model's have 8: give --model.embedding_size 6"):
+    with pytest.raises(UsageError, match=r"vectors of 6 numbers, and the model's have 8: give --model.embedding_size 6"):
         started(Path(), tmp_path / "data", TIED, embeddings=str(tmp_path / "in.vec"))
 
 

@@ -23,7 +23,10 @@ from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, parameter_shapes, weig
 
 
 def load_model(bundle: Bundle) -> LanguageModel:
-    """Return the model of a bundle, on the CPU and in evaluation mode; raise DataError for sizes that lmdist trains no model of."""
+    """Return the model of a bundle, on the CPU and in evaluation mode.
+
+    Raise DataError for sizes that no model of lmdist has, and for numbers that are not finite.
+    """
     sizes = bundle.sizes
     settings = ModelSettings(
         sizes.embedding_size,
