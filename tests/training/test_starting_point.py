@@ -37,12 +37,12 @@ def model_flags(settings: ModelSettings) -> list[str]:
     return [f"--model.{name}={str(value).lower()}" for name, value in sizes.items()]
 
 
-def started(base: Path, data: Path, settings: ModelSettings, seed: int = 1, **init: str) -> LanguageModel:
+def started(base: Path, data: Path, settings: ModelSettings, seed: int = 1, embeddings: str = "") -> LanguageModel:
     """Return the model of a run before its first step."""
     folder = DataFolder(data)
     torch.manual_seed(seed)
     model = LanguageModel(settings, folder.vocabulary_size)
-    start(model, Recipe(init_from=str(base) if base.name else "", model=settings, seed=seed, init=InitSettings(**init)), folder)
+    start(model, Recipe(init_from=str(base) if base.name else "", model=settings, seed=seed, init=InitSettings(embeddings)), folder)
     return model
 
 

@@ -8,6 +8,8 @@ Shapes: V vocabulary (V' rounded up to whole blocks), H a layer's size, N rows, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -73,7 +75,7 @@ def float_weights(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     table = weights(bundle.sizes)
     file = np.memmap(bundle.folder / WEIGHTS, np.uint8, "r")
 
-    def stored(name: str) -> NDArray[np.generic]:
+    def stored(name: str) -> NDArray[Any]:
         weight = table[name]
         kind = TYPES[weight.kind]
         size = int(np.prod(weight.shape)) * kind.itemsize
@@ -93,7 +95,7 @@ def float_weights(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     return found
 
 
-def dequantized_int4(values: NDArray[np.generic], scale: NDArray[np.generic]) -> NDArray[np.float32]:
+def dequantized_int4(values: NDArray[np.uint8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the rows (N, K padded to whole blocks) that MatMulNBits stores as two integers a byte, 8 being zero."""
     integers = np.stack([values & 15, values >> 4], axis=-1).astype(np.float32)  # (N, blocks, NBITS_BLOCK / 2, 2)
     count, blocks = values.shape[:2]
