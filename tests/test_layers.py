@@ -60,9 +60,9 @@ FLOORS = {
     """,
 }
 WINGS = {
-    "lmdist.storage": "reading locks atomic checksums schema",
+    "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
-        "vocabulary data_folder words markup detokenizer tokenizer sources decoding tables columns readers documents demo "
+        "vocabulary data_folder token_files words markup detokenizer tokenizer sources decoding tables columns readers documents demo "
         "corpus prepare"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
