@@ -30,10 +30,10 @@ class FileFacts(TypedDict):
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the size in bytes and the sha256 of each file in `folder`, by name."""
-    return {file.name: facts(file) for file in sorted(folder.iterdir())}
+    return {file.name: facts_of(file) for file in sorted(folder.iterdir())}
 
 
-def facts(file: Path) -> dict[str, Any]:
+def facts_of(file: Path) -> dict[str, Any]:
     """Return the size in bytes and the sha256 of a file."""
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 

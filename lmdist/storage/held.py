@@ -33,6 +33,8 @@ TRIES = 50
 """Of `read_held`, where a folder has been replaced: fifty replacements during one reading are none that ends."""
 PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 """How memory is asked for that no other process shares; on Windows it never is."""
+DESCRIPTORS = Path("/proc/self/fd")
+"""Where Linux has a link to each file that is open, also to one that was removed."""
 
 
 class HeldFolder:
@@ -93,6 +95,8 @@ class HeldFolder:
 
         A file mapped into memory would be changed, or end the process (SIGBUS), by whoever writes into it or truncates it.
         """
+        if isinstance(found := self.contents.get(name), mmap.mmap):
+            return found
         copy, length = mmap.mmap(-1, max(1, self.size(name)), **PRIVATE), 0
         file = self.file(name)
         try:
@@ -116,7 +120,7 @@ class HeldFolder:
 
     def path_of(self, name: str) -> Path:
         """Return a path to a file that is open, for a library that takes nothing else; `check_unchanged` looks at it."""
-        opened = Path(f"/proc/self/fd/{self.descriptor(name)}")
+        opened = DESCRIPTORS / str(self.descriptor(name))
         return opened if opened.exists() else self.path / name
 
     def check_unchanged(self, name: str) -> None:
@@ -139,7 +143,6 @@ class HeldFolder:
             return self.folder is not None and not os.path.samestat(os.fstat(self.folder), os.stat(self.path))
         except OSError:
             return True
-
 
 
 def read_held(path: Path, read: Callable[[HeldFolder], Result], expected: str = "a folder is expected") -> Result:

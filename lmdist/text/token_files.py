@@ -11,7 +11,6 @@ cannot deliver, is an error with a name, and not the signal SIGBUS. This module 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zlib
 from bisect import bisect_right
@@ -66,7 +65,9 @@ class TokenFile:
         start = block * BLOCK_BYTES
         content = bytearray(min(BLOCK_BYTES, self.bytes - start))
         self.read_bytes(memoryview(content), start)
-        damaged = f"{self.path} is damaged in its block {block + 1} of {self.num_blocks}, bytes {start} to {start + len(content)}"
+        damaged = (
+            f"{self.path} is damaged in its block {block + 1} of {self.num_blocks}, bytes {start} to {start + len(content)}"
+        )
         if self.sums is not None and zlib.crc32(content) != self.sums[block]:
             raise DataError(f"{damaged}: its checksum is not the one recorded when it was written; prepare the folder anew")
         largest = int(np.frombuffer(content, self.dtype).max())

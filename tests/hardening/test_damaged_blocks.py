@@ -1,4 +1,4 @@
-"""Damaged token files: a flipped bit is found where it is read first, on whichever rank; nothing is read before it is needed."""
+"""Damaged token files: a flipped bit is found where it is read first, and nothing is read before it is needed."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def checked(folder: DataFolder) -> list[int]:
     return list(file.checked)
 
 
-@pytest.mark.parametrize(("batching", "first"), [("streams", [1, 1, 1]), ("windows", [0, 1, 0])])
-def test_a_block_is_checked_when_it_is_first_read(data: Path, batching: str, first: list[int]) -> None:
+@pytest.mark.parametrize(("batching", "first"), [("streams", 2), ("windows", 1)])
+def test_a_block_is_checked_when_it_is_first_read(data: Path, batching: str, first: int) -> None:
     folder = DataFolder(data)
     settings = DataSettings(batching=batching, global_batch=3 if batching == "streams" else 1, window=7)  # type: ignore[arg-type]
     batches = training_batches(folder, settings, seed=4)
     assert checked(folder) == [0, 0, 0]
     batches.batch(0, slice(0, settings.global_batch))
-    assert sum(checked(folder)) == sum(first)
-    for step in range(1, 40):
+    assert sum(checked(folder)) == first
+    for step in (*range(1, 40), batches.steps_per_epoch - 1):
         batches.batch(step, slice(0, settings.global_batch))
     assert checked(folder) == [1, 1, 1]
 
