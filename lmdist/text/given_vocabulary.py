@@ -12,17 +12,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.storage.checksums import FileFacts, verify_checksums
-from lmdist.storage.reading import read_json
+from lmdist.storage.held import HeldFolder, read_held
+from lmdist.storage.reading import MAX_JSON_BYTES
 from lmdist.storage.schema import check_schema
 from lmdist.text.data_folder import META, TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
-from lmdist.text.vocabulary import Vocabulary
+from lmdist.text.vocabulary import MAX_BYTES, Vocabulary
 
 MANIFESTS = (META, "manifest.json")
 """What holds the checksums of a data folder, and of a checkpoint or a bundle."""
@@ -52,8 +54,20 @@ class GivenVocabulary:
             raise (DataError if path.exists() else MissingInputError)(
                 f"--vocabulary {path} is no run with a checkpoint, no checkpoint, bundle or data folder, and no vocab.txt"
             )
-        verify(folder)
-        return cls(str(path), Vocabulary.load(folder / VOCABULARY), WordTokenizer.load(folder / TEXT))
+        return read_held(folder, partial(cls.of, str(path)))
+
+    @classmethod
+    def of(cls, name: str, files: HeldFolder) -> Self:
+        """Do the same of a folder that is held open; raise DataError unless the files are those that its manifest names."""
+        manifest = next((manifest for manifest in MANIFESTS if (files.path / manifest).is_file()), None)
+        if manifest is None:
+            raise DataError(f"{files.path} has no {' or '.join(MANIFESTS)}: name the file itself, {files.path / VOCABULARY}")
+        value = files.read_json(manifest)
+        check_schema(value, {"files": dict[str, FileFacts]}, files.path / manifest)
+        words, text = files.read(VOCABULARY, MAX_BYTES), files.read(TEXT, MAX_JSON_BYTES)
+        names = (VOCABULARY, TEXT)
+        verify_checksums(files, {name: facts for name, facts in value["files"].items() if name in names}, names)
+        return cls(name, Vocabulary.parse(words, files.path / VOCABULARY), WordTokenizer.parse(text, files.path / TEXT))
 
     def settings(self, asked: PrepareSettings) -> PrepareSettings:
         """Return the settings with those of the tokenizer in place of the defaults; raise UsageError for others."""
@@ -90,16 +104,3 @@ class GivenVocabulary:
         added = len(vocabulary) - len(self.words)
         counts = {"shared": shared, "new": added, "dropped": len(words) - shared - added}
         return vocabulary, {"from": self.name, "words": len(self.words), **counts}
-
-
-def verify(folder: Path) -> None:
-    """Raise DataError unless the words and the tokenizer of a folder have the checksums that were written with them."""
-    path = next((folder / name for name in MANIFESTS if (folder / name).is_file()), None)
-    if path is None:
-        file, manifests = folder / VOCABULARY, " or ".join(MANIFESTS)
-        raise DataError(f"{folder} has a {VOCABULARY} and no {manifests}: name the file itself, {file}")
-
-    manifest = read_json(path)
-    check_schema(manifest, {"files": dict[str, FileFacts]}, path)
-    names = (VOCABULARY, TEXT)
-    verify_checksums(folder, {name: facts for name, facts in manifest["files"].items() if name in names}, names)

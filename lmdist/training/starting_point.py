@@ -26,13 +26,11 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings, Recipe, TextSettings
 from lmdist.storage.reading import read_json
 from lmdist.storage.schema import check_schema
-from lmdist.text.data_folder import TEXT, VOCABULARY
-from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vectors import BY_LOWERCASE, read_vectors
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.metadata import read_metadata
 from lmdist.training.checkpoints.format import FORMAT, MANIFEST, StartedFrom
-from lmdist.training.checkpoints.read import load_model, parameters_file
+from lmdist.training.checkpoints.read import open_checkpoint, parameters_file
 from lmdist.training.checkpoints.retain import find_checkpoint, run_of
 from lmdist.training.data import DataFolder
 
@@ -119,28 +117,28 @@ def opened(name: str) -> Iterator[Base]:
 
 def of_checkpoint(name: str, path: Path) -> Base:
     """Return a checkpoint as a base; its parameters are their average over the steps, where it holds one."""
-    model, manifest = load_model(path)
-    run = run_of(path)
+    found, run = open_checkpoint(path), run_of(path)
+    manifest = found.manifest
     origin = {
         "run": (run or path.resolve()).name,
         "step": manifest["progress"]["step"],
         "sha256": manifest["files"][parameters_file(manifest)]["sha256"],
         "run_id": read_metadata(run).get("run_id", "") if run else "",
     }
-    return Base(name, model, Vocabulary.load(path / VOCABULARY), WordTokenizer.load(path / TEXT).settings, origin)
+    return Base(name, found.model(), found.vocabulary, found.tokenizer.settings, origin)
 
 
 def of_bundle(name: str, folder: Path) -> Base:
     """Return a bundle as a base; quantized weights are what they stand for."""
     from lmdist_export.bundle import WEIGHTS, Bundle
-    from lmdist_export.conversion.unpacking import load_model as load_bundle
+    from lmdist_export.conversion.unpacking import load_model
 
     bundle = Bundle.load(folder)
     manifest = bundle.manifest
     check_schema(manifest, {"run": str, "step": int, "run_id": str | None}, folder / MANIFEST)
     origin = {key: manifest[key] or "" for key in ("run", "run_id")} | {"step": manifest["step"]}
     origin["sha256"] = manifest["files"][WEIGHTS]["sha256"]
-    return Base(name, load_bundle(bundle), bundle.vocabulary, bundle.tokenizer.settings, origin)
+    return Base(name, load_model(bundle), bundle.vocabulary, bundle.tokenizer.settings, origin)
 
 
 def check_base(base: Base, settings: ModelSettings, folder: DataFolder) -> None:

@@ -16,10 +16,11 @@ from lmdist import config
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import InitSettings, ModelSettings, Recipe
+from lmdist.storage.held import HeldFolder
 from lmdist.text.vectors import read_vectors
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.metadata import provenance
-from lmdist.training.checkpoints.read import load_model, read_manifest, read_tensors
+from lmdist.training.checkpoints.read import open_checkpoint, read_manifest, read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist.training.data import DataFolder
 from lmdist.training.starting_point import lines_of, start
@@ -42,7 +43,11 @@ def started(base: Path, data: Path, settings: ModelSettings, seed: int = 1, embe
     folder = DataFolder(data)
     torch.manual_seed(seed)
     model = LanguageModel(settings, folder.vocabulary_size)
-    start(model, Recipe(init_from=str(base) if base.name else "", model=settings, seed=seed, init=InitSettings(embeddings)), folder)
+    start(
+        model,
+        Recipe(init_from=str(base) if base.name else "", model=settings, seed=seed, init=InitSettings(embeddings)),
+        folder,
+    )
     return model
 
 
@@ -71,7 +76,7 @@ def test_each_word_has_the_base_s_rows_and_a_new_word_their_mean(tmp_path, name)
     base = make_run(tmp_path / "base", settings, "whitespace", PLAIN_WORDS)
     data = make_data(tmp_path / "data", "whitespace", NEW_WORDS)
     model = started(base, data, settings)
-    theirs = rows_of_words(load_model(find_checkpoint(base))[0], ["<unk>", "<eos>", *PLAIN_WORDS])
+    theirs = rows_of_words(open_checkpoint(find_checkpoint(base)).model(), ["<unk>", "<eos>", *PLAIN_WORDS])
     ours = rows_of_words(model, ["<unk>", "<eos>", *NEW_WORDS])
     compared = new = 0
     for word, rows in ours.items():
@@ -96,7 +101,7 @@ def test_each_word_has_the_base_s_rows_and_a_new_word_their_mean(tmp_path, name)
 def test_a_bundle_is_a_base_as_well(tmp_path, name, precision):
     settings = MODELS[name]
     bundle = make_bundle(tmp_path, settings, "whitespace", PLAIN_WORDS, precision)
-    expected = load_model(find_checkpoint(tmp_path / "runs" / "small"))[0]
+    expected = open_checkpoint(find_checkpoint(tmp_path / "runs" / "small")).model()
     model = started(bundle, tmp_path / "data", settings).eval()
     tokens = torch.arange(2, 18)[None]
     with torch.no_grad():
@@ -125,7 +130,7 @@ def base(tmp_path) -> Path:
 def parameters(run: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
-    return read_tensors(newest / "model.safetensors")
+    return read_tensors(HeldFolder(newest), "model.safetensors")
 
 
 def test_a_run_says_what_it_took_and_resumes_without_it_bit_for_bit(base, tmp_path, capsys):
@@ -231,8 +236,8 @@ def test_frozen_parts_stay_as_they_were_and_move_later(base, tmp_path, ranks):
     small = "--data.global_batch=8 --data.window=7 --training.device=cpu --training.precision=fp32 --tracking.mlflow=false"
     train(ranks, *small.split(), *flags(tmp_path, "run", *more, "--checkpoint.keep=9"), cwd=tmp_path)
     at = {step: tmp_path / f"run/checkpoints/step-{step:09d}" for step in (1, 3, 4)}
-    first, third, fourth = (read_tensors(folder / "model.safetensors") for folder in at.values())
-    average = read_tensors(at[3] / "averaged.safetensors")
+    first, third, fourth = (read_tensors(HeldFolder(folder), "model.safetensors") for folder in at.values())
+    average = read_tensors(HeldFolder(at[3]), "averaged.safetensors")
     for key in first:
         is_frozen = key.startswith(("embedding", "layers.0"))
         assert torch.equal(first[key], third[key]) == is_frozen, key
@@ -274,7 +279,7 @@ def test_vectors_are_the_embeddings_of_their_words_and_come_out_the_same(base, t
     embedding = parameters(tmp_path / "run")["embedding.weight"]
     assert embedding[words.ids["lion"]].tolist() == [1, 2, 3, 4, 5, 6]
     assert embedding[words.ids["Bear"]].tolist() == [2] * 6
-    of_base = load_model(find_checkpoint(base))[0].embedding.weight[2 + PLAIN_WORDS.index("dog")]
+    of_base = open_checkpoint(find_checkpoint(base)).model().embedding.weight[2 + PLAIN_WORDS.index("dog")]
     assert torch.equal(embedding[words.ids["dog"]], of_base), "a word of the base has its own row"
 
     export.main([str(tmp_path / "run"), "--vectors", str(tmp_path / "out.vec")])

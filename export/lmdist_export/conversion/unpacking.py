@@ -73,7 +73,7 @@ def torch_weights(stored: dict[str, NDArray[np.float32]], sizes: Sizes) -> dict[
 def float_weights(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     """Return the weights of a bundle in fp32 by the names of graph/sizes.py, matrices as (outputs, inputs)."""
     table = weights(bundle.sizes)
-    file = np.memmap(bundle.folder / WEIGHTS, np.uint8, "r")
+    file = np.frombuffer(bundle.weights, np.uint8)
 
     def stored(name: str) -> NDArray[Any]:
         weight = table[name]
