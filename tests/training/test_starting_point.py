@@ -43,11 +43,8 @@ def started(base: Path, data: Path, settings: ModelSettings, seed: int = 1, embe
     folder = DataFolder(data)
     torch.manual_seed(seed)
     model = LanguageModel(settings, folder.vocabulary_size)
-    start(
-        model,
-        Recipe(init_from=str(base) if base.name else "", model=settings, seed=seed, init=InitSettings(embeddings)),
-        folder,
-    )
+    init_from = str(base) if base.name else ""
+    start(model, Recipe(init_from=init_from, model=settings, seed=seed, init=InitSettings(embeddings)), folder)
     return model
 
 
