@@ -100,7 +100,7 @@ def train(trial: Trial, run: Path, flags: list[str]) -> tuple[float | None, Tria
             before, found = len(found), validations(run)
             for number, perplexity in enumerate(found[before:], before):
                 trial.report(perplexity, number)
-    if pruned and job.returncode in (0, EXIT_AGAIN):
+    if pruned:
         print(f"trial {trial.number} is cut short: others were better after as many validations")
         return None, TrialState.PRUNED
     if job.returncode == EXIT_USAGE and (run / METRICS).exists():  # it has diverged
