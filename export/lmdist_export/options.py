@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from lmdist.bounds import Bounds, at_least, between, check, check_bounds
-from lmdist.errors import UsageError, did_you_mean
+from lmdist.errors import UsageError
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
 
 MAX_BEAMS = 1_000
@@ -360,6 +360,8 @@ class Options:
         """Return the options of a call; raises UsageError for a name that is no option, or a value of another type."""
         for name in keywords:
             if name not in PARAMS:
+                from lmdist.command_line import did_you_mean  # which needs argparse
+
                 hint = did_you_mean(name, PARAMS) or f"; expected is one of {', '.join(PARAMS)}"
                 raise UsageError(f"{name} is no option of generation{hint}")
         return cls.from_values({name: typed(PARAMS[name], value) for name, value in keywords.items() if value is not None})
