@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 from lmdist.bounds import at_least, check
 from lmdist.errors import UsageError
 from lmdist_export import registered
-from lmdist_export.options import Options, strings_of
+from lmdist_export.options import Options, string_of, strings_of
 from lmdist_export.sampling.asked import understood
 from lmdist_export.sampling.completion import Completion, Stream, completions
 
@@ -222,8 +222,7 @@ class Model:
             if text.model != model_id(self.bundle):
                 raise UsageError(f"the prompt was read by another model than {self.name}: read its text by this one")
             return text
-        (given,) = strings_of("prompt", [text])
-        return prompt_of(self.bundle, given)
+        return prompt_of(self.bundle, string_of("the prompt", text))
 
     def read(self, text: str | Completion, after: Prompt | None = None) -> Prompt:
         """Read a text once, and return the state after it as a prompt for `generate`, `stream` and `next_words`.
@@ -314,8 +313,7 @@ class Model:
 
         That of an int8 or int4 bundle is what the model reads, rounded to 8 bits.
         """
-        (given,) = strings_of("word", [word])
-        ids = self.bundle.vocabulary.ids
+        given, ids = string_of("the word", word), self.bundle.vocabulary.ids
         words = [given] if given in ids else self.bundle.tokenizer.tokenize(given, continues=True)
         if len(words) != 1 or words[0] not in ids:
             hint = f"; {given.lower()!r} is" if given.lower() in ids else ""
@@ -325,6 +323,4 @@ class Model:
 
 def texts_of(text: str | Strings) -> list[str]:
     """Return one text, or several, as a list; raises UsageError for anything else."""
-    if not isinstance(text, str | list | tuple):
-        raise UsageError(f"the text is {reprlib.repr(text)}; a string, or a list of strings, is expected")
-    return strings_of("text", [text] if isinstance(text, str) else text)
+    return strings_of("text", text) if isinstance(text, list | tuple) else [string_of("the text", text)]

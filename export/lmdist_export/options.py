@@ -444,13 +444,16 @@ def strings_of(
     name: str, values: Iterable[Any], example: str = "", quoted: Callable[[Any], str] = reprlib.repr
 ) -> list[str]:
     """Return the values; raises UsageError where one is not a string."""
-    found = list(values)
-    for place, value in enumerate(found):
-        if not isinstance(value, str):
-            raise UsageError(f"{name} number {place} is {quoted(value)}; a string is expected{example}")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise UsageError(f"{name} number {place} has a lone surrogate, \\ud800 to \\udfff; a string is expected{example}")
-    return found
+    return [string_of(f"{name} number {place}", value, example, quoted) for place, value in enumerate(values)]
+
+
+def string_of(name: str, value: Any, example: str = "", quoted: Callable[[Any], str] = reprlib.repr) -> str:
+    """Return a value; raises UsageError where it is not a string, or one that UTF-8 cannot write."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {quoted(value)}; a string is expected{example}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UsageError(f"{name} has a lone surrogate, \\ud800 to \\udfff; a string is expected{example}")
+    return value
 
 
 # --- the graphs ----------------------------------------------------------------------------------------------------
