@@ -1,4 +1,4 @@
-"""The Python examples of the README and of the pages on Python and scoring run as they stand. (Those of other pages run in their wings.)"""
+"""The Python examples of README.md, docs/python.md and docs/scoring.md run as they stand; those of others, in their wings."""
 
 from __future__ import annotations
 

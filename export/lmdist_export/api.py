@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-import shutil
-import tempfile
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
@@ -80,8 +77,8 @@ def load(bundle: str | os.PathLike[str], *, provider: Literal["cpu", "cuda"] = "
         model = lmdist.load("bundles/news")
         model = lmdist.load("models:/news@champion")     # or models:/news/3, runs:/RUN_ID/news
 
-    All files are checked against their sha256. MLflow is the one of MLFLOW_TRACKING_URI, else `mlflow.db` in the directory; what
-    is downloaded is removed when the model is closed or no longer used.
+    All files are checked against their sha256. MLflow is the one of MLFLOW_TRACKING_URI, else `mlflow.db` in the directory.
+    What is downloaded is removed when the model is closed or no longer used.
 
     `provider` is "cpu" or "cuda". `threads` is the number of CPU threads; 0 takes the available CPUs, at most 4.
 
@@ -95,23 +92,30 @@ def load(bundle: str | os.PathLike[str], *, provider: Literal["cpu", "cuda"] = "
     name = os.fspath(bundle)
     if not registered.is_registered(name):
         return Model(name, Sampler(Bundle.load(name), provider, threads))
+    import shutil
+    import tempfile
+    import weakref
+
     folder = Path(tempfile.mkdtemp(prefix="lmdist-"))
     try:
-        return Model(name, Sampler(Bundle.load(registered.download(name, folder)), provider, threads), folder)
+        model = Model(name, Sampler(Bundle.load(registered.download(name, folder)), provider, threads))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    # A stream or a scorer uses the sampler where nothing holds the model any more.
+    model.release = weakref.finalize(model.sampler, shutil.rmtree, folder, ignore_errors=True)
+    return model
 
 
 class Model:
     """A bundle that generates and scores text, from as many threads as you like."""
 
-    def __init__(self, name: str, sampler: Sampler, downloaded: Path | None = None) -> None:
-        """`lmdist.load` makes one; the folder `downloaded` is removed with the sampler."""
+    def __init__(self, name: str, sampler: Sampler) -> None:
         self.name = name
         self.sampler = sampler
         """Reads tokens, scores them and samples new ones: ids and states of many texts at a time."""
-        self._release = weakref.finalize(sampler, shutil.rmtree, downloaded, ignore_errors=True) if downloaded else None
+        self.release: Callable[[], object] = lambda: None
+        """Removes what was downloaded."""
 
     @property
     def bundle(self) -> Bundle:
@@ -122,8 +126,8 @@ class Model:
         sizes = self.bundle.sizes
         layers = "-".join(map(str, sizes.layer_sizes))
         return (
-            f"<lmdist model {self.name}: LSTM {layers}, embedding {sizes.embedding_size}, vocabulary {sizes.vocabulary_size:,}, "
-            f"{sizes.precision}, on {self.sampler.runtime.provider}>"
+            f"<lmdist model {self.name}: LSTM {layers}, embedding {sizes.embedding_size}, "
+            f"vocabulary {sizes.vocabulary_size:,}, {sizes.precision}, on {self.sampler.runtime.provider}>"
         )
 
     def __enter__(self) -> Model:
@@ -134,8 +138,7 @@ class Model:
 
     def close(self) -> None:
         """Remove what was downloaded; of a model from a folder there is nothing to release."""
-        if self._release:
-            self._release()
+        self.release()
 
     # --- generating
 
@@ -145,9 +148,7 @@ class Model:
     ) -> Completion: ...
 
     @overload
-    def generate(
-        self, prompt: Prompts, *, batch_size: int = 16, **options: Unpack[GenerationOptions]
-    ) -> list[Completion]: ...
+    def generate(self, prompt: Prompts, *, batch_size: int = 16, **options: Unpack[GenerationOptions]) -> list[Completion]: ...
 
     @overload
     def generate(
@@ -215,7 +216,7 @@ class Model:
     # --- prompts
 
     def prompt(self, text: str | Prompt) -> Prompt:
-        """Return a text as a prompt: its `words`, and as `unknown_words` those that the model does not know. None is read yet."""
+        """Return a text as a prompt of which nothing was read: its `words`, and of these the `unknown_words`."""
         from lmdist_export.sampling.prompt import Prompt, model_id, prompt_of
 
         if isinstance(text, Prompt):
@@ -287,9 +288,7 @@ class Model:
         scores = list(self.scorer(end=end, carry_state=carry_state, cache=cache).score(texts_of(text)))
         return scores[0] if isinstance(text, str) else scores
 
-    def perplexity(
-        self, text: str | Strings, *, end: bool = True, carry_state: bool = False, cache: bool = False
-    ) -> float:
+    def perplexity(self, text: str | Strings, *, end: bool = True, carry_state: bool = False, cache: bool = False) -> float:
         """Return the perplexity per token of a text, or of all texts of a list together; raises DataError without any token."""
         from lmdist_export.sampling.scoring import Totals
 

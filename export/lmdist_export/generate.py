@@ -1,8 +1,8 @@
 """Generate text with a bundle: `lmdist-generate BUNDLE --prompt "The president said"`.
 
 Text goes to stdout, all else to stderr. A text begins after an end mark, as the training text did; it ends at the next one, at
-a stop, or after --max-new-tokens tokens. This module reads prompts and writes texts; api.py loads the model, sampling/ generates,
-and options.py has the options.
+a stop, or after --max-new-tokens tokens. This module reads prompts and writes texts; api.py loads the model, sampling/
+generates, and options.py has the options.
 """
 
 from __future__ import annotations

@@ -440,9 +440,7 @@ def typed(row: Row, value: Any, quoted: Callable[[Any], str] = reprlib.repr) -> 
     return row.type(value)
 
 
-def strings_of(
-    name: str, values: Iterable[Any], example: str = "", quoted: Callable[[Any], str] = reprlib.repr
-) -> list[str]:
+def strings_of(name: str, values: Iterable[Any], example: str = "", quoted: Callable[[Any], str] = reprlib.repr) -> list[str]:
     """Return the values; raises UsageError where one is not a string."""
     return [string_of(f"{name} number {place}", value, example, quoted) for place, value in enumerate(values)]
 

@@ -40,7 +40,8 @@ def download(bundle: str, folder: Path) -> Path:
     except Exception as error:  # any exception of MLflow and the libraries below it
         failure = upload_error(error)
         if getattr(error, "error_code", "") in NOT_THERE:
-            raise MissingInputError(f"MLflow ({place}) has no {bundle} ({failure}); lmdist-export --register writes one") from None
+            raise MissingInputError(
+                f"MLflow ({place}) has no {bundle} ({failure}); lmdist-export --register writes one"
+            ) from None
         kind = DataError if isinstance(failure, FinalError) else Stopped
         raise kind(f"{bundle} cannot be downloaded from MLflow ({place}): {failure}") from None
-

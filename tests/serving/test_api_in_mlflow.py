@@ -81,7 +81,9 @@ def test_a_bundle_in_mlflow(store: Path, model: Model, tmp_path: Path, monkeypat
             lmdist.load(name)
     assert not list(tmp_path.iterdir())
     assert dict(os.environ) == variables, "a program has its own MLflow"
-    done = command("lmdist_export.generate", "models:/news@champion", "--prompt", "the cat", "--seed", 7, "--max-new-tokens", 20)
+    done = command(
+        "lmdist_export.generate", "models:/news@champion", "--prompt", "the cat", "--seed", 7, "--max-new-tokens", 20
+    )
     assert done.stdout == f"{expected.text}\n"
     assert len(done.stderr.splitlines()) == 1, done.stderr
     done = command("lmdist_export.score", f"runs:/{run}/news", "--sentences", given="the cat\n")
@@ -95,7 +97,7 @@ def test_mlflow_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(MissingInputError, match=r"models:/news@champion: mlflow\.db does not exist; set MLFLOW_TRACKING_URI"):
         lmdist.load("models:/news@champion")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{free_port()}")
-    with pytest.raises(Stopped, match="^models:/news@champion cannot be downloaded from MLflow") as raised:
+    with pytest.raises(Stopped, match=r"^models:/news@champion cannot be downloaded from MLflow") as raised:
         lmdist.load("models:/news@champion")
     assert "secret" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []

@@ -18,8 +18,8 @@ Loop are bytes of generate.onnx. They stay as they are, so that equal checkpoint
 
 docs/sampling.md has the reasons. This module knows no onnxruntime and reads no file.
 
-Shapes: B batch, T tokens, P tokens of a prompt, N new tokens, A uniform numbers a token, E embedding, V vocabulary (V' rounded up
-to whole blocks), H a layer's size, S the sum of the layers' sizes.
+Shapes: B batch, T tokens, P tokens of a prompt, N new tokens, A uniform numbers a token, V vocabulary (V' rounded up to whole
+blocks), E embedding, H a layer's size, S the sum of the layers' sizes.
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def understood(options: Options, bundle: Bundle, *, stream: bool = False) -> Ask
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     named = {name: [word for words in found.values() for word in words] for name, found in phrases.items()}
     named["logit_bias"] = [word for word, _ in biases]
-    unknown = {name: [word for word in dict.fromkeys(words) if word not in bundle.vocabulary.ids] for name, words in named.items()}
+    unknown = {
+        name: [word for word in dict.fromkeys(words) if word not in bundle.vocabulary.ids] for name, words in named.items()
+    }
     warnings = [
         f"{options.name_for_caller(name)}: not in the vocabulary, so never generated: {reprlib.repr(words)[1:-1]}"
         for name, words in unknown.items()

@@ -97,10 +97,8 @@ def completed(sampler: Sampler, text: Text, prompt: Prompt, asked: Asked) -> Com
     )
 
 
-def completions(
-    sampler: Sampler, prompts: Iterable[Prompt], asked: Asked, batch_size: int
-) -> Iterator[Completion]:
-    """Yield the texts in the order of their prompts, each as soon as those before it are there; prompts are read as they fit."""
+def completions(sampler: Sampler, prompts: Iterable[Prompt], asked: Asked, batch_size: int) -> Iterator[Completion]:
+    """Yield the texts in the order of their prompts, each as soon as those before it; prompts are read in turn."""
     read: dict[int, Prompt] = {}
     ended = (text for text, _ in growing(sampler, prompts, asked, read, batch_size) if text.finish_reason)
     for text in ended if asked.config.num_beams > 1 else in_order(ended, asked.options.n):
@@ -118,7 +116,7 @@ def growing(
     *,
     stream: bool = False,
 ) -> Iterator[tuple[Text, list[int]]]:
-    """Yield (text, new tokens) as the texts of prompts grow; each prompt is put into `read` by its number when it is its turn."""
+    """Yield (text, new tokens) as the texts of prompts grow; each prompt is put into `read` when it is its turn."""
     from lmdist_export.sampling.beam_search import beam_search
     from lmdist_export.sampling.generation import Generation, forks, grow
 

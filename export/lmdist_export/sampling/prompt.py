@@ -100,9 +100,7 @@ def read(sampler: Sampler, prompt: Prompt, after: Prompt | None = None) -> Promp
     tokens = np.array([[*before.tokens[0].tolist(), *prompt.tokens]], np.int64)  # (1, P)
     state = replace(before, tokens=tokens, lengths=np.array([tokens.size], np.int64))
     words = [*after.words, *prompt.words]
-    return replace(
-        after, words=words, tokens=[*after.tokens, *prompt.tokens], state=sampler.prefill(state, config)
-    )
+    return replace(after, words=words, tokens=[*after.tokens, *prompt.tokens], state=sampler.prefill(state, config))
 
 
 def load(sampler: Sampler, path: str | Path) -> Prompt:
