@@ -159,12 +159,13 @@ def check_registration(arguments: argparse.Namespace) -> None:
         registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
         require(*packages_of(store_address()), purpose="--register: ")
     if not arguments.output:
-        from lmdist_export.bundle import read_manifest
+        from lmdist.storage.held import HeldFolder
+        from lmdist_export.bundle import EXPECTED, read_manifest
 
         if arguments.register is None:
             raise UsageError("-o is missing: give the folder to write, as in -o bundles/NAME")
         try:
-            read_manifest(arguments.checkpoint)
+            read_manifest(HeldFolder(arguments.checkpoint, EXPECTED))
         except (DataError, MissingInputError) as error:
             raise UsageError(f"without -o a bundle is registered as it is, and {error}") from None
 
@@ -186,7 +187,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
     """Raise UsageError unless `output` is free, or is of this layout and may be replaced."""
-    from lmdist_export.bundle import read_manifest
+    from lmdist.storage.held import HeldFolder
+    from lmdist_export.bundle import EXPECTED, read_manifest
 
     refuse_to_replace_link(output)
     if not os.path.lexists(output):
@@ -204,7 +206,7 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
             )
         return
     try:
-        read_manifest(output)
+        read_manifest(HeldFolder(output, EXPECTED))
     except (DataError, MissingInputError):
         raise UsageError(f"{output} exists already and is not a bundle; --overwrite replaces only bundles") from None
 
