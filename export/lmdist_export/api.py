@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
@@ -78,7 +78,7 @@ def load(bundle: str | os.PathLike[str], *, provider: Literal["cpu", "cuda"] = "
         model = lmdist.load("models:/news@champion")     # or models:/news/3, runs:/RUN_ID/news
 
     All files are checked against their sha256. MLflow is the one of MLFLOW_TRACKING_URI, else `mlflow.db` in the directory.
-    What is downloaded is removed when the model is closed or no longer used.
+    What was loaded is in memory: the folder may be replaced or removed, and what was downloaded is.
 
     `provider` is "cpu" or "cuda". `threads` is the number of CPU threads; 0 takes the available CPUs, at most 4.
 
@@ -92,19 +92,10 @@ def load(bundle: str | os.PathLike[str], *, provider: Literal["cpu", "cuda"] = "
     name = os.fspath(bundle)
     if not registered.is_registered(name):
         return Model(name, Sampler(Bundle.load(name), provider, threads))
-    import shutil
     import tempfile
-    import weakref
 
-    folder = Path(tempfile.mkdtemp(prefix="lmdist-"))
-    try:
-        model = Model(name, Sampler(Bundle.load(registered.download(name, folder)), provider, threads))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    # A stream or a scorer uses the sampler where nothing holds the model any more.
-    model.release = weakref.finalize(model.sampler, shutil.rmtree, folder, ignore_errors=True)
-    return model
+    with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
+        return Model(name, Sampler(Bundle.load(registered.download(name, Path(folder))), provider, threads))
 
 
 class Model:
@@ -114,8 +105,6 @@ class Model:
         self.name = name
         self.sampler = sampler
         """Reads tokens, scores them and samples new ones: ids and states of many texts at a time."""
-        self.release: Callable[[], object] = lambda: None
-        """Removes what was downloaded."""
 
     @property
     def bundle(self) -> Bundle:
@@ -129,16 +118,6 @@ class Model:
             f"<lmdist model {self.name}: LSTM {layers}, embedding {sizes.embedding_size}, "
             f"vocabulary {sizes.vocabulary_size:,}, {sizes.precision}, on {self.sampler.runtime.provider}>"
         )
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove what was downloaded; of a model from a folder there is nothing to release."""
-        self.release()
 
     # --- generating
 

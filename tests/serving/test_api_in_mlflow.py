@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ def model(folder: Path) -> Model:
 
 
 def test_a_model_says_what_it_is(model: Model, folder: Path) -> None:
-    assert repr(model) == f"<lmdist model {folder}: LSTM 10-10, embedding 6, vocabulary 20, fp32, on cpu>"
+    assert repr(model) == f"<lmdist model {folder}: LSTM 10-10, embedding 6, vocabulary 19, fp32, on cpu>"
 
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
@@ -62,16 +61,10 @@ def test_a_bundle_in_mlflow(store: Path, model: Model, tmp_path: Path, monkeypat
     run = client.get_model_version("news", "1").run_id
     expected = model.generate("the cat", seed=7, max_new_tokens=20)
     for name in ("models:/news@champion", "models:/news/1", f"runs:/{run}/news"):
-        with lmdist.load(name) as found:
-            assert name in repr(found)
-            assert len(list(tmp_path.iterdir())) == 1
-            assert same_text(found.generate("the cat", seed=7, max_new_tokens=20), expected)
-        assert not list(tmp_path.iterdir())
-    pieces = lmdist.load("models:/news@champion").stream("the cat", seed=7, max_new_tokens=20)
-    assert "".join(pieces) == expected.text  # the model is in use as long as its stream is
-    del pieces
-    gc.collect()
-    assert not list(tmp_path.iterdir())
+        found = lmdist.load(name)
+        assert name in repr(found)
+        assert not list(tmp_path.iterdir())  # what was loaded is in memory
+        assert same_text(found.generate("the cat", seed=7, max_new_tokens=20), expected)
     for name, message in (
         ("models:/news@nobody", "has no models:/news@nobody"),
         ("models:/olds/1", "has no models:/olds/1"),
