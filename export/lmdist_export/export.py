@@ -17,6 +17,7 @@ from typing import Any
 from lmdist.bounds import at_least, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, table
+from lmdist.cpus import limit_threads
 from lmdist.errors import EXIT_DEFECT, DataError, MissingInputError, UsageError, require
 from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             register(arguments.checkpoint, arguments)
             return
         check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
+        limit_threads()
         from lmdist_export.conversion.verify import MismatchError
 
         try:

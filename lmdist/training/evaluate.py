@@ -25,6 +25,7 @@ from lmdist.bounds import at_least, between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
+from lmdist.cpus import limit_threads
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.perplexity import perplexity
 
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError("--file takes the place of --split and --data: give one or the other")
         check("--streams", arguments.streams, at_least(1))
         read_settings(arguments)
+        limit_threads()
         result, checkpoint, meta = measure(arguments)
         if arguments.json:
             sys.stdout.write(json.dumps(result) + "\n")
