@@ -32,11 +32,11 @@ def test_a_model_says_what_it_is(model: Model, folder: Path) -> None:
     assert repr(model) == f"<lmdist model {folder}: LSTM 10-10, embedding 6, vocabulary 19, fp32, on cpu>"
 
 
-def test_what_is_no_bundle(tmp_path: Path) -> None:
+def test_what_is_no_bundle(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="does not exist"):
         lmdist.load(tmp_path / "none")
     with pytest.raises(UsageError, match="the provider is 'tpu'"):
-        lmdist.load(tmp_path, provider="tpu")  # pyright: ignore[reportArgumentType]
+        lmdist.load(folder, provider="tpu")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
