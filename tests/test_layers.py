@@ -52,8 +52,9 @@ FLOORS = {
     "lmdist_export": """
         options
         graph
-        bundle lines
+        bundle lines registered
         sampling
+        api
         generate score serving
         served_model
         conversion
@@ -75,7 +76,7 @@ WINGS = {
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher __main__",
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
-    "lmdist_export.sampling": "state runtime token_session sampler generation beam_search scoring completion",
+    "lmdist_export.sampling": "state runtime token_session sampler prompt generation beam_search scoring asked completion",
     "lmdist_export.serving": "batching middleware mlflow_model registry",
     "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting",
 }
