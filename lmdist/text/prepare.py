@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import next_line, unused
-from lmdist.errors import CommandParser, UsageError, exit_on_error
+from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.text.data_folder import TEXT
