@@ -95,7 +95,7 @@ def write_csv(path: Path, size: int) -> int:
 
 
 def watch(command: list[str], cwd: Path, beside: Sequence[int] = ()) -> tuple[float, int]:
-    """Run a command; return its seconds and the peak memory of all its processes, and of those `beside` it, together, in MiB."""
+    """Run a command; return its seconds and the peak memory in MiB of all its processes, and those `beside` it, together."""
     began, peak = time.perf_counter(), 0
     with (cwd / "log").open("w") as log:
         child = subprocess.Popen([sys.executable, *command], cwd=cwd, stdout=log, stderr=log)

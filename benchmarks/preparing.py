@@ -8,8 +8,8 @@ one again, in turns; that all find the same words is asserted. The text is the d
 on CSVs of growing size as in large.py: with one process, and where the text is large with one for each CPU, in shards one after
 the other, and on a Dask cluster of two workers (where Dask is installed); that all write the same bytes is asserted. Words are
 counted at whitespace. Memory is that of a command and all its child processes, or of a command and the workers of its cluster
-(USS), sampled four times a second. Core-hours are the time multiplied by the number of processes, the parts that one process does
-alone included.
+(USS), sampled four times a second. Core-hours are the time multiplied by the number of processes, also while only one of them
+works.
 """
 
 from __future__ import annotations
@@ -183,7 +183,10 @@ def dask_workers(number: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
         return
     place = folder / "scheduler.json"
     options = ["--scheduler-file", str(place), "--no-dashboard", "--host", "127.0.0.1"]
-    commands = [["dask_scheduler", *options, "--port", "0"], *[["dask_worker", *options, "--nthreads", "1", "--no-nanny"]] * number]
+    commands = [
+        ["dask_scheduler", *options, "--port", "0"],
+        *[["dask_worker", *options, "--nthreads", "1", "--no-nanny"]] * number,
+    ]
     with ExitStack() as stack:
         processes = []
         for name, *arguments in commands:

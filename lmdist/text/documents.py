@@ -188,9 +188,7 @@ class Documents:
         """Note which files are not read because `rows` ended in the one of this number."""
         others = [str(file) for file in self.files[number + 1 :]]
         if others:
-            self.notes.append(
-                f"--rows {self.options.rows:,} ended in {self.files[number]}; not read were {shortened(others)}"
-            )
+            self.notes.append(f"--rows {self.options.rows:,} ended in {self.files[number]}; not read were {shortened(others)}")
 
     def _is_new(self, text: str, seen: set[int]) -> bool:
         """Return whether a text is neither empty nor a duplicate; count the reason if it is."""
@@ -231,7 +229,7 @@ class Documents:
             before = self.rows.get(number, (0, 0))[1]
             if first != before:
                 raise DataError(
-                    f"{self.files[number]} was not read alike by all shards: one ends before row {before:,} and the next begins "
+                    f"{self.files[number]} was not read alike by all shards: one ends before row {before:,}, the next begins "
                     f"at row {first:,}; was the file changed? Count the shards again"
                 )
             self.rows[number] = 0, end

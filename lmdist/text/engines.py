@@ -105,7 +105,7 @@ shared_progress: Any
 
 
 def start_worker(lifeline: Connection, progress: Any) -> None:
-    """Leave Ctrl-C to the parent, and end when it does or when it lets go of the lifeline: a pool's workers would wait forever."""
+    """Leave Ctrl-C to the parent, and end when it does or lets go of the lifeline: a pool's workers would wait forever."""
     global shared_progress
     shared_progress = progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lmdist.console import log
 from lmdist.errors import UsageError
-from lmdist.settings import PrepareSettings
+from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.text.counting import Sources, cut
 from lmdist.text.engines import Workers, count_on_cluster, dask_cluster
@@ -86,12 +86,13 @@ def prepare_on_cluster(settings: PrepareSettings, output: Path, address: str, *,
 def several_sources(settings: PrepareSettings, output: Path) -> Sources:
     """Find the files to read; raise UsageError for what cannot be read in parts."""
     if settings.rows:
-        raise UsageError("rows is for the first rows of all inputs together, which no shard knows: leave out --rows, or the shards")
-    sources = find_sources(settings, output)
-    for file in (file for documents in sources.values() for file in documents.files):
-        if is_pipe(file):
-            raise UsageError(f"{file} cannot be read again by each machine: name files, or prepare it on one")
-    return sources
+        raise UsageError(
+            "no shard knows which rows are the first of all inputs together: leave out --rows, or the shards"
+        )
+    for name in [*settings.inputs, *(name for split in SPLITS for name in settings.files(split))]:
+        if is_pipe(Path(name)):
+            raise UsageError(f"{name} cannot be read again by each machine: name files, or prepare it on one")
+    return find_sources(settings, output)
 
 
 def merge_all(settings: PrepareSettings, output: Path, sources: Sources, *, overwrite: bool) -> None:

@@ -119,7 +119,9 @@ def shard_number(text: str) -> tuple[int, int]:
     """Return which of how many shards `I/N` names."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text} is given; I/N is expected, 0/16 for the first of 16 shards and 15/16 for the last")
+        raise argparse.ArgumentTypeError(
+            f"{text} is given; I/N is expected, from 0/16 to 15/16 for 16 shards"
+        )
     return int(match[1]), int(match[2])
 
 

@@ -2,9 +2,9 @@
 
     data/news.shards/00003-of-00016/     a shard of counting.py, and shard.json: of what it is
 
-A shard is atomic. It knows its inputs (names, sizes, times of their last change) and the settings that it depends on, so that one
-that is done is not done again, and one of other inputs is neither taken nor kept. What is decided after the counting is no part of
-that: the same shards can be merged with another vocabulary and other fractions. This module does not know who counts.
+A shard is atomic. It knows its inputs (names, sizes, times of their last change) and the settings that it depends on, so that
+one that is done is not done again, and one of other inputs is neither taken nor kept. What is decided after the counting is no
+part of that: the same shards can be merged with another vocabulary and other fractions. This module does not know who counts.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ def stamp(file: Path) -> list[int]:
 
 
 def count_shard(
-    target: Path, sources: Sources, tokenizer: WordTokenizer, seed: int, of: Mapping[str, Any], report: Report = lambda *done: None
+    target: Path,
+    sources: Sources,
+    tokenizer: WordTokenizer,
+    seed: int,
+    of: Mapping[str, Any],
+    report: Report = lambda *done: None,
 ) -> tuple[int, int] | None:
-    """Write a shard of what `of` describes; return the number of its documents and tokens, or None where it was done before."""
+    """Write a shard of what `of` describes; return the number of its documents and tokens, None where it was done before."""
     if is_of(target, of):
         return None
     with atomic_folder(target, replace=True) as folder:

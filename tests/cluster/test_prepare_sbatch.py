@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from support.jobs import installed
 SCRIPT = Path(__file__).parents[2] / "launch" / "prepare.sbatch"
 
 
-def submit(folder: Path, arguments: list[str], task: int | None = None, first: int = 0, last: int = 2) -> subprocess.CompletedProcess[str]:
+def submit(
+    folder: Path, arguments: list[str], task: int | None = None, first: int = 0, last: int = 2
+) -> subprocess.CompletedProcess[str]:
     """Run the script as Slurm runs a task of an array, or a job without one."""
     array = {"TASK_ID": task, "TASK_MIN": first, "TASK_MAX": last, "TASK_COUNT": last - first + 1} if task is not None else {}
     variables = {f"SLURM_ARRAY_{name}": str(value) for name, value in array.items()}

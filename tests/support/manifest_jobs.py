@@ -24,7 +24,22 @@ from lmdist.job.launcher import AGENT_GRACE_SECONDS
 from lmdist.job.launcher import parser as launcher_parser
 from lmdist.settings import Recipe
 from lmdist_export.export import parser as export_parser
-from support.manifests import GPU, Document, Pod, Render, command, expanded, find, look, of_kind, pods, rendered, rule, selects, title
+from support.manifests import (
+    GPU,
+    Document,
+    Pod,
+    Render,
+    command,
+    expanded,
+    find,
+    look,
+    of_kind,
+    pods,
+    rendered,
+    rule,
+    selects,
+    title,
+)
 
 
 def running(render: Render, program: str) -> Iterator[tuple[Pod, Document]]:
@@ -144,8 +159,6 @@ def shards_are_counted_and_merged(render: Render) -> Iterator[str]:
                 yield f"{pod}: pod {index} of {number} is given {shards}"
     if merged != counted:
         yield f"the pods that count are given {counted}, and those that merge {merged}"
-
-
 
 
 def recipe_of(pod: Pod, container: Document, render: Render) -> Recipe | str:
