@@ -16,11 +16,12 @@ from pathlib import Path
 from lmdist.console import log
 from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
-from lmdist.storage.atomic import atomic_folder
+from lmdist.storage.atomic import atomic_folder, recover
 from lmdist.text.counting import Sources, cut
 from lmdist.text.engines import Workers, count_on_cluster, dask_cluster
 from lmdist.text.merging import merge
 from lmdist.text.preparation import (
+    announce,
     errors_of_writing,
     find_sources,
     finish,
@@ -29,7 +30,7 @@ from lmdist.text.preparation import (
     reading_progress,
     summary,
 )
-from lmdist.text.shards import begun, count_shard, description, find_shards, is_of, shard_folder, shards_folder
+from lmdist.text.shards import NAME, begun, count_shard, description, find_shards, is_of, shard_folder, shards_folder
 from lmdist.text.sources import is_pipe
 
 SHARDS_PER_THREAD = 2
@@ -40,11 +41,12 @@ def prepare_shard(settings: PrepareSettings, output: Path, index: int, number: i
     """Count shard `index` of `number` of a data folder `output`, unless it is done."""
     folder = shards_folder(output)
     with errors_of_writing(folder):
-        sources = several_sources(settings, folder)
+        sources = several_sources(settings, output)
         of, shard = description(sources, settings), shard_folder(folder, index, number)
         if is_of(shard, of):
             sys.stdout.write(f"{shard} is done\n")
             return
+        announce(sources, shard)
         part = cut(sources, index, number)
         for documents in part.values():
             documents.check()
@@ -71,6 +73,7 @@ def prepare_on_cluster(settings: PrepareSettings, output: Path, address: str, *,
         of = description(sources, settings)
         with dask_cluster(address) as (client, num_threads):
             number = settings.workers or begun(folder, of) or SHARDS_PER_THREAD * num_threads
+            announce(sources, folder)
             log(f"counting {number} shards on {num_threads} thread(s) of {address}")
             tokenizer = learn_tokenizer(settings, sources)
             tasks = []
@@ -99,6 +102,7 @@ def merge_all(settings: PrepareSettings, output: Path, sources: Sources, *, over
     """Write the data folder `output` from its shards, atomically; they stay, for they may be merged in another way."""
     folder = shards_folder(output)
     shards = find_shards(folder, description(sources, settings))
+    recover(folder, NAME.pattern, everyone=True)  # all are there: what else lies there was left by processes that were killed
     log(f"merging {len(shards)} shards")
     with atomic_folder(output, replace=overwrite) as temporary, Workers(num_processes(settings, sources)) as workers:
         meta = finish(temporary, merge(temporary, shards, settings, sources, workers.run), settings, sources)

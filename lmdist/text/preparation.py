@@ -55,7 +55,7 @@ def errors_of_writing(output: Path) -> Iterator[None]:
 
 
 def find_sources(settings: PrepareSettings, output: Path) -> Sources:
-    """Find the files to read, and say which; write the demo corpus beside `output` where it is asked for."""
+    """Find the files to read; write the demo corpus beside `output` where it is asked for."""
     from lmdist.text.documents import Documents, find_files
     from lmdist.text.sources import ReadOptions
 
@@ -66,10 +66,13 @@ def find_sources(settings: PrepareSettings, output: Path) -> Sources:
     if not any(patterns.values()):
         raise UsageError("nothing to read: name a file (articles1.csv), give --train, or take the demo corpus: demo")
     options = ReadOptions.of(settings, settings.text, group_by)
-    sources = {split: Documents(find_files(names), options) for split, names in patterns.items()}
+    return {split: Documents(find_files(names), options) for split, names in patterns.items()}
+
+
+def announce(sources: Sources, output: Path) -> None:
+    """Say which files are read."""
     files = [file for documents in sources.values() for file in documents.files]
     log(f"reading {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} into {output}")
-    return sources
 
 
 def demo_csv(folder: Path) -> Path:

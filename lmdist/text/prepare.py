@@ -25,6 +25,7 @@ from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.text.data_folder import TEXT
 from lmdist.text.preparation import (
+    announce,
     check_output,
     errors_of_writing,
     find_sources,
@@ -44,14 +45,20 @@ COMMAND = "lmdist-prepare"
 def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False, flag: str = "-o") -> None:
     """Write the data folder `output`, which `flag` names, atomically."""
     check_output(output, flag, overwrite=overwrite)
+    meta = write(settings, output, overwrite=overwrite)
+    sys.stdout.write(summary(meta, output))
+    sys.stdout.flush()
+
+
+def write(settings: PrepareSettings, output: Path, sources: Sources | None = None, *, overwrite: bool) -> dict[str, Any]:
+    """Write a data folder of the sources, by default those that the settings name; return the content of meta.json."""
     with errors_of_writing(output):
-        sources = find_sources(settings, output)
+        sources = sources or find_sources(settings, output)
+        announce(sources, output)
         for documents in sources.values():
             documents.check()
         with atomic_folder(output, replace=overwrite) as folder:
-            meta = write_data_folder(folder, settings, sources)
-    sys.stdout.write(summary(meta, output))
-    sys.stdout.flush()
+            return write_data_folder(folder, settings, sources)
 
 
 def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources) -> dict[str, Any]:

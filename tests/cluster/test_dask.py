@@ -73,7 +73,7 @@ def test_a_worker_that_is_killed_costs_its_shard_only(address: str, tmp_path: Pa
     assert f"{SHARDS} of {SHARDS} shards are counted" in err
     assert "written to data\n" in out
     assert {name: (folder / name).stat().st_ino for name in done} == done
-    assert len(os.listdir(folder)) == SHARDS, "the other worker has removed what the killed one left"
+    assert len(os.listdir(folder)) == SHARDS, "what the killed worker left is removed"
 
     prepare(PrepareSettings(inputs=[str(tmp_path / "a.jsonl")], tokenizer="wordpunct"), tmp_path / "whole")
     for name in ("train.bin", "valid.bin", "test.bin", "vocab.txt", "text.json"):
