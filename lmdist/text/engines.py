@@ -1,8 +1,8 @@
 """Who runs the steps of lmdist-prepare: this process, worker processes of this machine, or the workers of a Dask cluster.
 
     with Workers(2) as workers:
-        workers.count(tasks, learn, folder / "text.json", progress.show)    # counting.count(*task, ...), each a shard
-        workers.run(corpus.encode, tasks)                                   # [corpus.encode(*task), ...]
+        workers.count(tasks, settings.text, learn, folder / "text.json", progress.show)     # counting.count(*task, ...)
+        workers.run(corpus.encode, tasks)                                                   # [corpus.encode(*task), ...]
 
 The functions are those of counting.py and corpus.py, whoever runs them.
 """
@@ -25,12 +25,15 @@ from typing import Any
 
 from lmdist.console import log
 from lmdist.errors import DataError, UsageError, one_line, require
+from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_path
-from lmdist.text.counting import Report, count
-from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.counting import Report, Sources, count
+from lmdist.text.tokenizer import WordTokenizer, import_early
 
 Task = tuple[Any, ...]
 """The arguments of a call."""
+CountTask = tuple[Path, Sources, int]
+"""Those of `counting.count` that no engine knows: folder, sources and seed."""
 
 SECONDS_BETWEEN_REPORTS = 0.5
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -60,11 +63,18 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
             self.lifeline.close()
 
-    def count(self, tasks: Sequence[Task], learn: Callable[[], WordTokenizer], text_json: Path, show: Report) -> None:
+    def count(
+        self,
+        tasks: Sequence[CountTask],
+        text: TextSettings,
+        learn: Callable[[], WordTokenizer],
+        text_json: Path,
+        show: Report,
+    ) -> None:
         """Count a shard for each of as many tasks as there are processes; tell `show` how far they are together.
 
-        `learn` returns the tokenizer. It runs here, while the processes start and read up to the first row of their shards,
-        and they find it in `text_json`.
+        `learn` returns the tokenizer for `text`. It runs here, while the processes start and read up to the first row of their
+        shards, and they find it in `text_json`.
         """
         if self.pool is None:
             tokenizer = learn()
@@ -72,7 +82,7 @@ class Workers:
                 count(*task, lambda: tokenizer, show)
             return
         with worker_errors():
-            pending = {self.pool.submit(count_in_worker, index, text_json, *task) for index, task in enumerate(tasks)}
+            pending = {self.pool.submit(count_in_worker, index, text, text_json, task) for index, task in enumerate(tasks)}
             tokenizer = learn()
             with atomic_path(text_json) as path:
                 tokenizer.save(path)
@@ -119,10 +129,11 @@ def start_worker(lifeline: Connection, progress: Any) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def count_in_worker(index: int, text_json: Path, *task: Any) -> None:
+def count_in_worker(index: int, text: TextSettings, text_json: Path, task: CountTask) -> None:
     """Count a shard, and tell the parent how far it is."""
 
     def learned() -> WordTokenizer:
+        import_early(text)
         while not text_json.exists():
             time.sleep(SECONDS_BETWEEN_LOOKS)
         return WordTokenizer.load(text_json)
@@ -143,7 +154,7 @@ def dask_cluster(address: str) -> Iterator[tuple[Any, int]]:
     from distributed import Client
 
     try:
-        client = Client(address, timeout=SECONDS_TO_CONNECT)
+        client: Any = Client(address, timeout=SECONDS_TO_CONNECT)
     except (OSError, ValueError) as error:  # nobody answers; no address
         raise UsageError(f"--scheduler {address}: {one_line(error)}; `dask scheduler` prints its address") from None
     with client:

@@ -30,7 +30,17 @@ from lmdist.text.preparation import (
     reading_progress,
     summary,
 )
-from lmdist.text.shards import NAME, begun, count_shard, description, find_shards, is_of, shard_folder, shards_folder
+from lmdist.text.shards import (
+    NAME,
+    begun,
+    description,
+    find_shards,
+    is_of,
+    shard_folder,
+    shards_folder,
+    write_missing_shard,
+    write_shard,
+)
 from lmdist.text.sources import is_pipe
 
 SHARDS_PER_THREAD = 2
@@ -53,7 +63,7 @@ def prepare_shard(settings: PrepareSettings, output: Path, index: int, number: i
         tokenizer = learn_tokenizer(settings, sources)
         size = sum(documents.bytes for documents in sources.values())
         with reading_progress(size // number) as progress:
-            num_documents, num_tokens = count_shard(shard, part, tokenizer, settings.seed, of, progress.show)
+            num_documents, num_tokens = write_shard(shard, part, tokenizer, settings.seed, of, progress.show)
     sys.stdout.write(f"{num_documents:,} documents, {num_tokens:,} tokens; written to {shard}\n")
 
 
@@ -82,16 +92,14 @@ def prepare_on_cluster(settings: PrepareSettings, output: Path, address: str, *,
                 part = {split: documents.absolute() for split, documents in cut(sources, index, number).items()}
                 shard = shard_folder(folder.absolute(), index, number)
                 tasks.append((shard, part, tokenizer, settings.seed, of))
-            count_on_cluster(client, count_shard, tasks)
+            count_on_cluster(client, write_missing_shard, tasks)
         merge_all(settings, output, sources, overwrite=overwrite)
 
 
 def several_sources(settings: PrepareSettings, output: Path) -> Sources:
     """Find the files to read; raise UsageError for what cannot be read in parts."""
     if settings.rows:
-        raise UsageError(
-            "no shard knows which rows are the first of all inputs together: leave out --rows, or the shards"
-        )
+        raise UsageError("no shard knows which rows are the first of all inputs together: leave out --rows, or the shards")
     for name in [*settings.inputs, *(name for split in SPLITS for name in settings.files(split))]:
         if is_pipe(Path(name)):
             raise UsageError(f"{name} cannot be read again by each machine: name files, or prepare it on one")

@@ -75,7 +75,7 @@ def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources)
     size = sum(documents.bytes for documents in sources.values())
     with Workers(number) as workers:
         with reading_progress(size) as progress:
-            workers.count(tasks, lambda: learn_tokenizer(settings, sources), place / TEXT, progress.show)
+            workers.count(tasks, settings.text, lambda: learn_tokenizer(settings, sources), place / TEXT, progress.show)
         merged = merge(folder, [shard for shard, *_ in tasks], settings, sources, workers.run)
     shutil.rmtree(place)
     return finish(folder, merged, settings, sources)
@@ -126,9 +126,7 @@ def shard_number(text: str) -> tuple[int, int]:
     """Return which of how many shards `I/N` names."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(
-            f"{text} is given; I/N is expected, from 0/16 to 15/16 for 16 shards"
-        )
+        raise argparse.ArgumentTypeError(f"{text} is given; I/N is expected, from 0/16 to 15/16 for 16 shards")
     return int(match[1]), int(match[2])
 
 

@@ -60,21 +60,25 @@ def stamp(file: Path) -> list[int]:
         return [size_of(file)]
 
 
-def count_shard(
-    target: Path,
+def write_shard(
+    shard: Path,
     sources: Sources,
     tokenizer: WordTokenizer,
     seed: int,
     of: Mapping[str, Any],
     report: Report = lambda *done: None,
-) -> tuple[int, int] | None:
-    """Write a shard of what `of` describes; return the number of its documents and tokens, None where it was done before."""
-    if is_of(target, of):
-        return None
-    with atomic_folder(target, replace=True) as folder:
+) -> tuple[int, int]:
+    """Count a shard of what `of` describes, atomically; return the number of its documents and of its tokens."""
+    with atomic_folder(shard, replace=True) as folder:
         found = count(folder, sources, seed, lambda: tokenizer, report)
         write_json(folder / SHARD, of)
     return found
+
+
+def write_missing_shard(shard: Path, sources: Sources, tokenizer: WordTokenizer, seed: int, of: Mapping[str, Any]) -> None:
+    """Do the same where it is not done yet."""
+    if not is_of(shard, of):
+        write_shard(shard, sources, tokenizer, seed, of)
 
 
 def is_of(shard: Path, of: Mapping[str, Any]) -> bool:

@@ -149,6 +149,13 @@ def installed_nltk() -> str:
     return version("nltk")
 
 
+def import_early(settings: TextSettings) -> None:
+    """Import NLTK where words may need it, in a process that waits for something else; it takes a second."""
+    if settings.tokenizer == "word_tokenize":
+        import nltk.tokenize.destructive
+        import nltk.tokenize.punkt  # noqa: F401
+
+
 def cleaned(document: str, settings: TextSettings) -> str:
     """Return a document as it is split: without what the settings leave out, and in one spelling."""
     if settings.clean == "html":
@@ -234,14 +241,28 @@ def split_lines(document: str) -> list[str]:
 
 def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
     """Return the parameters that Punkt learns from the first PUNKT_CHARACTERS of the documents, in a fixed order."""
-    from nltk.tokenize.punkt import PunktTrainer
+    from nltk.tokenize.punkt import PunktToken, PunktTrainer
+
+    matches_ellipsis, matches_initial = cache(PunktToken._RE_ELLIPSIS.match), cache(PunktToken._RE_INITIAL.match)
+
+    class Token(PunktToken):
+        """A token for which NLTK's regular expressions are asked once for each spelling; they would take most of the time."""
+
+        __slots__ = ()
+        is_ellipsis = property(lambda self: matches_ellipsis(self.tok))
+        is_initial = property(lambda self: matches_initial(self.tok))
+
+        @staticmethod
+        @cache
+        def _get_type(tok: str) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return PunktToken._RE_NUMERIC.sub("##number##", tok.lower())
 
     class Trainer(PunktTrainer):
         def _unique_types(self, tokens: Any) -> Any:
             # A set has a different order in every process, and an abbreviation may depend on those before it.
             return sorted(super()._unique_types(tokens))
 
-    trainer = Trainer()
+    trainer = Trainer(token_cls=Token)
     chunk: list[str] = []
     read = characters = 0
     for document in documents:
