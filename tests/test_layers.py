@@ -62,10 +62,10 @@ FLOORS = {
     """,
 }
 WINGS = {
-    "lmdist.storage": "reading locks atomic checksums schema",
+    "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
-        "vocabulary data_folder words markup detokenizer tokenizer sources decoding tables columns readers documents demo "
-        "counting corpus merging engines preparation shards machines prepare"
+        "vocabulary data_folder token_files words markup detokenizer tokenizer sources decoding tables columns readers "
+        "documents demo counting corpus merging engines preparation shards machines prepare"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),
