@@ -90,11 +90,13 @@ def num_processes(settings: PrepareSettings, sources: Sources) -> int:
     """Return how many processes share the work: one for little text, for the first rows, and for what can be read once."""
     from lmdist.text.sources import is_pipe
 
-    if sum(documents.bytes for documents in sources.values()) <= ONE_PROCESS_BYTES[settings.tokenizer] or settings.rows:
+    size = sum(documents.bytes for documents in sources.values())
+    alone = ONE_PROCESS_BYTES[settings.tokenizer]
+    can_be_cut = not any(is_pipe(file) for documents in sources.values() for file in documents.files)
+    if size <= alone or settings.rows or not can_be_cut:
         return 1
-    if any(is_pipe(file) for documents in sources.values() for file in documents.files):
-        return 1
-    return settings.workers or available_cpus()
+    # A shard reads its first file from the beginning: of small ones most would read, and not tokenize.
+    return settings.workers or min(available_cpus(), 2 * size // alone)
 
 
 def learn_tokenizer(settings: PrepareSettings, sources: Sources) -> WordTokenizer:

@@ -92,7 +92,7 @@ def test_the_folder_of_a_news_csv(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "data" / "news"
     assert sorted(file.name for file in folder.iterdir()) == sorted(
-        ["train.bin", "valid.bin", "test.bin", "vocab.txt", "text.json", "meta.json"]
+        ["train.bin", "valid.bin", "test.bin", "vocab.txt", "text.json", "blocks.json", "meta.json"]
     )
     meta = json.loads((folder / "meta.json").read_text())
     assert (meta["format"], meta["version"], meta["dtype"]) == ("lmdist data", 1, "uint16")
