@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,15 @@ def write_shard(
     return found
 
 
+one_at_a_time = threading.Lock()
+"""For a Dask worker of several threads: Python runs one of them at a time, and decoding.py has one error handler a process."""
+
+
 def write_missing_shard(shard: Path, sources: Sources, tokenizer: WordTokenizer, seed: int, of: Mapping[str, Any]) -> None:
     """Do the same where it is not done yet."""
-    if not is_of(shard, of):
-        write_shard(shard, sources, tokenizer, seed, of)
+    with one_at_a_time:
+        if not is_of(shard, of):
+            write_shard(shard, sources, tokenizer, seed, of)
 
 
 def is_of(shard: Path, of: Mapping[str, Any]) -> bool:
