@@ -85,7 +85,7 @@ def test_what_samples_needs_no_extra_but_onnxruntime(module: str, tmp_path: Path
 
 def test_the_table_has_every_package_of_every_extra() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    names = {"onnxruntime-gpu": "onnxruntime", "mlflow-skinny": "mlflow"}
+    names = {"onnxruntime-gpu": "onnxruntime", "mlflow-skinny": "mlflow", "odfpy": "odf"}
     for extra, requirements in listed.items():
         for requirement in () if extra.startswith("dev") else requirements:
             name = re.split(r"[\[>=<]", requirement)[0]

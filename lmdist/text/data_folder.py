@@ -69,7 +69,7 @@ def write_meta(
     splits: Mapping[str, SplitFacts],
     settings: PrepareSettings,
     skipped: Mapping[str, int],
-    sources: Iterable[tuple[Path, int]],
+    sources: Iterable[tuple[object, int]],
 ) -> dict[str, Any]:
     """Write meta.json beside the other files of a data folder, which must all be there; return its content.
 

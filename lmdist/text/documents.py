@@ -24,8 +24,10 @@ from itertools import islice
 from pathlib import Path
 
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.text.readers import ROWS_CHECKED, Document, Skipped, format_of, members_to_read, read
-from lmdist.text.sources import ReadOptions, Source, is_pipe, open_sources, shortened, size_of
+from lmdist.text.readers import ROWS_CHECKED, format_of, members_to_read, read
+from lmdist.text.remote import find_remote, is_remote
+from lmdist.text.rows import Document, Skipped
+from lmdist.text.sources import File, ReadOptions, Source, is_pipe, open_sources, shortened, size_of
 
 # Why a row has no document, beside the reasons of the readers.
 EMPTY, DUPLICATE = "empty", "duplicate"
@@ -52,7 +54,7 @@ class Loss:
 class Documents:
     """The documents of several files, one after the other; each iteration reads the files again."""
 
-    def __init__(self, files: Sequence[Path], options: ReadOptions | None = None) -> None:
+    def __init__(self, files: Sequence[File], options: ReadOptions | None = None) -> None:
         self.files = files
         self.options = options or ReadOptions()
         self.bytes = sum(map(size_of, files))
@@ -98,6 +100,7 @@ class Documents:
         for number, file in enumerate(self.files, 1):
             with closing(self._sources(file)) as sources:
                 for source in sources:
+                    source.rows_left = max(0, self.options.rows - rows)
                     for row in self._rows(source, seen):
                         self.bytes_read = bytes_before + source.bytes_read
                         if row is not None:
@@ -109,7 +112,7 @@ class Documents:
             bytes_before += size_of(file)
             self.bytes_read = bytes_before
 
-    def _sources(self, file: Path) -> Generator[Source]:
+    def _sources(self, file: File) -> Generator[Source]:
         return open_sources(file, self.options, members_to_read)
 
     def _rows(self, source: Source, seen: set[int]) -> Iterator[Document | None]:
@@ -162,10 +165,13 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def find_files(patterns: Iterable[str]) -> list[Path]:
-    """Return the files that names and globs match, each once; raise MissingInputError naming what does not exist."""
-    files: dict[Path, None] = {}
+def find_files(patterns: Iterable[str]) -> list[File]:
+    """Return the files that names, addresses and globs match, each once; raise MissingInputError naming what does not exist."""
+    files: dict[File, None] = {}
     for pattern in patterns:
+        if is_remote(pattern):
+            files |= dict.fromkeys(find_remote(pattern))
+            continue
         path = Path(pattern)
         if os.path.isfile(path) or is_pipe(path):  # not Path.is_file(), which raises where it may not look
             files[path] = None
