@@ -24,7 +24,7 @@ HOMES = {
     },
     "onnxruntime": {"export/lmdist_export/sampling/runtime.py"},
     "onnx": {"export/lmdist_export/conversion/weights.py", "export/lmdist_export/conversion/sherpa.py"},
-    "pandas": {"lmdist/text/frames.py", "export/lmdist_export/serving/mlflow_model.py"},
+    "pandas": {"lmdist/text/frames.py", "lmdist/text/dataframes.py", "export/lmdist_export/serving/mlflow_model.py"},
     "pyarrow": {"lmdist/text/batches.py"},
     "fsspec": {"lmdist/text/remote.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
@@ -65,8 +65,8 @@ FLOORS = {
 WINGS = {
     "lmdist.storage": "reading locks atomic checksums schema",
     "lmdist.text": (
-        "vocabulary data_folder words markup detokenizer tokenizer where rows remote sources decoding tables columns "
-        "frames batches readers documents demo corpus prepare"
+        "vocabulary remote data_folder words markup detokenizer tokenizer where rows sources decoding tables columns "
+        "frames batches readers documents demo corpus prepare dataframes"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),

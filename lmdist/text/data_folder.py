@@ -20,6 +20,7 @@ from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.checksums import FileFacts, check_names, checksums
 from lmdist.storage.reading import read_json, write_json
 from lmdist.storage.schema import check_schema, check_version
+from lmdist.text.remote import without_credentials
 
 FORMAT = "lmdist data"
 VERSION = 1
@@ -75,6 +76,10 @@ def write_meta(
 
     `sources` are the files that were read, and their sizes in bytes.
     """
+    prepare = dataclasses.asdict(settings)
+    for name in ("inputs", *SPLITS):
+        given = prepare[name]
+        prepare[name] = [*map(without_credentials, given)] if isinstance(given, list) else without_credentials(given)
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -84,7 +89,7 @@ def write_meta(
         "splits": dict(splits),
         "skipped": dict(sorted(skipped.items())),
         "text": dataclasses.asdict(settings.text),
-        "prepare": dataclasses.asdict(settings),
+        "prepare": prepare,
         "sources": [{"name": str(file), "bytes": size} for file, size in sources],
         "files": checksums(folder),
     }

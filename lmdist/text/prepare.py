@@ -43,22 +43,27 @@ SECONDS_BETWEEN_LINES = 5.0
 def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False, flag: str = "-o") -> None:
     """Write the data folder `output`, which `flag` names, atomically."""
     check_output(output, flag, overwrite=overwrite)
+    meta = write(settings, output, overwrite=overwrite)
+    sys.stdout.write(summary(meta, output))
+    sys.stdout.flush()
+
+
+def write(settings: PrepareSettings, output: Path, sources: Sources | None = None, *, overwrite: bool) -> dict[str, Any]:
+    """Write a data folder of the sources, by default those that the settings name; return the content of meta.json."""
     try:
-        sources = documents_of(settings, output)
+        sources = sources or documents_of(settings, output)
         files = [file for documents in sources.values() for file in documents.files]
         log(f"reading {', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} into {output}")
         for documents in sources.values():
             documents.check()
         with atomic_folder(output, replace=overwrite) as folder:
-            meta = write_data_folder(folder, settings, sources)
+            return write_data_folder(folder, settings, sources)
     except MissingInputError:
         raise
     except OSError as error:
         if error.errno in FULL_DISK:
             raise DataError(f"the disk that holds {output} is full: {error.strerror}; nothing was kept") from None
         raise DataError(f"{output} cannot be written: {error}") from None
-    sys.stdout.write(summary(meta, output))
-    sys.stdout.flush()
 
 
 def check_output(output: Path, flag: str, *, overwrite: bool) -> None:
