@@ -98,7 +98,7 @@ def holds(condition: Condition, cells: DataFrame) -> Sequence[bool]:
         # What the engine "python" computes does not depend on other packages, and the names can be nothing but these.
         found = frame.query(condition.expression, engine="python", resolvers=[condition.constants])
     except (ArithmeticError, TypeError, ValueError, NotImplementedError, RecursionError) as error:
-        raise UsageError(f"--where {condition.text!r} cannot be computed: {one_line(error)}") from None
+        raise UsageError(f"{condition} cannot be computed: {one_line(error)}") from None
     return frame.index.isin(found.index).tolist()
 
 

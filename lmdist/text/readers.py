@@ -263,9 +263,7 @@ def read_spreadsheet(source: Source) -> Iterator[Cells]:
 
 
 CSV = Format("CSV", (".csv",), partial(read_table, separators=SEPARATORS), has_separators=True, has_header=True)
-TSV = Format(
-    "TSV", (".tsv", ".tab"), partial(read_table, separators=("\t", *SEPARATORS)), has_separators=True, has_header=True
-)
+TSV = Format("TSV", (".tsv", ".tab"), partial(read_table, separators=("\t", *SEPARATORS)), has_separators=True, has_header=True)
 JSON_LINES = Format("JSON Lines", (".jsonl", ".ndjson", ".json"), read_jsonl)
 PARQUET = Format("Parquet", (".parquet", ".pq"), partial(read_batches, open_file=parquet))
 FEATHER = Format("Feather", (".feather", ".arrow"), partial(read_batches, open_file=feather))

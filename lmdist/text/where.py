@@ -52,6 +52,10 @@ class Condition:
         except RecursionError:
             self._refuse("it is nested too deeply")
 
+    def __str__(self) -> str:
+        """Return the condition as messages show it."""
+        return f"--where {self.text if len(self.text) <= 100 else self.text[:100] + '...'!r}"
+
     def _parsed(self) -> ast.expr:
         if len(self.text) > LONGEST:
             self._refuse(f"it has {len(self.text):,} characters, and {LONGEST:,} are the most")
@@ -148,9 +152,8 @@ class Condition:
         return written if len(written) <= 60 else f"{written[:60]}..."
 
     def _refuse(self, why: str) -> NoReturn:
-        text = self.text if len(self.text) <= 100 else f"{self.text[:100]}..."
         raise UsageError(
-            f"--where {text!r}: {why}. Columns are compared with numbers or with texts in quotes, by == != < <= > >= in, not in, "
+            f"{self}: {why}. Columns are compared with numbers or with texts in quotes, by == != < <= > >= in, not in, "
             "and comparisons are joined by and, or, not: --where \"publication == 'Atlantic' and year >= 2016\""
         )
 

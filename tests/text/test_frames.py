@@ -29,6 +29,11 @@ def texts(path: Path, **options) -> list[str]:
     return [document.text for document in Documents([path], ReadOptions(**options))]
 
 
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
 def fails(path: Path, **options) -> str:
     with pytest.raises((DataError, UsageError)) as error:
         texts(path, **options)
@@ -61,8 +66,8 @@ def test_files_of_pyarrow_are_read_part_by_part(tmp_path, name):
     assert (documents.bytes_read, documents.lines) == (documents.bytes, 5)
     assert texts(path, text_column=["TITLE", "text"], where="year == 2") == ["d\nNA"]
     assert "it has: title, text, year" in fails(path, text_column="body")
-    assert f"{name} cannot be read: " in fails(tmp_path / name, **{}) if path.write_bytes(b"no table") else False
     assert "no table of text: leave out --no-header" in fails(path, header=False)
+    assert f"{name} cannot be read: " in fails(write(path, path.read_bytes()[:-9]))
 
 
 def test_an_arrow_file_is_known_without_a_name(tmp_path):
@@ -79,6 +84,7 @@ def test_an_arrow_file_is_known_without_a_name(tmp_path):
 def test_spreadsheets(tmp_path, name, engine):
     pytest.importorskip(engine)
     path = tmp_path / name
+    file = path
     sheets = {
         "Notes": pd.DataFrame({"about": ["these are notes"]}),
         "News": pd.DataFrame({"id": [7, 8, 9, 10, 10], "content": ["one", None, "NA\nand more", 2016, "one"], "no": [1.5] * 5}),
@@ -88,7 +94,7 @@ def test_spreadsheets(tmp_path, name, engine):
     with pd.ExcelWriter(path, engine=engine) as writer:
         for sheet, frame in sheets.items():
             frame.to_excel(writer, sheet_name=sheet, index=False)
-    for file in (path, path.rename(tmp_path / "renamed.csv")):
+    for file in (path, write(tmp_path / "renamed.csv", path.read_bytes())):
         documents = Documents([file], ReadOptions(group_by="id"))
         found = list(documents)
         assert found == [Document("one", "7"), Document("NA\nand more", "9"), Document("2016", "10"), Document("six", "x")]
@@ -121,7 +127,8 @@ def test_columns_of_text_are_joined(tmp_path, name):
     documents = Documents([path], ReadOptions(text_column=["title", "content"]))
     assert [document.text for document in documents] == ["A\none", "two", "C", "E\nfive\nlines"]
     assert documents.skipped == ({"empty": 1, "missing": 1} if name == "a.csv" else {"empty": 1})
-    assert texts(path, text_column=["content", "n", "title"])[0] == "one\n1\nA" if name == "a.csv" else True
+    if name == "a.csv":  # where all cells are text
+        assert texts(path, text_column=["content", "n", "title"])[0] == "one\n1\nA"
     assert "has no column heading; it has: title, content, n" in fails(path, text_column=["title", "heading"])
 
 
@@ -133,7 +140,7 @@ def test_a_column_of_text_that_comes_late(tmp_path):
     assert documents.skipped == {"malformed": 1}
 
 
-cells = st.text("ab\"\n\r, 1é\u2028", max_size=8)
+cells = st.text('ab"\n\r, 1é\u2028', max_size=8)
 
 
 @given(st.lists(st.lists(cells, min_size=1, max_size=4), max_size=12), st.booleans(), st.integers(0, 9), st.integers(2, 40))

@@ -112,7 +112,10 @@ class Handler(SimpleHTTPRequestHandler):
     requests: list[str] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
-        if self.headers.get("Authorization") != f"Basic {base64.b64encode(b'reader:geheim').decode()}" and "locked" in self.path:
+        if (
+            self.headers.get("Authorization") != f"Basic {base64.b64encode(b'reader:geheim').decode()}"
+            and "locked" in self.path
+        ):
             return self.send_error(401)
         if "broken" in self.path and self.command == "GET":
             self.send_response(200)

@@ -1,6 +1,7 @@
 """--where: what it leaves, in every format and whatever the chunks, and that no string of it is run."""
 
 import json
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -92,12 +93,13 @@ def test_what_is_left(tmp_path, suffix, where, texts):
     st.sampled_from(["<", "<=", ">", ">=", "==", "!="]),
     st.integers(1, 60),
 )
-def test_numbers_are_numbers_whatever_rows_share_a_chunk(tmp_path_factory, cells, bound, operator, characters):
+def test_numbers_are_numbers_whatever_rows_share_a_chunk(tmp_path_factory, cells, bound, sign, characters):
     folder = tmp_path_factory.mktemp("where")
     rows = [["content", "n"], *([f"text {number}", str(cell)] for number, cell in enumerate(cells))]
-    documents = Documents([write(folder / "a.csv", rows)], ReadOptions(where=f"n {operator} {bound}"))
+    documents = Documents([write(folder / "a.csv", rows)], ReadOptions(where=f"n {sign} {bound}"))
     numbers = [float("nan") if cell in ("", "x") else float(cell) for cell in cells]
-    expected = [f"text {n}" for n, number in enumerate(numbers) if eval(f"number {operator} bound")]
+    holds = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}[sign]
+    expected = [f"text {n}" for n, number in enumerate(numbers) if holds(number, bound)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames, "CHUNK_CHARACTERS", characters)
         assert [document.text for document in documents] == expected
@@ -107,7 +109,12 @@ def test_typed_cells_are_compared_as_those_of_csv_are(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
 
-    table = {"text": list("abcd"), "year": [2016, None, 2015, 2016], "true": [True, False, None, True], "list": [[1], [], [2], []]}
+    table = {
+        "text": list("abcd"),
+        "year": [2016, None, 2015, 2016],
+        "true": [True, False, None, True],
+        "list": [[1], [], [2], []],
+    }
     parquet.write_table(pa.table(table), tmp_path / "a.parquet")
     rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -207,26 +214,18 @@ def test_what_is_no_condition_is_refused_before_anything_is_read(where, tmp_path
 
 
 def test_pandas_sees_names_of_ours_and_nothing_of_the_users():
-    condition = Condition("`os.system('x')` == '__import__' and (index >= -3 or `@a` in ['`', \"'\"]) and not column_1 != '\\'")
-    assert condition.expression == (
-        "(column_0 == constant_0) and ((column_1 >= constant_1) or (column_2 in constant_2)) and (not (column_3 != constant_3))"
-    ).replace("(column_0 == constant_0)", "((column_0 == constant_0))").replace(
-        "((column_1 >= constant_1) or", "(((column_1 >= constant_1)) or"
-    ).replace("(not (column_3 != constant_3))", "(not ((column_3 != constant_3)))")
+    condition = Condition("`os.system('x')` == '__import__' and (index >= -3 or `@a` in ['`', \"'\"]) and not column_1 != '\\\\'")
+    assert condition.expression == "((column_0 == constant_0)) and (((column_1 >= constant_1)) or (column_2 in constant_2)) and (not ((column_3 != constant_3)))"
     assert list(condition.kinds) == ["os.system('x')", "index", "@a", "column_1"]
     assert list(condition.constants.values()) == ["__import__", -3.0, ["`", "'"], "\\"]
 
 
-def test_a_long_condition_is_computed_or_refused(tmp_path):
+def test_a_long_condition_is_computed(tmp_path):
     path = write(tmp_path / "a.csv", [HEADER, *ROWS])
     names = ", ".join(repr(f"Paper {number}") for number in range(500))
     assert left(path, f"publication in [{names}, 'Vox']") == ["three"]
-    for count in (50, 900):
-        try:
-            assert left(path, " or ".join(["year == 1"] * count + ["year == 9"])) == ["five"]
-        except UsageError as error:
-            assert count > 50  # noqa: PT017
-            assert "--where" in str(error)
+    for count in (50, 100):
+        assert left(path, " or ".join(["year == 1"] * count + ["year == 9"])) == ["five"]
 
 
 def test_plain_text_has_no_columns(tmp_path):
