@@ -60,11 +60,12 @@ class ReadSettings:
     """How files are read."""
 
     text_column: list[str] | str = field(default="", metadata={"repeated": True})
-    """The column with the text, by its name or with --no-header by its number; of several, given one after the other, a line break
-    joins the texts (title and content). By default it is the first of content, text, article, body that exists."""
+    """The column with the text, by its name or with --no-header by its number; of several, given one after the other, a line
+    break joins the texts (title and content). By default it is the first of content, text, article, body that exists."""
     where: str = ""
-    """Read only the rows for which this holds, like "publication == 'Atlantic' and year >= 2016": columns, compared with numbers or
-    with texts in quotes by == != < <= > >= in, not in; and, or, not; + - * / // %. A name with spaces stands in backticks."""
+    """Read only the rows for which this holds, like "publication == 'Atlantic' and year >= 2016": columns, compared with
+    numbers or with texts in quotes by == != < <= > >= in, not in; joined by and, or, not; numbers with + - * / // %; a
+    name with spaces in backticks."""
     header: bool = True
     """The first line of CSV and TSV has the names of the columns; with --no-header it is a row like all others."""
     separator: str = ""
@@ -110,8 +111,8 @@ class PrepareSettings(ReadSettings):
     """What to read, how it is tokenized, and how it is split."""
 
     inputs: list[str] = field(default_factory=list)
-    """Files, addresses (s3://, https://) or globs of them: CSV, TSV, JSON Lines, Parquet, Feather, ORC, spreadsheets or plain text, also
-    packed by gzip, bzip2, xz, zstd or zip; - is stdin, and "demo" is the demo corpus."""
+    """Files, addresses (s3://, https://) or globs of them: CSV, TSV, JSON Lines, Parquet, Feather, ORC, spreadsheets or plain
+    text, also packed by gzip, bzip2, xz, zstd or zip; - is stdin, and "demo" is the demo corpus."""
     train: list[str] | str = ""
     """Files or globs to train on, in place of inputs that are split."""
     valid: list[str] | str = ""

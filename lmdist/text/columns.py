@@ -27,7 +27,7 @@ class Wanted(NamedTuple):
 
 
 def wanted_columns(options: ReadOptions) -> list[Wanted]:
-    """Return the columns to look for, in the order of `Cells.values`: of the text, then of the groups, then of the condition."""
+    """Return the columns to look for, in the order of `Cells.values`: those of the text, of the groups, of the condition."""
     texts = [Wanted([name], "--text-column") for name in options.text_columns] or [Wanted(TEXT_COLUMNS, "--text-column")]
     groups = [Wanted([options.group_by], "--group-by")] if options.group_by else []
     conditions = [Wanted([name], "--where") for name in options.condition.kinds] if options.condition else []

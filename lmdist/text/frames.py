@@ -29,10 +29,9 @@ CHUNK_CHARACTERS = 1 << 16
 def documents_in(rows: Iterable[Cells | Row], source: Source) -> Iterator[Row]:
     """Yield the document of each row of a source, or why there is none; rows are read a chunk ahead."""
     chunk: list[Cells | Row] = []
-    num_rows = characters = 0
-    for row in rows:
+    characters = 0
+    for num_rows, row in enumerate(rows, 1):
         chunk.append(row)
-        num_rows += 1
         characters += 1
         if isinstance(row, Cells):
             characters += sum(len(value) for value in row.values if isinstance(value, str))
@@ -92,7 +91,7 @@ def holds(condition: Condition, cells: DataFrame) -> Sequence[bool]:
         values = cells.iloc[:, number].to_list()
         texts = ["" if value is None else str(value) for value in values]
         series = Series(texts, dtype=object)
-        columns[f"column_{number}"] = series if kind == "text" else to_numeric(series, errors="coerce").astype(float)
+        columns[f"column_{number}"] = series if kind == "text" else Series(to_numeric(series, errors="coerce"), dtype=float)
     try:
         frame = DataFrame(columns)
         # What the engine "python" computes does not depend on other packages, and the names can be nothing but these.

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lmdist.errors import DataError, UsageError, one_line, require
 from lmdist.text.batches import feather, orc, parquet, read_batches
@@ -40,9 +40,9 @@ class Format(NamedTuple):
 
     name: str
     extensions: tuple[str, ...]
-    read: Callable[[Source], Iterator[Cells | Row]]
+    read: Callable[[Source], Iterator[Any]]
+    """Yields Cells and Skipped where there are columns, else Document and Skipped."""
     has_columns: bool = True
-    """Its reader yields Cells, and not documents."""
     has_separators: bool = False
     """Between its cells."""
     has_header: bool = False
@@ -203,8 +203,8 @@ class OpenQuotes:
 def read_jsonl(source: Source) -> Iterator[Cells | Skipped]:
     """Yield the rows of JSON Lines. A column is named by the first object that has it; objects before it lack its cell.
 
-    The columns beside those of the text must be in one of the first ROWS_CHECKED objects: at the end of a large file it would be
-    too late.
+    The columns beside those of the text must be in one of the first ROWS_CHECKED objects: at the end of a large file it would
+    be too late.
     """
     wanted = wanted_columns(source.options)
     found: list[str | None] = [None] * len(wanted)

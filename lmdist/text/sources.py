@@ -9,6 +9,7 @@ stdin or a pipe, is copied to a temporary file. This module does not know format
 
 from __future__ import annotations
 
+import atexit
 import bz2
 import gzip
 import io
@@ -221,16 +222,18 @@ def copied(path: File) -> IO[bytes]:
     """Return a temporary file with all that comes through a pipe; it has no name, and goes with the process."""
     if path == STDIN and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError("- is stdin, and nothing is piped into it: name a file, or pipe text into the command")
-    file = tempfile.TemporaryFile()  # noqa: SIM115
-    try:
-        with sys.stdin.buffer if path == STDIN else path.open("rb") as pipe:
-            shutil.copyfileobj(pipe, file, SAMPLE_BYTES)
-        file.flush()
-    except OSError as error:
-        place = tempfile.gettempdir()
-        raise DataError(
-            f"{path} cannot be copied to {place}: {error.strerror}; the variable TMPDIR names another folder"
-        ) from None
+    with ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
+        try:
+            with sys.stdin.buffer if path == STDIN else path.open("rb") as pipe:
+                shutil.copyfileobj(pipe, file, SAMPLE_BYTES)
+            file.flush()
+        except OSError as error:
+            place = tempfile.gettempdir()
+            raise DataError(
+                f"{path} cannot be copied to {place}: {error.strerror}; the variable TMPDIR names another folder"
+            ) from None
+        atexit.register(stack.pop_all().close)
     return file
 
 

@@ -5,9 +5,9 @@
     condition.expression        # "(column_0 == constant_0) and (column_1 >= constant_1)"
     condition.constants         # {"constant_0": "Atlantic", "constant_1": 2016.0}
 
-The language is the part of `DataFrame.query`'s that compares: columns, numbers and texts, their comparisons, arithmetic, and, or,
-not. The string of the user is parsed and never evaluated: what pandas gets is `expression`, which is written anew from the tree,
-and in which all names are those above. Calls, attributes, subscripts and variables have no place in it. A cell is compared
+The language is the part of `DataFrame.query`'s that compares: columns, numbers and texts, comparisons, arithmetic, and, or,
+not. The string of the user is parsed and never evaluated: what pandas gets is `expression`, which is written anew from the
+tree, and in which all names are those above. Calls, attributes, subscripts and variables have no place in it. A cell is compared
 as what the expression compares it with, and not as what it looks like, so that no row depends on others of its chunk. This
 module does not know pandas.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from typing import Literal, NoReturn
+from typing import Literal
 
 from lmdist.errors import UsageError
 
@@ -50,7 +50,7 @@ class Condition:
         try:
             self.expression = self._condition(self._parsed())
         except RecursionError:
-            self._refuse("it is nested too deeply")
+            raise self._mistake("it is nested too deeply") from None
 
     def __str__(self) -> str:
         """Return the condition as messages show it."""
@@ -58,7 +58,7 @@ class Condition:
 
     def _parsed(self) -> ast.expr:
         if len(self.text) > LONGEST:
-            self._refuse(f"it has {len(self.text):,} characters, and {LONGEST:,} are the most")
+            raise self._mistake(f"it has {len(self.text):,} characters, and {LONGEST:,} are the most")
         name = "in_backticks_"
         while name in self.text:
             name += "_"
@@ -75,9 +75,9 @@ class Condition:
                 warnings.simplefilter("ignore")  # of '\d' in a string
                 return ast.parse(SCANNED.sub(python, self.text).strip(), mode="eval").body
         except SyntaxError as error:
-            self._refuse(error.msg)
+            raise self._mistake(error.msg) from None
         except (ValueError, MemoryError) as error:  # a NUL character, too many parentheses
-            self._refuse(str(error) or "it is nested too deeply")
+            raise self._mistake(str(error) or "it is nested too deeply") from None
 
     # --- from the tree to an expression ---
 
@@ -88,7 +88,7 @@ class Condition:
             return f"not ({self._condition(node.operand)})"
         if isinstance(node, ast.Compare):
             return self._comparison(node)
-        self._refuse(f"{self._shown(node)} is no comparison")
+        raise self._mistake(f"{self._shown(node)} is no comparison")
 
     def _comparison(self, node: ast.Compare) -> str:
         operands = [node.left, *node.comparators]
@@ -97,12 +97,14 @@ class Condition:
         elif all(type(operator) in COMPARISONS for operator in node.ops):
             values = []
         else:
-            self._refuse(f"{self._shown(node)} has another comparison than {', '.join(COMPARISONS.values())} and a single in")
+            raise self._mistake(
+                f"{self._shown(node)} has another comparison than {', '.join(COMPARISONS.values())} and a single in"
+            )
         if not any(map(names_a_column, operands)):
-            self._refuse(f"{self._shown(node)} compares no column")
+            raise self._mistake(f"{self._shown(node)} compares no column")
         kinds = {kind_of(operand) for operand in operands} | {kind_of_value(value) for value in values}
         if {"number", "text"} <= kinds:
-            self._refuse(f"{self._shown(node)} compares a number with a text")
+            raise self._mistake(f"{self._shown(node)} compares a number with a text")
         # Two columns by themselves: an order is that of numbers.
         ordered = any(type(operator) in ORDERS for operator in node.ops)
         kind: Kind = "number" if "number" in kinds or ("text" not in kinds and ordered) else "text"
@@ -115,13 +117,13 @@ class Condition:
     def _values(self, node: ast.expr) -> list[str] | list[float]:
         values = [value_of(part) for part in node.elts] if isinstance(node, ast.List | ast.Tuple) else []
         if not values or None in values:
-            self._refuse(f"{self._shown(node)} is no list of texts or numbers, like ['Atlantic', 'Vox']")
+            raise self._mistake(f"{self._shown(node)} is no list of texts or numbers, like ['Atlantic', 'Vox']")
         return values  # pyright: ignore[reportReturnType]
 
     def _operand(self, node: ast.expr, kind: Kind) -> str:
         value = value_of(node)
         if isinstance(value, str) and kind == "number":
-            self._refuse(f"it calculates with the text {value!r}")
+            raise self._mistake(f"it calculates with the text {value!r}")
         if value is not None:
             return self._constant(value)
         if isinstance(node, ast.Name):
@@ -130,11 +132,11 @@ class Condition:
             return f"({SIGNS[type(node.op)]}{self._operand(node.operand, kind)})"
         if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC and names_a_column(node):
             return f"({self._operand(node.left, kind)} {ARITHMETIC[type(node.op)]} {self._operand(node.right, kind)})"
-        self._refuse(f"{self._shown(node)} is neither a column nor a number, nor a text in quotes")
+        raise self._mistake(f"{self._shown(node)} is neither a column nor a number, nor a text in quotes")
 
     def _column(self, name: str, kind: Kind) -> str:
         if self.kinds.setdefault(name, kind) != kind:
-            self._refuse(f"it compares {name} with a number and with a text")
+            raise self._mistake(f"it compares {name} with a number and with a text")
         return f"column_{list(self.kinds).index(name)}"
 
     def _constant(self, value: str | float | list[str] | list[float]) -> str:
@@ -151,8 +153,8 @@ class Condition:
             written = written.replace(name, f"`{column}`")
         return written if len(written) <= 60 else f"{written[:60]}..."
 
-    def _refuse(self, why: str) -> NoReturn:
-        raise UsageError(
+    def _mistake(self, why: str) -> UsageError:
+        return UsageError(
             f"{self}: {why}. Columns are compared with numbers or with texts in quotes, by == != < <= > >= in, not in, "
             "and comparisons are joined by and, or, not: --where \"publication == 'Atlantic' and year >= 2016\""
         )

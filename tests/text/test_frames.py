@@ -195,7 +195,7 @@ def test_a_data_frame_gives_the_bytes_of_its_csv(tmp_path, capsys):
     prepare(PrepareSettings(inputs=[str(tmp_path / "a.csv")], separator="\x02", **settings), tmp_path / "csv")
     capsys.readouterr()
     whole = lmdist.prepare(frame, tmp_path / "frame", **settings)
-    parts = lmdist.prepare((frame[at : at + 20] for at in range(0, 90, 20)), str(tmp_path / "parts"), **settings)
+    parts = lmdist.prepare((frame.iloc[at : at + 20] for at in range(0, 90, 20)), str(tmp_path / "parts"), **settings)
     assert capsys.readouterr().out == ""
     assert files_of(tmp_path / "csv") == files_of(tmp_path / "frame") == files_of(tmp_path / "parts")
     meta = json.loads((tmp_path / "csv" / "meta.json").read_text())
