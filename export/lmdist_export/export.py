@@ -17,6 +17,7 @@ from typing import Any
 from lmdist.bounds import at_least, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, table
+from lmdist.cpus import limit_threads
 from lmdist.errors import EXIT_DEFECT, DataError, MissingInputError, UsageError, require
 from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             register(arguments.checkpoint, arguments)
             return
         check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
+        limit_threads()
         from lmdist_export.conversion.verify import MismatchError
 
         try:
@@ -159,12 +161,13 @@ def check_registration(arguments: argparse.Namespace) -> None:
         registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
         require(*packages_of(store_address()), purpose="--register: ")
     if not arguments.output:
-        from lmdist_export.bundle import read_manifest
+        from lmdist.storage.held import HeldFolder
+        from lmdist_export.bundle import EXPECTED, read_manifest
 
         if arguments.register is None:
             raise UsageError("-o is missing: give the folder to write, as in -o bundles/NAME")
         try:
-            read_manifest(arguments.checkpoint)
+            read_manifest(HeldFolder(arguments.checkpoint, EXPECTED))
         except (DataError, MissingInputError) as error:
             raise UsageError(f"without -o a bundle is registered as it is, and {error}") from None
 
@@ -186,7 +189,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
     """Raise UsageError unless `output` is free, or is of this layout and may be replaced."""
-    from lmdist_export.bundle import read_manifest
+    from lmdist.storage.held import HeldFolder
+    from lmdist_export.bundle import EXPECTED, read_manifest
 
     refuse_to_replace_link(output)
     if not os.path.lexists(output):
@@ -204,7 +208,7 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
             )
         return
     try:
-        read_manifest(output)
+        read_manifest(HeldFolder(output, EXPECTED))
     except (DataError, MissingInputError):
         raise UsageError(f"{output} exists already and is not a bundle; --overwrite replaces only bundles") from None
 

@@ -7,9 +7,9 @@
 
 The language is the part of `DataFrame.query`'s that compares: columns, numbers and texts, comparisons, arithmetic, and, or,
 not. The string of the user is parsed and never evaluated: what pandas gets is `expression`, which is written anew from the
-tree, and in which all names are those above. Calls, attributes, subscripts and variables have no place in it. A cell is compared
-as what the expression compares it with, and not as what it looks like, so that no row depends on others of its chunk. This
-module does not know pandas.
+tree, and in which all names are those above. Calls, attributes, subscripts and variables have no place in it. A cell is
+compared as what the expression compares it with, and not as what it looks like, so that no row depends on others of its
+chunk. This module does not know pandas.
 """
 
 from __future__ import annotations

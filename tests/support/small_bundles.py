@@ -16,6 +16,7 @@ from lmdist import config
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TextSettings, Tokenizer
 from lmdist.storage.checksums import checksums
+from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
@@ -106,7 +107,7 @@ def bare_bundle(folder: Path, settings: ModelSettings = TIED, precision: str = "
     folder.mkdir(parents=True)
     sizes = write_graphs(make_model(settings, vocabulary_size), folder, "small", precision)
     words = Vocabulary(["<unk>", "<eos>", *(f"word{number}" for number in range(2, vocabulary_size))])
-    return Bundle(folder, {}, sizes, words, GenerationConfig())
+    return Bundle(HeldFolder(folder), {}, sizes, words, GenerationConfig())
 
 
 def edit_json(path: Path, **values: object) -> None:

@@ -50,7 +50,7 @@ class Sampler:
     def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int = 0) -> None:
         self.bundle = bundle
         self.sizes = bundle.sizes
-        self.runtime = Runtime(bundle.folder, bundle.sizes, provider, threads)
+        self.runtime = Runtime(bundle, provider, threads)
         self.generation_sessions: dict[Features, Any] = {}
         self.token_sessions: dict[Features, TokenSession] = {}
         self.uses_token_graph = provider == "cuda"
