@@ -24,7 +24,9 @@ HOMES = {
     },
     "onnxruntime": {"export/lmdist_export/sampling/runtime.py"},
     "onnx": {"export/lmdist_export/conversion/weights.py", "export/lmdist_export/conversion/sherpa.py"},
-    "pandas": {"export/lmdist_export/serving/mlflow_model.py"},
+    "pandas": {"lmdist/text/frames.py", "lmdist/text/dataframes.py", "export/lmdist_export/serving/mlflow_model.py"},
+    "pyarrow": {"lmdist/text/batches.py"},
+    "fsspec": {"lmdist/text/remote.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
     "regex": {"lmdist/text/tokenizer.py"},
     "jsonargparse": {"lmdist/config.py"},
@@ -64,8 +66,8 @@ FLOORS = {
 WINGS = {
     "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
-        "vocabulary data_folder token_files words markup detokenizer tokenizer sources decoding tables columns readers "
-        "documents demo counting corpus merging engines preparation shards machines prepare"
+        "vocabulary remote data_folder token_files words markup detokenizer tokenizer where rows sources decoding tables "
+        "columns frames batches readers documents demo counting corpus merging engines preparation shards machines prepare dataframes"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),

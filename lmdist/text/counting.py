@@ -30,7 +30,7 @@ from lmdist.settings import SPLITS
 from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT
 from lmdist.text.documents import EMPTY, Documents
-from lmdist.text.readers import Document
+from lmdist.text.rows import Document
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END_ID, Vocabulary
 

@@ -31,8 +31,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.text.readers import ROWS_CHECKED, Document, Row, Skipped, format_of, members_to_read, read
-from lmdist.text.sources import ReadOptions, Source, is_pipe, open_sources, shortened, size_of
+from lmdist.text.readers import ROWS_CHECKED, format_of, members_to_read, read
+from lmdist.text.remote import find_remote, is_remote
+from lmdist.text.rows import Document, Row, Skipped
+from lmdist.text.sources import File, ReadOptions, Source, is_pipe, open_sources, shortened, size_of
 
 # Why a row has no document, beside the reasons of the readers.
 EMPTY, DUPLICATE = "empty", "duplicate"
@@ -66,7 +68,7 @@ class Part(NamedTuple):
 class Documents:
     """The documents of several files, one after the other, or a part of them; each iteration reads the files again."""
 
-    def __init__(self, files: Sequence[Path], options: ReadOptions | None = None, part: Part | None = None) -> None:
+    def __init__(self, files: Sequence[File], options: ReadOptions | None = None, part: Part | None = None) -> None:
         self.files = files
         self.options = options or ReadOptions()
         self.part = part or Part()
@@ -81,6 +83,8 @@ class Documents:
         """What cannot be read, by source and by what is wrong with it."""
         self.notes: list[str] = []
         """What the user should know about the files, the losses included."""
+        self.num_rows = 0
+        """Rows read so far."""
         self.rows: dict[int, tuple[int, int]] = {}
         """The first row of the part and the one after its last, by the number of the file."""
         self.digest: int | None = None
@@ -92,7 +96,8 @@ class Documents:
 
     def absolute(self) -> Documents:
         """Return the same documents for a process in another folder."""
-        return Documents([file.absolute() for file in self.files], self.options, self.part)
+        files = [file.absolute() if isinstance(file, Path) else file for file in self.files]
+        return Documents(files, self.options, self.part)
 
     def check(self) -> None:
         """Read the beginning of each file, so that an error in the last one is known before the first takes hours."""
@@ -118,7 +123,7 @@ class Documents:
 
     def __iter__(self) -> Iterator[Document]:
         self.forget()
-        self.bytes_read = num_rows = 0
+        self.bytes_read = self.num_rows = 0
         seen: set[int] = set()
         for number, file, before, last in self._spans():
             self.bytes_read = before
@@ -137,14 +142,14 @@ class Documents:
                         if keeps_duplicates or self._is_new(document.text, seen):
                             self.digest = None if keeps_duplicates else self.digest
                             yield document
-                    num_rows += 1
-                    if num_rows == self.options.rows:
+                    self.num_rows += 1
+                    if self.num_rows == self.options.rows:
                         self._note_unread(number)
                         return
             self.rows[number] = first, end
             self.bytes_read = min(before + size_of(file), self.part.stop)
 
-    def _spans(self) -> Iterator[tuple[int, Path, int, int]]:
+    def _spans(self) -> Iterator[tuple[int, File, int, int]]:
         """Yield the files of the part: number, file, and the positions of the first rows and the last ones that it can have."""
         before = 0
         for number, file in enumerate(self.files):
@@ -154,10 +159,10 @@ class Documents:
                 yield number, file, before, last
             before += size
 
-    def _sources(self, file: Path) -> Generator[Source]:
+    def _sources(self, file: File) -> Generator[Source]:
         return open_sources(file, self.options, members_to_read)
 
-    def _rows(self, file: Path, *, says_all: bool) -> Generator[tuple[Source, Row, bool]]:
+    def _rows(self, file: File, *, says_all: bool) -> Generator[tuple[Source, Row, bool]]:
         """Yield the rows of a file, each with its source and whether its format keeps duplicates.
 
         `says_all`: what cannot be read is counted, and what there is to say of the file is said at its end.
@@ -165,6 +170,7 @@ class Documents:
         with closing(self._sources(file)) as sources:
             for source in sources:
                 found = format_of(source)
+                source.rows_left = max(0, self.options.rows - self.num_rows)
                 try:
                     for row in read(source, found):
                         if says_all and isinstance(row, Skipped):
@@ -242,10 +248,13 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def find_files(patterns: Iterable[str]) -> list[Path]:
-    """Return the files that names and globs match, each once; raise MissingInputError naming what does not exist."""
-    files: dict[Path, None] = {}
+def find_files(patterns: Iterable[str]) -> list[File]:
+    """Return the files that names, addresses and globs match, each once; raise MissingInputError naming what does not exist."""
+    files: dict[File, None] = {}
     for pattern in patterns:
+        if is_remote(pattern):
+            files |= dict[File, None].fromkeys(find_remote(pattern))
+            continue
         path = Path(pattern)
         if os.path.isfile(path) or is_pipe(path):  # not Path.is_file(), which raises where it may not look
             files[path] = None

@@ -17,6 +17,7 @@ from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
 from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, write_meta
+from lmdist.text.rows import FILTERED
 from lmdist.text.tokenizer import WordTokenizer
 
 if TYPE_CHECKING:
@@ -154,6 +155,9 @@ def summary(meta: Mapping[str, Any], output: Path) -> str:
         for split, facts in meta["splits"].items()
     ]
     lines.append(f"vocabulary: {meta['vocabulary_size']:,} words, including <unk> and <eos>")
+    if filtered := meta["skipped"].get(FILTERED):
+        rows = sum(facts["documents"] for facts in meta["splits"].values()) + sum(meta["skipped"].values())
+        lines.append(f"--where left {rows - filtered:,} of {rows:,} rows")
     if meta["skipped"]:
         lines.append("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items()))
     lines.append(f"written to {output}")

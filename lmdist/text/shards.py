@@ -23,7 +23,7 @@ from lmdist.settings import PrepareSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.reading import read_json, write_json
 from lmdist.text.counting import Report, Sources, count
-from lmdist.text.sources import size_of
+from lmdist.text.sources import File, size_of
 from lmdist.text.tokenizer import WordTokenizer
 
 SHARD = "shard.json"
@@ -53,12 +53,9 @@ def description(sources: Sources, settings: PrepareSettings) -> dict[str, Any]:
     return json.loads(json.dumps(value))
 
 
-def stamp(file: Path) -> list[int]:
-    """Return the size of a file, and when it was changed last where the system knows."""
-    try:
-        return [size_of(file), os.stat(file).st_mtime_ns]
-    except (OSError, ValueError):
-        return [size_of(file)]
+def stamp(file: File) -> list[int]:
+    """Return the size of a file, and when a file of the system was changed last."""
+    return [size_of(file), *([os.stat(file).st_mtime_ns] if isinstance(file, Path) else [])]
 
 
 def write_shard(
