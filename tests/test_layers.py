@@ -67,7 +67,8 @@ WINGS = {
     "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
         "vocabulary remote data_folder token_files words markup detokenizer tokenizer where rows sources decoding tables "
-        "columns frames batches readers documents demo counting corpus merging engines preparation shards machines prepare dataframes"
+        "columns frames batches readers documents demo counting corpus merging engines preparation shards machines prepare "
+        "dataframes"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),
