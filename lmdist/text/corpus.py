@@ -87,15 +87,20 @@ class Corpus:
         chosen = np.where(place < valid, 1, np.where(place < valid + test, 2, 0))
         return np.where(self.is_kept, chosen, NO_SPLIT).astype(np.uint8)
 
-    def vocabulary(self, splits: np.ndarray, min_count: int, size: int, run: Run, *, own_unknown: bool) -> Vocabulary:
-        """Return the words of the train split by falling frequency, those of the same frequency in alphabetical order.
-
-        `own_unknown`: the text marks its unknown words as <unk> itself; raise DataError where it does not.
-        """
+    def counts(self, splits: np.ndarray, run: Run) -> np.ndarray:
+        """Return how often each word stands in the train split, (words,) int64."""
         tasks = [(shard, splits[of_shard] == 0) for shard, of_shard in zip(self.shards, self.slices, strict=True)]
         counts = np.zeros(len(self.ids), dtype=np.int64)
         for ids, found in zip(self.ids_of_shard, run(count_words, tasks), strict=True):
             counts[ids] += found
+        return counts
+
+    def vocabulary(self, counts: np.ndarray, min_count: int, size: int, *, own_unknown: bool) -> Vocabulary:
+        """Return the words of the train split by falling frequency, those of the same frequency in alphabetical order.
+
+        `counts` are those of `Corpus.counts`. `own_unknown`: the text marks its unknown words as <unk> itself; raise DataError
+        where it does not.
+        """
         if own_unknown and not (UNKNOWN in self.ids and counts[self.ids[UNKNOWN]]):
             raise DataError(f"unknown is file, and the text to train on has no {UNKNOWN}: leave it out, or take text with it")
         kept = [(-int(counts[number]), word) for word, number in self.ids.items() if counts[number] >= min_count]

@@ -7,11 +7,14 @@ This module does not know who has counted the shards, nor who runs the functions
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lmdist.console import log
 from lmdist.errors import DataError
@@ -20,7 +23,8 @@ from lmdist.storage.reading import read_json
 from lmdist.text.corpus import Corpus, Run
 from lmdist.text.counting import READ, Sources
 from lmdist.text.data_folder import TEXT, VOCABULARY, SplitFacts
-from lmdist.text.tokenizer import lacks_spaces
+from lmdist.text.given_vocabulary import GivenVocabulary
+from lmdist.text.tokenizer import WordTokenizer, lacks_spaces
 from lmdist.text.vocabulary import Vocabulary
 
 
@@ -31,12 +35,24 @@ class Merged(NamedTuple):
     splits: dict[str, SplitFacts]
     skipped: Counter[str]
     """Rows without a document, by reason."""
+    more: dict[str, Any]
+    """Of the tokenizer and of a vocabulary that was given."""
 
 
-def merge(folder: Path, shards: Sequence[Path], settings: PrepareSettings, sources: Sources, run: Run) -> Merged:
-    """Write the files of a data folder but for meta.json; raise DataError where the text does not suffice."""
+def merge(
+    folder: Path,
+    shards: Sequence[Path],
+    settings: PrepareSettings,
+    sources: Sources,
+    run: Run,
+    base: GivenVocabulary | None = None,
+) -> Merged:
+    """Write the files of a data folder but for meta.json, its words those of the `base` if there is one.
+
+    Raises DataError where the text does not suffice.
+    """
     say_what_was_read(shards, sources)
-    take_tokenizer(shards, folder)
+    tokenizer = take_tokenizer(shards, folder)
     corpus = Corpus(shards, keep_empty=settings.text.line_by_line)
     skipped = sum((documents.skipped for documents in sources.values()), corpus.skipped)
     if not corpus.tokens:
@@ -49,20 +65,20 @@ def merge(folder: Path, shards: Sequence[Path], settings: PrepareSettings, sourc
     )
 
     log("building the vocabulary and the token files")
-    own_unknown = settings.unknown == "file"
-    min_count = 1 if own_unknown else settings.min_count
-    vocabulary = corpus.vocabulary(splits, min_count, settings.vocabulary_size, run, own_unknown=own_unknown)
-    advice = advice_on(settings, corpus.ids, vocabulary)
-    if len(vocabulary) < 3:
-        advice = advice or "take more text, or a lower --min-count"
-        raise DataError(f"no word occurs {min_count} times in the text to train on: {advice}")
-    if advice:
-        log(f"note: {advice}")
+    counts = corpus.counts(splits, run)
+    more: dict[str, Any] = {"text": dataclasses.asdict(tokenizer.settings)}
+    if base is None:
+        vocabulary = own_vocabulary(settings, corpus, counts)
+    else:
+        all_words, frequent = (corpus.vocabulary(counts, least, 0, own_unknown=False) for least in (1, settings.min_count))
+        vocabulary, more["vocabulary"] = base.applied(
+            all_words, frequent if settings.extend else None, settings.vocabulary_size
+        )
     for split in sources:
         if split and not (splits == SPLITS.index(split)).any():
             raise DataError(f"{', '.join(settings.files(split))} has no text for {split}")
     vocabulary.save(folder / VOCABULARY)
-    return Merged(len(vocabulary), corpus.write(folder, splits, vocabulary, run), skipped)
+    return Merged(len(vocabulary), corpus.write(folder, splits, vocabulary, run), skipped, more)
 
 
 def say_what_was_read(shards: Sequence[Path], sources: Sources) -> None:
@@ -78,8 +94,8 @@ def say_what_was_read(shards: Sequence[Path], sources: Sources) -> None:
             log(f"note: {note}")
 
 
-def take_tokenizer(shards: Sequence[Path], folder: Path) -> None:
-    """Copy the tokenizer of the shards; raise DataError where they have several."""
+def take_tokenizer(shards: Sequence[Path], folder: Path) -> WordTokenizer:
+    """Copy the tokenizer of the shards, and return it; raise DataError where they have several."""
     shutil.copyfile(shards[0] / TEXT, folder / TEXT)
     content = (folder / TEXT).read_bytes()
     for shard in shards:
@@ -88,6 +104,21 @@ def take_tokenizer(shards: Sequence[Path], folder: Path) -> None:
                 f"{shards[0]} and {shard} were tokenized differently, by two versions of NLTK or of lmdist: "
                 "count both again by the same ones"
             )
+    return WordTokenizer.load(folder / TEXT)
+
+
+def own_vocabulary(settings: PrepareSettings, corpus: Corpus, counts: np.ndarray) -> Vocabulary:
+    """Return the words of the train split that the settings keep; raise DataError where there are none."""
+    own_unknown = settings.unknown == "file"
+    min_count = 1 if own_unknown else settings.min_count
+    vocabulary = corpus.vocabulary(counts, min_count, settings.vocabulary_size, own_unknown=own_unknown)
+    advice = advice_on(settings, corpus.ids, vocabulary)
+    if len(vocabulary) < 3:
+        advice = advice or "take more text, or a lower --min-count"
+        raise DataError(f"no word occurs {min_count} times in the text to train on: {advice}")
+    if advice:
+        log(f"note: {advice}")
+    return vocabulary
 
 
 def advice_on(settings: PrepareSettings, words: Iterable[str], vocabulary: Vocabulary) -> str:

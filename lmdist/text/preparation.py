@@ -17,6 +17,7 @@ from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
 from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, write_meta
+from lmdist.text.given_vocabulary import GivenVocabulary
 from lmdist.text.rows import FILTERED
 from lmdist.text.tokenizer import WordTokenizer
 
@@ -100,8 +101,21 @@ def num_processes(settings: PrepareSettings, sources: Sources) -> int:
     return settings.workers or min(available_cpus(), 2 * size // alone)
 
 
-def learn_tokenizer(settings: PrepareSettings, sources: Sources) -> WordTokenizer:
-    """Return the tokenizer, which learns where sentences end from the beginning of the first source, whoever reads the rest."""
+def with_given_words(settings: PrepareSettings) -> tuple[PrepareSettings, GivenVocabulary | None]:
+    """Return the settings with those of the vocabulary that they name, and this vocabulary, if there is one."""
+    if not settings.vocabulary:
+        return settings, None
+    base = GivenVocabulary.load(Path(settings.vocabulary))
+    return base.settings(settings), base
+
+
+def learn_tokenizer(settings: PrepareSettings, sources: Sources, base: GivenVocabulary | None) -> WordTokenizer:
+    """Return the tokenizer of the base, or one that learns where sentences end from the beginning of the first source.
+
+    It is the same whoever reads the rest.
+    """
+    if base and base.tokenizer:
+        return base.tokenizer
     if settings.text.needs_sentences:
         log("learning where sentences end")
     return WordTokenizer.train(settings.text, (document.text for document in next(iter(sources.values()))))
@@ -112,7 +126,7 @@ def finish(folder: Path, merged: Merged, settings: PrepareSettings, sources: Sou
     from lmdist.text.sources import size_of
 
     files = [(file, size_of(file)) for documents in sources.values() for file in documents.files]
-    return write_meta(folder, merged.vocabulary_size, merged.splits, settings, merged.skipped, files)
+    return write_meta(folder, merged.vocabulary_size, merged.splits, settings, merged.skipped, files, merged.more)
 
 
 @contextmanager
@@ -155,6 +169,11 @@ def summary(meta: Mapping[str, Any], output: Path) -> str:
         for split, facts in meta["splits"].items()
     ]
     lines.append(f"vocabulary: {meta['vocabulary_size']:,} words, including <unk> and <eos>")
+    if given := meta.get("vocabulary"):
+        lines.append(
+            f"  {given['words']:,} are those of {given['from']}, which has {given['shared']:,} words of this text; "
+            f"{given['new']:,} of it are new, {given['dropped']:,} became <unk>"
+        )
     if filtered := meta["skipped"].get(FILTERED):
         rows = sum(facts["documents"] for facts in meta["splits"].values()) + sum(meta["skipped"].values())
         lines.append(f"--where left {rows - filtered:,} of {rows:,} rows")

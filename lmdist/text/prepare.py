@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.text.data_folder import TEXT
+from lmdist.text.given_vocabulary import GivenVocabulary
 from lmdist.text.preparation import (
     announce,
     check_output,
@@ -34,6 +36,7 @@ from lmdist.text.preparation import (
     num_processes,
     reading_progress,
     summary,
+    with_given_words,
 )
 
 if TYPE_CHECKING:
@@ -52,17 +55,20 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False,
 
 def write(settings: PrepareSettings, output: Path, sources: Sources | None = None, *, overwrite: bool) -> dict[str, Any]:
     """Write a data folder of the sources, by default those that the settings name; return the content of meta.json."""
+    settings, base = with_given_words(settings)
     with errors_of_writing(output):
         sources = sources or find_sources(settings, output)
         announce(sources, output)
         for documents in sources.values():
             documents.check()
         with atomic_folder(output, replace=overwrite) as folder:
-            return write_data_folder(folder, settings, sources)
+            return write_data_folder(folder, settings, sources, base)
 
 
-def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources) -> dict[str, Any]:
-    """Write the files of a data folder; return the content of meta.json."""
+def write_data_folder(
+    folder: Path, settings: PrepareSettings, sources: Sources, base: GivenVocabulary | None
+) -> dict[str, Any]:
+    """Write the files of a data folder, its words those of the `base` if there is one; return the content of meta.json."""
     from lmdist.text.counting import cut
     from lmdist.text.engines import Workers
     from lmdist.text.merging import merge
@@ -75,8 +81,9 @@ def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources)
     size = sum(documents.bytes for documents in sources.values())
     with Workers(number) as workers:
         with reading_progress(size) as progress:
-            workers.count(tasks, settings.text, lambda: learn_tokenizer(settings, sources), place / TEXT, progress.show)
-        merged = merge(folder, [shard for shard, *_ in tasks], settings, sources, workers.run)
+            learn = partial(learn_tokenizer, settings, sources, base)
+            workers.count(tasks, settings.text, learn, place / TEXT, progress.show)
+        merged = merge(folder, [shard for shard, *_ in tasks], settings, sources, workers.run, base)
     shutil.rmtree(place)
     return finish(folder, merged, settings, sources)
 
@@ -144,6 +151,10 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
     values |= flags
     if values.get("unknown") == "file" and values.get("min_count", 1) > 1:
         raise UsageError("min_count creates unknown words, and unknown is file: give one or the other")
+    if values.get("vocabulary"):
+        if "min_count" in values and not values.get("extend"):
+            raise UsageError("min_count is of new words, and vocabulary takes none without extend: give extend as well")
+        GivenVocabulary.load(Path(values["vocabulary"])).check(values)
     return PrepareSettings(**values)
 
 

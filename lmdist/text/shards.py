@@ -10,6 +10,7 @@ part of that: the same shards can be merged with another vocabulary and other fr
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from lmdist.settings import PrepareSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.reading import read_json, write_json
 from lmdist.text.counting import Report, Sources, count
+from lmdist.text.given_vocabulary import GivenVocabulary
 from lmdist.text.sources import File, size_of
 from lmdist.text.tokenizer import WordTokenizer
 
@@ -40,13 +42,15 @@ def shard_folder(folder: Path, index: int, number: int) -> Path:
     return folder / f"{index:05}-of-{number:05}"
 
 
-def description(sources: Sources, settings: PrepareSettings) -> dict[str, Any]:
-    """Return what the shards of these inputs depend on, as JSON has it."""
+def description(sources: Sources, settings: PrepareSettings, base: GivenVocabulary | None) -> dict[str, Any]:
+    """Return what the shards of these inputs depend on, as JSON has it; of a base, which tokenizer it brings."""
+    tokenizer = base.tokenizer.as_json() if base and base.tokenizer else ""
     value = {
         "format": "lmdist shard",
         "version": 1,
         "seed": settings.seed,
         "text settings": dataclasses.asdict(settings.text),
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else "learned from the text",
         "read settings": {split: dataclasses.asdict(documents.options) for split, documents in sources.items()},
         "files": {split: {str(file): stamp(file) for file in documents.files} for split, documents in sources.items()},
     }

@@ -28,7 +28,7 @@ from typing import Any, TypedDict
 from lmdist.console import log
 from lmdist.errors import DataError
 from lmdist.settings import TextSettings
-from lmdist.storage.reading import MAX_JSON_BYTES, parse_json, read_bytes, write_json
+from lmdist.storage.reading import MAX_JSON_BYTES, as_json, parse_json, read_bytes
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text import detokenizer
 from lmdist.text.markup import text_of_html
@@ -101,18 +101,21 @@ class WordTokenizer:
         """Yield the readable text of each word, with the space before it, as soon as the word is known."""
         return detokenizer.pieces(words, self.settings.tokenizer)
 
-    def save(self, path: Path) -> None:
-        """Write text.json."""
-        write_json(
-            path,
+    def as_json(self) -> str:
+        """Return the content of text.json."""
+        return as_json(
             {
                 "format": FORMAT,
                 "version": VERSION,
                 "settings": dataclasses.asdict(self.settings),
                 "nltk": self.nltk_version,
                 "punkt": self.punkt,
-            },
+            }
         )
+
+    def save(self, path: Path) -> None:
+        """Write text.json."""
+        path.write_text(self.as_json(), encoding="utf-8", newline="\n")
 
     @classmethod
     def load(cls, path: Path) -> WordTokenizer:

@@ -86,7 +86,7 @@ file = st.tuples(st.sampled_from(["csv", "csv", "csv.gz", "jsonl", "tsv"]), st.l
     tokenizer=st.sampled_from(["wordpunct", "whitespace"]),
     given_splits=st.booleans(),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_number_of_shards_gives_the_same_folder(
     tmp_path_factory, small_steps, inputs, more, number, group_by, tokenizer, given_splits
 ):
