@@ -118,7 +118,7 @@ def find_shards(folder: Path, of: Mapping[str, Any]) -> list[Path]:
         if not missing[number]:
             return shards
     if len(others) == len(names) and others:
-        raise DataError(f"{others[0]} {difference(others[0], of)} than are given here: count the shards again")
+        raise DataError(f"{others[0]} {difference(others[0], of)}: count the shards again")
     if not missing:
         raise Stopped(f"there is no shard in {folder} yet: count them by --shard I/N, and merge then")
     number = min(missing, key=lambda number: len(missing[number]))
@@ -135,4 +135,5 @@ def difference(shard: Path, of: Mapping[str, Any]) -> str:
         found = read_json(shard / SHARD)
     except (DataError, MissingInputError) as error:
         return f"is no shard ({error})"
-    return f"was counted with other {' and '.join(name for name in of if found.get(name) != of[name])}"
+    names = ", ".join(name for name in of if found.get(name) != of[name])
+    return f"was counted with something else than is given here ({names})"

@@ -148,18 +148,22 @@ def test_worker_processes_give_the_same_folder_and_notes(tmp_path, monkeypatch, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "a.csv", "b.csv"]
 
 
-def test_where_sentences_end_is_learned_from_the_same_text(tmp_path):
-    """The sample is the beginning of the text, which only the first shard reads."""
-    text = [
-        f"Mr. Smith went to St. Mary's on Jan. {number}. He said so. It rained in the U.S. then." for number in range(900)
-    ]
+def test_where_sentences_end_is_learned_from_the_same_text_or_not_at_all(tmp_path):
+    """The sample is the beginning of the text, which only the first shard reads; or else another vocabulary's is taken."""
+    text = [f"Mr. Smith went to St. Mary's on Jan. {number}. He said so. It rained in the U.S. then." for number in range(150)]
     (tmp_path / "a.txt").write_text("\n\n".join(text))
-    chosen = PrepareSettings(inputs=[str(tmp_path / "a.txt")])
-    prepare(chosen, tmp_path / "whole")
-    for index in range(3):
-        prepare_shard(chosen, tmp_path / "merged", index, 3)
-    merge_shards(chosen, tmp_path / "merged", overwrite=False)
-    assert files(tmp_path / "merged") == files(tmp_path / "whole")
+    (tmp_path / "b.txt").write_text("\n\n".join(f"{line} It was the {number}th day." for number, line in enumerate(text)))
+    of_text = PrepareSettings(inputs=[str(tmp_path / "a.txt")])
+    of_other = PrepareSettings(inputs=[str(tmp_path / "b.txt")], vocabulary=str(tmp_path / "whole-a"), extend=True)
+    for name, chosen in (("a", of_text), ("b", of_other)):
+        prepare(chosen, tmp_path / f"whole-{name}")
+        for index in range(3):
+            prepare_shard(chosen, tmp_path / name, index, 3)
+        merge_shards(chosen, tmp_path / name, overwrite=False)
+        assert files(tmp_path / name) == files(tmp_path / f"whole-{name}")
+    assert json.loads((tmp_path / "b" / "meta.json").read_text())["vocabulary"]["new"] > 0
+    with pytest.raises(DataError, match=r"something else than is given here \(tokenizer\)"):
+        merge_shards(PrepareSettings(inputs=of_other.inputs), tmp_path / "b", overwrite=True)
 
 
 # --- several machines ----------------------------------------------------------------------------------------------
@@ -193,11 +197,11 @@ def test_a_shard_that_is_done_is_not_done_again(tmp_path, capsys):
     with pytest.raises(SystemExit) as wrong:
         command.main([*arguments, "--merge", "--overwrite", "--seed", "2"])
     assert wrong.value.code == 65
-    assert "00000-of-00002 was counted with other seed than are given here" in capsys.readouterr().err
+    assert "00000-of-00002 was counted with something else than is given here (seed): " in capsys.readouterr().err
     os.utime(path, (1, 1))
     with pytest.raises(SystemExit):
         command.main([*arguments, "--merge", "--overwrite"])
-    assert "was counted with other files" in capsys.readouterr().err
+    assert "than is given here (files): " in capsys.readouterr().err
     command.main([*arguments, "--shard", "0/2", "--overwrite"])
     assert first.stat().st_ino != inode
     assert files(output) == files(tmp_path / "whole-5"), "a merge that fails replaces nothing"
