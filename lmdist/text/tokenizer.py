@@ -257,8 +257,8 @@ def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
         """A token for which NLTK's regular expressions are asked once for each spelling; they would take most of the time."""
 
         __slots__ = ()
-        is_ellipsis = property(lambda self: matches_ellipsis(self.tok))
-        is_initial = property(lambda self: matches_initial(self.tok))
+        is_ellipsis = property(lambda self: matches_ellipsis(self.tok))  # pyright: ignore[reportIncompatibleMethodOverride]
+        is_initial = property(lambda self: matches_initial(self.tok))  # pyright: ignore[reportIncompatibleMethodOverride]
 
         @staticmethod
         @cache
