@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
         if not flags.get("inputs"):
             flags.pop("inputs", None)
-        settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe else {}, flags)
+        settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe is not None else {}, flags)
         prepare(settings, output, overwrite=overwrite)
         name = output.resolve().name
         train = ["lmdist-train", *(["--config", recipe] if recipe else []), "--data.folder", output]

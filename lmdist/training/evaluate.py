@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lmdist.bounds import at_least, between, check
+from lmdist.bounds import between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.console import log, shown, table
 from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
@@ -120,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error(COMMAND):
         arguments = parser().parse_args(argv)
         check("--cache", arguments.cache, between(0, MAX_SIZE, "0 is none"))
-        if arguments.file and (arguments.split or (arguments.data and not arguments.cache)):
+        if arguments.file is not None and (arguments.split or (arguments.data and not arguments.cache)):
             raise UsageError("--file takes the place of --split and --data: give one or the other")
-        check("--streams", arguments.streams, at_least(1))
+        check("--streams", arguments.streams, between(1, 1_000_000))
         read_settings(arguments)
         result = measure(arguments)
         if arguments.json:
@@ -146,7 +146,7 @@ def read_settings(arguments: argparse.Namespace) -> ReadSettings:
 
     names = [setting.name for setting in fields(ReadSettings)]
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if given and not arguments.file:
+    if given and arguments.file is None:
         raise UsageError(f"--{next(iter(given)).replace('_', '-')} says how --file is read: give --file too, or leave it out")
     return ReadSettings(**given)
 
@@ -190,7 +190,7 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[s
 
     figures: dict[str, Any] = {}
     tokens = None
-    if arguments.file:
+    if arguments.file is not None:
         found = read_file(checkpoint, arguments.file, read_settings(arguments))
         tokens, figures = found.tokens, {"documents": found.documents, "skipped": found.skipped}
         if not arguments.cache:
@@ -272,7 +272,7 @@ def add_to_run(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     from lmdist.training.checkpoints.read import read_manifest
     from lmdist.training.checkpoints.retain import run_of
 
-    if arguments.file or result["text"] != "test" or "checkpoint" not in result:
+    if arguments.file is not None or result["text"] != "test" or "checkpoint" not in result:
         return
     checkpoint = Path(result["checkpoint"])
     manifest = read_manifest(checkpoint)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,16 @@ def read_verified_manifest(folder: Path) -> dict[str, Any]:
     for file in {MODEL, parameters_file(manifest)}:
         check_model(folder, manifest, file)
     verify_checksums(folder, manifest["files"], needed)
+    return manifest
+
+
+def read_resumable(folder: Path) -> dict[str, Any]:
+    """Return the same after a look at each number of each tensor: earlier versions saved numbers that are not finite."""
+    manifest = read_verified_manifest(folder)
+    for name in manifest["files"]:
+        if name in (MODEL, TRAINING, AVERAGED):
+            for _ in finite_tensors(folder / name):
+                pass
     return manifest
 
 
@@ -181,15 +191,20 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = No
 
     Raise DataError if it is none, if a number is not finite, or if names and shapes are not those `expected`.
     """
-    found = read_shapes(path)
     if expected is not None:
-        check_shapes(found, expected, path)
+        check_shapes(read_shapes(path), expected, path)
+    return dict(finite_tensors(path))
+
+
+def finite_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a safetensors file and their names, in fp32; raise DataError if a number is not finite."""
+    found = read_shapes(path)
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).float() for name in found}  # states of bf16 and fp16 runs are half as wide
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise DataError(f"{path}: {reprlib.repr(name)} holds numbers that are not finite")
-    return tensors
+        for name in found:
+            value = file.get_tensor(name).float()  # states of bf16 and fp16 runs are half as wide
+            if not value.isfinite().all():
+                raise DataError(f"{path}: {reprlib.repr(name)} holds numbers that are not finite")
+            yield name, value
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from lmdist.storage.atomic import WRITING, recover, remove_folder
 from lmdist.storage.reading import check_folder, read_bytes, refuse_link
 from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST, STEP
 from lmdist.training.checkpoints.format import MANIFEST
-from lmdist.training.checkpoints.read import read_manifest, read_verified_manifest
+from lmdist.training.checkpoints.read import read_manifest, read_resumable
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
@@ -48,7 +48,7 @@ def newest_verified(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
         last = read_bytes(checkpoints / NEWEST, 1000).decode(errors="replace").strip()
         if not os.path.isdir(checkpoints / last):
             log(f"warning: the checkpoint that was written last, {reprlib.repr(last)}, is missing")
-    found = next(readable(checkpoints, read_verified_manifest), None)
+    found = next(readable(checkpoints, read_resumable), None)
     if found is None and (last or numbered(checkpoints)):
         raise DataError(
             f"{checkpoints} has no checkpoint that can be read, and the run had made progress: restore one from a copy; "

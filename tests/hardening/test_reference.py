@@ -1,0 +1,151 @@
+"""The figures of the commands against an independent model in plain NumPy and fp64 (support/numpy_reference.py).
+
+The commands compute in fp32, so a log-probability of theirs is off by some 1e-6: TOLERANCE is what is allowed, and a perplexity
+agrees to six digits.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from lmdist.settings import ModelSettings
+from lmdist.training import evaluate
+from lmdist_export import export, generate, score
+from support.numpy_reference import Reference, distribution
+from support.small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, UNTIED, make_run, neutral
+
+TOLERANCE = 5e-6
+"""Of a log-probability in nats."""
+SIX_DIGITS = 5e-7
+"""Of a perplexity, relative."""
+TEXT = "the cat said that it is old\n\nwe zebra not so\n  \nthe president said it\n"
+"""Lines, one with an unknown word, one empty and one blank."""
+MODELS = {"tied": TIED, "untied": UNTIED, "adaptive": ADAPTIVE}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_exported(tmp_path_factory.mktemp(request.param), MODELS[request.param], "whitespace")
+
+
+def make_exported(folder: Path, settings: ModelSettings, tokenizer: Any) -> Path:
+    """Make a run, its bundle beside it, and the text."""
+    words = [*PLAIN_WORDS, *(f"word{number}" for number in range(180))] if settings is ADAPTIVE else PLAIN_WORDS
+    run = make_run(folder, settings, tokenizer, words)
+    export.main([str(run), "-o", str(folder / "bundle"), "--data", "none"])
+    neutral(folder / "bundle")
+    (folder / "text").write_text(TEXT)
+    return run
+
+
+def reference_of(run: Path) -> Reference:
+    return Reference(next((run / "checkpoints").glob("step-*")))
+
+
+def bundle_of(run: Path) -> Path:
+    return run.parents[1] / "bundle"
+
+
+def output(capsys: pytest.CaptureFixture[str], main: Any, *arguments: object) -> list[dict[str, Any]]:
+    """Return the objects that a command prints."""
+    capsys.readouterr()
+    main([str(argument) for argument in arguments])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def lines_of(reference: Reference) -> list[list[int]]:
+    """Return the ids of each line of the text with its end mark."""
+    return [[*reference.ids(line.split()), 1] for line in TEXT.splitlines()]
+
+
+def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = reference_of(run)
+    valid = np.fromfile(run.parents[1] / "data" / "valid.bin", "<u2").tolist()
+    whole = [token for line in lines_of(reference) for token in line]
+    for arguments, tokens in ((("--split", "valid"), valid), (("--file", run.parents[1] / "text"), whole)):
+        [found] = output(capsys, evaluate.main, run, *arguments, "--json", "--device", "cpu")
+        nats = reference.nats(tokens).mean()
+        assert found["words"] == len(tokens)
+        assert found["unknown_rate"] == tokens.count(0) / len(tokens)
+        assert found["nats_per_token"] == pytest.approx(nats, abs=TOLERANCE)
+        assert found["perplexity"] == pytest.approx(np.exp(nats), rel=SIX_DIGITS)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_score(run: Path, carry: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = reference_of(run)
+    lines = lines_of(reference)
+    nats = [reference.nats(line) for line in lines]
+    if carry:
+        whole = reference.nats([token for line in lines for token in line])
+        nats = np.split(whole, np.cumsum([len(line) for line in lines])[:-1])
+    flags = ["--json", *(["--carry-state"] if carry else [])]
+    words = output(capsys, score.main, bundle_of(run), run.parents[1] / "text", "--words", *flags)
+    np.testing.assert_allclose([-word["log_probability"] for word in words], np.concatenate(nats), atol=TOLERANCE)
+    sentences = output(capsys, score.main, bundle_of(run), run.parents[1] / "text", "--sentences", *flags)
+    assert [-line["log_probability"] for line in sentences] == pytest.approx([line.sum() for line in nats], abs=4 * TOLERANCE)
+    [total] = output(capsys, score.main, bundle_of(run), run.parents[1] / "text", *flags)
+    assert total["perplexity"] == pytest.approx(np.exp(np.concatenate(nats).mean()), rel=SIX_DIGITS)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 1.7, "top_k": 7},
+    {"top_p": 0.8},
+    {"min_p": 0.2, "temperature": 1.3},
+    {"top_k": 12, "top_p": 0.7, "temperature": 0.9},
+    {"repetition_penalty": 1.8},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.5, "temperature": 0.8},
+    {"repetition_penalty": 0.6, "frequency_penalty": -0.4, "top_p": 0.9},
+]
+N = 6_000
+PROMPT = "the cat said"
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_frequencies_of_sampled_tokens(run: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The first token after a prompt, and the second one after the most frequent first one, by lmdist-generate."""
+    reference = reference_of(run)
+    prompt = reference.ids(PROMPT.split())
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    length = ["--n", N, "--max-new-tokens", 2, "--ignore-eos", "--batch-size", 500, "--seed", 11, "--json"]
+    found = output(capsys, generate.main, bundle_of(run), "--prompt", PROMPT, *length, *flags)
+    texts = [reference.ids(line["words"]) for line in found]
+    assert [len(tokens) for tokens in texts] == [2] * N
+    logits = reference.logits(prompt)[-1]
+    check_frequencies([tokens[0] for tokens in texts], distribution(logits, [], prompt, **options))
+    first = int(np.bincount([tokens[0] for tokens in texts]).argmax())
+    after = [tokens[1] for tokens in texts if tokens[0] == first]
+    logits = reference.logits([*prompt, first])[-1]
+    check_frequencies(after, distribution(logits, [first], prompt, **options))
+
+
+def check_frequencies(tokens: list[int], expected: np.ndarray) -> None:
+    """Assert by a chi-squared test that tokens are drawn from a distribution; what cannot be drawn never is."""
+    counts = np.bincount(tokens, minlength=len(expected))
+    assert not counts[expected == 0].any()
+    wanted = len(tokens) * expected
+    rare = wanted < 5  # together they are one class
+    counts, wanted = np.append(counts[~rare], counts[rare].sum()), np.append(wanted[~rare], wanted[rare].sum())
+    possible = wanted > 0
+    statistic = ((counts - wanted)[possible] ** 2 / wanted[possible]).sum()
+    assert statistic < chi2.isf(1e-5, max(1, possible.sum() - 1)), (statistic, possible.sum())
+
+
+def test_the_reference_would_notice_another_option(run: Path) -> None:
+    """The tests above have the power to fail: a neighbouring option gives another distribution by far."""
+    reference = reference_of(run)
+    prompt = reference.ids(PROMPT.split())
+    logits = reference.logits(prompt)[-1]
+    for options in OPTIONS[1:]:
+        other = {**options, "temperature": 1.15 * options.get("temperature", 1.0)}
+        tokens = np.random.default_rng(0).choice(len(logits), N, p=distribution(logits, [], prompt, **other))
+        with pytest.raises(AssertionError):
+            check_frequencies(tokens.tolist(), distribution(logits, [], prompt, **options))
