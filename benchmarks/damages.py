@@ -96,6 +96,9 @@ NUMBERS = ["-1", "0", "1e400", "NaN", "-Infinity", "1e27", "1e-320", "0.5", str(
 CONTROLS = ['"\\u001b[31m"', '"\\u0000"', '"\\u009b"', '"a\\nb"', '"' + "x" * 5000 + '"', '"../x"', "[" * 3000 + "]" * 3000]
 
 
+LINES = ["\x1b[31mred", "a\x07", "\x9b", "", "x" * 5000, "the", "seed = 1e400", "[" * 5000, "\ud7ff\x00"]
+
+
 def other_value(values: list[str], kinds: tuple[type, ...]) -> Callable[[Path, random.Random], str]:
     """Return a kind that replaces a value of these types in JSON, and has the checksums of the result: it is forged."""
 
@@ -128,7 +131,7 @@ def other_line(path: Path, draw: random.Random) -> str:
         return ""
     lines = path.read_text().split("\n")
     place = draw.randrange(len(lines))
-    lines[place] = draw.choice(["\x1b[31mred", "a\x07", "\x9b", "", "x" * 5000, "the", "seed = 1e400", "[" * 5000, "\ud7ff\x00"])
+    lines[place] = draw.choice(LINES)
     path.write_text("\n".join(lines))
     return f"line {place} is {lines[place][:20]!r}"
 

@@ -269,42 +269,45 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="only the case of this number, with all that its command prints")
     add_json_option(parser)
     arguments = parser.parse_args()
-    began, seconds = time.monotonic(), QUICK_SECONDS if arguments.quick else arguments.seconds
+    until = time.monotonic() + (QUICK_SECONDS if arguments.quick else arguments.seconds)
     preload()
-    counts: dict[tuple[str, str], Counter[str]] = {}
+    command = f"python benchmarks/fuzz.py --seed {arguments.seed}"
     with (
-        collect_rows(arguments.json, ("lmdist", "torch"), f"python benchmarks/fuzz.py --seed {arguments.seed}") as rows,
+        collect_rows(arguments.json, ("lmdist", "torch", "onnxruntime"), command) as rows,
         tempfile.TemporaryDirectory(prefix="fuzz-") as scratch,
     ):
         original, world = Path(scratch) / "original", Path(scratch) / "case"
         make_world(original)
-        expected = {}
-        for command in sorted({command for readers in READERS.values() for command in readers}):
-            shutil.copytree(original, world)
-            ended = run(COMMANDS[command], world, by_shell=False)
-            assert ended.code == 0, f"{command}: {ended.stderr}"
-            expected[command] = result_of(command, world, ended.stdout)
-            shutil.rmtree(world)
+        expected = {command: undamaged(command, original, world) for readers in READERS.values() for command in readers}
+        counts: dict[tuple[str, str], Counter[str]] = {}
         for case in cases(original, arguments.seed):
-            if time.monotonic() - began > seconds:
-                break
             if arguments.case not in (None, case.number):
                 continue
+            if time.monotonic() > until:
+                break
             tried = try_case(case, original, world, expected[case.command], arguments.seed)
             if tried:
                 outcome, what, ended = tried
                 counts.setdefault((case.folder, case.kind), Counter())[outcome] += 1
                 if outcome == "BAD" or arguments.case is not None:
-                    print(f"{outcome}  --case {case.number}: {case.command}, {case.file}, {case.kind}, {what}", flush=True)
+                    print(f"{outcome}: --case {case.number}: {case.command}, {case.file}, {case.kind}, {what}", flush=True)
+                if arguments.case is not None:
+                    print(ended.stdout, ended.stderr, sep="\n")
             if arguments.case is not None:
-                print(*dataclasses.astuple(ended)[1:] if tried else ["it means nothing"], sep="\n")
                 break
         rows += table_of(counts)
-    print(f"{'folder':<13}{'kind':<15}{'cases':>6}" + "".join(f"{name:>12}" for name in OUTCOMES))
-    for row in rows:
-        print(f"{row['case']:<13}{row['variant']:<15}{row['value']:>6}" + "".join(f"{row[name] or '':>12}" for name in OUTCOMES))
+    print_table(rows)
     if any(row["BAD"] for row in rows):
         sys.exit(1)
+
+
+def undamaged(command: str, original: Path, world: Path) -> str:
+    """Return the result of a command on folders as they were made."""
+    shutil.rmtree(world, ignore_errors=True)
+    shutil.copytree(original, world)
+    ended = run(COMMANDS[command], world, by_shell=False)
+    assert ended.code == 0, f"{command}: {ended.stderr}"
+    return result_of(command, world, ended.stdout)
 
 
 def table_of(counts: dict[tuple[str, str], Counter[str]]) -> list[Row]:
@@ -314,6 +317,17 @@ def table_of(counts: dict[tuple[str, str], Counter[str]]) -> list[Row]:
         | {name: found[name] for name in OUTCOMES}
         for (folder, kind), found in sorted(counts.items())
     ]
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print the rows, and their sum."""
+    total = {"case": "all", "variant": "", "value": 0, **dict.fromkeys(OUTCOMES, 0)}
+    for row in rows:
+        total |= {name: total[name] + row[name] for name in ("value", *OUTCOMES)}
+    print(f"{'folder':<13}{'kind':<15}{'cases':>6}{''.join(f'{name:>12}' for name in OUTCOMES)}")
+    for row in [*rows, total]:
+        counts = "".join(f"{row[name] or '':>12}" for name in OUTCOMES)
+        print(f"{row['case']:<13}{row['variant']:<15}{row['value']:>6}{counts}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from lmdist.errors import UsageError
 
-
 LARGEST = 10**12
 """The high end of what needs no other: a checkpoint, in which numbers have 64 bits, can hold it."""
 

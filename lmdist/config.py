@@ -132,7 +132,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     """Return the content of a recipe."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:  # ValueError: not TOML, not UTF-8, or a number of thousands of digits
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: not TOML or UTF-8, or a number of 5,000 digits
         raise UsageError(f"{file} is not a recipe: {error}") from None
 
 

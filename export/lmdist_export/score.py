@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--carry-state",
         action="store_true",
-        help="carry the state from line to line, as in one text: the perplexity of lmdist-evaluate --file FILE --lines. As there, "
+        help="carry the state from line to line, as in one text: the perplexity of lmdist-evaluate --file FILE --lines, where "
         "a line without a word counts with the tokenizer whitespace only",
     )
     parser.add_argument(
