@@ -37,7 +37,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from damages import KINDS
-from lmdist.errors import MESSAGE_CONTROLS, run_as_process
+from lmdist.command_line import run_as_process
+from lmdist.errors import MESSAGE_CONTROLS
 from lmdist.storage.checksums import sha256
 from lmdist.training.checkpoints.format import OWN_CHECKSUM, own_checksum
 from origin import Row, add_json_option, collect_rows

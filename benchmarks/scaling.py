@@ -42,8 +42,8 @@ import torch
 from torch import Tensor, distributed
 from torch.profiler import profile
 
+from lmdist.command_line import run_as_process
 from lmdist.cpus import MEMORY_ENVIRONMENT
-from lmdist.errors import run_as_process
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
 from lmdist.model.precision import Precision, choose, configure_precision

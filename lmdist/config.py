@@ -22,7 +22,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from lmdist.errors import EXIT_USAGE, CommandParser, MissingInputError, UsageError, did_you_mean, escaped, respelled
+from lmdist.command_line import CommandParser, did_you_mean, respelled
+from lmdist.errors import EXIT_USAGE, MissingInputError, UsageError, escaped
 from lmdist.settings import Recipe
 
 IN_WHEEL, IN_CHECKOUT = Path(__file__).parent / "recipes", Path(__file__).parents[1] / "launch"

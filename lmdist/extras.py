@@ -1,7 +1,7 @@
 """The extras of the distribution: which of them brings a package, and the command that adds it to this installation.
 
-Commands import what they need late, and an environment may lack it: one that only samples has no torch. errors.py turns an
-import that fails into one line with the command from here. This module does not know the commands.
+Commands import what they need late, and an environment may lack it: one that only samples has no torch. command_line.py
+turns an import that fails into one line with the command from here. This module does not know the commands.
 """
 
 from __future__ import annotations

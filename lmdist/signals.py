@@ -12,10 +12,20 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-from lmdist.errors import STOP_SIGNALS, Stopped
+from lmdist.errors import Stopped
+
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)  # not on Windows
+]
+"""Requests to stop, beside Ctrl-C: of Kubernetes, of a terminal that is closed, of Slurm before a time limit."""
 
 AGENT = "LMDIST_AGENT"
 """Environment variable of the ranks that the launcher started: the process id of their parent."""
@@ -61,6 +71,21 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.deferred:
             raise Stopped("stopped on request before the first step: run it again")
+
+
+@contextmanager
+def interrupted_by(signals: list[signal.Signals]) -> Iterator[None]:
+    """Have signals raise KeyboardInterrupt, as Ctrl-C does, where they would end the process at once."""
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    changed = [number for number in signals if in_main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in changed:
+            if signal.getsignal(number) is signal.default_int_handler:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def die_with_parent(parent: int | None = None) -> None:

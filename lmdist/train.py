@@ -14,20 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
+from lmdist.command_line import exit_on_error, run_as_process
 from lmdist.console import log
-from lmdist.errors import (
-    EXIT_AGAIN,
-    EXIT_DEFECT,
-    FULL_DISK,
-    Stopped,
-    UsageError,
-    exit_code_of,
-    exit_on_error,
-    one_line,
-    reason,
-    require,
-    run_as_process,
-)
+from lmdist.errors import EXIT_AGAIN, EXIT_DEFECT, FULL_DISK, Stopped, UsageError, exit_code_of, one_line, reason, require
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
 from lmdist.signals import AGENT, FIRST_FAILURE, StopRequest, die_with_parent
 from lmdist.storage.atomic import TakenError

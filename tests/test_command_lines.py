@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lmdist import config
-from lmdist.errors import CommandParser, UsageError
+from lmdist.command_line import CommandParser
+from lmdist.errors import UsageError
 from lmdist.job import launcher
 from lmdist.text import prepare
 from lmdist.tracking import sync

@@ -41,6 +41,7 @@ FLOORS = {
         users extras standard_streams
         errors cpus perplexity
         bounds signals storage console
+        command_line
         settings cache_settings
         config
         text model tracking

@@ -27,7 +27,7 @@ COMMANDS = (
 FULL = "error: stdout cannot be written: No space left on device\n"
 SCRIPT = """if True:
     import sys
-    from lmdist.errors import exit_on_error
+    from lmdist.command_line import exit_on_error
     with exit_on_error("made-up", ends_with_reader={}):
         for number in range(20_000):
             sys.stdout.write(f"\\u4e2d {{number}}\\n")
@@ -99,7 +99,7 @@ def test_a_request_to_stop_is_one_line_and_leaves_nothing_half(number, tmp_path)
     script = """if True:
         import time
         from pathlib import Path
-        from lmdist.errors import exit_on_error
+        from lmdist.command_line import exit_on_error
         from lmdist.storage.atomic import atomic_folder
         with exit_on_error("made-up"), atomic_folder(Path("out"), replace=False) as folder:
             (folder / "half").touch()
@@ -122,7 +122,7 @@ def test_a_path_that_cannot_be_used_is_one_line_and_a_defect_keeps_its_traceback
         ("raise ConnectionResetError(104, 'reset')", 1, "ConnectionResetError: [Errno 104] reset"),
         ("1 / 0", 1, "ZeroDivisionError: division by zero"),
     ):
-        script = f"from lmdist.errors import exit_on_error\nwith exit_on_error('made-up'): {raised}"
+        script = f"from lmdist.command_line import exit_on_error\nwith exit_on_error('made-up'): {raised}"
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr.splitlines()[-1]) == (code, line)
         assert ("Traceback" in done.stderr) is (code == 1)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lmdist.bounds import at_least, check
+from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, table
-from lmdist.errors import EXIT_DEFECT, CommandParser, DataError, MissingInputError, UsageError, exit_on_error, require
+from lmdist.errors import EXIT_DEFECT, DataError, MissingInputError, UsageError, require
 from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 

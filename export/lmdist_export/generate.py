@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdist.bounds import between, check
+from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
-from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
+from lmdist.errors import DataError, UsageError
 from lmdist_export.lines import STDIN, Lines, has_input, output_file
 from lmdist_export.options import APPLIED, CONTENT, OUTPUT, PARAMS, SAMPLING, GenerationConfig, Options, Row
 from lmdist_export.sampling.completion import (

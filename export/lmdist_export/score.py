@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdist.bounds import between, check
+from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
-from lmdist.errors import CommandParser, DataError, UsageError, exit_on_error
+from lmdist.errors import DataError, UsageError
 from lmdist_export.lines import STDIN, Lines, output_file
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ Nothing here knows what the ranks compute.
 import signal
 
 HELD_BACK = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-"""Ctrl-C and errors.STOP_SIGNALS, which it would take too long to import."""
+"""Ctrl-C and signals.STOP_SIGNALS, which it would take too long to import."""
 
 
 def main() -> None:

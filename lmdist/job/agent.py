@@ -18,19 +18,10 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lmdist.command_line import exit_on_error, run_as_process
 from lmdist.console import log
-from lmdist.errors import (
-    EXIT_AGAIN,
-    EXIT_DATA,
-    EXIT_MISSING_INPUT,
-    EXIT_USAGE,
-    STOP_SIGNALS,
-    UsageError,
-    exit_on_error,
-    one_line,
-    run_as_process,
-)
-from lmdist.signals import AGENT, FIRST_FAILURE, die_with_parent
+from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, UsageError, one_line
+from lmdist.signals import AGENT, FIRST_FAILURE, STOP_SIGNALS, die_with_parent
 from lmdist.standard_streams import guard
 
 COMMAND = "lmdist-train"

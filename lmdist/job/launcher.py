@@ -30,19 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmdist.bounds import at_least, check
+from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
 from lmdist.cpus import MEMORY_ENVIRONMENT, available_cpus
-from lmdist.errors import (
-    EXIT_AGAIN,
-    EXIT_DATA,
-    EXIT_MISSING_INPUT,
-    EXIT_USAGE,
-    CommandParser,
-    Stopped,
-    UsageError,
-    exit_on_error,
-    require,
-)
+from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, Stopped, UsageError, require
 from lmdist.job.agent import COMMAND
 from lmdist.signals import FIRST_FAILURE, StopRequest, die_with_parent
 from lmdist.tracking.run_folder import CHECKPOINTS, check_run_folder, is_finished, newest_name

@@ -16,8 +16,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import next_line, unused
-from lmdist.errors import CommandParser, exit_on_error, require
+from lmdist.errors import require
 from lmdist.storage.atomic import write_atomic
 
 COLUMNS = ["", "id", "title", "publication", "author", "date", "year", "month", "url", "content"]

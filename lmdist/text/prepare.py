@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import ProgressBar, duration, log, next_line, unused
 from lmdist.cpus import available_cpus
-from lmdist.errors import FULL_DISK, CommandParser, DataError, MissingInputError, UsageError, exit_on_error
+from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder, check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, TEXT, VOCABULARY, token_file, write_meta

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
-from lmdist.errors import EXIT_AGAIN, CommandParser, DataError, MissingInputError, Stopped, exit_on_error, require
+from lmdist.errors import EXIT_AGAIN, DataError, MissingInputError, Stopped, require
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json, refuse_link
 from lmdist.tracking.address import (

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmdist.bounds import between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
+from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
-from lmdist.errors import CommandParser, DataError, MissingInputError, UsageError, exit_on_error
+from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.perplexity import perplexity
 
 if TYPE_CHECKING:

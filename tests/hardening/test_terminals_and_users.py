@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lmdist import console
-from lmdist.errors import DataError, UsageError, exit_on_error
+from lmdist.command_line import exit_on_error
+from lmdist.errors import DataError, UsageError
 from lmdist.text.prepare import main as prepare_main
 from lmdist.text.vocabulary import Vocabulary
 from lmdist_export import generate

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdist.errors import STOP_SIGNALS
+from lmdist.signals import STOP_SIGNALS
 from lmdist.training.checkpoints.read import read_verified_manifest
 from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, wait_for_steps
 
