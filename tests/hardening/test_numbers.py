@@ -25,6 +25,8 @@ from support.jobs import SMALL, loop_here, small_data
 from support.small_bundles import make_bundle
 
 VALUES = ["-1", "0", "nan", "inf", "-inf", "1e400", "1e20", str(10**20), "9" * 5_000, "1e-320", "0.5", "", "word"]
+NAMES = ["", "word"]
+"""Values of options that are no numbers."""
 SECTIONS = {name: kind for name, kind in get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
 
 
@@ -59,12 +61,16 @@ def test_every_number_of_a_generation_has_a_range() -> None:
 
 
 @pytest.fixture(scope="module")
-def parser() -> RecipeParser:
-    return config.parser()
+def parser() -> Iterator[RecipeParser]:
+    """A parser that is built once: that is most of the time."""
+    built = config.parser()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "parser", lambda: built)
+        yield built
 
 
 def read(parser: RecipeParser, *words: str) -> Recipe:
-    """Read the flags of a training with a parser that was built before, which takes most of the time."""
+    """Read the flags of a training."""
     values = parser.instantiate(parser.parse_args(list(words)))
     return Recipe(**{key: value for key, value in vars(values).items() if key != "config"})
 
@@ -128,6 +134,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.usefixtures("parser")
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "own.toml"
@@ -168,8 +175,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "generate": (generate, "bundle --prompt=the --max-new-tokens=2 --json"),
     "score": (score, "bundle lists --nbest --best"),
     "score next": (score, "bundle text"),
-    "evaluate": (evaluate, "runs/small --split=valid --device=cpu"),
-    "evaluate file": (evaluate, "runs/small --file=text --device=cpu"),
+    "evaluate": (evaluate, "runs/small --file=text --device=cpu"),
     "export": (export, "none -o other"),  # whose checks come first
     "prepare": (prepare, "text -o other --tokenizer=wordpunct --overwrite --workers=1"),
 }
@@ -188,7 +194,7 @@ def test_options(name: str, world: Path, capsys: pytest.CaptureFixture[str], mon
     module, words = COMMANDS[name]
     for option in options_of(module):
         flag = max(option.option_strings, key=len)
-        for value in VALUES:
+        for value in VALUES if option.type in (int, float) else NAMES:
             check_option(
                 module.main, [*words.split(), f"{flag}={value}"], flag, is_number=option.type in (int, float), capsys=capsys
             )
@@ -210,6 +216,7 @@ def check_option(main: Any, words: list[str], flag: str, *, is_number: bool, cap
         assert flag in lines[0] or flag[2:].replace("-", "_") in lines[0], (words[-1][:100], lines)
 
 
+@pytest.mark.usefixtures("parser")
 def test_options_of_the_launcher(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun's own are refused by the agent, before a rank is started."""
     monkeypatch.setattr(launcher, "start_agent", lambda arguments, ranks, logs, flags: pytest.fail("an agent is started"))
