@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmdist.settings import ModelSettings
+from lmdist.settings import ModelSettings, Tokenizer
 from lmdist.training import evaluate
 from lmdist_export import export, generate, score
 from support.numpy_reference import Reference, distribution
@@ -28,12 +28,17 @@ TEXT = "the cat said that it is old\n\nwe zebra not so\n  \nthe president said i
 MODELS = {"tied": TIED, "untied": UNTIED, "adaptive": ADAPTIVE}
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_exported(tmp_path_factory.mktemp(request.param), MODELS[request.param], "whitespace")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make_exported(tmp_path_factory.mktemp(name), settings, "whitespace") for name, settings in MODELS.items()}
 
 
-def make_exported(folder: Path, settings: ModelSettings, tokenizer: Any) -> Path:
+@pytest.fixture(params=MODELS)
+def run(request: pytest.FixtureRequest, runs: dict[str, Path]) -> Path:
+    return runs[request.param]
+
+
+def make_exported(folder: Path, settings: ModelSettings, tokenizer: Tokenizer) -> Path:
     """Make a run, its bundle beside it, and the text."""
     words = [*PLAIN_WORDS, *(f"word{number}" for number in range(180))] if settings is ADAPTIVE else PLAIN_WORDS
     run = make_run(folder, settings, tokenizer, words)
@@ -93,37 +98,46 @@ def test_score(run: Path, carry: bool, capsys: pytest.CaptureFixture[str]) -> No
     assert total["perplexity"] == pytest.approx(np.exp(np.concatenate(nats).mean()), rel=SIX_DIGITS)
 
 
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"temperature": 0.6},
-    {"temperature": 1.7, "top_k": 7},
-    {"top_p": 0.8},
-    {"min_p": 0.2, "temperature": 1.3},
-    {"top_k": 12, "top_p": 0.7, "temperature": 0.9},
-    {"repetition_penalty": 1.8},
-    {"presence_penalty": 0.7, "frequency_penalty": 0.5, "temperature": 0.8},
-    {"repetition_penalty": 0.6, "frequency_penalty": -0.4, "top_p": 0.9},
-]
-N = 4_000
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "tied": [
+        {"temperature": 0.6},
+        {"top_p": 0.8},
+        {"top_k": 12, "top_p": 0.7, "temperature": 0.9},
+        {"presence_penalty": 0.7, "frequency_penalty": 0.5, "temperature": 0.8},
+    ],
+    "untied": [{}, {"temperature": 0.3, "top_k": 7}, {"min_p": 0.2, "temperature": 1.3}, {"repetition_penalty": 1.8}],
+    "adaptive": [{"repetition_penalty": 0.6, "frequency_penalty": -0.4, "top_p": 0.9}],
+}
+CASES = [(model, options) for model, several in OPTIONS.items() for options in several]
+N = 3_000
 PROMPT = "the cat said"
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_frequencies_of_sampled_tokens(run: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """The first token after a prompt, and the second one after the most frequent first one, by lmdist-generate."""
-    reference = reference_of(run)
+@pytest.mark.parametrize(("model", "options"), CASES, ids=str)
+def test_frequencies_of_sampled_tokens(
+    model: str, options: dict[str, Any], runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first token after a prompt, and the second one after the most frequent first one, by lmdist-generate.
+
+    The tests have the power to fail: tokens drawn at twice the temperature do.
+    """
+    reference = reference_of(runs[model])
     prompt = reference.ids(PROMPT.split())
     flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     length = ["--n", N, "--max-new-tokens", 2, "--ignore-eos", "--batch-size", 500, "--seed", 11, "--json"]
-    found = output(capsys, generate.main, bundle_of(run), "--prompt", PROMPT, *length, *flags)
+    found = output(capsys, generate.main, bundle_of(runs[model]), "--prompt", PROMPT, *length, *flags)
     texts = [reference.ids(line["words"]) for line in found]
     assert [len(tokens) for tokens in texts] == [2] * N
-    logits = reference.logits(prompt)[-1]
-    check_frequencies([tokens[0] for tokens in texts], distribution(logits, [], prompt, **options))
+    expected = distribution(reference.logits(prompt)[-1], [], prompt, **options)
+    check_frequencies([tokens[0] for tokens in texts], expected)
     first = int(np.bincount([tokens[0] for tokens in texts]).argmax())
     after = [tokens[1] for tokens in texts if tokens[0] == first]
-    logits = reference.logits([*prompt, first])[-1]
-    check_frequencies(after, distribution(logits, [first], prompt, **options))
+    check_frequencies(after, distribution(reference.logits([*prompt, first])[-1], [first], prompt, **options))
+
+    other = {**options, "temperature": 2 * options.get("temperature", 1.0)}
+    neighbour = distribution(reference.logits(prompt)[-1], [], prompt, **other)
+    with pytest.raises(AssertionError):
+        check_frequencies(np.random.default_rng(0).choice(len(expected), N, p=neighbour).tolist(), expected)
 
 
 def check_frequencies(tokens: list[int], expected: np.ndarray) -> None:
@@ -140,13 +154,23 @@ def check_frequencies(tokens: list[int], expected: np.ndarray) -> None:
     assert statistic < bound, (statistic, bound, degrees)
 
 
-def test_the_reference_would_notice_another_option(run: Path) -> None:
-    """The tests above have the power to fail: a neighbouring option gives another distribution by far."""
+@pytest.mark.parametrize("tokenizer", ["whitespace", "wordpunct"])
+def test_lines_without_a_word(tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are documents, of nothing but an end mark, to the tokenizer that reads line by line, and to no other."""
+    run = make_exported(tmp_path, UNTIED, tokenizer)
     reference = reference_of(run)
-    prompt = reference.ids(PROMPT.split())
-    logits = reference.logits(prompt)[-1]
-    for options in OPTIONS[1:]:
-        other = {**options, "temperature": 1.15 * options.get("temperature", 1.0)}
-        tokens = np.random.default_rng(0).choice(len(logits), N, p=distribution(logits, [], prompt, **other))
-        with pytest.raises(AssertionError):
-            check_frequencies(tokens.tolist(), distribution(logits, [], prompt, **options))
+    lines = [line for line in lines_of(reference) if len(line) > 1 or tokenizer == "whitespace"]
+    tokens = [token for line in lines for token in line]
+    nats = reference.nats(tokens)
+    text = tmp_path / "text"
+    [by_torch] = output(capsys, evaluate.main, run, "--file", text, "--lines", "--json", "--device", "cpu")
+    for batch_size in (2, 256):
+        [carried] = output(capsys, score.main, tmp_path / "bundle", text, "--carry-state", "--json", "--batch-size", batch_size)
+        assert by_torch["words"] == carried["words"] == len(tokens)
+        for figure in (by_torch["perplexity"], carried["perplexity"]):
+            assert figure == pytest.approx(np.exp(nats.mean()), rel=SIX_DIGITS)
+    sentences = output(capsys, score.main, tmp_path / "bundle", text, "--carry-state", "--json", "--sentences")
+    assert [line["text"] for line in sentences] == TEXT.splitlines()
+    assert sum(line["words"] for line in sentences) == len(tokens)
+    [accuracy] = output(capsys, score.main, tmp_path / "bundle", text, "--carry-state", "--json", "--accuracy")
+    assert accuracy["words"] == len(tokens)
