@@ -141,7 +141,7 @@ KINDS: dict[str, Callable[[Path, random.Random], str]] = {
     "truncate": truncate,
     "extend": extend,
     "overwrite": overwrite,
-    "empty": replace(Path.touch, ""),
+    "empty": replace(Path.touch, "emptied"),
     "removed": replace(lambda path: None, "removed"),
     "folder": replace(Path.mkdir, "a folder"),
     "pipe": replace(os.mkfifo, "a pipe"),

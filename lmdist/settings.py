@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
-from lmdist.bounds import SEED, above, at_least, between, check_bounds, check_name
+from lmdist.bounds import LARGEST, SEED, above, at_least, between, check_bounds, check_name
 from lmdist.errors import UsageError
 
 Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace", "characters"]
@@ -248,7 +248,7 @@ class OptimizerSettings:
 
     name: Literal["sgd", "adam", "adamw", "nadam"] = "adamw"
     """The optimizer; nadam: AdamW with Nesterov's momentum (Dozat 2016)."""
-    learning_rate: Annotated[float, above(0)] = 0.007
+    learning_rate: Annotated[float, between(1e-12, LARGEST)] = 0.007
     """The highest learning rate; the schedule says when."""
     momentum: Annotated[float, at_least(0)] = 0.0
     """sgd: momentum."""

@@ -15,11 +15,12 @@ from lmdist.errors import UsageError
 from lmdist.storage.reading import read_json, write_json
 from lmdist.training.checkpoints.format import OWN_CHECKSUM
 from lmdist.training.checkpoints.read import read_manifest
+from lmdist.training.checkpoints.retain import newest_checkpoint
 from lmdist.training.distributed import World
 from lmdist.training.loop import check_savable
 from lmdist.training.metrics import NatsTotal
 from lmdist.training.run import set_up
-from support.jobs import SMALL, fingerprint, small_data, train
+from support.jobs import SMALL, fingerprint, small_data, train, train_here
 from support.mutations import with_correct_checksums
 from support.small_bundles import edit_json, make_run
 
@@ -36,23 +37,30 @@ def spoil(checkpoint: Path, file: str, value: float) -> None:
     write_json(checkpoint / "manifest.json", manifest)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors"])
-def test_a_checkpoint_that_is_not_finite_is_passed_over(file: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_finite_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     small_data(tmp_path / "data")
-    flags = [*SMALL, "--data.folder=data", "--resume=auto", "--checkpoint.every_steps=2", "--schedule.name=constant"]
-    train(1, *flags, "--run_folder=whole", "--training.steps=6", cwd=tmp_path)
-    train(1, *flags, "--run_folder=run", "--training.steps=4", cwd=tmp_path)
+    flags = ["--data.folder=data", "--resume=auto", "--checkpoint.every_steps=2", "--schedule.name=constant"]
+    train_here(*flags, "--run_folder=whole", "--training.steps=6")
+    train_here(*flags, "--run_folder=run", "--training.steps=4")
     older, newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
-    spoil(newest, file, np.nan)
-    message = train(1, *flags, "--run_folder=run", "--training.steps=6", cwd=tmp_path).stderr
-    assert message.count(f"warning: skipping a damaged checkpoint: run/checkpoints/{newest.name}/{file}: ") == 1
+    spoil(newest, "model.safetensors", np.nan)
+    capsys.readouterr()
+    train_here(*flags, "--run_folder=run", "--training.steps=6")
+    message = capsys.readouterr().err
+    assert message.count(f"warning: skipping a damaged checkpoint: run/checkpoints/{newest.name}/model.safetensors: ") == 1
     assert "holds numbers that are not finite" in message
     assert f"resuming after step {int(older.name[5:])}" in message
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
-    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
-        spoil(checkpoint, file, np.inf)
-    message = train(1, *flags, "--run_folder=run", "--training.steps=8", cwd=tmp_path, code=65).stderr
-    assert "has no checkpoint that can be read, and the run had made progress" in message.splitlines()[-1]
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    spoil(checkpoints[-1], "training.safetensors", np.inf)
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints") == checkpoints[-2]
+    for checkpoint in checkpoints[:-1]:
+        spoil(checkpoint, "model.safetensors", -np.inf)
+    done = train(1, *SMALL, *flags, "--run_folder=run", "--training.steps=8", cwd=tmp_path, code=65)
+    assert "has no checkpoint that can be read, and the run had made progress" in done.stderr.splitlines()[-1]
 
 
 def test_no_state_is_saved_from_which_no_run_resumes(tmp_path: Path) -> None:
