@@ -43,7 +43,7 @@ from lmdist.storage.checksums import sha256
 from lmdist.training.checkpoints.format import OWN_CHECKSUM, own_checksum
 from origin import Row, add_json_option, collect_rows
 
-SECONDS, QUICK_SECONDS, CASE_SECONDS = 600, 100, 60
+SECONDS, QUICK_SECONDS, PATIENCE = 600, 100, 60
 SUBPROCESS_EVERY = 20
 TRAIN = (
     "lmdist.train --model.embedding_size=8 --model.hidden_size=12 --model.dropout=0.1 --data.folder=data --data.global_batch=4 "
@@ -130,7 +130,9 @@ def cases(world: Path, seed: int) -> Iterator[Case]:
             number += 1
 
 
-def try_case(case: Case, original: Path, world: Path, expected: str, seed: int) -> tuple[str, str, Ended] | None:
+def try_case(
+    case: Case, original: Path, world: Path, expected: str, seed: int, patience: float
+) -> tuple[str, str, Ended] | None:
     """Return the outcome of a case, what was done and why it is bad, and how the command ended; None where it means nothing."""
     shutil.rmtree(world, ignore_errors=True)
     shutil.copytree(original, world)
@@ -140,7 +142,7 @@ def try_case(case: Case, original: Path, world: Path, expected: str, seed: int) 
     if case.kind.startswith("forged"):
         forge(world / case.file)
     before = snapshot(world, case.command)
-    ended = run(COMMANDS[case.command], world, by_shell=case.number % SUBPROCESS_EVERY == 0, seconds=CASE_SECONDS)
+    ended = run(COMMANDS[case.command], world, by_shell=case.number % SUBPROCESS_EVERY == 0, seconds=patience)
     changed = sorted(before.items() ^ snapshot(world, case.command).items())
     outcome, why = judge(case, ended, expected, world)
     if changed:
@@ -168,7 +170,7 @@ def judge(case: Case, ended: Ended, expected: str, world: Path) -> tuple[str, st
     lines = ended.stderr.splitlines()
     errors = [line for line in lines if ": error: " in line]
     if ended.code is None:
-        return "BAD", f"no end within {CASE_SECONDS} s"
+        return "BAD", "no end"
     if ended.code < 0:
         return "BAD", f"ended by signal {-ended.code}"
     if "Traceback" in ended.stderr:
@@ -195,7 +197,9 @@ def result_of(command: str, world: Path, stdout: str) -> str:
         step = world / {"start": "other/checkpoints/step-000000002", "resume": "run/checkpoints/step-000000006"}[command]
         return " ".join(sha256(file) for file in sorted(step.glob("*.safetensors")))
     if command == "export again":
-        return " ".join(sha256(file) for file in sorted((world / "other").iterdir()) if file.name != "manifest.json")
+        cache = json.loads((world / "other" / "manifest.json").read_text())["cache"]
+        files = (file for file in sorted((world / "other").iterdir()) if file.name not in ("manifest.json", "MLmodel"))  # times
+        return f"{cache} {' '.join(map(sha256, files))}"
     return re.sub(r'"tokens_per_second": [^,}]+', "", stdout)
 
 
@@ -267,6 +271,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"(default: {SECONDS})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SECONDS} seconds")
+    parser.add_argument("--patience", type=int, default=PATIENCE, help=f"seconds for a command (default: {PATIENCE})")
     parser.add_argument("--case", type=int, help="only the case of this number, with all that its command prints")
     add_json_option(parser)
     arguments = parser.parse_args()
@@ -286,7 +291,7 @@ def main() -> None:
                 continue
             if time.monotonic() > until:
                 break
-            tried = try_case(case, original, world, expected[case.command], arguments.seed)
+            tried = try_case(case, original, world, expected[case.command], arguments.seed, arguments.patience)
             if tried:
                 outcome, what, ended = tried
                 counts.setdefault((case.folder, case.kind), Counter())[outcome] += 1
