@@ -53,6 +53,7 @@ from origin import Row, add_json_option, collect_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lmdist.text.token_files import Tokens
     from training import PlainModel
 
 PACKAGES = ("lmdist", "torch", "numpy")
@@ -345,7 +346,7 @@ def tokens_of(data: Path, split: str) -> np.ndarray:
     """Return the token ids of a split."""
     from lmdist.training.data import DataFolder
 
-    return np.asarray(DataFolder(data).tokens(split))
+    return DataFolder(data).tokens(split)[:]
 
 
 # --- the floors ------------------------------------------------------------------------------------------------------
@@ -456,7 +457,7 @@ def train_baseline(data: str, threads: int, folder: str, *, evaluate: bool) -> N
     for weight in (model.embedding.weight, model.projection.weight):
         nn.init.uniform_(weight, -0.1, 0.1)
     nn.init.zeros_(model.projection.bias)
-    tokens = torch.from_numpy(np.asarray(source.tokens("train")).astype(np.int64))
+    tokens = torch.from_numpy(source.tokens("train")[:].astype(np.int64))
     streams = tokens[: len(tokens) // 20 * 20].view(20, -1)  # (B, N)
     rate, best, epoch = 20.0, math.inf, 0
     while True:
@@ -484,7 +485,7 @@ def train_baseline(data: str, threads: int, folder: str, *, evaluate: bool) -> N
             file.write(json.dumps({"step": epoch, "time": time.time(), "valid/perplexity": perplexity(nats)}) + "\n")
 
 
-def nats_of(model: PlainModel, tokens: np.ndarray, streams: int, window: int) -> float:
+def nats_of(model: PlainModel, tokens: Tokens, streams: int, window: int) -> float:
     """Return nats per token of a text, cut into streams, each token predicted once and the state carried on."""
     import torch
     from torch.nn import functional

@@ -297,9 +297,10 @@ def limits(device: str, place: Path) -> dict[str, float]:
 
 def multiplication_rate(folder: Path, device: str, only: str = "") -> float:
     """Return the multiplications a second of 64 rows with all matrices of a bundle, or with `only` one."""
-    sizes = Bundle.load(folder).sizes
+    bundle = Bundle.load(folder)
+    sizes = bundle.sizes
     counts = {name: count for name, count in multiplications(sizes).items() if only in ("", name)}
-    session = Runtime(folder, sizes, device, 1).open(partial(matmuls_graph, names=list(counts)))
+    session = Runtime(bundle, device, 1).open(partial(matmuls_graph, names=list(counts)))
     rows = {value.name: np.full((64, value.shape[1]), 0.5, np.float32) for value in session.get_inputs()}
     return 64 * sum(counts.values()) / min(seconds_of(lambda: session.run(None, rows)) for _ in range(10))
 

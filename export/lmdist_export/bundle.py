@@ -16,7 +16,7 @@ within milliseconds. docs/bundle.md describes the format.
 
 from __future__ import annotations
 
-import os
+import mmap
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +25,12 @@ from typing import Any
 from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, MissingInputError
 from lmdist.storage.checksums import FileFacts, verify_checksums, verify_sizes
-from lmdist.storage.reading import check_folder, file_size, read_json
+from lmdist.storage.held import HeldFolder, read_held
+from lmdist.storage.reading import MAX_JSON_BYTES
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
-from lmdist.text.vocabulary import Vocabulary
+from lmdist.text.vocabulary import MAX_BYTES, Vocabulary
 from lmdist_export import PRECISIONS
 from lmdist_export.graph.sizes import ALIGNMENT, Sizes, file_length
 from lmdist_export.options import GenerationConfig
@@ -45,13 +46,17 @@ GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
 CHECKED = (MODEL, GENERATION, WEIGHTS, VOCABULARY, TEXT)  # a bundle needs these files, and users do not edit them
 MAX_NEW_TOKENS = 1_000_000  # of a file; a command may ask for more
+EXPECTED = "a bundle written by lmdist-export is expected"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files have the checksums of the manifest."""
+    """A bundle whose files have the checksums of the manifest.
 
-    folder: Path
+    What is used of it was read before it was checked, or is held open: whatever becomes of the folder, it is one bundle.
+    """
+
+    files: HeldFolder
     manifest: dict[str, Any]
     sizes: Sizes
     vocabulary: Vocabulary
@@ -62,25 +67,43 @@ class Bundle:
     @classmethod
     def load(cls, folder: str | Path) -> Bundle:
         """Read and check a bundle; raises MissingInputError or DataError."""
-        folder = Path(folder)
-        manifest = read_manifest(folder)
+        return read_held(Path(folder), cls.of, EXPECTED)
+
+    @classmethod
+    def of(cls, files: HeldFolder) -> Bundle:
+        """Do the same of a folder that is held open."""
+        manifest = read_manifest(files)
         # What a look at the sizes refuses costs no time: the sha256 of many gigabytes takes a minute.
-        verify_sizes(folder, manifest["files"], CHECKED)
-        sizes = read_sizes(manifest, folder)
-        verify_checksums(folder, manifest["files"], CHECKED)
-        vocabulary = Vocabulary.load(folder / VOCABULARY, sizes.vocabulary_size, "the model")
-        generation = read_generation_config(folder / GENERATION_CONFIG, len(vocabulary))
-        return cls(folder, manifest, sizes, vocabulary, generation, read_cache(manifest, folder))
+        verify_sizes(files, manifest["files"], CHECKED)
+        sizes = read_sizes(manifest, files)
+        files.copy(WEIGHTS)
+        words = files.read(VOCABULARY, MAX_BYTES)
+        files.read(TEXT, MAX_JSON_BYTES)
+        verify_checksums(files, manifest["files"], CHECKED)
+        vocabulary = Vocabulary.parse(words, files.path / VOCABULARY, sizes.vocabulary_size, "the model")
+        generation = read_generation_config(files, len(vocabulary))
+        return cls(files, manifest, sizes, vocabulary, generation, read_cache(manifest, files.path))
+
+    @property
+    def folder(self) -> Path:
+        """Return where the bundle was."""
+        return self.files.path
+
+    @property
+    def weights(self) -> mmap.mmap:
+        """Return the bytes of the file of weights, in memory of this process."""
+        return self.files.copy(WEIGHTS)
 
     @cached_property
     def tokenizer(self) -> WordTokenizer:
         """Return the tokenizer, which turns a prompt into words, and words into text."""
-        return WordTokenizer.load(self.folder / TEXT)
+        return WordTokenizer.parse(self.files.read(TEXT, MAX_JSON_BYTES), self.folder / TEXT)
 
 
-def read_generation_config(path: Path, vocabulary_size: int) -> GenerationConfig:
+def read_generation_config(files: HeldFolder, vocabulary_size: int) -> GenerationConfig:
     """Read generation_config.json; raises DataError, naming the field, where a value has the wrong type or range."""
-    config = dataclass_from_json(GenerationConfig, read_json(path), path)
+    path = files.path / GENERATION_CONFIG
+    config = dataclass_from_json(GenerationConfig, files.read_json(GENERATION_CONFIG), path)
     named = [token for tokens in config.bad_words_ids for token in tokens]
     named += [token for tokens, _ in config.sequence_bias for token in tokens]
     for token in (config.bos_token_id, config.eos_token_id, *config.suppress_tokens, *named):
@@ -93,13 +116,15 @@ def read_generation_config(path: Path, vocabulary_size: int) -> GenerationConfig
     return config
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(files: HeldFolder) -> dict[str, Any]:
     """Return the manifest of a folder that claims to be a bundle, without a look at its files."""
-    check_folder(folder, "a bundle written by lmdist-export is expected")
-    path = folder / MANIFEST
-    if not os.path.lexists(path):
-        raise MissingInputError(f"{folder} is not a bundle: it has no manifest.json; lmdist-export RUN -o BUNDLE writes one")
-    manifest = read_json(path)
+    folder, path = files.path, files.path / MANIFEST
+    try:
+        manifest = files.read_json(MANIFEST)
+    except MissingInputError:
+        raise MissingInputError(
+            f"{folder} is not a bundle: it has no manifest.json; lmdist-export RUN -o BUNDLE writes one"
+        ) from None
     if manifest.get("format") == "lmdist checkpoint":
         raise DataError(f"{folder} is a checkpoint; export it first: lmdist-export {folder} -o BUNDLE")
     check_version(manifest, (FORMAT, VERSION), path)
@@ -116,12 +141,12 @@ def read_cache(manifest: dict[str, Any], folder: Path) -> NeuralCache | None:
     return dataclass_from_json(NeuralCache, found, path, "cache")
 
 
-def read_sizes(manifest: dict[str, Any], folder: Path) -> Sizes:
+def read_sizes(manifest: dict[str, Any], files: HeldFolder) -> Sizes:
     """Return the sizes that a manifest names; raises DataError unless weights.bin has the length of such weights."""
-    path = folder / MANIFEST
+    path = files.path / MANIFEST
     check_schema(manifest, {"sizes": Sizes}, path)
     sizes = Sizes(**{field.name: manifest["sizes"][field.name] for field in fields(Sizes)})
-    length = file_size(folder / WEIGHTS)
+    length = files.size(WEIGHTS)
     cuts = [0, *sizes.cutoffs, sizes.vocabulary_size]
     wrong = (
         sizes.precision not in PRECISIONS

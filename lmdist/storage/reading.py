@@ -32,10 +32,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise MissingInputError or DataError, each naming the file."""
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object that was read from `path`; raise DataError where it is none."""
     try:
-        value = json.loads(read_bytes(path, MAX_JSON_BYTES))
-    except DataError:
-        raise
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -57,22 +60,29 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 def open_file(path: Path) -> BufferedReader:
     """Open a file for reading; raise MissingInputError, or DataError for a link, a folder or a pipe."""
-    file_size(path)  # a pipe is not even opened
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: Path, folder: int | None = None) -> int:
+    """Open a file for reading, in the folder that is open as `folder`, whatever its path leads to now; raise as `open_file`."""
+    file_size(path, folder)  # a pipe is not even opened
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
-        return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb")
+        return os.open(path if folder is None else path.name, flags, dir_fd=folder)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def file_size(path: Path) -> int:
-    """Return the size of a file in bytes; raise MissingInputError, or DataError for a link, a folder or a pipe."""
+def file_size(path: Path, folder: int | None = None) -> int:
+    """Return the size of a file in bytes; raise as `open_file`. `folder` is as in `open_descriptor`."""
     try:
-        status = path.lstat()
+        status = os.stat(path if folder is None else path.name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         raise MissingInputError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:  # ValueError: not a possible name
         raise DataError(f"{path} cannot be read: {error}") from None
-    refuse_link(path)
+    if stat.S_ISLNK(status.st_mode):
+        raise link_error(path)
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path} is not a file, and one is expected")
     return status.st_size
@@ -81,7 +91,12 @@ def file_size(path: Path) -> int:
 def refuse_link(path: Path) -> None:
     """Raise DataError for a link."""
     if os.path.islink(path):  # not Path.is_symlink(), which raises where it may not look
-        raise DataError(f"{path} is a link, which may lead anywhere: put in its place what it leads to")
+        raise link_error(path)
+
+
+def link_error(path: Path) -> DataError:
+    """Return the error for a link."""
+    return DataError(f"{path} is a link, which may lead anywhere: put in its place what it leads to")
 
 
 def check_folder(path: Path, expected: str) -> None:

@@ -4,27 +4,42 @@ data/news/
     train.bin  valid.bin  test.bin   token ids, little-endian uint16 or uint32, <eos> after each document
     vocab.txt                        the words of the train split by falling frequency: the id is the line number
     text.json                        how text was tokenized, so that prompts are tokenized the same way
+    blocks.json                      a checksum of each MiB of the token files, which token_files.py looks at
     meta.json                        counts, rates of unknown words, settings, sources, sha256 sums
 """
 
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from lmdist import __version__
 from lmdist.errors import DataError
 from lmdist.settings import SPLITS, PrepareSettings
-from lmdist.storage.checksums import FileFacts, check_names, checksums
-from lmdist.storage.reading import read_json, write_json
+from lmdist.storage.checksums import (
+    FileFacts,
+    block_checksums,
+    check_names,
+    checksums,
+    facts_of,
+    verify_checksums,
+    verify_sizes,
+)
+from lmdist.storage.held import HeldFolder
+from lmdist.storage.reading import MAX_JSON_BYTES, read_json, write_json
 from lmdist.storage.schema import check_schema, check_version
 
 FORMAT = "lmdist data"
 VERSION = 1
 
-META, VOCABULARY, TEXT = "meta.json", "vocab.txt", "text.json"
+META, VOCABULARY, TEXT, BLOCKS = "meta.json", "vocab.txt", "text.json", "blocks.json"
+TOKEN_FILES = "*.bin"
+BLOCK_SUMS = "crc32_of_each_mebibyte"
+"""The key of blocks.json: by token file, eight hexadecimal digits a block."""
 
 Dtype = Literal["uint16", "uint32"]
 """The type of the ids in a token file, little-endian."""
@@ -70,11 +85,17 @@ def write_meta(
     settings: PrepareSettings,
     skipped: Mapping[str, int],
     sources: Iterable[tuple[Path, int]],
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write meta.json beside the other files of a data folder, which must all be there; return its content.
+    """Write blocks.json and meta.json beside the other files of a data folder, which must all be there; return meta.json.
 
-    `sources` are the files that were read, and their sizes in bytes.
+    `sources` are the files that were read, and their sizes in bytes; `more` are further entries.
     """
+    files = checksums(folder)
+    # A file of its own, because each checkpoint has a copy of meta.json; and not among the files there, which say whether two
+    # data folders hold the same.
+    sums = {file.name: block_checksums(file) for file in sorted(folder.glob(TOKEN_FILES))}
+    write_json(folder / BLOCKS, {BLOCK_SUMS: sums})
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -86,7 +107,9 @@ def write_meta(
         "text": dataclasses.asdict(settings.text),
         "prepare": dataclasses.asdict(settings),
         "sources": [{"name": str(file), "bytes": size} for file, size in sources],
-        "files": checksums(folder),
+        **(more or {}),
+        "files": files,
+        "blocks": facts_of(folder / BLOCKS),
     }
     write_json(folder / META, meta)
     return meta
@@ -94,11 +117,41 @@ def write_meta(
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """Read meta.json, which has at least the keys of `Meta`; raise MissingInputError or DataError, each naming the file."""
-    path = folder / META
-    meta = read_json(path)
+    return check_meta(read_json(folder / META), folder / META)
+
+
+def check_meta(meta: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what was read from a meta.json, which has at least the keys of `Meta`; raise DataError, naming the file."""
     check_version(meta, (FORMAT, VERSION), path)
     check_schema(meta, Meta, path)
-    check_names(folder, meta["files"])
+    check_names(path.parent, meta["files"])
     if not all(split in SPLITS and token_file(split) in meta["files"] for split in meta["splits"]):
         raise DataError(f"{path} is damaged: its splits are not its files")
     return meta
+
+
+def read_block_sums(folder: HeldFolder, meta: dict[str, Any]) -> dict[str, list[int]]:
+    """Return the CRC-32 of each block of each token file, by name; none for a folder of before there were any.
+
+    Raise DataError where they are damaged.
+    """
+    if "blocks" not in meta:
+        return {}
+    path = folder.path / BLOCKS
+    check_schema(meta, {"blocks": FileFacts}, folder.path / META)
+    verify_sizes(folder, {BLOCKS: meta["blocks"]})
+    folder.read(BLOCKS, MAX_JSON_BYTES)
+    verify_checksums(folder, {BLOCKS: meta["blocks"]})
+    value = folder.read_json(BLOCKS)
+    check_schema(value, {BLOCK_SUMS: dict[str, str]}, path)
+    try:
+        sums = {
+            name: [number for (number,) in struct.iter_unpack(">I", bytes.fromhex(digits))]
+            for name, digits in value[BLOCK_SUMS].items()
+        }
+    except (ValueError, struct.error) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    for name in meta["files"]:
+        if fnmatch(name, TOKEN_FILES) and name not in sums:
+            raise DataError(f"{path} is damaged: it has no sums of {name}")
+    return sums

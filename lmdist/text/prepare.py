@@ -7,6 +7,7 @@ and the order of the work. This module does not know about models. Its imports a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections import Counter
@@ -21,9 +22,12 @@ from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder, check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, TEXT, VOCABULARY, token_file, write_meta
+from lmdist.text.given_vocabulary import GivenVocabulary
 from lmdist.text.tokenizer import WordTokenizer, lacks_spaces
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lmdist.text.corpus import Corpus
     from lmdist.text.documents import Documents
     from lmdist.text.vocabulary import Vocabulary
@@ -42,6 +46,8 @@ SECONDS_BETWEEN_LINES = 5.0
 def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False, flag: str = "-o") -> None:
     """Write the data folder `output`, which `flag` names, atomically."""
     check_output(output, flag, overwrite=overwrite)
+    base = GivenVocabulary.load(Path(settings.vocabulary)) if settings.vocabulary else None
+    settings = base.settings(settings) if base else settings
     try:
         sources = documents_of(settings, output)
         files = [file for documents in sources.values() for file in documents.files]
@@ -49,7 +55,7 @@ def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False,
         for documents in sources.values():
             documents.check()
         with atomic_folder(output, replace=overwrite) as folder:
-            meta = write_data_folder(folder, settings, sources)
+            meta = write_data_folder(folder, settings, sources, base)
     except MissingInputError:
         raise
     except OSError as error:
@@ -98,14 +104,18 @@ def demo_csv(folder: Path) -> Path:
     return path
 
 
-def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources) -> dict[str, Any]:
-    """Write the files of a data folder; return the content of meta.json."""
+def write_data_folder(
+    folder: Path, settings: PrepareSettings, sources: Sources, base: GivenVocabulary | None = None
+) -> dict[str, Any]:
+    """Write the files of a data folder, its words those of the `base` if there is one; return the content of meta.json."""
     from lmdist.text.corpus import Corpus
     from lmdist.text.sources import size_of
 
-    if settings.text.needs_sentences:
-        log("learning where sentences end")
-    tokenizer = WordTokenizer.train(settings.text, (document.text for document in next(iter(sources.values()))))
+    tokenizer = base.tokenizer if base else None
+    if tokenizer is None:
+        if settings.text.needs_sentences:
+            log("learning where sentences end")
+        tokenizer = WordTokenizer.train(settings.text, (document.text for document in next(iter(sources.values()))))
     tokenizer.save(folder / TEXT)
 
     corpus = Corpus(folder / "tokens.tmp", settings.seed)
@@ -117,15 +127,14 @@ def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources)
         splits = corpus.split_by_key(settings.valid_fraction, settings.test_fraction, advice)
 
     log("building the vocabulary and the token files")
-    own_unknown = settings.unknown == "file"
-    min_count = 1 if own_unknown else settings.min_count
-    vocabulary = corpus.vocabulary(splits, min_count, settings.vocabulary_size, own_unknown=own_unknown)
-    advice = advice_on(settings, corpus, vocabulary)
-    if len(vocabulary) < 3:
-        advice = advice or "take more text, or a lower --min-count"
-        raise DataError(f"no word occurs {min_count} times in the text to train on: {advice}")
-    if advice:
-        log(f"note: {advice}")
+    more: dict[str, Any] = {"text": dataclasses.asdict(tokenizer.settings)}
+    if base is None:
+        vocabulary = own_vocabulary(settings, corpus, splits)
+    else:
+        all_words, frequent = (corpus.vocabulary(splits, count, 0, own_unknown=False) for count in (1, settings.min_count))
+        vocabulary, more["vocabulary"] = base.applied(
+            all_words, frequent if settings.extend else None, settings.vocabulary_size
+        )
     vocabulary.save(folder / VOCABULARY)
     facts = {
         split: corpus.write(folder / token_file(split), splits == index, vocabulary)
@@ -137,7 +146,21 @@ def write_data_folder(folder: Path, settings: PrepareSettings, sources: Sources)
             raise DataError(f"{', '.join(settings.files(split))} has no text for {split}")
     corpus.temporary_file.unlink()
     files = [(file, size_of(file)) for documents in sources.values() for file in documents.files]
-    return write_meta(folder, len(vocabulary), facts, settings, skipped(corpus, sources), files)
+    return write_meta(folder, len(vocabulary), facts, settings, skipped(corpus, sources), files, more)
+
+
+def own_vocabulary(settings: PrepareSettings, corpus: Corpus, splits: np.ndarray) -> Vocabulary:
+    """Return the words of the train split that the settings keep; raise DataError where there are none."""
+    own_unknown = settings.unknown == "file"
+    min_count = 1 if own_unknown else settings.min_count
+    vocabulary = corpus.vocabulary(splits, min_count, settings.vocabulary_size, own_unknown=own_unknown)
+    advice = advice_on(settings, corpus, vocabulary)
+    if len(vocabulary) < 3:
+        advice = advice or "take more text, or a lower --min-count"
+        raise DataError(f"no word occurs {min_count} times in the text to train on: {advice}")
+    if advice:
+        log(f"note: {advice}")
+    return vocabulary
 
 
 def advice_on(settings: PrepareSettings, corpus: Corpus, vocabulary: Vocabulary) -> str:
@@ -208,6 +231,11 @@ def summary(meta: Mapping[str, Any], output: Path) -> str:
         for split, facts in meta["splits"].items()
     ]
     lines.append(f"vocabulary: {meta['vocabulary_size']:,} words, including <unk> and <eos>")
+    if given := meta.get("vocabulary"):
+        lines.append(
+            f"  {given['words']:,} are those of {given['from']}, which has {given['shared']:,} words of this text; "
+            f"{given['new']:,} of it are new, {given['dropped']:,} became <unk>"
+        )
     if meta["skipped"]:
         lines.append("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items()))
     lines.append(f"written to {output}")
@@ -256,6 +284,10 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
     values |= flags
     if values.get("unknown") == "file" and values.get("min_count", 1) > 1:
         raise UsageError("min_count creates unknown words, and unknown is file: give one or the other")
+    if values.get("vocabulary"):
+        if "min_count" in values and not values.get("extend"):
+            raise UsageError("min_count is of new words, and vocabulary takes none without extend: give extend as well")
+        GivenVocabulary.load(Path(values["vocabulary"])).check(values)
     return PrepareSettings(**values)
 
 

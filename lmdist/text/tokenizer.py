@@ -28,7 +28,7 @@ from typing import Any, TypedDict
 from lmdist.console import log
 from lmdist.errors import DataError
 from lmdist.settings import TextSettings
-from lmdist.storage.reading import read_json, write_json
+from lmdist.storage.reading import MAX_JSON_BYTES, parse_json, read_bytes, write_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text import detokenizer
 from lmdist.text.markup import text_of_html
@@ -117,7 +117,12 @@ class WordTokenizer:
     @classmethod
     def load(cls, path: Path) -> WordTokenizer:
         """Read text.json; raise MissingInputError or DataError, each naming the file."""
-        value = read_json(path)
+        return cls.parse(read_bytes(path, MAX_JSON_BYTES), path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> WordTokenizer:
+        """Return the tokenizer that was read from `path`, as `load` does."""
+        value = parse_json(content, path)
         check_version(value, (FORMAT, VERSION), path)
         check_schema(value, SAVED, path)
         settings = dataclass_from_json(TextSettings, {"rules": FIRST_RULES, **value["settings"]}, path, "settings")

@@ -75,7 +75,11 @@ class Vocabulary:
 
         There must be as many words as `expected` by their `owner`: lines are counted before memory is allocated for words.
         """
-        content = read_bytes(path, MAX_BYTES)
+        return cls.parse(read_bytes(path, MAX_BYTES), path, expected, owner)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path, expected: int | None = None, owner: str = "") -> Vocabulary:
+        """Return the vocabulary that was read from `path`, as `load` does."""
         lines = content.count(b"\n") + (not content.endswith(b"\n"))
         if expected not in (None, lines):
             raise DataError(f"{path.parent}: {path.name} has {lines} words, {owner} {expected}")

@@ -1,7 +1,7 @@
 """From a token file to this rank's part of global batch number s.
 
 A batch is a pure function of (seed, s): the position in the data is one integer, whatever the number of ranks. Windows are
-cut from the memory-mapped file when they are needed, and never written.
+read from the token files when they are needed, and never written.
 
 streams (G = 3, window = 4): the file is cut into G contiguous streams, read side by side, the LSTM's state carried from
 batch to batch. Each token is predicted once per epoch, the first one of the file from an end mark.
@@ -25,8 +25,6 @@ Shapes: G global batch size, B batch size of this rank, T tokens. This module kn
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +35,13 @@ from torch import Tensor
 from lmdist.errors import DataError, MissingInputError
 from lmdist.model.loss import IGNORED
 from lmdist.settings import DataSettings
-from lmdist.storage.checksums import verify_checksums
-from lmdist.storage.reading import check_folder, file_size
-from lmdist.text.data_folder import TEXT, VOCABULARY, read_meta, token_file
+from lmdist.storage.checksums import verify_checksums, verify_sizes
+from lmdist.storage.held import HeldFolder, read_held
+from lmdist.storage.reading import MAX_JSON_BYTES
+from lmdist.text.data_folder import META, TEXT, VOCABULARY, check_meta, read_block_sums, token_file
+from lmdist.text.token_files import TokenFile, Tokens
 from lmdist.text.tokenizer import WordTokenizer
-from lmdist.text.vocabulary import END_ID, Vocabulary
+from lmdist.text.vocabulary import END_ID, MAX_BYTES, Vocabulary
 
 
 class Batch(NamedTuple):
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
 
 
 class DataFolder:
-    """A data folder: its meta.json, tokenizer and vocabulary, and its token files as memory-mapped arrays.
+    """A data folder: its meta.json, tokenizer and vocabulary, and its token files, of which batches are read.
 
     All of it is read or held open from the start: a job goes on, and saves checkpoints of the words it began with, when the
     folder is removed or another one is put in its place.
@@ -73,20 +73,26 @@ class DataFolder:
 
     def __init__(self, path: Path) -> None:
         """Read all but the token files."""
-        check_folder(path, f"a data folder is expected: lmdist-prepare YOUR.csv -o {path} writes it")
         self.path = path
-        self.meta = read_meta(path)
-        files, names = self.meta["files"], (VOCABULARY, TEXT)
-        verify_checksums(path, {name: files[name] for name in names if name in files}, names)
-        self.tokenizer = WordTokenizer.load(path / TEXT)
-        self.vocabulary = Vocabulary.load(path / VOCABULARY, self.meta["vocabulary_size"], "meta.json")
-        self.contents = {name: (path / name).read_bytes() for name in names}
+        self.in_use: list[TokenFile] = []
+        """The token files that are open."""
+        read_held(path, self.open, f"a data folder is expected: lmdist-prepare YOUR.csv -o {path} writes it")
+
+    def open(self, files: HeldFolder) -> None:
+        """Read and check all but the token files."""
+        self.files = files
+        self.meta = check_meta(files.read_json(META), self.path / META)
+        names = VOCABULARY, TEXT
+        listed = {name: self.meta["files"][name] for name in names if name in self.meta["files"]}
+        verify_sizes(files, listed, names)
+        self.contents = {VOCABULARY: files.read(VOCABULARY, MAX_BYTES), TEXT: files.read(TEXT, MAX_JSON_BYTES)}
         """The vocabulary's and the tokenizer's files."""
-        for name, content in self.contents.items():
-            if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
-                raise DataError(f"{path / name} was changed while it was read: wait until the folder is complete")
-        self.in_use: dict[str, tuple[np.ndarray, os.stat_result]] = {}
-        """The token files that are mapped, and what they were then, by name."""
+        verify_checksums(files, listed, names)
+        self.tokenizer = WordTokenizer.parse(self.contents[TEXT], self.path / TEXT)
+        self.vocabulary = Vocabulary.parse(
+            self.contents[VOCABULARY], self.path / VOCABULARY, self.meta["vocabulary_size"], "meta.json"
+        )
+        self.block_sums = read_block_sums(files, self.meta)
 
     @property
     def vocabulary_size(self) -> int:
@@ -102,51 +108,22 @@ class DataFolder:
         if self.meta["files"][VOCABULARY]["sha256"] != manifest["files"][VOCABULARY]["sha256"]:
             raise DataError(f"{self.path} has another vocabulary than the model: name the model's own folder by --data FOLDER")
 
-    def tokens(self, split: str) -> np.ndarray:
-        """Return the tokens of a split, (N,) uint16 or uint32, memory-mapped."""
+    def tokens(self, split: str) -> Tokens:
+        """Return the tokens of a split; raise MissingInputError, or DataError where it cannot be read."""
         if not self.has(split):
             raise MissingInputError(f"{self.path} has no {split} split; it has {', '.join(self.meta['splits'])}")
-        path = self.path / token_file(split)
-        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        expected, size = self.meta["splits"][split]["tokens"], file_size(path)
-        if size != expected * dtype.itemsize:
-            raise DataError(f"{path} has {size} bytes; {expected} tokens of {dtype.itemsize} are expected")
-        if not size:
-            raise DataError(f"{path} is empty: prepare the folder anew from more text")
-        try:
-            with path.open("rb") as file:
-                tokens = np.memmap(file, dtype=dtype, mode="r")
-                self.in_use[path.name] = tokens, os.fstat(file.fileno())
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
-        # This reads the whole file, which then is in the page cache for the first epoch. Without the check an id outside the
-        # vocabulary ends a job on a GPU hours later, by an error that does not name the file.
-        largest = int(tokens.max())
-        if largest >= self.vocabulary_size:
-            raise DataError(
-                f"{path} is damaged: it has a token {largest}, and the vocabulary ends at {self.vocabulary_size - 1}"
-            )
-        return tokens
+        name, count = token_file(split), self.meta["splits"][split]["tokens"]
+        sums = self.block_sums.get(name)
+        file = TokenFile(self.files, name, self.meta["dtype"], count, self.vocabulary_size, sums)
+        if not count:
+            raise DataError(f"{file.path} is empty: prepare the folder anew from more text")
+        self.in_use.append(file)
+        return Tokens([file])
 
     def check_unchanged(self) -> None:
-        """Raise DataError if a token file in use was written to since it was mapped: batches would come from another text.
-
-        One that was removed, or replaced by another file, is still what it was to this process.
-        """
-        for name, (tokens, before) in self.in_use.items():
-            try:
-                now = os.stat(self.path / name)
-            except OSError:
-                continue
-            if (now.st_dev, now.st_ino) != (before.st_dev, before.st_ino) or now.st_mtime_ns == before.st_mtime_ns:
-                continue
-            expected = self.meta["files"][name]["sha256"]
-            if now.st_size != before.st_size or hashlib.sha256(tokens.view(np.uint8).data).hexdigest() != expected:
-                raise DataError(
-                    f"{self.path / name} was overwritten while the job read it, and nothing is saved since: prepare other text "
-                    "into another folder, and this one anew to continue"
-                )
-            self.in_use[name] = tokens, now
+        """Raise DataError if a token file in use was written to since it was opened: batches would come from another text."""
+        for file in self.in_use:
+            file.check_unchanged(self.meta["files"][file.name]["sha256"])
 
 
 def folder_of_model(manifest: dict[str, Any], given: Path | None, otherwise: str = "") -> DataFolder:
@@ -168,7 +145,7 @@ def folder_of_model(manifest: dict[str, Any], given: Path | None, otherwise: str
 class Streams:
     """Global batches of G contiguous streams whose state is carried on."""
 
-    def __init__(self, tokens: np.ndarray, global_batch: int, window: int) -> None:
+    def __init__(self, tokens: Tokens | np.ndarray, global_batch: int, window: int) -> None:
         self.tokens = tokens
         self.window = window
         # Stream g is tokens[bounds[g]:bounds[g + 1]]; the lengths differ by one at most.
@@ -188,7 +165,7 @@ class Streams:
 class Windows:
     """Global batches of G independent windows, shuffled by a permutation that takes no memory."""
 
-    def __init__(self, tokens: np.ndarray, global_batch: int, window: int, stride: int, seed: int) -> None:
+    def __init__(self, tokens: Tokens | np.ndarray, global_batch: int, window: int, stride: int, seed: int) -> None:
         self.tokens = tokens
         self.global_batch = global_batch
         self.window = window
@@ -208,15 +185,28 @@ class Windows:
         return batch_of(self.tokens, starts, ends, self.window - 1, part, state_reset=True)
 
 
-def batch_of(tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, length: int, part: slice, *, state_reset: bool) -> Batch:
+def batch_of(
+    tokens: Tokens | np.ndarray, starts: np.ndarray, ends: np.ndarray, length: int, part: slice, *, state_reset: bool
+) -> Batch:
     """Return the sequences `part` of a global batch whose sequence g predicts tokens[starts[g]:ends[g]], `length` at most."""
     num_tokens = int(np.clip(ends - starts, 0, length).sum())
-    starts, ends = starts[part, None], ends[part, None]  # (B, 1)
-    positions = starts + np.arange(-1, length)  # (B, T + 1): from one token before the first that is predicted
-    ids = np.take(tokens, positions, mode="clip").astype(np.int64)  # (B, T + 1)
-    ids[positions < 0] = END_ID  # a file begins as if a document had just ended
-    targets = np.where(positions[:, 1:] < ends, ids[:, 1:], IGNORED)  # (B, T)
+    starts, ends = starts[part], ends[part]  # (B)
+    ids = np.empty((len(starts), length + 1), np.int64)
+    for row, start in zip(ids, starts.tolist(), strict=True):
+        copy_row(tokens, start - 1, row)  # from one token before the first that is predicted
+    predicted = starts[:, None] + np.arange(length) < ends[:, None]  # (B, T)
+    targets = np.where(predicted, ids[:, 1:], IGNORED)  # (B, T)
     return Batch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets), num_tokens, state_reset)
+
+
+def copy_row(tokens: Tokens | np.ndarray, start: int, row: np.ndarray) -> None:
+    """Fill a row with the tokens from `start` on; an end mark is before the first one, and the last one is repeated."""
+    start = min(start, len(tokens) - 1)
+    before = max(0, -start)
+    found = tokens[start + before : start + len(row)]
+    row[:before] = END_ID  # a file begins as if a document had just ended
+    row[before : before + len(found)] = found
+    row[before + len(found) :] = found[-1]
 
 
 def permute(index: np.ndarray, size: int, key: tuple[int, int]) -> np.ndarray:

@@ -25,6 +25,7 @@ from lmdist.bounds import between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
+from lmdist.cpus import limit_threads
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.perplexity import perplexity
 
@@ -36,16 +37,20 @@ if TYPE_CHECKING:
     from lmdist.settings import ReadSettings
     from lmdist.signals import StopRequest
     from lmdist.text.corpus import FoundIds
+    from lmdist.text.token_files import Tokens
+    from lmdist.training.checkpoints.read import Checkpoint
     from lmdist.training.distributed import World
     from lmdist.training.metrics import NatsTotal
 
 COMMAND = "lmdist-evaluate"
 TUNING_TOKENS = 500_000
 """Of the valid split, at most, for the two numbers of a cache."""
+COUNTED_AT_ONCE = 1 << 20
+"""Tokens: a training text may be larger than the memory."""
 
 
 def evaluate(
-    model: LanguageModel, tokens: np.ndarray, streams: int, window: int, world: World, stop: StopRequest | None = None
+    model: LanguageModel, tokens: Tokens | np.ndarray, streams: int, window: int, world: World, stop: StopRequest | None = None
 ) -> NatsTotal:
     """Return the summed nats of `tokens`, read as `streams` streams divided over the ranks; a `stop` request cuts it short."""
     import torch
@@ -73,13 +78,23 @@ def evaluate(
     return nats
 
 
-def unigram_nats(train: np.ndarray, tokens: np.ndarray, vocabulary_size: int) -> float:
+def unigram_nats(train: Tokens | np.ndarray, tokens: Tokens | np.ndarray, vocabulary_size: int) -> float:
     """Return nats per token of the unigram model of `train`, with add-one smoothing."""
     import numpy as np
 
-    counts = np.bincount(train, minlength=vocabulary_size) + 1
+    counts = counts_of(train, vocabulary_size) + 1
     nats = -np.log(counts / counts.sum())
-    return float(nats @ np.bincount(tokens, minlength=vocabulary_size) / len(tokens))
+    return float(nats @ counts_of(tokens, vocabulary_size) / len(tokens))
+
+
+def counts_of(tokens: Tokens | np.ndarray, vocabulary_size: int) -> np.ndarray:
+    """Return how often each token of the vocabulary occurs, (V) int64."""
+    import numpy as np
+
+    counts = np.zeros(vocabulary_size, np.int64)
+    for start in range(0, len(tokens), COUNTED_AT_ONCE):
+        counts += np.bincount(tokens[start : start + COUNTED_AT_ONCE], minlength=vocabulary_size)
+    return counts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -125,13 +140,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError("--file takes the place of --split and --data: give one or the other")
         check("--streams", arguments.streams, between(1, 1_000_000))
         read_settings(arguments)
-        result = measure(arguments)
+        limit_threads()
+        result, checkpoint, meta = measure(arguments)
         if arguments.json:
             sys.stdout.write(json.dumps(result) + "\n")
         else:
             sys.stdout.write(table({key.replace("_", " "): printed(value) for key, value in result.items()}, width=22))
         sys.stdout.flush()
-        add_to_run(arguments, result)
+        if checkpoint and meta:
+            add_to_run(arguments, result, checkpoint, meta)
 
 
 def printed(value: Any) -> str:
@@ -152,19 +169,15 @@ def read_settings(arguments: argparse.Namespace) -> ReadSettings:
     return ReadSettings(**given)
 
 
-def read_file(checkpoint: Path, file: str, settings: ReadSettings) -> FoundIds:
+def read_file(checkpoint: Checkpoint, file: str, settings: ReadSettings) -> FoundIds:
     """Return what lmdist-prepare would make of a file, with the tokenizer and the vocabulary of a checkpoint."""
     from lmdist.text.corpus import find_ids
-    from lmdist.text.data_folder import TEXT, VOCABULARY
     from lmdist.text.documents import Documents, find_files
     from lmdist.text.sources import ReadOptions
-    from lmdist.text.tokenizer import WordTokenizer
-    from lmdist.text.vocabulary import Vocabulary
 
-    tokenizer = WordTokenizer.load(checkpoint / TEXT)
-    documents = Documents(find_files([file]), ReadOptions.of(settings, tokenizer.settings))
+    documents = Documents(find_files([file]), ReadOptions.of(settings, checkpoint.tokenizer.settings))
     documents.check()
-    found = find_ids(documents, tokenizer, Vocabulary.load(checkpoint / VOCABULARY))
+    found = find_ids(documents, checkpoint.tokenizer, checkpoint.vocabulary)
     documents.check_losses()
     for note in documents.notes:
         log(f"note: {note}", COMMAND)
@@ -175,17 +188,19 @@ class Texts(NamedTuple):
     """The text that is measured, and what belongs to it."""
 
     name: str
-    tokens: np.ndarray
+    tokens: Tokens | np.ndarray
     """(N)"""
     valid: np.ndarray | None
     """What a cache is tuned on, if there is to be one."""
-    train: np.ndarray | None
+    train: Tokens | None
     """What a unigram model is counted from, if the text is a split beside it."""
     figures: dict[str, Any]
     """What else there is to say of a file."""
+    meta: dict[str, Any] | None
+    """The meta.json of the data folder that the text is a split of."""
 
 
-def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[str, Any]) -> Texts:
+def read_texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Texts:
     """Return the texts that the command line names, as ids of the checkpoint's vocabulary."""
     from lmdist.training.data import folder_of_model
 
@@ -195,13 +210,13 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[s
         found = read_file(checkpoint, arguments.file, read_settings(arguments))
         tokens, figures = found.tokens, {"documents": found.documents, "skipped": found.skipped}
         if not arguments.cache:
-            return Texts(arguments.file, tokens, None, None, figures)
-    folder = folder_of_model(manifest, arguments.data, "" if arguments.cache else ", or a text by --file")
+            return Texts(arguments.file, tokens, None, None, figures, None)
+    folder = folder_of_model(checkpoint.manifest, arguments.data, "" if arguments.cache else ", or a text by --file")
     if arguments.cache and not folder.has("valid"):
         raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
     valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
     if tokens is not None:
-        return Texts(arguments.file, tokens, valid, None, figures)
+        return Texts(arguments.file, tokens, valid, None, figures, None)
     name = arguments.split or "test"
     if not folder.has(name):
         raise MissingInputError(
@@ -209,45 +224,49 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Path, manifest: dict[s
         )
     if arguments.cache and name == "valid":
         log("warning: valid is the split that the cache is tuned on; --split test gives a figure to report", COMMAND)
-    return Texts(name, folder.tokens(name), valid, folder.tokens("train") if folder.has("train") else None, {})
+    train = folder.tokens("train") if folder.has("train") else None
+    return Texts(name, folder.tokens(name), valid, train, {}, folder.meta)
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of a model, or of an ensemble, on a text."""
-    from lmdist.training.checkpoints.read import load_model
+def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint | None, dict[str, Any] | None]:
+    """Return the figures of a model, or of an ensemble, on a text; the checkpoint, of one model; and `Texts.meta`."""
+    from lmdist.training.checkpoints.read import open_checkpoint
     from lmdist.training.checkpoints.retain import find_checkpoint
     from lmdist.training.distributed import World, choose_device
     from lmdist.training.neural_cache import WINDOW
 
-    paths = [find_checkpoint(path) for path in arguments.checkpoints]
-    model, manifest = load_model(paths[0])
-    check_same_vocabulary(paths, manifest)
+    checkpoints = [open_checkpoint(find_checkpoint(path)) for path in arguments.checkpoints]
+    model = checkpoints[0].model()
+    check_same_vocabulary(checkpoints)
     world = World(0, 1, choose_device(arguments.device))  # whatever WORLD_SIZE says, as in the pod of a training job
-    texts = read_texts(arguments, paths[0], manifest)
+    texts = read_texts(arguments, checkpoints[0])
     for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
         if tokens is not None and len(tokens) < arguments.streams:
             raise DataError(f"{name} has {len(tokens)} tokens; at least {arguments.streams} are needed")
     start_time = time.perf_counter()
     figures: dict[str, Any] = {}
-    if len(paths) == 1 and texts.valid is None:
+    if len(checkpoints) == 1 and texts.valid is None:
         nats = evaluate(model.to(world.device), texts.tokens, arguments.streams, WINDOW, world).mean()
     else:
-        loaded = chain([(model, manifest)], map(load_model, paths[1:]))
-        nats, figures = combined(list(measure_members(zip(paths, loaded, strict=True), texts, arguments, world)))
+        models = chain([model], (checkpoint.model() for checkpoint in checkpoints[1:]))
+        nats, figures = combined(list(measure_members(zip(checkpoints, models, strict=True), texts, arguments, world)))
     seconds = time.perf_counter() - start_time
     if not math.isfinite(nats):
-        raise DataError(f"{paths[0]}: the loss on {texts.name} is {nats}, so its weights are too large for a trained model")
-    return result_of(paths, texts, nats, figures, model.vocabulary_size, seconds)
+        raise DataError(
+            f"{checkpoints[0].path}: the loss on {texts.name} is {nats}, so its weights are too large for a trained model"
+        )
+    paths = [checkpoint.path for checkpoint in checkpoints]
+    result = result_of(paths, texts, nats, figures, model.vocabulary_size, seconds)
+    return result, checkpoints[0] if len(checkpoints) == 1 else None, texts.meta
 
 
 def result_of(
     paths: Sequence[Path], texts: Texts, nats: float, figures: dict[str, Any], vocabulary_size: int, seconds: float
 ) -> dict[str, Any]:
     """Return all that is printed: of the models at `paths`, which have `nats` per token and the `figures` of `combined`."""
-    import numpy as np
-
     from lmdist.text.vocabulary import UNKNOWN_ID
 
+    num_unknown = counts_of(texts.tokens, vocabulary_size)[UNKNOWN_ID]
     num_read = len(texts.tokens) + (0 if texts.valid is None else len(texts.valid))
     result: dict[str, Any] = {
         **({"checkpoint": str(paths[0])} if len(paths) == 1 else {"checkpoints": [*map(str, paths)]}),
@@ -257,7 +276,7 @@ def result_of(
         **figures,
         **texts.figures,
         "words": len(texts.tokens),
-        "unknown_rate": float(np.mean(texts.tokens == UNKNOWN_ID)),
+        "unknown_rate": float(num_unknown / len(texts.tokens)),
         "vocabulary": vocabulary_size,
         "tokens_per_second": len(paths) * num_read / seconds,
     }
@@ -266,19 +285,13 @@ def result_of(
     return result
 
 
-def add_to_run(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Add the figures of one model on the test split of its own data to its run, and so to MLflow."""
-    from lmdist.text.data_folder import read_meta
+def add_to_run(arguments: argparse.Namespace, result: dict[str, Any], checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
+    """Add the figures of one model on the test split of its own data to its run, and so to MLflow; `meta` is of the data."""
     from lmdist.tracking.figures import add_figures
-    from lmdist.training.checkpoints.read import read_manifest
     from lmdist.training.checkpoints.retain import run_of
 
-    if arguments.file is not None or result["text"] != "test" or "checkpoint" not in result:
-        return
-    checkpoint = Path(result["checkpoint"])
-    manifest = read_manifest(checkpoint)
-    meta = read_meta(arguments.data or Path(manifest["recipe"]["data"]["folder"]))
-    if (run := run_of(checkpoint)) and meta["files"] == manifest["data"]["files"]:
+    manifest = checkpoint.manifest
+    if result["text"] == "test" and (run := run_of(checkpoint.path)) and meta["files"] == manifest["data"]["files"]:
         static = result.get("perplexity_without_cache", result["perplexity"])
         cached = {"perplexity_with_cache": result["perplexity"]} if "cache" in result else {}
         # A figure of many streams is a little worse than the exact one of a single stream: the row says which it is.
@@ -299,38 +312,40 @@ class Member(NamedTuple):
     cache: NeuralCache | None
 
 
-def check_same_vocabulary(paths: Sequence[Path], manifest: dict[str, Any]) -> None:
-    """Raise DataError unless all checkpoints have the words and ids of the first, whose manifest is given."""
+def check_same_vocabulary(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise DataError unless all checkpoints have the words and ids of the first."""
     from lmdist.text.data_folder import VOCABULARY
-    from lmdist.training.checkpoints.read import read_manifest
 
-    for path in paths[1:]:
-        if read_manifest(path)["files"][VOCABULARY]["sha256"] != manifest["files"][VOCABULARY]["sha256"]:
-            raise DataError(f"{path} has another vocabulary than {paths[0]}: the models of an ensemble need the same one")
+    first, *others = checkpoints
+    for other in others:
+        if other.contents[VOCABULARY] != first.contents[VOCABULARY]:
+            raise DataError(
+                f"{other.path} has another vocabulary than {first.path}: the models of an ensemble need the same one"
+            )
 
 
 def measure_members(
-    models: Iterable[tuple[Path, tuple[LanguageModel, dict[str, Any]]]],
+    models: Iterable[tuple[Checkpoint, LanguageModel]],
     texts: Texts,
     arguments: argparse.Namespace,
     world: World,
 ) -> Iterator[Member]:
     """Yield what each model predicts of each token, a model at a time; with a `valid` text its cache is tuned and saved.
 
-    The models are given as their paths and what `load_model` returns.
+    The models are given with the checkpoints that they are of.
     """
     from lmdist.training.neural_cache import mixed, token_log_probabilities, tune
 
     tokens = texts.tokens
-    for path, (model, manifest) in models:
+    for checkpoint, model in models:
         model.to(world.device)
         if texts.valid is None:
             static, _ = token_log_probabilities(model, tokens, arguments.streams, world.device)
             yield Member(-float(static.mean()), static, None)
             continue
-        log(f"{path}: tuning a cache of {arguments.cache:,} tokens on valid", COMMAND)
+        log(f"{checkpoint.path}: tuning a cache of {arguments.cache:,} tokens on valid", COMMAND)
         cache = tune(model, texts.valid, arguments.streams, world.device, arguments.cache)
-        save_tuned(path, manifest, cache)
+        save_tuned(checkpoint, cache)
         static, cached = token_log_probabilities(model, tokens, arguments.streams, world.device, cache.size, [cache.theta])
         yield Member(-float(static.mean()), mixed(static, cached[0], cache.weight), cache)
 
@@ -354,14 +369,14 @@ def combined(members: Sequence[Member]) -> tuple[float, dict[str, Any]]:
     return nats, {name: values if len(members) > 1 else values[0] for name, values in figures.items()}
 
 
-def save_tuned(path: Path, manifest: dict[str, Any], cache: NeuralCache) -> None:
+def save_tuned(checkpoint: Checkpoint, cache: NeuralCache) -> None:
     """Write the parameters of a cache into the run of a checkpoint; log where that is not possible."""
     from lmdist.training.checkpoints.read import parameters_file
     from lmdist.training.checkpoints.retain import run_of
 
-    run = run_of(path)
+    run, manifest = run_of(checkpoint.path), checkpoint.manifest
     if run is None:
-        log(f"{path} is not in the folder of a run, so theta and weight are not saved", COMMAND)
+        log(f"{checkpoint.path} is not in the folder of a run, so theta and weight are not saved", COMMAND)
         return
     try:
         write_tuned(run, manifest["files"][parameters_file(manifest)]["sha256"], cache)

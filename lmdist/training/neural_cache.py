@@ -24,6 +24,7 @@ from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED
+from lmdist.text.token_files import Tokens
 from lmdist.training.data import Streams
 
 WINDOW = 256
@@ -67,7 +68,12 @@ class Memory:
 
 @torch.no_grad()
 def token_log_probabilities(
-    model: LanguageModel, tokens: np.ndarray, streams: int, device: torch.device, size: int = 0, thetas: Sequence[float] = ()
+    model: LanguageModel,
+    tokens: Tokens | np.ndarray,
+    streams: int,
+    device: torch.device,
+    size: int = 0,
+    thetas: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return log p of each token by the model (N) and by its cache of `size` tokens for each theta (K, N), in fp64.
 

@@ -12,28 +12,26 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lmdist import config
 from lmdist.console import unused
-from lmdist.errors import UsageError
+from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import Recipe
 from lmdist.text.data_folder import VOCABULARY, token_file
+from lmdist.text.token_files import Tokens
 from lmdist.tracking.run_folder import CHECKPOINTS
 from lmdist.training.agreement import check_agreement
 from lmdist.training.averaging import Averaging
-from lmdist.training.checkpoints.format import AVERAGED, Progress
-from lmdist.training.checkpoints.read import load_parameters, load_training, read_verified_manifest
+from lmdist.training.checkpoints.format import AVERAGED, Progress, own_checksum
+from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint
 from lmdist.training.checkpoints.retain import newest_verified, remove_unfinished
 from lmdist.training.data import DataFolder, Streams, Windows, training_batches
 from lmdist.training.distributed import World
+from lmdist.training.starting_point import start
 from lmdist.training.step import TrainingStep
-
-Checkpoint = tuple[Path, dict[str, Any]]
-"""A checkpoint's folder and its manifest."""
 
 
 @dataclasses.dataclass
@@ -45,8 +43,8 @@ class Run:
     world: World
     folder: DataFolder
     batches: Streams | Windows
-    validation: np.ndarray | None
-    """The tokens of the valid split, (N,)."""
+    validation: Tokens | None
+    """The tokens of the valid split."""
     model: LanguageModel
     training_step: TrainingStep
     averaging: Averaging
@@ -110,10 +108,12 @@ def set_up(recipe: Recipe, world: World) -> Run:
 
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
+    # Rank 0 alone reads what the run starts from: TrainingStep gives its parameters to the others.
+    begun = Progress(started_from=None if newest or not world.is_main else start(model, recipe, folder))
     training_step = TrainingStep(recipe, model, precision, world)
     hints = changed_settings(newest, recipe) if newest else []
     hints += configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
-    progress = Progress() if newest is None else restore(newest, recipe, training_step)
+    progress = begun if newest is None else restore(newest, recipe, training_step)
     averaging = Averaging(recipe.averaging, model, progress)
     if newest:
         restore_average(newest, averaging)
@@ -125,23 +125,27 @@ def set_up(recipe: Recipe, world: World) -> Run:
 
 
 def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint | None:
-    """Return the newest undamaged checkpoint of the run folder and its manifest; raise UsageError if it may not be resumed."""
+    """Return the newest undamaged checkpoint of the run, the same on each rank; raise UsageError if it may not be resumed."""
     checkpoints = Path(recipe.run_folder) / CHECKPOINTS
     newest = None
     if world.is_main:
         remove_unfinished(checkpoints)
         newest = newest_verified(checkpoints)
     # A machine that restarts resumes, whatever a peer that starts late was told: rank 0 decides.
-    resume, _, path = world.broadcast(f"{recipe.resume} {newest[0] if newest else ''}").partition(" ")
-    if not path:
+    found = f"{own_checksum(newest.manifest)} {newest.path}" if newest else ""
+    resume, _, found = world.broadcast(f"{recipe.resume} {found}").partition(" ")
+    if not found:
         return None
-    newest = newest or (Path(path), read_verified_manifest(Path(path)))
-    differences = differences_from(newest[1], recipe, folder)
+    checksum, _, path = found.partition(" ")
+    newest = newest or open_checkpoint(Path(path))
+    if own_checksum(newest.manifest) != checksum:
+        raise DataError(f"{path} is another checkpoint on rank {world.rank} than on rank 0: give all ranks one run folder")
+    differences = differences_from(newest.manifest, recipe, folder)
     another = f"--run_folder {shlex.quote(str(unused(Path(recipe.run_folder))))} starts another"
     if differences:
         raise UsageError(f"{recipe.run_folder} holds a run of another recipe: {'; '.join(differences)}; {another}")
     if resume == "never":
-        raise UsageError(f"{recipe.run_folder} holds a run already ({newest[0].name}): --resume auto continues it, {another}")
+        raise UsageError(f"{recipe.run_folder} holds a run already ({newest.path.name}): --resume auto continues it, {another}")
     return newest
 
 
@@ -158,7 +162,7 @@ def check_needs_no_validations(recipe: Recipe, folder: DataFolder) -> None:
 
 def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, part_size: int) -> Precision:
     """Return the precision that rank 0 chooses for `part_size` sequences at once; the ranks' machines may differ."""
-    before = newest[1]["recipe"]["training"]["precision"] if newest else ""
+    before = newest.manifest["recipe"]["training"]["precision"] if newest else ""
     chosen = choose(recipe.training.precision, before, world.device, recipe.model, part_size)
     name, _, reason = world.broadcast(f"{chosen.name} {chosen.reason}").partition(" ")
     return Precision(name, reason)
@@ -182,9 +186,8 @@ def differences_from(manifest: dict[str, Any], recipe: Recipe, folder: DataFolde
 
 def restore(newest: Checkpoint, recipe: Recipe, training_step: TrainingStep) -> Progress:
     """Restore model, optimizer, loss scaler and LSTM state from a checkpoint of the same recipe; return the progress."""
-    path, _ = newest
-    load_parameters(training_step.model, path)
-    progress, streams = load_training(path, training_step.optimizer)
+    newest.load_parameters(training_step.model)
+    progress, streams = newest.load_training(training_step.optimizer)
     if progress.loss_scale:
         training_step.scaler.load_state_dict(progress.loss_scale)
     if streams is not None:
@@ -201,7 +204,7 @@ def is_fixed(name: str) -> bool:
     """
     section, _, key = name.rpartition(".")
     return (
-        name in ("seed", "optimizer.name")
+        name in ("seed", "optimizer.name", "init_from", "init.embeddings")
         or (section == "data" and key not in ("folder", "valid_batch"))
         or (section == "model" and "dropout" not in key)
     )
@@ -211,10 +214,10 @@ def changed_settings(newest: Checkpoint, recipe: Recipe) -> list[str]:
     """Return a line with the settings of the training that are others than the checkpoint's; none where there are none."""
     changed = [
         f"{name} {reprlib.repr(before)} -> {now!r}"
-        for name, (before, now) in pairs_of(newest[1]["recipe"], recipe).items()
-        if before != now and name.startswith(("model.", "optimizer.", "schedule.", "averaging."))
+        for name, (before, now) in pairs_of(newest.manifest["recipe"], recipe).items()
+        if before != now and name.startswith(("model.", "init.", "optimizer.", "schedule.", "averaging."))
     ]
-    return [f"  changed since step {newest[1]['progress']['step']:,}: {', '.join(changed)}"] if changed else []
+    return [f"  changed since step {newest.manifest['progress']['step']:,}: {', '.join(changed)}"] if changed else []
 
 
 def pairs_of(before: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -225,8 +228,7 @@ def pairs_of(before: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any
 
 def restore_average(newest: Checkpoint, averaging: Averaging) -> None:
     """Restore the average of a checkpoint; another `averaging.name` than the checkpoint's begins anew."""
-    path, manifest = newest
-    if manifest["recipe"]["averaging"]["name"] != averaging.settings.name:
+    if newest.manifest["recipe"]["averaging"]["name"] != averaging.settings.name:
         averaging.progress.averaged_from = None
     if averaging.progress.averaged_from is not None:
-        load_parameters(averaging.start(), path, AVERAGED)
+        newest.load_parameters(averaging.start(), AVERAGED)

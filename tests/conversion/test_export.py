@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lmdist.storage.checksums import verify_checksums
+from lmdist.storage.held import HeldFolder
 from lmdist_export import PRECISIONS, export
 from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
 from lmdist_export.conversion import exporting
@@ -83,7 +84,7 @@ def test_the_manifest_describes_the_bundle(bundle: Path) -> None:
     assert held_out["torch"] == pytest.approx(held_out["onnxruntime"], rel=1e-5)
     assert set(manifest["versions"]) == {"lmdist", "torch", "onnx", "onnxruntime"}
     assert set(manifest["files"]) == FILES - {"generation_config.json", "manifest.json", *OF_MLFLOW}
-    verify_checksums(bundle, manifest["files"])
+    verify_checksums(HeldFolder(bundle), manifest["files"])
     loaded = Bundle.load(bundle)
     assert dataclasses.asdict(loaded.sizes) == manifest["sizes"]
     assert loaded.generation == EXPORTED

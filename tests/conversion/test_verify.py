@@ -16,6 +16,7 @@ from torch.nn import functional
 from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings
+from lmdist.storage.held import HeldFolder
 from lmdist_export import PRECISIONS
 from lmdist_export.bundle import WEIGHTS, Bundle
 from lmdist_export.conversion import verify
@@ -142,9 +143,14 @@ def test_one_wrong_number_is_found(name: str, tmp_path: Path) -> None:
         numbers[weight.offset // 4 + place] += 0.3
         (bundle.folder / WEIGHTS).write_bytes(numbers.tobytes())
         with pytest.raises(verify.MismatchError):
-            verify.check_values(Sampler(bundle, threads=1), model)
+            verify.check_values(Sampler(opened_again(bundle), threads=1), model)
     (bundle.folder / WEIGHTS).write_bytes(content)
-    verify.check_values(Sampler(bundle, threads=1), model)
+    verify.check_values(Sampler(opened_again(bundle), threads=1), model)
+
+
+def opened_again(bundle: Bundle) -> Bundle:
+    """Return a bundle with what its files hold now."""
+    return dataclasses.replace(bundle, files=HeldFolder(bundle.folder))
 
 
 def test_a_difference_that_is_no_number_is_a_mismatch() -> None:

@@ -14,7 +14,7 @@ from lmdist.errors import DataError
 from lmdist.storage.reading import read_json, write_json
 from lmdist.tracking.run_folder import read_metrics
 from lmdist.training.checkpoints.format import FIRST_KEYS, MODEL, OWN_CHECKSUM
-from lmdist.training.checkpoints.read import load_model, read_manifest, read_verified_manifest
+from lmdist.training.checkpoints.read import load_model, open_checkpoint, read_manifest
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist_export.bundle import WEIGHTS, Bundle
 from support.jobs import SMALL, small_data, train
@@ -66,11 +66,11 @@ def test_a_checkpoint_is_of_the_step_that_it_is_named_after(checkpoint: Path, tm
     for name in ("step-000000020", "step-999999999"):
         shutil.copytree(checkpoint, checkpoint.with_name(name))
         with pytest.raises(DataError, match="is of step 7, and not of the step that the folder is named after"):
-            read_verified_manifest(checkpoint.with_name(name))
+            open_checkpoint(checkpoint.with_name(name))
     assert newest_checkpoint(checkpoint.parent) == checkpoint
     assert find_checkpoint(checkpoint.parents[1]) == checkpoint
     other = Path(shutil.copytree(checkpoint, tmp_path / "my best one"))
-    assert read_verified_manifest(other)["progress"]["step"] == 7
+    assert open_checkpoint(other).manifest["progress"]["step"] == 7
 
 
 def test_where_no_checkpoint_can_be_read_the_job_ends(tmp_path: Path) -> None:

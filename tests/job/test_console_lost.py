@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lmdist.signals import STOP_SIGNALS
-from lmdist.training.checkpoints.read import read_verified_manifest
+from lmdist.training.checkpoints.read import open_checkpoint
 from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, wait_for_steps
 
 JOB = [sys.executable, "-m", "lmdist.job.launcher", "--nproc-per-node=1", "--data.folder=data", "--run_folder=run", *SMALL]
@@ -37,7 +37,7 @@ def test_a_job_needs_no_console(tmp_path, console):
     assert len(losses(tmp_path / "run")) == 30
     newest, _ = fingerprint(tmp_path / "run")
     assert newest == "step-000000030"
-    read_verified_manifest(tmp_path / "run" / "checkpoints" / newest)  # nothing was written into a file for the console
+    open_checkpoint(tmp_path / "run" / "checkpoints" / newest)  # nothing was written into a file for the console
 
 
 @pytest.mark.slow

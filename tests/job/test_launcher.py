@@ -15,11 +15,13 @@ import numpy as np
 import psutil
 import pytest
 
+from corpora import chain, write_data_folder
 from lmdist.config import load
 from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.job import agent, launcher
 from lmdist.job.agent import exit_code
 from lmdist.signals import FIRST_FAILURE, StopRequest
+from lmdist.storage.checksums import BLOCK_BYTES
 from lmdist.tracking.run_folder import check_run_folder, is_finished
 from lmdist.train import reported_once
 from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, train, train_here, wait_for_steps
@@ -107,6 +109,11 @@ MISTAKES = {
     "ranks that do not divide": (["--data.global_batch=9"], 64, "a number of ranks out of [1, 3, 9]"),
     "a machine in words": (["--node-rank=first"], 64, "invalid int value: 'first'"),
     "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 tokens to train on"),
+    "a block that rank 1 alone reads": (
+        ["--nproc-per-node=2", "--data.folder=damaged"],
+        65,
+        "train.bin is damaged in its block 3 of 3",
+    ),
     "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere does not exist"),
     "more than any memory": (["--nproc-per-node=2", "--model.hidden_size=1000000"], 64, "this machine's memory is full"),
     "a file for a folder": (["--run_folder=data/vocab.txt"], 64, "data/vocab.txt is not a folder"),
@@ -121,6 +128,8 @@ MISTAKES = {
 def test_a_mistake_is_reported_once_and_its_exit_code_is_returned(data, tmp_path, mistake):
     flags, code, message = MISTAKES[mistake]
     (tmp_path / "odd/checkpoints/newest").mkdir(parents=True)
+    damaged = write_data_folder(tmp_path / "damaged", {"train": chain(5 * BLOCK_BYTES // 4, 30)}, 30) / "train.bin"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
     job = start(tmp_path, *SMALL, "--restarts=3", *flags)
     assert job.wait(timeout=60) == code
     assert printed(tmp_path).count(message) == 1

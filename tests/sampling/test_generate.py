@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lmdist_export import generate
+from lmdist_export.sampling.completion import in_order
 from lmdist_export.sampling.generation import Text
 from support import failures
 from support.small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, in_fresh_process, make_bundle, neutral
@@ -397,7 +398,7 @@ def test_texts_that_wait_for_their_turn_are_written_at_an_interrupt() -> None:
             yield Text([], *divmod(place, 2))
         raise KeyboardInterrupt
 
-    texts = generate.in_order(texts_until_interrupt(), 2)
+    texts = in_order(texts_until_interrupt(), 2)
     found = [next(texts) for _ in range(4)]
     assert [(text.prompt_number, text.number) for text in found] == [(0, 0), (0, 1), (1, 1), (2, 0)]
     with pytest.raises(KeyboardInterrupt):

@@ -22,7 +22,7 @@ from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import ModelSettings
 from lmdist_export.bundle import GENERATION, Bundle
 from lmdist_export.graph.graphs import step_graph
-from lmdist_export.graph.sizes import Sizes
+from lmdist_export.graph.sizes import Sizes, file_length
 from lmdist_export.options import EVERY_FEATURE, GenerationConfig, features_of
 from lmdist_export.sampling import runtime
 from lmdist_export.sampling.runtime import Runtime
@@ -527,6 +527,14 @@ def test_wrong_arguments(bundle: Bundle, arguments: tuple[str, int], message: st
         Sampler(bundle, *arguments)
 
 
+class FakeOptions(SimpleNamespace):
+    def add_session_config_entry(self, name: str, value: str) -> None: ...
+
+    def add_initializer(self, name: str, value: Any) -> None: ...
+
+    def add_external_initializers(self, names: list[str], values: list[Any]) -> None: ...
+
+
 class FakeRuntime(SimpleNamespace):
     """An onnxruntime built with CUDA, whose sessions run on `running`, or fail."""
 
@@ -541,14 +549,17 @@ class FakeRuntime(SimpleNamespace):
             get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
             set_default_logger_severity=lambda level: None,
             preload_dlls=lambda: sys.stdout.write("something was not found"),
-            SessionOptions=lambda: SimpleNamespace(add_session_config_entry=lambda name, value: None),
+            SessionOptions=FakeOptions,
+            OrtValue=SimpleNamespace(ortvalue_from_numpy=lambda array: array),
             InferenceSession=make_session,
         )
 
 
 def on_cuda() -> Any:
     """A session of any graph on CUDA."""
-    return Runtime(Path(), Sizes([8], 300, 8, tied=True), "cuda", 1).open(step_graph)
+    sizes = Sizes([8], 300, 8, tied=True)
+    bundle: Any = SimpleNamespace(folder=Path(), sizes=sizes, weights=bytes(file_length(sizes)))
+    return Runtime(bundle, "cuda", 1).open(step_graph)
 
 
 def test_cuda_that_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

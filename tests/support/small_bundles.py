@@ -16,6 +16,7 @@ from lmdist import config
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TextSettings, Tokenizer
 from lmdist.storage.checksums import checksums
+from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
@@ -26,6 +27,7 @@ from lmdist_export import export
 from lmdist_export.bundle import Bundle
 from lmdist_export.conversion.weights import write_graphs
 from lmdist_export.options import GenerationConfig
+from lmdist_export.sampling.completion import Completion
 
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
 PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()
@@ -106,7 +108,7 @@ def bare_bundle(folder: Path, settings: ModelSettings = TIED, precision: str = "
     folder.mkdir(parents=True)
     sizes = write_graphs(make_model(settings, vocabulary_size), folder, "small", precision)
     words = Vocabulary(["<unk>", "<eos>", *(f"word{number}" for number in range(2, vocabulary_size))])
-    return Bundle(folder, {}, sizes, words, GenerationConfig())
+    return Bundle(HeldFolder(folder), {}, sizes, words, GenerationConfig())
 
 
 def edit_json(path: Path, **values: object) -> None:
@@ -138,3 +140,8 @@ def in_fresh_process(name: str, arguments: Sequence[object], packages: set[str])
         f"finally: print({packages!r} & set(sys.modules), file=sys.stderr)"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def same_text(one: Completion, other: Completion) -> bool:
+    """Whether two generated texts are the same, but for their places among others."""
+    return (one.text, one.tokens, one.finish_reason) == (other.text, other.tokens, other.finish_reason)

@@ -20,6 +20,7 @@ from lmdist.config import descriptions, read_section
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.checksums import verify_checksums
+from lmdist.storage.held import HeldFolder
 from lmdist.text.prepare import parser, prepare, resolve
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
@@ -98,7 +99,7 @@ def test_the_folder_of_a_news_csv(tmp_path):
     assert meta["skipped"] == {"duplicate": 1, "empty": 2}
     assert meta["sources"] == [{"name": "articles1.csv", "bytes": path.stat().st_size}]
     assert {split: facts["documents"] for split, facts in meta["splits"].items()} == {"train": 36, "valid": 2, "test": 2}
-    verify_checksums(folder, meta["files"])
+    verify_checksums(HeldFolder(folder), meta["files"])
     vocabulary = Vocabulary.load(folder / "vocab.txt")
     assert meta["vocabulary_size"] == len(vocabulary)
 

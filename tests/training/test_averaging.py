@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from corpora import chain, write_data_folder
 from lmdist.errors import DataError, UsageError
+from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import read_json, write_json
 from lmdist.training import evaluate, loop
 from lmdist.training.averaging import is_nonmonotone
-from lmdist.training.checkpoints.read import load_model, read_tensors, read_verified_manifest
+from lmdist.training.checkpoints.read import load_model, open_checkpoint, read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist_export import export
 from lmdist_export.bundle import Bundle
@@ -53,7 +54,7 @@ def flags(data: Path, run: Path, name: str, *more: str, steps: int = STEPS) -> l
 def tensors(run: Path, step: int = STEPS) -> dict[str, dict[str, torch.Tensor]]:
     """Return the tensors of each file of a checkpoint."""
     folder = run / "checkpoints" / f"step-{step:09d}"
-    return {path.name: read_tensors(path) for path in folder.glob("*.safetensors")}
+    return {path.name: read_tensors(HeldFolder(folder), path.name) for path in folder.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("name", AVERAGES)
@@ -190,7 +191,7 @@ def test_an_average_begins_in_a_run_without_one(data, tmp_path):
     run = tmp_path / "run"
     plain = old_run(data, run)
     train_here(*plain, "--training.steps=8", "--averaging.name=ema")
-    assert read_verified_manifest(run / "checkpoints" / "step-000000008")["progress"]["averaged_from"] == 4
+    assert open_checkpoint(run / "checkpoints" / "step-000000008").manifest["progress"]["averaged_from"] == 4
     train_here(*plain, "--training.steps=9")
     assert "averaged.safetensors" not in tensors(run, 9)
 

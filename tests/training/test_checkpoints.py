@@ -15,14 +15,16 @@ from lmdist.errors import DataError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings, Recipe
 from lmdist.storage.atomic import atomic_folder
+from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import read_json
 from lmdist.training.checkpoints.format import Progress
-from lmdist.training.checkpoints.read import load_model, load_training, read_tensors, read_verified_manifest
+from lmdist.training.checkpoints.read import load_model, open_checkpoint, read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint, remove_old
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
 from lmdist.training.optimizer import OPTIMIZERS, build_optimizer, optimizer_state
 from support.jobs import after_one_step
+from support.mutations import with_correct_checksums
 from support.small_bundles import edit_json
 
 OPTIMIZER_NAMES = get_args(get_type_hints(OptimizerSettings)["name"])
@@ -47,7 +49,7 @@ def test_what_was_saved_is_what_is_loaded(saved):
     assert loaded.projection.weight is loaded.embedding.weight
     assert manifest["model"]["hidden_size"] == 8
     fresh = torch.optim.AdamW(loaded.parameters())
-    progress, state = load_training(run / "checkpoints" / "step-000000030", fresh)
+    progress, state = open_checkpoint(run / "checkpoints" / "step-000000030").load_training(fresh)
     assert progress == Progress(30, valid_nats=1.9)
     assert state is not None
     assert torch.equal(state[0], streams[0])
@@ -71,12 +73,12 @@ def test_what_each_optimizer_keeps_is_saved_and_loaded_strictly(name, tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoints", snapshot, config.as_dict(recipe), DataFolder(data))
 
     loaded = build_optimizer(recipe.optimizer, LanguageModel(recipe.model, 20))
-    load_training(folder, loaded)
+    open_checkpoint(folder).load_training(loaded)
     assert optimizer_state(loaded).keys() == optimizer_state(optimizer).keys()
     for key, value in optimizer_state(optimizer).items():
         assert torch.equal(optimizer_state(loaded)[key], value), key
 
-    tensors = read_tensors(folder / "training.safetensors")
+    tensors = read_tensors(HeldFolder(folder), "training.safetensors")
     kept = [key for key in tensors if key.startswith("optimizer.0.")]
     assert kept, "the optimizer saves nothing"
     for damaged in (
@@ -86,8 +88,9 @@ def test_what_each_optimizer_keeps_is_saved_and_loaded_strictly(name, tmp_path):
         {**tensors, "optimizer.99.exp_avg": torch.zeros(6)},
     ):
         save_file(damaged, folder / "training.safetensors")
+        with_correct_checksums(folder, "manifest.json")
         with pytest.raises(DataError, match=r"the shape of 'optimizer\."):
-            load_training(folder, build_optimizer(recipe.optimizer, model))
+            open_checkpoint(folder).load_training(build_optimizer(recipe.optimizer, model))
 
 
 def test_the_table_of_optimizers_has_every_choice_of_the_setting():
@@ -135,4 +138,4 @@ def test_names_that_lead_out_of_the_folder_are_rejected(saved):
     files = read_json(folder / "manifest.json")["files"]
     edit_json(folder / "manifest.json", files={"../vocab.txt" if name == "vocab.txt" else name: files[name] for name in files})
     with pytest.raises(DataError, match="outside itself"):
-        read_verified_manifest(folder)
+        open_checkpoint(folder)

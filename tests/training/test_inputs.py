@@ -11,7 +11,7 @@ import pytest
 
 from corpora import chain, write_data_folder
 from lmdist.errors import DataError, UsageError
-from lmdist.training.checkpoints.read import read_verified_manifest
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import newest_checkpoint
 from lmdist.training.data import DataFolder
 from support.jobs import SMALL, losses, small_data, start, train, train_here, wait_for_steps
@@ -39,7 +39,7 @@ def test_a_data_folder_that_is_replaced_changes_nothing(data, tmp_path):
     write_data_folder(data, {"train": chain(451, 40), "valid": chain(103, 40, seed=1)}, 40)
     job.join(240)
     assert job.exitcode == 0, outputs[1].read_text()
-    manifest = read_verified_manifest(newest(tmp_path / "run"))
+    manifest = open_checkpoint(newest(tmp_path / "run")).manifest
     assert manifest["progress"]["step"] == 1000
     assert manifest["data"]["vocabulary_size"] == manifest["vocabulary_size"] == 30
     assert len((newest(tmp_path / "run") / "vocab.txt").read_text().splitlines()) == 30
@@ -61,7 +61,7 @@ def test_a_token_file_that_is_overwritten_ends_the_job(data, tmp_path):
 
 def test_a_token_file_in_use_may_be_touched_and_replaced_but_not_changed(data):
     folder = DataFolder(data)
-    before = folder.tokens("train").tolist()
+    before = folder.tokens("train")[:].tolist()
     content = (data / "train.bin").read_bytes()
     os.utime(data / "train.bin")
     folder.check_unchanged()

@@ -11,6 +11,7 @@ import torch
 from corpora import chain, write_data_folder
 from lmdist import config
 from lmdist.model.language_model import LanguageModel
+from lmdist.storage.held import HeldFolder
 from lmdist.training.checkpoints.read import read_tensors
 from lmdist.training.data import DataFolder, training_batches
 from support.jobs import SMALL, losses, train
@@ -29,8 +30,8 @@ def data(tmp_path):
 
 def tensors(run: Path, step: int = 12) -> dict[str, torch.Tensor]:
     """Return the parameters and the optimizer's tensors in a checkpoint of a run."""
-    folder = run / f"checkpoints/step-{step:09d}"
-    return read_tensors(folder / "model.safetensors") | read_tensors(folder / "training.safetensors")
+    files = HeldFolder(run / f"checkpoints/step-{step:09d}")
+    return read_tensors(files, "model.safetensors") | read_tensors(files, "training.safetensors")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from corpora import chain, write_data_folder
 from lmdist.errors import DataError, Stopped
 from lmdist.settings import ModelSettings
 from lmdist.training.checkpoints.format import Progress
-from lmdist.training.checkpoints.read import load_model, load_training, read_verified_manifest
+from lmdist.training.checkpoints.read import load_model, open_checkpoint
 from lmdist.training.checkpoints.retain import newest_checkpoint, remove_old, remove_unfinished
 from lmdist.training.checkpoints.write import NICENESS, Saver, take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
@@ -77,9 +77,9 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
         step = manifest["progress"]["step"]
         assert loaded.get_parameter("projection.bias").unique().tolist() == [step], f"kill {kill}: half of another step"
         fresh = torch.optim.AdamW(loaded.parameters())
-        assert load_training(found, fresh)[0].step == step
+        assert open_checkpoint(found).load_training(fresh)[0].step == step
     for folder in checkpoints.glob("step-*"):
-        read_verified_manifest(folder)
+        open_checkpoint(folder)
     assert step > 25, "hardly anything was saved"
     assert in_the_middle > 20, "hardly any kill came while something was being written"
 

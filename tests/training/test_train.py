@@ -26,6 +26,7 @@ from lmdist.errors import EXIT_AGAIN, EXIT_USAGE
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED
 from lmdist.settings import DEMO_SETTINGS, OptimizerSettings, PrepareSettings, Recipe
+from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import read_json
 from lmdist.train import prepare_if_absent
 from lmdist.training.checkpoints.read import read_tensors
@@ -55,7 +56,7 @@ def recipe(data: Path, *flags: str) -> Recipe:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
-    return read_tensors(newest / "model.safetensors")
+    return read_tensors(HeldFolder(newest), "model.safetensors")
 
 
 # Only some ranks have rare tokens: on the others a cluster of the adaptive head has no gradient.
@@ -100,7 +101,9 @@ def test_a_job_resumes_with_another_number_of_ranks(data, tmp_path):
             [resumed[step] for step in whole if step > 12], [whole[step] for step in whole if step > 12], rtol=0, atol=1e-5
         )
         for name in ("model.safetensors", "training.safetensors"):
-            one, two = (read_tensors(where / "checkpoints/step-000000024" / name) for where in (tmp_path / "whole", run))
+            one, two = (
+                read_tensors(HeldFolder(where / "checkpoints/step-000000024"), name) for where in (tmp_path / "whole", run)
+            )
             for key, value in one.items():
                 torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5, msg=f"{key} on {ranks} ranks")
 

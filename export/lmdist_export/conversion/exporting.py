@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 
 from lmdist import __version__
@@ -29,12 +28,12 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.checksums import checksums
+from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import write_json
-from lmdist.text.data_folder import TEXT, VOCABULARY
-from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.token_files import Tokens
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.metadata import read_metadata
-from lmdist.training.checkpoints.read import load_model, parameters_file
+from lmdist.training.checkpoints.read import open_checkpoint, parameters_file
 from lmdist.training.checkpoints.retain import find_checkpoint, run_of
 from lmdist.training.data import folder_of_model
 from lmdist_export import EXPORT_COMMAND
@@ -60,14 +59,15 @@ class Checkpoint:
     manifest: dict[str, Any]
     vocabulary: Vocabulary
     text: TextSettings
+    contents: dict[str, bytes]
+    """The vocabulary's and the tokenizer's files."""
 
     @classmethod
     def load(cls, run_or_checkpoint: str | Path) -> Self:
         """Load a checkpoint, of a run the best one; raises MissingInputError or DataError."""
-        path = find_checkpoint(Path(run_or_checkpoint))
-        model, manifest = load_model(path)
-        text = WordTokenizer.load(path / TEXT).settings
-        return cls(path, model, manifest, Vocabulary.load(path / VOCABULARY), text)
+        found = open_checkpoint(find_checkpoint(Path(run_or_checkpoint)))
+        model, text = found.model(), found.tokenizer.settings
+        return cls(found.path, model, found.manifest, found.vocabulary, text, found.contents)
 
     @property
     def run(self) -> str:
@@ -106,7 +106,7 @@ class HeldOutText(NamedTuple):
     """A split of a data folder."""
 
     split: str
-    tokens: np.ndarray
+    tokens: Tokens
 
 
 def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | None:
@@ -182,14 +182,14 @@ def write_bundle(
             "--precision int4 stores a projection of one row a word, and this model has an adaptive head: use int8"
         )
     sizes = write_graphs(model, folder, checkpoint.run, precision)
-    for name in (VOCABULARY, TEXT):
-        shutil.copyfile(checkpoint.path / name, folder / name)
+    for name, content in checkpoint.contents.items():
+        (folder / name).write_bytes(content)
     if not obstacle(checkpoint.text, checkpoint.vocabulary):
         write_tokenizer(folder, checkpoint.text, checkpoint.vocabulary)
     files = checksums(folder)
     log(f"comparing {precision} with torch" + ("" if held_out is None else ", also on held-out text"), EXPORT_COMMAND)
     generation = EXPORTED
-    sampler = Sampler(Bundle(folder, {}, sizes, checkpoint.vocabulary, generation))
+    sampler = Sampler(Bundle(HeldFolder(folder), {}, sizes, checkpoint.vocabulary, generation))
     max_loss = MAX_LOSS_PERCENT.get(precision, 0.0) if max_loss_percent is None else max_loss_percent
     manifest = {
         "format": FORMAT,
@@ -200,6 +200,7 @@ def write_bundle(
         "run": checkpoint.run,
         "run_id": checkpoint.run_id,
         "step": checkpoint.step,
+        "started_from": checkpoint.manifest["progress"]["started_from"],
         "tolerance": TOLERANCES.get(precision),
         "differences": check_values(sampler, model),
         "held_out": None if held_out is None else check_perplexity(sampler, model, *held_out, max_loss),

@@ -23,6 +23,7 @@ from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED
 from lmdist.perplexity import perplexity
+from lmdist.text.token_files import Tokens
 from lmdist.training.data import Streams
 from lmdist_export.graph.cell import STATE
 from lmdist_export.sampling.sampler import LOGITS_AT_ONCE, Sampler
@@ -66,7 +67,7 @@ def check_values(sampler: Sampler, model: LanguageModel) -> dict[str, float]:
 
 
 def check_perplexity(
-    sampler: Sampler, model: LanguageModel, split: str, tokens: NDArray[np.integer], max_loss_percent: float
+    sampler: Sampler, model: LanguageModel, split: str, tokens: Tokens | NDArray[np.integer], max_loss_percent: float
 ) -> dict[str, Any]:
     """Return what the precision costs on the first of `tokens`, read as a few streams side by side.
 

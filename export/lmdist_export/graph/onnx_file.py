@@ -167,6 +167,11 @@ def model_bytes(graph: Graph, metadata: Mapping[str, str]) -> bytes:
     )
 
 
+def has_weight(model: bytes, name: str) -> bool:
+    """Return whether the file of a graph declares a weight of a name, by the bytes that `Graph.weight` wrote."""
+    return message([(8, name)]) + varint(13 << 3 | 2) in model
+
+
 def node(part: str, operator: str, inputs: Iterable[str], outputs: Iterable[str], attributes: Mapping[str, Any]) -> bytes:
     """Return a node as a protobuf message; `part` and its first output are its name."""
     outputs = list(outputs)

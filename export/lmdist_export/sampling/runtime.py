@@ -1,4 +1,4 @@
-"""The one home of onnxruntime: find it, check provider and processor, and open sessions of graphs over a file of weights.
+"""The one home of onnxruntime: find it, check provider and processor, and open sessions of graphs over a bundle's weights.
 
 It knows no sampling. No torch and no onnx: a machine that samples has neither.
 """
@@ -11,8 +11,8 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,25 @@ import numpy as np
 from lmdist.bounds import between, check
 from lmdist.cpus import available_cpus
 from lmdist.errors import DataError, UsageError, one_line
-from lmdist_export.bundle import PROVIDERS, WEIGHTS
+from lmdist_export.bundle import PROVIDERS, WEIGHTS, Bundle
 from lmdist_export.graph.network import Target
-from lmdist_export.graph.onnx_file import FLOAT, UINT8, Graph, model_bytes
-from lmdist_export.graph.sizes import Sizes
+from lmdist_export.graph.onnx_file import FLOAT, TYPES, UINT8, Graph, has_weight, model_bytes
+from lmdist_export.graph.sizes import length_of, weights
 
 
 class Runtime:
-    """Opens graphs over one file of weights, on one provider."""
+    """Opens graphs over the weights of one bundle, on one provider.
 
-    def __init__(self, folder: Path, sizes: Sizes, provider: str, threads: int) -> None:
+    onnxruntime is given the bytes that were checked: it would open the file by its path at each session, map it into memory,
+    and read what is there by then, or end the process (SIGBUS) where it was truncated.
+    """
+
+    def __init__(self, bundle: Bundle, provider: str, threads: int) -> None:
         """Raises UsageError for a provider that does not run here, or not in the precision of the weights."""
         if provider not in PROVIDERS:
             raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
         check("--threads", threads, between(0, 1_024, "0 chooses by the machine"))
+        sizes = bundle.sizes
         if provider == "cuda" and sizes.is_quantized:
             raise UsageError(
                 f"precision {sizes.precision} runs on a CPU only: use --provider cpu, or export with --precision fp16"
@@ -43,16 +48,27 @@ class Runtime:
         onnxruntime.set_default_logger_severity(4)
         if provider == "cuda":
             load_cuda(onnxruntime)
-        self.folder, self.sizes, self.provider, self.threads = folder, sizes, provider, threads
+        self.bundle, self.sizes, self.provider, self.threads = bundle, sizes, provider, threads
         self.target = Target(WEIGHTS, provider == "cuda", sizes.is_quantized and int8_saturates(threads))
         derives_weights = sizes.precision == "fp16" or self.target.int8_saturates  # Network.derive
         self.as_is = provider == "cpu" and not derives_weights
 
     def open(self, graph: Callable[..., bytes], captured: bool = False) -> Any:
         """Return a session of the graph that `graph` builds from the sizes, `captured` as a CUDA graph at its first call."""
-        return open_session(
-            graph(self.sizes, target=self.target), self.folder, self.provider, self.threads, captured, self.as_is
-        )
+        built = graph(self.sizes, target=self.target)
+        used = {name: value for name, value in self.weights.items() if has_weight(built, name)}
+        return open_session(built, self.bundle.folder, self.provider, self.threads, captured, self.as_is, used)
+
+    @cached_property
+    def weights(self) -> dict[str, Any]:
+        """Return the weights as onnxruntime's values, which all sessions share."""
+        content, onnxruntime = np.frombuffer(self.bundle.weights, np.uint8), import_onnxruntime()
+        values: dict[str, Any] = {}
+        for name, weight in weights(self.sizes).items():
+            array = content[weight.offset : weight.offset + length_of(weight.kind, weight.shape)]
+            array = array.view(TYPES[weight.kind]).reshape(weight.shape)
+            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)  # not a copy
+        return values
 
 
 @cache
@@ -67,8 +83,16 @@ def int8_saturates(threads: int) -> bool:
     return session.run(None, {"left": np.full((1, 64), 255, np.uint8)})[0][0, 0] != 64 * 255 * 127
 
 
-def open_session(graph: bytes, folder: Path, provider: str, threads: int, captured: bool = False, as_is: bool = False) -> Any:
-    """Return a session of `graph`, with weights in `folder`, on `provider` and no other; or raise UsageError.
+def open_session(
+    graph: bytes,
+    folder: Path,
+    provider: str,
+    threads: int,
+    captured: bool = False,
+    as_is: bool = False,
+    used: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return a session of `graph` on `provider` and no other, or raise UsageError; its weights are `used`, or in `folder`.
 
     `as_is` leaves out onnxruntime's optimizations: they find nothing in graphs of this package that is faster afterwards, once
     nothing is to compute from weights, and searching takes a third of the time to open a small model.
@@ -81,7 +105,14 @@ def open_session(graph: bytes, folder: Path, provider: str, threads: int, captur
     options.intra_op_num_threads = threads or default_threads()
     # Between two steps the threads wait: spinning would take the cores from other processes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if used:
+        # The second for what is computed from weights when the session is opened, or copied to a GPU; the first keeps
+        # onnxruntime from copying the others as well.
+        for name, value in used.items():
+            options.add_initializer(name, value)
+        options.add_external_initializers([*used], [*used.values()])
+    else:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[provider]
     reason = "onnxruntime fell back to the CPU"
     try:
@@ -90,6 +121,7 @@ def open_session(graph: bytes, folder: Path, provider: str, threads: int, captur
         session = onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)
         # get_available_providers() lists what was compiled in, get_providers() what runs.
         if session.get_providers()[0] == name:
+            session.used = used  # which must live as long as the session
             return session
     except Exception as error:  # onnxruntime's errors have no common base class
         if provider == "cpu":

@@ -21,7 +21,6 @@ from typing import Any
 
 from lmdist.console import table
 from lmdist.errors import DataError, MissingInputError, Stopped, UsageError
-from lmdist.storage.reading import file_size
 from lmdist.tracking.address import configure, experiment_name, store_address, without_password
 from lmdist.tracking.failures import FinalError, upload_error
 from lmdist.tracking.store import Store, silence
@@ -104,20 +103,48 @@ def upload(bundle: Bundle, store: Store, name: str, alias: str) -> tuple[str, st
 
 
 @contextmanager
+def downloaded(name: str) -> Iterator[Path]:
+    """Yield a temporary folder with the files of a registered model, named as models:/NAME@ALIAS or models:/NAME/VERSION.
+
+    Raise MissingInputError where MLflow has no such model, Stopped where it does not answer now, DataError where it never will.
+    """
+    configure(REQUEST_TIMEOUT_SECONDS)
+    address = store_address()
+    with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
+        try:
+            with silence():
+                from mlflow.artifacts import download_artifacts
+
+                place = download_artifacts(name, dst_path=folder, tracking_uri=address, registry_uri=address)
+        except Exception as error:  # any exception of MLflow and the libraries below it
+            failure = upload_error(error)
+            missing = getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+            raise (MissingInputError if missing else DataError if isinstance(failure, FinalError) else Stopped)(
+                f"MLflow ({without_password(address)}) has no files of {name} ({failure})"
+            ) from None
+        yield Path(place)
+
+
+@contextmanager
 def staged(bundle: Bundle) -> Iterator[Path]:
-    """Yield a folder of what is uploaded: links to the files that the manifest names, and MLflow's own files, written anew."""
+    """Yield a folder of what is uploaded: links to the files that were checked, and MLflow's own files, written anew.
+
+    Raise DataError where one of them was written to meanwhile.
+    """
     from lmdist_export.serving.mlflow_model import OWN_FILES, write_model
 
     if foreign := set(OWN_FILES) & set(bundle.manifest["files"]):
         raise DataError(f"{bundle.folder}: the manifest names {min(foreign)}, which no bundle has a checksum of")
     with tempfile.TemporaryDirectory(prefix="lmdist-") as name:
         folder = Path(name)
-        for file in {*bundle.manifest["files"], MANIFEST, GENERATION_CONFIG}:
-            path = bundle.folder / file
-            file_size(path)  # raises an error for a link and for what is no file
-            (folder / file).symlink_to(path.resolve())
+        uploaded = {*bundle.manifest["files"], MANIFEST, GENERATION_CONFIG}
+        for file in uploaded:
+            bundle.files.descriptor(file)  # raises an error for a link and for what is no file
+            (folder / file).symlink_to(bundle.files.path_of(file).absolute())
         write_model(folder, bundle.manifest.get("run_id"))
         yield folder
+        for file in uploaded:
+            bundle.files.check_unchanged(file)
 
 
 def description(bundle: Bundle) -> str:

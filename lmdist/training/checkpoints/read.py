@@ -1,5 +1,8 @@
 """Read a checkpoint strictly: checksums, schema, names and shapes of all tensors, finite numbers.
 
+    checkpoint = open_checkpoint(path)          # its files are opened and checked once, and read as they were then
+    model = checkpoint.model()
+
 A checkpoint may come from a stranger: what is damaged or foreign raises DataError before memory is allocated for it.
 """
 
@@ -7,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +25,12 @@ from lmdist.model.language_model import LanguageModel, State
 from lmdist.model.lstm import STATE_PARTS
 from lmdist.settings import AveragingSettings, DataSettings, ModelSettings, TrainingSettings
 from lmdist.storage.checksums import verify_checksums, verify_sizes
-from lmdist.storage.reading import file_size, read_json
+from lmdist.storage.held import HeldFolder, read_held
+from lmdist.storage.reading import MAX_JSON_BYTES, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.text.tokenizer import WordTokenizer
-from lmdist.text.vocabulary import Vocabulary
+from lmdist.text.vocabulary import MAX_BYTES, Vocabulary
 from lmdist.tracking.run_folder import STEP
 from lmdist.training.checkpoints.format import (
     AVERAGED,
@@ -48,26 +53,86 @@ LARGEST_SIZE = 1 << 28
 """The bytes of a matrix with a larger side may not fit into 64 bits."""
 
 
-def read_verified_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint after checking the sha256 of each file; raise MissingInputError or DataError."""
-    manifest = read_manifest(folder)
-    needed = (*FILES, AVERAGED) if is_averaged(manifest) else FILES
-    # What a look at the sizes refuses costs no time: the sha256 of many gigabytes takes a minute.
-    verify_sizes(folder, manifest["files"], needed)
-    for file in {MODEL, parameters_file(manifest)}:
-        check_model(folder, manifest, file)
-    verify_checksums(folder, manifest["files"], needed)
-    return manifest
+class Checkpoint:
+    """A checkpoint that is held open, and whose files have the checksums of its manifest."""
+
+    def __init__(self, files: HeldFolder) -> None:
+        """Read the manifest and check the sha256 of each file; raise MissingInputError or DataError."""
+        self.files = files
+        self.path = files.path
+        self.manifest = check_manifest(files.read_json(MANIFEST), self.path / MANIFEST)
+        listed, needed = self.manifest["files"], (*FILES, AVERAGED) if is_averaged(self.manifest) else FILES
+        # What a look at the sizes refuses costs no time: the sha256 of many gigabytes takes a minute.
+        verify_sizes(files, listed, needed)
+        for file in {MODEL, parameters_file(self.manifest)}:
+            check_model(files, self.manifest, file)
+        self.contents = {VOCABULARY: files.read(VOCABULARY, MAX_BYTES), TEXT: files.read(TEXT, MAX_JSON_BYTES)}
+        """The vocabulary's and the tokenizer's files."""
+        verify_checksums(files, listed, needed)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Return the vocabulary; raise DataError where it is not the model's."""
+        size = self.manifest["vocabulary_size"]
+        return Vocabulary.parse(self.contents[VOCABULARY], self.path / VOCABULARY, size, "the model")
+
+    @cached_property
+    def tokenizer(self) -> WordTokenizer:
+        """Return the tokenizer; raise DataError where it is none."""
+        return WordTokenizer.parse(self.contents[TEXT], self.path / TEXT)
+
+    def model(self) -> LanguageModel:
+        """Return the model, on the CPU and in evaluation mode; raise DataError where vocabulary or tokenizer are none of it.
+
+        Its parameters are the average over the steps, where the checkpoint holds one.
+        """
+        assert self.tokenizer
+        model = LanguageModel(ModelSettings(**self.manifest["model"]), len(self.vocabulary))
+        self.load_parameters(model, parameters_file(self.manifest))
+        return model.eval()
+
+    def load_parameters(self, model: nn.Module, file: str = MODEL) -> None:
+        """Copy the parameters in a file into `model`; raise DataError if names or shapes differ."""
+        tensors = read_tensors(self.files, file, parameter_shapes(model))
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                value.copy_(tensors[name])
+
+    def load_training(self, optimizer: torch.optim.Optimizer) -> tuple[Progress, State | None]:
+        """Restore `optimizer`, the one that the recipe names; return the progress and the state of all streams.
+
+        Each part of the state is (G, S). Raise DataError if names or shapes differ.
+        """
+        recipe = self.manifest["recipe"]
+        state_size = sum(ModelSettings(**self.manifest["model"]).layer_sizes)
+        streams_shape = (recipe["data"]["global_batch"], state_size)  # (G, S)
+        expected: dict[str, tuple[int, ...]] = {f"streams.{name}": streams_shape for name in STATE_PARTS}
+        for name, shape in optimizer_state_shapes(recipe["optimizer"]["name"], optimizer).items():
+            expected[f"optimizer.{name}"] = shape
+        # The state of a parameter, or of the streams, is in the file completely or not at all.
+        groups = {name.rpartition(".")[0] for name in read_shapes(self.files, TRAINING)}
+        expected = {name: shape for name, shape in expected.items() if name.rpartition(".")[0] in groups}
+        tensors = read_tensors(self.files, TRAINING, expected)
+
+        prefix = "optimizer."
+        optimizer_tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        load_optimizer_state(optimizer, optimizer_tensors)
+        streams = tuple(tensors[f"streams.{name}"] for name in STATE_PARTS) if "streams" in groups else None
+        return Progress(**self.manifest["progress"]), streams
 
 
-def read_resumable(folder: Path) -> dict[str, Any]:
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return a checkpoint, all of it checked; raise MissingInputError or DataError."""
+    return read_held(path, Checkpoint, "a checkpoint is expected")
+
+
+def open_resumable(path: Path) -> Checkpoint:
     """Return the same after a look at each number of each tensor: earlier versions saved numbers that are not finite."""
-    manifest = read_verified_manifest(folder)
-    for name in manifest["files"]:
-        if name in (MODEL, TRAINING, AVERAGED):
-            for _ in finite_tensors(folder / name):
-                pass
-    return manifest
+    checkpoint = open_checkpoint(path)
+    for name in (MODEL, TRAINING, AVERAGED):
+        if name in checkpoint.manifest["files"]:
+            read_tensors(checkpoint.files, name)
+    return checkpoint
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -75,8 +140,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     A setting that is younger than the checkpoint has its default.
     """
-    path = folder / MANIFEST
-    manifest = read_json(path)
+    return check_manifest(read_json(folder / MANIFEST), folder / MANIFEST)
+
+
+def check_manifest(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what was read from a manifest.json, as `read_manifest` does; raise DataError."""
     check_version(manifest, (FORMAT, VERSION), path)
     check_own_checksum(manifest, path)
     check_schema(manifest, MANIFEST_SCHEMA, path)
@@ -105,7 +173,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise DataError(f"{path}: progress.{name} is {value}; it must not be negative")
     if is_averaged(manifest) and progress["averaged_from"] > progress["step"]:
         raise DataError(f"{path}: progress.averaged_from is {progress['averaged_from']}, after step {progress['step']}")
-    named = STEP.fullmatch(folder.name)
+    named = STEP.fullmatch(path.parent.name)
     if named and int(named[1]) != progress["step"]:
         raise DataError(f"{path} is of step {progress['step']}, and not of the step that the folder is named after")
     return manifest
@@ -132,94 +200,54 @@ def parameters_file(manifest: dict[str, Any]) -> str:
 
 
 def load_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
-    """Return the model of a checkpoint, on the CPU and in evaluation mode, and the manifest.
-
-    Its parameters are the average over the steps, where the checkpoint holds one.
-    """
-    manifest = read_verified_manifest(folder)
-    WordTokenizer.load(folder / TEXT)
-    vocabulary = Vocabulary.load(folder / VOCABULARY, manifest["vocabulary_size"], "the model")
-    model = LanguageModel(ModelSettings(**manifest["model"]), len(vocabulary))
-    load_parameters(model, folder, parameters_file(manifest))
-    return model.eval(), manifest
+    """Return the model of a checkpoint, as `Checkpoint.model` does, and the manifest; raise MissingInputError or DataError."""
+    checkpoint = open_checkpoint(folder)
+    return checkpoint.model(), checkpoint.manifest
 
 
-def check_model(folder: Path, manifest: dict[str, Any], file: str) -> None:
+def check_model(files: HeldFolder, manifest: dict[str, Any], file: str) -> None:
     """Raise DataError unless a file of parameters has the shapes of the manifest's model, which may exceed any memory."""
     settings, vocabulary_size = ModelSettings(**manifest["model"]), manifest["vocabulary_size"]
-    found = read_shapes(folder / file)
+    found = read_shapes(files, file)
     largest = max(settings.hidden_size, settings.embedding_size, vocabulary_size)
     if settings.num_layers > len(found) or largest > LARGEST_SIZE or vocabulary_size < 1:
-        raise DataError(f"{folder}: the model of the manifest is not the one of {file}: {manifest['model']}")
+        raise DataError(f"{files.path}: the model of the manifest is not the one of {file}: {manifest['model']}")
     with torch.device("meta"):  # has shapes and no memory
-        check_shapes(found, parameter_shapes(LanguageModel(settings, vocabulary_size)), folder / file)
+        check_shapes(found, parameter_shapes(LanguageModel(settings, vocabulary_size)), files.path / file)
 
 
-def load_parameters(model: nn.Module, folder: Path, file: str = MODEL) -> None:
-    """Copy the parameters in a file of a checkpoint into `model`; raise DataError if names or shapes differ."""
-    tensors = read_tensors(folder / file, parameter_shapes(model))
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.copy_(tensors[name])
-
-
-def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[Progress, State | None]:
-    """Restore `optimizer`, the one that the checkpoint's recipe names; return the progress and the state of all streams.
-
-    Each part of the state is (G, S). Raise DataError if names or shapes differ.
-    """
-    manifest = read_manifest(folder)
-    recipe = manifest["recipe"]
-    path = folder / TRAINING
-    streams_shape = (recipe["data"]["global_batch"], sum(ModelSettings(**manifest["model"]).layer_sizes))  # (G, S)
-    expected: dict[str, tuple[int, ...]] = {f"streams.{name}": streams_shape for name in STATE_PARTS}
-    for name, shape in optimizer_state_shapes(recipe["optimizer"]["name"], optimizer).items():
-        expected[f"optimizer.{name}"] = shape
-    # The state of a parameter, or of the streams, is in the file completely or not at all.
-    groups = {name.rpartition(".")[0] for name in read_shapes(path)}
-    tensors = read_tensors(path, {name: shape for name, shape in expected.items() if name.rpartition(".")[0] in groups})
-
-    prefix = "optimizer."
-    optimizer_tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    load_optimizer_state(optimizer, optimizer_tensors)
-    streams = tuple(tensors[f"streams.{name}"] for name in STATE_PARTS) if "streams" in groups else None
-    return Progress(**manifest["progress"]), streams
-
-
-def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+def read_tensors(files: HeldFolder, name: str, expected: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, in fp32.
 
-    Raise DataError if it is none, if a number is not finite, or if names and shapes are not those `expected`.
+    Raise DataError if it is none, if a number is not finite, if names and shapes are not those `expected`, or if the file was
+    written to since it was opened.
     """
+    found, path = read_shapes(files, name), files.path / name
     if expected is not None:
-        check_shapes(read_shapes(path), expected, path)
-    return dict(finite_tensors(path))
+        check_shapes(found, expected, path)
+    with safe_open(files.path_of(name), framework="pt") as file:
+        # Copies, for the file is mapped into memory. States of bf16 and fp16 runs are half as wide.
+        tensors = {tensor: file.get_tensor(tensor).to(torch.float32, copy=True) for tensor in found}
+    files.check_unchanged(name)
+    for tensor, value in tensors.items():
+        if not value.isfinite().all():
+            raise DataError(f"{path}: {reprlib.repr(tensor)} holds numbers that are not finite")
+    return tensors
 
 
-def finite_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a safetensors file and their names, in fp32; raise DataError if a number is not finite."""
-    found = read_shapes(path)
-    with safe_open(path, framework="pt") as file:
-        for name in found:
-            value = file.get_tensor(name).float()  # states of bf16 and fp16 runs are half as wide
-            if not value.isfinite().all():
-                raise DataError(f"{path}: {reprlib.repr(name)} holds numbers that are not finite")
-            yield name, value
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(files: HeldFolder, name: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor from the header of a safetensors file; raise DataError if it is no such file.
 
     safetensors itself checks that the file is as long as the shapes say.
     """
-    file_size(path)
+    path = files.path / name
     try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            for name, part in parts.items():
+        with safe_open(files.path_of(name), framework="pt") as file:
+            parts = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118 (not a dict)
+            for tensor, part in parts.items():
                 if part.get_dtype() not in ("F32", "F16", "BF16"):
-                    raise DataError(f"{path}: {reprlib.repr(name)} is of the type {part.get_dtype()}; F32 is expected")
-            return {name: tuple(part.get_shape()) for name, part in parts.items()}
+                    raise DataError(f"{path}: {reprlib.repr(tensor)} is of the type {part.get_dtype()}; F32 is expected")
+            return {tensor: tuple(part.get_shape()) for tensor, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a file of safetensors: {one_line(error)}") from None
 

@@ -7,7 +7,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError
@@ -15,7 +15,9 @@ from lmdist.storage.atomic import WRITING, recover, remove_folder
 from lmdist.storage.reading import check_folder, read_bytes, refuse_link
 from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST, STEP
 from lmdist.training.checkpoints.format import MANIFEST
-from lmdist.training.checkpoints.read import read_manifest, read_resumable
+from lmdist.training.checkpoints.read import Checkpoint, open_resumable, read_manifest
+
+Read = TypeVar("Read")
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
@@ -38,17 +40,17 @@ def run_of(checkpoint: Path) -> Path | None:
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """Return the newest undamaged checkpoint, None if there is none at all; warn of each one that is damaged or missing."""
     newest = newest_verified(checkpoints)
-    return newest[0] if newest else None
+    return newest.path if newest else None
 
 
-def newest_verified(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the same with its manifest; raise DataError where there were checkpoints and none can be read."""
+def newest_verified(checkpoints: Path) -> Checkpoint | None:
+    """Return the same, held open; raise DataError where there were checkpoints and none can be read."""
     last = ""
     with contextlib.suppress(DataError, MissingInputError):
         last = read_bytes(checkpoints / NEWEST, 1000).decode(errors="replace").strip()
         if not os.path.isdir(checkpoints / last):
             log(f"warning: the checkpoint that was written last, {reprlib.repr(last)}, is missing")
-    found = next(readable(checkpoints, read_resumable), None)
+    found = next((checkpoint for _, checkpoint in readable(checkpoints, open_resumable)), None)
     if found is None and (last or numbered(checkpoints)):
         raise DataError(
             f"{checkpoints} has no checkpoint that can be read, and the run had made progress: restore one from a copy; "
@@ -72,8 +74,8 @@ def best_of(found: list[tuple[Path, dict[str, Any]]]) -> Path | None:
     return validated[min(validated)] if validated else None
 
 
-def readable(checkpoints: Path, read: Callable[[Path], dict[str, Any]]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the checkpoints of a run and their manifests, newest first; warn of each damaged one."""
+def readable(checkpoints: Path, read: Callable[[Path], Read]) -> Iterator[tuple[Path, Read]]:
+    """Yield the checkpoints of a run and what `read` makes of them, newest first; warn of each damaged one."""
     for folder in numbered(checkpoints):
         try:
             refuse_link(folder)
