@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shard, merge, scheduler = (flags.pop(name, None) for name in ("shard", "merge", "scheduler"))
         if not flags.get("inputs"):
             flags.pop("inputs", None)
-        settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe else {}, flags)
+        settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe is not None else {}, flags)
         if shard or merge or scheduler:
             from lmdist.text import machines
 
