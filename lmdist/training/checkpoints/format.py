@@ -13,9 +13,7 @@ A checkpoint is enough by itself to evaluate and to export. Nothing in it is pic
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from typing import Any, get_type_hints
+from typing import TypedDict, get_type_hints
 
 import torch
 
@@ -46,12 +44,34 @@ MANIFEST_SCHEMA = {
     "files": dict[str, FileFacts],
 }
 """The schema of manifest.json. The objects that are settings are checked by their own classes."""
-OWN_CHECKSUM = "sha256"
-"""The key of the manifest's own checksum."""
 FIRST_KEYS = {"format", "version", "lmdist", "torch", *MANIFEST_SCHEMA}
 """The keys of the first manifests, which had no checksum of their own."""
 LOSS_SCALE = torch.GradScaler("cpu").state_dict().keys()
 """The keys of `Progress.loss_scale`."""
+
+
+class StartedFrom(TypedDict):
+    """What a run began with, and where it was taken from (starting_point.py)."""
+
+    base: str
+    """The run, checkpoint, bundle or registered model as it was named; empty where there was none."""
+    run: str
+    step: int
+    """The run that the base's weights are of, and the step."""
+    run_id: str
+    """The id of that run in MLflow, if it has one."""
+    sha256: str
+    """Of the file of the base's weights."""
+    words_shared: int
+    words_new: int
+    words_left: int
+    """Words that have the base's rows, that the base has not, and of the base that the data have not."""
+    vectors: str
+    """The file of word vectors; empty where there was none."""
+    vectors_words: int
+    vectors_taken: int
+    vectors_by_lowercase: int
+    """Words that were looked for in it, that it has, and that it has in another spelling."""
 
 
 @dataclasses.dataclass
@@ -80,9 +100,5 @@ class Progress:
     """How often the plateau schedule has divided the learning rate."""
     loss_scale: dict[str, float | int] = dataclasses.field(default_factory=dict)
     """State of the fp16 loss scaler."""
-
-
-def own_checksum(manifest: dict[str, Any]) -> str:
-    """Return the sha256 of a manifest, of all of its values but this one."""
-    values = {name: value for name, value in manifest.items() if name != OWN_CHECKSUM}
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    started_from: StartedFrom | None = None
+    """What the run began with beside random parameters; None where it began with these alone."""
