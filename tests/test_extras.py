@@ -56,6 +56,8 @@ NEEDS = {
     "lmdist.training.evaluate run": "torch safetensors",
     "lmdist_export.export run -o bundle": "torch safetensors mlflow pandas",
     "lmdist_export.export run -o bundle --register=news": "mlflow sqlalchemy alembic",
+    "lmdist_export.generate models:/news@champion": "mlflow sqlalchemy alembic",
+    "lmdist_export.score models:/news@champion": "mlflow",
 }
 
 

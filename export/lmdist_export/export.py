@@ -19,7 +19,7 @@ from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, table
 from lmdist.cpus import limit_threads
 from lmdist.errors import EXIT_DEFECT, DataError, MissingInputError, UsageError, require
-from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
+from lmdist.storage.atomic import check_output_file, check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
 LAYOUTS = ("bundle", "sherpa-onnx")
@@ -65,6 +65,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="PERCENT",
         help="the increase of perplexity on the held-out text above which nothing is written (default: int8 1, int4 3)",
     )
+    made.add_argument(
+        "--vectors",
+        type=Path,
+        metavar="FILE",
+        help="write the embeddings of all words in word2vec's text format, beside the bundle or without one",
+    )
     made.add_argument("--overwrite", action="store_true", help="replace an output of the same layout")
     made.add_argument(
         "--register",
@@ -85,10 +91,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.max_perplexity_loss is not None:
             check("--max-perplexity-loss", arguments.max_perplexity_loss, at_least(-100, "below 0 an improvement is asked for"))
         check_registration(arguments)
+        if arguments.vectors:
+            check_output_file(arguments.vectors, "--vectors")
+        if arguments.output:
+            check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
+        if arguments.vectors:
+            sys.stdout.write(table(write_embeddings(arguments.checkpoint, arguments.vectors), width=14))
+            sys.stdout.flush()
+            if not arguments.output:
+                return
         if not arguments.output:
             register(arguments.checkpoint, arguments)
             return
-        check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
         limit_threads()
         from lmdist_export.conversion.verify import MismatchError
 
@@ -133,6 +147,17 @@ def run_sherpa_layout(arguments: argparse.Namespace) -> dict[str, str]:
     return sherpa.rows_of(arguments.output, differences, checkpoint.origin)
 
 
+def write_embeddings(checkpoint: Path, file: Path) -> dict[str, str]:
+    """Write the embeddings of a checkpoint in word2vec's text format; return the row of the table that describes them."""
+    from lmdist.text.vectors import write_vectors
+    from lmdist_export.conversion.exporting import Checkpoint
+
+    loaded = Checkpoint.load(checkpoint)
+    rows = loaded.model.embedding.weight.detach().numpy()
+    write_vectors(file, loaded.vocabulary, rows)
+    return {"vectors": f"{file}  ({len(rows):,} words, {rows.shape[1]} numbers each, of {loaded.origin})"}
+
+
 def log_start(checkpoint: Any, output: Path) -> None:
     """Log what is exported, and where to."""
     model = checkpoint.model
@@ -160,7 +185,9 @@ def check_registration(arguments: argparse.Namespace) -> None:
 
         registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
         require(*packages_of(store_address()), purpose="--register: ")
-    if not arguments.output:
+    if arguments.vectors and not arguments.output and arguments.register is not None:
+        raise UsageError("--vectors is of a checkpoint, and --register without -o of a bundle: give -o too, or one of the two")
+    if not arguments.output and not arguments.vectors:
         from lmdist.storage.held import HeldFolder
         from lmdist_export.bundle import EXPECTED, read_manifest
 

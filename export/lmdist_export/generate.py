@@ -1,50 +1,37 @@
 """Generate text with a bundle: `lmdist-generate BUNDLE --prompt "The president said"`.
 
 Text goes to stdout, all else to stderr. A text begins after an end mark, as the training text did; it ends at the next one, at
-a stop, or after --max-new-tokens tokens. This module turns text into ids and back; sampling/ generates the ids, and options.py
-has the options.
+a stop, or after --max-new-tokens tokens. This module reads prompts and writes texts; api.py loads the model, sampling/
+generates, and options.py has the options.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import json
-import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdist.bounds import at_least, check
+from lmdist.bounds import between, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
 from lmdist.errors import DataError, UsageError
+from lmdist_export.api import BUNDLE, load
 from lmdist_export.lines import STDIN, Lines, has_input, output_file
-from lmdist_export.options import APPLIED, CONTENT, OUTPUT, PARAMS, SAMPLING, GenerationConfig, Options, Row
-from lmdist_export.sampling.completion import (
-    as_object,
-    detokenized,
-    generation_config,
-    no_search,
-    token_sequences,
-    warning_of_prompt,
-    warnings_of_options,
-)
+from lmdist_export.options import APPLIED, CONTENT, OUTPUT, PARAMS, SAMPLING, Options, Row
+from lmdist_export.sampling.asked import Asked, understood, warning_of_prompt
+from lmdist_export.sampling.completion import Completion, Stream, completions
 
 if TYPE_CHECKING:
-    from lmdist_export.bundle import Bundle
-    from lmdist_export.sampling.generation import Text
-    from lmdist_export.sampling.sampler import Sampler
+    from lmdist_export.api import Model
+    from lmdist_export.sampling.prompt import Prompt
 
 COMMAND = "lmdist-generate"
-
-Growth = Iterator[tuple["Text", list[int]]]
-"""Each text with the tokens that were appended to it; it has ended when it has a finish_reason."""
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -58,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "generation_config.json; the defaults named here are what lmdist-export writes there.",
         epilog=f"The options are applied in this order: {', '.join(row.flag for row in APPLIED)}. docs/sampling.md has more.",
     )
-    parser.add_argument("bundle", type=Path, help="a folder written by lmdist-export")
+    parser.add_argument("bundle", help=BUNDLE)
 
     content = parser.add_argument_group(CONTENT)
     content.add_argument(
@@ -116,24 +103,14 @@ def run(arguments: argparse.Namespace) -> None:
     options = Options.from_values(vars(arguments), as_flags=True)
     check_arguments(arguments, options)
     with without_garbage_collection():
-        # Imported here, since numpy and onnxruntime take longer to import than --help may.
-        from lmdist_export.bundle import Bundle
-        from lmdist_export.sampling.sampler import Sampler
-
-        bundle = Bundle.load(arguments.bundle)
-        config = generation_config(options, bundle)
-        stops = token_sequences(options, bundle, "stop")
-        for sentence in warnings_of_options(options, bundle):
-            log(f"warning: {sentence}", COMMAND)
-        if config.num_beams > 1 and arguments.stream:
-            raise UsageError(no_search(options, "--stream"))
-        sampler = Sampler(bundle, arguments.provider, arguments.threads)
-    prompts = Prompts(bundle, arguments)
-    growth = generate(sampler, prompts, config, stops, options, arguments)
-    if arguments.stream:
-        pieces = streamed(bundle, growth, prompts, echo=options.echo)
-    else:
-        pieces = formatted(sampler, growth, prompts, config, options, as_json=arguments.json)
+        model = load(arguments.bundle, provider=arguments.provider, threads=arguments.threads)
+        asked = understood(options, model.bundle, stream=arguments.stream)
+    for sentence in asked.warnings:
+        log(f"warning: {sentence}", COMMAND)
+    prompts = Prompts(model, arguments)
+    pieces = streamed(model, prompts, asked) if arguments.stream else formatted(model, prompts, asked, arguments)
+    if asked.seed is not None and options.seed is None:
+        log(f"seed {asked.seed}", COMMAND)
     began, num_tokens = time.perf_counter(), 0
     with output_file(arguments.output, COMMAND) as output:
         for piece, count in pieces:
@@ -163,7 +140,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 def check_arguments(arguments: argparse.Namespace, options: Options) -> None:
     """Raise UsageError for mistakes that can be seen before anything is read."""
-    check("--batch-size", arguments.batch_size, at_least(1))
+    check("--batch-size", arguments.batch_size, between(1, 65_536))
     if arguments.prompt is not None and arguments.prompts_file is not None:
         raise UsageError("--prompt and --prompts-file are both given: give one of them")
     if arguments.stream and (options.n > 1 or arguments.prompts_file or arguments.json):
@@ -176,33 +153,30 @@ def check_arguments(arguments: argparse.Namespace, options: Options) -> None:
         check_output_file(arguments.output)
 
 
-# --- generation ----------------------------------------------------------------------------------------------------
+# --- prompts and texts ---------------------------------------------------------------------------------------------
 
 
 class Prompts:
-    """The prompts of a command line, one after the other, as ids."""
+    """The prompts of a command line, one after the other."""
 
-    def __init__(self, bundle: Bundle, arguments: argparse.Namespace) -> None:
-        self.bundle = bundle
+    def __init__(self, model: Model, arguments: argparse.Namespace) -> None:
+        self.model = model
         self.lines: Iterable[str] = [arguments.prompt or ""]
         if arguments.prompts_file is not None:
             self.lines = Lines([arguments.prompts_file], COMMAND)
         elif arguments.prompt is None and has_input(sys.stdin):
             log('prompts are read from stdin, one a line; --prompt "" begins a text without one', COMMAND)
             self.lines = from_stdin(stream=arguments.stream)
-        self.words: list[list[str]] = []
-        """The words of each prompt that was read."""
         self.error: DataError | None = None
         """Why the next prompt could not be read: an error of the command once the texts before it are written."""
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Prompt]:
         try:
             for line in self.lines:
-                words = self.bundle.tokenizer.tokenize(line, continues=True) if line else []  # NLTK is slow to import
-                if sentence := warning_of_prompt(words, self.bundle):
+                prompt = self.model.prompt(line)
+                if sentence := warning_of_prompt(prompt, self.model.bundle):
                     log(f"warning: {sentence}", COMMAND)
-                self.words.append(words)
-                yield self.bundle.vocabulary.encode(words)
+                yield prompt
         except DataError as error:
             self.error = error
 
@@ -218,103 +192,34 @@ def from_stdin(*, stream: bool) -> Iterator[str]:
         yield ""
 
 
-def generate(
-    sampler: Sampler,
-    prompts: Prompts,
-    config: GenerationConfig,
-    stops: list[list[int]],
-    options: Options,
-    arguments: argparse.Namespace,
-) -> Growth:
-    """Yield the texts that continue each prompt as they grow: sampled, or found by beam search."""
-    if config.num_beams > 1:
-        from lmdist_export.sampling.beam_search import beam_search
+def streamed(model: Model, prompts: Prompts, asked: Asked) -> Iterator[tuple[str, int]]:
+    """Yield the pieces of the one text, and at its end the number of its tokens."""
+    for prompt in list(prompts):
+        stream = Stream(model.sampler, prompt, asked)
+        yield from ((piece, 0) for piece in stream)
+        assert stream.completion
+        warn_of_exhausted(stream.completion)
+        yield "\n", len(stream.completion.tokens)
 
-        for number, prompt in enumerate(prompts):
-            for text in beam_search(sampler, prompt, config, options.n, stops, options.ignore_eos):
-                found = dataclasses.replace(text, prompt_number=number)
-                warn_of_exhausted(found)
-                yield found, found.tokens
-        return
-    from lmdist_export.sampling.generation import continuations
 
-    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    if options.seed is None and not config.greedy:
-        log(f"seed {seed}", COMMAND)
-    for text, tokens in continuations(
-        sampler,
-        prompts,
-        config,
-        seed,
-        options.n,
-        stops,
-        ignore_end=options.ignore_eos,
-        batch_size=arguments.batch_size,
-        stream=arguments.stream,
-    ):
+def formatted(model: Model, prompts: Prompts, asked: Asked, arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Yield each text, as a line of JSON or below a line with its number, and the number of its tokens."""
+    for text in completions(model.sampler, prompts, asked, arguments.batch_size):
         warn_of_exhausted(text)
-        yield text, tokens
+        place = text.prompt_number * asked.options.n + text.index
+        head = f"\n===== {place + 1} =====\n\n" if place else ""
+        written = json.dumps(text.as_object(), ensure_ascii=False) if arguments.json else f"{head}{text.text}"
+        yield f"{written}\n", len(text.tokens)
 
 
-def warn_of_exhausted(text: Text) -> None:
+def warn_of_exhausted(text: Completion) -> None:
     """Report a text that ended before its length because no token was allowed, by the names that --json has for it."""
     if text.finish_reason == "exhausted":
         log(
-            f"warning: prompt_number {text.prompt_number}, index {text.number} ends after {len(text.tokens)} tokens: "
+            f"warning: prompt_number {text.prompt_number}, index {text.index} ends after {len(text.tokens)} tokens: "
             "all others would repeat a sequence, are bad or suppressed",
             COMMAND,
         )
-
-
-# --- writing: pieces of text, and how many tokens were generated for each ------------------------------------------
-
-
-def streamed(bundle: Bundle, growth: Growth, prompts: Prompts, *, echo: bool) -> Iterator[tuple[str, int]]:
-    """Yield the one text that grows, word by word, each with its leading space, if any."""
-    first = next(growth)  # the prompt has been read then
-    prompt = prompts.words[0]
-    words = (bundle.vocabulary.words[token] for _, new in chain([first], growth) for token in new)
-    pieces = bundle.tokenizer.pieces(chain(prompt, words))
-    for piece in islice(pieces, len(prompt)):
-        if echo:
-            yield piece, 0
-    if not echo:
-        yield from ((piece.removeprefix(" "), 1) for piece in islice(pieces, 1))
-    yield from ((piece, 1) for piece in pieces)
-    yield "\n", 0
-
-
-def formatted(
-    sampler: Sampler, growth: Growth, prompts: Prompts, config: GenerationConfig, options: Options, *, as_json: bool
-) -> Iterator[tuple[str, int]]:
-    """Yield each text once it has ended, in the order of the prompts: as a line of JSON, or below a line with its number."""
-    ended = (text for text, _ in growth if text.finish_reason)
-    for text in ended if config.num_beams > 1 else in_order(ended, options.n):
-        prompt = prompts.words[text.prompt_number]
-        if as_json:
-            yield json.dumps(as_object(sampler, text, prompt, options), ensure_ascii=False) + "\n", len(text.tokens)
-            continue
-        place = text.prompt_number * options.n + text.number
-        head = f"\n===== {place + 1} =====\n\n" if place else ""
-        yield f"{head}{detokenized(sampler.bundle, text, prompt, echo=options.echo)}\n", len(text.tokens)
-
-
-def in_order(texts: Iterable[Text], n: int) -> Iterator[Text]:
-    """Yield texts in the order of their prompts, and the `n` of each by their number, each as soon as those before it are.
-
-    At Ctrl-C those that wait for others are yielded too.
-    """
-    waiting: dict[int, Text] = {}
-    turn = 0
-    try:
-        for text in texts:
-            waiting[text.prompt_number * n + text.number] = text
-            while turn in waiting:
-                yield waiting.pop(turn)
-                turn += 1
-    except KeyboardInterrupt:
-        yield from (waiting[place] for place in sorted(waiting))
-        raise
 
 
 if __name__ == "__main__":

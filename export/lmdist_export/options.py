@@ -12,8 +12,10 @@ This module needs neither numpy nor onnxruntime, so that `lmdist-generate --help
 # No `from __future__ import annotations`: annotations that are functions could not be read from strings.
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from lmdist.bounds import Bounds, at_least, between, check, check_bounds
@@ -129,7 +131,7 @@ class GenerationConfig:
     ] = 1.0
     top_k: Annotated[
         int,
-        at_least(0, "0 keeps all"),
+        between(0, 1_000_000, "0 keeps all"),
         Option(
             "sample from the K most likely tokens",
             group=SAMPLING,
@@ -235,7 +237,7 @@ class GenerationConfig:
     ] = 0.0
     no_repeat_ngram_size: Annotated[
         int,
-        at_least(0, "0 allows any"),
+        between(0, 1_000_000, "0 allows any"),
         Option(
             "no sequence of N tokens comes twice, the prompt included",
             group=SAMPLING,
@@ -260,7 +262,7 @@ class GenerationConfig:
     ] = 1
     length_penalty: Annotated[
         float,
-        between(-math.inf, math.inf, includes_low=False, includes_high=False),
+        between(-20, 20),
         Option(
             "beam search ranks texts by log-probability / length ** X: above 1 favors longer texts, below 1 shorter ones",
             group=SAMPLING,
@@ -319,13 +321,13 @@ class Options:
     as_flags: bool = False
     seed: Annotated[
         int | None,
-        at_least(0),
+        between(0, 2**64 - 1),
         Option("the same seed gives the same text (default: random, and printed)", group=SAMPLING, sampling_only=True),
     ] = None
-    n: Annotated[int, at_least(1), Option("texts to generate for each prompt", group=CONTENT)] = 1
+    n: Annotated[int, between(1, 1_000_000), Option("texts to generate for each prompt", group=CONTENT)] = 1
     logprobs: Annotated[
         int | None,
-        at_least(0),
+        between(0, 1_000_000),
         Option(
             "with --json: the log-probability of each token, and the K most likely ones in its place", group=OUTPUT, metavar="K"
         ),
@@ -352,6 +354,17 @@ class Options:
         given = {name: value for name, value in values.items() if value is not None and name in PARAMS}
         own = {name: given.pop(name) for name in list(given) if name in REQUEST}
         return cls(given, as_flags, **own)
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
+        """Return the options of a call; raises UsageError for a name that is no option, or a value of another type."""
+        for name in keywords:
+            if name not in PARAMS:
+                from lmdist.command_line import did_you_mean  # which needs argparse
+
+                hint = did_you_mean(name, PARAMS) or f"; expected is one of {', '.join(PARAMS)}"
+                raise UsageError(f"{name} is no option of generation{hint}")
+        return cls.from_values({name: typed(PARAMS[name], value) for name, value in keywords.items() if value is not None})
 
     def __post_init__(self) -> None:
         for name, value in {**self.given, **{name: getattr(self, name) for name in REQUEST}}.items():
@@ -395,6 +408,50 @@ PARAMS = {row.name: row for row in LISTED if row.option.group} | REQUEST
 """The flags of lmdist-generate, and the params of the server, in their order."""
 APPLIED = sorted((row for row in PARAMS.values() if row.option.order), key=lambda row: row.option.order)
 """The options of PARAMS that change which token is sampled, in the order in which they are applied."""
+
+
+# --- types of values -----------------------------------------------------------------------------------------------
+
+TYPES: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: (str, "a string"),
+}
+"""The type of a row, the types of the values that it accepts, and what a message calls them."""
+
+
+def typed(row: Row, value: Any, quoted: Callable[[Any], str] = reprlib.repr) -> Any:
+    """Return a value in the type of a row; an integer is a number too, NumPy's as Python's, and a string is a list of one.
+
+    Raises UsageError for a value of another type, as `quoted`.
+    """
+    if row.is_list:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            raise UsageError(f"{row.name} is {quoted(value)}; a list of strings is expected")
+        return strings_of(row.name, value, quoted=quoted)
+    accepted, expected = TYPES[row.type]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and row.type is not bool):
+        raise UsageError(f"{row.name} is {quoted(value)}; {expected} is expected")
+    if isinstance(value, Integral) and abs(int(value)) >= 2**64:
+        raise UsageError(f"{row.name} is {quoted(value)}; {expected} of at most 64 bits is expected")
+    return row.type(value)
+
+
+def strings_of(name: str, values: Iterable[Any], example: str = "", quoted: Callable[[Any], str] = reprlib.repr) -> list[str]:
+    """Return the values; raises UsageError where one is not a string."""
+    return [string_of(f"{name} number {place}", value, example, quoted) for place, value in enumerate(values)]
+
+
+def string_of(name: str, value: Any, example: str = "", quoted: Callable[[Any], str] = reprlib.repr) -> str:
+    """Return a value; raises UsageError where it is not a string, or one that UTF-8 cannot write."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is {quoted(value)}; a string is expected{example}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UsageError(f"{name} has a lone surrogate, \\ud800 to \\udfff; a string is expected{example}")
+    return value
 
 
 # --- the graphs ----------------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ from itertools import groupby, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdist.bounds import at_least, between, check
+from lmdist.bounds import between, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
 from lmdist.errors import DataError, UsageError
+from lmdist_export.api import BUNDLE, load
 from lmdist_export.lines import STDIN, Lines, output_file
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "line is scored and counted as a word, and is all that an empty line has. Bytes are those of the text in UTF-8, line "
         "breaks included; perplexity per byte is too low where words are unknown, since <unk> does not say which.",
     )
-    parser.add_argument("bundle", type=Path, help="a folder written by lmdist-export")
+    parser.add_argument("bundle", help=BUNDLE)
     parser.add_argument("files", nargs="*", default=[STDIN], metavar="FILE", help="text in UTF-8 (default: -, which is stdin)")
     kinds = parser.add_argument_group("what is printed, TAB-separated").add_mutually_exclusive_group()
     kinds.add_argument(
@@ -82,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--carry-state",
         action="store_true",
-        help="carry the state from line to line, as in one text: the perplexity of lmdist-evaluate",
+        help="carry the state from line to line, as in one text: the perplexity of lmdist-evaluate --file FILE --lines, where "
+        "a line without a word counts with the tokenizer whitespace only",
     )
     parser.add_argument(
         "--cache",
@@ -113,19 +115,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read the bundle, then score line after line."""
     kind = kind_of(arguments)
-    # Imported here, since numpy and onnxruntime take longer to import than --help may.
-    from lmdist_export.bundle import Bundle
-    from lmdist_export.sampling.sampler import Sampler
-    from lmdist_export.sampling.scoring import BATCH_SIZE, Scorer
-
     if arguments.output:
         from lmdist.storage.atomic import check_output_file
 
         check_output_file(arguments.output)
-    sampler = Sampler(Bundle.load(arguments.bundle), arguments.provider, arguments.threads)
-    batch_size = BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
-    cache = sampler.cache if arguments.cache else None
-    scorer = Scorer(sampler, end=not arguments.no_eos, carry_state=arguments.carry_state, batch_size=batch_size, cache=cache)
+    model = load(arguments.bundle, provider=arguments.provider, threads=arguments.threads)
+    scorer = model.scorer(
+        end=not arguments.no_eos,
+        carry_state=arguments.carry_state,
+        cache=arguments.cache,
+        batch_size=arguments.batch_size,
+    )
     lines = Lines(arguments.files, COMMAND)
     with output_file(arguments.output, COMMAND) as output:
         for piece in KINDS[kind](scorer, lines, arguments):
@@ -146,13 +146,13 @@ def kind_of(arguments: argparse.Namespace) -> str:
             with_these = ", ".join(f"--{name}" for name in kinds if name != "summary")
             raise UsageError(f"{flag} is for {with_these}{' or none of these' if 'summary' in kinds else ''}: leave it out")
     if arguments.next is not None:
-        check("--next", arguments.next, at_least(1))
+        check("--next", arguments.next, between(1, 1_000_000))
     for name in ("lm_weight", "word_bonus"):
         value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
         if value is not None and not (arguments.best or arguments.json):
             raise UsageError(f"{flag} decides which hypothesis is the best: give --best or --json as well")
         if value is not None:
-            check(flag, value, between(-math.inf, math.inf, includes_low=False, includes_high=False))
+            check(flag, value, between(-1_000_000, 1_000_000))
     return kind
 
 

@@ -49,6 +49,12 @@ class LanguageModel(nn.Module):
             if settings.tied:
                 self.projection.weight = self.embedding.weight
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the parts by name, from the input to the output; a tied matrix is in the first and in the last one."""
+        layers = {f"layers.{number}": layer for number, layer in enumerate(self.layers)}
+        return {"embedding": self.embedding, **layers, "projection": self.projection}
+
     def initial_state(self, batch_size: int) -> State:
         """Return the state before the first token: zeros, each part (B, S), on the model's device."""
         shape, device = (batch_size, sum(self.layer_sizes)), self.embedding.weight.device

@@ -55,7 +55,9 @@ def atomic_folder(target: Path, *, replace: bool) -> Iterator[Path]:
 
 
 def refuse_to_replace_link(target: Path) -> None:
-    """Raise UsageError for a link, which a rename would replace, and not what it leads to."""
+    """Raise UsageError for a link, which a rename would replace, and not what it leads to; and for `.` and `..`."""
+    if target.name in ("", ".."):
+        raise UsageError(f"{target} is a folder without its name; give the name, as in {target / 'news'}")
     if os.path.islink(target):  # not Path.is_symlink(), which raises where it may not look
         raise UsageError(f"{target} is a link, which would itself be replaced: name what it leads to, or take another name")
 
@@ -162,14 +164,14 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text)
 
 
-def check_output_file(output: Path) -> None:
-    """Raise UsageError where `atomic_file` could not write the file that -o names."""
+def check_output_file(output: Path, flag: str = "-o") -> None:
+    """Raise UsageError where `atomic_file` could not write the file that a flag names."""
     refuse_to_replace_link(output)
     if output.exists() and not output.is_file():
         # Devices are rejected as well: the rename would replace them.
-        raise UsageError(f"-o {output} is not a file; a file's name is expected")
+        raise UsageError(f"{flag} {output} is not a file; a file's name is expected")
     if not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
-        raise UsageError(f"-o {output}: nothing can be written in {output.parent}; create it first, or give another name")
+        raise UsageError(f"{flag} {output}: nothing can be written in {output.parent}; create it first, or give another name")
 
 
 def check_output_folder(flag: str, output: Path) -> None:

@@ -86,10 +86,11 @@ def write_meta(
     settings: PrepareSettings,
     skipped: Mapping[str, int],
     sources: Iterable[tuple[object, int]],
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write blocks.json and meta.json beside the other files of a data folder, which must all be there; return meta.json.
 
-    `sources` are the files that were read, and their sizes in bytes.
+    `sources` are the files that were read, and their sizes in bytes; `more` are further entries.
     """
     files = checksums(folder)
     # A file of its own, because each checkpoint has a copy of meta.json; and not among the files there, which say whether two
@@ -111,6 +112,7 @@ def write_meta(
         "text": dataclasses.asdict(settings.text),
         "prepare": prepare,
         "sources": [{"name": str(file), "bytes": size} for file, size in sources],
+        **(more or {}),
         "files": files,
         "blocks": facts_of(folder / BLOCKS),
     }

@@ -19,9 +19,9 @@ MODELS_NOT_CHATS = "workflowType=machine_learning"
 """With this, MLflow's page opens on runs and their curves; without it, on traces of chat models, of which there are none."""
 
 
-def configure(request_timeout_seconds: int = 10) -> None:
-    """Set MLflow's environment variables where the user has not set them."""
-    variables = {
+def configuration(request_timeout_seconds: int = 10) -> dict[str, str]:
+    """Return the values of MLflow's environment variables that a command sets where the user has not set them."""
+    return {
         # MLflow's own retries wait minutes for a dead server, and create runs twice.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(request_timeout_seconds),
@@ -29,7 +29,11 @@ def configure(request_timeout_seconds: int = 10) -> None:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    for name, value in variables.items():
+
+
+def configure(request_timeout_seconds: int = 10) -> None:
+    """Set MLflow's environment variables where the user has not set them."""
+    for name, value in configuration(request_timeout_seconds).items():
         os.environ.setdefault(name, value)
 
 

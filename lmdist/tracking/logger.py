@@ -10,6 +10,7 @@ runs, `lmdist-sync RUN` uploads later. This module does not know the training lo
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -81,10 +82,11 @@ class RunLogger(MetricsLogger):
         *,
         resume: bool,
         description: str = "",
+        started_from: Mapping[str, Any] | None = None,
     ) -> None:
         """Log a run that is at `step`; `resume` says whether it continues the run that is in the folder.
 
-        MLflow's page shows the `description` of the model.
+        MLflow's page shows the `description` of the model, and the run below the one that it `started_from`.
         """
         self.run = run
         with ExitStack() as stack:
@@ -99,7 +101,7 @@ class RunLogger(MetricsLogger):
             if settings.mlflow or before:
                 inputs, now = dataset_inputs(data_name, data_meta), int(time.time() * 1000)
                 experiment = experiment_name(settings.experiment)
-                metadata = new_metadata(run, experiment, parameters, inputs, now, provenance(description))
+                metadata = new_metadata(run, experiment, parameters, inputs, now, provenance(description, started_from or {}))
                 # Earlier entries stay, for MLflow rejects a parameter that changes; the run of a copy has none yet.
                 kept = before if before is written else {**before, "parameters": parameters}
                 write_metadata(run, {**metadata, **kept, "status": "RUNNING"})

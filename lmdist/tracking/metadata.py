@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from lmdist.tracking.run_folder import RUN_METADATA
 
 COPY_TAG = "lmdist.copy_of"
 """The tag of a run whose folder was a copy: the id of the original's run."""
+START_TAG = "lmdist.init."
+"""How the tags begin that say what a run started from."""
 SOURCE = {"mlflow.source.name": "lmdist-train", "mlflow.source.type": "LOCAL"}
 """The tags by which MLflow's page shows what has trained a run."""
 GIT_SECONDS = 5
@@ -52,14 +55,20 @@ def new_metadata(
     }
 
 
-def provenance(description: str) -> dict[str, str]:
-    """Return the tags by which MLflow's page shows who trains what: description, source, Git commit of this folder, user."""
+def provenance(description: str, started_from: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tags by which MLflow's page shows who trains what: description, source, Git commit of this folder, user.
+
+    And what it `started_from` (training/starting_point.py): the run of its base is its parent.
+    """
     tags = {
         **SOURCE,
         "mlflow.note.content": description,
         "mlflow.user": getpass.getuser(),
         "lmdist.version": __version__,
     }
+    tags |= {f"{START_TAG}{name}": str(value) for name, value in started_from.items() if value != ""}
+    if parent := started_from.get("run_id"):
+        tags["mlflow.parentRunId"] = parent
     with suppress(OSError, subprocess.SubprocessError):  # no git, no repository
         command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS)

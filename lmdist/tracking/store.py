@@ -10,13 +10,13 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmdist.storage.atomic import is_running
-from lmdist.tracking.address import sqlite_file
+from lmdist.tracking.address import configuration, sqlite_file, store_address
 from lmdist.tracking.failures import FinalError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ KEY_TAG = "lmdist.run_key"
 CONTEXT_TAG = "mlflow.data.context"
 POINTS_PER_REQUEST = 1000
 """MLflow's limit."""
+DOWNLOAD_TIMEOUT_SECONDS = 120
+"""A server may fetch a large file from its artifact store before it answers."""
 SQLITE_MAGIC = b"SQLite format 3\0"
 """How each database of SQLite begins, unless it is empty."""
 
@@ -174,3 +176,28 @@ def silence() -> Iterator[None]:
     devnull = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - loggers keep it
     with redirect_stdout(devnull), redirect_stderr(devnull):
         yield
+
+
+def download(uri: str, folder: Path) -> Path:
+    """Download what `models:/NAME@ALIAS` or `runs:/ID/PATH` names into a folder; return where it lies there.
+
+    The store is MLflow's own, else `store_address()`. Raise any exception of MLflow or of a library below it.
+    """
+    variables = {"MLFLOW_TRACKING_URI": store_address(), "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    with environment(configuration(DOWNLOAD_TIMEOUT_SECONDS) | variables), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow warns of annotations of its own
+        from mlflow.artifacts import download_artifacts
+
+        return Path(download_artifacts(uri, dst_path=str(folder)))
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set those of the variables that are not set, inside only: a program may use MLflow for other things."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -18,6 +18,8 @@ from lmdist.training.distributed import World
 NOT_COMPARED = (
     "run_folder",
     "resume",
+    "init_from",
+    "init.embeddings",
     "data.folder",
     "prepare.",
     "sample.",

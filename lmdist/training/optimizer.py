@@ -1,24 +1,31 @@
 """The optimizers: how each is built and what it keeps for a parameter.
 
-To add an optimizer, add its name to `OptimizerSettings.name` and a row to `OPTIMIZERS`. Learning rates are schedule.py's. This
-module knows neither data nor ranks nor files.
+To add an optimizer, add its name to `OptimizerSettings.name` and a row to `OPTIMIZERS`. Learning rates are schedule.py's; a
+group of parameters may have a share of them. This module knows neither data nor ranks nor files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
+from lmdist.model.language_model import LanguageModel
 from lmdist.settings import OptimizerSettings
+
+Groups = list[dict[str, Any]]
+"""Groups of parameters, in the order of the model's, each with its SHARE."""
+SHARE = "share"
+"""The key of a group's learning rate relative to that of the step."""
 
 
 class Row(NamedTuple):
     """An optimizer of the setting `optimizer.name`."""
 
-    build: Callable[[nn.Module, OptimizerSettings], Optimizer]
+    build: Callable[[Groups, OptimizerSettings], Optimizer]
     tensors: tuple[str, ...]
     """Names of the tensors it keeps for each parameter, of the parameter's shape."""
     scalars: tuple[str, ...]
@@ -27,8 +34,8 @@ class Row(NamedTuple):
 
 OPTIMIZERS: dict[str, Row] = {
     "sgd": Row(
-        lambda model, settings: SGD(
-            model.parameters(),
+        lambda groups, settings: SGD(
+            groups,
             settings.learning_rate,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
@@ -38,22 +45,18 @@ OPTIMIZERS: dict[str, Row] = {
         scalars=(),
     ),
     "adam": Row(
-        lambda model, settings: Adam(
-            model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        ),
+        lambda groups, settings: Adam(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
     ),
     "adamw": Row(
-        lambda model, settings: AdamW(
-            model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        ),
+        lambda groups, settings: AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
     ),
     "nadam": Row(
-        lambda model, settings: NAdam(
-            model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, decoupled_weight_decay=True
+        lambda groups, settings: NAdam(
+            groups, settings.learning_rate, weight_decay=settings.weight_decay, decoupled_weight_decay=True
         ),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step", "mu_product"),
@@ -63,7 +66,29 @@ OPTIMIZERS: dict[str, Row] = {
 
 def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> Optimizer:
     """Return the optimizer of `model`'s parameters."""
-    return OPTIMIZERS[settings.name].build(model, settings)
+    return OPTIMIZERS[settings.name].build(groups_of(model, settings.layer_decay), settings)
+
+
+def groups_of(model: nn.Module, layer_decay: float) -> Groups:
+    """Return all parameters as one group, or, with a `layer_decay` other than 1, as groups whose shares differ.
+
+    The share is 1 of the projection, tied or not, and falls from layer to layer towards the input.
+    """
+    if layer_decay == 1:
+        return [{"params": list(model.parameters()), SHARE: 1.0}]
+    assert isinstance(model, LanguageModel), type(model)
+    shares: dict[nn.Parameter, float] = {}
+    for depth, part in enumerate(reversed(model.parts.values())):
+        for parameter in part.parameters():
+            shares.setdefault(parameter, layer_decay**depth)
+    # In the order of the parameters, by which their state is saved, whatever the shares are.
+    return [{"params": list(group), SHARE: share} for share, group in groupby(model.parameters(), shares.__getitem__)]
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group[SHARE]
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from lmdist.tracking.plot import plot_losses
 from lmdist.tracking.run_folder import FINISHED, METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES
 from lmdist.training.run import Run
 from lmdist.training.sample import sample
+from lmdist.training.starting_point import lines_of
 
 SECONDS_BETWEEN_PICTURES = 60.0
 SMALLEST_CHANGE = 0.01
@@ -64,6 +65,7 @@ def open_logger(run: Run) -> MetricsLogger:
         run.progress.step,
         resume=run.recipe.resume == "auto",
         description=f"{model_line(run)}. {data_line(run)}.",
+        started_from=run.progress.started_from,
     )
     run.world.broadcast(logger.run_key)
     return logger
@@ -99,6 +101,10 @@ def announcement(run: Run) -> list[str]:
         f"on {world.size} rank(s), {world.device.type}",
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
     ]
+    lines += lines_of(run.progress.started_from)
+    if recipe.init.freeze:
+        until = f"until step {recipe.init.freeze_steps:,}" if recipe.init.freeze_steps else "to the end"
+        lines.append(f"  init   {', '.join(recipe.init.freeze)} not trained {until}")
     if recipe.averaging.name != "none":
         lines.append(f"  average of the parameters by {recipe.averaging.name}, which is validated, sampled and exported")
     if folder.vocabulary_size > LARGE_VOCABULARY and recipe.model.head == "full":

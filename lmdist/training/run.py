@@ -30,6 +30,7 @@ from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint
 from lmdist.training.checkpoints.retain import newest_verified, remove_unfinished
 from lmdist.training.data import DataFolder, Streams, Windows, training_batches
 from lmdist.training.distributed import World
+from lmdist.training.starting_point import start
 from lmdist.training.step import TrainingStep
 
 
@@ -107,10 +108,12 @@ def set_up(recipe: Recipe, world: World) -> Run:
 
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
+    # Rank 0 alone reads what the run starts from: TrainingStep gives its parameters to the others.
+    begun = Progress(started_from=None if newest or not world.is_main else start(model, recipe, folder))
     training_step = TrainingStep(recipe, model, precision, world)
     hints = changed_settings(newest, recipe) if newest else []
     hints += configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
-    progress = Progress() if newest is None else restore(newest, recipe, training_step)
+    progress = begun if newest is None else restore(newest, recipe, training_step)
     averaging = Averaging(recipe.averaging, model, progress)
     if newest:
         restore_average(newest, averaging)
@@ -201,7 +204,7 @@ def is_fixed(name: str) -> bool:
     """
     section, _, key = name.rpartition(".")
     return (
-        name in ("seed", "optimizer.name")
+        name in ("seed", "optimizer.name", "init_from", "init.embeddings")
         or (section == "data" and key not in ("folder", "valid_batch"))
         or (section == "model" and "dropout" not in key)
     )
@@ -212,7 +215,7 @@ def changed_settings(newest: Checkpoint, recipe: Recipe) -> list[str]:
     changed = [
         f"{name} {reprlib.repr(before)} -> {now!r}"
         for name, (before, now) in pairs_of(newest.manifest["recipe"], recipe).items()
-        if before != now and name.startswith(("model.", "optimizer.", "schedule.", "averaging."))
+        if before != now and name.startswith(("model.", "init.", "optimizer.", "schedule.", "averaging."))
     ]
     return [f"  changed since step {newest.manifest['progress']['step']:,}: {', '.join(changed)}"] if changed else []
 

@@ -10,10 +10,12 @@ Shapes: G global batch size, B batch size of this rank, P sequences of a part of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lmdist.errors import UsageError
 from lmdist.model.cuda_graph import Function, Graphed
 from lmdist.model.dropout import Masks
 from lmdist.model.language_model import LanguageModel
@@ -24,7 +26,7 @@ from lmdist.settings import Recipe
 from lmdist.training.data import Batch
 from lmdist.training.distributed import RowAverage, World
 from lmdist.training.metrics import NatsTotal
-from lmdist.training.optimizer import build_optimizer
+from lmdist.training.optimizer import build_optimizer, set_learning_rate
 
 
 class TrainingStep:
@@ -41,6 +43,8 @@ class TrainingStep:
         self.window = recipe.data.sequence_length
         self.penalties = (recipe.optimizer.activation_penalty, recipe.optimizer.temporal_penalty)
         self.clip = recipe.optimizer.clip or math.inf
+        self.frozen = frozen_parameters(model, recipe.init.freeze)
+        self.freeze_steps = recipe.init.freeze_steps or math.inf
         # If it is tied, its gradient is the projection's as well, which has all rows.
         embedding = None if recipe.model.tied else model.embedding.get_parameter("weight")
         self.network = world.wrap(model, recipe.training.gradient_compression, embedding)
@@ -94,6 +98,9 @@ class TrainingStep:
             nats.add(part_nats, int(mask.sum()))
             states.append(tuple(new_state))
         self.embedding_rows.finish()
+        if step < self.freeze_steps:
+            for parameter in self.frozen:
+                parameter.grad = None  # neither clipped nor updated nor decayed; for DDP it is a parameter like all others
         self.state = tuple(torch.cat(parts) for parts in zip(*states, strict=True))  # parts (B, S)
 
     def forward_backward_part(
@@ -117,8 +124,7 @@ class TrainingStep:
 
     def clip_and_update(self, learning_rate: float) -> Tensor:
         """Clip the gradients, update the parameters, clear the gradients; return the norm of the gradient before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.model.parameters())
         norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
@@ -129,3 +135,18 @@ class TrainingStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def frozen_parameters(model: LanguageModel, names: Sequence[str]) -> list[nn.Parameter]:
+    """Return the parameters of the parts of a model that init.freeze names.
+
+    Raise UsageError for other names, and where nothing is left to train.
+    """
+    parts = model.parts
+    for name in names:
+        if name not in parts:
+            raise UsageError(f"init.freeze has {name}; the parts of this model are {', '.join(parts)}")
+    frozen = {parameter: None for name in names for parameter in parts[name].parameters()}
+    if len(frozen) == len(list(model.parameters())):
+        raise UsageError(f"init.freeze {', '.join(names)} is all of the model: nothing is left to train")
+    return list(frozen)

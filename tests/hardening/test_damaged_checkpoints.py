@@ -12,6 +12,7 @@ import pytest
 
 from lmdist.errors import DataError
 from lmdist.storage.reading import read_json, write_json
+from lmdist.tracking.run_folder import read_metrics
 from lmdist.training.checkpoints.format import FIRST_KEYS, MODEL, OWN_CHECKSUM
 from lmdist.training.checkpoints.read import load_model, open_checkpoint, read_manifest
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
@@ -89,6 +90,13 @@ def test_where_no_checkpoint_can_be_read_the_job_ends(tmp_path: Path) -> None:
         newest_checkpoint(checkpoints)
     shutil.rmtree(checkpoints)
     assert newest_checkpoint(checkpoints) is None
+
+
+def test_lines_of_metrics_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
+    rows = ['{"step": 1, "time": 1.0, "train/loss": NaN}', '{"step": 2, "tim": 1.0}', "5", "[]", '{"step": "3", "time": 1.0}']
+    rows += ['{"step": 4, "time": 1.0, "train/loss": "x"}', "[" * 100_000, '{"step": 5, "time": 2.0}', '{"st']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 5]
 
 
 def test_sizes_come_before_sums(checkpoint: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lmdist_export import generate
+from lmdist_export.sampling.completion import in_order
 from lmdist_export.sampling.generation import Text
 from support import failures
 from support.small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, in_fresh_process, make_bundle, neutral
@@ -172,8 +173,8 @@ def test_a_prompt_that_ends_in_an_abbreviation_goes_on(bundle: Path, written) ->
         (("--top-p", 0), "--top-p is 0.0; it must be above 0"),
         (("--top-p", 1.5), "--top-p is 1.5"),
         (("--top-k", -1), "--top-k is -1"),
-        (("--max-new-tokens", 0), "--max-new-tokens is 0; it must be at least 1"),
-        (("--n", 0), "--n is 0; it must be at least 1"),
+        (("--max-new-tokens", 0), "--max-new-tokens is 0; it must be from 1 to 1,000,000,000,000"),
+        (("--n", 0), "--n is 0; it must be from 1 to 1,000,000"),
         (("--n", 2, "--stream"), "--stream prints one text"),
         (("--seed", -1), "--seed is -1"),
         (("--threads", -1), "threads is -1"),
@@ -397,7 +398,7 @@ def test_texts_that_wait_for_their_turn_are_written_at_an_interrupt() -> None:
             yield Text([], *divmod(place, 2))
         raise KeyboardInterrupt
 
-    texts = generate.in_order(texts_until_interrupt(), 2)
+    texts = in_order(texts_until_interrupt(), 2)
     found = [next(texts) for _ in range(4)]
     assert [(text.prompt_number, text.number) for text in found] == [(0, 0), (0, 1), (1, 1), (2, 0)]
     with pytest.raises(KeyboardInterrupt):

@@ -27,6 +27,7 @@ from lmdist_export import export
 from lmdist_export.bundle import Bundle
 from lmdist_export.conversion.weights import write_graphs
 from lmdist_export.options import GenerationConfig
+from lmdist_export.sampling.completion import Completion
 
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
 PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()
@@ -139,3 +140,8 @@ def in_fresh_process(name: str, arguments: Sequence[object], packages: set[str])
         f"finally: print({packages!r} & set(sys.modules), file=sys.stderr)"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def same_text(one: Completion, other: Completion) -> bool:
+    """Whether two generated texts are the same, but for their places among others."""
+    return (one.text, one.tokens, one.finish_reason) == (other.text, other.tokens, other.finish_reason)

@@ -200,6 +200,7 @@ def write_bundle(
         "run": checkpoint.run,
         "run_id": checkpoint.run_id,
         "step": checkpoint.step,
+        "started_from": checkpoint.manifest["progress"]["started_from"],
         "tolerance": TOLERANCES.get(precision),
         "differences": check_values(sampler, model),
         "held_out": None if held_out is None else check_perplexity(sampler, model, *held_out, max_loss),

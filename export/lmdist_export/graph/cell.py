@@ -50,10 +50,26 @@ def layer_weights(parameters: Mapping[str, NDArray[np.float32]]) -> dict[str, ND
     }
 
 
+def torch_parameters(weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Return the parameters of torch's LSTM from a layer's weights; the sum of its two biases is the first of them."""
+    ordered = {name: reordered(value, GATES, TORCH_GATES) for name, value in weights.items()}
+    return {
+        "weight_ih_l0": ordered["input"],  # (4H, I)
+        "weight_hh_l0": ordered["hidden"],  # (4H, H)
+        "bias_ih_l0": ordered["bias"],  # (4H)
+        "bias_hh_l0": np.zeros_like(ordered["bias"]),  # (4H)
+    }
+
+
 def onnx_gates(parameter: NDArray[np.float32]) -> NDArray[np.float32]:
     """Reorder the gates of a parameter (4H, ...) from torch's order to ONNX's."""
-    gates = dict(zip(TORCH_GATES, np.split(parameter, len(TORCH_GATES)), strict=True))
-    return np.concatenate([gates[name] for name in GATES])
+    return reordered(parameter, TORCH_GATES, GATES)
+
+
+def reordered(parameter: NDArray[np.float32], before: Sequence[str], after: Sequence[str]) -> NDArray[np.float32]:
+    """Put the gates of a parameter (4H, ...) from one order into another."""
+    gates = dict(zip(before, np.split(parameter, len(before)), strict=True))
+    return np.concatenate([gates[name] for name in after])
 
 
 def step(g: Graph, matmul: Matmul, from_input: str, state: Sequence[str], size: int, *, equal_splits: bool) -> list[str]:

@@ -4,6 +4,7 @@
     score_graph       tokens (B, T), targets, h, c     -> log_probabilities (B, T), next_h, next_c
     next_graph        tokens (B, T), h, c, memory      -> log_probabilities (B, V) after the last token, next state
     generation_graph  prompt (B, P), uniform (N, B, A) -> words (N, B), next_h, next_c: N tokens a call
+    embedding_graph   tokens (B)                       -> embeddings (B, E)
     token_graph       word (B), uniform (B, A), state  -> next_word (B), next state: one token a call, for a GPU
 
 All have the same two parts: `Network` computes the logits, in the precision of its weights, and `SamplingNodes` samples tokens.
@@ -18,7 +19,7 @@ Loop are bytes of generate.onnx. They stay as they are, so that equal checkpoint
 docs/sampling.md has the reasons. This module knows no onnxruntime and reads no file.
 
 Shapes: B batch, T tokens, P tokens of a prompt, N new tokens, A uniform numbers a token, V vocabulary (V' rounded up to whole
-blocks), H a layer's size, S the sum of the layers' sizes.
+blocks), E embedding, H a layer's size, S the sum of the layers' sizes.
 """
 
 from __future__ import annotations
@@ -64,6 +65,14 @@ def step_graph(sizes: Sizes, target: Target, run: str = "") -> bytes:
     g.output(logits, "logits", FLOAT, ["batch", "time", sizes.vocabulary_size])
     state_outputs(g, sizes, state)
     return model_bytes(g, metadata("lmdist step graph", sizes, run))
+
+
+def embedding_graph(sizes: Sizes, target: Target) -> bytes:
+    """Return the graph that outputs the embeddings of tokens."""
+    g = Graph("lmdist_embedding")
+    tokens = g.input("tokens", INT64, ["batch"])
+    g.output(Network(sizes, g, target).embeddings(g, tokens), "embeddings", FLOAT, ["batch", sizes.embedding_size])
+    return model_bytes(g, metadata("lmdist embedding graph", sizes, ""))
 
 
 def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> bytes:

@@ -139,6 +139,14 @@ class Network:
             gates = self.int8_matmul(g, "layer_0.input", rows)  # a row's own scale is applied afterwards
             return g("Add", g("Mul", gates, g("Gather", self.weight("embedding.scale"), tokens)), bias)
 
+    def embeddings(self, g: Graph, tokens: str) -> str:
+        """Return the embeddings of `tokens` (R) in fp32: (R, E)."""
+        rows = g("Cast", g("Gather", self.weight("embedding"), tokens), to=FLOAT)  # (R, E)
+        if not self.sizes.is_quantized:
+            return rows
+        scale = g("Mul", g("Gather", self.weight("embedding.scale"), tokens), g.constant(np.float32(1 / 127)))
+        return g("Mul", g("Sub", rows, g.constant(np.float32(128))), scale)
+
     def cell(self, g: Graph, layer: int, from_input: str, state: Sequence[str]) -> list[str]:
         """Return a layer's state after one token, from its W x + b (B, 4H) and its state before."""
 

@@ -17,7 +17,7 @@ import numpy as np
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.generation import Text, ends_with, row_bias
 from lmdist_export.sampling.sampler import Sampler, all_masked, fixed_bias, log_softmax
-from lmdist_export.sampling.state import select
+from lmdist_export.sampling.state import State, select
 
 
 def beam_search(
@@ -27,12 +27,16 @@ def beam_search(
     n: int = 1,
     stops: Sequence[Sequence[int]] = (),
     ignore_end: bool = False,
+    state: State | None = None,
 ) -> list[Text]:
-    """Return the `n` most likely texts found (`num_beams` at most), the best first."""
+    """Return the `n` most likely texts found (`num_beams` at most), the best first.
+
+    The `state` is that of the prompt, where it was read.
+    """
     assert n <= config.num_beams, (n, config.num_beams)
     end = () if ignore_end else (config.eos_token_id,)
     bias = fixed_bias(config, sampler.sizes.vocabulary_size)
-    logits, state = sampler.next_logits([config.bos_token_id, *prompt])  # (1, V), (1, S)
+    logits, model = sampler.next_logits(state or [config.bos_token_id, *prompt])  # (1, V), (1, S)
     beams = [Text(list(prompt), 0, 0)]
     scores = np.zeros(1)
     ended: list[tuple[float, Text]] = []
@@ -68,7 +72,7 @@ def beam_search(
         if not kept or (len(ended) == config.num_beams and ended[-1][0] >= scores[0] / longest**config.length_penalty):
             break
         if length < config.max_new_tokens:
-            step, state = sampler.step(np.array([[token] for _, token, _ in kept]), select(state, rows))
+            step, model = sampler.step(np.array([[token] for _, token, _ in kept]), select(model, rows))
             logits = step[:, -1]  # (K, V)
     else:
         for text, score in zip(beams, scores.tolist(), strict=True):

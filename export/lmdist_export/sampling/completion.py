@@ -1,154 +1,187 @@
-"""From the options of a request to a generation config, and from a generated text to JSON.
+"""Generated text as people read it: all texts of a request in the order of their prompts, or the pieces of one as it grows.
 
-The command (generate.py) and the server (serving/mlflow_model.py) share it, so both accept the same options, report the same
-mistakes and return the same objects. options.py has the options. This module needs neither numpy nor onnxruntime until there
-is a text.
+    for completion in completions(sampler, prompts, asked):
+        completion.text, completion.finish_reason
+    for piece in Stream(sampler, prompt, asked):
+        print(piece, end="")
+
+The Python API, the command lmdist-generate and the server share it, so the same options and the same seed give the same texts.
+This module needs neither numpy nor onnxruntime until there is a text.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import reprlib
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from lmdist.errors import UsageError
-from lmdist.text.vocabulary import UNKNOWN, UNKNOWN_ID
-from lmdist_export.options import NO_CACHE, PARAMS, GenerationConfig, Options
+from lmdist_export.sampling.asked import Asked, warning_of_prompt
 
 if TYPE_CHECKING:
-    from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.generation import Text
+    from lmdist_export.sampling.prompt import Prompt
     from lmdist_export.sampling.sampler import Sampler
+    from lmdist_export.sampling.state import State
 
 
-def generation_config(options: Options, bundle: Bundle) -> GenerationConfig:
-    """Return the bundle's config with the values of `options` in it; raises UsageError for options that exclude each other."""
-    values: dict[str, Any] = dict(options.given)
-    if "temperature" in values:
-        values["do_sample"] = values["temperature"] > 0
-    if options.allow_unk:
-        values["suppress_tokens"] = tuple(token for token in bundle.generation.suppress_tokens if token != UNKNOWN_ID)
-    if options.bad_words:
-        values["bad_words_ids"] = (*bundle.generation.bad_words_ids, *token_sequences(options, bundle, "bad_words"))
-    if options.logit_bias:
-        added = (word_and_bias(options, given) for given in options.logit_bias)
-        known = (([bundle.vocabulary.ids[word]], bias) for word, bias in added if word in bundle.vocabulary.ids)
-        values["sequence_bias"] = (*bundle.generation.sequence_bias, *known)
-    if "min_new_tokens" in values and "max_new_tokens" not in values:
-        values["max_new_tokens"] = max(values["min_new_tokens"], bundle.generation.max_new_tokens)
-    config = dataclasses.replace(bundle.generation, **values)
-    check_search(options, config)
-    if config.cache_weight and bundle.cache is None:
-        raise UsageError(f"{options.name_for_caller('cache_weight')} is {config.cache_weight:g}, and {NO_CACHE}")
-    return config
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """A generated text."""
+
+    text: str
+    """As people write it; it begins with the prompt, unless the option `echo` is false."""
+    tokens: list[str]
+    """The words that were generated, without the prompt, and without the end mark or the stop that ended the text."""
+    finish_reason: str
+    """`stop`: it ended, or a stop came; `length`: it has `max_new_tokens` tokens; `exhausted`: the options left no token."""
+    prompt: Prompt = field(repr=False)
+    """What it continues; `prompt.unknown_words` are those that the model does not know and has read as `<unk>`."""
+    seed: int | None = None
+    """The seed that gives this text again; None where nothing was random."""
+    token_logprobs: list[float] | None = field(default=None, repr=False)
+    """With the option `logprobs`: the log-probability of each token, in nats, by the model itself, whatever the options are."""
+    top_logprobs: list[dict[str, float]] | None = field(default=None, repr=False)
+    """With the option `logprobs`: the most likely tokens in the place of each, the best first, with their log-probabilities."""
+    warnings: list[str] = field(default_factory=list)
+    """Sentences that name words of the prompt, or of an option, which are not in the vocabulary."""
+    prompt_number: int = field(default=0, repr=False)
+    """The number of the prompt among those of the request."""
+    index: int = field(default=0, repr=False)
+    """The number of the text among those of its prompt."""
+
+    @property
+    def unknown_words(self) -> list[str]:
+        """Return the words of the prompt that are not in the vocabulary, each once."""
+        return self.prompt.unknown_words
+
+    def as_object(self) -> dict[str, Any]:
+        """Return the text as a JSON object; the names are those of the OpenAI completions API where it has one."""
+        result: dict[str, Any] = {
+            "prompt_number": self.prompt_number,
+            "index": self.index,
+            "text": self.text,
+            "words": self.tokens,
+            "finish_reason": self.finish_reason,
+        }
+        if self.token_logprobs is not None:
+            logprobs = {"tokens": self.tokens, "token_logprobs": self.token_logprobs, "top_logprobs": self.top_logprobs}
+            result["logprobs"] = logprobs
+        return result
 
 
-def check_search(options: Options, config: GenerationConfig) -> None:
-    """Raise UsageError for options of sampling beside a beam search, and for options of a beam search without one."""
-    num_beams = options.name_for_caller("num_beams")
-    if config.num_beams > 1:
-        for name, row in PARAMS.items():
-            if row.option.sampling_only and options.is_given(name):
-                raise UsageError(no_search(options, options.name_for_caller(name)))
-        if options.n > config.num_beams:
-            raise UsageError(
-                f"{options.name_for_caller('n')} is {options.n}; a beam search with {config.num_beams} beams finds at most "
-                "so many texts"
-            )
-    elif options.is_given("length_penalty"):
-        raise UsageError(f"{options.name_for_caller('length_penalty')} is for a beam search: give {num_beams} as well")
-
-
-def no_search(options: Options, name: str) -> str:
-    """Return the message that an option has no meaning in a beam search."""
-    return f"{options.name_for_caller('num_beams')} is for beam search, and {name} for sampling: give only one of them"
-
-
-def token_sequences(options: Options, bundle: Bundle, name: str) -> list[list[int]]:
-    """Return the ids of each of the word sequences of the option `name` that can be generated: all its words are known."""
-    ids = bundle.vocabulary.ids
-    sequences = word_sequences(options, bundle, name).values()
-    return [bundle.vocabulary.encode(words) for words in sequences if all(word in ids for word in words)]
-
-
-def word_sequences(options: Options, bundle: Bundle, name: str) -> dict[str, list[str]]:
-    """Return the words of each text of the option `name`; raises UsageError for a text without words."""
-    sequences = {text: bundle.tokenizer.tokenize(text, continues=True) for text in getattr(options, name)}
-    for text, words in sequences.items():
-        if not words:
-            raise UsageError(f"{options.name_for_caller(name)} {reprlib.repr(text)} has no words")
-    return sequences
-
-
-def word_and_bias(options: Options, given: str) -> tuple[str, float]:
-    """Return a word and what is added to its logit, from WORD=X."""
-    name = options.name_for_caller("logit_bias")
-    word, _, number = given.rpartition("=")
-    try:
-        value = float(number)
-        if not word or math.isnan(value):
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"{name} is {reprlib.repr(given)}; WORD=X is expected, as in {name} the=-2.5") from None
-    return word, value
-
-
-def warnings_of_options(options: Options, bundle: Bundle) -> list[str]:
-    """Return a sentence for each option that names words which are not in the vocabulary: a list may serve many bundles."""
-    given = {
-        "stop": [word for words in word_sequences(options, bundle, "stop").values() for word in words],
-        "bad_words": [word for words in word_sequences(options, bundle, "bad_words").values() for word in words],
-        "logit_bias": [word_and_bias(options, given)[0] for given in options.logit_bias],
-    }
-    return [
-        f"{options.name_for_caller(name)}: not in the vocabulary, so never generated: {reprlib.repr(unknown)[1:-1]}"
-        for name, words in given.items()
-        if (unknown := unknown_words(words, bundle))
-    ]
-
-
-def warning_of_prompt(prompt: Sequence[str], bundle: Bundle) -> str:
-    """Return a sentence that names the words of a prompt which are not in the vocabulary, or nothing."""
-    unknown = unknown_words(prompt, bundle)
-    if not unknown:
-        return ""
-    known = [word.lower() for word in unknown if word.lower() in bundle.vocabulary.ids]
-    hint = f"; known in lowercase: {', '.join(known)}" if known else ""
-    return f"not in the vocabulary, and read as {UNKNOWN}: {', '.join(unknown)}{hint}"
-
-
-def unknown_words(words: Sequence[str], bundle: Bundle) -> list[str]:
-    """Return the words that are not in the vocabulary, each once."""
-    return [word for word in dict.fromkeys(words) if word not in bundle.vocabulary.ids]
-
-
-def detokenized(bundle: Bundle, text: Text, prompt: Sequence[str], *, echo: bool) -> str:
-    """Return a generated text as people write it, with its prompt or without."""
-    pieces = bundle.tokenizer.pieces([*prompt, *bundle.vocabulary.decode(text.tokens)])
-    return "".join(pieces) if echo else "".join(islice(pieces, len(prompt), None)).removeprefix(" ")
-
-
-def as_object(sampler: Sampler, text: Text, prompt: Sequence[str], options: Options) -> dict[str, Any]:
-    """Return a generated text as a JSON object; the names are those of the OpenAI completions API where it has one."""
-    vocabulary = sampler.bundle.vocabulary
-    words = vocabulary.decode(text.tokens)
-    result: dict[str, Any] = {
-        "prompt_number": text.prompt_number,
-        "index": text.number,
-        "text": detokenized(sampler.bundle, text, prompt, echo=options.echo),
-        "words": words,
-        "finish_reason": text.finish_reason,
-    }
+def completed(sampler: Sampler, text: Text, prompt: Prompt, asked: Asked) -> Completion:
+    """Return a text of ids that has ended as people read it."""
+    bundle, options = sampler.bundle, asked.options
+    words = bundle.vocabulary.decode(text.tokens)
+    pieces = bundle.tokenizer.pieces([*prompt.words, *words])
+    written = "".join(pieces) if options.echo else "".join(islice(pieces, len(prompt.words), None)).removeprefix(" ")
+    token_logprobs = top_logprobs = None
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
 
-        token_logprobs, top_logprobs = log_probabilities(sampler, text, options.logprobs)
-        result["logprobs"] = {
-            "tokens": words,
-            "token_logprobs": token_logprobs,
-            "top_logprobs": [{vocabulary.words[token]: value for token, value in top} for top in top_logprobs],
-        }
-    return result
+        token_logprobs, tops = log_probabilities(sampler, text, options.logprobs)
+        top_logprobs = [{bundle.vocabulary.words[token]: value for token, value in top} for top in tops]
+    return Completion(
+        written,
+        words,
+        text.finish_reason,
+        prompt,
+        asked.seed,
+        token_logprobs,
+        top_logprobs,
+        [*filter(None, [warning_of_prompt(prompt, bundle)]), *asked.warnings],
+        text.prompt_number,
+        text.number,
+    )
+
+
+def completions(sampler: Sampler, prompts: Iterable[Prompt], asked: Asked, batch_size: int) -> Iterator[Completion]:
+    """Yield the texts in the order of their prompts, each as soon as those before it; prompts are read in turn."""
+    read: dict[int, Prompt] = {}
+    ended = (text for text, _ in growing(sampler, prompts, asked, read, batch_size) if text.finish_reason)
+    for text in ended if asked.config.num_beams > 1 else in_order(ended, asked.options.n):
+        while (first := next(iter(read))) < text.prompt_number:  # its texts were yielded
+            del read[first]
+        yield completed(sampler, text, read[text.prompt_number], asked)
+
+
+def growing(
+    sampler: Sampler,
+    prompts: Iterable[Prompt],
+    asked: Asked,
+    read: dict[int, Prompt],
+    batch_size: int,
+    *,
+    stream: bool = False,
+) -> Iterator[tuple[Text, list[int]]]:
+    """Yield (text, new tokens) as the texts of prompts grow; each prompt is put into `read` when it is its turn."""
+    from lmdist_export.sampling.beam_search import beam_search
+    from lmdist_export.sampling.generation import Generation, forks, grow
+
+    options, config, n = asked.options, asked.config, asked.options.n
+    cached = config.cache_weight > 0 and config.num_beams == 1
+
+    def states() -> Iterator[tuple[int, Prompt, State]]:
+        for number, prompt in enumerate(prompts):
+            read[number] = prompt
+            yield number, prompt, prompt.start(sampler, config.bos_token_id, cached=cached)
+
+    if config.num_beams > 1:
+        for number, prompt, state in states():
+            for text in beam_search(sampler, prompt.tokens, config, n, asked.stops, options.ignore_eos, state):
+                yield dataclasses.replace(text, prompt_number=number), text.tokens
+        return
+    texts = (
+        text
+        for number, prompt, state in states()
+        for text in forks(sampler, state, prompt.tokens, number, config, asked.seed or 0, prompt.numbers(n))
+    )
+    generation = Generation(config, asked.stops, options.ignore_eos)
+    yield from grow(sampler, texts, generation, batch_size, stream=stream)
+
+
+def in_order(texts: Iterable[Text], n: int) -> Iterator[Text]:
+    """Yield texts in the order of their prompts, and the `n` of each by their number, each as soon as those before it are.
+
+    At Ctrl-C those that wait for others are yielded too.
+    """
+    waiting: dict[int, Text] = {}
+    turn = 0
+    try:
+        for text in texts:
+            waiting[text.prompt_number * n + text.number] = text
+            while turn in waiting:
+                yield waiting.pop(turn)
+                turn += 1
+    except KeyboardInterrupt:
+        yield from (waiting[place] for place in sorted(waiting))
+        raise
+
+
+class Stream(Iterator[str]):
+    """The pieces of one text, each word as soon as it is generated; together they are the text."""
+
+    def __init__(self, sampler: Sampler, prompt: Prompt, asked: Asked) -> None:
+        self.completion: Completion | None = None
+        """The text as `generate` returns it, once it has ended."""
+        self.pieces = self.run(sampler, prompt, asked)
+
+    def __next__(self) -> str:
+        return next(self.pieces)
+
+    def run(self, sampler: Sampler, prompt: Prompt, asked: Asked) -> Iterator[str]:
+        """Yield the pieces, each with its leading space, if any."""
+        bundle, echo = sampler.bundle, asked.options.echo
+        growth = growing(sampler, [prompt], asked, {}, 1, stream=True)
+        first = text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
+        words = (bundle.vocabulary.words[token] for _, new in chain([first], growth) for token in new)
+        pieces = bundle.tokenizer.pieces(chain(prompt.words, words))
+        for piece in islice(pieces, len(prompt.words)):
+            if echo:
+                yield piece
+        if not echo:
+            yield from (piece.removeprefix(" ") for piece in islice(pieces, 1))
+        yield from pieces
+        self.completion = completed(sampler, text, prompt, asked)

@@ -92,12 +92,25 @@ def continuations(
     Text i of a prompt depends on the prompt, the seed and i, not on the texts in the same batch. It ends with its end mark, or
     before any of the sequences `stops`. With `stream` tokens are yielded as soon as they are sampled.
     """
-    waiting = new_texts(sampler, prompts, config, seed, n)
+    texts = new_texts(sampler, prompts, config, seed, n)
+    generation = Generation(config, stops, ignore_end)
+    return grow(sampler, texts, generation, batch_size, stream=stream, custom_bias=custom_bias)
+
+
+def grow(
+    sampler: Sampler,
+    texts: Iterator[tuple[Text, State]],
+    generation: Generation,
+    batch_size: int = BATCH_SIZE,
+    *,
+    stream: bool = False,
+    custom_bias: CustomBias | None = None,
+) -> Iterator[tuple[Text, list[int]]]:
+    """Yield (text, new tokens) as `texts` grow from their states, `batch_size` at a time; see `continuations`."""
 
     def admit(free: int) -> list[tuple[Text, State]]:
-        return list(islice(waiting, free))
+        return list(islice(texts, free))
 
-    generation = Generation(config, stops, ignore_end)
     for growth in generation_steps(sampler, admit, generation, batch_size, stream=stream, custom_bias=custom_bias):
         yield from growth
 
@@ -170,13 +183,26 @@ def new_texts(
     """Yield each text and the state from which it starts. A prompt of several texts is read once."""
     for prompt_number, prompt in enumerate(prompts):
         state = sampler.start([[config.bos_token_id, *prompt]], cached=config.cache_weight > 0)
-        if n > 1 or len(prompt) > PREFILL_TOKENS:
-            state = sampler.prefill(state, config)
-        for number in range(n):
-            # The prompt is part of the seed, so that texts of different prompts have different random numbers. A spawn key is
-            # mixed in word by word, whereas entropy is padded with zeros: [w] and [w, 0] would be the same.
-            entropy = np.random.SeedSequence(seed, spawn_key=(number, *prompt))
-            yield Text(list(prompt), prompt_number, number), replace(state, generators=(np.random.default_rng(entropy),))
+        yield from forks(sampler, state, prompt, prompt_number, config, seed, range(n))
+
+
+def forks(
+    sampler: Sampler,
+    state: State,
+    prompt: Sequence[int],
+    prompt_number: int,
+    config: GenerationConfig,
+    seed: int,
+    numbers: Sequence[int],
+) -> Iterator[tuple[Text, State]]:
+    """Yield a text for each of `numbers`, a part of its seed, and the state from which it starts, that of a prompt."""
+    if len(numbers) > 1 or state.tokens.size > PREFILL_TOKENS + 1:
+        state = sampler.prefill(state, config)
+    for place, number in enumerate(numbers):
+        # The prompt is part of the seed, so that texts of different prompts have different random numbers. A spawn key is
+        # mixed in word by word, whereas entropy is padded with zeros: [w] and [w, 0] would be the same.
+        entropy = np.random.SeedSequence(seed, spawn_key=(number, *prompt))
+        yield Text(list(prompt), prompt_number, place), replace(state, generators=(np.random.default_rng(entropy),))
 
 
 def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:

@@ -29,7 +29,7 @@ from lmdist.errors import DataError, UsageError
 from lmdist_export.bundle import WEIGHTS, Bundle
 from lmdist_export.graph.cache import CACHE, EMPTY
 from lmdist_export.graph.cell import STATE
-from lmdist_export.graph.graphs import generation_graph, next_graph, score_graph, step_graph
+from lmdist_export.graph.graphs import embedding_graph, generation_graph, next_graph, score_graph, step_graph
 from lmdist_export.options import MAX_WEIGHT, NO_CACHE, ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
 from lmdist_export.sampling.state import PARTS, ModelState, State, by_part, copy_generator, joined, uniform_numbers
@@ -75,6 +75,11 @@ class Sampler:
     def next_session(self) -> Any:
         """Return the session of the graph that predicts the next token with the cache."""
         return self.runtime.open(next_graph)
+
+    @cached_property
+    def embedding_session(self) -> Any:
+        """Return the session of the graph of embeddings."""
+        return self.runtime.open(embedding_graph)
 
     def generation_session(self, features: Features) -> Any:
         """Return the session of the generation graph that has these features."""
@@ -148,19 +153,26 @@ class Sampler:
             state = replace(state, tokens=tokens, lengths=lengths, model=read.model)
         return state
 
-    def next_logits(self, context: Sequence[int], cache: NeuralCache | None = None) -> tuple[NDArray[np.float32], ModelState]:
-        """Read `context` from the state before the first token; return the logits (1, V) after it, and the state.
+    def next_logits(
+        self, context: Sequence[int] | State, cache: NeuralCache | None = None
+    ) -> tuple[NDArray[np.float32], ModelState]:
+        """Read `context` from the state before the first token, or the tokens of a state of one text from where it stands.
 
-        With a `cache` the logits are log-probabilities.
+        Return the logits (1, V) after it, and the state. With a `cache`, and a state with a memory, the logits are
+        log-probabilities.
         """
+        before = context if isinstance(context, State) else self.start([context], cached=cache is not None)
+        self.check_state(before)
+        tokens, state = before.tokens, before.model  # (1, P)
         if cache:
-            logits, state = np.empty((1, 0), np.float32), self.initial_state(1, cached=True)
-            for start in range(0, len(context), PREFILL_TOKENS):
-                logits, state = self.step_cached(np.array([context[start : start + PREFILL_TOKENS]], np.int64), state, cache)
+            logits = np.empty((1, 0), np.float32)
+            for start in range(0, tokens.size, PREFILL_TOKENS):
+                logits, state = self.step_cached(tokens[:, start : start + PREFILL_TOKENS], state, cache)
             return logits, state
-        rest = (len(context) - 1) // STEP_TOKENS * STEP_TOKENS
-        state = self.prefill(self.start([context[: rest + 1]]))
-        logits, after = self.step(np.array([context[rest:]], np.int64), state.model)
+        rest = (tokens.size - 1) // STEP_TOKENS * STEP_TOKENS
+        if rest:
+            state = self.prefill(replace(before, tokens=tokens[:, : rest + 1], lengths=np.array([rest + 1]))).model
+        logits, after = self.step(tokens[:, rest:], state)
         return logits[:, -1], after  # (1, V)
 
     def score(
@@ -198,6 +210,11 @@ class Sampler:
                 result[piece], current = self.finite(scores), tuple(parts)
             after.append(current)
         return result, joined(after) if after else before
+
+    def embeddings(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Return the embeddings of `tokens`, (B, E); those of an int8 or int4 bundle are rounded as the model reads them."""
+        (found,) = self.embedding_session.run(None, {"tokens": np.array(tokens, np.int64)})
+        return self.finite(found)
 
     # --- generating
 

@@ -25,15 +25,17 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdist.bounds import at_least, check
+from lmdist.bounds import between, check
 from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, UsageError
 from lmdist.perplexity import perplexity
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN_ID
+from lmdist_export.sampling.prompt import Prompt, prompt_of
 from lmdist_export.sampling.sampler import Sampler, log_softmax
 from lmdist_export.sampling.state import ModelState, select
 
@@ -41,9 +43,19 @@ BATCH_SIZE = 256  # enough rows for fast matrix multiplication also where half o
 TOPS = (1, 3, 5)  # a keyboard suggests three words, or five
 
 
+class TokenScore(NamedTuple):
+    """A token and how likely it is after those before it."""
+
+    token: str
+    log_probability: float
+    """In nats; divided by 2.3026 it is KenLM's log10."""
+    unknown: bool
+    """Whether the vocabulary does not have the token: what is scored is then `<unk>`."""
+
+
 @dataclass(frozen=True, eq=False)
-class SentenceScore:
-    """A sentence and the log-probability of each of its words."""
+class Score:
+    """A text and the log-probability of each of its tokens."""
 
     text: str
     words: list[str]
@@ -54,6 +66,27 @@ class SentenceScore:
     """(T,), in nats."""
     bytes: int
     """The bytes of the text in UTF-8, and one for the line break in place of `<eos>`, where it is scored."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Score({reprlib.repr(self.text)}, log_probability={self.log_probability:.4f}, perplexity={self.perplexity:.2f}, "
+            f"tokens={len(self.words)}, unknown={int(self.unknown.sum())})"
+        )
+
+    @property
+    def tokens(self) -> list[str]:
+        """Return the words, as the options of generation call them."""
+        return self.words
+
+    @property
+    def per_token(self) -> list[TokenScore]:
+        """Return each token with its log-probability in nats and whether it is unknown, as KenLM's `full_scores` does."""
+        return list(map(TokenScore, self.words, self.log_probabilities.tolist(), self.unknown.tolist()))
+
+    @property
+    def perplexity(self) -> float:
+        """Return the perplexity per token; NaN where there is none to score."""
+        return perplexity(-self.log_probability / len(self.words)) if self.words else math.nan
 
     @property
     def log_probability(self) -> float:
@@ -80,10 +113,11 @@ class Scorer:
     ) -> None:
         """Score `batch_size` sentences at a time; with `end` the `<eos>` after each is scored too.
 
-        With `carry_state` a sentence continues the state of the one before, as in training. The neural `cache`, as
+        With `carry_state` a sentence continues the state of the one before, as in the text that was trained on: there a line
+        without a word is no document, unless the tokenizer reads line by line. The neural `cache`, as
         `sampler.cache`, remembers what the state has read. Raises UsageError for options that exclude each other.
         """
-        check("the batch size", batch_size, at_least(1))
+        check("--batch-size", batch_size, between(1, 65_536))
         if carry_state and not end:
             raise UsageError("a carried state has read the <eos> between two sentences: it cannot be left out")
         self.sampler = sampler
@@ -94,19 +128,20 @@ class Scorer:
 
     def encode(self, sentence: str) -> tuple[list[str], list[int]]:
         """Return the words that are scored, and their ids."""
-        words = self.sampler.bundle.tokenizer.tokenize(sentence) if sentence else []
-        if self.end:
+        tokenizer = self.sampler.bundle.tokenizer
+        words = tokenizer.tokenize(sentence) if sentence else []
+        if self.end and (words or not self.carry_state or tokenizer.settings.line_by_line):
             words.append(END)
         return words, self.sampler.bundle.vocabulary.encode(words)
 
-    def score(self, sentences: Iterable[str]) -> Iterator[SentenceScore]:
+    def score(self, sentences: Iterable[str]) -> Iterator[Score]:
         """Yield the score of each sentence, in their order; no more than a batch of them is held at a time.
 
         Raises TypeError for a single string.
         """
         return self.scores(several(sentences))
 
-    def scores(self, coming: Iterator[str]) -> Iterator[SentenceScore]:
+    def scores(self, coming: Iterator[str]) -> Iterator[Score]:
         """Yield the score of each sentence."""
         state = self.sampler.initial_state(1, cached=self.cache is not None)
         for batch in batches(coming, self.batch_size):
@@ -118,15 +153,15 @@ class Scorer:
                 scores = score_batch(self.sampler, texts, self.cache)
             for sentence, (words, ids), log_probabilities in zip(batch, encoded, scores, strict=True):
                 unknown = np.array(ids, np.int64) == UNKNOWN_ID
-                yield SentenceScore(sentence, words, unknown, log_probabilities, len(sentence.encode()) + self.end)
+                yield Score(sentence, words, unknown, log_probabilities, len(sentence.encode()) + self.end)
 
-    def next_words(self, text: str, count: int) -> list[tuple[str, float]]:
-        """Return the `count` most likely words after `text`, never `<unk>`, each with its probability."""
-        words = self.sampler.bundle.tokenizer.tokenize(text, continues=True) if text else []
-        vocabulary = self.sampler.bundle.vocabulary
-        logits, _ = self.sampler.next_logits([END_ID, *vocabulary.encode(words)], self.cache)
+    def next_words(self, text: str | Prompt, count: int) -> list[tuple[str, float]]:
+        """Return the `count` most likely words after a text, never `<unk>`, each with its probability."""
+        bundle = self.sampler.bundle
+        prompt = text if isinstance(text, Prompt) else prompt_of(bundle, text)
+        logits, _ = self.sampler.next_logits(prompt.start(self.sampler, END_ID, cached=self.cache is not None), self.cache)
         best = most_likely(logits[0], count)
-        return list(zip(vocabulary.decode(best), np.exp(log_softmax(logits[0])[best]).tolist(), strict=True))
+        return list(zip(bundle.vocabulary.decode(best), np.exp(log_softmax(logits[0])[best]).tolist(), strict=True))
 
     def predict(self, sentences: Iterable[str]) -> Predictions:
         """Predict each word of sentences from those before it, one call a word, as a keyboard does."""
@@ -256,7 +291,7 @@ class Totals:
         self.sentences = self.words = self.unknown = self.bytes = self.unknown_bytes = 0
         self.nats = self.known_nats = 0.0
 
-    def add(self, score: SentenceScore) -> None:
+    def add(self, score: Score) -> None:
         """Add a sentence."""
         unknown = [word for word, is_unknown in zip(score.words, score.unknown, strict=True) if is_unknown]
         self.sentences += 1

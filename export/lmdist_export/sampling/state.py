@@ -73,26 +73,34 @@ class State:
         """Return the counts (B, V'), zeros if nothing asked for them yet; V' is that of the counts of an `other` state."""
         return np.zeros((len(self), other.shape[1]), np.float32) if self.counts is None else self.counts
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to a file."""
+    def save(self, path: str | Path, notes: Any = None) -> None:
+        """Write the state to a file, atomically, with `notes` in JSON beside it."""
+        from lmdist.storage.atomic import atomic_path  # what only samples has no need of it
+
         # The file's key for the tokens is "words": files of earlier versions have it.
         arrays = {"words": self.tokens, "lengths": self.lengths, **by_part(self.model)}
         if self.counts is not None:
             arrays["counts"] = self.counts
         generators = json.dumps([generator.bit_generator.state for generator in self.generators])
-        with Path(path).open("wb") as file:
-            np.savez(file, generators=np.array(generators), allow_pickle=False, **arrays)
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez(file, generators=np.array(generators), notes=np.array(json.dumps(notes)), allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> State:
         """Read a state; raises MissingInputError, or DataError if the file holds none."""
+        return cls.load_with_notes(path)[0]
+
+    @classmethod
+    def load_with_notes(cls, path: str | Path) -> tuple[State, Any]:
+        """Read a state and what was noted beside it; raises MissingInputError, or DataError if the file holds none."""
         try:
             # Opened here, because numpy does not close a file that is damaged.
             with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 generators = tuple(restored(state) for state in json.loads(str(file["generators"])))
                 counts = file.get("counts")
                 model = tuple(file[name] for name in (PARTS if CACHE[0] in file else STATE))
-                return cls(file["words"], file["lengths"], model, generators, counts)
+                state = cls(file["words"], file["lengths"], model, generators, counts)
+                return state, json.loads(str(file["notes"])) if "notes" in file else None
         except FileNotFoundError:
             raise MissingInputError(f"{path} does not exist; a state written by State.save is expected") from None
         except Exception as error:  # numpy, zipfile and json each have errors of their own

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import accumulate, count
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,8 @@ class TokenSession:
         self.bindings: list[tuple[Any, Any]] = []
         """For even tokens and for odd ones: the binding, and the options of the call."""
         self.graph_ids = count(1)
+        self.in_use = Lock()
+        """Held by the thread whose tokens the values are."""
 
     def open(self) -> Any:
         """Open a session, without a CUDA graph if onnxruntime rejects it: the graph only saves time."""
@@ -68,6 +71,11 @@ class TokenSession:
 
     def generate(self, feed: dict[str, Any]) -> Generated:
         """Return what the generation graph would for the same feed, if all tokens of its prompts but the last were read."""
+        with self.in_use:
+            return self.generate_alone(feed)
+
+    def generate_alone(self, feed: dict[str, Any]) -> Generated:
+        """Return what `generate` does; no other thread may call it meanwhile."""
         self.write(feed)
         tokens: list[NDArray[np.int64]] = []
         going = feed["going"]

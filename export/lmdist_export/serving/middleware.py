@@ -15,14 +15,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from lmdist.errors import UsageError
-from lmdist_export.options import PARAMS, Row
+from lmdist_export import options
+from lmdist_export.options import PARAMS, typed
 
 MAX_BODY_BYTES = 2**20
 """50 for each of the tokens that a request may have."""
@@ -40,7 +42,6 @@ FORMS = {
 """MLflow's names for the input of a model, and an example of each."""
 EXAMPLE = '{"inputs": ["We must"], "params": {"seed": 7}}'
 JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*("utf-8"|utf-8)\s*)?', re.IGNORECASE)
-TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 CLIENT_DISCONNECTED: ContextVar[Future[None] | None] = ContextVar("CLIENT_DISCONNECTED", default=None)
 
@@ -51,7 +52,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class BadRequest(UsageError):
-    """A request that the middleware answers itself."""
+    """A request that the middleware answers itself; a UsageError of the options is answered with 400."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -109,7 +110,7 @@ class RequestMiddleware:
             if body is None:
                 return
             normalized = json.dumps(normalize(body)).encode()
-        except BadRequest as error:
+        except UsageError as error:
             await answer(send, error)
             return
         others = [(name, value) for name, value in scope["headers"] if name not in (b"content-type", b"content-length")]
@@ -161,11 +162,11 @@ async def read_body(receive: Receive) -> bytes | None:
     return bytes(body)
 
 
-async def answer(send: Send, error: BadRequest) -> None:
+async def answer(send: Send, error: UsageError) -> None:
     """Send an error."""
     body = error_body("INVALID_PARAMETER_VALUE", str(error)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.start", "status": getattr(error, "status", 400), "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -228,10 +229,7 @@ def prompts_of(form: str, given: Any) -> list[str]:
 
 
 def params_of(given: Any) -> dict[str, Any]:
-    """Return the params that are given, and not null; raises BadRequest for an unknown name or a wrong type.
-
-    A string where a list of them is expected is a list of one.
-    """
+    """Return the params that are given, and not null; raises UsageError for an unknown name or a wrong type."""
     if given is None:
         return {}
     if not isinstance(given, dict):
@@ -241,37 +239,15 @@ def params_of(given: Any) -> dict[str, Any]:
         if name not in PARAMS:
             raise BadRequest(f"params: {quoted(name)} is not known; known are {', '.join(PARAMS)}")
         if value is not None:
-            params[name] = [value] if PARAMS[name].is_list and isinstance(value, str) else value
-            check_param(PARAMS[name], params[name])
+            params[name] = typed(PARAMS[name], value, quoted)
     return params
-
-
-def check_param(row: Row, value: Any) -> None:
-    """Raise BadRequest for a value of another type than the param's; an integer is a number too."""
-    if row.is_list:
-        if not isinstance(value, list):
-            raise BadRequest(f"{row.name} is {quoted(value)}; a list of strings is expected")
-        strings_of(row.name, value)
-        return
-    expected = TYPE_NAMES[row.type]
-    if type(value) is not row.type and (row.type, type(value)) != (float, int):
-        raise BadRequest(f"{row.name} is {quoted(value)}; {expected} is expected")
-    if type(value) is int and abs(value) >= 2**64:
-        raise BadRequest(f"{row.name} is {quoted(value)}; {expected} of at most 64 bits is expected")
-
-
-def strings_of(name: str, values: Iterable[Any], example: str = "") -> list[str]:
-    """Return the values; raises BadRequest where one is not a string."""
-    found = list(values)
-    for place, value in enumerate(found):
-        if not isinstance(value, str):
-            raise BadRequest(f"{name} number {place} is {quoted(value)}; a string is expected{example}")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise BadRequest(f"{name} number {place} has a lone surrogate, \\ud800 to \\udfff; a string is expected{example}")
-    return found
 
 
 def quoted(value: Any) -> str:
     """Return a value as JSON, cut off after MAX_QUOTED characters."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
+
+
+strings_of = partial(options.strings_of, quoted=quoted)
+"""The values, with one that is not a string quoted as JSON."""

@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import reprlib
-import secrets
 import sys
 import warnings
 from pathlib import Path
@@ -26,14 +25,10 @@ from lmdist import __version__
 from lmdist.errors import UsageError
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Options
-from lmdist_export.sampling.completion import (
-    as_object,
-    generation_config,
-    token_sequences,
-    warning_of_prompt,
-    warnings_of_options,
-)
+from lmdist_export.sampling.asked import Asked, understood
+from lmdist_export.sampling.completion import Completion, completed
 from lmdist_export.sampling.generation import BATCH_SIZE
+from lmdist_export.sampling.prompt import Prompt, prompt_of
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.batching import Batcher, Request, RequestTimeout
 from lmdist_export.serving.middleware import CLIENT_DISCONNECTED, error_body, install, strings_of
@@ -92,7 +87,8 @@ class ServedModel(PythonModel):
         self.batcher = Batcher(self.sampler, config["batch_size"])
         self.timeout_seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
         first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0, "seed": 0})
-        self.batcher.generate(self.request([[]], first), self.timeout_seconds)
+        prompts = [prompt_of(self.bundle, "")]
+        self.batcher.generate(self.request(prompts, self.asked(prompts, first)), self.timeout_seconds)
         install(sys.modules.get(SERVER), strings_of("cors_origins", config["cors_origins"]))
 
     # Not list[str]: for such an annotation MLflow derives a signature of its own, which drops the params.
@@ -100,20 +96,13 @@ class ServedModel(PythonModel):
         """Return the texts that continue prompts, as JSON objects; raises RequestError."""
         try:
             options = Options.from_values(params or {})
-            prompts = [
-                self.bundle.tokenizer.tokenize(prompt, continues=True) for prompt in strings_of("prompt", column(model_input))
-            ]
-            request = self.request([self.bundle.vocabulary.encode(words) for words in prompts], options)
-            warnings_of = self.warnings(prompts, options)  # once, however many texts there are
+            prompts = [prompt_of(self.bundle, prompt) for prompt in strings_of("prompt", column(model_input))]
+            asked = self.asked(prompts, options)
+            request = self.request(prompts, asked)
             if disconnected := CLIENT_DISCONNECTED.get():
                 disconnected.add_done_callback(lambda _: request.cancel())
             texts = self.batcher.generate(request, self.timeout_seconds)
-            config = request.generation.config
-            sampled = {} if config.greedy or config.num_beams > 1 else {"seed": request.seed}
-            return [
-                as_object(self.sampler, text, prompts[text.prompt_number], options) | sampled | warnings_of[text.prompt_number]
-                for text in texts
-            ]
+            return [answer(completed(self.sampler, text, prompts[text.prompt_number], asked)) for text in texts]
         except UsageError as error:
             raise RequestError(str(error), INVALID_PARAMETER_VALUE) from None
         except RequestTimeout:
@@ -123,26 +112,31 @@ class ServedModel(PythonModel):
             logging.getLogger(__name__).exception("a request could not be answered")
             raise RequestError(f"{type(error).__name__}: the server's log has more", INTERNAL_ERROR) from None
 
-    def warnings(self, prompts: list[list[str]], options: Options) -> list[dict[str, list[str]]]:
-        """Return what lmdist-generate prints as warnings, for each prompt as a field of an answer, or no field."""
-        of_options = warnings_of_options(options, self.bundle)
-        found = ([*filter(None, [warning_of_prompt(prompt, self.bundle)]), *of_options] for prompt in prompts)
-        return [{"warnings": sentences} if sentences else {} for sentences in found]
-
-    def request(self, prompts: list[list[int]], options: Options) -> Request:
-        """Return the request for these prompts; raises UsageError where it is too large or its options exclude each other."""
+    def asked(self, prompts: list[Prompt], options: Options) -> Asked:
+        """Return what a request asks; raises UsageError where it is too large or its options exclude each other."""
         if not prompts:
             raise UsageError("no prompt is given; an empty one is the beginning of a text")
         phrases = {name: strings_of(name, getattr(options, name)) for name in ("stop", "bad_words", "logit_bias")}
         check_limit(f"the number of {', '.join(phrases)} together", sum(map(len, phrases.values())), MAX_PHRASES)
         check_limit("logprobs", options.logprobs or 0, MAX_LOGPROBS)
-        config = generation_config(options, self.bundle)
+        asked = understood(options, self.bundle)
+        config = asked.config
         check_limit("num_beams", config.num_beams, MAX_REQUEST_BEAMS)
-        tokens = sum(len(prompt) + max(options.n, config.num_beams) * config.max_new_tokens for prompt in prompts)
+        tokens = sum(len(prompt.tokens) + max(options.n, config.num_beams) * config.max_new_tokens for prompt in prompts)
         check_limit("the number of tokens in prompts, and max_new_tokens for each text or beam, together", tokens, MAX_TOKENS)
-        stops = token_sequences(options, self.bundle, "stop")
-        seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-        return Request(self.sampler, prompts, config, seed, options.n, stops, options.ignore_eos)
+        return asked
+
+    def request(self, prompts: list[Prompt], asked: Asked) -> Request:
+        """Return a request in ids."""
+        ids = [prompt.tokens for prompt in prompts]
+        how = asked.options
+        return Request(self.sampler, ids, asked.config, asked.seed or 0, how.n, asked.stops, how.ignore_eos)
+
+
+def answer(text: Completion) -> dict[str, Any]:
+    """Return a text as a JSON object: what lmdist-generate writes, the seed that gives it again, and what it warns of."""
+    seed = {} if text.seed is None else {"seed": text.seed}
+    return text.as_object() | seed | ({"warnings": text.warnings} if text.warnings else {})
 
 
 def column(given: pd.DataFrame) -> list[Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 import torch
 
@@ -54,6 +54,30 @@ LOSS_SCALE = torch.GradScaler("cpu").state_dict().keys()
 """The keys of `Progress.loss_scale`."""
 
 
+class StartedFrom(TypedDict):
+    """What a run began with, and where it was taken from (starting_point.py)."""
+
+    base: str
+    """The run, checkpoint, bundle or registered model as it was named; empty where there was none."""
+    run: str
+    step: int
+    """The run that the base's weights are of, and the step."""
+    run_id: str
+    """The id of that run in MLflow, if it has one."""
+    sha256: str
+    """Of the file of the base's weights."""
+    words_shared: int
+    words_new: int
+    words_left: int
+    """Words that have the base's rows, that the base has not, and of the base that the data have not."""
+    vectors: str
+    """The file of word vectors; empty where there was none."""
+    vectors_words: int
+    vectors_taken: int
+    vectors_by_lowercase: int
+    """Words that were looked for in it, that it has, and that it has in another spelling."""
+
+
 @dataclasses.dataclass
 class Progress:
     """Where a run stands. With the tensors, this is all that a resumed run needs."""
@@ -80,6 +104,8 @@ class Progress:
     """How often the plateau schedule has divided the learning rate."""
     loss_scale: dict[str, float | int] = dataclasses.field(default_factory=dict)
     """State of the fp16 loss scaler."""
+    started_from: StartedFrom | None = None
+    """What the run began with beside random parameters; None where it began with these alone."""
 
 
 def own_checksum(manifest: dict[str, Any]) -> str:

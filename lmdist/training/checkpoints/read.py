@@ -126,6 +126,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return read_held(path, Checkpoint, "a checkpoint is expected")
 
 
+def open_resumable(path: Path) -> Checkpoint:
+    """Return the same after a look at each number of each tensor: earlier versions saved numbers that are not finite."""
+    checkpoint = open_checkpoint(path)
+    for name in (MODEL, TRAINING, AVERAGED):
+        if name in checkpoint.manifest["files"]:
+            read_tensors(checkpoint.files, name)
+    return checkpoint
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint, all of it of the right type; the files beside it are not read.
 

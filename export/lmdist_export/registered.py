@@ -1,0 +1,47 @@
+"""Bundles in MLflow: `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/ID/PATH` in place of a folder.
+
+The store is that of training: MLFLOW_TRACKING_URI, else `mlflow.db` in the directory. Messages contain no password. This module
+does not know how a bundle got there (serving/registry.py), and imports mlflow only for such an address.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ADDRESS = re.compile(r"(models|runs):/+[^/]")
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's codes for a name that it does not have; the second one is for an alias."""
+
+
+def is_registered(bundle: str) -> bool:
+    """Return whether a bundle is named by an address in MLflow."""
+    return ADDRESS.match(bundle) is not None
+
+
+def download(bundle: str, folder: Path) -> Path:
+    """Download a bundle into a folder; return where it lies there.
+
+    Raise UsageError where MLflow is not installed, MissingInputError where it has no such bundle, Stopped where it cannot be
+    reached now, DataError where it never can.
+    """
+    from lmdist.errors import DataError, MissingInputError, Stopped, require
+    from lmdist.tracking.address import packages_of, sqlite_file, store_address, without_password
+    from lmdist.tracking.failures import FinalError, upload_error
+    from lmdist.tracking.store import download as download_from
+
+    address = store_address()
+    require(*packages_of(address), purpose=f"{bundle} lies in MLflow: ")
+    place = without_password(address)
+    if (file := sqlite_file(address)) and not file.exists():  # MLflow would create it
+        raise MissingInputError(f"{bundle}: {file} does not exist; set MLFLOW_TRACKING_URI to the MLflow that has the bundle")
+    try:
+        return download_from(bundle, folder)
+    except Exception as error:  # any exception of MLflow and the libraries below it
+        failure = upload_error(error)
+        if getattr(error, "error_code", "") in NOT_THERE:
+            raise MissingInputError(
+                f"MLflow ({place}) has no {bundle} ({failure}); lmdist-export --register writes one"
+            ) from None
+        kind = DataError if isinstance(failure, FinalError) else Stopped
+        raise kind(f"{bundle} cannot be downloaded from MLflow ({place}): {failure}") from None

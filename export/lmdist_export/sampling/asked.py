@@ -1,0 +1,155 @@
+"""What the options of a request ask of a bundle: its options with theirs in them, words as ids, what is to be warned of.
+
+    asked = understood(options, bundle)     # once a request
+
+The Python API, the command lmdist-generate and the server share it, so all accept the same options and report the same
+mistakes. options.py has the options. This module needs neither numpy nor onnxruntime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lmdist.errors import UsageError
+from lmdist.text.vocabulary import UNKNOWN, UNKNOWN_ID
+from lmdist_export.options import MAX_BIAS, NO_CACHE, PARAMS, GenerationConfig, Options
+
+if TYPE_CHECKING:
+    from lmdist_export.bundle import Bundle
+    from lmdist_export.sampling.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options of a request ask of a bundle."""
+
+    options: Options
+    config: GenerationConfig
+    """The bundle's, with the values of the options in it."""
+    stops: list[list[int]]
+    """The ids of the stops that can be generated: all their words are known."""
+    seed: int | None
+    """The given one or a random one; None where nothing is random."""
+    warnings: list[str]
+    """A sentence for each option that names words which are not in the vocabulary: a list may serve many bundles."""
+
+
+def understood(options: Options, bundle: Bundle, *, stream: bool = False) -> Asked:
+    """Return what options ask of a bundle; raises UsageError for options that exclude each other, or a `stream`."""
+    phrases = {name: word_sequences(options, bundle, name) for name in ("stop", "bad_words")}
+    biases = [word_and_bias(options, given) for given in options.logit_bias]
+    config = generation_config(options, bundle, token_sequences(bundle, phrases["bad_words"]), biases)
+    check_search(options, config)
+    if stream:
+        check_stream(options, config)
+    if config.cache_weight and bundle.cache is None:
+        raise UsageError(f"{options.name_for_caller('cache_weight')} is {config.cache_weight:g}, and {NO_CACHE}")
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    named = {name: [word for words in found.values() for word in words] for name, found in phrases.items()}
+    named["logit_bias"] = [word for word, _ in biases]
+    unknown = {
+        name: [word for word in dict.fromkeys(words) if word not in bundle.vocabulary.ids] for name, words in named.items()
+    }
+    warnings = [
+        f"{options.name_for_caller(name)}: not in the vocabulary, so never generated: {reprlib.repr(words)[1:-1]}"
+        for name, words in unknown.items()
+        if words
+    ]
+    is_random = config.num_beams == 1 and not config.greedy
+    return Asked(options, config, token_sequences(bundle, phrases["stop"]), seed if is_random else None, warnings)
+
+
+def generation_config(
+    options: Options, bundle: Bundle, bad_words: list[list[int]], biases: list[tuple[str, float]]
+) -> GenerationConfig:
+    """Return the bundle's config with the values of `options` in it."""
+    values: dict[str, Any] = dict(options.given)
+    if "temperature" in values:
+        values["do_sample"] = values["temperature"] > 0
+    if options.allow_unk:
+        values["suppress_tokens"] = tuple(token for token in bundle.generation.suppress_tokens if token != UNKNOWN_ID)
+    if bad_words:
+        values["bad_words_ids"] = (*bundle.generation.bad_words_ids, *bad_words)
+    if biases:
+        ids = bundle.vocabulary.ids
+        known = (([ids[word]], bias) for word, bias in biases if word in ids)
+        values["sequence_bias"] = (*bundle.generation.sequence_bias, *known)
+    if "min_new_tokens" in values and "max_new_tokens" not in values:
+        values["max_new_tokens"] = max(values["min_new_tokens"], bundle.generation.max_new_tokens)
+    return dataclasses.replace(bundle.generation, **values)
+
+
+def check_search(options: Options, config: GenerationConfig) -> None:
+    """Raise UsageError for options of sampling beside a beam search, and for options of a beam search without one."""
+    num_beams = options.name_for_caller("num_beams")
+    if config.num_beams > 1:
+        for name, row in PARAMS.items():
+            if row.option.sampling_only and options.is_given(name):
+                raise UsageError(no_search(options, options.name_for_caller(name)))
+        if options.n > config.num_beams:
+            raise UsageError(
+                f"{options.name_for_caller('n')} is {options.n}; a beam search with {config.num_beams} beams finds at most "
+                "so many texts"
+            )
+    elif options.is_given("length_penalty"):
+        raise UsageError(f"{options.name_for_caller('length_penalty')} is for a beam search: give {num_beams} as well")
+
+
+def check_stream(options: Options, config: GenerationConfig) -> None:
+    """Raise UsageError for several texts, and for a beam search, which has no text before its end."""
+    name = "--stream" if options.as_flags else "a stream"
+    if options.n > 1:
+        raise UsageError(f"{options.name_for_caller('n')} is {options.n}; {name} is one text")
+    if config.num_beams > 1:
+        raise UsageError(no_search(options, name))
+
+
+def no_search(options: Options, name: str) -> str:
+    """Return the message that an option has no meaning in a beam search."""
+    return f"{options.name_for_caller('num_beams')} is for beam search, and {name} for sampling: give only one of them"
+
+
+def token_sequences(bundle: Bundle, sequences: Mapping[str, list[str]]) -> list[list[int]]:
+    """Return the ids of the word sequences that can be generated: all their words are known."""
+    ids = bundle.vocabulary.ids
+    return [bundle.vocabulary.encode(words) for words in sequences.values() if all(word in ids for word in words)]
+
+
+def word_sequences(options: Options, bundle: Bundle, name: str) -> dict[str, list[str]]:
+    """Return the words of each text of the option `name`; raises UsageError for a text without words."""
+    sequences = {text: bundle.tokenizer.tokenize(text, continues=True) for text in getattr(options, name)}
+    for text, words in sequences.items():
+        if not words:
+            raise UsageError(f"{options.name_for_caller(name)} {reprlib.repr(text)} has no words")
+    return sequences
+
+
+def word_and_bias(options: Options, given: str) -> tuple[str, float]:
+    """Return a word and what is added to its logit, from WORD=X."""
+    name = options.name_for_caller("logit_bias")
+    word, _, number = given.rpartition("=")
+    try:
+        value = float(number)
+        if not word or not (value == -math.inf or abs(value) <= MAX_BIAS):
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"{name} is {reprlib.repr(given)}; WORD=X is expected with X from {-MAX_BIAS:,} to {MAX_BIAS:,}, or -inf, as in "
+            f"{name} the=-2.5"
+        ) from None
+    return word, value
+
+
+def warning_of_prompt(prompt: Prompt, bundle: Bundle) -> str:
+    """Return a sentence that names the words of a prompt which are not in the vocabulary, or nothing."""
+    if not prompt.unknown_words:
+        return ""
+    known = [word.lower() for word in prompt.unknown_words if word.lower() in bundle.vocabulary.ids]
+    hint = f"; known in lowercase: {', '.join(known)}" if known else ""
+    return f"not in the vocabulary, and read as {UNKNOWN}: {', '.join(prompt.unknown_words)}{hint}"

@@ -1,0 +1,119 @@
+"""A prompt: the words of a text that is to be continued, their ids, and the state of a model that has read them.
+
+    prompt = prompt_of(bundle, "The president said")        # words and ids
+    prompt = read(sampler, prompt)                          # read once,
+    first, second = prompt.fork(2)                          # continued as often as one likes,
+    prompt.save("said.npz")                                 # in another process too
+
+This module does not know how a text is continued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lmdist.bounds import at_least, check
+from lmdist.errors import UsageError
+from lmdist.storage.schema import check_schema
+from lmdist.text.vocabulary import UNKNOWN, UNKNOWN_ID
+from lmdist_export.bundle import WEIGHTS, Bundle
+from lmdist_export.graph.cell import STATE
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.state import PARTS, State
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A text that is to be continued."""
+
+    words: list[str]
+    """As tokenized, those that the vocabulary does not have included."""
+    tokens: list[int] = field(repr=False)
+    """The ids of the words."""
+    model: str = field(repr=False)
+    """The sha256 of the weights of the model whose ids, and whose state, these are."""
+    state: State | None = field(default=None, repr=False)
+    """The state of one text whose last token is still to be read; None where nothing was read yet."""
+    number: int = 0
+    """The number of the text among those that were forked: a part of the seed of its random numbers."""
+
+    @cached_property
+    def unknown_words(self) -> list[str]:
+        """Return the words that are not in the vocabulary and are read as `<unk>`, each once."""
+        pairs = zip(self.words, self.tokens, strict=True)
+        return list(dict.fromkeys(word for word, token in pairs if token == UNKNOWN_ID and word != UNKNOWN))
+
+    def numbers(self, n: int) -> range:
+        """Return the numbers of `n` texts that continue this one; those of other forks are others."""
+        return range(self.number * n, (self.number + 1) * n)
+
+    def fork(self, n: int) -> list[Prompt]:
+        """Return `n` prompts that share what was read: with one seed their texts are those of `generate(prompt, n=n)`."""
+        check("n", n, at_least(1))
+        return [replace(self, number=number) for number in self.numbers(n)]
+
+    def start(self, sampler: Sampler, first: int, *, cached: bool) -> State:
+        """Return the state to continue from, where nothing was read that of a text before its `first` token.
+
+        A `cached` one has the memory that a neural cache needs: a prompt that was read without it is read again.
+        """
+        if self.state is None or (cached and len(self.state.model) < len(PARTS)):
+            return sampler.start([[first, *self.tokens]], cached=cached)
+        return self.state if cached else replace(self.state, model=self.state.model[: len(STATE)])
+
+    def save(self, path: str | Path) -> None:
+        """Write words and state to a file (NumPy's .npz, nothing pickled), atomically; `Model.load_prompt` reads it.
+
+        Raise UsageError for a prompt that was not read.
+        """
+        if self.state is None:
+            raise UsageError("nothing of this prompt was read, so it has no state to save: model.read(prompt) reads it")
+        self.state.save(path, {"words": self.words, "number": self.number, "model": self.model})
+
+
+def prompt_of(bundle: Bundle, text: str) -> Prompt:
+    """Return a text as a prompt, of which nothing was read."""
+    words = bundle.tokenizer.tokenize(text, continues=True) if text else []  # NLTK is slow to import
+    return prompt_of_words(bundle, words)
+
+
+def prompt_of_words(bundle: Bundle, words: Sequence[str]) -> Prompt:
+    """Return words as a prompt, of which nothing was read."""
+    return Prompt(list(words), bundle.vocabulary.encode(words), model_id(bundle))
+
+
+def read(sampler: Sampler, prompt: Prompt, after: Prompt | None = None) -> Prompt:
+    """Return a prompt that was read, up to its last token; one that was read before is continued where it stands `after` it.
+
+    It has the memory of a neural cache where the options of the bundle use one.
+    """
+    config = sampler.bundle.generation
+    cached = config.cache_weight > 0
+    if after is None:
+        return replace(prompt, state=sampler.prefill(prompt.start(sampler, config.bos_token_id, cached=cached), config))
+    before = after.start(sampler, config.bos_token_id, cached=cached)
+    tokens = np.array([[*before.tokens[0].tolist(), *prompt.tokens]], np.int64)  # (1, P)
+    state = replace(before, tokens=tokens, lengths=np.array([tokens.size], np.int64))
+    words = [*after.words, *prompt.words]
+    return replace(after, words=words, tokens=[*after.tokens, *prompt.tokens], state=sampler.prefill(state, config))
+
+
+def load(sampler: Sampler, path: str | Path) -> Prompt:
+    """Read what `Prompt.save` wrote; raises MissingInputError, DataError, or UsageError for the state of another model."""
+    state, notes = State.load_with_notes(path)
+    check_schema(notes, {"words": list[str], "number": int, "model": str}, Path(path))
+    if notes["model"] != model_id(sampler.bundle):
+        raise UsageError(f"{path} was saved by another model than {sampler.bundle.folder}: read its text by this one")
+    sampler.check_state(state)
+    prompt = prompt_of_words(sampler.bundle, notes["words"])
+    return replace(prompt, state=state, number=notes["number"])
+
+
+def model_id(bundle: Bundle) -> str:
+    """Return the sha256 of a bundle's weights, which decide what a state means."""
+    return bundle.manifest.get("files", {}).get(WEIGHTS, {}).get("sha256", "")
