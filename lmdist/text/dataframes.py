@@ -44,8 +44,9 @@ def prepare(
     >>> meta["splits"]["train"]["documents"], meta["skipped"]
     (26, {'filtered': 10})
 
-    `settings` are those of the command, with underscores: text_column, where, group_by, tokenizer, min_count and so on. Returns
-    the content of the folder's meta.json. Raises UsageError (a ValueError) for wrong settings, DataError for wrong data.
+    `settings` are those of the command, with underscores: text_column, where, group_by, tokenizer, min_count and so on. Only
+    `workers` is 1 unless it is given: worker processes import the script that calls this, which must then be guarded by
+    `if __name__ == "__main__":`. Returns the content of the folder's meta.json. Raises UsageError (a ValueError) for wrong settings, DataError for wrong data.
     """
     known = [field.name for field in dataclasses.fields(PrepareSettings)]
     for name in settings:
@@ -53,7 +54,7 @@ def prepare(
             raise UsageError(f"{name} says how files are read, and a DataFrame is none: leave it out")
         if name not in known:
             raise UsageError(f"prepare has no {name}{did_you_mean(name, known)}")
-    values = PrepareSettings(**settings)
+    values = PrepareSettings(**{"workers": 1, **settings})
     check_output(Path(folder), "folder", overwrite=overwrite)
     with tempfile.TemporaryDirectory() as scratch:
         file = FrameFile(Path(scratch) / "frames.csv")

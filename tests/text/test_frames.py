@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmdist
@@ -143,6 +143,7 @@ def test_a_column_of_text_that_comes_late(tmp_path):
 cells = st.text('ab"\n\r, 1é\u2028', max_size=8)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(cells, min_size=1, max_size=4), max_size=12), st.booleans(), st.integers(0, 9), st.integers(2, 40))
 def test_chunks_change_nothing(tmp_path_factory, rows, in_quotes, most, characters):
     text = io.StringIO(newline="")
@@ -191,11 +192,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_data_frame_gives_the_bytes_of_its_csv(tmp_path, capsys):
     frame = frame_of(90)
     frame.to_csv(tmp_path / "a.csv", sep="\x02", index=False, quoting=csv.QUOTE_ALL)
-    settings = {"group_by": "year", "where": "id != 3", "tokenizer": "wordpunct", "min_count": 1}
-    prepare(PrepareSettings(inputs=[str(tmp_path / "a.csv")], separator="\x02", **settings), tmp_path / "csv")
+    values = {"group_by": "year", "where": "id != 3", "tokenizer": "wordpunct", "min_count": 1}
+    prepare(PrepareSettings(inputs=[str(tmp_path / "a.csv")], separator="\x02", **values), tmp_path / "csv")
     capsys.readouterr()
-    whole = lmdist.prepare(frame, tmp_path / "frame", **settings)
-    parts = lmdist.prepare((frame.iloc[at : at + 20] for at in range(0, 90, 20)), str(tmp_path / "parts"), **settings)
+    whole = lmdist.prepare(frame, tmp_path / "frame", **values)
+    parts = lmdist.prepare((frame.iloc[at : at + 20] for at in range(0, 90, 20)), str(tmp_path / "parts"), **values)
     assert capsys.readouterr().out == ""
     assert files_of(tmp_path / "csv") == files_of(tmp_path / "frame") == files_of(tmp_path / "parts")
     meta = json.loads((tmp_path / "csv" / "meta.json").read_text())
@@ -216,7 +217,7 @@ def test_the_bytes_of_an_ordinary_csv_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("frames", "settings", "message"),
+    ("frames", "values", "message"),
     [
         (frame_of(20), {"text_column": "body"}, "the DataFrame has no column body; it has: id, year, Text. Name one"),
         (frame_of(20), {"where": "yeer == 1"}, "the DataFrame has no column yeer"),
@@ -231,9 +232,9 @@ def test_the_bytes_of_an_ordinary_csv_too(tmp_path):
         ([], {}, "the DataFrame has no first line"),
     ],
 )
-def test_mistakes_with_data_frames_leave_nothing(tmp_path, frames, settings, message):
+def test_mistakes_with_data_frames_leave_nothing(tmp_path, frames, values, message):
     with pytest.raises((UsageError, DataError)) as error:
-        lmdist.prepare(frames, tmp_path / "out", **{"tokenizer": "wordpunct", **settings})
+        lmdist.prepare(frames, tmp_path / "out", **{"tokenizer": "wordpunct", **values})
     assert message in str(error.value)
     assert not list(tmp_path.iterdir())
 
