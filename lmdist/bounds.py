@@ -1,4 +1,4 @@
-"""Bounds of numeric settings, written in their annotations and checked by one function.
+"""Bounds of settings, written in their annotations and checked by one function: every number has a range.
 
     @dataclass
     class DataSettings:
@@ -18,6 +18,9 @@ from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from lmdist.errors import UsageError
+
+LARGEST = 10**12
+"""The high end of what needs no other: a checkpoint, in which numbers have 64 bits, can hold it."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,22 @@ class Bounds:
 
 
 def at_least(low: float, note: str = "") -> Bounds:
-    """Return the bounds low <= value; infinity is accepted."""
-    return Bounds(low, note=note)
+    """Return the bounds low <= value <= LARGEST."""
+    return Bounds(low, LARGEST, note=note)
 
 
 def above(low: float, note: str = "") -> Bounds:
-    """Return the bounds low < value; infinity is accepted."""
-    return Bounds(low, includes_low=False, note=note)
+    """Return the bounds low < value <= LARGEST."""
+    return Bounds(low, LARGEST, includes_low=False, note=note)
 
 
 def between(low: float, high: float, note: str = "", *, includes_low: bool = True, includes_high: bool = True) -> Bounds:
     """Return the bounds low <= value <= high; either end can be excluded."""
     return Bounds(low, high, includes_low, includes_high, note)
+
+
+SEED = between(-(2**63), 2**63 - 1)
+"""Seeds of torch's and numpy's generators."""
 
 
 def check(name: str, value: Any, expected: Any) -> None:
@@ -73,6 +80,15 @@ def check(name: str, value: Any, expected: Any) -> None:
             raise UsageError(f"{name} is {value}; it must be {expected}")
     elif value not in expected:
         raise UsageError(f"{name} is {value!r}; expected one of {', '.join(map(str, expected))}")
+
+
+def check_name(name: str, value: str) -> None:
+    """Raise UsageError, with the `name` of a setting in it, for what no folder is called: nothing, or a name with NUL in it.
+
+    To Python the empty name is the folder that one is in, which would be filled with files.
+    """
+    if not value or "\0" in value:
+        raise UsageError(f"{name} is {value!r}; the name of a folder is expected")
 
 
 def check_bounds(settings: object, section: str = "") -> None:

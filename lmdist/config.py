@@ -49,6 +49,8 @@ class RecipeParser(ArgumentParser):
 def readable(message: str) -> str:
     """Return an error of jsonargparse in one line: which setting it is, its value, what is expected."""
     line = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
+    line = re.sub(r'Parser key "(\S+)": Exceeds the limit.*', r"\1 has thousands of digits; one of 64 bits is expected", line)
+    line = re.sub(r"(Got|Given) value:$", r"\1 value: nothing", line)
     line = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", line)
     line = re.sub(
         r'(Parser key "\S+": ).+ Union .+\[(\w+), NoneType\].+ Given value: (.*)', r"\1Expected a \2. Got value: \3", line
@@ -133,7 +135,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     """Return the content of a recipe."""
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: not TOML or UTF-8, or a number of 5,000 digits
         raise UsageError(f"{file} is not a recipe: {error}") from None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
-from lmdist.bounds import above, at_least, between, check_bounds
+from lmdist.bounds import LARGEST, SEED, above, at_least, between, check_bounds, check_name
 from lmdist.errors import UsageError
 
 Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace", "characters"]
@@ -133,7 +133,7 @@ class PrepareSettings(ReadSettings):
     """Fraction of the documents or groups to validate on: at least one of them, none with 0."""
     test_fraction: Annotated[float, between(0, 1, includes_high=False)] = 0.05
     """Fraction of the documents or groups to test on: at least one of them, none with 0."""
-    seed: int = 1
+    seed: Annotated[int, SEED] = 1
     """Chooses the documents of valid and test."""
     min_count: Annotated[int, at_least(1)] = 2
     """Words with a lower count in the train split become <unk>."""
@@ -146,7 +146,7 @@ class PrepareSettings(ReadSettings):
     """Add the new words of the train split behind those of --vocabulary: --min-count and --vocabulary-size count these."""
     unknown: Literal["add", "file"] = "add"
     """add: rare words become <unk>; file: the text marks its unknown words as <unk> itself (PTB, WikiText), no others do."""
-    workers: Annotated[int, at_least(0)] = 0
+    workers: Annotated[int, between(0, 1_024)] = 0
     """Processes that read and tokenize; 0 is one for each available CPU."""
 
     def __post_init__(self) -> None:
@@ -191,17 +191,18 @@ class DataSettings:
     """A data folder, as lmdist-prepare writes it."""
     batching: Literal["streams", "windows"] = "streams"
     """streams: contiguous text with the state carried on; windows: shuffled windows, each from a zero state."""
-    global_batch: Annotated[int, at_least(1)] = 20
+    global_batch: Annotated[int, between(1, 1_000_000)] = 20
     """Batch size of a step over all ranks; the number of ranks must divide it, and changes no result."""
-    window: Annotated[int, at_least(1)] = 35
+    window: Annotated[int, between(1, 1_000_000)] = 35
     """Sequence length of a step in tokens. streams predicts all of them, windows all but the first."""
     stride: Annotated[int, at_least(0)] = 0
     """windows: tokens from the start of one window to the next; 0 is window - 1, so that each token is predicted once."""
-    valid_batch: Annotated[int, at_least(1)] = 10
+    valid_batch: Annotated[int, between(1, 1_000_000)] = 10
     """Streams that the validation text is cut into; lmdist-evaluate takes one, and fewer streams come closer to it."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
+        check_name("data.folder", self.folder)
         if self.batching == "windows" and self.window < 2:
             raise UsageError("data.window is 1; windows need at least 2 tokens, of which the first is not predicted")
 
@@ -215,11 +216,11 @@ class DataSettings:
 class ModelSettings:
     """The architecture of the model."""
 
-    embedding_size: Annotated[int, at_least(1)] = 128
+    embedding_size: Annotated[int, between(1, 1_000_000)] = 128
     """Size of a token's embedding."""
-    hidden_size: Annotated[int, at_least(1)] = 256
+    hidden_size: Annotated[int, between(1, 1_000_000)] = 256
     """Size of an LSTM layer's state. With tied weights the last layer has the embedding's size instead."""
-    num_layers: Annotated[int, at_least(1)] = 2
+    num_layers: Annotated[int, between(1, 1_000)] = 2
     """Number of LSTM layers."""
     dropout: Annotated[float, between(0, 1, includes_high=False)] = 0.2
     """Dropout probability between embedding, layers and projection: of those of the next three that are not given. All are
@@ -293,7 +294,7 @@ class OptimizerSettings:
 
     name: Literal["sgd", "adam", "adamw", "nadam"] = "adamw"
     """The optimizer; nadam: AdamW with Nesterov's momentum (Dozat 2016)."""
-    learning_rate: Annotated[float, above(0)] = 0.007
+    learning_rate: Annotated[float, between(1e-12, LARGEST)] = 0.007
     """The highest learning rate; the schedule says when."""
     momentum: Annotated[float, at_least(0)] = 0.0
     """sgd: momentum."""
@@ -366,11 +367,11 @@ class AveragingSettings:
 class TrainingSettings:
     """How long, in which precision and on which device."""
 
-    epochs: float = 4.0
+    epochs: Annotated[float, at_least(0)] = 4.0
     """Epochs to train for."""
     steps: Annotated[int, at_least(0)] = 0
     """Steps to train for, in place of epochs; 0 leaves it to epochs."""
-    accumulation: Annotated[int, at_least(1)] = 1
+    accumulation: Annotated[int, between(1, 1_000_000)] = 1
     """Parts that a rank's batch is split into, one after the other; saves memory, changes no result."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """auto: the fastest that this machine computes correctly; a log line names it and the reason. fp32; bf16: autocast; tf32
@@ -385,7 +386,7 @@ class TrainingSettings:
     """Steps between two validations; 0 is once an epoch. The last step is always validated."""
     patience: Annotated[int, at_least(0)] = 0
     """End the run after so many validations without a better one; 0 trains to the last step."""
-    timeout_seconds: Annotated[float, above(0)] = 120.0
+    timeout_seconds: Annotated[float, between(0.1, 10_000_000)] = 120.0
     """Time that a rank waits for the others before it takes them for dead and exits with code 75."""
 
     def __post_init__(self) -> None:
@@ -413,11 +414,11 @@ class CheckpointSettings:
 class SampleSettings:
     """Text sampled from the model during training."""
 
-    words: Annotated[int, at_least(0)] = 60
+    words: Annotated[int, between(0, 1_000_000)] = 60
     """Tokens sampled after each validation, into runs/NAME/samples; 0 samples none."""
-    final_words: Annotated[int, at_least(0)] = 0
+    final_words: Annotated[int, between(0, 1_000_000)] = 0
     """Tokens sampled after the last step, into runs/NAME/sample.txt; 0 samples none."""
-    temperature: Annotated[float, above(0)] = 1.0
+    temperature: Annotated[float, between(0.001, 1_000)] = 1.0
     """Temperature of the softmax: below 1 likely tokens become likelier, above 1 rare ones do."""
 
     def __post_init__(self) -> None:
@@ -445,7 +446,7 @@ class Recipe:
     init_from: str = ""
     """Start from the weights of this run, checkpoint, bundle or registered model (models:/NAME@ALIAS), word by word; sizes and
     tokenizer must be the same, the vocabulary need not."""
-    seed: int = 1
+    seed: Annotated[int, SEED] = 1
     """Seed of parameters, dropout and shuffling."""
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -458,3 +459,7 @@ class Recipe:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        check_name("run_folder", self.run_folder)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdist.bounds import at_least, check
+from lmdist.bounds import between, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
 from lmdist.errors import DataError, UsageError
@@ -140,7 +140,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 def check_arguments(arguments: argparse.Namespace, options: Options) -> None:
     """Raise UsageError for mistakes that can be seen before anything is read."""
-    check("--batch-size", arguments.batch_size, at_least(1))
+    check("--batch-size", arguments.batch_size, between(1, 65_536))
     if arguments.prompt is not None and arguments.prompts_file is not None:
         raise UsageError("--prompt and --prompts-file are both given: give one of them")
     if arguments.stream and (options.n > 1 or arguments.prompts_file or arguments.json):

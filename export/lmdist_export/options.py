@@ -131,7 +131,7 @@ class GenerationConfig:
     ] = 1.0
     top_k: Annotated[
         int,
-        at_least(0, "0 keeps all"),
+        between(0, 1_000_000, "0 keeps all"),
         Option(
             "sample from the K most likely tokens",
             group=SAMPLING,
@@ -237,7 +237,7 @@ class GenerationConfig:
     ] = 0.0
     no_repeat_ngram_size: Annotated[
         int,
-        at_least(0, "0 allows any"),
+        between(0, 1_000_000, "0 allows any"),
         Option(
             "no sequence of N tokens comes twice, the prompt included",
             group=SAMPLING,
@@ -262,7 +262,7 @@ class GenerationConfig:
     ] = 1
     length_penalty: Annotated[
         float,
-        between(-math.inf, math.inf, includes_low=False, includes_high=False),
+        between(-20, 20),
         Option(
             "beam search ranks texts by log-probability / length ** X: above 1 favors longer texts, below 1 shorter ones",
             group=SAMPLING,
@@ -321,13 +321,13 @@ class Options:
     as_flags: bool = False
     seed: Annotated[
         int | None,
-        at_least(0),
+        between(0, 2**64 - 1),
         Option("the same seed gives the same text (default: random, and printed)", group=SAMPLING, sampling_only=True),
     ] = None
-    n: Annotated[int, at_least(1), Option("texts to generate for each prompt", group=CONTENT)] = 1
+    n: Annotated[int, between(1, 1_000_000), Option("texts to generate for each prompt", group=CONTENT)] = 1
     logprobs: Annotated[
         int | None,
-        at_least(0),
+        between(0, 1_000_000),
         Option(
             "with --json: the log-probability of each token, and the K most likely ones in its place", group=OUTPUT, metavar="K"
         ),

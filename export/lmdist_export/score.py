@@ -18,7 +18,7 @@ from itertools import groupby, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdist.bounds import at_least, between, check
+from lmdist.bounds import between, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
 from lmdist.errors import DataError, UsageError
@@ -83,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--carry-state",
         action="store_true",
-        help="carry the state from line to line, as in one text: the perplexity of lmdist-evaluate",
+        help="carry the state from line to line, as in one text: the perplexity of lmdist-evaluate --file FILE --lines, where "
+        "a line without a word counts with the tokenizer whitespace only",
     )
     parser.add_argument(
         "--cache",
@@ -145,13 +146,13 @@ def kind_of(arguments: argparse.Namespace) -> str:
             with_these = ", ".join(f"--{name}" for name in kinds if name != "summary")
             raise UsageError(f"{flag} is for {with_these}{' or none of these' if 'summary' in kinds else ''}: leave it out")
     if arguments.next is not None:
-        check("--next", arguments.next, at_least(1))
+        check("--next", arguments.next, between(1, 1_000_000))
     for name in ("lm_weight", "word_bonus"):
         value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
         if value is not None and not (arguments.best or arguments.json):
             raise UsageError(f"{flag} decides which hypothesis is the best: give --best or --json as well")
         if value is not None:
-            check(flag, value, between(-math.inf, math.inf, includes_low=False, includes_high=False))
+            check(flag, value, between(-1_000_000, 1_000_000))
     return kind
 
 

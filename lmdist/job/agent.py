@@ -27,6 +27,8 @@ from lmdist.standard_streams import guard
 COMMAND = "lmdist-train"
 DEFAULT_PORT = 29500
 """torchrun's own."""
+MOST = 100_000
+"""Of the ranks on a machine, and of the machines."""
 JOIN_TIMEOUT_SECONDS = 600.0
 """How long a machine tries to reach machine 0; torchrun's own."""
 REPORT_AFTER_SECONDS = 10.0
@@ -90,11 +92,13 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
             numbers = parse(value)
         except (ValueError, RuntimeError) as error:
             fail(f"{name} is {value} ({one_line(error)})")
-        if min(numbers if isinstance(numbers, tuple) else (numbers,)) < 1:
-            fail(f"{name} is {value}, and must be at least 1")
+        if not all(1 <= number <= MOST for number in (numbers if isinstance(numbers, tuple) else (numbers,))):
+            fail(f"{name} is {value}, and must be from 1 to {MOST:,}")
     _, num_nodes = parse_min_max_nnodes(arguments.nnodes)
     if not 0 <= arguments.node_rank < num_nodes:
         fail(f"node_rank is {arguments.node_rank}, and of {num_nodes} machines it must be at most {num_nodes - 1}")
+    if not 0 <= arguments.master_port < 1 << 16:
+        fail(f"master_port is {arguments.master_port}, and must be from 0 to 65,535")
     return arguments
 
 

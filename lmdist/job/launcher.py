@@ -109,6 +109,8 @@ def parser() -> CommandParser:
 def run_attempts(arguments: argparse.Namespace, flags: list[str], recipe: Recipe, stop: StopRequest) -> int:
     """Run attempts until the job is done, is asked to stop, or has failed too often; return the exit code."""
     ranks = arguments.nproc_per_node or os.environ.get("PET_NPROC_PER_NODE") or str(default_ranks(recipe, arguments.nnodes))
+    if ranks.isdecimal() and int(ranks) > recipe.data.global_batch:  # before so many processes are started
+        raise UsageError(f"--nproc-per-node is {ranks}; data.global_batch {recipe.data.global_batch} has a sequence for fewer")
     checkpoints = Path(recipe.run_folder) / CHECKPOINTS
     restarts_left, backoff, resume = arguments.restarts, 1.0, []
     while True:
@@ -145,7 +147,7 @@ def start_agent(arguments: argparse.Namespace, ranks: str, logs: str, flags: lis
     own = {name: getattr(arguments, name) for name in ("nnodes", "node_rank", "master_addr", "master_port")}
     options += [f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value is not None]
     environment = {**MEMORY_ENVIRONMENT, **os.environ, FIRST_FAILURE: str(Path(logs) / "first_failure")}
-    if ranks.isdigit() and int(ranks):  # torchrun resolves names, such as gpu
+    if ranks.isdecimal() and int(ranks):  # torchrun resolves names, such as gpu
         environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // int(ranks))))
     launcher = os.getpid()
     return subprocess.Popen(
@@ -225,8 +227,8 @@ def default_ranks(recipe: Recipe, nnodes: str | None) -> int:
     if recipe.training.device != "cpu":
         most = num_gpus() or most
     nnodes = nnodes or os.environ.get("PET_NNODES", "1")
-    if not nnodes.isdigit():
-        raise UsageError(f"--nnodes is {nnodes}; a number is expected, for the global batch is divided evenly")
+    if not nnodes.isdecimal() or int(nnodes) < 1:
+        raise UsageError(f"--nnodes is {nnodes}; a number from 1 on is expected, for the global batch is divided evenly")
     batch_size = recipe.data.global_batch // recipe.training.accumulation
     return max((ranks for ranks in range(1, most + 1) if batch_size % (ranks * int(nnodes)) == 0), default=1)
 

@@ -55,7 +55,9 @@ def atomic_folder(target: Path, *, replace: bool) -> Iterator[Path]:
 
 
 def refuse_to_replace_link(target: Path) -> None:
-    """Raise UsageError for a link, which a rename would replace, and not what it leads to."""
+    """Raise UsageError for a link, which a rename would replace, and not what it leads to; and for `.` and `..`."""
+    if target.name in ("", ".."):
+        raise UsageError(f"{target} is a folder without its name; give the name, as in {target / 'news'}")
     if os.path.islink(target):  # not Path.is_symlink(), which raises where it may not look
         raise UsageError(f"{target} is a link, which would itself be replaced: name what it leads to, or take another name")
 

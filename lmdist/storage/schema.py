@@ -6,6 +6,7 @@ can compute them too. This module does not know what the values mean.
 
 from __future__ import annotations
 
+import math
 import reprlib
 from itertools import repeat
 from pathlib import Path
@@ -34,7 +35,7 @@ def check_schema(value: Any, schema: Any, path: Path, place: str = "") -> None:
 
     A schema is a type, as in an annotation: int, float, str, bool, Literal[...], list[...], tuple[..., ...], a tuple of fixed
     length, dict[str, ...] or a union; or an object with at least certain keys: a dict of their schemas, a TypedDict or a
-    dataclass. Numbers are finite and fit into 64 bits.
+    dataclass. Integers fit into 64 bits, other numbers are finite.
     """
     problem = find_mismatch(value, schema)
     if problem:
@@ -76,9 +77,9 @@ def find_mismatch(value: Any, schema: Any) -> str:
 
 
 def is_number(value: Any, kind: type) -> bool:
-    """Return whether a value is an int, or a float where `kind` is float, and fits into 64 bits."""
-    # bool is a subclass of int in Python, not in JSON. NaN compares as False.
-    return type(value) in (int, kind) and abs(value) < 2**63
+    """Return whether a value is an int of 64 bits, or where `kind` is float a finite float."""
+    # bool is a subclass of int in Python, not in JSON.
+    return abs(value) < 2**63 if type(value) is int else type(value) is kind and math.isfinite(value)
 
 
 def is_not(value: Any, expected: str) -> str:

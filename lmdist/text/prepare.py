@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
         usage="lmdist-prepare INPUT [INPUT ...] -o FOLDER [--flag VALUE ...]",
         description="Turn text into a data folder that lmdist.train reads: token ids, split into train, valid and test.",
         epilog="Examples: lmdist-prepare demo -o data/demo;  lmdist-prepare 'news/*.csv.gz' -o data/news --lowercase;  "
+        "lmdist-prepare news.csv -o data/vox --where \"publication == 'Vox' and year >= 2016\";  "
         "lmdist-prepare --train wiki.train.tokens --valid wiki.valid.tokens --test wiki.test.tokens "
         "--tokenizer whitespace --unknown file -o data/wikitext2",
         argument_default=argparse.SUPPRESS,
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shard, merge, scheduler = (flags.pop(name, None) for name in ("shard", "merge", "scheduler"))
         if not flags.get("inputs"):
             flags.pop("inputs", None)
-        settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe else {}, flags)
+        settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe is not None else {}, flags)
         if shard or merge or scheduler:
             from lmdist.text import machines
 

@@ -90,11 +90,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """Return a row of metrics.jsonl; None for a line that a kill has truncated."""
+    """Return a row of metrics.jsonl, numbers by name; None for a line that a kill has truncated, or somebody has changed."""
     try:
-        return json.loads(line)
-    except ValueError:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int and "time" in row
+    return row if is_row and all(type(value) in (int, float) for value in row.values()) else None
 
 
 def append_figures(path: Path, step: int, values: dict[str, float]) -> None:

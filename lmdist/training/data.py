@@ -179,7 +179,7 @@ class Windows:
         epoch, position = divmod(step, self.steps_per_epoch)
         index = position * self.global_batch + np.arange(self.global_batch)  # (G)
         exists = index < self.count  # the last batch of an epoch may have fewer than G windows
-        window = permute(index % self.count, self.count, (self.seed, epoch))
+        window = permute(index % self.count, self.count, (self.seed % (1 << 64), epoch))
         starts = window * self.stride + 1
         ends = np.where(exists, np.minimum(starts - 1 + self.window, len(self.tokens)), 0)
         return batch_of(self.tokens, starts, ends, self.window - 1, part, state_reset=True)

@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lmdist.bounds import at_least, between, check
+from lmdist.bounds import between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
@@ -136,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error(COMMAND):
         arguments = parser().parse_args(argv)
         check("--cache", arguments.cache, between(0, MAX_SIZE, "0 is none"))
-        if arguments.file and (arguments.split or (arguments.data and not arguments.cache)):
+        if arguments.file is not None and (arguments.split or (arguments.data and not arguments.cache)):
             raise UsageError("--file takes the place of --split and --data: give one or the other")
-        check("--streams", arguments.streams, at_least(1))
+        check("--streams", arguments.streams, between(1, 1_000_000))
         read_settings(arguments)
         limit_threads()
         result, checkpoint, meta = measure(arguments)
@@ -164,7 +164,7 @@ def read_settings(arguments: argparse.Namespace) -> ReadSettings:
 
     names = [setting.name for setting in fields(ReadSettings)]
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if given and not arguments.file:
+    if given and arguments.file is None:
         raise UsageError(f"--{next(iter(given)).replace('_', '-')} says how --file is read: give --file too, or leave it out")
     return ReadSettings(**given)
 
@@ -206,7 +206,7 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Texts:
 
     figures: dict[str, Any] = {}
     tokens = None
-    if arguments.file:
+    if arguments.file is not None:
         found = read_file(checkpoint, arguments.file, read_settings(arguments))
         tokens, figures = found.tokens, {"documents": found.documents, "skipped": found.skipped}
         if not arguments.cache:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lmdist import config
 from lmdist.errors import Stopped, UsageError
+from lmdist.model.lstm import State
 from lmdist.settings import Recipe
 from lmdist.signals import StopRequest
 from lmdist.tracking.run_folder import CHECKPOINTS
@@ -22,9 +23,9 @@ from lmdist.training.checkpoints.write import Saver, take_snapshot
 from lmdist.training.distributed import World
 from lmdist.training.evaluate import evaluate
 from lmdist.training.metrics import NatsTotal
-from lmdist.training.optimizer import set_momentum
+from lmdist.training.optimizer import optimizer_state, set_momentum
 from lmdist.training.report import mark_finished, report_on
-from lmdist.training.run import set_up
+from lmdist.training.run import Run, set_up
 from lmdist.training.schedule import Position, learning_rate, momentum
 
 
@@ -52,10 +53,9 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                     report.validation()
                 saving = True
             if saving:
-                parameters = [parameter.detach() for parameter in run.model.parameters()]
-                check_finite(nn.utils.get_total_norm(parameters).item(), "norm of the parameters", progress.step)
                 progress.loss_scale = training_step.scaler.state_dict()
                 streams = tuple(world.gather(part) for part in training_step.state)  # parts (G, S)
+                check_savable(run, streams)
                 if world.is_main:
                     run.folder.check_unchanged()
                     averaged = run.averaging.averaged
@@ -112,6 +112,17 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
 def is_multiple(step: int, every: int) -> bool:
     """Return whether `step` is a multiple of `every`; never if that is 0."""
     return every > 0 and step % every == 0
+
+
+def check_savable(run: Run, streams: State) -> None:
+    """Raise UsageError on every rank at the same step where a checkpoint would hold a number that is not finite."""
+    parameters = [parameter.detach() for parameter in run.model.parameters()]
+    check_finite(nn.utils.get_total_norm(parameters).item(), "norm of the parameters", run.progress.step)
+    # A square of a gradient may be too large for fp32 though the parameters are not: no run resumes from that.
+    kept = {"optimizer": optimizer_state(run.training_step.optimizer).values(), "LSTM": streams}
+    for name, tensors in kept.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            check_finite(math.nan, f"state of the {name}", run.progress.step)
 
 
 def check_finite(value: float, name: str, step: int) -> float:

@@ -119,7 +119,7 @@ MISTAKES = {
     "a file for a folder": (["--run_folder=data/vocab.txt"], 64, "data/vocab.txt is not a folder"),
     "a folder for a file": (["--run_folder=odd"], 64, "odd/checkpoints/newest is no file"),
     "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
-    "restarts without end": (["--restarts=-1"], 64, "--restarts is -1; it must be at least 0"),
+    "restarts without end": (["--restarts=-1"], 64, "--restarts is -1; it must be from 0 to 1,000,000,000,000"),
 }
 
 
@@ -289,7 +289,7 @@ def test_an_agent_that_outlives_its_ranks_is_killed(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--nproc_per_node=gpus"], "nproc_per_node is gpus"),
-        (["--nproc_per_node=0"], "nproc_per_node is 0, and must be at least 1"),
+        (["--nproc_per_node=0"], "nproc_per_node is 0, and must be from 1 to 100,000"),
         (["--nnodes=two"], "nnodes is two"),
         (["--nnodes=2", "--node_rank=2"], "node_rank is 2, and of 2 machines it must be at most 1"),
     ],

@@ -33,7 +33,7 @@ from lmdist_export.bundle import Bundle
 from lmdist_export.serving import registry
 from lmdist_export.serving.mlflow_model import column
 from servers import Server, free_port
-from support.small_bundles import PLAIN_WORDS, UNTIED, command, make_bundle, make_run
+from support.small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, make_bundle, make_run
 
 MODEL_FILES = {"MLmodel", "served_model.py", "requirements.txt", "python_env.yaml"}
 APP = "mlflow.pyfunc.scoring_server.app:app"
@@ -322,8 +322,8 @@ REFUSED = {
     "too many texts": (one(n=1_000), "this server accepts at most 20,000"),
     "too many beams": (one(num_beams=65, max_new_tokens=1), "num_beams is 65; this server accepts at most 64"),
     "too many likeliest": (one(logprobs=21), "logprobs is 21; this server accepts at most 20"),
-    "no text at all": (one(n=0), "n is 0; it must be at least 1"),
-    "a seed below 0": (one(seed=-1), "seed is -1; it must be at least 0"),
+    "no text at all": (one(n=0), "n is 0; it must be from 1 to 1,000,000"),
+    "a seed below 0": (one(seed=-1), "seed is -1; it must be from 0 to 18,446,744,073,709,551,615"),
     "sampling and beam search": (
         one(num_beams=2, top_p=0.5),
         "num_beams is for beam search, and top_p for sampling: give only one of them",
@@ -561,7 +561,7 @@ def test_only_what_the_manifest_names_is_registered_and_what_runs_is_the_install
 
     manifest = Bundle.load(bundle).manifest
     code = copy / "served_model.py"
-    write_json(copy / "manifest.json", manifest | {"files": manifest["files"] | {code.name: facts_of(code)}})
+    edit_json(copy / "manifest.json", files=manifest["files"] | {code.name: facts_of(code)})
     with pytest.raises(DataError, match=r"the manifest names served_model\.py"):
         registry.register(copy, "safe", "champion")
     write_json(copy / "manifest.json", manifest)

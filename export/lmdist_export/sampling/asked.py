@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdist.errors import UsageError
 from lmdist.text.vocabulary import UNKNOWN, UNKNOWN_ID
-from lmdist_export.options import NO_CACHE, PARAMS, GenerationConfig, Options
+from lmdist_export.options import MAX_BIAS, NO_CACHE, PARAMS, GenerationConfig, Options
 
 if TYPE_CHECKING:
     from lmdist_export.bundle import Bundle
@@ -136,10 +136,13 @@ def word_and_bias(options: Options, given: str) -> tuple[str, float]:
     word, _, number = given.rpartition("=")
     try:
         value = float(number)
-        if not word or math.isnan(value):
+        if not word or not (value == -math.inf or abs(value) <= MAX_BIAS):
             raise ValueError
     except ValueError:
-        raise UsageError(f"{name} is {reprlib.repr(given)}; WORD=X is expected, as in {name} the=-2.5") from None
+        raise UsageError(
+            f"{name} is {reprlib.repr(given)}; WORD=X is expected with X from {-MAX_BIAS:,} to {MAX_BIAS:,}, or -inf, as in "
+            f"{name} the=-2.5"
+        ) from None
     return word, value
 
 

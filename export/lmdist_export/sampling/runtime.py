@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lmdist.bounds import at_least, check
+from lmdist.bounds import between, check
 from lmdist.cpus import available_cpus
 from lmdist.errors import DataError, UsageError, one_line
 from lmdist_export.bundle import PROVIDERS, WEIGHTS, Bundle
@@ -38,7 +38,7 @@ class Runtime:
         """Raises UsageError for a provider that does not run here, or not in the precision of the weights."""
         if provider not in PROVIDERS:
             raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
-        check("--threads", threads, at_least(0, "0 chooses by the machine"))
+        check("--threads", threads, between(0, 1_024, "0 chooses by the machine"))
         sizes = bundle.sizes
         if provider == "cuda" and sizes.is_quantized:
             raise UsageError(

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdist.bounds import at_least, check
+from lmdist.bounds import between, check
 from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, UsageError
 from lmdist.perplexity import perplexity
@@ -113,10 +113,11 @@ class Scorer:
     ) -> None:
         """Score `batch_size` sentences at a time; with `end` the `<eos>` after each is scored too.
 
-        With `carry_state` a sentence continues the state of the one before, as in training. The neural `cache`, as
+        With `carry_state` a sentence continues the state of the one before, as in the text that was trained on: there a line
+        without a word is no document, unless the tokenizer reads line by line. The neural `cache`, as
         `sampler.cache`, remembers what the state has read. Raises UsageError for options that exclude each other.
         """
-        check("the batch size", batch_size, at_least(1))
+        check("--batch-size", batch_size, between(1, 65_536))
         if carry_state and not end:
             raise UsageError("a carried state has read the <eos> between two sentences: it cannot be left out")
         self.sampler = sampler
@@ -127,8 +128,9 @@ class Scorer:
 
     def encode(self, sentence: str) -> tuple[list[str], list[int]]:
         """Return the words that are scored, and their ids."""
-        words = self.sampler.bundle.tokenizer.tokenize(sentence) if sentence else []
-        if self.end:
+        tokenizer = self.sampler.bundle.tokenizer
+        words = tokenizer.tokenize(sentence) if sentence else []
+        if self.end and (words or not self.carry_state or tokenizer.settings.line_by_line):
             words.append(END)
         return words, self.sampler.bundle.vocabulary.encode(words)
 

@@ -15,7 +15,7 @@ from lmdist.storage.atomic import WRITING, recover, remove_folder
 from lmdist.storage.reading import check_folder, read_bytes, refuse_link
 from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST, STEP
 from lmdist.training.checkpoints.format import MANIFEST
-from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint, read_manifest
+from lmdist.training.checkpoints.read import Checkpoint, open_resumable, read_manifest
 
 Read = TypeVar("Read")
 
@@ -50,7 +50,7 @@ def newest_verified(checkpoints: Path) -> Checkpoint | None:
         last = read_bytes(checkpoints / NEWEST, 1000).decode(errors="replace").strip()
         if not os.path.isdir(checkpoints / last):
             log(f"warning: the checkpoint that was written last, {reprlib.repr(last)}, is missing")
-    found = next((checkpoint for _, checkpoint in readable(checkpoints, open_checkpoint)), None)
+    found = next((checkpoint for _, checkpoint in readable(checkpoints, open_resumable)), None)
     if found is None and (last or numbered(checkpoints)):
         raise DataError(
             f"{checkpoints} has no checkpoint that can be read, and the run had made progress: restore one from a copy; "
