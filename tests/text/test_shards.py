@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet as pq
 
 from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.settings import PrepareSettings
@@ -58,14 +61,32 @@ def small_steps() -> Iterator[None]:
         yield
 
 
-def as_text(rows: list[list[str]], kind: str) -> bytes:
+def as_file(rows: list[list[str]], kind: str) -> bytes:
     """Rows of a title and a text as a file of a kind has them."""
+    if kind == "parquet":
+        table = pa.table({"title": [title for title, _ in rows], "content": [content for _, content in rows]})
+        pq.write_table(table, file := io.BytesIO(), row_group_size=4)
+        return file.getvalue()
+    if kind.endswith(".zip"):
+        kind, _, order = kind.removesuffix(".zip").partition(".")
+        members = {f"{index}.{kind}": as_file(rows[index::3], kind) for index in range(3) if rows[index::3]}
+        if order == "tiny":
+            members = {f"a.{kind}": as_file(rows, kind), f"b.{kind}": as_file(rows[:1], kind)}
+        with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+            for name in sorted(members, reverse=order == "reversed"):
+                archive.writestr(name, members[name])
+        return file.getvalue()
+    return gzip.compress(as_text(rows, "csv")) if kind == "csv.gz" else as_text(rows, kind)
+
+
+def as_text(rows: list[list[str]], kind: str) -> bytes:
+    """The same of a kind of text."""
     table = io.StringIO(newline="")
     csv.writer(table).writerows([["title", "content"], *rows])
     lines = [json.dumps({"title": title, "content": content}) for title, content in rows]
     return {
         "csv": table.getvalue(),
-        "csv.gz": table.getvalue(),
+        "txt": "\n\n".join(content for _, content in rows),
         "jsonl": "\n".join(lines),
         "tsv": "title\tcontent\n" + "".join(f'{title}\t"{content}"\n' for title, content in rows),
     }[kind].encode()
@@ -75,9 +96,14 @@ WORDS = ["the", "cat", "said", "“so”", "caf\u00e9", "e\u0301", "\n", '"', ",
 words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
 # Of a few texts many rows, so that many are duplicates; a long one every now and then, so that a file has several positions.
 row = st.tuples(st.sampled_from(["a", "b", "c", ""]), words, st.sampled_from([0, 1, 1, 1, 900]))
-file = st.tuples(st.sampled_from(["csv", "csv", "csv.gz", "jsonl", "tsv"]), st.lists(row, min_size=1, max_size=30))
+KINDS = ["csv", "csv.gz", "jsonl", "tsv", "txt", "parquet", "txt.zip", "csv.zip", "csv.reversed.zip", "csv.tiny.zip"]
+file = st.tuples(st.sampled_from(KINDS), st.lists(row, min_size=1, max_size=30))
+ROWS_OF_SEVERAL_MEMBERS = [("a", f"text number {number}", 1 + 899 * (number == 9)) for number in range(30)]
 
 
+@example([("txt.zip", ROWS_OF_SEVERAL_MEMBERS)], 0, 3, "", "whitespace", False)
+@example([("csv.reversed.zip", ROWS_OF_SEVERAL_MEMBERS)], 0, 2, "title", "whitespace", False)
+@example([("csv.tiny.zip", ROWS_OF_SEVERAL_MEMBERS)], 3, 2, "", "wordpunct", False)
 @given(
     inputs=st.lists(file, min_size=1, max_size=3),
     more=st.integers(0, 3),
@@ -93,9 +119,10 @@ def test_any_number_of_shards_gives_the_same_folder(
     folder = tmp_path_factory.mktemp("shards")
     names = []
     for index, (kind, rows) in enumerate(inputs):
-        data = as_text([[title, f"{text} " * times] for title, text, times in rows * (more + 1)], kind)
         names.append(folder / f"{index}.{kind}")
-        names[-1].write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+        names[-1].write_bytes(as_file([[title, f"{text} " * times] for title, text, times in rows * (more + 1)], kind))
+    if any("txt" in kind for kind, _ in inputs):
+        group_by = ""
     values: dict[str, Any] = {"inputs": [*map(str, names)], "group_by": group_by}
     if given_splits:
         values = dict(zip(("train", "valid", "test"), map(str, names), strict=False))
