@@ -229,7 +229,11 @@ class Documents:
         """Add the facts of the next part to those of the parts before; raise DataError where rows are missing between them."""
         self.lines += facts["lines"]
         self.skipped.update(facts["skipped"])
-        self.losses |= {(loss["name"], loss["why"]): Loss(**loss) for loss in facts["losses"]}
+        for found in facts["losses"]:
+            # Two addresses may have the same name, for it is without what gives access.
+            loss = self.losses.setdefault((found["name"], found["why"]), Loss(found["name"], found["why"], found["line"]))
+            loss.rows += found["rows"]
+            loss.lines += found["lines"]
         self.notes += facts["notes"]
         for name, (first, end) in facts["rows"].items():
             number = int(name)

@@ -26,8 +26,11 @@ from pyarrow import parquet as pq
 from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.text import prepare as command
+from lmdist.text.documents import Documents
 from lmdist.text.machines import merge_shards, prepare_shard
+from lmdist.text.preparation import errors_of_writing
 from lmdist.text.prepare import prepare
+from lmdist.text.shards import stamp
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,7 +192,7 @@ def test_where_sentences_end_is_learned_from_the_same_text_or_not_at_all(tmp_pat
         merge_shards(chosen, tmp_path / name, overwrite=False)
         assert files(tmp_path / name) == files(tmp_path / f"whole-{name}")
     assert json.loads((tmp_path / "b" / "meta.json").read_text())["vocabulary"]["new"] > 0
-    with pytest.raises(DataError, match=r"something else than is given here \(tokenizer\)"):
+    with pytest.raises(Stopped, match=r"something else than is given here \(tokenizer\)"):
         merge_shards(PrepareSettings(inputs=of_other.inputs), tmp_path / "b", overwrite=True)
 
 
@@ -223,7 +226,7 @@ def test_a_shard_that_is_done_is_not_done_again(tmp_path, capsys):
     # Of other inputs or settings there are none.
     with pytest.raises(SystemExit) as wrong:
         command.main([*arguments, "--merge", "--overwrite", "--seed", "2"])
-    assert wrong.value.code == 65
+    assert wrong.value.code == 75, "others may be counting them at this moment"
     assert "00000-of-00002 was counted with something else than is given here (seed): " in capsys.readouterr().err
     os.utime(path, (1, 1))
     with pytest.raises(SystemExit):
@@ -232,6 +235,34 @@ def test_a_shard_that_is_done_is_not_done_again(tmp_path, capsys):
     command.main([*arguments, "--shard", "0/2", "--overwrite"])
     assert first.stat().st_ino != inode
     assert files(output) == files(tmp_path / "whole-5"), "a merge that fails replaces nothing"
+
+
+def test_shards_of_the_same_files_in_another_order_are_of_something_else(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("\n\n".join(f"{name} {number:02}" for number in range(20)))
+    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    chosen, turned = (PrepareSettings(inputs=inputs, tokenizer="wordpunct") for inputs in (names, names[::-1]))
+    prepare_shard(chosen, tmp_path / "data", 0, 2)
+    prepare_shard(turned, tmp_path / "data", 1, 2)
+    with pytest.raises(Stopped, match=r"1 of 2 shards .*00001-of-00002 was counted .* \(files\)"):
+        merge_shards(chosen, tmp_path / "data", overwrite=False)
+
+
+def test_an_input_that_is_gone_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one two")
+    documents = Documents([tmp_path / "a.txt"])
+    (tmp_path / "a.txt").unlink()
+    for look in (documents.check, lambda: stamp(tmp_path / "a.txt")):
+        with pytest.raises(DataError, match=r"a\.txt cannot be read: .*No such file"), errors_of_writing(tmp_path / "data"):
+            look()
+
+
+def test_the_same_loss_of_two_files_of_one_name_is_added_up():
+    documents = Documents([])
+    for line in (3, 5):
+        loss = {"name": "https://h/a.csv?...", "why": "a quote", "line": line, "rows": 2, "lines": 4}
+        documents.add({"lines": 9, "skipped": {}, "losses": [loss], "notes": [], "rows": {}})
+    assert [(loss.line, loss.rows, loss.lines) for loss in documents.losses.values()] == [(3, 4, 8)]
 
 
 def test_a_shard_that_was_killed_leaves_nothing_that_counts(tmp_path):
