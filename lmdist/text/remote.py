@@ -28,9 +28,9 @@ USER = re.compile(r"(?<=://)[^/\s?#]*@")
 QUERY = re.compile(r"\?(?=[^/?\s]*=)\S*")
 """What follows the path, where it has names and values: a signature or a token gives access to the file."""
 VERSIONS = (
-    ("etag", "md5hash", "content-md5", "digest", "sha", "crc32c")  # of the content
-    + ("mtime", "lastmodified", "last-modified", "last_modified", "last_write_time")
-    + ("modificationtime", "updated", "modify", "created", "date_time")
+    *("etag", "md5hash", "content-md5", "digest", "sha", "crc32c"),  # of the content
+    *("mtime", "lastmodified", "last-modified", "last_modified", "last_write_time", "modificationtime", "modify", "updated"),
+    *("created", "date_time"),
 )
 """Under which of these names a file system has what changes with the content of a file, the best first; in small letters."""
 

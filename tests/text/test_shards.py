@@ -277,12 +277,16 @@ def test_a_shard_that_was_killed_leaves_nothing_that_counts(tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    of_another_machine = tmp_path / "data.shards" / ".00000-of-00002.writing-another-machine-1"
+    of_another_machine.mkdir()
     assert run(*arguments, "--merge", cwd=tmp_path).returncode == 75
     for index in (0, 1):
         assert run(*arguments, "--shard", f"{index}/2", cwd=tmp_path).returncode == 0
-    assert sorted(path.name for path in (tmp_path / "data.shards").iterdir()) == ["00000-of-00002", "00001-of-00002"]
     done = run(*arguments, "--merge", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert of_another_machine.is_dir(), "its process may be running"
+    of_another_machine.rmdir()
+    assert sorted(path.name for path in (tmp_path / "data.shards").iterdir()) == ["00000-of-00002", "00001-of-00002"]
     prepare(PrepareSettings(inputs=[str(path)], tokenizer="wordpunct", allow_losses=True), tmp_path / "whole")
     assert (tmp_path / "data" / "train.bin").read_bytes() == (tmp_path / "whole" / "train.bin").read_bytes()
 
