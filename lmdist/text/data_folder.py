@@ -98,6 +98,7 @@ def write_meta(
     sums = {file.name: block_checksums(file) for file in sorted(folder.glob(TOKEN_FILES))}
     write_json(folder / BLOCKS, {BLOCK_SUMS: sums})
     prepare = dataclasses.asdict(settings)
+    del prepare["workers"]  # the data folder is the same whoever writes it
     for name in ("inputs", *SPLITS):
         given = prepare[name]
         prepare[name] = [*map(without_credentials, given)] if isinstance(given, list) else without_credentials(given)

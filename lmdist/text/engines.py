@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from lmdist.console import log
-from lmdist.errors import DataError, UsageError, one_line, require
+from lmdist.errors import DataError, Stopped, UsageError, one_line, require
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_path
 from lmdist.text.counting import Report, Sources, count
@@ -166,16 +166,23 @@ def dask_cluster(address: str) -> Iterator[tuple[Any, int]]:
 
 
 def count_on_cluster(client: Any, function: Callable[..., Any], tasks: Sequence[Task]) -> None:
-    """Call a function for each of several tuples of arguments on the workers of a cluster, again where a worker is lost."""
+    """Call a function for each of several tuples of arguments on the workers of a cluster, again where a worker is lost.
+
+    Raises Stopped where the cluster is lost: its errors are OSErrors, or mean that somebody has cancelled the calls.
+    """
     from distributed import as_completed
+    from distributed.comm import CommClosedError
     from distributed.scheduler import KilledWorker
 
-    futures = [client.submit(function, *task, pure=False) for task in tasks]
     try:
-        for done, future in enumerate(as_completed(futures), 1):
-            future.result()
-            log(f"{done} of {len(futures)} shards are counted")
+        futures = [client.submit(function, *task, pure=False) for task in tasks]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                log(f"{done} of {len(futures)} shards are counted")
+        finally:
+            client.cancel(futures)
     except KilledWorker as error:
         raise DataError(f"workers were killed, most likely out of memory: {one_line(error)}") from None
-    finally:
-        client.cancel(futures)
+    except (CancelledError, CommClosedError, TimeoutError) as error:
+        raise Stopped(f"the Dask cluster was lost ({one_line(error)}): run it again, the shards that are done stay") from None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lmdist.console import log
 from lmdist.errors import UsageError
-from lmdist.settings import SPLITS, PrepareSettings
+from lmdist.settings import PrepareSettings
 from lmdist.storage.atomic import atomic_folder, check_output_folder, recover, refuse_to_replace_link
 from lmdist.text.counting import Sources, cut
 from lmdist.text.engines import Workers, count_on_cluster, dask_cluster
@@ -43,7 +43,6 @@ from lmdist.text.shards import (
     write_missing_shard,
     write_shard,
 )
-from lmdist.text.sources import is_pipe
 
 SHARDS_PER_THREAD = 2
 """Of a cluster: a worker that is done early takes another one."""
@@ -112,10 +111,7 @@ def several_sources(settings: PrepareSettings, output: Path) -> Sources:
     """Find the files to read; raise UsageError for what cannot be read in parts."""
     if settings.rows:
         raise UsageError("no shard knows which rows are the first of all inputs together: leave out --rows, or the shards")
-    for name in [*settings.inputs, *(name for split in SPLITS for name in settings.files(split))]:
-        if is_pipe(Path(name)):
-            raise UsageError(f"{name} cannot be read again by each machine: name files, or prepare it on one")
-    return find_sources(settings, output)
+    return find_sources(settings, output, in_parts=True)
 
 
 def merge_all(

@@ -56,10 +56,13 @@ def errors_of_writing(output: Path) -> Iterator[None]:
         raise DataError(f"{output} cannot be written: {error}") from None
 
 
-def find_sources(settings: PrepareSettings, output: Path) -> Sources:
-    """Find the files to read; write the demo corpus beside `output` where it is asked for."""
+def find_sources(settings: PrepareSettings, output: Path, *, in_parts: bool = False) -> Sources:
+    """Find the files to read; write the demo corpus beside `output` where it is asked for.
+
+    Raises UsageError where several machines are to read them `in_parts`, and one can only be read as a whole.
+    """
     from lmdist.text.documents import Documents, find_files
-    from lmdist.text.sources import ReadOptions
+    from lmdist.text.sources import ReadOptions, is_pipe
 
     inputs, group_by = settings.inputs, settings.group_by
     if inputs == [DEMO] and not Path(DEMO).is_file():
@@ -68,7 +71,11 @@ def find_sources(settings: PrepareSettings, output: Path) -> Sources:
     if not any(patterns.values()):
         raise UsageError("nothing to read: name a file (articles1.csv), give --train, or take the demo corpus: demo")
     options = ReadOptions.of(settings, settings.text, group_by)
-    return {split: Documents(find_files(names), options) for split, names in patterns.items()}
+    files = {split: find_files(names) for split, names in patterns.items()}
+    for file in (file for found in files.values() for file in found):
+        if in_parts and is_pipe(file):
+            raise UsageError(f"{file} cannot be read again by each machine, nor in parts: name files, or prepare it on one")
+    return {split: Documents(found, options) for split, found in files.items()}
 
 
 def announce(sources: Sources, output: Path) -> None:

@@ -35,12 +35,9 @@ from lmdist.text.shards import stamp
 ROOT = Path(__file__).parents[2]
 
 
-def files(folder: Path) -> dict[str, Any]:
-    """The content of a data folder, but for what the settings say of who has counted."""
-    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    found["meta.json"] = json.loads(found["meta.json"])
-    found["meta.json"]["prepare"].pop("workers")
-    return found
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of a data folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -313,8 +310,11 @@ def test_what_no_shard_can_read(tmp_path):
     path = articles(tmp_path / "a.csv", 1000)
     with pytest.raises(UsageError, match="--rows"):
         prepare_shard(PrepareSettings(inputs=[str(path)], rows=3), tmp_path / "data", 0, 2)
-    with pytest.raises(UsageError, match="- cannot be read again"):
-        prepare_shard(PrepareSettings(inputs=["-"]), tmp_path / "data", 0, 2)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("-", str(tmp_path / "pipe")):
+        with pytest.raises(UsageError, match=f"{name} cannot be read again"):
+            prepare_shard(PrepareSettings(inputs=[name]), tmp_path / "data", 0, 2)
+    (tmp_path / "pipe").unlink()
     with pytest.raises(Stopped, match=r"no shard in .*data\.shards yet"):
         merge_shards(PrepareSettings(inputs=[str(path)]), tmp_path / "data", overwrite=False)
     for wrong in ("2/2", "1", "1/0", "-1/2", "a/b"):
