@@ -172,7 +172,7 @@ def variants(file: str, several: bool, address: str) -> Iterator[tuple[str, int,
         yield f"{SHARDS} shards, one after the other", 1, [*shards, [*start, "--merge", "--workers", "1"]]
     if address:
         name = f"{DASK_WORKERS} Dask workers, {SHARDS} shards"
-        yield name, DASK_WORKERS, [[*start, "--scheduler", address, "--workers", str(SHARDS)]]
+        yield name, DASK_WORKERS, [[*start, "--scheduler", address, "--shards", str(SHARDS)]]
 
 
 @contextmanager

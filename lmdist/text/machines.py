@@ -78,8 +78,10 @@ def merge_shards(settings: PrepareSettings, output: Path, *, overwrite: bool) ->
         merge_all(settings, output, several_sources(settings, output), base, overwrite=overwrite)
 
 
-def prepare_on_cluster(settings: PrepareSettings, output: Path, address: str, *, overwrite: bool) -> None:
-    """Write the data folder `output` from shards that the workers of a Dask cluster count."""
+def prepare_on_cluster(
+    settings: PrepareSettings, output: Path, address: str, number: int | None = None, *, overwrite: bool
+) -> None:
+    """Write the data folder `output` from `number` shards, or as many as suit it, that the workers of a Dask cluster count."""
     folder = shards_folder(output)
     with errors_of_writing(output):
         settings, base = with_given_words(settings)
@@ -88,7 +90,7 @@ def prepare_on_cluster(settings: PrepareSettings, output: Path, address: str, *,
             documents.check()
         of = description(sources, settings, base)
         with dask_cluster(address) as (client, num_threads):
-            number = settings.workers or begun(folder, of) or SHARDS_PER_THREAD * num_threads
+            number = number or begun(folder, of) or SHARDS_PER_THREAD * num_threads
             announce(sources, folder)
             log(f"counting {number} shards on {num_threads} thread(s) of {address}")
             tokenizer = learn_tokenizer(settings, sources, base)

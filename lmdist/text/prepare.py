@@ -114,10 +114,11 @@ def parser() -> argparse.ArgumentParser:
         help=f"take [prepare] of a recipe, a file or one of {', '.join(recipe_names())}; flags win",
     )
     add_flags(built, PrepareSettings)
-    several = built.add_argument_group(
+    shards = built.add_argument_group(
         "several machines",
         "Give the same inputs and flags on all of them. The shards lie in FOLDER.shards, which they share.",
-    ).add_mutually_exclusive_group()
+    )
+    several = shards.add_mutually_exclusive_group()
     several.add_argument(
         "--shard", type=shard_number, metavar="I/N", help="count shard I of N, 0/N to N-1/N, unless it is done, and do no more"
     )
@@ -125,7 +126,13 @@ def parser() -> argparse.ArgumentParser:
     several.add_argument(
         "--scheduler",
         metavar="tcp://HOST:8786",
-        help="have the workers of a Dask cluster count the shards, --workers of them or two for each of its threads, and merge",
+        help="have the workers of a Dask cluster count the shards, and merge them here",
+    )
+    shards.add_argument(
+        "--shards",
+        type=number_of_shards,
+        metavar="N",
+        help="so many for --scheduler; default: two for each thread of its workers",
     )
     return built
 
@@ -136,6 +143,13 @@ def shard_number(text: str) -> tuple[int, int]:
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text} is given; I/N is expected, from 0/16 to 15/16 for 16 shards")
     return int(match[1]), int(match[2])
+
+
+def number_of_shards(text: str) -> int:
+    """Return the number that a text is, from 1."""
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text} is given; a number of shards is expected, such as 16")
+    return int(text)
 
 
 def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSettings:
@@ -166,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         flags = vars(parser().parse_args(argv))
         output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
-        shard, merge, scheduler = (flags.pop(name, None) for name in ("shard", "merge", "scheduler"))
+        shard, merge, scheduler, number = (flags.pop(name, None) for name in ("shard", "merge", "scheduler", "shards"))
+        if number and not scheduler:
+            raise UsageError("--shards is of --scheduler: elsewhere give --shard I/N, or --workers")
         if not flags.get("inputs"):
             flags.pop("inputs", None)
         settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe is not None else {}, flags)
@@ -178,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             check_output(output, "-o", overwrite=overwrite)
             if scheduler:
-                machines.prepare_on_cluster(settings, output, scheduler, overwrite=overwrite)
+                machines.prepare_on_cluster(settings, output, scheduler, number, overwrite=overwrite)
             else:
                 machines.merge_shards(settings, output, overwrite=overwrite)
         else:

@@ -2,9 +2,9 @@
 
     data/news.shards/00003-of-00016/     a shard of counting.py, and shard.json: of what it is
 
-A shard is atomic. It knows its inputs (names, order, sizes, times of their last change) and the settings that it depends on, so
-that one that is done is not done again, and one of other inputs is neither taken nor kept. What is decided after the counting is
-no part of that: the same shards can be merged with another vocabulary and other fractions. This module does not know who counts.
+A shard is atomic. It knows its inputs (names, order, sizes, times of their last change) and the settings that it depends on:
+one that is done is not done again, and one of other inputs is neither taken nor kept. What is decided after the counting is no
+part of that: the same shards can be merged with another vocabulary and other fractions. This module does not know who counts.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ SHARDS = 6
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The address and the process of a scheduler with two workers of one thread each, which were started in another folder than the command is."""
+    """The address and the process of a scheduler; it has two workers of one thread each, which were started in another folder."""
     place = tmp_path / "scheduler.json"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -56,7 +56,7 @@ def test_a_worker_that_is_killed_costs_its_shard_only(cluster: tuple[str, object
     address, _ = cluster
     text = "\n".join(json.dumps({"content": " ".join(f"w{n * 7 % 5000 + m}" for m in range(100))}) for n in range(8_000))
     (tmp_path / "a.jsonl").write_text(text)
-    arguments = ["a.jsonl", "-o", "data", "--tokenizer", "wordpunct", "--scheduler", address, "--workers", str(SHARDS)]
+    arguments = ["a.jsonl", "-o", "data", "--tokenizer", "wordpunct", "--scheduler", address, "--shards", str(SHARDS)]
     line = [sys.executable, "-m", "lmdist.text.prepare", *arguments]
     process = subprocess.Popen(line, cwd=tmp_path, env=installed(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "data.shards"

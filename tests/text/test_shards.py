@@ -321,7 +321,8 @@ def test_what_no_shard_can_read(tmp_path):
         done = run(path, "-o", tmp_path / "data", f"--shard={wrong}")
         assert done.returncode == 64
         assert "I/N is expected" in done.stderr
-    assert run(path, "-o", tmp_path / "data", "--shard=0/2", "--merge").returncode == 64
+    for wrong in (["--shard=0/2", "--merge"], ["--shards=2"], ["--scheduler=tcp://127.0.0.1:9", "--shards=0"]):
+        assert run(path, "-o", tmp_path / "data", *wrong).returncode == 64
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.csv"]
 
 
