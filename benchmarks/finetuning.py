@@ -98,7 +98,8 @@ def measure(arguments: argparse.Namespace, scratch: Path, rows: list[Row]) -> No
         steps = QUICK_STEPS if arguments.quick else max(50, round(arguments.minutes * 60 / seconds))
         ends = {f"{steps * seconds / 60:.1f} minutes": [f"--training.steps={steps}"]}
         most = ["--training.epochs=2"] if arguments.quick else [f"--training.epochs={MOST_EPOCHS}"]
-        ends["convergence"] = ["--schedule.name=plateau", f"--training.patience={arguments.patience}", *most]
+        if not (arguments.quick and tuned):
+            ends["convergence"] = ["--schedule.name=plateau", f"--training.patience={arguments.patience}", *most]
         for when, flags in ends.items():
             case = f"{folders.case}, {when}"
             reference = 0.0

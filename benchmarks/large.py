@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -93,15 +94,16 @@ def write_csv(path: Path, size: int) -> int:
     return words
 
 
-def watch(command: list[str], cwd: Path) -> tuple[float, int]:
-    """Run a command; return its seconds and the peak memory of all its processes together, in MiB."""
+def watch(command: list[str], cwd: Path, beside: Sequence[int] = ()) -> tuple[float, int]:
+    """Run a command; return its seconds and the peak memory in MiB of all its processes, and those `beside` it, together."""
     began, peak = time.perf_counter(), 0
     with (cwd / "log").open("w") as log:
         child = subprocess.Popen([sys.executable, *command], cwd=cwd, stdout=log, stderr=log)
     while child.poll() is None:
         used = 0
         try:
-            for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
+            of_command = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+            for process in [*of_command, *map(psutil.Process, beside)]:
                 used += process.memory_full_info().uss
         except psutil.Error:
             pass  # one of them has just exited

@@ -5,17 +5,24 @@
 
 First one text is tokenized on one core: by NLTK, which is the baseline, by a WordFinder with an empty cache, and by the same
 one again, in turns; that all find the same words is asserted. The text is the demo corpus, or the CSV. Then lmdist-prepare runs
-with one process and with one for each CPU, on CSVs of growing size as in large.py. Words are counted at whitespace. Memory is
-that of a command and all its child processes (USS), sampled four times a second.
+on CSVs of growing size as in large.py: with one process, and where the text is large with one for each CPU, in shards one after
+the other, and on a Dask cluster of two workers (where Dask is installed); that all write the same bytes is asserted. Words are
+counted at whitespace. Memory is that of a command and all its child processes, or of a command and the workers of its cluster
+(USS), sampled four times a second. Core-hours are the time multiplied by the number of processes, also while only one of them
+works.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +31,19 @@ from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 from large import watch, write_csv
 from lmdist.cpus import available_cpus
+from lmdist.extras import is_installed
+from lmdist.storage.reading import read_json
 from lmdist.text.demo import articles
 from lmdist.text.documents import Documents, find_files
-from lmdist.text.prepare import ONE_PROCESS_BYTES
+from lmdist.text.preparation import ONE_PROCESS_BYTES
 from lmdist.text.tokenizer import train_punkt
 from lmdist.text.words import WordFinder, punkt_parameters
 from origin import add_json_option, collect_rows
 
-MEGABYTES = (12, 56, 220)  # 2, 9 and 35 million words
+MEGABYTES = (12, 56, 250)  # 2, 9 and 40 million words
 QUICK_MEGABYTES = (3, 42)
+SHARDS = 4
+DASK_WORKERS = 2
 
 
 def main() -> None:
@@ -56,7 +67,7 @@ def main() -> None:
     for row in rows:
         peak = f"peak {row['peak_mib']:>5,} MiB" if row["peak_mib"] else ""
         print(
-            f"{row['case']:<42}{row['variant']:<26}{row['value']:>10,} {row['unit']:<8}{row['ratio']:>7.2f}"
+            f"{row['case']:<42}{row['variant']:<30}{row['value']:>10,} {row['unit']:<8}{row['ratio']:>7.2f}"
             f"{row['words'] / row['seconds']:>12,.0f} words/s   {peak}"
         )
     if arguments.plot:
@@ -110,31 +121,85 @@ def each(function: Callable[[str], list[str]], texts: list[str]) -> list[int]:
 
 
 def prepare(sizes: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of lmdist-prepare."""
+    """Yield the rows of lmdist-prepare: the same text by one process, by worker processes, in shards and on a Dask cluster."""
     with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
         for megabytes in sizes:
-            file = Path(name) / f"{megabytes}.csv"
+            file = scratch / f"{megabytes}.csv"
             words = write_csv(file, megabytes * 1_000_000)
             several = megabytes * 1_000_000 > ONE_PROCESS_BYTES["word_tokenize"] and available_cpus() > 1
-            baseline = 0.0
-            for workers in (1, available_cpus()) if several else (1,):
-                command = ["-m", "lmdist.text.prepare", str(file), "-o", "data", "--overwrite", "--workers", str(workers)]
-                seconds, peak = watch(command, Path(name))
-                baseline = baseline or seconds
-                yield {
-                    "case": f"lmdist-prepare, {words / 1e6:.1f} million words",
-                    "variant": "baseline" if workers == 1 else f"{workers} worker processes",
-                    "value": round(seconds, 1),
-                    "unit": "s",
-                    "spread": None,
-                    "ratio": round(baseline / seconds, 2),
-                    "peak_mib": peak,
-                    "words": words,
-                    "seconds": round(seconds, 3),
-                    "megabytes": megabytes,
-                    "workers": workers,
-                }
+            with dask_workers(DASK_WORKERS if several else 0, scratch) as (address, beside):
+                baseline, bytes_of_one = 0.0, {}
+                for variant, processes, commands in variants(str(file), several, address):
+                    seconds = peak = 0
+                    for command in commands:
+                        more_seconds, more_peak = watch(command, scratch, beside if address in command else ())
+                        seconds, peak = seconds + more_seconds, max(peak, more_peak)
+                    baseline = baseline or seconds
+                    found = {path.name: path.read_bytes() for path in (scratch / "data").iterdir() if path.name != "meta.json"}
+                    bytes_of_one = bytes_of_one or found
+                    assert found == bytes_of_one, f"{variant}: not the bytes of one process"
+                    meta = read_json(scratch / "data" / "meta.json")
+                    tokens = sum(facts["tokens"] for facts in meta["splits"].values())
+                    yield {
+                        "case": f"lmdist-prepare, {words / 1e6:.1f} million words",
+                        "variant": variant,
+                        "value": round(seconds, 1),
+                        "unit": "s",
+                        "spread": None,
+                        "ratio": round(baseline / seconds, 2),
+                        "peak_mib": peak,
+                        "words": words,
+                        "tokens": tokens,
+                        "seconds": round(seconds, 3),
+                        "megabytes": megabytes,
+                        "workers": processes,
+                        "same_bytes": True,
+                        "core_hours_per_billion_tokens": round(processes * seconds / 3600 / (tokens / 1e9), 3),
+                    }
+                    shutil.rmtree(scratch / "data.shards", ignore_errors=True)
             file.unlink()
+
+
+def variants(file: str, several: bool, address: str) -> Iterator[tuple[str, int, list[list[str]]]]:
+    """Yield the ways to prepare a file: a name, how many processes work at a time, and the commands one after the other."""
+    start = ["-m", "lmdist.text.prepare", file, "-o", "data", "--overwrite"]
+    yield "baseline", 1, [[*start, "--workers", "1"]]
+    if several:
+        workers = available_cpus()
+        yield f"{workers} worker processes", workers, [[*start, "--workers", str(workers)]]
+        shards = [[*start, "--shard", f"{index}/{SHARDS}"] for index in range(SHARDS)]
+        yield f"{SHARDS} shards, one after the other", 1, [*shards, [*start, "--merge", "--workers", "1"]]
+    if address:
+        name = f"{DASK_WORKERS} Dask workers, {SHARDS} shards"
+        yield name, DASK_WORKERS, [[*start, "--scheduler", address, "--workers", str(SHARDS)]]
+
+
+@contextmanager
+def dask_workers(number: int, folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield the address of a scheduler and the processes of its workers, of one thread each; "" where Dask is not installed."""
+    if not number or not is_installed("distributed"):
+        yield "", []
+        return
+    place = folder / "scheduler.json"
+    options = ["--scheduler-file", str(place), "--no-dashboard", "--host", "127.0.0.1"]
+    commands = [
+        ["dask_scheduler", *options, "--port", "0"],
+        *[["dask_worker", *options, "--nthreads", "1", "--no-nanny"]] * number,
+    ]
+    with ExitStack() as stack:
+        processes = []
+        for name, *arguments in commands:
+            log = stack.enter_context((folder / f"{name}.log").open("ab"))
+            line = [sys.executable, "-m", f"distributed.cli.{name}", *arguments]
+            processes.append(subprocess.Popen(line, cwd=folder, stdout=log, stderr=log))
+            stack.callback(processes[-1].wait)
+            stack.callback(processes[-1].kill)
+        while not (place.exists() and place.read_text()):
+            assert processes[0].poll() is None, (folder / "dask_scheduler.log").read_text()
+            time.sleep(0.1)
+        yield read_json(place)["address"], [process.pid for process in processes[1:]]
+        place.unlink()
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -146,10 +211,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     prepared = [row for row in rows if "workers" in row]
-    for workers in sorted({row["workers"] for row in prepared}):
-        of_these = [row for row in prepared if row["workers"] == workers]
+    for variant in dict.fromkeys(row["variant"] for row in prepared):
+        of_these = [row for row in prepared if row["variant"] == variant]
         millions = [row["words"] / 1e6 for row in of_these]
-        label = f"{workers} worker process{'es' if workers > 1 else ''}"
+        label = "1 process" if variant == "baseline" else variant
         speed.plot(millions, [row["words"] / row["seconds"] for row in of_these], "o-", label=label)
         memory.plot(millions, [row["peak_mib"] for row in of_these], "o-", label=label)
     for axes, title in ((speed, "lmdist-prepare: words/s"), (memory, "peak memory, MiB")):

@@ -199,7 +199,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def preparing(machine: str) -> str:
-    """Words/s of tokenization and of lmdist-prepare."""
+    """Words/s of tokenization, and what lmdist-prepare costs in one process and in several."""
     rows = []
     for row in (row for run in results(machine, "preparing") for row in run):
         memory = f"{row['peak_mib']:,} MiB" if row["peak_mib"] else ""
@@ -207,8 +207,11 @@ def preparing(machine: str) -> str:
         if variant == "baseline":
             variant = "1 process" if "workers" in row else "NLTK"
         speed = f"{row['words'] / row['seconds']:,.0f}"
-        rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.1f}x", memory])
-    return markdown(["what", "how", "time", "words/s", "ratio", "peak memory"], rows)
+        same = "the same" if row.get("same_bytes") and row["variant"] != "baseline" else ""
+        cost = f"{row['core_hours_per_billion_tokens']:.2f}" if "core_hours_per_billion_tokens" in row else ""
+        rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.1f}x", memory, same, cost])
+    columns = ["what", "how", "time", "words/s", "ratio", "peak memory", "bytes", "core-hours per billion tokens"]
+    return markdown(columns, rows)
 
 
 def training(machine: str) -> str:

@@ -5,8 +5,8 @@
     model = lmdist.load("bundles/news")
     print(model.generate("The president said", max_new_tokens=40, seed=7).text)
 
-`load` samples and scores what was trained (docs/python.md); the commands train. Errors that a user can cause are in
-`lmdist.errors`.
+`load` samples and scores what was trained (docs/python.md), `prepare` makes a data folder of a DataFrame (docs/preparing.md);
+the commands train. Errors that a user can cause are in `lmdist.errors`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lmdist.text.dataframes import prepare
     from lmdist_export.api import load
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "prepare"]
 
 __version__ = "0.1.0"
 
+ON_DEMAND = {"load": "lmdist_export.api", "prepare": "lmdist.text.dataframes"}
+"""What programs call, and the module that has it: `import lmdist` imports nothing, and lmdist_export imports lmdist."""
+
 
 def __getattr__(name: str) -> Any:
-    """Return `load`, from the package that samples, which imports this one: so it is imported when it is first asked for."""
-    if name == "load":
-        from lmdist_export.api import load
+    """Import what is asked for."""
+    if name not in ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(ON_DEMAND[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "load"]
+    return [*globals(), *ON_DEMAND]

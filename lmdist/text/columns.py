@@ -1,4 +1,4 @@
-"""Which cell of a row has the text: the columns of a table, by their names or numbers, and the separator between them.
+"""Which cells of a row are wanted: the columns of a table, by their names or numbers, and the separator between them.
 
 This module does not know how rows are read.
 """
@@ -7,18 +7,31 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from lmdist.errors import DataError
-from lmdist.text.sources import Source
+from lmdist.text.sources import ReadOptions, Source
 
 TEXT_COLUMNS = ("content", "text", "article", "body")
 LONGEST_NAME = 60
 """Characters; what is longer is hardly the name of a column."""
 
 
-def text_columns(source: Source) -> Sequence[str]:
-    """Return the names that the column of the text may have."""
-    return [source.options.text_column] if source.options.text_column else TEXT_COLUMNS
+class Wanted(NamedTuple):
+    """A column that is looked for."""
+
+    names: Sequence[str]
+    """The names that it may have; the first that exists counts."""
+    flag: str
+    """Of the command line."""
+
+
+def wanted_columns(options: ReadOptions) -> list[Wanted]:
+    """Return the columns to look for, in the order of `Cells.values`: those of the text, of the groups, of the condition."""
+    texts = [Wanted([name], "--text-column") for name in options.text_columns] or [Wanted(TEXT_COLUMNS, "--text-column")]
+    groups = [Wanted([options.group_by], "--group-by")] if options.group_by else []
+    conditions = [Wanted([name], "--where") for name in options.condition.kinds] if options.condition else []
+    return texts + groups + conditions
 
 
 def name_of(names: Iterable[str], wanted: Iterable[str]) -> str | None:
@@ -32,49 +45,55 @@ def name_of(names: Iterable[str], wanted: Iterable[str]) -> str | None:
     return None
 
 
-def find_columns(names: Sequence[str], source: Source) -> tuple[int, int | None]:
-    """Return the index of the text column and of the group column, if any; raise DataError naming the columns that exist."""
+def has_text(names: Iterable[str], options: ReadOptions) -> bool:
+    """Return whether all columns of the text are among these names."""
+    return all(name_of(names, column.names) is not None for column in wanted_columns(options)[: options.num_text_columns])
 
-    def find(wanted: Sequence[str], flag: str) -> int:
-        name = name_of(names, wanted)
+
+def find_columns(names: Sequence[str], source: Source) -> list[int]:
+    """Return the index of each wanted column; raise DataError naming the columns that exist."""
+
+    def find(column: Wanted) -> int:
+        name = name_of(names, column.names)
         if name is not None:
             return names.index(name)
         printable = [name if name.isprintable() else repr(name) for name in names[:20]]
         existing = ", ".join(name if len(name) < 40 else f"{name[:40]}..." for name in printable)
-        advice = f"Name one with {flag} (in a recipe prepare.{flag.removeprefix('--').replace('-', '_')})"
-        if flag == "--group-by":
+        setting = f"prepare.{column.flag.removeprefix('--').replace('-', '_')}"
+        advice = f"Name one {'in' if column.flag == '--where' else 'with'} {column.flag} (in a recipe {setting})"
+        if column.flag != "--text-column":
             advice += ", or leave it out"
         if any(len(name) > LONGEST_NAME or name.strip().isdecimal() for name in names):
             longest = max(range(len(names)), key=lambda index: len(names[index])) + 1
             advice += f"; if these are no names but a first row, give --no-header --text-column {longest}"
-        raise DataError(f"{source.name} has no column {' or '.join(wanted)}; it has: {existing}. {advice}")
+        raise DataError(f"{source.name} has no column {' or '.join(column.names)}; it has: {existing}. {advice}")
 
-    options = source.options
-    return find(text_columns(source), "--text-column"), find([options.group_by], "--group-by") if options.group_by else None
+    return [find(column) for column in wanted_columns(source.options)]
 
 
-def numbered_columns(first_row: Sequence[str], source: Source) -> tuple[int, int | None]:
-    """Return the index of the text column and of the group column, if any, of a table without names."""
+def numbered_columns(first_row: Sequence[str], source: Source) -> list[int]:
+    """Return the index of each wanted column of a table without names."""
     width = len(first_row)
 
-    def find(number: str, flag: str) -> int:
+    def find(column: Wanted) -> int:
+        number = "1" if column.names == TEXT_COLUMNS and width == 1 else column.names[0]
         if number.isdecimal() and 1 <= int(number) <= width:
             return int(number) - 1
         longest = max(range(width), key=lambda index: len(first_row[index])) + 1
+        example = " (`2` == 'sport')" if column.flag == "--where" else ""
         raise DataError(
-            f"{source.name} has {width} column(s) and no header: {flag} is expected to be a number from 1 to {width}; "
-            f"the longest cell of the first row is number {longest}"
+            f"{source.name} has {width} column(s) and no header: {column.flag} is expected to be a number from 1 to {width}"
+            f"{example}; the longest cell of the first row is number {longest}"
         )
 
-    text = find(source.options.text_column or ("1" if width == 1 else ""), "--text-column")
-    return text, find(source.options.group_by, "--group-by") if source.options.group_by else None
+    return [find(column) for column in wanted_columns(source.options)]
 
 
 def find_separator(first_lines: Sequence[str], source: Source, separators: Sequence[str]) -> str:
-    """Return the first separator that finds the text's column, or without a header as many cells in all lines."""
+    """Return the first separator that finds the text's columns, or without a header as many cells in all lines."""
     for separator in separators:
         if source.options.header:
-            if name_of(cells_of(first_lines, separator), text_columns(source)) is not None:
+            if has_text(cells_of(first_lines, separator), source.options):
                 return separator
         else:
             widths = [len(row) for row in csv.reader(first_lines, delimiter=separator)]

@@ -1,229 +1,82 @@
-"""The tokens of a corpus on the disk: first with temporary ids, then with ids by frequency, split by split.
+"""`merge` and `encode`, the last two of three steps: shards become one corpus, and its token files.
 
-    documents ---> words, found by worker processes ---> temporary token file: ids in order of first occurrence
-                                                             |  now the splits are known, and the counts of the train split
-    train.bin  valid.bin  test.bin <-------------------------+  ids by falling frequency in the train split
+    count    a shard, 1 of N ---> temporary ids, a hash of each text        (counting.py)
+    merge    all shards --------> what comes twice is left out, the splits, the words of the train split by falling frequency
+    encode   a shard, 1 of N ---> its part of train.bin, valid.bin and test.bin
 
-The text is read once. What grows with it lies on the disk; memory holds the distinct words, 20 bytes a document, and blocks
-of a fixed size. Neither the order of the input nor the number of workers changes which split a document goes to. This
+Shards lie in the order of the input, so the first of two equal texts is the one that one process would have met first. What is
+decided here depends on the documents and on their order alone: neither on the number of shards nor on who has counted them,
+and the same text gives the same bytes. Memory holds the distinct words, 40 bytes a document, and blocks of a fixed size. This
 module does not know file formats, nor how text is tokenized.
 """
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-from array import array
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lmdist.errors import CONTROLS, DataError
 from lmdist.settings import SPLITS
-from lmdist.text.data_folder import SplitFacts, dtype_of
-from lmdist.text.documents import EMPTY, Documents
-from lmdist.text.readers import Document
-from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.counting import DOCUMENT, DOCUMENTS, GAVE_UP, TO_CHOOSE, TOKENS, UNTOKENIZABLE, WORDS
+from lmdist.text.data_folder import Dtype, SplitFacts, dtype_of, token_file
+from lmdist.text.documents import DUPLICATE, EMPTY
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID, Vocabulary
 
-UNTOKENIZABLE = "untokenizable"
+BLOCK_TOKENS = 1 << 20
+"""What is counted and given its ids at a time: some 20 MB."""
 
-CHUNK_CHARACTERS = 200_000  # what a worker tokenizes at a time: a twentieth of a second
-BLOCK_TOKENS = 1 << 20  # what is counted and given its ids at a time: some 20 MB
+NO_SPLIT = 255
+"""In place of an index in SPLITS: the document is left out."""
 
-
-class Chunk(NamedTuple):
-    """A few documents, with their keys (see `Corpus.keys`) and the bytes read up to them."""
-
-    texts: list[str]
-    keys: list[int]
-    bytes_read: int
-
-
-class Tokenized(NamedTuple):
-    """The words of a few documents, one after the other."""
-
-    words: list[str]
-    """The distinct ones."""
-    ids: np.ndarray
-    """The index in `words` of each word of the text, (tokens,) uint32."""
-    lengths: list[int]
-    """Words of each document; -1 where the tokenizer gave up."""
-
-
-def tokenize(texts: list[str], tokenizer: WordTokenizer) -> Tokenized:
-    """Tokenize a few documents."""
-    ids: defaultdict[str, int] = defaultdict(count().__next__)  # a new word gets the next id
-    flat: list[int] = []
-    lengths = []
-    for text in texts:
-        try:
-            words = tokenizer.tokenize(text)
-        except DataError:
-            lengths.append(-1)
-        else:
-            flat.extend(map(ids.__getitem__, words))
-            lengths.append(len(words))
-    return Tokenized(list(ids), np.array(flat, dtype=np.uint32), lengths)
-
-
-def why_skipped(length: int, *, keep_empty: bool) -> str | None:
-    """Return why a document with so many words, of those in `Tokenized.lengths`, is not in the corpus, if it is not."""
-    if length < 0:
-        return UNTOKENIZABLE
-    return EMPTY if length == 0 and not keep_empty else None
-
-
-class FoundIds(NamedTuple):
-    """Documents as ids of a vocabulary that exists, as a data folder would have them."""
-
-    tokens: np.ndarray
-    """(N) uint32"""
-    documents: int
-    skipped: dict[str, int]
-    """Rows without a document, by reason."""
-
-
-def find_ids(documents: Documents, tokenizer: WordTokenizer, vocabulary: Vocabulary) -> FoundIds:
-    """Return the ids of documents, an end mark after each; all are held in memory."""
-    ids = array("I")
-    num_documents = 0
-    skipped: Counter[str] = Counter()
-    for document in documents:
-        found = tokenize([document.text], tokenizer)
-        if reason := why_skipped(found.lengths[0], keep_empty=tokenizer.settings.line_by_line):
-            skipped[reason] += 1
-        else:
-            ids.frombytes(np.array(vocabulary.encode(found.words), dtype=np.uint32)[found.ids].tobytes())
-            ids.append(END_ID)
-            num_documents += 1
-    return FoundIds(np.array(ids, dtype=np.uint32), num_documents, dict(sorted((documents.skipped + skipped).items())))
-
-
-# --- worker processes ----------------------------------------------------------------------------------------------
-
-worker_tokenizer: WordTokenizer
-
-
-def start_worker(text_json: Path) -> None:
-    """Load the tokenizer, leave Ctrl-C to the parent, and exit with it: a pool's workers would wait forever."""
-    global worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    worker_tokenizer = WordTokenizer.load(text_json)
-
-
-def tokenize_in_worker(texts: list[str]) -> Tokenized:
-    """Tokenize a few documents with the tokenizer of this process."""
-    return tokenize(texts, worker_tokenizer)
-
-
-def tokenized(chunks: Iterable[Chunk], text_json: Path, workers: int) -> Iterator[tuple[Chunk, Tokenized]]:
-    """Yield each chunk and its words, in order; few chunks are read ahead."""
-    if workers == 1:
-        tokenizer = WordTokenizer.load(text_json)
-        for chunk in chunks:
-            yield chunk, tokenize(chunk.texts, tokenizer)
-        return
-    # Not fork: the caller may be a training process with torch's threads in it.
-    context = multiprocessing.get_context("spawn")
-    pending: deque[tuple[Chunk, Future[Tokenized]]] = deque()
-    with ExitStack() as stack:
-        pool = ProcessPoolExecutor(workers, context, start_worker, (text_json,))
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        try:
-            for chunk in chunks:
-                pending.append((chunk, pool.submit(tokenize_in_worker, chunk.texts)))
-                if len(pending) > 3 * workers:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            for chunk, future in pending:
-                yield chunk, future.result()
-        except BrokenProcessPool:
-            raise DataError("a worker process was killed, most likely out of memory: lower --workers") from None
-
-
-# --- the corpus ----------------------------------------------------------------------------------------------------
+Run = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
+"""Calls a function with each of several tuples of arguments, here or in worker processes; returns the results in order."""
 
 
 class Corpus:
-    """The documents as temporary ids in a file, and which of them belong together."""
+    """The documents of all shards, and which of them are kept."""
 
-    def __init__(self, temporary_file: Path, seed: int) -> None:
-        self.temporary_file = temporary_file
-        self.seed = seed
+    def __init__(self, shards: Sequence[Path], *, keep_empty: bool) -> None:
+        """`keep_empty` holds for documents without a word."""
+        self.shards = shards
+        tables = [np.fromfile(shard / DOCUMENTS, DOCUMENT) for shard in shards]
+        self.documents = np.concatenate(tables)
+        ends = np.cumsum([len(table) for table in tables])
+        self.slices = [slice(end - len(table), end) for end, table in zip(ends.tolist(), tables, strict=True)]
+        """Where the documents of each shard lie."""
+        lengths = self.documents["length"]
+        is_new = first_ones(self.documents)
+        gave_up = is_new & (lengths == GAVE_UP)
+        empty = is_new & (lengths == 0) & (not keep_empty)
+        self.is_kept = is_new & ~gave_up & ~empty
+        """(documents,)"""
+        counts = {DUPLICATE: ~is_new, UNTOKENIZABLE: gave_up, EMPTY: empty}
+        self.skipped = Counter({reason: int(np.count_nonzero(mask)) for reason, mask in counts.items() if mask.any()})
+        """Documents that are left out, by reason."""
+        self.tokens = int(lengths[self.is_kept].sum())
         self.ids: dict[str, int] = {}
-        """Each word and its temporary id."""
-        self.lengths = array("Q")
-        """Tokens of each document."""
-        self.keys = array("Q")
-        """Documents with the same key belong together: the index of a given split, or else a hash."""
-        self.tokens = 0
-        self.skipped: Counter[str] = Counter()
-        """Documents without a word, by reason."""
+        """Each word, in order of first occurrence."""
+        self.ids_of_shard = []
+        """The ids of the words of each shard."""
+        for shard in shards:
+            words = (shard / WORDS).read_bytes().decode().split("\n")[:-1]
+            self.ids_of_shard.append(np.array([self.ids.setdefault(word, len(self.ids)) for word in words], dtype=np.int64))
 
-    def read(self, documents: Documents, split: str, text_json: Path, workers: int, *, keep_empty: bool) -> Iterator[int]:
-        """Append the tokens of documents chunk by chunk; yield the bytes read after each.
+    def split(self, valid_fraction: float, test_fraction: float, advice: str = "") -> np.ndarray:
+        """Return the split of each document: its index in SPLITS, or NO_SPLIT, (documents,) uint8.
 
-        `split` is the one that the documents are for, or "" where `split_by_key` will choose.
+        It is the one that was given, or is chosen by the hash of the document's group. Raises DataError where there are too few
+        of them; `advice` ends the message: what else could be done.
         """
-        with self.temporary_file.open("ab") as file:
-            for chunk, found in tokenized(self.chunks(documents, split), text_json, workers):
-                ids = [self.ids.setdefault(word, len(self.ids)) for word in found.words]
-                file.write(np.array(ids, dtype="<u4")[found.ids].tobytes())
-                self.tokens += len(found.ids)
-                for key, length in zip(chunk.keys, found.lengths, strict=True):
-                    if reason := why_skipped(length, keep_empty=keep_empty):
-                        self.skipped[reason] += 1
-                    else:
-                        self.lengths.append(length)
-                        self.keys.append(key)
-                yield chunk.bytes_read
-
-    def chunks(self, documents: Documents, split: str) -> Iterator[Chunk]:
-        """Yield some documents at a time."""
-        texts: list[str] = []
-        keys: list[int] = []
-        characters = 0
-        for document in documents:
-            texts.append(document.text)
-            keys.append(SPLITS.index(split) if split else self.key(document))
-            characters += len(document.text) + 1
-            if characters >= CHUNK_CHARACTERS:
-                yield Chunk(texts, keys, documents.bytes_read)
-                texts, keys, characters = [], [], 0
-        if texts:
-            yield Chunk(texts, keys, documents.bytes_read)
-
-    def key(self, document: Document) -> int:
-        """Return a hash of the seed and of the group; a document without a group is its own."""
-        name = f"text {document.text}" if document.group is None else f"group {document.group}"
-        digest = hashlib.blake2b(name.encode(), digest_size=8, salt=self.seed.to_bytes(16, "little", signed=True))
-        return int.from_bytes(digest.digest())
-
-    def given_splits(self) -> np.ndarray:
-        """Return the split of each document, where all were given: its index in SPLITS, (documents,)."""
-        return np.array(self.keys, dtype=np.uint8)
-
-    def split_by_key(self, valid_fraction: float, test_fraction: float, advice: str = "") -> np.ndarray:
-        """Return the split of each document: its index in SPLITS, (documents,); raise DataError where there are too few.
-
-        `advice` ends the message: what else could be done.
-        """
-        keys = np.array(self.keys, dtype=np.uint64)
-        groups = np.unique(keys)  # sorted by the hash: the first are valid, the next test
+        given = self.documents["split"]
+        if (given != TO_CHOOSE).all():
+            return np.where(self.is_kept, given, NO_SPLIT).astype(np.uint8)
+        keys = self.documents["key"]
+        groups = np.unique(keys[self.is_kept])  # sorted by the hash: the first are valid, the next test
         valid, test = (max(1, round(share * len(groups))) if share else 0 for share in (valid_fraction, test_fraction))
         if valid + test >= len(groups):
             raise DataError(
@@ -231,57 +84,115 @@ class Corpus:
                 f"take more text, or --valid-fraction 0 --test-fraction 0{advice}"
             )
         place = np.searchsorted(groups, keys)
-        return np.where(place < valid, 1, np.where(place < valid + test, 2, 0)).astype(np.uint8)
+        chosen = np.where(place < valid, 1, np.where(place < valid + test, 2, 0))
+        return np.where(self.is_kept, chosen, NO_SPLIT).astype(np.uint8)
 
-    def blocks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Yield some documents at a time: which, their lengths, and their temporary ids."""
-        lengths = np.array(self.lengths, dtype=np.int64)
-        ends = np.cumsum(lengths)
-        first = 0
-        with self.temporary_file.open("rb") as file:
-            while first < len(lengths):
-                before = int(ends[first - 1]) if first else 0
-                last = max(first + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
-                # The number of documents is limited too: blank lines have no tokens.
-                last = min(last, first + BLOCK_TOKENS)
-                yield slice(first, last), lengths[first:last], np.fromfile(file, "<u4", int(ends[last - 1]) - before)
-                first = last
+    def counts(self, splits: np.ndarray, run: Run) -> np.ndarray:
+        """Return how often each word stands in the train split, (words,) int64."""
+        tasks = [(shard, splits[of_shard] == 0) for shard, of_shard in zip(self.shards, self.slices, strict=True)]
+        counts = np.zeros(len(self.ids), dtype=np.int64)
+        for ids, found in zip(self.ids_of_shard, run(count_words, tasks), strict=True):
+            counts[ids] += found
+        return counts
 
-    def vocabulary(self, splits: np.ndarray, min_count: int, size: int, *, own_unknown: bool) -> Vocabulary:
+    def vocabulary(self, counts: np.ndarray, min_count: int, size: int, *, own_unknown: bool) -> Vocabulary:
         """Return the words of the train split by falling frequency, those of the same frequency in alphabetical order.
 
-        `own_unknown`: the text marks its unknown words as <unk> itself; raise DataError where it does not.
+        `counts` are those of `Corpus.counts`. `own_unknown`: the text marks its unknown words as <unk> itself; raise DataError
+        where it does not.
         """
-        counts = np.zeros(len(self.ids), dtype=np.int64)
-        for documents, lengths, tokens in self.blocks():
-            counts += np.bincount(tokens[np.repeat(splits[documents] == 0, lengths)], minlength=len(counts))
         if own_unknown and not (UNKNOWN in self.ids and counts[self.ids[UNKNOWN]]):
             raise DataError(f"unknown is file, and the text to train on has no {UNKNOWN}: leave it out, or take text with it")
         kept = [(-int(counts[number]), word) for word, number in self.ids.items() if counts[number] >= min_count]
         words = [word for _, word in sorted(kept) if word not in (UNKNOWN, END) and not CONTROLS.search(word)]
         return Vocabulary([UNKNOWN, END, *(words[: size - 2] if size else words)])
 
-    def write(self, path: Path, in_split: np.ndarray, vocabulary: Vocabulary) -> SplitFacts:
-        """Write the token file of a split, <eos> after each document; `in_split` is a mask, (documents,)."""
-        dtype = np.dtype(dtype_of(len(vocabulary))).newbyteorder("<")
-        final_ids = np.fromiter((vocabulary.ids.get(word, UNKNOWN_ID) for word in self.ids), dtype=dtype, count=len(self.ids))
-        num_tokens = num_documents = num_unknown = 0
-        with path.open("wb") as file:
-            for documents, lengths, tokens in self.blocks():
-                wanted = in_split[documents]
+    def write(self, folder: Path, splits: np.ndarray, vocabulary: Vocabulary, run: Run) -> dict[str, SplitFacts]:
+        """Write the token file of each split that has documents, <eos> after each; return the facts of each."""
+        name = dtype_of(len(vocabulary))
+        final = np.fromiter((vocabulary.ids.get(word, UNKNOWN_ID) for word in self.ids), dtype=name, count=len(self.ids))
+        sizes = {}
+        facts: dict[str, SplitFacts] = {}
+        for index, split in enumerate(SPLITS):
+            in_split = splits == index
+            tokens, documents = int((self.documents["length"] + 1)[in_split].sum()), int(np.count_nonzero(in_split))
+            if documents:
+                sizes[split] = 0
+                facts[split] = {"tokens": tokens, "documents": documents, "unknown_tokens": 0, "unknown_rate": 0.0}
+                with (folder / token_file(split)).open("wb") as file:
+                    file.truncate(tokens * np.dtype(name).itemsize)
+        tasks = []
+        for shard, of_shard, ids in zip(self.shards, self.slices, self.ids_of_shard, strict=True):
+            tasks.append((shard, final[ids], name, splits[of_shard], folder, dict(sizes)))
+            for split in sizes:
+                in_split = splits[of_shard] == SPLITS.index(split)
+                sizes[split] += int((self.documents["length"][of_shard] + 1)[in_split].sum())
+        for unknown in run(encode, tasks):
+            for split, number in unknown.items():
+                facts[split]["unknown_tokens"] += number
+        for found in facts.values():
+            found["unknown_rate"] = found["unknown_tokens"] / max(1, found["tokens"])
+        return facts
+
+
+def first_ones(documents: np.ndarray) -> np.ndarray:
+    """Return which documents are not duplicates of one before them in the same split, (documents,) bool."""
+    is_first = documents["is_new"].copy()
+    for split in np.unique(documents["split"]):
+        places = np.flatnonzero(~documents["is_new"] & (documents["split"] == split))
+        _, first = np.unique(documents["digest"][places], return_index=True)
+        is_first[places[first]] = True
+    return is_first
+
+
+# --- what is done shard by shard -----------------------------------------------------------------------------------
+
+
+def blocks(shard: Path) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Yield some documents of a shard at a time: which, their lengths, and their temporary ids."""
+    lengths = np.maximum(np.fromfile(shard / DOCUMENTS, DOCUMENT)["length"], 0)
+    ends = np.cumsum(lengths)
+    first = 0
+    with (shard / TOKENS).open("rb") as file:
+        while first < len(lengths):
+            before = int(ends[first - 1]) if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
+            # The number of documents is limited too: blank lines have no tokens.
+            last = min(last, first + BLOCK_TOKENS)
+            yield slice(first, last), lengths[first:last], np.fromfile(file, "<u4", int(ends[last - 1]) - before)
+            first = last
+
+
+def count_words(shard: Path, is_counted: np.ndarray) -> np.ndarray:
+    """Return how often each word of a shard stands in the documents of a mask, (words,) int64."""
+    counts = np.zeros((shard / WORDS).read_bytes().count(b"\n"), dtype=np.int64)
+    for documents, lengths, tokens in blocks(shard):
+        counts += np.bincount(tokens[np.repeat(is_counted[documents], lengths)], minlength=len(counts))
+    return counts
+
+
+def encode(
+    shard: Path, final_ids: np.ndarray, dtype: Dtype, splits: np.ndarray, folder: Path, begins: dict[str, int]
+) -> dict[str, int]:
+    """Write a shard's part of each token file, which begins at a token; return the number of unknown words in each.
+
+    `final_ids` are those of the shard's words, (words,); `splits` those of its documents, (documents,). The files must exist.
+    """
+    stored = np.dtype(dtype).newbyteorder("<")
+    unknown = dict.fromkeys(begins, 0)
+    with ExitStack() as stack:
+        files = {split: stack.enter_context((folder / token_file(split)).open("r+b")) for split in begins}
+        for split, begin in begins.items():
+            files[split].seek(begin * stored.itemsize)
+        for documents, lengths, tokens in blocks(shard):
+            for split, file in files.items():
+                wanted = splits[documents] == SPLITS.index(split)
                 ends = np.cumsum(lengths[wanted] + 1) - 1
-                block = np.empty(int(ends[-1]) + 1 if len(ends) else 0, dtype=dtype)
+                block = np.empty(int(ends[-1]) + 1 if len(ends) else 0, dtype=stored)
                 is_word = np.ones(len(block), dtype=bool)
                 is_word[ends] = False
                 block[is_word] = final_ids[tokens[np.repeat(wanted, lengths)]]
                 block[ends] = END_ID
                 file.write(block.tobytes())
-                num_tokens += len(block)
-                num_documents += len(ends)
-                num_unknown += int(np.count_nonzero(block == UNKNOWN_ID))
-        return {
-            "tokens": num_tokens,
-            "documents": num_documents,
-            "unknown_tokens": num_unknown,
-            "unknown_rate": num_unknown / max(1, num_tokens),
-        }
+                unknown[split] += int(np.count_nonzero(block == UNKNOWN_ID))
+    return unknown

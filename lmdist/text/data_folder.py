@@ -32,6 +32,7 @@ from lmdist.storage.checksums import (
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import MAX_JSON_BYTES, read_json, write_json
 from lmdist.storage.schema import check_schema, check_version
+from lmdist.text.remote import without_credentials
 
 FORMAT = "lmdist data"
 VERSION = 1
@@ -84,7 +85,7 @@ def write_meta(
     splits: Mapping[str, SplitFacts],
     settings: PrepareSettings,
     skipped: Mapping[str, int],
-    sources: Iterable[tuple[Path, int]],
+    sources: Iterable[tuple[object, int]],
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write blocks.json and meta.json beside the other files of a data folder, which must all be there; return meta.json.
@@ -96,6 +97,10 @@ def write_meta(
     # data folders hold the same.
     sums = {file.name: block_checksums(file) for file in sorted(folder.glob(TOKEN_FILES))}
     write_json(folder / BLOCKS, {BLOCK_SUMS: sums})
+    prepare = dataclasses.asdict(settings)
+    for name in ("inputs", *SPLITS):
+        given = prepare[name]
+        prepare[name] = [*map(without_credentials, given)] if isinstance(given, list) else without_credentials(given)
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -105,7 +110,7 @@ def write_meta(
         "splits": dict(splits),
         "skipped": dict(sorted(skipped.items())),
         "text": dataclasses.asdict(settings.text),
-        "prepare": dataclasses.asdict(settings),
+        "prepare": prepare,
         "sources": [{"name": str(file), "bytes": size} for file, size in sources],
         **(more or {}),
         "files": files,

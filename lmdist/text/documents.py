@@ -6,6 +6,11 @@
     documents.skipped           # {"empty": 3, "duplicate": 11}
     documents.check_losses()    # DataError where many lines could not be read
 
+A `Part` of them is what one process of several reads: the rows whose position lies in it. The position of a row is how many
+bytes of the files were read before it, which only a reader knows: neither a packed file nor a quoted cell can be entered in its
+middle. So a part reads its first file from the beginning, and skips what belongs to the parts before; reading is 20 times as
+fast as tokenizing. What is said of a file as a whole, its lines, losses and notes, is said by the part with its last byte.
+
 One row is held at a time. Memory grows by 100 bytes a row, the hash by which a duplicate is recognized. This module does not
 know file formats (readers.py does), nor what a word is.
 """
@@ -16,16 +21,20 @@ import difflib
 import glob
 import hashlib
 import os
+import sys
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.text.readers import ROWS_CHECKED, Document, Skipped, format_of, members_to_read, read
-from lmdist.text.sources import ReadOptions, Source, is_pipe, open_sources, shortened, size_of
+from lmdist.text.readers import ROWS_CHECKED, format_of, members_to_read, read
+from lmdist.text.remote import find_remote, is_remote
+from lmdist.text.rows import Document, Row, Skipped
+from lmdist.text.sources import File, ReadOptions, Source, is_pipe, open_sources, shortened, size_of
 
 # Why a row has no document, beside the reasons of the readers.
 EMPTY, DUPLICATE = "empty", "duplicate"
@@ -49,12 +58,20 @@ class Loss:
         return f"{self.name}: {self.why}: {self.rows:,} row(s) on {self.lines:,} line(s), the first at line {self.line:,}"
 
 
-class Documents:
-    """The documents of several files, one after the other; each iteration reads the files again."""
+class Part(NamedTuple):
+    """A part of the bytes of several files, one after the other."""
 
-    def __init__(self, files: Sequence[Path], options: ReadOptions | None = None) -> None:
+    start: int = 0
+    stop: int = sys.maxsize
+
+
+class Documents:
+    """The documents of several files, one after the other, or a part of them; each iteration reads the files again."""
+
+    def __init__(self, files: Sequence[File], options: ReadOptions | None = None, part: Part | None = None) -> None:
         self.files = files
         self.options = options or ReadOptions()
+        self.part = part or Part()
         self.bytes = sum(map(size_of, files))
         self.bytes_read = 0
         """Bytes read so far, as they lie on the disk."""
@@ -66,10 +83,25 @@ class Documents:
         """What cannot be read, by source and by what is wrong with it."""
         self.notes: list[str] = []
         """What the user should know about the files, the losses included."""
+        self.num_rows = 0
+        """Rows read so far."""
+        self.rows: dict[int, tuple[int, int]] = {}
+        """The first row of the part and the one after its last, by the number of the file."""
+        self.digest: int | None = None
+        """A hash of the text that was yielded last; None where a text that comes twice is meant to."""
+
+    def part_of(self, start: int, stop: int) -> Documents:
+        """Return a part of these documents."""
+        return Documents(self.files, self.options, Part(start, stop))
+
+    def absolute(self) -> Documents:
+        """Return the same documents for a process in another folder."""
+        files = [file.absolute() if isinstance(file, Path) else file for file in self.files]
+        return Documents(files, self.options, self.part)
 
     def check(self) -> None:
         """Read the beginning of each file, so that an error in the last one is known before the first takes hours."""
-        for file in self.files:
+        for _, file, _, _ in self._spans():
             for source in self._sources(file):
                 with closing(read(source, format_of(source))) as rows:
                     documents = (row for row in islice(rows, ROWS_CHECKED) if isinstance(row, Document))
@@ -90,43 +122,65 @@ class Documents:
             )
 
     def __iter__(self) -> Iterator[Document]:
-        self.skipped.clear()
-        self.losses.clear()
-        self.notes.clear()
-        self.bytes_read = self.lines = bytes_before = rows = 0
+        self.forget()
+        self.bytes_read = self.num_rows = 0
         seen: set[int] = set()
-        for number, file in enumerate(self.files, 1):
-            with closing(self._sources(file)) as sources:
-                for source in sources:
-                    for row in self._rows(source, seen):
-                        self.bytes_read = bytes_before + source.bytes_read
-                        if row is not None:
-                            yield row
-                        rows += 1
-                        if rows == self.options.rows:
-                            self._note_unread(number)
-                            return
-            bytes_before += size_of(file)
-            self.bytes_read = bytes_before
+        for number, file, before, last in self._spans():
+            self.bytes_read = before
+            first = end = 0
+            with closing(self._rows(file, says_all=last < self.part.stop)) as rows:
+                for source, row, keeps_duplicates in rows:
+                    position = min(before + source.bytes_read, last)
+                    if position >= self.part.stop:
+                        break
+                    end += 1
+                    self.bytes_read = before + source.bytes_read
+                    if position < self.part.start:
+                        first = end
+                    elif isinstance(row, Document):
+                        document = Document(well_formed(row.text), row.group and well_formed(row.group))
+                        if keeps_duplicates or self._is_new(document.text, seen):
+                            self.digest = None if keeps_duplicates else self.digest
+                            yield document
+                    self.num_rows += 1
+                    if self.num_rows == self.options.rows:
+                        self._note_unread(number)
+                        return
+            self.rows[number] = first, end
+            self.bytes_read = min(before + size_of(file), self.part.stop)
 
-    def _sources(self, file: Path) -> Generator[Source]:
+    def _spans(self) -> Iterator[tuple[int, File, int, int]]:
+        """Yield the files of the part: number, file, and the positions of the first rows and the last ones that it can have."""
+        before = 0
+        for number, file in enumerate(self.files):
+            size = size_of(file)
+            last = before + max(0, size - 1)
+            if last >= self.part.start and before < self.part.stop:
+                yield number, file, before, last
+            before += size
+
+    def _sources(self, file: File) -> Generator[Source]:
         return open_sources(file, self.options, members_to_read)
 
-    def _rows(self, source: Source, seen: set[int]) -> Iterator[Document | None]:
-        """Yield the document of each row of a source, or None where it is skipped, which is counted."""
-        found = format_of(source)
-        try:
-            for row in read(source, found):
-                if isinstance(row, Skipped):
-                    self._count(row, source)
-                    yield None
-                else:
-                    document = Document(well_formed(row.text), row.group and well_formed(row.group))
-                    yield document if found.keeps_duplicates or self._is_new(document.text, seen) else None
-        finally:
-            self.lines += source.lines
-            self.notes += map(str, source.notes)
-            self.notes += [str(loss) for (name, _), loss in self.losses.items() if name == source.name]
+    def _rows(self, file: File, *, says_all: bool) -> Generator[tuple[Source, Row, bool]]:
+        """Yield the rows of a file, each with its source and whether its format keeps duplicates.
+
+        `says_all`: what cannot be read is counted, and what there is to say of the file is said at its end.
+        """
+        with closing(self._sources(file)) as sources:
+            for source in sources:
+                found = format_of(source)
+                source.rows_left = max(0, self.options.rows - self.num_rows)
+                try:
+                    for row in read(source, found):
+                        if says_all and isinstance(row, Skipped):
+                            self._count(row, source)
+                        yield source, row, found.keeps_duplicates
+                finally:
+                    if says_all:
+                        self.lines += source.lines
+                        self.notes += map(str, source.notes)
+                        self.notes += [str(loss) for (name, _), loss in self.losses.items() if name == source.name]
 
     def _count(self, row: Skipped, source: Source) -> None:
         """Count a row that is skipped."""
@@ -138,21 +192,53 @@ class Documents:
 
     def _note_unread(self, number: int) -> None:
         """Note which files are not read because `rows` ended in the one of this number."""
-        others = [str(file) for file in self.files[number:]]
+        others = [str(file) for file in self.files[number + 1 :]]
         if others:
-            self.notes.append(
-                f"--rows {self.options.rows:,} ended in {self.files[number - 1]}; not read were {shortened(others)}"
-            )
+            self.notes.append(f"--rows {self.options.rows:,} ended in {self.files[number]}; not read were {shortened(others)}")
 
     def _is_new(self, text: str, seen: set[int]) -> bool:
         """Return whether a text is neither empty nor a duplicate; count the reason if it is."""
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-        reason = EMPTY if not text or text.isspace() else DUPLICATE if digest in seen else None
+        self.digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        reason = EMPTY if not text or text.isspace() else DUPLICATE if self.digest in seen else None
         if reason is None:
-            seen.add(digest)
+            seen.add(self.digest)
             return True
         self.skipped[reason] += 1
         return False
+
+    # --- what is said of what was read ---
+
+    def forget(self) -> None:
+        """Forget what was said before."""
+        self.lines = 0
+        for found in (self.skipped, self.losses, self.notes, self.rows):
+            found.clear()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what there is to say, as JSON has it."""
+        return {
+            "lines": self.lines,
+            "skipped": dict(self.skipped),
+            "losses": [asdict(loss) for loss in self.losses.values()],
+            "notes": self.notes,
+            "rows": {str(number): rows for number, rows in self.rows.items()},
+        }
+
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """Add the facts of the next part to those of the parts before; raise DataError where rows are missing between them."""
+        self.lines += facts["lines"]
+        self.skipped.update(facts["skipped"])
+        self.losses |= {(loss["name"], loss["why"]): Loss(**loss) for loss in facts["losses"]}
+        self.notes += facts["notes"]
+        for name, (first, end) in facts["rows"].items():
+            number = int(name)
+            before = self.rows.get(number, (0, 0))[1]
+            if first != before:
+                raise DataError(
+                    f"{self.files[number]} was not read alike by all shards: one ends before row {before:,}, the next begins "
+                    f"at row {first:,}; was the file changed? Count the shards again"
+                )
+            self.rows[number] = 0, end
 
 
 def well_formed(text: str) -> str:
@@ -162,10 +248,14 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def find_files(patterns: Iterable[str]) -> list[Path]:
-    """Return the files that names and globs match, each once; raise MissingInputError naming what does not exist."""
-    files: dict[Path, None] = {}
+def find_files(patterns: Iterable[str]) -> list[File]:
+    """Return the files that names, addresses and globs match, each once; raise MissingInputError naming what does not exist."""
+    files: dict[File, None] = {}
     for pattern in patterns:
+        if is_remote(pattern):
+            for file in find_remote(pattern):
+                files[file] = None
+            continue
         path = Path(pattern)
         if os.path.isfile(path) or is_pipe(path):  # not Path.is_file(), which raises where it may not look
             files[path] = None

@@ -1,25 +1,30 @@
-"""Readers of file formats: CSV, TSV, JSON Lines, Parquet and plain text.
+"""Readers of file formats: CSV, TSV, JSON Lines, Parquet, Feather, ORC, spreadsheets and plain text.
 
-    for row in read(source):        # a Source of sources.py
-        row                         # Document(text="...", group="...") or Skipped(reason="malformed", ...)
+    for row in read(source, format_of(source)):     # a Source of sources.py
+        row                                         # Document(text="...", group="...") or Skipped(reason="malformed", ...)
 
-A format is a function from a `Source` to its rows, and a line in FORMATS. Readers hold one row at a time. This module does not
-know how files are packed, which documents were read before, nor what a word is.
+A format is a function from a `Source` to its rows, and a line in FORMATS. Readers of formats with columns yield cells, of
+which frames.py makes documents. This module does not know how files are packed, which documents were read before, nor what a
+word is.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from lmdist.errors import DataError, UsageError, one_line
-from lmdist.text.columns import cells_of, find_columns, find_separator, name_of, numbered_columns, text_columns
+from lmdist.errors import DataError, UsageError, one_line, require
+from lmdist.text.batches import feather, orc, parquet, read_batches
+from lmdist.text.columns import cells_of, find_columns, find_separator, has_text, name_of, numbered_columns, wanted_columns
 from lmdist.text.decoding import LONGEST_ROW, lines_of
-from lmdist.text.sources import PACKED_EXTENSIONS, Source, errors_of
+from lmdist.text.frames import documents_in, sheets_of
+from lmdist.text.rows import FEWER_CELLS, MALFORMED, MISSING, MORE_CELLS, NOT_JSON, OPEN_QUOTE, Cells, Document, Row, Skipped
+from lmdist.text.sources import PACKED_EXTENSIONS, ZIP, Source, errors_of, shortened, spreadsheet_engine
 from lmdist.text.tables import Table
 
 SEPARATORS = (",", ";", "\t", "|")
@@ -29,46 +34,19 @@ ROWS_CHECKED = 1000
 MANY_LINES = 20
 """So many lines without a blank one between them may be meant as so many documents."""
 
-# Why a row has no document.
-MISSING, MALFORMED = "missing", "malformed"
-# What is malformed about it.
-MORE_CELLS = "more cells than the first line has"
-FEWER_CELLS = "the row ends before the column of the text"
-OPEN_QUOTE = "a quote is opened and not closed"
-NOT_JSON = "not an object in JSON"
-NOT_TEXT = "the cell is not text"
-
-
-class Document(NamedTuple):
-    """A text, and its cell in the column that documents are grouped by."""
-
-    text: str
-    group: str | None
-
-
-class Skipped(NamedTuple):
-    """A row without a document."""
-
-    reason: str
-    why: str = ""
-    """What is wrong with the row, if its text may be lost by it."""
-    line: int = 0
-    """Number of its first line."""
-    num_lines: int = 1
-
-
-Row = Document | Skipped
-
 
 class Format(NamedTuple):
     """A file format: its name, the extensions of its files, and its reader."""
 
     name: str
     extensions: tuple[str, ...]
-    read: Callable[[Source], Iterator[Row]]
+    read: Callable[[Source], Iterator[Any]]
+    """Yields Cells and Skipped where there are columns, else Document and Skipped."""
     has_columns: bool = True
-    is_table: bool = False
-    """It has separators, and perhaps a first line with names."""
+    has_separators: bool = False
+    """Between its cells."""
+    has_header: bool = False
+    """Its first row has the names of the columns, or is a row like the others."""
     keeps_duplicates: bool = False
     """A text that comes twice in one file is meant to; a row that comes twice is an accident."""
 
@@ -76,13 +54,19 @@ class Format(NamedTuple):
 def read(source: Source, found: Format) -> Generator[Row]:
     """Yield the rows of a source in the format that `format_of` found; raise DataError, naming it, for what cannot be read."""
     options = source.options
-    if not found.has_columns and (options.group_by or options.text_column):
-        raise UsageError(f"{source.name} is {found.name}, which has no columns: leave out --text-column and --group-by")
-    if not found.is_table and (options.separator or not options.header):
-        raise UsageError(f"{source.name} is {found.name}, which is no table: leave out --separator and --no-header")
+    if not found.has_columns and (options.group_by or options.text_column or options.where):
+        raise UsageError(
+            f"{source.name} is {found.name}, which has no columns: leave out --text-column, --group-by and --where"
+        )
+    for given, fits, flag in (
+        (options.separator, found.has_separators, "--separator"),
+        (not options.header, found.has_header, "--no-header"),
+    ):
+        if given and not fits:
+            raise UsageError(f"{source.name} is {found.name}, which is no table of text: leave out {flag}")
     with errors_of(source.name):
         try:
-            yield from found.read(source)
+            yield from documents_in(found.read(source), source) if found.has_columns else found.read(source)
         except UnicodeError as error:
             guessed = getattr(error, "encoding", "utf-16")[:6].upper()  # by the mark: utf-32-le
             raise DataError(f"{source.name} is not {options.encoding or guessed}: {error}") from None
@@ -90,6 +74,8 @@ def read(source: Source, found: Format) -> Generator[Row]:
 
 def format_of(source: Source) -> Format:
     """Return the format of a source by its name; without an extension that is known, by what it holds."""
+    if source.head().startswith(ZIP):  # other archives are unpacked
+        return SPREADSHEET
     return format_by_name(source.file_name) or format_by_content(source)
 
 
@@ -106,15 +92,15 @@ def format_by_content(source: Source) -> Format:
     head, options = source.head(), source.options
     first_line = next(iter(head.decode(options.encoding or "utf-8-sig", "replace").lstrip("\r\n").splitlines()), "")
     found = PLAIN_TEXT
-    if head.startswith(b"PAR1"):
-        found = PARQUET
+    if magic := [magic for magic in MAGIC if head.startswith(magic)]:
+        found = MAGIC[magic[0]]
     elif re.match(r'\{\s*"[^"]*"\s*:', first_line):  # it may be longer than what is known of it
         found = JSON_LINES
     elif options.separator or not options.header:
         found = CSV
     else:
         tables = (cells_of([first_line], separator) for separator in SEPARATORS)
-        if any(len(names) > 1 and name_of(names, text_columns(source)) is not None for names in tables):
+        if any(len(names) > 1 and has_text(names, options) for names in tables):
             found = CSV
     if found is not PLAIN_TEXT:
         source.notes.append(f"{source.name} was read as {found.name}")
@@ -159,7 +145,7 @@ def read_text(source: Source) -> Iterator[Row]:
         yield Document("\n".join(paragraph), None)
 
 
-def read_table(source: Source, separators: Sequence[str]) -> Iterator[Row]:
+def read_table(source: Source, separators: Sequence[str]) -> Iterator[Cells | Skipped]:
     """Yield the rows of CSV or TSV. The first line names the columns, or is a row too where the options say so.
 
     Without a separator in the options it is the first of `separators` that fits the first lines.
@@ -176,9 +162,8 @@ def read_table(source: Source, separators: Sequence[str]) -> Iterator[Row]:
     if options.header:
         header = next(rows)
         table.width = len(header)
-        text_column, group_column = find_columns(header, source)
-    else:
-        text_column, group_column = numbered_columns(header, source)
+    columns = (find_columns if options.header else numbered_columns)(header, source)
+    last_text = max(columns[: options.num_text_columns])
     open_quotes = OpenQuotes(source)
     for row in rows:
         if table.has_open_quote:
@@ -187,9 +172,8 @@ def read_table(source: Source, separators: Sequence[str]) -> Iterator[Row]:
             yield Skipped(MALFORMED, OPEN_QUOTE, table.line, table.num_lines)
         elif any(row[table.width :]):
             yield Skipped(MALFORMED, OPEN_QUOTE if table.has_open_quote else MORE_CELLS, table.line, table.num_lines)
-        elif len(row) > text_column:
-            group = row[group_column] if group_column is not None and group_column < len(row) else None
-            yield Document(row[text_column], group or None)
+        elif len(row) > last_text:
+            yield Cells(table.line, [row[column] if column < len(row) else None for column in columns])
         elif row:
             yield Skipped(MISSING, FEWER_CELLS, table.line, table.num_lines)
 
@@ -216,13 +200,14 @@ class OpenQuotes:
         )
 
 
-def read_jsonl(source: Source) -> Iterator[Row]:
-    """Yield the rows of JSON Lines. A column is named by the first object that has it; objects before it lack their text.
+def read_jsonl(source: Source) -> Iterator[Cells | Skipped]:
+    """Yield the rows of JSON Lines. A column is named by the first object that has it; objects before it lack its cell.
 
-    The column of the groups must be in one of the first ROWS_CHECKED objects: at the end of a large file it would be too late.
+    The columns beside those of the text must be in one of the first ROWS_CHECKED objects: at the end of a large file it would
+    be too late.
     """
-    options = source.options
-    text = group = None
+    wanted = wanted_columns(source.options)
+    found: list[str | None] = [None] * len(wanted)
     names: dict[str, None] = {}
     num_rows = 0
     for number, line in enumerate(lines_of(source, newline=""), 1):
@@ -238,52 +223,53 @@ def read_jsonl(source: Source) -> Iterator[Row]:
                 raise DataError(f"{source.name}, line {number}: JSON Lines are expected, one object of columns a line")
             yield Skipped(MALFORMED, NOT_JSON, number)
             continue
-        if text is None or (options.group_by and group is None):
+        if None in found:
             names |= dict.fromkeys(row)
-            text = text or name_of(row, text_columns(source))
-            group = group or (name_of(row, [options.group_by]) if options.group_by else None)
-            if num_rows >= ROWS_CHECKED and text is not None and options.group_by and group is None:
+            found = [name or name_of(row, column.names) for name, column in zip(found, wanted, strict=True)]
+            if num_rows >= ROWS_CHECKED and None in found and None not in found[: source.options.num_text_columns]:
                 find_columns(list(names), source)  # raises DataError
-        yield document_of(row.get(text), group and row.get(group), number)
-    if names and (text is None or (options.group_by and group is None)):
+        yield Cells(number, [None if name is None else row.get(name) for name in found])
+    if names and None in found:
         find_columns(list(names), source)  # raises DataError
 
 
-def read_parquet(source: Source) -> Iterator[Row]:
-    """Yield the rows of Parquet, one row group at a time."""
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
+def read_spreadsheet(source: Source) -> Iterator[Cells]:
+    """Yield the rows of the sheets that have the wanted columns; a note names the others."""
+    with zipfile.ZipFile(source.stream) as archive:
+        engine = spreadsheet_engine(archive)
+    require(engine, purpose=f"{source.name} is a spreadsheet: ")
+    source.stream.seek(0)
     try:
-        file = ParquetFile(source.stream)
-        names = file.schema_arrow.names
-        text, group = find_columns(names, source)
-        wanted = [names[text]] if group is None else [names[text], names[group]]
-        for number in range(file.num_row_groups):
-            for batch in file.iter_batches(1000, row_groups=[number], columns=wanted):
-                cells = batch.to_pydict()
-                for index, value in enumerate(cells[wanted[0]]):
-                    source.lines += 1
-                    yield document_of(value, cells[wanted[-1]][index] if group is not None else None, source.lines)
-            source.bytes_read = source.size * (number + 1) // file.num_row_groups
-    except DataError:
-        raise
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: values that Python has no type for
-        raise DataError(f"{source.name} cannot be read: {one_line(error)}") from None
+        sheets = {name: rows for name, rows in sheets_of(source.stream, engine).items() if rows}
+    except Exception as error:  # of the engine's, which has no class for them
+        raise DataError(f"{source.name} is a spreadsheet that cannot be read: {one_line(error)}") from None
+    options, unread, error = source.options, [], None
+    for name, rows in sheets.items():
+        try:
+            columns = (find_columns if options.header else numbered_columns)(rows[0], source)
+        except DataError as not_found:
+            error = error or not_found
+            unread.append(name)
+            continue
+        for line, row in enumerate(rows[options.header :], 1 + options.header):
+            source.lines += 1
+            if any(row):
+                yield Cells(line, [row[column] for column in columns])
+    if error and len(unread) == len(sheets):
+        raise error
+    if unread:
+        source.notes.append(f"{source.name}: not read were the sheets {shortened(unread)}, which lack a column")
+    source.bytes_read = source.size
 
 
-CSV = Format("CSV", (".csv",), partial(read_table, separators=SEPARATORS), is_table=True)
-TSV = Format("TSV", (".tsv", ".tab"), partial(read_table, separators=("\t", *SEPARATORS)), is_table=True)
+CSV = Format("CSV", (".csv",), partial(read_table, separators=SEPARATORS), has_separators=True, has_header=True)
+TSV = Format("TSV", (".tsv", ".tab"), partial(read_table, separators=("\t", *SEPARATORS)), has_separators=True, has_header=True)
 JSON_LINES = Format("JSON Lines", (".jsonl", ".ndjson", ".json"), read_jsonl)
-PARQUET = Format("Parquet", (".parquet", ".pq"), read_parquet)
-FORMATS = (CSV, TSV, JSON_LINES, PARQUET)
+PARQUET = Format("Parquet", (".parquet", ".pq"), partial(read_batches, open_file=parquet))
+FEATHER = Format("Feather", (".feather", ".arrow"), partial(read_batches, open_file=feather))
+ORC = Format("ORC", (".orc",), partial(read_batches, open_file=orc))
+FORMATS = (CSV, TSV, JSON_LINES, PARQUET, FEATHER, ORC)
+SPREADSHEET = Format("a spreadsheet", (), read_spreadsheet, has_header=True)
 PLAIN_TEXT = Format("plain text", (".txt", ".text"), read_text, has_columns=False, keeps_duplicates=True)
-
-
-def document_of(value: Any, group: Any, line: int) -> Row:
-    """Return the document of a typed cell, or why there is none."""
-    if value is None:
-        return Skipped(MISSING)
-    if not isinstance(value, str):
-        return Skipped(MALFORMED, NOT_TEXT, line)
-    return Document(value, None if group in (None, "") else str(group))
+MAGIC = {b"PAR1": PARQUET, b"ARROW1\x00\x00": FEATHER}
+"""The first bytes of formats that are known by them."""

@@ -9,6 +9,7 @@ stdin or a pipe, is copied to a temporary file. This module does not know format
 
 from __future__ import annotations
 
+import atexit
 import bz2
 import gzip
 import io
@@ -24,12 +25,13 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path, PurePath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, Protocol
 
 from lmdist.errors import DataError, UsageError, one_line, require
 from lmdist.settings import ReadSettings, TextSettings
+from lmdist.text.where import Condition
 
 STDIN = Path("-")
 SAMPLE_BYTES = 1 << 15
@@ -43,12 +45,51 @@ class ReadOptions(ReadSettings):
     group_by: str = ""
     """The column of the groups, if any."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.condition  # a mistake in it is known before anything is read
+
+    @cached_property
+    def condition(self) -> Condition | None:
+        """The condition on the columns of a row, if any."""
+        return Condition(self.where) if self.where else None
+
+    @property
+    def num_text_columns(self) -> int:
+        """Return the number of columns whose texts make a document."""
+        return len(self.text_columns) or 1
+
     @classmethod
     def of(cls, settings: ReadSettings, text: TextSettings, group_by: str = "") -> ReadOptions:
         """Return the options of a command that reads files as the settings say, for a tokenizer with these settings."""
         values: dict[str, Any] = {setting.name: getattr(settings, setting.name) for setting in fields(ReadSettings)}
         values["lines"] = settings.lines or text.line_by_line
         return cls(**values, group_by=group_by)
+
+
+class OtherFile(Protocol):
+    """A file that is no path; its __str__ is what messages call it."""
+
+    @property
+    def name(self) -> str:
+        """Return its last part, with the extension."""
+        ...
+
+    @property
+    def can_seek(self) -> bool:
+        """Whether it can be read at any place."""
+        ...
+
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        """Open it as a path is opened."""
+        ...
+
+    def size(self) -> int:
+        """Return the size in bytes."""
+        ...
+
+
+File = Path | OtherFile
 
 
 @dataclass
@@ -72,6 +113,8 @@ class Source:
     """Of the file on the disk, so far."""
     lines: int = 0
     """Lines read so far, or rows of a format without lines."""
+    rows_left: int = 0
+    """Rows that will be asked for; 0: all. Readers that read ahead stop there."""
 
     def head(self) -> bytes:
         """Return the first bytes of the stream, which stay in it."""
@@ -79,7 +122,7 @@ class Source:
 
 
 def open_sources(
-    path: Path, options: ReadOptions, choose: Callable[[Sequence[str]], Sequence[str]] = list
+    path: File, options: ReadOptions, choose: Callable[[Sequence[str]], Sequence[str]] = list
 ) -> Generator[Source]:
     """Yield what a file holds: itself, or the members of a zip archive whose names `choose` returns.
 
@@ -87,13 +130,15 @@ def open_sources(
     """
     with errors_of(str(path)), ExitStack() as stack:
         raw = stack.enter_context(open_once(path))
-        size = os.fstat(raw.fileno()).st_size
+        size = size_of(path)
         file = Source(str(path), PurePath(path.name), unpacked(raw, str(path), stack), options, raw.tell, size)
-        if not file.head().startswith(ZIP):
+        archive = stack.enter_context(zipfile.ZipFile(file.stream)) if file.head().startswith(ZIP) else None
+        if archive is None or spreadsheet_engine(archive):
+            if archive:
+                file.stream.seek(0)
             yield file
             return
-        archive = stack.enter_context(zipfile.ZipFile(file.stream))
-        names = members(archive, path)
+        names = members(archive, str(path))
         chosen = sorted(choose(names))
         left_out = [name for name in names if name not in chosen]
         notes: list[object] = [f"{path}: not read were {shortened(left_out)}"] if left_out else []
@@ -109,14 +154,23 @@ def open_sources(
             notes = []
 
 
-def members(archive: zipfile.ZipFile, path: Path) -> list[str]:
+def spreadsheet_engine(archive: zipfile.ZipFile) -> str:
+    """Return the package that reads an archive which is a spreadsheet, or ""."""
+    names = {info.filename: info for info in archive.infolist()}
+    kind = names.get("mimetype")
+    if kind and kind.file_size == len(OPEN_DOCUMENT_SHEET) and not kind.flag_bits & 1:
+        return "odf" if archive.read(kind) == OPEN_DOCUMENT_SHEET else ""
+    return "openpyxl" if "xl/workbook.xml" in names else ""
+
+
+def members(archive: zipfile.ZipFile, name: str) -> list[str]:
     """Return the names of an archive's files; raise DataError where it is a document of an office program, or empty."""
     names = [info.filename for info in archive.infolist() if not info.is_dir()]
     if "[Content_Types].xml" in names or "mimetype" in names:
-        raise DataError(f"{path} is not text but a document or a spreadsheet: save it as CSV or as plain text")
+        raise DataError(f"{name} is not text but a document or a spreadsheet: save it as CSV or as plain text")
     names = [name for name in names if not name.startswith("__MACOSX/") and not PurePath(name).name.startswith(".")]
     if not names:
-        raise DataError(f"{path} is an archive without a file")
+        raise DataError(f"{name} is an archive without a file")
     return names
 
 
@@ -137,7 +191,7 @@ def errors_of(name: str) -> Iterator[None]:
 # --- files that can be read once -----------------------------------------------------------------------------------
 
 
-def open_once(path: Path) -> IO[bytes]:
+def open_once(path: File) -> IO[bytes]:
     """Open a file, stdin or a pipe at its beginning."""
     if not is_pipe(path):
         return path.open("rb")
@@ -146,13 +200,17 @@ def open_once(path: Path) -> IO[bytes]:
     return file
 
 
-def size_of(path: Path) -> int:
+def size_of(path: File) -> int:
     """Return the size in bytes of a file, of stdin or of what came through a pipe."""
-    return os.fstat(copied(path).fileno()).st_size if is_pipe(path) else path.stat().st_size
+    if is_pipe(path):
+        return os.fstat(copied(path).fileno()).st_size
+    return path.stat().st_size if isinstance(path, Path) else path.size()
 
 
-def is_pipe(path: Path) -> bool:
-    """Return whether a path is `-` for stdin, or a pipe such as the shell's <(zcat news.gz)."""
+def is_pipe(path: File) -> bool:
+    """Return whether a path is `-` for stdin, or a pipe such as the shell's <(zcat news.gz), or else can only be read once."""
+    if not isinstance(path, Path):
+        return not path.can_seek
     try:
         return stat.S_ISFIFO(path.stat().st_mode)
     except (OSError, ValueError):  # ValueError: not a possible name
@@ -160,26 +218,29 @@ def is_pipe(path: Path) -> bool:
 
 
 @cache
-def copied(path: Path) -> IO[bytes]:
+def copied(path: File) -> IO[bytes]:
     """Return a temporary file with all that comes through a pipe; it has no name, and goes with the process."""
     if path == STDIN and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError("- is stdin, and nothing is piped into it: name a file, or pipe text into the command")
-    file = tempfile.TemporaryFile()  # noqa: SIM115
-    try:
-        with sys.stdin.buffer if path == STDIN else path.open("rb") as pipe:
-            shutil.copyfileobj(pipe, file, SAMPLE_BYTES)
-        file.flush()
-    except OSError as error:
-        place = tempfile.gettempdir()
-        raise DataError(
-            f"{path} cannot be copied to {place}: {error.strerror}; the variable TMPDIR names another folder"
-        ) from None
+    with ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
+        try:
+            with sys.stdin.buffer if path == STDIN else path.open("rb") as pipe:
+                shutil.copyfileobj(pipe, file, SAMPLE_BYTES)
+            file.flush()
+        except OSError as error:
+            place = tempfile.gettempdir()
+            raise DataError(
+                f"{path} cannot be copied to {place}: {error.strerror}; the variable TMPDIR names another folder"
+            ) from None
+        atexit.register(stack.pop_all().close)
     return file
 
 
 # --- what the bytes say --------------------------------------------------------------------------------------------
 
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+OPEN_DOCUMENT_SHEET = b"application/vnd.oasis.opendocument.spreadsheet"
 
 
 @contextmanager
@@ -232,7 +293,6 @@ REFUSED: dict[bytes, Refused] = {
     rb"Rar!\x1a\x07": Refused("a RAR archive", "unpack it, and name the files in it"),
     rb"\x04\x22\x4d\x18": Refused("packed with lz4", "unpack it, or pack it with gzip, bzip2, xz or zstd"),
     rb"\x1f\x9d": Refused("packed with compress", "unpack it, or pack it with gzip, bzip2, xz or zstd"),
-    rb"ARROW1\x00\x00": Refused("an Arrow file", "save it as Parquet"),
     rb"SQLite format 3\x00": Refused("a database of SQLite", "save its table as CSV"),
 }
 """The first bytes of files that are refused; others show by their NUL bytes that they are not text."""

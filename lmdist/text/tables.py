@@ -9,8 +9,17 @@ where a quote is opened and not closed, the module takes all rows up to the next
 by its lines, which are rows of their own: its first line is read as it stands, and the others are put back. They hold no other
 open quote, so no line is searched twice. It is nearly as fast as the module, ten times faster than text is tokenized.
 
-pandas is not used: its C parser pads a short row with empty texts, shifts or cuts a long row silently, and gives up the file
-at one quote that is never closed; its Python parser is the csv module. This module does not know what the cells mean.
+`pandas.read_csv` does not find the rows, for it loses some of them without a word, whatever its options are (3.1, with
+engine="python", dtype=str, keep_default_na=False, index_col=False and a function for on_bad_lines):
+
+* a quote that is never closed costs all rows after it, and a letter after a closing quote its row: on_bad_lines is not called;
+* a quote that another closes, ten rows below, is one long cell;
+* a first row that is too long makes the table wider: its last cell, and those of later rows, are dropped;
+* in a table of one column a cell that is empty, or a space, is no row;
+* on_bad_lines is given cells, and neither the number of their line nor how many lines they were.
+
+Its engine "c" pads a short row with empty texts, and gives up the file at an open quote. So pandas gets the rows from here
+(frames.py). This module does not know what the cells mean.
 """
 
 from __future__ import annotations

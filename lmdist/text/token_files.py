@@ -58,7 +58,7 @@ class TokenFile:
         for block in range(offset // BLOCK_BYTES, -(-(offset + tokens.nbytes) // BLOCK_BYTES)):
             if not self.checked[block]:
                 self.check(block)
-        self.read_bytes(memoryview(tokens.view(np.uint8)), offset)
+        self.read_bytes(tokens.view(np.uint8).data, offset)
 
     def check(self, block: int) -> None:
         """Check a block; raise DataError, naming its place, where it is damaged."""

@@ -28,7 +28,7 @@ from typing import Any, TypedDict
 from lmdist.console import log
 from lmdist.errors import DataError
 from lmdist.settings import TextSettings
-from lmdist.storage.reading import MAX_JSON_BYTES, parse_json, read_bytes, write_json
+from lmdist.storage.reading import MAX_JSON_BYTES, as_json, parse_json, read_bytes
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text import detokenizer
 from lmdist.text.markup import text_of_html
@@ -101,18 +101,21 @@ class WordTokenizer:
         """Yield the readable text of each word, with the space before it, as soon as the word is known."""
         return detokenizer.pieces(words, self.settings.tokenizer)
 
-    def save(self, path: Path) -> None:
-        """Write text.json."""
-        write_json(
-            path,
+    def as_json(self) -> str:
+        """Return the content of text.json."""
+        return as_json(
             {
                 "format": FORMAT,
                 "version": VERSION,
                 "settings": dataclasses.asdict(self.settings),
                 "nltk": self.nltk_version,
                 "punkt": self.punkt,
-            },
+            }
         )
+
+    def save(self, path: Path) -> None:
+        """Write text.json."""
+        path.write_text(self.as_json(), encoding="utf-8", newline="\n")
 
     @classmethod
     def load(cls, path: Path) -> WordTokenizer:
@@ -152,6 +155,13 @@ def installed_nltk() -> str:
     from importlib.metadata import version  # as slow to import, and few tokenizers ask
 
     return version("nltk")
+
+
+def import_early(settings: TextSettings) -> None:
+    """Import NLTK where words may need it, in a process that waits for something else; it takes a second."""
+    if settings.tokenizer == "word_tokenize":
+        import nltk.tokenize.destructive
+        import nltk.tokenize.punkt  # noqa: F401
 
 
 def cleaned(document: str, settings: TextSettings) -> str:
@@ -239,14 +249,28 @@ def split_lines(document: str) -> list[str]:
 
 def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
     """Return the parameters that Punkt learns from the first PUNKT_CHARACTERS of the documents, in a fixed order."""
-    from nltk.tokenize.punkt import PunktTrainer
+    from nltk.tokenize.punkt import PunktToken, PunktTrainer
+
+    matches_ellipsis, matches_initial = cache(PunktToken._RE_ELLIPSIS.match), cache(PunktToken._RE_INITIAL.match)
+
+    class Token(PunktToken):
+        """A token for which NLTK's regular expressions are asked once for each spelling; they would take most of the time."""
+
+        __slots__ = ()
+        is_ellipsis = property(lambda self: matches_ellipsis(self.tok))  # pyright: ignore[reportIncompatibleMethodOverride]
+        is_initial = property(lambda self: matches_initial(self.tok))  # pyright: ignore[reportIncompatibleMethodOverride]
+
+        @staticmethod
+        @cache
+        def _get_type(tok: str) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return PunktToken._RE_NUMERIC.sub("##number##", tok.lower())
 
     class Trainer(PunktTrainer):
         def _unique_types(self, tokens: Any) -> Any:
             # A set has a different order in every process, and an abbreviation may depend on those before it.
             return sorted(super()._unique_types(tokens))
 
-    trainer = Trainer()
+    trainer = Trainer(token_cls=Token)
     chunk: list[str] = []
     read = characters = 0
     for document in documents:

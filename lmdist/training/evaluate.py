@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lmdist.model.language_model import LanguageModel
     from lmdist.settings import ReadSettings
     from lmdist.signals import StopRequest
-    from lmdist.text.corpus import FoundIds
+    from lmdist.text.counting import FoundIds
     from lmdist.text.token_files import Tokens
     from lmdist.training.checkpoints.read import Checkpoint
     from lmdist.training.distributed import World
@@ -171,7 +171,7 @@ def read_settings(arguments: argparse.Namespace) -> ReadSettings:
 
 def read_file(checkpoint: Checkpoint, file: str, settings: ReadSettings) -> FoundIds:
     """Return what lmdist-prepare would make of a file, with the tokenizer and the vocabulary of a checkpoint."""
-    from lmdist.text.corpus import find_ids
+    from lmdist.text.counting import find_ids
     from lmdist.text.documents import Documents, find_files
     from lmdist.text.sources import ReadOptions
 

@@ -11,8 +11,8 @@ Shapes: V vocabulary, R rows of a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -36,8 +36,6 @@ from lmdist.training.data import DataFolder
 
 NOISE = 0.1
 """The standard deviation of what is added to the row of a new word, relative to that of the rows it is the mean of."""
-REGISTERED = "models:/"
-"""How the name of a model in MLflow's registry begins."""
 SPECIAL = 2
 """<unk> and <eos>, which every vocabulary has."""
 
@@ -65,15 +63,15 @@ def start(model: LanguageModel, recipe: Recipe, folder: DataFolder) -> StartedFr
     facts: dict[str, Any] = {name: kind() for name, kind in get_type_hints(StartedFrom).items()}
     source = torch.full((model.vocabulary_size,), -1)  # (V): the id of each word in the base; -1 is none
     if recipe.init_from:
-        with opened(recipe.init_from) as base:
-            check_base(base, recipe.model, folder)
-            source = torch.tensor([base.vocabulary.ids.get(word, -1) for word in folder.vocabulary.words])
-            shared = int((source >= 0).sum())
-            if shared == SPECIAL:
-                raise UsageError(f"init_from {base.name} has none of the words of {folder.path}: name other data")
-            facts |= {"base": base.name, **base.origin}
-            facts |= {"words_shared": shared, "words_new": len(source) - shared, "words_left": len(base.vocabulary) - shared}
-            take_weights(model, base.model, source, recipe.seed)
+        base = load_base(recipe.init_from)
+        check_base(base, recipe.model, folder)
+        source = torch.tensor([base.vocabulary.ids.get(word, -1) for word in folder.vocabulary.words])
+        shared = int((source >= 0).sum())
+        if shared == SPECIAL:
+            raise UsageError(f"init_from {base.name} has none of the words of {folder.path}: name other data")
+        facts |= {"base": base.name, **base.origin}
+        facts |= {"words_shared": shared, "words_new": len(source) - shared, "words_left": len(base.vocabulary) - shared}
+        take_weights(model, base.model, source, recipe.seed)
     if recipe.init.embeddings:
         facts |= take_vectors(model, Path(recipe.init.embeddings), folder.vocabulary, source < 0)
     return cast("StartedFrom", facts)
@@ -99,20 +97,18 @@ def lines_of(facts: StartedFrom | None) -> list[str]:
 # --- the base ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def opened(name: str) -> Iterator[Base]:
-    """Yield the base that a recipe names: a run, a checkpoint, a bundle, or a registered model, models:/NAME@ALIAS."""
-    path = Path(name)
-    if name.startswith(REGISTERED):
-        # Here alone training reaches up to the package of what is exported: a bundle is read by the code that writes it.
-        from lmdist_export.serving.registry import downloaded
+def load_base(name: str) -> Base:
+    """Return the base that a recipe names: a run, a checkpoint, a bundle, or a registered model, models:/NAME@ALIAS."""
+    # Here alone training reaches up to the package of what is exported: a bundle is read by the code that writes it.
+    from lmdist_export import registered
 
-        with downloaded(name) as folder:
-            yield of_bundle(name, folder)
-    elif (path / MANIFEST).is_file() and read_json(path / MANIFEST).get("format") != FORMAT:
-        yield of_bundle(name, path)
-    else:
-        yield of_checkpoint(name, find_checkpoint(path))
+    path = Path(name)
+    if registered.is_registered(name):
+        with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
+            return of_bundle(name, registered.download(name, Path(folder)))
+    if (path / MANIFEST).is_file() and read_json(path / MANIFEST).get("format") != FORMAT:
+        return of_bundle(name, path)
+    return of_checkpoint(name, find_checkpoint(path))
 
 
 def of_checkpoint(name: str, path: Path) -> Base:

@@ -151,7 +151,7 @@ def test_a_random_seed_is_returned_and_gives_the_text_again(model: Model) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"ignore_eos": True}, {"echo": False, "stop": ["so it"]}, {"top_k": 3, "logprobs": 1}])
-def test_the_pieces_of_a_stream_are_the_text(model: Model, options: GenerationOptions) -> None:
+def test_the_pieces_of_a_stream_are_the_text(model: Model, options: dict[str, Any]) -> None:
     for seed in range(4):
         for prompt in ("the cat", ""):
             text = model.generate(prompt, seed=seed, max_new_tokens=30, **options)

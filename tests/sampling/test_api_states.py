@@ -89,6 +89,7 @@ def test_a_state_in_a_file(model: Model, folder: Path, tmp_path: Path) -> None:
     assert same_text(model.generate(loaded, seed=7), model.generate("the zebra said", n=3, seed=7)[2])
     with pytest.raises(MissingInputError, match="none does not exist"):
         model.load_prompt(tmp_path / "none")
+    assert state.state
     state.state.save(path)  # a state without words
     with pytest.raises(DataError, match=r"said\.npz"):
         model.load_prompt(path)
@@ -115,11 +116,12 @@ def test_a_state_without_a_memory_is_read_again_for_the_cache(folder: Path) -> N
     state = model.read("the cat said the cat")
     remembering = Model("cached", Sampler(replace(bundle, generation=replace(bundle.generation, cache_weight=0.4))))
     with_memory = remembering.read("the cat said the cat")
-    assert [len(one.state.model) for one in (state, with_memory)] == [2, 4]
+    assert [len(one.state.model) for one in (state, with_memory) if one.state] == [2, 4]
     assert same_text(model.generate(state, **asked), expected)
     assert same_text(model.generate(with_memory, **asked), expected)
-    plain = model.generate("the cat said the cat", **asked | {"cache_weight": 0})
-    assert all(same_text(text, plain) for text in model.generate([state, with_memory], **asked | {"cache_weight": 0}))
+    asked["cache_weight"] = 0
+    plain = model.generate("the cat said the cat", **asked)
+    assert all(same_text(text, plain) for text in model.generate([state, with_memory], **asked))
     assert model.next_words(state, cache=True) == model.next_words("the cat said the cat", cache=True)
     assert model.next_words(state) != model.next_words(state, cache=True)
 

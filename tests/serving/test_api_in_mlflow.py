@@ -11,6 +11,7 @@ import pytest
 
 import lmdist
 from lmdist.errors import MissingInputError, Stopped, UsageError
+from lmdist.training.starting_point import load_base
 from lmdist_export.api import Model
 from lmdist_export.serving import registry
 from servers import free_port
@@ -94,3 +95,15 @@ def test_mlflow_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         lmdist.load("models:/news@champion")
     assert "secret" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_training_starts_from_a_bundle_in_mlflow(store: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(store)
+    base = load_base("models:/news@champion")
+    assert (base.name, base.origin["run"], base.origin["step"]) == ("models:/news@champion", "small", 7)
+    assert base.origin["sha256"] == model.bundle.manifest["files"]["weights.bin"]["sha256"]
+    for word in ("<unk>", "dog"):
+        assert base.model.embedding.weight[base.vocabulary.ids[word]].tolist() == model.vector(word).tolist()
+    with pytest.raises(MissingInputError, match="has no models:/nothing@champion"):
+        load_base("models:/nothing@champion")

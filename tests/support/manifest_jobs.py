@@ -24,7 +24,22 @@ from lmdist.job.launcher import AGENT_GRACE_SECONDS
 from lmdist.job.launcher import parser as launcher_parser
 from lmdist.settings import Recipe
 from lmdist_export.export import parser as export_parser
-from support.manifests import GPU, Document, Pod, Render, command, find, look, of_kind, pods, rendered, rule, selects, title
+from support.manifests import (
+    GPU,
+    Document,
+    Pod,
+    Render,
+    command,
+    expanded,
+    find,
+    look,
+    of_kind,
+    pods,
+    rendered,
+    rule,
+    selects,
+    title,
+)
 
 
 def running(render: Render, program: str) -> Iterator[tuple[Pod, Document]]:
@@ -110,7 +125,8 @@ def failures_are_the_launchers(render: Render) -> Iterator[str]:
     """podFailurePolicy ignores disruptions first, then fails at final exit codes, then ignores "run me again"."""
     final = [EXIT_USAGE, EXIT_DATA, EXIT_MISSING_INPUT]
     for pod in (pod for pod in pods(render.documents) if pod.job is not None):
-        codes = {"FailJob": final, "Ignore": [EXIT_AGAIN]} if pod.trains else {"FailJob": [EXIT_DEFECT, *final]}
+        again = pod.trains or command(pod.containers[0]) == "lmdist-prepare"
+        codes = {"FailJob": final, "Ignore": [EXIT_AGAIN]} if again else {"FailJob": [EXIT_DEFECT, *final]}
         name = pod.containers[0]["name"]
         expected: list[Document] = [
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -125,6 +141,24 @@ def failures_are_the_launchers(render: Render) -> Iterator[str]:
 
 
 # The recipe ---------------------------------------------------------------------------------------------------------
+@rule
+def shards_are_counted_and_merged(render: Render) -> Iterator[str]:
+    """Each pod of a preparation counts the shard of its index, of as many as there are pods, and one merges what they count."""
+    merged, counted = [], []
+    for pod, container in running(render, "lmdist-prepare"):
+        words = [word for word in pod.arguments(container, render.everything) if not word.startswith("--shard")]
+        if "--merge" in words:
+            merged.append({word for word in words if word != "--merge"})
+            continue
+        counted.append({*words})
+        number = look(pod.job, "completions")
+        for index in (0, 7):
+            variables = pod.environment(container, render.everything, index)
+            shards = [expanded(word, variables) for word in container["args"] if word.startswith("--shard")]
+            if shards != [f"--shard={index}/{number}"]:
+                yield f"{pod}: pod {index} of {number} is given {shards}"
+    if merged != counted:
+        yield f"the pods that count are given {counted}, and those that merge {merged}"
 
 
 def recipe_of(pod: Pod, container: Document, render: Render) -> Recipe | str:

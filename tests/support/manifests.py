@@ -37,6 +37,7 @@ REQUIRED_OVERLAYS = {
     "cpu-export": ["cpu-smoke", "mlflow"],
     "serve": ["mlflow", "export"],
     "shell": ["base"],
+    "prepare": ["multi-node"],
 }
 """What has to be applied before an overlay; for the overlays that are not listed, `mlflow`."""
 NAME, COMPONENT = "app.kubernetes.io/name", "app.kubernetes.io/component"

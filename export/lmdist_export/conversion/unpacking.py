@@ -89,7 +89,7 @@ def float_weights(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
         elif kind != UINT8:
             found[name] = values.T.astype(np.float32) * stored(f"{name}.scale")[:, None]
         elif name == "embedding":  # its scale is the value of 127
-            found[name] = (values.astype(np.float32) - 128) * (stored(f"{name}.scale") / 127)
+            found[name] = ((values.astype(np.float32) - 128) * (stored(f"{name}.scale") / 127)).astype(np.float32)
         else:
             found[name] = dequantized_int4(values, stored(f"{name}.scale"))[:, : bundle.sizes.layer_sizes[-1]]
     return found

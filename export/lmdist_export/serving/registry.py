@@ -103,29 +103,6 @@ def upload(bundle: Bundle, store: Store, name: str, alias: str) -> tuple[str, st
 
 
 @contextmanager
-def downloaded(name: str) -> Iterator[Path]:
-    """Yield a temporary folder with the files of a registered model, named as models:/NAME@ALIAS or models:/NAME/VERSION.
-
-    Raise MissingInputError where MLflow has no such model, Stopped where it does not answer now, DataError where it never will.
-    """
-    configure(REQUEST_TIMEOUT_SECONDS)
-    address = store_address()
-    with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
-        try:
-            with silence():
-                from mlflow.artifacts import download_artifacts
-
-                place = download_artifacts(name, dst_path=folder, tracking_uri=address, registry_uri=address)
-        except Exception as error:  # any exception of MLflow and the libraries below it
-            failure = upload_error(error)
-            missing = getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-            raise (MissingInputError if missing else DataError if isinstance(failure, FinalError) else Stopped)(
-                f"MLflow ({without_password(address)}) has no files of {name} ({failure})"
-            ) from None
-        yield Path(place)
-
-
-@contextmanager
 def staged(bundle: Bundle) -> Iterator[Path]:
     """Yield a folder of what is uploaded: links to the files that were checked, and MLflow's own files, written anew.
 

@@ -1,0 +1,124 @@
+"""Preparing on several machines, which share a folder: each counts some of the shards, and one merges them.
+
+    lmdist-prepare 'news/*.csv.gz' -o data/news --shard 3/16        # anywhere, sixteen times, in any order
+    lmdist-prepare 'news/*.csv.gz' -o data/news --merge             # once, when all are there
+    lmdist-prepare 'news/*.csv.gz' -o data/news --scheduler tcp://host:8786     # both, with a Dask cluster
+
+A shard that is done is not done again, and one that was killed leaves nothing that is taken for one. This module does not know
+what the steps do.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lmdist.console import log
+from lmdist.errors import UsageError
+from lmdist.settings import SPLITS, PrepareSettings
+from lmdist.storage.atomic import atomic_folder, recover
+from lmdist.text.counting import Sources, cut
+from lmdist.text.engines import Workers, count_on_cluster, dask_cluster
+from lmdist.text.given_vocabulary import GivenVocabulary
+from lmdist.text.merging import merge
+from lmdist.text.preparation import (
+    announce,
+    errors_of_writing,
+    find_sources,
+    finish,
+    learn_tokenizer,
+    num_processes,
+    reading_progress,
+    summary,
+    with_given_words,
+)
+from lmdist.text.shards import (
+    NAME,
+    begun,
+    description,
+    find_shards,
+    is_of,
+    shard_folder,
+    shards_folder,
+    write_missing_shard,
+    write_shard,
+)
+from lmdist.text.sources import is_pipe
+
+SHARDS_PER_THREAD = 2
+"""Of a cluster: a worker that is done early takes another one."""
+
+
+def prepare_shard(settings: PrepareSettings, output: Path, index: int, number: int) -> None:
+    """Count shard `index` of `number` of a data folder `output`, unless it is done."""
+    folder = shards_folder(output)
+    with errors_of_writing(folder):
+        settings, base = with_given_words(settings)
+        sources = several_sources(settings, output)
+        of, shard = description(sources, settings, base), shard_folder(folder, index, number)
+        if is_of(shard, of):
+            sys.stdout.write(f"{shard} is done\n")
+            return
+        announce(sources, shard)
+        part = cut(sources, index, number)
+        for documents in part.values():
+            documents.check()
+        tokenizer = learn_tokenizer(settings, sources, base)
+        size = sum(documents.bytes for documents in sources.values())
+        with reading_progress(size // number) as progress:
+            num_documents, num_tokens = write_shard(shard, part, tokenizer, settings.seed, of, progress.show)
+    sys.stdout.write(f"{num_documents:,} documents, {num_tokens:,} tokens; written to {shard}\n")
+
+
+def merge_shards(settings: PrepareSettings, output: Path, *, overwrite: bool) -> None:
+    """Write the data folder `output` from its shards."""
+    with errors_of_writing(output):
+        settings, base = with_given_words(settings)
+        merge_all(settings, output, several_sources(settings, output), base, overwrite=overwrite)
+
+
+def prepare_on_cluster(settings: PrepareSettings, output: Path, address: str, *, overwrite: bool) -> None:
+    """Write the data folder `output` from shards that the workers of a Dask cluster count."""
+    folder = shards_folder(output)
+    with errors_of_writing(output):
+        settings, base = with_given_words(settings)
+        sources = several_sources(settings, output)
+        for documents in sources.values():
+            documents.check()
+        of = description(sources, settings, base)
+        with dask_cluster(address) as (client, num_threads):
+            number = settings.workers or begun(folder, of) or SHARDS_PER_THREAD * num_threads
+            announce(sources, folder)
+            log(f"counting {number} shards on {num_threads} thread(s) of {address}")
+            tokenizer = learn_tokenizer(settings, sources, base)
+            tasks = []
+            for index in range(number):
+                # The workers may have been started in another folder.
+                part = {split: documents.absolute() for split, documents in cut(sources, index, number).items()}
+                shard = shard_folder(folder.absolute(), index, number)
+                tasks.append((shard, part, tokenizer, settings.seed, of))
+            count_on_cluster(client, write_missing_shard, tasks)
+        merge_all(settings, output, sources, base, overwrite=overwrite)
+
+
+def several_sources(settings: PrepareSettings, output: Path) -> Sources:
+    """Find the files to read; raise UsageError for what cannot be read in parts."""
+    if settings.rows:
+        raise UsageError("no shard knows which rows are the first of all inputs together: leave out --rows, or the shards")
+    for name in [*settings.inputs, *(name for split in SPLITS for name in settings.files(split))]:
+        if is_pipe(Path(name)):
+            raise UsageError(f"{name} cannot be read again by each machine: name files, or prepare it on one")
+    return find_sources(settings, output)
+
+
+def merge_all(
+    settings: PrepareSettings, output: Path, sources: Sources, base: GivenVocabulary | None, *, overwrite: bool
+) -> None:
+    """Write the data folder `output` from its shards, atomically; they stay, for they may be merged in another way."""
+    folder = shards_folder(output)
+    shards = find_shards(folder, description(sources, settings, base))
+    recover(folder, NAME.pattern, everyone=True)  # all are there: what else lies there was left by processes that were killed
+    log(f"merging {len(shards)} shards")
+    with atomic_folder(output, replace=overwrite) as temporary, Workers(num_processes(settings, sources)) as workers:
+        meta = finish(temporary, merge(temporary, shards, settings, sources, workers.run, base), settings, sources)
+    sys.stdout.write(f"{summary(meta, output)}{folder} is needed no more, unless for other splits or another vocabulary\n")

@@ -1,0 +1,139 @@
+"""Shards that several machines count: the folder `data/news.shards`, which they share, beside the data folder to be.
+
+    data/news.shards/00003-of-00016/     a shard of counting.py, and shard.json: of what it is
+
+A shard is atomic. It knows its inputs (names, sizes, times of their last change) and the settings that it depends on, so that
+one that is done is not done again, and one of other inputs is neither taken nor kept. What is decided after the counting is no
+part of that: the same shards can be merged with another vocabulary and other fractions. This module does not know who counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmdist.errors import DataError, MissingInputError, Stopped
+from lmdist.settings import PrepareSettings
+from lmdist.storage.atomic import atomic_folder
+from lmdist.storage.reading import read_json, write_json
+from lmdist.text.counting import Report, Sources, count
+from lmdist.text.given_vocabulary import GivenVocabulary
+from lmdist.text.sources import File, size_of
+from lmdist.text.tokenizer import WordTokenizer
+
+SHARD = "shard.json"
+NAME = re.compile(r"(\d{5,})-of-(\d{5,})")
+
+
+def shards_folder(output: Path) -> Path:
+    """Return the folder of the shards of a data folder."""
+    return output.with_name(f"{output.name}.shards")
+
+
+def shard_folder(folder: Path, index: int, number: int) -> Path:
+    """Return the folder of a shard."""
+    return folder / f"{index:05}-of-{number:05}"
+
+
+def description(sources: Sources, settings: PrepareSettings, base: GivenVocabulary | None) -> dict[str, Any]:
+    """Return what the shards of these inputs depend on, as JSON has it; of a base, which tokenizer it brings."""
+    tokenizer = base.tokenizer.as_json() if base and base.tokenizer else ""
+    value = {
+        "format": "lmdist shard",
+        "version": 1,
+        "seed": settings.seed,
+        "text settings": dataclasses.asdict(settings.text),
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else "learned from the text",
+        "read settings": {split: dataclasses.asdict(documents.options) for split, documents in sources.items()},
+        "files": {split: {str(file): stamp(file) for file in documents.files} for split, documents in sources.items()},
+    }
+    return json.loads(json.dumps(value))
+
+
+def stamp(file: File) -> list[int]:
+    """Return the size of a file, and when a file of the system was changed last."""
+    return [size_of(file), *([os.stat(file).st_mtime_ns] if isinstance(file, Path) else [])]
+
+
+def write_shard(
+    shard: Path,
+    sources: Sources,
+    tokenizer: WordTokenizer,
+    seed: int,
+    of: Mapping[str, Any],
+    report: Report = lambda *done: None,
+) -> tuple[int, int]:
+    """Count a shard of what `of` describes, atomically; return the number of its documents and of its tokens."""
+    with atomic_folder(shard, replace=True) as folder:
+        found = count(folder, sources, seed, lambda: tokenizer, report)
+        write_json(folder / SHARD, of)
+    return found
+
+
+one_at_a_time = threading.Lock()
+"""For a Dask worker of several threads: Python runs one of them at a time, and decoding.py has one error handler a process."""
+
+
+def write_missing_shard(shard: Path, sources: Sources, tokenizer: WordTokenizer, seed: int, of: Mapping[str, Any]) -> None:
+    """Do the same where it is not done yet."""
+    with one_at_a_time:
+        if not is_of(shard, of):
+            write_shard(shard, sources, tokenizer, seed, of)
+
+
+def is_of(shard: Path, of: Mapping[str, Any]) -> bool:
+    """Return whether a shard is there, and is one of what `of` describes."""
+    try:
+        return read_json(shard / SHARD) == of
+    except (DataError, MissingInputError):
+        return False
+
+
+def begun(folder: Path, of: Mapping[str, Any]) -> int | None:
+    """Return the number that was chosen for the shards of what `of` describes, if one of them is done."""
+    names = ((path, match) for path in folder.glob("*-of-*") if (match := NAME.fullmatch(path.name)))
+    return next((int(match[2]) for path, match in names if is_of(path, of)), None)
+
+
+def find_shards(folder: Path, of: Mapping[str, Any]) -> list[Path]:
+    """Return all shards of what `of` describes, in order.
+
+    Raises Stopped where some are missing, and DataError where there are only shards of something else.
+    """
+    names = [match for path in sorted(folder.glob("*-of-*")) if (match := NAME.fullmatch(path.name))]
+    others = []
+    missing: dict[int, list[int]] = {}
+    for number in sorted({int(name[2]) for name in names}):
+        shards = [shard_folder(folder, index, number) for index in range(number)]
+        wrong = [shard for shard in shards if shard.exists() and not is_of(shard, of)]
+        others += wrong
+        missing[number] = [index for index, shard in enumerate(shards) if not shard.exists() or shard in wrong]
+        if not missing[number]:
+            return shards
+    if len(others) == len(names) and others:
+        raise DataError(f"{others[0]} {difference(others[0], of)}: count the shards again")
+    if not missing:
+        raise Stopped(f"there is no shard in {folder} yet: count them by --shard I/N, and merge then")
+    number = min(missing, key=lambda number: len(missing[number]))
+    first = ", ".join(map(str, missing[number][:5])) + (" and others" if len(missing[number]) > 5 else "")
+    raise Stopped(
+        f"{len(missing[number])} of {number} shards are not there yet, or are of other inputs: {first} in {folder}: "
+        f"count them by --shard {missing[number][0]}/{number}, and merge then"
+    )
+
+
+def difference(shard: Path, of: Mapping[str, Any]) -> str:
+    """Return what is wrong with a shard that is not of what `of` describes, as the rest of a sentence."""
+    try:
+        found = read_json(shard / SHARD)
+    except (DataError, MissingInputError) as error:
+        return f"is no shard ({error})"
+    names = ", ".join(name for name in of if found.get(name) != of[name])
+    return f"was counted with something else than is given here ({names})"
