@@ -29,7 +29,7 @@ check: .venv/ready-dev
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	$(PIP_INSTALL) --editable '.[spreadsheets,dask,dev,dev-runtimes,dev-cluster,sweep]'
+	$(PIP_INSTALL) --editable '.[dask,spreadsheets,sweep,dev,dev-runtimes,dev-cluster]'
 	touch $@
 
 clean:

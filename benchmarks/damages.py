@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lmdist.training.checkpoints.format import OWN_CHECKSUM
+from lmdist.storage.checksums import OWN_CHECKSUM
 
 HUGE = 40 << 30
 

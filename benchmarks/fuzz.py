@@ -39,8 +39,7 @@ from pathlib import Path
 from damages import KINDS
 from lmdist.command_line import run_as_process
 from lmdist.errors import MESSAGE_CONTROLS
-from lmdist.storage.checksums import sha256
-from lmdist.training.checkpoints.format import OWN_CHECKSUM, own_checksum
+from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum, sha256
 from origin import Row, add_json_option, collect_rows
 
 SECONDS, QUICK_SECONDS, PATIENCE = 600, 100, 60

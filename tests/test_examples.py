@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -29,12 +30,25 @@ def examples(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/scoring.md"])
-def test_an_example_runs(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(folder)
+def run(page: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines that the only program of a page prints."""
     (example,) = examples(page)
     exec(compile(example, page, "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_readmes_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder)
+    text, figures = run("README.md", capsys)
+    assert text.startswith("The president said")
+    log_probability, _, next_words = figures.partition(" ")
+    assert float(log_probability) < 0
+    assert [0 < probability < 1 for _, probability in ast.literal_eval(next_words)] == [True] * 3
+
+
+def test_the_example_on_scoring_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder)
+    lines = run("docs/scoring.md", capsys)
     assert len(lines) == 2, "a line for each sentence"
     for line in lines:
         log_probability, words, unknown = line.split()

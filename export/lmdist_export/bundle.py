@@ -24,7 +24,7 @@ from typing import Any
 
 from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, MissingInputError
-from lmdist.storage.checksums import FileFacts, verify_checksums, verify_sizes
+from lmdist.storage.checksums import FileFacts, check_own_checksum, verify_checksums, verify_sizes
 from lmdist.storage.held import HeldFolder, read_held
 from lmdist.storage.reading import MAX_JSON_BYTES
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
@@ -45,6 +45,10 @@ WEIGHTS = "weights.bin"
 GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
 CHECKED = (MODEL, GENERATION, WEIGHTS, VOCABULARY, TEXT)  # a bundle needs these files, and users do not edit them
+FIRST_KEYS = set(
+    "format version parameters sizes cache run run_id step started_from tolerance differences held_out versions files".split()
+)
+"""The keys of the first manifests, which had no checksum of their own."""
 MAX_NEW_TOKENS = 1_000_000  # of a file; a command may ask for more
 EXPECTED = "a bundle written by lmdist-export is expected"
 
@@ -128,6 +132,7 @@ def read_manifest(files: HeldFolder) -> dict[str, Any]:
     if manifest.get("format") == "lmdist checkpoint":
         raise DataError(f"{folder} is a checkpoint; export it first: lmdist-export {folder} -o BUNDLE")
     check_version(manifest, (FORMAT, VERSION), path)
+    check_own_checksum(manifest, path, FIRST_KEYS)
     check_schema(manifest, {"files": dict[str, FileFacts]}, path)
     return manifest
 

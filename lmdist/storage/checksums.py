@@ -6,9 +6,11 @@ This module does not know where the checksums are stored.
 from __future__ import annotations
 
 import hashlib
+import json
 import reprlib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -26,6 +28,26 @@ class FileFacts(TypedDict):
 
     bytes: int
     sha256: str
+
+
+OWN_CHECKSUM = "sha256"
+"""The key of a manifest's own checksum."""
+
+
+def own_checksum(manifest: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest, of all of its values but this one."""
+    values = {name: value for name, value in manifest.items() if name != OWN_CHECKSUM}
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def check_own_checksum(manifest: dict[str, Any], path: Path, first_keys: Set[str]) -> None:
+    """Raise DataError unless a manifest has the checksum that it holds; the first ones, of `first_keys`, hold none."""
+    if OWN_CHECKSUM not in manifest and manifest.keys() <= first_keys:
+        return
+    with suppress(RecursionError):  # nested more deeply than anything that was written
+        if manifest.get(OWN_CHECKSUM) == own_checksum(manifest):
+            return
+    raise DataError(f"{path} is damaged: its sha256 is not the one recorded when it was written")
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:

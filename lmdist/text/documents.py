@@ -253,7 +253,8 @@ def find_files(patterns: Iterable[str]) -> list[File]:
     files: dict[File, None] = {}
     for pattern in patterns:
         if is_remote(pattern):
-            files.update(dict.fromkeys(find_remote(pattern)))
+            for file in find_remote(pattern):
+                files[file] = None
             continue
         path = Path(pattern)
         if os.path.isfile(path) or is_pipe(path):  # not Path.is_file(), which raises where it may not look

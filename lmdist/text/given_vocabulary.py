@@ -28,8 +28,8 @@ from lmdist.text.vocabulary import MAX_BYTES, Vocabulary
 
 MANIFESTS = (META, "manifest.json")
 """What holds the checksums of a data folder, and of a checkpoint or a bundle."""
-CHECKPOINTS = "checkpoints/step-*"
-"""Those of a run, which all have the same words."""
+IN_RUN = f"checkpoints/step-[0-9]*/{VOCABULARY}"
+"""The words of a run's checkpoints, which are the same in all of them."""
 CHOICES = ("tokenizer", "clean", "lowercase")
 """The settings by which text is tokenized that a user can give."""
 
@@ -49,12 +49,12 @@ class GivenVocabulary:
         """Load those of a run, a checkpoint, a bundle, a data folder or a vocab.txt; raise MissingInputError or DataError."""
         if path.is_file():
             return cls(str(path), Vocabulary.load(path), None)
-        folder = path if (path / VOCABULARY).is_file() else max(path.glob(CHECKPOINTS), default=None)
-        if folder is None:
+        file = path / VOCABULARY if (path / VOCABULARY).is_file() else max(path.glob(IN_RUN), default=None)
+        if file is None:
             raise (DataError if path.exists() else MissingInputError)(
                 f"--vocabulary {path} is no run with a checkpoint, no checkpoint, bundle or data folder, and no vocab.txt"
             )
-        return read_held(folder, partial(cls.of, str(path)))
+        return read_held(file.parent, partial(cls.of, str(path)))
 
     @classmethod
     def of(cls, name: str, files: HeldFolder) -> Self:

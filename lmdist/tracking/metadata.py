@@ -66,7 +66,7 @@ def provenance(description: str, started_from: Mapping[str, Any]) -> dict[str, s
         "mlflow.user": getpass.getuser(),
         "lmdist.version": __version__,
     }
-    tags |= {f"{START_TAG}{name}": str(value) for name, value in started_from.items() if value != ""}
+    tags |= {f"{START_TAG}{name}": str(value) for name, value in started_from.items() if value not in ("", 0)}
     if parent := started_from.get("run_id"):
         tags["mlflow.parentRunId"] = parent
     with suppress(OSError, subprocess.SubprocessError):  # no git, no repository

@@ -20,12 +20,13 @@ from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import Recipe
+from lmdist.storage.checksums import own_checksum
 from lmdist.text.data_folder import VOCABULARY, token_file
 from lmdist.text.token_files import Tokens
 from lmdist.tracking.run_folder import CHECKPOINTS
 from lmdist.training.agreement import check_agreement
 from lmdist.training.averaging import Averaging
-from lmdist.training.checkpoints.format import AVERAGED, Progress, own_checksum
+from lmdist.training.checkpoints.format import AVERAGED, Progress
 from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint
 from lmdist.training.checkpoints.retain import newest_verified, remove_unfinished
 from lmdist.training.data import DataFolder, Streams, Windows, training_batches

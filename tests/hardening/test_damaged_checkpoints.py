@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from lmdist.errors import DataError
+from lmdist.storage.checksums import OWN_CHECKSUM
 from lmdist.storage.reading import read_json, write_json
 from lmdist.tracking.run_folder import read_metrics
-from lmdist.training.checkpoints.format import FIRST_KEYS, MODEL, OWN_CHECKSUM
+from lmdist.training.checkpoints.format import FIRST_KEYS, MODEL
 from lmdist.training.checkpoints.read import load_model, open_checkpoint, read_manifest
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist_export.bundle import WEIGHTS, Bundle
@@ -117,4 +119,23 @@ def test_sizes_come_before_sums(checkpoint: Path, tmp_path: Path) -> None:
     files = read_json(bundle / "manifest.json")["files"]
     edit_json(bundle / "manifest.json", files={**files, WEIGHTS: {**files[WEIGHTS], "bytes": huge}})
     with pytest.raises(DataError, match=r"names sizes that no model with [\d,]+ bytes of weights\.bin has"):
+        Bundle.load(bundle)
+
+
+def test_every_flipped_bit_of_a_bundles_manifest_is_seen_or_changes_nothing(tmp_path: Path) -> None:
+    """Its neural cache is nowhere else, and sizes of other clusters may have as many bytes of weights."""
+    bundle = make_bundle(tmp_path)
+    path, random = bundle / "manifest.json", np.random.default_rng(4)
+    content, expected = path.read_bytes(), Bundle.load(bundle).manifest
+    for _ in range(100):
+        changed = bytearray(content)
+        changed[random.integers(len(content))] ^= 1 << int(random.integers(8))
+        path.write_bytes(changed)
+        with contextlib.suppress(DataError):
+            assert Bundle.load(bundle).manifest == expected
+    first = {name: value for name, value in expected.items() if name != OWN_CHECKSUM}
+    write_json(path, first)
+    assert Bundle.load(bundle).manifest == first, "one of the first"
+    write_json(path, first | {"step": 8, OWN_CHECKSUM: expected[OWN_CHECKSUM]})
+    with pytest.raises(DataError, match="its sha256 is not the one recorded"):
         Bundle.load(bundle)

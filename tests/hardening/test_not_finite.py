@@ -12,8 +12,8 @@ import torch
 
 from lmdist import config
 from lmdist.errors import UsageError
+from lmdist.storage.checksums import OWN_CHECKSUM
 from lmdist.storage.reading import read_json, write_json
-from lmdist.training.checkpoints.format import OWN_CHECKSUM
 from lmdist.training.checkpoints.read import read_manifest
 from lmdist.training.checkpoints.retain import newest_checkpoint
 from lmdist.training.distributed import World

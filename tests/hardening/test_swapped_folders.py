@@ -15,12 +15,15 @@ import pytest
 import torch
 
 from lmdist.errors import DataError, MissingInputError
+from lmdist.settings import Recipe
 from lmdist.storage import held
 from lmdist.storage.atomic import rename_over
 from lmdist.storage.held import HeldFolder, read_held
 from lmdist.training import evaluate
-from lmdist.training.checkpoints.format import MODEL, TRAINING
+from lmdist.training.checkpoints.format import MODEL, TRAINING, own_checksum
 from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint
+from lmdist.training.data import DataFolder
+from lmdist.training.run import find_newest
 from lmdist_export.bundle import WEIGHTS, Bundle
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.sampler import Sampler
@@ -216,6 +219,16 @@ def test_without_links_to_open_files_a_replaced_checkpoint_is_refused(
     swap(path, other)
     with pytest.raises(DataError, match="was overwritten while it was read"):
         bias(found)
+
+
+def test_a_rank_that_finds_another_checkpoint_than_rank_0_says_so(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    path, other = checkpoints
+    said = f"auto {own_checksum(open_checkpoint(path).manifest)} {path}"
+    world: Any = SimpleNamespace(is_main=False, rank=1, broadcast=lambda text: said)
+    recipe, folder = Recipe(run_folder=str(path.parents[1])), DataFolder(tmp_path / "data")
+    swap(path, other)
+    with pytest.raises(DataError, match="is another checkpoint on rank 1 than on rank 0"):
+        find_newest(recipe, folder, world)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

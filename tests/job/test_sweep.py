@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,8 @@ def fake(folder: Path, body: str) -> Path:
     return script.parent
 
 
-def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
+def trials(folder: Path) -> list[Any]:
+    """The trials that Optuna knows of."""
     storage = f"sqlite:///{folder / 'sweeps' / 'small' / 'optuna.db'}"
     return optuna.load_study(study_name="small", storage=storage).get_trials()
 

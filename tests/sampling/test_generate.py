@@ -327,6 +327,14 @@ def test_what_is_piped_into_the_command_are_its_prompts(whitespace_bundle: Path)
     assert (several.returncode, "stdin has several lines" in several.stderr) == (65, True)
 
 
+def test_a_prompt_to_stream_that_cannot_be_read_is_one_line(whitespace_bundle: Path) -> None:
+    line = [sys.executable, "-m", "lmdist_export.generate", str(whitespace_bundle), "--stream", "--seed", "1"]
+    done = subprocess.run(line, input=b"\xff\n", capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (65, b"")
+    assert done.stderr.splitlines()[-1].startswith(b"lmdist-generate: error: stdin, line 1: byte 1 is not UTF-8")
+    assert b"Traceback" not in done.stderr
+
+
 def test_a_closed_stdout_is_one_line(whitespace_bundle: Path) -> None:
     line = f"exec {sys.executable} -m lmdist_export.generate {whitespace_bundle} --prompt the >&-"
     done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True, check=False)

@@ -33,7 +33,7 @@ from lmdist_export.bundle import Bundle
 from lmdist_export.serving import registry
 from lmdist_export.serving.mlflow_model import column
 from servers import Server, free_port
-from support.small_bundles import PLAIN_WORDS, UNTIED, command, make_bundle, make_run
+from support.small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, make_bundle, make_run
 
 MODEL_FILES = {"MLmodel", "served_model.py", "requirements.txt", "python_env.yaml"}
 APP = "mlflow.pyfunc.scoring_server.app:app"
@@ -561,7 +561,7 @@ def test_only_what_the_manifest_names_is_registered_and_what_runs_is_the_install
 
     manifest = Bundle.load(bundle).manifest
     code = copy / "served_model.py"
-    write_json(copy / "manifest.json", manifest | {"files": manifest["files"] | {code.name: facts_of(code)}})
+    edit_json(copy / "manifest.json", files=manifest["files"] | {code.name: facts_of(code)})
     with pytest.raises(DataError, match=r"the manifest names served_model\.py"):
         registry.register(copy, "safe", "champion")
     write_json(copy / "manifest.json", manifest)

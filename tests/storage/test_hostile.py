@@ -288,7 +288,7 @@ def remembered_sessions(monkeypatch: pytest.MonkeyPatch) -> dict[object, Any]:
     open_new = Runtime.open
 
     def open_once(runtime: Runtime, graph: Callable[..., bytes]) -> Any:
-        key = repr((graph, runtime.sizes, runtime.target)), sha256(runtime.folder / WEIGHTS)
+        key = repr((graph, runtime.sizes, runtime.target)), sha256(runtime.bundle.folder / WEIGHTS)
         if key not in sessions:
             sessions[key] = open_new(runtime, graph)
         return sessions[key]

@@ -16,8 +16,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from lmdist.storage.checksums import sha256
-from lmdist.training.checkpoints.format import OWN_CHECKSUM, own_checksum
+from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum, sha256
 
 Random = np.random.Generator
 

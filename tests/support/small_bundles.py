@@ -15,12 +15,12 @@ import torch
 from lmdist import config
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import DataSettings, ModelSettings, Recipe, TextSettings, Tokenizer
-from lmdist.storage.checksums import checksums
+from lmdist.storage.checksums import OWN_CHECKSUM, checksums, own_checksum
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.training.checkpoints.format import OWN_CHECKSUM, Progress, own_checksum
+from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
 from lmdist_export import export

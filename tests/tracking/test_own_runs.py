@@ -170,7 +170,7 @@ def test_figures_are_appended_after_a_truncated_line(tmp_path):
 
 def test_who_trains_what_from_which_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tags = provenance("LSTM 16-24-16")
+    tags = provenance("LSTM 16-24-16", {})
     assert "mlflow.source.git.commit" not in tags
     assert tags["mlflow.note.content"] == "LSTM 16-24-16"
     assert tags["mlflow.source.name"] == "lmdist-train"
@@ -180,6 +180,6 @@ def test_who_trains_what_from_which_commit(tmp_path, monkeypatch):
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message=first"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert len(head) >= 40
-    assert provenance("")["mlflow.source.git.commit"] == head
+    assert provenance("", {})["mlflow.source.git.commit"] == head
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "mlflow.source.git.commit" not in provenance("")
+    assert "mlflow.source.git.commit" not in provenance("", {})

@@ -27,7 +27,7 @@ from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
-from lmdist.storage.checksums import checksums
+from lmdist.storage.checksums import OWN_CHECKSUM, checksums, own_checksum
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import write_json
 from lmdist.text.token_files import Tokens
@@ -213,6 +213,7 @@ def write_bundle(
         # generation_config.json is not among them, because users edit it, nor are MLflow's files.
         "files": files,
     }
+    manifest[OWN_CHECKSUM] = own_checksum(manifest)
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / MANIFEST, manifest)
     write_model(folder, checkpoint.run_id)

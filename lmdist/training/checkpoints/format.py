@@ -13,9 +13,7 @@ A checkpoint is enough by itself to evaluate and to export. Nothing in it is pic
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from typing import Any, TypedDict, get_type_hints
+from typing import TypedDict, get_type_hints
 
 import torch
 
@@ -46,8 +44,6 @@ MANIFEST_SCHEMA = {
     "files": dict[str, FileFacts],
 }
 """The schema of manifest.json. The objects that are settings are checked by their own classes."""
-OWN_CHECKSUM = "sha256"
-"""The key of the manifest's own checksum."""
 FIRST_KEYS = {"format", "version", "lmdist", "torch", *MANIFEST_SCHEMA}
 """The keys of the first manifests, which had no checksum of their own."""
 LOSS_SCALE = torch.GradScaler("cpu").state_dict().keys()
@@ -106,9 +102,3 @@ class Progress:
     """State of the fp16 loss scaler."""
     started_from: StartedFrom | None = None
     """What the run began with beside random parameters; None where it began with these alone."""
-
-
-def own_checksum(manifest: dict[str, Any]) -> str:
-    """Return the sha256 of a manifest, of all of its values but this one."""
-    values = {name: value for name, value in manifest.items() if name != OWN_CHECKSUM}
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from lmdist.errors import DataError, one_line
 from lmdist.model.language_model import LanguageModel, State
 from lmdist.model.lstm import STATE_PARTS
 from lmdist.settings import AveragingSettings, DataSettings, ModelSettings, TrainingSettings
-from lmdist.storage.checksums import verify_checksums, verify_sizes
+from lmdist.storage.checksums import check_own_checksum, verify_checksums, verify_sizes
 from lmdist.storage.held import HeldFolder, read_held
 from lmdist.storage.reading import MAX_JSON_BYTES, read_json
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
@@ -41,11 +40,9 @@ from lmdist.training.checkpoints.format import (
     MANIFEST,
     MANIFEST_SCHEMA,
     MODEL,
-    OWN_CHECKSUM,
     TRAINING,
     VERSION,
     Progress,
-    own_checksum,
 )
 from lmdist.training.optimizer import load_optimizer_state, optimizer_state_shapes
 
@@ -146,7 +143,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_manifest(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return what was read from a manifest.json, as `read_manifest` does; raise DataError."""
     check_version(manifest, (FORMAT, VERSION), path)
-    check_own_checksum(manifest, path)
+    check_own_checksum(manifest, path, FIRST_KEYS)
     check_schema(manifest, MANIFEST_SCHEMA, path)
     recipe = manifest["recipe"]
     check_schema(recipe.setdefault("averaging", {}), {}, path, "recipe.averaging")  # absent from the first checkpoints
@@ -177,16 +174,6 @@ def check_manifest(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     if named and int(named[1]) != progress["step"]:
         raise DataError(f"{path} is of step {progress['step']}, and not of the step that the folder is named after")
     return manifest
-
-
-def check_own_checksum(manifest: dict[str, Any], path: Path) -> None:
-    """Raise DataError unless a manifest has the checksum that it holds; the first ones hold none."""
-    if OWN_CHECKSUM not in manifest and manifest.keys() <= FIRST_KEYS:
-        return
-    with suppress(RecursionError):  # nested more deeply than anything that was written
-        if manifest.get(OWN_CHECKSUM) == own_checksum(manifest):
-            return
-    raise DataError(f"{path} is damaged: its sha256 is not the one recorded when it was written")
 
 
 def is_averaged(manifest: dict[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from lmdist.model.language_model import LanguageModel, State
 from lmdist.model.lstm import STATE_PARTS
 from lmdist.settings import ModelSettings
 from lmdist.storage.atomic import atomic_folder, write_atomic
-from lmdist.storage.checksums import checksums
+from lmdist.storage.checksums import OWN_CHECKSUM, checksums, own_checksum
 from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist.tracking.run_folder import NEWEST, newest_name
@@ -34,11 +34,9 @@ from lmdist.training.checkpoints.format import (
     FORMAT,
     MANIFEST,
     MODEL,
-    OWN_CHECKSUM,
     TRAINING,
     VERSION,
     Progress,
-    own_checksum,
 )
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.data import DataFolder
