@@ -203,14 +203,14 @@ def result_of(command: str, world: Path, stdout: str) -> str:
 
 
 def snapshot(world: Path, command: str) -> dict[str, str]:
-    """Return what all files of a world hold, but for those that the command may write."""
+    """Return what all files of a world hold, but for those that the command, or a library for its cache, may write."""
     found = {}
     for folder, folders, files in os.walk(world):
         for name in [*folders, *files]:
             path = Path(folder) / name
             place, status = str(path.relative_to(world)), path.lstat()
             content = path.read_bytes() if path.is_file() and not path.is_symlink() and status.st_size < 1 << 20 else b""
-            ours = place.split("/")[0] in (*WRITES.get(command, ()), "stdout", "stderr")
+            ours = place.split("/")[0] in (*WRITES.get(command, ()), "stdout", "stderr") or place.startswith("home/.")
             if not ours or content == b"theirs":
                 found[place] = f"{status.st_mode} {status.st_size * bool(content)} {hashlib.sha256(content).hexdigest()}"
     return found

@@ -306,7 +306,7 @@ class OptimizerSettings:
     """Weight in the loss of the mean square of the last layer's output (AR in AWD-LSTM, there 2)."""
     temporal_penalty: Annotated[float, at_least(0)] = 0.0
     """Weight in the loss of the mean square of its change from token to token (TAR in AWD-LSTM, there 1)."""
-    layer_decay: Annotated[float, between(0, 1, includes_low=False)] = 1.0
+    layer_decay: Annotated[float, between(1e-6, 1)] = 1.0
     """The learning rate of a layer is this times that of the layer after it (Howard and Ruder 2018, arXiv:1801.06146, who take
     0.38); the projection, and with it a tied embedding, has the full rate."""
 

@@ -97,7 +97,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     _, num_nodes = parse_min_max_nnodes(arguments.nnodes)
     if not 0 <= arguments.node_rank < num_nodes:
         fail(f"node_rank is {arguments.node_rank}, and of {num_nodes} machines it must be at most {num_nodes - 1}")
-    if not 0 <= arguments.master_port < 1 << 16:
+    if not 0 <= (arguments.master_port or 0) < 1 << 16:  # None by default
         fail(f"master_port is {arguments.master_port}, and must be from 0 to 65,535")
     return arguments
 

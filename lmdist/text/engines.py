@@ -37,7 +37,7 @@ CountTask = tuple[Path, Sources, int]
 
 SECONDS_BETWEEN_REPORTS = 0.5
 SECONDS_BETWEEN_LOOKS = 0.02
-SECONDS_TO_CONNECT = 30
+SECONDS_TO_CONNECT = 60
 
 
 class Workers:

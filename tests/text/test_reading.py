@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from lmdist.text.prepare import prepare
 from lmdist.text.sources import ReadOptions
 from lmdist.text.tables import Table
 from lmdist.training import evaluate
+from lmdist.training.data import DataFolder
 
 SUBJECTS = ["The river", "A tired clerk", "Mr. Holm", "Our mayor", "The council"]
 VERBS = ["hid", "found", "painted", "carried"]
@@ -373,7 +375,8 @@ def test_evaluate_reads_as_prepare_does(tmp_path, capsys, name, data, options):
     prepare(PrepareSettings(**splits, tokenizer="wordpunct", **options), tmp_path / "data")
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
     notes = [line for line in capsys.readouterr().err.splitlines() if f"/{name}" in line and line.startswith("note")]
-    found = evaluate.read_file(tmp_path / "data", str(tmp_path / name), ReadSettings(**options))
+    words: Any = DataFolder(tmp_path / "data")  # which has a tokenizer and a vocabulary, as a checkpoint has
+    found = evaluate.read_file(words, str(tmp_path / name), ReadSettings(**options))
     np.testing.assert_array_equal(found.tokens, np.fromfile(tmp_path / "data" / "test.bin", "<u2"))
     assert found.documents == meta["splits"]["test"]["documents"]
     assert {reason: 2 * count for reason, count in found.skipped.items()} == meta["skipped"]  # of both files
