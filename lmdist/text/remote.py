@@ -102,9 +102,13 @@ class RemoteFile:
             filesystem, path = filesystem_of(self.address)
             return filesystem.info(path).get("size")
 
-    @cached_property
+    @property
     def can_seek(self) -> bool:
         """Whether the file can be read at any place: some web servers send it only as a whole."""
+        return self._can_seek
+
+    @cached_property
+    def _can_seek(self) -> bool:
         if not WEB.match(self.address) or not self._size:
             return self._size is not None
         with errors_of_any_kind(str(self)), self._opened("rb") as stream:
