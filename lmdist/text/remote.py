@@ -118,9 +118,13 @@ class RemoteFile:
             info = {str(name).lower(): value for name, value in filesystem.info(path).items()}
             return info.get("size"), next((str(info[name]) for name in VERSIONS if info.get(name)), "")
 
-    @cached_property
+    @property
     def can_seek(self) -> bool:
         """Whether the file can be read at any place: some web servers send it only as a whole."""
+        return self._can_seek
+
+    @cached_property
+    def _can_seek(self) -> bool:
         if not WEB.match(self.address) or not self._size:
             return self._size is not None
         with errors_of_any_kind(str(self)), self._opened("rb") as stream:
