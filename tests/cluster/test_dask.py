@@ -28,7 +28,7 @@ SHARDS = 6
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The address and the process of a scheduler; it has two workers of one thread each, which were started in another folder."""
+    """The address and the process of a scheduler; it has two workers of one thread, started in another folder."""
     place = tmp_path / "scheduler.json"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
