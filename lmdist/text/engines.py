@@ -171,7 +171,7 @@ def count_on_cluster(client: Any, function: Callable[..., Any], tasks: Sequence[
     Raises Stopped where the cluster is lost: its errors are OSErrors, or mean that somebody has cancelled the calls.
     """
     from distributed import as_completed
-    from distributed.comm import CommClosedError
+    from distributed.comm.core import CommClosedError
     from distributed.scheduler import KilledWorker
 
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -27,8 +26,8 @@ SHARDS = 6
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The address and the process of a scheduler; it has two workers of one thread, started in another folder."""
+def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """The address and the processes of a scheduler; it has two workers of one thread, started in another folder."""
     place = tmp_path / "scheduler.json"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -48,12 +47,14 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         while not place.exists() or not place.read_text():
             assert time.monotonic() < until, (tmp_path / "dask_scheduler.log").read_text()
             time.sleep(0.05)
-        yield json.loads(place.read_text())["address"], processes[0]
+        yield json.loads(place.read_text())["address"], processes
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_costs_its_shard_only(cluster: tuple[str, object], tmp_path: Path) -> None:
-    address, _ = cluster
+def test_a_worker_that_is_killed_costs_its_shard_only(
+    cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path
+) -> None:
+    address, processes = cluster
     text = "\n".join(json.dumps({"content": " ".join(f"w{n * 7 % 5000 + m}" for m in range(100))}) for n in range(8_000))
     (tmp_path / "a.jsonl").write_text(text)
     arguments = ["a.jsonl", "-o", "data", "--tokenizer", "wordpunct", "--scheduler", address, "--shards", str(SHARDS)]
@@ -71,7 +72,9 @@ def test_a_worker_that_is_killed_costs_its_shard_only(cluster: tuple[str, object
         if done and writing:
             break
         time.sleep(0.002)
-    os.kill(int(writing[0][2]), signal.SIGKILL)
+    (killed,) = (process for process in processes if process.pid == int(writing[0][2]))
+    killed.kill()
+    killed.wait()  # a zombie would still be a process
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert f"{SHARDS} of {SHARDS} shards are counted" in err
@@ -85,8 +88,8 @@ def test_a_worker_that_is_killed_costs_its_shard_only(cluster: tuple[str, object
 
 
 @pytest.mark.slow
-def test_a_scheduler_that_is_lost_is_no_defect(cluster: tuple[str, subprocess.Popen[bytes]], tmp_path: Path) -> None:
-    address, scheduler = cluster
+def test_a_scheduler_that_is_lost_is_no_defect(cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path) -> None:
+    address, (scheduler, *_) = cluster
     text = "\n".join(json.dumps({"content": f"w{number} " * 200}) for number in range(8_000))
     (tmp_path / "a.jsonl").write_text(text)
     code = "from lmdist.text import engines, prepare; engines.SECONDS_TO_CONNECT = 10; prepare.main()"

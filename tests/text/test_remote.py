@@ -22,7 +22,8 @@ from lmdist.text.documents import Documents, find_files
 from lmdist.text.machines import merge_shards, prepare_shard
 from lmdist.text.prepare import main, prepare
 from lmdist.text.remote import without_credentials
-from lmdist.text.sources import ReadOptions
+from lmdist.text.shards import stamp
+from lmdist.text.sources import ReadOptions, size_of
 from support.failures import last_line
 
 fsspec = pytest.importorskip("fsspec")
@@ -109,7 +110,7 @@ def test_shards_of_another_text_at_the_same_address_are_not_merged(memory, tmp_p
     for index in range(2):
         prepare_shard(chosen, tmp_path / "data", index, 2)
     fsspec.filesystem("memory").pipe("/news/a.csv", CSV.replace("council", "parlia.").encode())
-    assert find_files(chosen.inputs)[0].size() == len(CSV)
+    assert size_of(find_files(chosen.inputs)[0]) == len(CSV)
     with pytest.raises(Stopped, match=r"2 of 2 shards .* \(files\)"):
         merge_shards(chosen, tmp_path / "data", overwrite=False)
     for index in range(2):
@@ -185,7 +186,7 @@ def test_a_web_server_with_ranges_and_without(server, folder, tmp_path):
     assert texts(f"http://{server}/{folder}/news/*.csv*") == [*TEXTS, "more"]
     assert texts(f"http://{server}/{folder}/news/a.csv?download=1") == TEXTS
     (file,) = find_files([addresses[0]])
-    assert file.version == formatdate((tmp_path / folder / "news/a.csv").stat().st_mtime, usegmt=True), (
+    assert stamp(file)[1] == formatdate((tmp_path / folder / "news/a.csv").stat().st_mtime, usegmt=True), (
         "as any process finds it"
     )
     assert any("bytes=0-" in request for request in Handler.requests) == (folder == "ranges")
