@@ -19,24 +19,16 @@ from pathlib import PurePosixPath
 from typing import IO, Any, Literal, cast
 from urllib.parse import unquote
 
+from lmdist.credentials import without_credentials
 from lmdist.errors import DataError, MissingInputError, UsageError, one_line, require
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://")
 WEB = re.compile(r"https?://", re.IGNORECASE)
-USER = re.compile(r"(?<=://)[^/\s?#]*@")
-"""The name and the password of a user, before the host."""
-QUERY = re.compile(r"\?(?=[^/?\s]*=)\S*")
-"""What follows the path, where it has names and values: a signature or a token gives access to the file."""
 
 
 def is_remote(name: str) -> bool:
     """Return whether a name is an address with a scheme."""
     return ADDRESS.match(name) is not None
-
-
-def without_credentials(text: str) -> str:
-    """Return an address, or a message with addresses in it, without passwords, signatures and tokens."""
-    return QUERY.sub("?...", USER.sub("", text))
 
 
 def find_remote(pattern: str) -> list[RemoteFile]:

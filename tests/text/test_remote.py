@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from lmdist.credentials import without_credentials
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.text.documents import Documents, find_files
 from lmdist.text.prepare import main, prepare
-from lmdist.text.remote import without_credentials
 from lmdist.text.sources import ReadOptions
 from support.failures import last_line
 
