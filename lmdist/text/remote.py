@@ -34,10 +34,15 @@ def is_remote(name: str) -> bool:
 def find_remote(pattern: str) -> list[RemoteFile]:
     """Return the files that an address or a glob of addresses matches; raise MissingInputError where there are none."""
     shown = without_credentials(pattern)
+    if "::" in pattern:
+        raise UsageError(f"{shown} is a chain of addresses, which is not read: name the file itself, which may be packed")
     with errors_of_any_kind(shown):
         filesystem, path = filesystem_of(pattern)
         # In the address of a web page a question mark begins the query, and brackets may be those of a host.
         is_glob = re.search("[*]" if WEB.match(pattern) else "[*?[]", path)
+        if is_glob and filesystem._get_kwargs_from_urls(pattern):
+            # A host, a user, a password: the addresses of the files that it finds would lack them.
+            raise UsageError(f"{shown} is a pattern, and at such an address each file must be named")
         try:
             found = filesystem.glob(path, detail=True) if is_glob else {path: filesystem.info(path)}
         except FileNotFoundError as error:
