@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from damages import KINDS
@@ -49,7 +49,7 @@ TRAIN = (
     "--data.window=7 --averaging.name=ema --training.device=cpu --training.precision=fp32 --training.validate_every=2 "
     "--checkpoint.every_steps=2 --checkpoint.keep=9 --tracking.mlflow=false --sample.words=3 --sample.final_words=3"
 ).split()
-COMMANDS: dict[str, list[str]] = {
+COMMANDS: dict[str, Sequence[str]] = {
     "prepare": "lmdist.text.prepare news.csv -o data --tokenizer=word_tokenize --min-count=1 --workers=1".split(),
     "train": [*TRAIN, "--run_folder=run", "--resume=auto", "--training.steps=4"],
     "cache": "lmdist.training.evaluate run --split=valid --cache=50 --json".split(),
@@ -219,7 +219,7 @@ def snapshot(world: Path, command: str) -> dict[str, str]:
 # --- processes ----------------------------------------------------------------------------------------------------------
 
 
-def run(words: list[str], world: Path, *, by_shell: bool = False, seconds: float = 3600) -> Ended:
+def run(words: Sequence[str], world: Path, *, by_shell: bool = False, seconds: float = 3600) -> Ended:
     """Run a command in a world: by a new Python, or by a fork of this process, which takes a tenth of the time."""
     outputs = [world / "stdout", world / "stderr"]
     environment = {**os.environ, "HOME": str(world / "home"), "OMP_NUM_THREADS": "1"}

@@ -98,6 +98,7 @@ class FrameFile:
     path: Path
     name: str = "frames.csv"
     can_seek: bool = True
+    version: str = ""
 
     def __str__(self) -> str:
         return "the DataFrame"
