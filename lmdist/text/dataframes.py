@@ -83,7 +83,9 @@ def prepare(
 
 def several(frames: DataFrame | Iterable[DataFrame]) -> Iterator[DataFrame]:
     """Yield the frames, one or several; raise UsageError for anything else."""
-    for frame in frames if isinstance(frames, Iterable) and not hasattr(frames, "to_csv") else [frames]:
+    many = isinstance(frames, Iterable) and not hasattr(frames, "to_csv")
+    given: Iterable[Any] = frames if many else [frames]
+    for frame in given:
         if not hasattr(frame, "to_csv") or getattr(frame, "ndim", 0) != 2:
             raise UsageError(f"a DataFrame or an iterator of DataFrames is expected, and this is of {type(frame).__name__}")
         yield frame
