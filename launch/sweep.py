@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmdist.command_line import CommandParser, exit_on_error
-from lmdist.errors import EXIT_AGAIN, EXIT_USAGE
+from lmdist.errors import EXIT_USAGE, DataError
 from lmdist.storage.locks import exclusive_lock
 from lmdist.tracking.address import configure, store_address
 from lmdist.tracking.failures import reason
@@ -87,26 +87,30 @@ def train(trial: Trial, run: Path, flags: list[str]) -> tuple[float | None, Tria
     found: list[float] = []
     pruned = False
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as job:
-        while job.poll() is None:
-            try:
-                job.wait(SECONDS_BETWEEN_LOOKS)
-            except subprocess.TimeoutExpired:
-                if not pruned and trial.should_prune():
-                    pruned = True
-                    job.send_signal(signal.SIGTERM)
-            except KeyboardInterrupt:  # the job has got it as well, and saves
-                job.wait()
-                sys.exit(EXIT_AGAIN)
-            before, found = len(found), validations(run)
-            for number, perplexity in enumerate(found[before:], before):
-                trial.report(perplexity, number)
+        try:
+            while job.returncode is None:  # what is read below is all there is once the job has ended
+                try:
+                    job.wait(SECONDS_BETWEEN_LOOKS)
+                except subprocess.TimeoutExpired:
+                    if not pruned and trial.should_prune():
+                        pruned = True
+                        job.send_signal(signal.SIGTERM)
+                before, found = len(found), validations(run)
+                for number, perplexity in enumerate(found[before:], before):
+                    trial.report(perplexity, number)
+        except KeyboardInterrupt:
+            job.send_signal(signal.SIGTERM)  # a Ctrl-C has reached it as well, a signal to this process alone has not
+            job.wait()
+            raise
     if pruned:
         print(f"trial {trial.number} is cut short: others were better after as many validations")
         return None, TrialState.PRUNED
     if job.returncode == EXIT_USAGE and (run / METRICS).exists():  # it has diverged
         return None, TrialState.FAIL
-    if job.returncode or not found:
-        sys.exit(job.returncode or "the data folder has no valid split, by which trials could be compared")
+    if job.returncode:
+        sys.exit(job.returncode)
+    if not found:
+        raise DataError("the data folder has no valid split, by which trials could be compared")
     return min(found), TrialState.COMPLETE
 
 

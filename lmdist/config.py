@@ -193,12 +193,12 @@ def read_section(recipe: str, name: str, section: type) -> dict[str, Any]:
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as plain values."""
-    return dataclasses.asdict(recipe)
+    """Return the recipe as plain values, without credentials: they are stored and shown."""
+    return {**dataclasses.asdict(recipe), "prepare": recipe.prepare.stored()}
 
 
 def as_toml(recipe: Recipe) -> str:
-    """Return the recipe as a file that `--config` reads."""
+    """Return the recipe as a file that `--config` reads; addresses in it lack their passwords and queries."""
     import toml
 
     return toml.dumps(as_dict(recipe))

@@ -8,10 +8,11 @@ of the demo, launch/demo.toml.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, get_args
 
 from lmdist.bounds import LARGEST, SEED, above, at_least, between, check_bounds, check_name
+from lmdist.credentials import without_credentials
 from lmdist.errors import UsageError
 
 Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace", "characters"]
@@ -168,6 +169,14 @@ class PrepareSettings(ReadSettings):
             raise UsageError("valid and test need train beside them")
         if self.train and self.group_by:
             raise UsageError("group_by says how inputs are split, and train, valid and test are splits: leave it out")
+
+    def stored(self) -> dict[str, Any]:
+        """Return the settings as files keep them: the addresses of the text without passwords, signatures and tokens."""
+        values = asdict(self)
+        for name in ("inputs", *SPLITS):
+            given = values[name]
+            values[name] = [*map(without_credentials, given)] if isinstance(given, list) else without_credentials(given)
+        return values
 
     def files(self, split: str) -> list[str]:
         """Return the files or globs that a given split is read from."""

@@ -32,7 +32,6 @@ from lmdist.storage.checksums import (
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import MAX_JSON_BYTES, read_json, write_json
 from lmdist.storage.schema import check_schema, check_version
-from lmdist.text.remote import without_credentials
 
 FORMAT = "lmdist data"
 VERSION = 1
@@ -97,11 +96,8 @@ def write_meta(
     # data folders hold the same.
     sums = {file.name: block_checksums(file) for file in sorted(folder.glob(TOKEN_FILES))}
     write_json(folder / BLOCKS, {BLOCK_SUMS: sums})
-    prepare = dataclasses.asdict(settings)
+    prepare = settings.stored()
     del prepare["workers"]  # the data folder is the same whoever writes it
-    for name in ("inputs", *SPLITS):
-        given = prepare[name]
-        prepare[name] = [*map(without_credentials, given)] if isinstance(given, list) else without_credentials(given)
     meta = {
         "format": FORMAT,
         "version": VERSION,

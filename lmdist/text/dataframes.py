@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, get_type_hints
 
 from lmdist.command_line import did_you_mean
 from lmdist.console import log
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import SPLITS, PrepareSettings
+from lmdist.storage.schema import find_mismatch
 from lmdist.text.documents import Documents
 from lmdist.text.prepare import check_output, write
 from lmdist.text.sources import ReadOptions
@@ -55,7 +57,16 @@ def prepare(
             raise UsageError(f"{name} says how files are read, and a DataFrame is none: leave it out")
         if name not in known:
             raise UsageError(f"prepare has no {name}{did_you_mean(name, known)}")
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    hints = get_type_hints(PrepareSettings)
+    if problem := find_mismatch(settings, {name: hints[name] for name in settings}):
+        raise UsageError(problem.removeprefix("."))
     values = PrepareSettings(**{"workers": 1, **settings})
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UsageError(
+            'worker processes import the script that calls prepare: put the call under `if __name__ == "__main__":`, '
+            "or leave workers out"
+        )
     check_output(Path(folder), "folder", overwrite=overwrite)
     with tempfile.TemporaryDirectory() as scratch:
         file = FrameFile(Path(scratch) / "frames.csv")
@@ -72,7 +83,8 @@ def prepare(
 
 def several(frames: DataFrame | Iterable[DataFrame]) -> Iterator[DataFrame]:
     """Yield the frames, one or several; raise UsageError for anything else."""
-    given: Iterable[Any] = [frames] if hasattr(frames, "to_csv") else frames
+    many = isinstance(frames, Iterable) and not hasattr(frames, "to_csv")
+    given: Iterable[Any] = frames if many else [frames]
     for frame in given:
         if not hasattr(frame, "to_csv") or getattr(frame, "ndim", 0) != 2:
             raise UsageError(f"a DataFrame or an iterator of DataFrames is expected, and this is of {type(frame).__name__}")

@@ -19,14 +19,11 @@ from pathlib import PurePosixPath
 from typing import IO, Any, Literal, cast
 from urllib.parse import unquote
 
+from lmdist.credentials import without_credentials
 from lmdist.errors import DataError, MissingInputError, UsageError, one_line, require
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://")
 WEB = re.compile(r"https?://", re.IGNORECASE)
-USER = re.compile(r"(?<=://)[^/\s?#]*@")
-"""The name and the password of a user, before the host."""
-QUERY = re.compile(r"\?(?=[^/?\s]*=)\S*")
-"""What follows the path, where it has names and values: a signature or a token gives access to the file."""
 VERSIONS = (
     *("etag", "md5hash", "content-md5", "digest", "sha", "crc32c"),  # of the content
     *("mtime", "lastmodified", "last-modified", "last_modified", "last_write_time", "modificationtime", "modify", "updated"),
@@ -40,18 +37,18 @@ def is_remote(name: str) -> bool:
     return ADDRESS.match(name) is not None
 
 
-def without_credentials(text: str) -> str:
-    """Return an address, or a message with addresses in it, without passwords, signatures and tokens."""
-    return QUERY.sub("?...", USER.sub("", text))
-
-
 def find_remote(pattern: str) -> list[RemoteFile]:
     """Return the files that an address or a glob of addresses matches; raise MissingInputError where there are none."""
     shown = without_credentials(pattern)
+    if "::" in pattern:
+        raise UsageError(f"{shown} is a chain of addresses, which is not read: name the file itself, which may be packed")
     with errors_of_any_kind(shown):
         filesystem, path = filesystem_of(pattern)
         # In the address of a web page a question mark begins the query, and brackets may be those of a host.
         is_glob = re.search("[*]" if WEB.match(pattern) else "[*?[]", path)
+        if is_glob and filesystem._get_kwargs_from_urls(pattern):
+            # A host, a user, a password: the addresses of the files that it finds would lack them.
+            raise UsageError(f"{shown} is a pattern, and at such an address each file must be named")
         try:
             found = filesystem.glob(path, detail=True) if is_glob else {path: filesystem.info(path)}
         except FileNotFoundError as error:

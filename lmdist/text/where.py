@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import re
+import reprlib
 import warnings
 from typing import Literal
 
@@ -25,6 +26,8 @@ Kind = Literal["text", "number"]
 
 LONGEST = 10_000
 """Characters of a condition."""
+LARGEST_INTEGER = 2**53
+"""A float is no integer's alone from here on: it is that of 2**53 + 1 as well."""
 
 SCANNED = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|`([^`]*)`|([&|])""", re.DOTALL)
 """What Python has no syntax for, outside of strings: names in backticks, and pandas' spelling of `and` and `or`."""
@@ -73,11 +76,19 @@ class Condition:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of '\d' in a string
-                return ast.parse(SCANNED.sub(python, self.text).strip(), mode="eval").body
+                tree = ast.parse(SCANNED.sub(python, self.text).strip(), mode="eval")
         except SyntaxError as error:
             raise self._mistake(error.msg) from None
         except (ValueError, MemoryError) as error:  # a NUL character, too many parentheses
             raise self._mistake(str(error) or "it is nested too deeply") from None
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and type(node.value) is int and node.value >= LARGEST_INTEGER:
+                shown = reprlib.repr(node.value)
+                raise self._mistake(
+                    f"numbers are compared as floats, which round {shown}: for just this number give '{shown}', a text in "
+                    f"quotes, or as a limit {shown}.0"
+                )
+        return tree.body
 
     # --- from the tree to an expression ---
 

@@ -26,6 +26,7 @@ from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
 from lmdist.cpus import limit_threads
+from lmdist.credentials import without_credentials
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.perplexity import perplexity
 
@@ -210,13 +211,13 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Texts:
         found = read_file(checkpoint, arguments.file, read_settings(arguments))
         tokens, figures = found.tokens, {"documents": found.documents, "skipped": found.skipped}
         if not arguments.cache:
-            return Texts(arguments.file, tokens, None, None, figures, None)
+            return Texts(without_credentials(arguments.file), tokens, None, None, figures, None)
     folder = folder_of_model(checkpoint.manifest, arguments.data, "" if arguments.cache else ", or a text by --file")
     if arguments.cache and not folder.has("valid"):
         raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
     valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
     if tokens is not None:
-        return Texts(arguments.file, tokens, valid, None, figures, None)
+        return Texts(without_credentials(arguments.file), tokens, valid, None, figures, None)
     name = arguments.split or "test"
     if not folder.has(name):
         raise MissingInputError(

@@ -28,7 +28,7 @@ run.mkdir(parents=True, exist_ok=True)
 number = int(run.name.removeprefix("trial-"))
 def validation(perplexity):
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({{"step": 1, "valid/perplexity": perplexity}}) + "\\n")
+        file.write(json.dumps({{"step": 1, "time": time.time(), "valid/perplexity": perplexity}}) + "\\n")
 {body}
 """
 
@@ -101,10 +101,21 @@ def test_a_mistake_in_the_flags_ends_the_sweep_with_its_code_and_the_trial_is_le
     assert [trial.state.name for trial in trials(tmp_path)] == ["RUNNING"]
 
 
-def test_a_sweep_that_is_stopped_goes_on_with_the_trial_that_it_was_at(tmp_path):
+def test_data_without_a_valid_split_are_an_error_of_the_data(tmp_path):
+    done = sweep(tmp_path, "--trials=2", path=fake(tmp_path, "pass"))
+    assert done.returncode == 65
+    assert done.stderr.endswith("sweep.py: error: the data folder has no valid split, by which trials could be compared\n")
+
+
+@pytest.mark.parametrize("by", ["Ctrl-C", "SIGTERM to the sweep alone"])
+def test_a_sweep_that_is_stopped_goes_on_with_the_trial_that_it_was_at(tmp_path, by):
     body = """
 import signal
-signal.signal(signal.SIGINT, lambda *_: sys.exit(75))
+def save(*_):
+    (run / "saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
 validation(50.0 - number)
 if not (run / "again").exists():
     (run / "again").touch()
@@ -115,8 +126,12 @@ if not (run / "again").exists():
     with subprocess.Popen([*SWEEP, "--trials=1"], cwd=tmp_path, env=variables, start_new_session=True) as job:
         while not (tmp_path / "sweeps/small/trial-000/again").exists():
             time.sleep(0.1)
-        os.killpg(job.pid, signal.SIGINT)
+        if by == "Ctrl-C":
+            os.killpg(job.pid, signal.SIGINT)
+        else:
+            job.terminate()
     assert job.returncode == 75
+    assert (tmp_path / "sweeps/small/trial-000/saved").exists()
     done = sweep(tmp_path, "--trials=1", path=path)
     assert done.returncode == 0, done.stderr
     assert [(trial.number, trial.value) for trial in trials(tmp_path)] == [(0, 50.0)]

@@ -224,7 +224,13 @@ def test_the_bytes_of_an_ordinary_csv_too(tmp_path):
         (frame_of(20), {"where": "print(1)"}, "--where 'print(1)'"),
         (frame_of(20), {"text_colum": "Text"}, "prepare has no text_colum; did you mean text_column?"),
         (frame_of(20), {"inputs": ["a.csv"]}, "inputs says how files are read"),
-        (frame_of(20), {"tokenizer": "bpe"}, "bpe"),
+        (frame_of(20), {"tokenizer": "bpe"}, "tokenizer is 'bpe'; 'word_tokenize' or 'wordpunct' or"),
+        (frame_of(20), {"text_column": 3}, "text_column is 3; a list is expected"),
+        (frame_of(20), {"text_column": ("Text", 3)}, "text_column[1] is 3; a string is expected"),
+        (frame_of(20), {"min_count": "3"}, "min_count is '3'; an integer is expected"),
+        (frame_of(20), {"lowercase": "no"}, "lowercase is 'no'; true or false is expected"),
+        (frame_of(20), {"valid_fraction": float("nan")}, "valid_fraction is nan; a number is expected"),
+        (5, {}, "is of int"),
         ([frame_of(20), frame_of(20)[["Text", "id"]]], {}, "the DataFrames have different columns"),
         ([1], {}, "is of int"),
         (frame_of(20)["Text"], {}, "is of Series"),
@@ -237,6 +243,24 @@ def test_mistakes_with_data_frames_leave_nothing(tmp_path, frames, values, messa
         lmdist.prepare(frames, tmp_path / "out", **{"tokenizer": "wordpunct", **values})
     assert message in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_script_without_a_guard_needs_one_for_workers_only(tmp_path):
+    program = """
+import sys, pandas, lmdist
+from lmdist.text import preparation
+preparation.ONE_PROCESS_BYTES = {"wordpunct": 0}
+frame = pandas.DataFrame({"content": [f"The council met {number} times." for number in range(40)]})
+lmdist.prepare(frame, sys.argv[1], tokenizer="wordpunct", overwrite=True)
+print("written")
+lmdist.prepare(frame, sys.argv[1], tokenizer="wordpunct", overwrite=True, workers=2)
+"""
+    (tmp_path / "script.py").write_text(program)
+    done = subprocess.run([sys.executable, tmp_path / "script.py", tmp_path / "out"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "written\n"), done.stderr
+    assert "UsageError: worker processes import the script that calls prepare: put the call under `if __name__" in done.stderr
+    (tmp_path / "script.py").write_text("if __name__ == '__main__':\n" + program.replace("\n", "\n    "))
+    subprocess.run([sys.executable, tmp_path / "script.py", tmp_path / "out"], check=True)
 
 
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from lmdist.credentials import without_credentials
 from lmdist.errors import DataError, MissingInputError, Stopped, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.text.documents import Documents, find_files
 from lmdist.text.machines import merge_shards, prepare_shard
 from lmdist.text.prepare import main, prepare
-from lmdist.text.remote import without_credentials
 from lmdist.text.shards import stamp
 from lmdist.text.sources import ReadOptions, size_of
 from support.failures import last_line
@@ -89,6 +89,10 @@ def test_addresses_are_read_as_files_are(memory, tmp_path):
         find_files([memory])
     with pytest.raises(UsageError, match=r"nowhere://a\.csv cannot be read: Protocol not known: nowhere"):
         find_files(["nowhere://a.csv"])
+    with pytest.raises(UsageError, match=r"zip://a\.csv::file:///c\.zip is a chain of addresses, which is not read"):
+        find_files(["zip://a.csv::file:///c.zip"])
+    with pytest.raises(UsageError, match=r"^webhdfs://host/d/\*\.csv is a pattern, and at such an address each file must be"):
+        find_files(["webhdfs://user:geheim@host/d/*.csv"])
     for name in FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(FILES[name])

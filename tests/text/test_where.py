@@ -189,6 +189,8 @@ HOSTILE = [
     "year + 'a' > 3",
     "year > 1e999 * 9" + "9" * 5000,
     "year == 1" + "0" * 400,
+    "year == -9007199254740993",
+    "year in [1, 9007199254740992]",
     "year ==",
     "year == 'Atlantic",
     "year == `2016",
@@ -223,6 +225,17 @@ def test_pandas_sees_names_of_ours_and_nothing_of_the_users():
     assert condition.expression == f"{expected} and (not ((column_3 != constant_3)))"
     assert list(condition.kinds) == ["os.system('x')", "index", "@a", "column_1"]
     assert list(condition.constants.values()) == ["__import__", -3.0, ["`", "'"], "\\"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_integers_that_floats_round_are_compared_as_texts(tmp_path, suffix):
+    ids = [2**53 - 1, 2**53, 2**53 + 1, 10, 11]
+    path = write(tmp_path / f"a.{suffix}", [["content", "id"], *([f"row {number}", str(number)] for number in ids)])
+    assert left(path, "id == '9007199254740993'") == ["row 9007199254740993"]
+    assert left(path, "id == 9007199254740991") == ["row 9007199254740991"]
+    assert len(left(path, "id < 9.1e15")) == 5
+    with pytest.raises(UsageError, match=r"which round 9007199254740993: .* give '9007199254740993', a text in quotes"):
+        left(path, "id == 9007199254740993")
 
 
 def test_a_long_condition_is_computed(tmp_path):

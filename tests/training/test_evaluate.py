@@ -17,6 +17,8 @@ import torch
 from torch.nn import functional
 
 from corpora import chain, write_data_folder
+from lmdist import config
+from lmdist.settings import PrepareSettings, Recipe
 from lmdist.storage.reading import read_json
 from lmdist.tracking import sync
 from lmdist.tracking.metadata import read_metadata
@@ -39,7 +41,8 @@ def trained(tmp_path_factory):
     splits = {"train": chain(1503, 30), "valid": chain(103, 30, seed=1), "test": chain(99, 30, seed=2)}
     data = write_data_folder(folder / "data", splits, 30)
     run = folder / "run"
-    train_here(f"--data.folder={data}", f"--run_folder={run}", "--training.epochs=4")
+    address = "https://reader:geheim@host/a.csv?sig=abcdef"
+    train_here(f"--data.folder={data}", f"--run_folder={run}", "--training.epochs=4", f"--prepare.train={address}")
     return run, data
 
 
@@ -145,6 +148,18 @@ def test_a_file_is_tokenized_as_the_training_text_was(trained, tmp_path, command
     text = text.rename(tmp_path / "text.csv")
     assert "--text-column" in command(run, f"--file={text}", code=65).err
     assert re.search("skipped +2 duplicate", command(run, f"--file={text}", "--text-column=w").out)
+
+
+def test_no_credentials_are_shown_or_kept(trained, command):
+    run, _ = trained
+    files = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
+    assert any(b"https://host/a.csv?..." in data for data in files)
+    assert not any(secret in data for data in files for secret in (b"reader", b"geheim", b"abcdef"))
+    assert config.flat(Recipe(prepare=PrepareSettings(train="s3://k:geheim@b/*.csv")))["prepare.train"] == "s3://b/*.csv"
+    pytest.importorskip("fsspec").filesystem("memory").pipe("/reader:geheim@texts/a.txt", b"w3 w4\n")
+    output = command(run, "--file=memory://reader:geheim@texts/a.txt", "--json")
+    assert json.loads(output.out)["text"] == "memory://texts/a.txt"
+    assert "geheim" not in output.out + output.err
 
 
 def test_unigram_model():
