@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdist.bounds import between, check
+from lmdist.bounds import check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
 from lmdist.errors import DataError, UsageError
 from lmdist_export.api import BUNDLE, load
 from lmdist_export.lines import STDIN, Lines, has_input, output_file
-from lmdist_export.options import APPLIED, CONTENT, OUTPUT, PARAMS, SAMPLING, Options, Row
+from lmdist_export.options import APPLIED, BATCH_SIZES, CONTENT, OUTPUT, PARAMS, SAMPLING, THREADS, Options, Row
 from lmdist_export.sampling.asked import Asked, understood, warning_of_prompt
 from lmdist_export.sampling.completion import Completion, Stream, completions
 
@@ -140,7 +140,8 @@ def without_garbage_collection() -> Iterator[None]:
 
 def check_arguments(arguments: argparse.Namespace, options: Options) -> None:
     """Raise UsageError for mistakes that can be seen before anything is read."""
-    check("--batch-size", arguments.batch_size, between(1, 65_536))
+    check("--batch-size", arguments.batch_size, BATCH_SIZES)
+    check("--threads", arguments.threads, THREADS)
     if arguments.prompt is not None and arguments.prompts_file is not None:
         raise UsageError("--prompt and --prompts-file are both given: give one of them")
     if arguments.stream and (options.n > 1 or arguments.prompts_file or arguments.json):
