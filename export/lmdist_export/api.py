@@ -25,8 +25,8 @@ from lmdist.bounds import at_least
 from lmdist.errors import UsageError
 from lmdist_export import registered
 from lmdist_export.options import BATCH_SIZES, Options, check_count, items_of, string_of, strings_of
-from lmdist_export.sampling.asked import understood
 from lmdist_export.sampling.completion import Completion, Stream, completions
+from lmdist_export.sampling.resolved_options import resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +95,7 @@ def load(bundle: str | os.PathLike[str], *, provider: Literal["cpu", "cuda"] = "
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
-        return Model(name, Sampler(Bundle.load(registered.download(name, Path(folder)), name), provider, threads))
+        return Model(name, Sampler(Bundle.load(registered.download_bundle(name, Path(folder)), name), provider, threads))
 
 
 class Model:
@@ -174,9 +174,9 @@ class Model:
         Prompts are read when it is their turn. Each text comes as soon as those before it are there; those of one prompt come
         one after the other. Raises UsageError as `generate`, and for one string, whose letters would be taken for prompts.
         """
-        asked = understood(Options.from_keywords({"n": n, **options}), self.bundle)
+        resolved = resolve(Options.from_keywords({"n": n, **options}), self.bundle)
         check_count("batch_size", batch_size, BATCH_SIZES)
-        return completions(self.sampler, map(self.prompt, items_of("the prompts", prompts)), asked, batch_size)
+        return completions(self.sampler, map(self.prompt, items_of("the prompts", prompts)), resolved, batch_size)
 
     def stream(self, prompt: str | Prompt = "", **options: Unpack[GenerationOptions]) -> Stream:
         """Return an iterator over the pieces of a text, each word as soon as it is generated.
@@ -189,8 +189,8 @@ class Model:
         Together the pieces are the text of `generate` with the same options. Raises UsageError as `generate` does, and for a
         beam search, which has no text before its end.
         """
-        asked = understood(Options.from_keywords(options), self.bundle, stream=True)
-        return Stream(self.sampler, self.prompt(prompt), asked)
+        resolved = resolve(Options.from_keywords(options), self.bundle, stream=True)
+        return Stream(self.sampler, self.prompt(prompt), resolved)
 
     # --- prompts
 

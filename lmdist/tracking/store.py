@@ -181,7 +181,7 @@ def silence() -> Iterator[None]:
         yield
 
 
-def download(uri: str, folder: Path) -> Path:
+def download_artifacts(uri: str, folder: Path) -> Path:
     """Download what `models:/NAME@ALIAS` or `runs:/ID/PATH` names into a folder; return where it lies there.
 
     The store is MLflow's own, else `store_address()`. Threads download one after the other. Raise any exception of MLflow or
@@ -190,9 +190,9 @@ def download(uri: str, folder: Path) -> Path:
     variables = {"MLFLOW_TRACKING_URI": store_address(), "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
     with ONE_DOWNLOAD, environment(configuration(DOWNLOAD_TIMEOUT_SECONDS) | variables), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow warns of annotations of its own
-        from mlflow.artifacts import download_artifacts
+        from mlflow import artifacts
 
-        return Path(download_artifacts(uri, dst_path=str(folder)))
+        return Path(artifacts.download_artifacts(uri, dst_path=str(folder)))
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def load_base(name: str) -> Base:
     path = Path(name)
     if registered.is_registered(name):
         with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
-            return of_bundle(name, registered.download(name, Path(folder)))
+            return of_bundle(name, registered.download_bundle(name, Path(folder)))
     if (path / MANIFEST).is_file() and read_json(path / MANIFEST).get("format") != FORMAT:
         return of_bundle(name, path)
     return of_checkpoint(name, find_checkpoint(path))

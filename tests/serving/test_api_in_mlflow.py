@@ -124,6 +124,6 @@ def test_threads_that_download_have_one_environment(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("mlflow.artifacts.download_artifacts", slow)
     with ThreadPoolExecutor(3) as threads:
-        assert list(threads.map(tracking_store.download, ("0.1", "0.3", "0.2"), [tmp_path] * 3)) == [tmp_path] * 3
+        assert list(threads.map(tracking_store.download_artifacts, ("0.1", "0.3", "0.2"), [tmp_path] * 3)) == [tmp_path] * 3
     assert seen == ["sqlite:///mlflow.db"] * 3
     assert "MLFLOW_TRACKING_URI" not in os.environ
