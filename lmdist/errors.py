@@ -41,6 +41,10 @@ class DataError(ValueError):
     exit_code = EXIT_DATA
 
 
+class OwnDataError(DataError):
+    """Bad data that one rank of a job may have seen alone, so that it must report them whichever rank it is."""
+
+
 class MissingInputError(FileNotFoundError):
     """An input that does not exist."""
 

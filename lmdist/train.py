@@ -16,7 +16,18 @@ from pathlib import Path
 
 from lmdist.command_line import exit_on_error, run_as_process
 from lmdist.console import log
-from lmdist.errors import EXIT_AGAIN, EXIT_DEFECT, FULL_DISK, Stopped, UsageError, exit_code_of, one_line, reason, require
+from lmdist.errors import (
+    EXIT_AGAIN,
+    EXIT_DEFECT,
+    FULL_DISK,
+    OwnDataError,
+    Stopped,
+    UsageError,
+    exit_code_of,
+    one_line,
+    reason,
+    require,
+)
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
 from lmdist.signals import AGENT, FIRST_FAILURE, StopRequest, die_with_parent
 from lmdist.storage.atomic import TakenError
@@ -100,7 +111,7 @@ def reported_once(*, is_main: bool) -> Iterator[None]:
         raise
     except Exception as error:
         code = exit_code_of(error)
-        is_first = is_first_failure(code) if FIRST_FAILURE in os.environ else is_main
+        is_first = is_first_failure(code) if FIRST_FAILURE in os.environ else is_main or isinstance(error, OwnDataError)
         if code == EXIT_DEFECT or is_first:
             raise
         if FIRST_FAILURE not in os.environ:  # rank 0 has it too, and would be ended by torchrun if this rank exited first

@@ -91,9 +91,12 @@ class HeldFolder:
             if size > max_bytes:
                 raise DataError(f"{path} has {size:,} bytes; at most {max_bytes:,} are expected")
             try:
-                self.contents[name] = self.file(name).readall()
+                content = self.file(name).readall()
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}") from None
+            if len(content) != size:
+                raise self.was_overwritten(name)
+            self.contents[name] = content
         return bytes(self.contents[name])
 
     def read_json(self, name: str) -> dict[str, Any]:

@@ -65,12 +65,17 @@ def open_file(path: Path) -> BufferedReader:
 
 def open_descriptor(path: Path, folder: int | None = None) -> int:
     """Open a file for reading, in the folder that is open as `folder`, whatever its path leads to now; raise as `open_file`."""
-    file_size(path, folder)  # a pipe is not even opened
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    file_size(path, folder)
+    # Without O_NONBLOCK a pipe that was put into the file's place meanwhile would be waited for.
+    flags = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
     try:
-        return os.open(path if folder is None else path.name, flags, dir_fd=folder)
+        descriptor = os.open(path if folder is None else path.name, flags, dir_fd=folder)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{path} is not a file, and one is expected")
+    return descriptor
 
 
 def file_size(path: Path, folder: int | None = None) -> int:

@@ -46,7 +46,8 @@ def prepare(
 
     `settings` are those of the command, with underscores: text_column, where, group_by, tokenizer, min_count and so on. Only
     `workers` is 1 unless it is given: worker processes import the script that calls this, which must then be guarded by
-    `if __name__ == "__main__":`. Returns the content of the folder's meta.json. Raises UsageError (a ValueError) for wrong settings, DataError for wrong data.
+    `if __name__ == "__main__":`. Returns the content of the folder's meta.json. Raises UsageError (a ValueError)
+    for wrong settings, DataError for wrong data.
     """
     known = [field.name for field in dataclasses.fields(PrepareSettings)]
     for name in settings:
@@ -97,6 +98,7 @@ class FrameFile:
     path: Path
     name: str = "frames.csv"
     can_seek: bool = True
+    version: str = ""
 
     def __str__(self) -> str:
         return "the DataFrame"

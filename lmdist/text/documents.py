@@ -126,15 +126,16 @@ class Documents:
         self.bytes_read = self.num_rows = 0
         seen: set[int] = set()
         for number, file, before, last in self._spans():
-            self.bytes_read = before
+            self.bytes_read = position = before
             first = end = 0
             with closing(self._rows(file, says_all=last < self.part.stop)) as rows:
                 for source, row, keeps_duplicates in rows:
-                    position = min(before + source.bytes_read, last)
+                    # Each member of an archive begins at 0, and they need not lie there in the order in which they are read.
+                    position = max(position, min(before + source.bytes_read, last))
                     if position >= self.part.stop:
                         break
                     end += 1
-                    self.bytes_read = before + source.bytes_read
+                    self.bytes_read = position
                     if position < self.part.start:
                         first = end
                     elif isinstance(row, Document):
@@ -228,7 +229,11 @@ class Documents:
         """Add the facts of the next part to those of the parts before; raise DataError where rows are missing between them."""
         self.lines += facts["lines"]
         self.skipped.update(facts["skipped"])
-        self.losses |= {(loss["name"], loss["why"]): Loss(**loss) for loss in facts["losses"]}
+        for found in facts["losses"]:
+            # Two addresses may have the same name, for it is without what gives access.
+            loss = self.losses.setdefault((found["name"], found["why"]), Loss(found["name"], found["why"], found["line"]))
+            loss.rows += found["rows"]
+            loss.lines += found["lines"]
         self.notes += facts["notes"]
         for name, (first, end) in facts["rows"].items():
             number = int(name)

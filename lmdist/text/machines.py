@@ -16,7 +16,7 @@ from pathlib import Path
 from lmdist.console import log
 from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
-from lmdist.storage.atomic import atomic_folder, recover
+from lmdist.storage.atomic import atomic_folder, check_output_folder, recover, refuse_to_replace_link
 from lmdist.text.counting import Sources, cut
 from lmdist.text.engines import Workers, count_on_cluster, dask_cluster
 from lmdist.text.given_vocabulary import GivenVocabulary
@@ -50,8 +50,10 @@ SHARDS_PER_THREAD = 2
 
 
 def prepare_shard(settings: PrepareSettings, output: Path, index: int, number: int) -> None:
-    """Count shard `index` of `number` of a data folder `output`, unless it is done."""
+    """Count shard `index` of `number` of a data folder `output`, which may exist already, unless the shard is done."""
+    refuse_to_replace_link(output)
     folder = shards_folder(output)
+    check_output_folder("-o", folder)
     with errors_of_writing(folder):
         settings, base = with_given_words(settings)
         sources = several_sources(settings, output)
@@ -98,6 +100,11 @@ def prepare_on_cluster(settings: PrepareSettings, output: Path, address: str, *,
                 shard = shard_folder(folder.absolute(), index, number)
                 tasks.append((shard, part, tokenizer, settings.seed, of))
             count_on_cluster(client, write_missing_shard, tasks)
+        if not all(is_of(shard, of) for shard, *_ in tasks):
+            raise UsageError(
+                f"the workers of {address} have written the shards into {folder.absolute()}, and here they are not: "
+                "give an -o in a folder that they share with this machine"
+            )
         merge_all(settings, output, sources, base, overwrite=overwrite)
 
 
@@ -117,7 +124,7 @@ def merge_all(
     """Write the data folder `output` from its shards, atomically; they stay, for they may be merged in another way."""
     folder = shards_folder(output)
     shards = find_shards(folder, description(sources, settings, base))
-    recover(folder, NAME.pattern, everyone=True)  # all are there: what else lies there was left by processes that were killed
+    recover(folder, NAME.pattern)  # what this machine's killed processes left; another machine's may be running
     log(f"merging {len(shards)} shards")
     with atomic_folder(output, replace=overwrite) as temporary, Workers(num_processes(settings, sources)) as workers:
         meta = finish(temporary, merge(temporary, shards, settings, sources, workers.run, base), settings, sources)

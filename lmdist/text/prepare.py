@@ -173,10 +173,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if shard or merge or scheduler:
             from lmdist.text import machines
 
-            check_output(output, "-o", overwrite=overwrite)
             if shard:
                 machines.prepare_shard(settings, output, *shard)
                 return
+            check_output(output, "-o", overwrite=overwrite)
             if scheduler:
                 machines.prepare_on_cluster(settings, output, scheduler, overwrite=overwrite)
             else:

@@ -27,6 +27,12 @@ USER = re.compile(r"(?<=://)[^/\s?#]*@")
 """The name and the password of a user, before the host."""
 QUERY = re.compile(r"\?(?=[^/?\s]*=)\S*")
 """What follows the path, where it has names and values: a signature or a token gives access to the file."""
+VERSIONS = (
+    *("etag", "md5hash", "content-md5", "digest", "sha", "crc32c"),  # of the content
+    *("mtime", "lastmodified", "last-modified", "last_modified", "last_write_time", "modificationtime", "modify", "updated"),
+    *("created", "date_time"),
+)
+"""Under which of these names a file system has what changes with the content of a file, the best first; in small letters."""
 
 
 def is_remote(name: str) -> bool:
@@ -96,15 +102,29 @@ class RemoteFile:
         """Return the size in bytes."""
         return self._size or 0
 
-    @cached_property
+    @property
+    def version(self) -> str:
+        """What differs once the file has other content, such as its ETag or the time of its last change, or ""."""
+        return self._facts[1]
+
+    @property
     def _size(self) -> int | None:
-        with errors_of_any_kind(str(self)):
-            filesystem, path = filesystem_of(self.address)
-            return filesystem.info(path).get("size")
+        return self._facts[0]
 
     @cached_property
+    def _facts(self) -> tuple[int | None, str]:
+        with errors_of_any_kind(str(self)):
+            filesystem, path = filesystem_of(self.address)
+            info = {str(name).lower(): value for name, value in filesystem.info(path).items()}
+            return info.get("size"), next((str(info[name]) for name in VERSIONS if info.get(name)), "")
+
+    @property
     def can_seek(self) -> bool:
         """Whether the file can be read at any place: some web servers send it only as a whole."""
+        return self._can_seek
+
+    @cached_property
+    def _can_seek(self) -> bool:
         if not WEB.match(self.address) or not self._size:
             return self._size is not None
         with errors_of_any_kind(str(self)), self._opened("rb") as stream:

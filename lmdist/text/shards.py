@@ -2,9 +2,9 @@
 
     data/news.shards/00003-of-00016/     a shard of counting.py, and shard.json: of what it is
 
-A shard is atomic. It knows its inputs (names, sizes, times of their last change) and the settings that it depends on, so that
-one that is done is not done again, and one of other inputs is neither taken nor kept. What is decided after the counting is no
-part of that: the same shards can be merged with another vocabulary and other fractions. This module does not know who counts.
+A shard is atomic. It knows its inputs (names, order, sizes, times of their last change) and the settings that it depends on, so
+that one that is done is not done again, and one of other inputs is neither taken nor kept. What is decided after the counting is
+no part of that: the same shards can be merged with another vocabulary and other fractions. This module does not know who counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.reading import read_json, write_json
 from lmdist.text.counting import Report, Sources, count
 from lmdist.text.given_vocabulary import GivenVocabulary
-from lmdist.text.sources import File, size_of
+from lmdist.text.sources import File, errors_of, size_of
 from lmdist.text.tokenizer import WordTokenizer
 
 SHARD = "shard.json"
@@ -47,19 +46,21 @@ def description(sources: Sources, settings: PrepareSettings, base: GivenVocabula
     tokenizer = base.tokenizer.as_json() if base and base.tokenizer else ""
     value = {
         "format": "lmdist shard",
-        "version": 1,
+        "version": 2,
         "seed": settings.seed,
         "text settings": dataclasses.asdict(settings.text),
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else "learned from the text",
         "read settings": {split: dataclasses.asdict(documents.options) for split, documents in sources.items()},
-        "files": {split: {str(file): stamp(file) for file in documents.files} for split, documents in sources.items()},
+        # In their order, on which it depends what a shard reads.
+        "files": {split: [[str(file), *stamp(file)] for file in documents.files] for split, documents in sources.items()},
     }
     return json.loads(json.dumps(value))
 
 
-def stamp(file: File) -> list[int]:
-    """Return the size of a file, and when a file of the system was changed last."""
-    return [size_of(file), *([os.stat(file).st_mtime_ns] if isinstance(file, Path) else [])]
+def stamp(file: File) -> list[int | str]:
+    """Return the size of a file, and when it was changed last; of a file elsewhere, what its server says of its content."""
+    with errors_of(str(file)):
+        return [size_of(file), file.stat().st_mtime_ns if isinstance(file, Path) else file.version]
 
 
 def write_shard(
@@ -105,10 +106,10 @@ def begun(folder: Path, of: Mapping[str, Any]) -> int | None:
 def find_shards(folder: Path, of: Mapping[str, Any]) -> list[Path]:
     """Return all shards of what `of` describes, in order.
 
-    Raises Stopped where some are missing, and DataError where there are only shards of something else.
+    Raises Stopped where some are missing, or are of something else: others may be counting them at this moment.
     """
     names = [match for path in sorted(folder.glob("*-of-*")) if (match := NAME.fullmatch(path.name))]
-    others = []
+    others: list[Path] = []
     missing: dict[int, list[int]] = {}
     for number in sorted({int(name[2]) for name in names}):
         shards = [shard_folder(folder, index, number) for index in range(number)]
@@ -117,14 +118,13 @@ def find_shards(folder: Path, of: Mapping[str, Any]) -> list[Path]:
         missing[number] = [index for index, shard in enumerate(shards) if not shard.exists() or shard in wrong]
         if not missing[number]:
             return shards
-    if len(others) == len(names) and others:
-        raise DataError(f"{others[0]} {difference(others[0], of)}: count the shards again")
     if not missing:
         raise Stopped(f"there is no shard in {folder} yet: count them by --shard I/N, and merge then")
     number = min(missing, key=lambda number: len(missing[number]))
     first = ", ".join(map(str, missing[number][:5])) + (" and others" if len(missing[number]) > 5 else "")
+    of_others = f"; {others[0]} {difference(others[0], of)}" if others else ""
     raise Stopped(
-        f"{len(missing[number])} of {number} shards are not there yet, or are of other inputs: {first} in {folder}: "
+        f"{len(missing[number])} of {number} shards are not there yet: {first} in {folder}{of_others}: "
         f"count them by --shard {missing[number][0]}/{number}, and merge then"
     )
 

@@ -84,6 +84,11 @@ class OtherFile(Protocol):
         """Open it as a path is opened."""
         ...
 
+    @property
+    def version(self) -> str:
+        """What differs once it has other content, as far as that is known, or ""."""
+        ...
+
     def size(self) -> int:
         """Return the size in bytes."""
         ...
@@ -204,7 +209,8 @@ def size_of(path: File) -> int:
     """Return the size in bytes of a file, of stdin or of what came through a pipe."""
     if is_pipe(path):
         return os.fstat(copied(path).fileno()).st_size
-    return path.stat().st_size if isinstance(path, Path) else path.size()
+    with errors_of(str(path)):
+        return path.stat().st_size if isinstance(path, Path) else path.size()
 
 
 def is_pipe(path: File) -> bool:

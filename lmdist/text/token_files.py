@@ -20,7 +20,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdist.errors import DataError
+from lmdist.errors import DataError, OwnDataError
 from lmdist.storage.checksums import BLOCK_BYTES
 from lmdist.storage.held import HeldFolder
 
@@ -61,7 +61,7 @@ class TokenFile:
         self.read_bytes(tokens.view(np.uint8).data, offset)
 
     def check(self, block: int) -> None:
-        """Check a block; raise DataError, naming its place, where it is damaged."""
+        """Check a block; raise OwnDataError, naming its place, where it is damaged."""
         start = block * BLOCK_BYTES
         content = bytearray(min(BLOCK_BYTES, self.bytes - start))
         self.read_bytes(memoryview(content), start)
@@ -69,10 +69,10 @@ class TokenFile:
             f"{self.path} is damaged in its block {block + 1} of {self.num_blocks}, bytes {start} to {start + len(content)}"
         )
         if self.sums is not None and zlib.crc32(content) != self.sums[block]:
-            raise DataError(f"{damaged}: its checksum is not the one recorded when it was written; prepare the folder anew")
+            raise OwnDataError(f"{damaged}: its checksum is not the one recorded when it was written; prepare the folder anew")
         largest = int(np.frombuffer(content, self.dtype).max())
         if largest >= self.vocabulary_size:  # on a GPU an error that does not name the file, hours later
-            raise DataError(f"{damaged}: it has a token {largest}, and the vocabulary ends at {self.vocabulary_size - 1}")
+            raise OwnDataError(f"{damaged}: it has a token {largest}, and the vocabulary ends at {self.vocabulary_size - 1}")
         self.checked[block] = 1
 
     def read_bytes(self, buffer: memoryview, offset: int) -> None:
@@ -82,10 +82,10 @@ class TokenFile:
             while done < len(buffer):  # no call returns more than 2 GiB
                 count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
                 if not count:
-                    raise DataError(f"{self.path} was truncated while it was read: prepare the folder anew")
+                    raise OwnDataError(f"{self.path} was truncated while it was read: prepare the folder anew")
                 done += count
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error.strerror}") from None
+            raise OwnDataError(f"{self.path} cannot be read: {error.strerror}") from None
 
     def check_unchanged(self, expected: str) -> None:
         """Raise DataError if the file was written to since it was opened, and has not the sha256 that is `expected`.

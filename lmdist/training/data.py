@@ -113,10 +113,10 @@ class DataFolder:
         if not self.has(split):
             raise MissingInputError(f"{self.path} has no {split} split; it has {', '.join(self.meta['splits'])}")
         name, count = token_file(split), self.meta["splits"][split]["tokens"]
+        if not count:
+            raise DataError(f"{self.path / name} is empty: prepare the folder anew from more text")
         sums = self.block_sums.get(name)
         file = TokenFile(self.files, name, self.meta["dtype"], count, self.vocabulary_size, sums)
-        if not count:
-            raise DataError(f"{file.path} is empty: prepare the folder anew from more text")
         self.in_use.append(file)
         return Tokens([file])
 

@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lmdist.errors import UsageError
 
-CLOSE_TIMEOUT = timedelta(minutes=30)
-"""At the end rank 0 may have a large checkpoint and a long sample to write. A rank that dies meanwhile is noticed at once."""
+LONG_TIMEOUT = timedelta(minutes=30)
+"""At the start rank 0 may have a large model to read, at the end a large checkpoint and a long sample to write. A rank that
+dies meanwhile is noticed at once."""
 
 
 @dataclass
@@ -32,8 +33,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    closing_group: dist.ProcessGroup | None = field(default=None, repr=False)
-    """The same ranks with the timeout CLOSE_TIMEOUT."""
+    patient_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    """The same ranks with the timeout LONG_TIMEOUT."""
     pending: tuple[dist.Work, Tensor] | None = field(default=None, repr=False)
     """The all-reduce that `any_delayed` has started, and its tensor."""
 
@@ -115,6 +116,11 @@ class World:
             dist.broadcast_object_list(texts, device=torch.device("cpu"))
         return texts[0]
 
+    def wait_for_all(self) -> None:
+        """Wait until all ranks have come this far: longer than in a step, for rank 0 may have gigabytes to read."""
+        if self.size > 1:
+            dist.barrier(group=self.patient_group)
+
     def gather_texts(self, text: str, limit: int = 4096) -> list[str]:
         """Return the texts of all ranks, each cut off after `limit` bytes of UTF-8, on each rank."""
         data = text.encode()[:limit].ljust(limit, b"\0")
@@ -128,7 +134,7 @@ class World:
         if self.pending:
             self.pending[0].wait()
         count = torch.tensor([float(interrupted)])
-        dist.all_reduce(count, group=self.closing_group)
+        dist.all_reduce(count, group=self.patient_group)
         dist.destroy_process_group()
         return bool(count.item())
 
@@ -212,7 +218,7 @@ def join_job(device: str, global_batch: int, accumulation: int, timeout_seconds:
             f"take a multiple of {size * accumulation}, or a number of ranks out of {fitting or 'none'}"
         )
     own_device = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    closing_group = None
+    patient_group = None
     if size > 1:
         # gloo beside NCCL: flags and figures of the job are in the CPU's memory, and wait for no GPU.
         dist.init_process_group(
@@ -220,6 +226,6 @@ def join_job(device: str, global_batch: int, accumulation: int, timeout_seconds:
             timeout=timedelta(seconds=timeout_seconds),
             device_id=own_device if own_device.type == "cuda" else None,
         )
-        closing_group = dist.new_group(backend="gloo", timeout=CLOSE_TIMEOUT)
-        assert isinstance(closing_group, dist.ProcessGroup), closing_group  # a number on ranks outside it: none is
-    return World(rank, size, own_device, closing_group)
+        patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        assert isinstance(patient_group, dist.ProcessGroup), patient_group  # a number on ranks outside it: none is
+    return World(rank, size, own_device, patient_group)

@@ -16,7 +16,7 @@ import torch
 
 from lmdist import config
 from lmdist.console import unused
-from lmdist.errors import DataError, UsageError
+from lmdist.errors import OwnDataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import Recipe
@@ -24,7 +24,7 @@ from lmdist.storage.checksums import own_checksum
 from lmdist.text.data_folder import VOCABULARY, token_file
 from lmdist.text.token_files import Tokens
 from lmdist.tracking.run_folder import CHECKPOINTS
-from lmdist.training.agreement import check_agreement
+from lmdist.training.agreement import NOT_COMPARED, check_agreement
 from lmdist.training.averaging import Averaging
 from lmdist.training.checkpoints.format import AVERAGED, Progress
 from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint
@@ -111,6 +111,7 @@ def set_up(recipe: Recipe, world: World) -> Run:
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
     # Rank 0 alone reads what the run starts from: TrainingStep gives its parameters to the others.
     begun = Progress(started_from=None if newest or not world.is_main else start(model, recipe, folder))
+    world.wait_for_all()
     training_step = TrainingStep(recipe, model, precision, world)
     hints = changed_settings(newest, recipe) if newest else []
     hints += configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
@@ -132,6 +133,7 @@ def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint 
     if world.is_main:
         remove_unfinished(checkpoints)
         newest = newest_verified(checkpoints)
+    world.wait_for_all()
     # A machine that restarts resumes, whatever a peer that starts late was told: rank 0 decides.
     found = f"{own_checksum(newest.manifest)} {newest.path}" if newest else ""
     resume, _, found = world.broadcast(f"{recipe.resume} {found}").partition(" ")
@@ -140,8 +142,8 @@ def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint 
     checksum, _, path = found.partition(" ")
     newest = newest or open_checkpoint(Path(path))
     if own_checksum(newest.manifest) != checksum:
-        raise DataError(f"{path} is another checkpoint on rank {world.rank} than on rank 0: give all ranks one run folder")
-    differences = differences_from(newest.manifest, recipe, folder)
+        raise OwnDataError(f"{path} is another checkpoint on rank {world.rank} than on rank 0: give all ranks one run folder")
+    differences = differences_from(newest.manifest, recipe, folder, is_main=world.is_main)
     another = f"--run_folder {shlex.quote(str(unused(Path(recipe.run_folder))))} starts another"
     if differences:
         raise UsageError(f"{recipe.run_folder} holds a run of another recipe: {'; '.join(differences)}; {another}")
@@ -169,12 +171,15 @@ def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, 
     return Precision(name, reason)
 
 
-def differences_from(manifest: dict[str, Any], recipe: Recipe, folder: DataFolder) -> list[str]:
-    """Return what a checkpoint was trained with that this recipe and its data folder have not: data, model, optimizer."""
+def differences_from(manifest: dict[str, Any], recipe: Recipe, folder: DataFolder, *, is_main: bool) -> list[str]:
+    """Return what a checkpoint was trained with that this recipe and its data folder have not: data, model, optimizer.
+
+    What rank 0 alone acts on, as on a base that only its machine may have, is compared on rank 0 alone.
+    """
     settings = [
         f"{name}: the run has {before}, the recipe {now}"
         for name, (before, now) in pairs_of(manifest["recipe"], recipe).items()
-        if before != now and is_fixed(name)
+        if before != now and is_fixed(name) and (is_main or not name.startswith(NOT_COMPARED))
     ]
     files = {VOCABULARY: manifest["files"], token_file("train"): manifest["data"]["files"]}
     data = [name for name, facts in files.items() if facts[name]["sha256"] != folder.meta["files"][name]["sha256"]]
@@ -222,9 +227,9 @@ def changed_settings(newest: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def pairs_of(before: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Return each setting that a checkpoint's recipe has as well: its value there, and in `recipe`."""
-    now = config.flat(recipe)
-    return {name: (value, now[name]) for name, value in config.flat_values(before).items() if name in now}
+    """Return the value of each setting in a checkpoint's recipe, the default of one that is younger, and in `recipe`."""
+    values = config.flat(Recipe()) | config.flat_values(before)
+    return {name: (values[name], now) for name, now in config.flat(recipe).items()}
 
 
 def restore_average(newest: Checkpoint, averaging: Averaging) -> None:

@@ -26,6 +26,7 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings, Recipe, TextSettings
 from lmdist.storage.reading import read_json
 from lmdist.storage.schema import check_schema
+from lmdist.text.given_vocabulary import CHOICES
 from lmdist.text.vectors import BY_LOWERCASE, read_vectors
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.metadata import read_metadata, run_id_of
@@ -145,12 +146,12 @@ def check_base(base: Base, settings: ModelSettings, folder: DataFolder) -> None:
         flags = " ".join(f"--model.{name} {value}" for name, value in differing.items())
         now = ", ".join(f"model.{name} {str(ours[name]).lower()}" for name in differing)
         raise UsageError(f"init_from {base.name} is a model of other sizes than the recipe's ({now}): give {flags}")
-    for name in ("tokenizer", "clean", "lowercase"):
+    for name in CHOICES:
         before, now = getattr(base.text, name), getattr(folder.tokenizer.settings, name)
         if before != now:
             raise UsageError(
                 f"init_from {base.name} read text with {name} {before}, and {folder.path} was prepared with {now}: prepare "
-                f"it with --vocabulary {base.name}, or with the base's settings"
+                f"it with {name} {before}, or with --vocabulary and the folder of the base"
             )
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corpora import chain, write_data_folder
-from lmdist.errors import DataError
+from lmdist.errors import EXIT_AGAIN, EXIT_DATA, DataError
 from lmdist.settings import DataSettings
 from lmdist.storage.checksums import BLOCK_BYTES
 from lmdist.storage.held import HeldFolder
@@ -20,6 +20,7 @@ from lmdist.text.data_folder import BLOCK_SUMS, BLOCKS, META
 from lmdist.text.token_files import TokenFile, Tokens
 from lmdist.training import evaluate
 from lmdist.training.data import DataFolder, training_batches
+from support.jobs import SMALL, train
 from support.small_bundles import make_run
 
 WORDS = 30
@@ -171,3 +172,11 @@ def test_an_evaluation_finds_a_damaged_block(tmp_path: Path, capsys: pytest.Capt
         evaluate.main([str(run), "--split", "valid"])
     assert stop.value.code == 65
     assert f"valid.bin is damaged in its block 1 of 1, bytes 0 to 1200: it has a token {words}" in capsys.readouterr().err
+
+
+def test_the_rank_that_alone_reads_a_damaged_block_names_it(data: Path, tmp_path: Path) -> None:
+    """Under plain torchrun, where rank 0 speaks for the others: it only sees that a rank is lost."""
+    flip(data / "train.bin", TOKENS + 7)  # in the middle of the text, where the stream of rank 1 begins
+    flags = (*SMALL, "--data.folder=data", "--run_folder=run", "--training.steps=2", "--data.global_batch=2")
+    done = train(2, *flags, cwd=tmp_path, codes=(EXIT_AGAIN, EXIT_DATA))
+    assert "train.bin is damaged in its block 2 of 3" in done.stderr

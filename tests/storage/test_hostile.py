@@ -785,7 +785,9 @@ def test_words_beyond_the_vocabulary(data: Path, tmp_path: Path) -> None:
     tokens[-1] = WORDS
     tokens.tofile(folder / "train.bin")
     with_correct_checksums(folder, "meta.json")
-    with pytest.raises(DataError, match=r"train\.bin is damaged: it has a token 20, and the vocabulary ends at 19"):
+    with pytest.raises(
+        DataError, match=r"train\.bin is damaged in its block 1 of 1, .*: it has a token 20, and the vocabulary ends at 19"
+    ):
         use_data(folder)
     edit_json(folder / "meta.json", splits={"train": {"tokens": 0}})
     (folder / "train.bin").write_bytes(b"")

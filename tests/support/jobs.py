@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -69,15 +69,15 @@ def torchrun(ranks: int, *flags: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def train(ranks: int, *flags: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a job to its end by forks, and check the exit code of each rank."""
+def train(ranks: int, *flags: str, cwd: Path, code: int = 0, codes: Sequence[int] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a job to its end by forks, and check the exit code of each rank: `code`, or each its own of `codes`."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
         started = start(ranks, *flags, cwd=cwd, outputs=outputs)
         for process in started:
             process.join()
         stdout, stderr = (path.read_text() for path in outputs)
-    assert [process.exitcode for process in started] == [code] * ranks, stderr
+    assert [process.exitcode for process in started] == [*(codes or [code] * ranks)], stderr
     return subprocess.CompletedProcess(flags, code, stdout, stderr)
 
 

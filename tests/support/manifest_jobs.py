@@ -143,7 +143,10 @@ def failures_are_the_launchers(render: Render) -> Iterator[str]:
 # The recipe ---------------------------------------------------------------------------------------------------------
 @rule
 def shards_are_counted_and_merged(render: Render) -> Iterator[str]:
-    """Each pod of a preparation counts the shard of its index, of as many as there are pods, and one merges what they count."""
+    """Each pod of a preparation counts the shard of its index, of as many as there are pods, and one merges what they count.
+
+    It replaces a data folder: one that was lost after it had written it is tried again.
+    """
     merged, counted = [], []
     for pod, container in running(render, "lmdist-prepare"):
         words = [word for word in pod.arguments(container, render.everything) if not word.startswith("--shard")]
@@ -157,7 +160,7 @@ def shards_are_counted_and_merged(render: Render) -> Iterator[str]:
             shards = [expanded(word, variables) for word in container["args"] if word.startswith("--shard")]
             if shards != [f"--shard={index}/{number}"]:
                 yield f"{pod}: pod {index} of {number} is given {shards}"
-    if merged != counted:
+    if merged != [{*words, "--overwrite"} for words in counted]:
         yield f"the pods that count are given {counted}, and those that merge {merged}"
 
 

@@ -16,7 +16,9 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum, sha256
+from lmdist.storage.checksums import OWN_CHECKSUM, block_checksums, facts_of, own_checksum
+from lmdist.storage.reading import write_json
+from lmdist.text.data_folder import BLOCK_SUMS, BLOCKS, TOKEN_FILES
 
 Random = np.random.Generator
 
@@ -134,7 +136,11 @@ def with_correct_checksums(folder: Path, manifest: str) -> None:
         for name, facts in value["files"].items():
             file = folder / name
             if file.parent == folder and file.is_file():
-                facts |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                facts |= facts_of(file)
+        if "blocks" in value:
+            sums = {file.name: block_checksums(file) for file in sorted(folder.glob(TOKEN_FILES)) if file.is_file()}
+            write_json(folder / BLOCKS, {BLOCK_SUMS: sums})
+            value["blocks"] = facts_of(folder / BLOCKS)
         if OWN_CHECKSUM in value:
             value[OWN_CHECKSUM] = own_checksum(value)
         path.write_text(json.dumps(value), encoding="utf-8")

@@ -9,15 +9,17 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.errors import DataError, MissingInputError, Stopped, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.text.documents import Documents, find_files
+from lmdist.text.machines import merge_shards, prepare_shard
 from lmdist.text.prepare import main, prepare
 from lmdist.text.remote import without_credentials
 from lmdist.text.sources import ReadOptions
@@ -102,6 +104,20 @@ def test_the_folder_is_that_of_local_files(memory, tmp_path):
     assert meta["sources"] == [{"name": "memory:///news/a.csv", "bytes": len(CSV)}]
 
 
+def test_shards_of_another_text_at_the_same_address_are_not_merged(memory, tmp_path):
+    chosen = PrepareSettings(inputs=[f"{memory}/a.csv"], tokenizer="wordpunct")
+    for index in range(2):
+        prepare_shard(chosen, tmp_path / "data", index, 2)
+    fsspec.filesystem("memory").pipe("/news/a.csv", CSV.replace("council", "parlia.").encode())
+    assert find_files(chosen.inputs)[0].size() == len(CSV)
+    with pytest.raises(Stopped, match=r"2 of 2 shards .* \(files\)"):
+        merge_shards(chosen, tmp_path / "data", overwrite=False)
+    for index in range(2):
+        prepare_shard(chosen, tmp_path / "data", index, 2)
+    merge_shards(chosen, tmp_path / "data", overwrite=False)
+    assert "parlia" in (tmp_path / "data" / "vocab.txt").read_text().split()
+
+
 # --- a web server --------------------------------------------------------------------------------------------------
 
 
@@ -162,12 +178,16 @@ def server(tmp_path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("folder", ["plain", "ranges"])
-def test_a_web_server_with_ranges_and_without(server, folder):
+def test_a_web_server_with_ranges_and_without(server, folder, tmp_path):
     Handler.requests.clear()
     addresses = [f"http://{server}/{folder}/{name}".replace(" ", "%20") for name in FILES]
     assert texts(*addresses) == EXPECTED
     assert texts(f"http://{server}/{folder}/news/*.csv*") == [*TEXTS, "more"]
     assert texts(f"http://{server}/{folder}/news/a.csv?download=1") == TEXTS
+    (file,) = find_files([addresses[0]])
+    assert file.version == formatdate((tmp_path / folder / "news/a.csv").stat().st_mtime, usegmt=True), (
+        "as any process finds it"
+    )
     assert any("bytes=0-" in request for request in Handler.requests) == (folder == "ranges")
     with pytest.raises(MissingInputError, match=f"http://{server}/{folder}/z.csv does not exist"):
         find_files([f"http://{server}/{folder}/z.csv"])

@@ -12,19 +12,25 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet as pq
 
 from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.text import prepare as command
+from lmdist.text.documents import Documents
 from lmdist.text.machines import merge_shards, prepare_shard
+from lmdist.text.preparation import errors_of_writing
 from lmdist.text.prepare import prepare
+from lmdist.text.shards import stamp
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,14 +64,32 @@ def small_steps() -> Iterator[None]:
         yield
 
 
-def as_text(rows: list[list[str]], kind: str) -> bytes:
+def as_file(rows: list[list[str]], kind: str) -> bytes:
     """Rows of a title and a text as a file of a kind has them."""
+    if kind == "parquet":
+        table = pa.table({"title": [title for title, _ in rows], "content": [content for _, content in rows]})
+        pq.write_table(table, file := io.BytesIO(), row_group_size=4)
+        return file.getvalue()
+    if kind.endswith(".zip"):
+        kind, _, order = kind.removesuffix(".zip").partition(".")
+        members = {f"{index}.{kind}": as_file(rows[index::3], kind) for index in range(3) if rows[index::3]}
+        if order == "tiny":
+            members = {f"a.{kind}": as_file(rows, kind), f"b.{kind}": as_file(rows[:1], kind)}
+        with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+            for name in sorted(members, reverse=order == "reversed"):
+                archive.writestr(name, members[name])
+        return file.getvalue()
+    return gzip.compress(as_text(rows, "csv")) if kind == "csv.gz" else as_text(rows, kind)
+
+
+def as_text(rows: list[list[str]], kind: str) -> bytes:
+    """The same of a kind of text."""
     table = io.StringIO(newline="")
     csv.writer(table).writerows([["title", "content"], *rows])
     lines = [json.dumps({"title": title, "content": content}) for title, content in rows]
     return {
         "csv": table.getvalue(),
-        "csv.gz": table.getvalue(),
+        "txt": "\n\n".join(content for _, content in rows),
         "jsonl": "\n".join(lines),
         "tsv": "title\tcontent\n" + "".join(f'{title}\t"{content}"\n' for title, content in rows),
     }[kind].encode()
@@ -75,9 +99,14 @@ WORDS = ["the", "cat", "said", "“so”", "caf\u00e9", "e\u0301", "\n", '"', ",
 words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join)
 # Of a few texts many rows, so that many are duplicates; a long one every now and then, so that a file has several positions.
 row = st.tuples(st.sampled_from(["a", "b", "c", ""]), words, st.sampled_from([0, 1, 1, 1, 900]))
-file = st.tuples(st.sampled_from(["csv", "csv", "csv.gz", "jsonl", "tsv"]), st.lists(row, min_size=1, max_size=30))
+KINDS = ["csv", "csv.gz", "jsonl", "tsv", "txt", "parquet", "txt.zip", "csv.zip", "csv.reversed.zip", "csv.tiny.zip"]
+file = st.tuples(st.sampled_from(KINDS), st.lists(row, min_size=1, max_size=30))
+ROWS_OF_SEVERAL_MEMBERS = [("a", f"text number {number}", 1 + 899 * (number == 9)) for number in range(30)]
 
 
+@example([("txt.zip", ROWS_OF_SEVERAL_MEMBERS)], 0, 3, "", "whitespace", False)
+@example([("csv.reversed.zip", ROWS_OF_SEVERAL_MEMBERS)], 0, 2, "title", "whitespace", False)
+@example([("csv.tiny.zip", ROWS_OF_SEVERAL_MEMBERS)], 3, 2, "", "wordpunct", False)
 @given(
     inputs=st.lists(file, min_size=1, max_size=3),
     more=st.integers(0, 3),
@@ -93,9 +122,10 @@ def test_any_number_of_shards_gives_the_same_folder(
     folder = tmp_path_factory.mktemp("shards")
     names = []
     for index, (kind, rows) in enumerate(inputs):
-        data = as_text([[title, f"{text} " * times] for title, text, times in rows * (more + 1)], kind)
         names.append(folder / f"{index}.{kind}")
-        names[-1].write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+        names[-1].write_bytes(as_file([[title, f"{text} " * times] for title, text, times in rows * (more + 1)], kind))
+    if any("txt" in kind for kind, _ in inputs):
+        group_by = ""
     values: dict[str, Any] = {"inputs": [*map(str, names)], "group_by": group_by}
     if given_splits:
         values = dict(zip(("train", "valid", "test"), map(str, names), strict=False))
@@ -162,7 +192,7 @@ def test_where_sentences_end_is_learned_from_the_same_text_or_not_at_all(tmp_pat
         merge_shards(chosen, tmp_path / name, overwrite=False)
         assert files(tmp_path / name) == files(tmp_path / f"whole-{name}")
     assert json.loads((tmp_path / "b" / "meta.json").read_text())["vocabulary"]["new"] > 0
-    with pytest.raises(DataError, match=r"something else than is given here \(tokenizer\)"):
+    with pytest.raises(Stopped, match=r"something else than is given here \(tokenizer\)"):
         merge_shards(PrepareSettings(inputs=of_other.inputs), tmp_path / "b", overwrite=True)
 
 
@@ -196,7 +226,7 @@ def test_a_shard_that_is_done_is_not_done_again(tmp_path, capsys):
     # Of other inputs or settings there are none.
     with pytest.raises(SystemExit) as wrong:
         command.main([*arguments, "--merge", "--overwrite", "--seed", "2"])
-    assert wrong.value.code == 65
+    assert wrong.value.code == 75, "others may be counting them at this moment"
     assert "00000-of-00002 was counted with something else than is given here (seed): " in capsys.readouterr().err
     os.utime(path, (1, 1))
     with pytest.raises(SystemExit):
@@ -205,6 +235,34 @@ def test_a_shard_that_is_done_is_not_done_again(tmp_path, capsys):
     command.main([*arguments, "--shard", "0/2", "--overwrite"])
     assert first.stat().st_ino != inode
     assert files(output) == files(tmp_path / "whole-5"), "a merge that fails replaces nothing"
+
+
+def test_shards_of_the_same_files_in_another_order_are_of_something_else(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("\n\n".join(f"{name} {number:02}" for number in range(20)))
+    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    chosen, turned = (PrepareSettings(inputs=inputs, tokenizer="wordpunct") for inputs in (names, names[::-1]))
+    prepare_shard(chosen, tmp_path / "data", 0, 2)
+    prepare_shard(turned, tmp_path / "data", 1, 2)
+    with pytest.raises(Stopped, match=r"1 of 2 shards .*00001-of-00002 was counted .* \(files\)"):
+        merge_shards(chosen, tmp_path / "data", overwrite=False)
+
+
+def test_an_input_that_is_gone_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one two")
+    documents = Documents([tmp_path / "a.txt"])
+    (tmp_path / "a.txt").unlink()
+    for look in (documents.check, lambda: stamp(tmp_path / "a.txt")):
+        with pytest.raises(DataError, match=r"a\.txt cannot be read: .*No such file"), errors_of_writing(tmp_path / "data"):
+            look()
+
+
+def test_the_same_loss_of_two_files_of_one_name_is_added_up():
+    documents = Documents([])
+    for line in (3, 5):
+        loss = {"name": "https://h/a.csv?...", "why": "a quote", "line": line, "rows": 2, "lines": 4}
+        documents.add({"lines": 9, "skipped": {}, "losses": [loss], "notes": [], "rows": {}})
+    assert [(loss.line, loss.rows, loss.lines) for loss in documents.losses.values()] == [(3, 4, 8)]
 
 
 def test_a_shard_that_was_killed_leaves_nothing_that_counts(tmp_path):
@@ -219,12 +277,16 @@ def test_a_shard_that_was_killed_leaves_nothing_that_counts(tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    of_another_machine = tmp_path / "data.shards" / ".00000-of-00002.writing-another-machine-1"
+    of_another_machine.mkdir()
     assert run(*arguments, "--merge", cwd=tmp_path).returncode == 75
     for index in (0, 1):
         assert run(*arguments, "--shard", f"{index}/2", cwd=tmp_path).returncode == 0
-    assert sorted(path.name for path in (tmp_path / "data.shards").iterdir()) == ["00000-of-00002", "00001-of-00002"]
     done = run(*arguments, "--merge", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert of_another_machine.is_dir(), "its process may be running"
+    of_another_machine.rmdir()
+    assert sorted(path.name for path in (tmp_path / "data.shards").iterdir()) == ["00000-of-00002", "00001-of-00002"]
     prepare(PrepareSettings(inputs=[str(path)], tokenizer="wordpunct", allow_losses=True), tmp_path / "whole")
     assert (tmp_path / "data" / "train.bin").read_bytes() == (tmp_path / "whole" / "train.bin").read_bytes()
 

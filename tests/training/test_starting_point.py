@@ -94,9 +94,11 @@ def test_each_word_has_the_base_s_rows_and_a_new_word_their_mean(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_bundle_is_a_base_as_well(tmp_path, name, precision):
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("fp16", 1e-3), ("int8", 0.05), ("int4", 0.3)])
+def test_a_bundle_is_a_base_as_well(tmp_path, name, precision, error):
     settings = MODELS[name]
+    if precision == "int4" and settings.head == "adaptive":
+        pytest.skip("there are no int4 bundles with an adaptive head")
     bundle = make_bundle(tmp_path, settings, "whitespace", PLAIN_WORDS, precision)
     expected = open_checkpoint(find_checkpoint(tmp_path / "runs" / "small")).model()
     model = started(bundle, tmp_path / "data", settings).eval()
@@ -104,7 +106,7 @@ def test_a_bundle_is_a_base_as_well(tmp_path, name, precision):
     with torch.no_grad():
         found, reference = (one.logits(one(tokens, one.initial_state(1))[0]) for one in (model, expected))
     largest = float(reference.abs().max())
-    assert float((found - reference).abs().max()) < largest * (1e-5 if precision == "fp32" else 0.05)
+    assert float((found - reference).abs().max()) < largest * error
 
 
 def flags(tmp_path: Path, run: str, *more: str) -> list[str]:
@@ -294,7 +296,7 @@ def test_vectors_are_the_embeddings_of_their_words_and_come_out_the_same(base, t
     assert (facts["vectors_words"], facts["vectors_taken"], facts["vectors_by_lowercase"]) == (3, 2, 1)
 
     alone = started(Path(), tmp_path / "data", UNTIED, embeddings=str(tmp_path / "in.vec"))
-    assert alone.embedding.weight[words.ids["the"]].tolist() == [9] * 6 if "the" in words.ids else True
+    assert alone.embedding.weight[words.ids["lion"]].tolist() == [1, 2, 3, 4, 5, 6]
     with pytest.raises(UsageError, match=r"vectors of 6 numbers, and the model's have 8: give --model.embedding_size 6"):
         started(Path(), tmp_path / "data", TIED, embeddings=str(tmp_path / "in.vec"))
 

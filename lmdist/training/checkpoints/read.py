@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,8 @@ class Checkpoint:
 
         Its parameters are the average over the steps, where the checkpoint holds one.
         """
-        assert self.tokenizer
-        model = LanguageModel(ModelSettings(**self.manifest["model"]), len(self.vocabulary))
+        vocabulary, _ = self.vocabulary, self.tokenizer
+        model = LanguageModel(ModelSettings(**self.manifest["model"]), len(vocabulary))
         self.load_parameters(model, parameters_file(self.manifest))
         return model.eval()
 
@@ -128,7 +128,8 @@ def open_resumable(path: Path) -> Checkpoint:
     checkpoint = open_checkpoint(path)
     for name in (MODEL, TRAINING, AVERAGED):
         if name in checkpoint.manifest["files"]:
-            read_tensors(checkpoint.files, name)
+            for _ in tensors_of(checkpoint.files, name):
+                pass
     return checkpoint
 
 
@@ -209,17 +210,22 @@ def read_tensors(files: HeldFolder, name: str, expected: Mapping[str, tuple[int,
     Raise DataError if it is none, if a number is not finite, if names and shapes are not those `expected`, or if the file was
     written to since it was opened.
     """
-    found, path = read_shapes(files, name), files.path / name
     if expected is not None:
-        check_shapes(found, expected, path)
+        check_shapes(read_shapes(files, name), expected, files.path / name)
+    return dict(tensors_of(files, name))
+
+
+def tensors_of(files: HeldFolder, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of a safetensors file with its name, one at a time in memory, and raise as `read_tensors`."""
+    found = read_shapes(files, name)
     with safe_open(files.path_of(name), framework="pt") as file:
-        # Copies, for the file is mapped into memory. States of bf16 and fp16 runs are half as wide.
-        tensors = {tensor: file.get_tensor(tensor).to(torch.float32, copy=True) for tensor in found}
-    files.check_unchanged(name)
-    for tensor, value in tensors.items():
-        if not value.isfinite().all():
-            raise DataError(f"{path}: {reprlib.repr(tensor)} holds numbers that are not finite")
-    return tensors
+        for tensor in found:
+            # A copy, for the file is mapped into memory. States of bf16 and fp16 runs are half as wide.
+            value = file.get_tensor(tensor).to(torch.float32, copy=True)
+            files.check_unchanged(name)
+            if not value.isfinite().all():
+                raise DataError(f"{files.path / name}: {reprlib.repr(tensor)} holds numbers that are not finite")
+            yield tensor, value
 
 
 def read_shapes(files: HeldFolder, name: str) -> dict[str, tuple[int, ...]]:
