@@ -39,7 +39,8 @@ from pathlib import Path
 from damages import KINDS
 from lmdist.command_line import run_as_process
 from lmdist.errors import MESSAGE_CONTROLS
-from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum, sha256
+from lmdist.storage.checksums import OWN_CHECKSUM, facts_of, own_checksum, sha256
+from lmdist.text.data_folder import BLOCKS
 from origin import Row, add_json_option, collect_rows
 
 SECONDS, QUICK_SECONDS, PATIENCE = 600, 100, 60
@@ -101,6 +102,15 @@ class Ended:
     stderr: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a command makes of folders that are not damaged."""
+
+    whole: str
+    of_others: Sequence[str] = ()
+    """The same without one of the run's checkpoints: what a warning that it is skipped may tell of."""
+
+
 def make_world(world: Path) -> None:
     """Make the folders by the commands themselves, beside a home and a folder that are nobody's business."""
     for name in ("home", "outside"):
@@ -130,7 +140,7 @@ def cases(world: Path, seed: int) -> Iterator[Case]:
 
 
 def try_case(
-    case: Case, original: Path, world: Path, expected: str, seed: int, patience: float
+    case: Case, original: Path, world: Path, expected: Expected, seed: int, patience: float
 ) -> tuple[str, str, Ended] | None:
     """Return the outcome of a case, what was done and why it is bad, and how the command ended; None where it means nothing."""
     shutil.rmtree(world, ignore_errors=True)
@@ -154,17 +164,18 @@ def forge(path: Path) -> None:
     for manifest in (path.with_name("manifest.json"), path.with_name("meta.json")):
         try:
             value = json.loads(manifest.read_text())
-            if path.name in value["files"]:
-                value["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            holder, key = (value, "blocks") if path.name == BLOCKS else (value["files"], path.name)
+            if key in holder:
+                holder[key] = facts_of(path)
             if OWN_CHECKSUM in value:
                 value[OWN_CHECKSUM] = own_checksum(value)
-            if manifest == path or path.name in value["files"]:
+            if manifest == path or key in holder:
                 manifest.write_text(json.dumps(value))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # there is none, or it is the changed file and no manifest any more
 
 
-def judge(case: Case, ended: Ended, expected: str, world: Path) -> tuple[str, str]:
+def judge(case: Case, ended: Ended, expected: Expected, world: Path) -> tuple[str, str]:
     """Return an outcome, and why it is bad."""
     lines = ended.stderr.splitlines()
     errors = [line for line in lines if ": error: " in line]
@@ -181,9 +192,10 @@ def judge(case: Case, ended: Ended, expected: str, world: Path) -> tuple[str, st
         return (f"refused {ended.code}", "") if is_one_line else ("BAD", f"the reason is not one line: {lines[-1:]!s:.300}")
     if ended.code != 0:
         return "BAD", f"exit code {ended.code}: {lines[-1:]!s:.300}"
-    if result_of(case.command, world, ended.stdout) == expected:
+    result = result_of(case.command, world, ended.stdout)
+    if result == expected.whole:
         return "same", ""
-    if "warning: skipping a damaged checkpoint" in ended.stderr:
+    if result in expected.of_others and "warning: skipping a damaged checkpoint" in ended.stderr:
         return "announced", ""
     if case.kind.startswith("forged") or EDITABLE.fullmatch(Path(case.file).name):
         return "obeyed", ""
@@ -283,7 +295,7 @@ def main() -> None:
     ):
         original, world = Path(scratch) / "original", Path(scratch) / "case"
         make_world(original)
-        expected = {command: undamaged(command, original, world) for readers in READERS.values() for command in readers}
+        expected = {command: expected_of(command, original, world) for readers in READERS.values() for command in readers}
         counts: dict[tuple[str, str], Counter[str]] = {}
         for case in cases(original, arguments.seed):
             if arguments.case not in (None, case.number):
@@ -306,10 +318,21 @@ def main() -> None:
         sys.exit(1)
 
 
-def undamaged(command: str, original: Path, world: Path) -> str:
-    """Return the result of a command on folders as they were made."""
+def expected_of(command: str, original: Path, world: Path) -> Expected:
+    """Return what a command makes of folders as they were made, and of a run that lacks a checkpoint."""
+    steps = sorted(path.relative_to(original) for path in (original / "run" / "checkpoints").glob("step-*"))
+    reads_run = command in READERS["checkpoints"]
+    return Expected(
+        undamaged(command, original, world), [undamaged(command, original, world, step) for step in steps if reads_run]
+    )
+
+
+def undamaged(command: str, original: Path, world: Path, without: Path | None = None) -> str:
+    """Return the result of a command on folders as they were made, but `without` one of them."""
     shutil.rmtree(world, ignore_errors=True)
     shutil.copytree(original, world)
+    if without:
+        shutil.rmtree(world / without)
     ended = run(COMMANDS[command], world)
     assert ended.code == 0, f"{command}: {ended.stderr}"
     return result_of(command, world, ended.stdout)

@@ -21,12 +21,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-from lmdist.bounds import at_least, check
+from lmdist.bounds import at_least
 from lmdist.errors import UsageError
 from lmdist_export import registered
-from lmdist_export.options import Options, string_of, strings_of
-from lmdist_export.sampling.asked import understood
+from lmdist_export.options import BATCH_SIZES, Options, check_count, items_of, string_of, strings_of
 from lmdist_export.sampling.completion import Completion, Stream, completions
+from lmdist_export.sampling.resolved_options import resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +95,7 @@ def load(bundle: str | os.PathLike[str], *, provider: Literal["cpu", "cuda"] = "
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
-        return Model(name, Sampler(Bundle.load(registered.download(name, Path(folder))), provider, threads))
+        return Model(name, Sampler(Bundle.load(registered.download_bundle(name, Path(folder)), name), provider, threads))
 
 
 class Model:
@@ -172,11 +172,11 @@ class Model:
         """Return an iterator over the texts of `generate`, for prompts that are too many for a list.
 
         Prompts are read when it is their turn. Each text comes as soon as those before it are there; those of one prompt come
-        one after the other.
+        one after the other. Raises UsageError as `generate`, and for one string, whose letters would be taken for prompts.
         """
-        asked = understood(Options.from_keywords({"n": n, **options}), self.bundle)
-        check("batch_size", batch_size, at_least(1))
-        return completions(self.sampler, map(self.prompt, prompts), asked, batch_size)
+        resolved = resolve(Options.from_keywords({"n": n, **options}), self.bundle)
+        check_count("batch_size", batch_size, BATCH_SIZES)
+        return completions(self.sampler, map(self.prompt, items_of("the prompts", prompts)), resolved, batch_size)
 
     def stream(self, prompt: str | Prompt = "", **options: Unpack[GenerationOptions]) -> Stream:
         """Return an iterator over the pieces of a text, each word as soon as it is generated.
@@ -189,8 +189,8 @@ class Model:
         Together the pieces are the text of `generate` with the same options. Raises UsageError as `generate` does, and for a
         beam search, which has no text before its end.
         """
-        asked = understood(Options.from_keywords(options), self.bundle, stream=True)
-        return Stream(self.sampler, self.prompt(prompt), asked)
+        resolved = resolve(Options.from_keywords(options), self.bundle, stream=True)
+        return Stream(self.sampler, self.prompt(prompt), resolved)
 
     # --- prompts
 
@@ -283,7 +283,7 @@ class Model:
 
         `<eos>` is the end of the text. The probabilities are the model's own, whatever generation_config.json says.
         """
-        check("k", k, at_least(1))
+        check_count("k", k, at_least(1))
         return self.scorer(cache=cache).next_words(self.prompt(prompt), k)
 
     def vector(self, word: str) -> NDArray[np.float32]:

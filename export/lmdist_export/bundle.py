@@ -17,7 +17,7 @@ within milliseconds. docs/bundle.md describes the format.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ EXPECTED = "a bundle written by lmdist-export is expected"
 class Bundle:
     """A bundle whose files have the checksums of the manifest.
 
-    What is used of it was read before it was checked, or is held open: whatever becomes of the folder, it is one bundle.
+    What is used of it was read before it was checked: whatever becomes of the folder, it is one bundle.
     """
 
     files: HeldFolder
@@ -67,15 +67,24 @@ class Bundle:
     generation: GenerationConfig
     cache: NeuralCache | None = None
     """The neural cache that was tuned for the model, if one was."""
+    called: str = ""
+    """What the user has called it, where that is not the folder: its address in MLflow."""
 
     @classmethod
-    def load(cls, folder: str | Path) -> Bundle:
-        """Read and check a bundle; raises MissingInputError or DataError."""
-        return read_held(Path(folder), cls.of, EXPECTED)
+    def load(cls, folder: str | Path, called: str = "") -> Bundle:
+        """Read and check a bundle, and close its files; raises MissingInputError or DataError."""
+        bundle = cls.hold(folder)
+        bundle.files.close()
+        return replace(bundle, called=called)
 
     @classmethod
-    def of(cls, files: HeldFolder) -> Bundle:
-        """Do the same of a folder that is held open."""
+    def hold(cls, folder: str | Path) -> Bundle:
+        """Read and check a bundle whose files stay open, for who copies them too; raises as `load`."""
+        return read_held(Path(folder), cls.from_held_folder, EXPECTED)
+
+    @classmethod
+    def from_held_folder(cls, files: HeldFolder) -> Bundle:
+        """Read and check the bundle of a folder that is held open; raises as `load`."""
         manifest = read_manifest(files)
         # What a look at the sizes refuses costs no time: the sha256 of many gigabytes takes a minute.
         verify_sizes(files, manifest["files"], CHECKED)
@@ -92,6 +101,11 @@ class Bundle:
     def folder(self) -> Path:
         """Return where the bundle was."""
         return self.files.path
+
+    @property
+    def name(self) -> str:
+        """Return what messages call the bundle."""
+        return self.called or str(self.folder)
 
     @property
     def weights(self) -> mmap.mmap:

@@ -17,15 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmdist.bounds import between, check
+from lmdist.bounds import check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
 from lmdist.errors import DataError, UsageError
 from lmdist_export.api import BUNDLE, load
 from lmdist_export.lines import STDIN, Lines, has_input, output_file
-from lmdist_export.options import APPLIED, CONTENT, OUTPUT, PARAMS, SAMPLING, Options, Row
-from lmdist_export.sampling.asked import Asked, understood, warning_of_prompt
+from lmdist_export.options import APPLIED, BATCH_SIZES, CONTENT, OUTPUT, PARAMS, SAMPLING, THREADS, Options, Row
 from lmdist_export.sampling.completion import Completion, Stream, completions
+from lmdist_export.sampling.resolved_options import ResolvedOptions, resolve, warning_of_prompt
 
 if TYPE_CHECKING:
     from lmdist_export.api import Model
@@ -104,13 +104,13 @@ def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments, options)
     with without_garbage_collection():
         model = load(arguments.bundle, provider=arguments.provider, threads=arguments.threads)
-        asked = understood(options, model.bundle, stream=arguments.stream)
-    for sentence in asked.warnings:
+        resolved = resolve(options, model.bundle, stream=arguments.stream)
+    for sentence in resolved.warnings:
         log(f"warning: {sentence}", COMMAND)
     prompts = Prompts(model, arguments)
-    pieces = streamed(model, prompts, asked) if arguments.stream else formatted(model, prompts, asked, arguments)
-    if asked.seed is not None and options.seed is None:
-        log(f"seed {asked.seed}", COMMAND)
+    pieces = streamed(model, prompts, resolved) if arguments.stream else formatted(model, prompts, resolved, arguments)
+    if resolved.seed is not None and options.seed is None:
+        log(f"seed {resolved.seed}", COMMAND)
     began, num_tokens = time.perf_counter(), 0
     with output_file(arguments.output, COMMAND) as output:
         for piece, count in pieces:
@@ -140,7 +140,8 @@ def without_garbage_collection() -> Iterator[None]:
 
 def check_arguments(arguments: argparse.Namespace, options: Options) -> None:
     """Raise UsageError for mistakes that can be seen before anything is read."""
-    check("--batch-size", arguments.batch_size, between(1, 65_536))
+    check("--batch-size", arguments.batch_size, BATCH_SIZES)
+    check("--threads", arguments.threads, THREADS)
     if arguments.prompt is not None and arguments.prompts_file is not None:
         raise UsageError("--prompt and --prompts-file are both given: give one of them")
     if arguments.stream and (options.n > 1 or arguments.prompts_file or arguments.json):
@@ -192,21 +193,23 @@ def from_stdin(*, stream: bool) -> Iterator[str]:
         yield ""
 
 
-def streamed(model: Model, prompts: Prompts, asked: Asked) -> Iterator[tuple[str, int]]:
+def streamed(model: Model, prompts: Prompts, resolved: ResolvedOptions) -> Iterator[tuple[str, int]]:
     """Yield the pieces of the one text, and at its end the number of its tokens."""
     for prompt in list(prompts):
-        stream = Stream(model.sampler, prompt, asked)
+        stream = Stream(model.sampler, prompt, resolved)
         yield from ((piece, 0) for piece in stream)
         assert stream.completion
         warn_of_exhausted(stream.completion)
         yield "\n", len(stream.completion.tokens)
 
 
-def formatted(model: Model, prompts: Prompts, asked: Asked, arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+def formatted(
+    model: Model, prompts: Prompts, resolved: ResolvedOptions, arguments: argparse.Namespace
+) -> Iterator[tuple[str, int]]:
     """Yield each text, as a line of JSON or below a line with its number, and the number of its tokens."""
-    for text in completions(model.sampler, prompts, asked, arguments.batch_size):
+    for text in completions(model.sampler, prompts, resolved, arguments.batch_size):
         warn_of_exhausted(text)
-        place = text.prompt_number * asked.options.n + text.index
+        place = text.prompt_number * resolved.options.n + text.index
         head = f"\n===== {place + 1} =====\n\n" if place else ""
         written = json.dumps(text.as_object(), ensure_ascii=False) if arguments.json else f"{head}{text.text}"
         yield f"{written}\n", len(text.tokens)

@@ -13,14 +13,16 @@ This module needs neither numpy nor onnxruntime, so that `lmdist-generate --help
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from lmdist.bounds import Bounds, at_least, between, check, check_bounds
 from lmdist.errors import UsageError
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
+
+Item = TypeVar("Item")
 
 MAX_BEAMS = 1_000
 MAX_BIAS = 1_000_000  # added to a logit, or multiplied with it: fp32 has no numbers far beyond the products
@@ -28,6 +30,10 @@ FP32_LIMIT = 1e30  # the graphs are fed nothing beyond it nor, where they divide
 MAX_WEIGHT = 1 - 2**-24  # of a cache in fp32: the logarithm of the rest is finite
 ATTEMPTS = 24  # uniform numbers a token where it may be rejected; each rejection leaves about half of what is not allowed
 
+BATCH_SIZES = between(1, 65_536)
+"""How many texts may be generated, or scored, at a time."""
+THREADS = between(0, 1_024, "0 chooses by the machine")
+"""How many threads onnxruntime may have."""
 NO_CACHE = (
     "this bundle has no neural cache: tune one by lmdist-evaluate RUN --cache 2000, then export the run again by lmdist-export"
 )
@@ -440,9 +446,24 @@ def typed(row: Row, value: Any, quoted: Callable[[Any], str] = reprlib.repr) -> 
     return row.type(value)
 
 
+def check_count(name: str, value: Any, expected: Bounds) -> None:
+    """Raise UsageError, with `name` in it, unless a value is an integer, NumPy's or Python's, within its bounds."""
+    accepted, kind = TYPES[int]
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        raise UsageError(f"{name} is {reprlib.repr(value)}; {kind} is expected")
+    check(name, value, expected)
+
+
 def strings_of(name: str, values: Iterable[Any], example: str = "", quoted: Callable[[Any], str] = reprlib.repr) -> list[str]:
     """Return the values; raises UsageError where one is not a string."""
     return [string_of(f"{name} number {place}", value, example, quoted) for place, value in enumerate(values)]
+
+
+def items_of(name: str, values: Iterable[Item]) -> Iterator[Item]:
+    """Return the values one by one; raises UsageError for a string, whose letters would be taken for values."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise UsageError(f"{name} are {reprlib.repr(values)}; a list is expected, as [{reprlib.repr(values)}]")
+    return iter(values)
 
 
 def string_of(name: str, value: Any, example: str = "", quoted: Callable[[Any], str] = reprlib.repr) -> str:

@@ -19,7 +19,7 @@ def is_registered(bundle: str) -> bool:
     return ADDRESS.match(bundle) is not None
 
 
-def download(bundle: str, folder: Path) -> Path:
+def download_bundle(bundle: str, folder: Path) -> Path:
     """Download a bundle into a folder; return where it lies there.
 
     Raise UsageError where MLflow is not installed, MissingInputError where it has no such bundle, Stopped where it cannot be
@@ -28,7 +28,7 @@ def download(bundle: str, folder: Path) -> Path:
     from lmdist.errors import DataError, MissingInputError, Stopped, require
     from lmdist.tracking.address import packages_of, sqlite_file, store_address, without_password
     from lmdist.tracking.failures import FinalError, upload_error
-    from lmdist.tracking.store import download as download_from
+    from lmdist.tracking.store import download_artifacts
 
     address = store_address()
     require(*packages_of(address), purpose=f"{bundle} lies in MLflow: ")
@@ -36,7 +36,7 @@ def download(bundle: str, folder: Path) -> Path:
     if (file := sqlite_file(address)) and not file.exists():  # MLflow would create it
         raise MissingInputError(f"{bundle}: {file} does not exist; set MLFLOW_TRACKING_URI to the MLflow that has the bundle")
     try:
-        return download_from(bundle, folder)
+        return download_artifacts(bundle, folder)
     except Exception as error:  # any exception of MLflow and the libraries below it
         failure = upload_error(error)
         if getattr(error, "error_code", "") in NOT_THERE:

@@ -24,6 +24,7 @@ from lmdist.console import log, shown, table
 from lmdist.errors import DataError, UsageError
 from lmdist_export.api import BUNDLE, load
 from lmdist_export.lines import STDIN, Lines, output_file
+from lmdist_export.options import BATCH_SIZES, THREADS
 
 if TYPE_CHECKING:
     from lmdist_export.sampling.scoring import Scorer
@@ -145,6 +146,9 @@ def kind_of(arguments: argparse.Namespace) -> str:
         if value is not None and value is not False and kind not in kinds:
             with_these = ", ".join(f"--{name}" for name in kinds if name != "summary")
             raise UsageError(f"{flag} is for {with_these}{' or none of these' if 'summary' in kinds else ''}: leave it out")
+    check("--threads", arguments.threads, THREADS)
+    if arguments.batch_size is not None:
+        check("--batch-size", arguments.batch_size, BATCH_SIZES)
     if arguments.next is not None:
         check("--next", arguments.next, between(1, 1_000_000))
     for name in ("lm_weight", "word_bonus"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import reprlib
 import signal
 import socket
 import sys
@@ -91,9 +92,9 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         try:
             numbers = parse(value)
         except (ValueError, RuntimeError) as error:
-            fail(f"{name} is {value} ({one_line(error)})")
+            fail(f"{name} is {reprlib.repr(value)[1:-1]} ({one_line(error)})")
         if not all(1 <= number <= MOST for number in (numbers if isinstance(numbers, tuple) else (numbers,))):
-            fail(f"{name} is {value}, and must be from 1 to {MOST:,}")
+            fail(f"{name} is {reprlib.repr(value)[1:-1]}, and must be from 1 to {MOST:,}")
     _, num_nodes = parse_min_max_nnodes(arguments.nnodes)
     if not 0 <= arguments.node_rank < num_nodes:
         fail(f"node_rank is {arguments.node_rank}, and of {num_nodes} machines it must be at most {num_nodes - 1}")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import reprlib
 import signal
 import socket
 import subprocess
@@ -47,6 +48,8 @@ AGENT_GRACE_SECONDS = 30.0
 """How long an agent may outlive its ranks; after a partition it could wait for its peers for minutes, or for ever."""
 MAX_CPU_RANKS = 4
 """On a machine without GPUs."""
+MOST_DIGITS = 9
+"""Of a number of ranks or machines; Python refuses to read one of thousands."""
 POLL_SECONDS = 0.05
 LIST_SECONDS = 1.0
 """Between two listings of the agent's children: each reads all processes of the machine."""
@@ -109,8 +112,12 @@ def parser() -> CommandParser:
 def run_attempts(arguments: argparse.Namespace, flags: list[str], recipe: Recipe, stop: StopRequest) -> int:
     """Run attempts until the job is done, is asked to stop, or has failed too often; return the exit code."""
     ranks = arguments.nproc_per_node or os.environ.get("PET_NPROC_PER_NODE") or str(default_ranks(recipe, arguments.nnodes))
-    if ranks.isdecimal() and int(ranks) > recipe.data.global_batch:  # before so many processes are started
-        raise UsageError(f"--nproc-per-node is {ranks}; data.global_batch {recipe.data.global_batch} has a sequence for fewer")
+    count = parsed_count(ranks)
+    if ranks.isdecimal() and (count is None or count > recipe.data.global_batch):  # before so many processes are started
+        raise UsageError(
+            f"--nproc-per-node is {reprlib.repr(ranks)[1:-1]}; data.global_batch {recipe.data.global_batch} has a sequence for "
+            "fewer"
+        )
     checkpoints = Path(recipe.run_folder) / CHECKPOINTS
     restarts_left, backoff, resume = arguments.restarts, 1.0, []
     while True:
@@ -147,8 +154,8 @@ def start_agent(arguments: argparse.Namespace, ranks: str, logs: str, flags: lis
     own = {name: getattr(arguments, name) for name in ("nnodes", "node_rank", "master_addr", "master_port")}
     options += [f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value is not None]
     environment = {**MEMORY_ENVIRONMENT, **os.environ, FIRST_FAILURE: str(Path(logs) / "first_failure")}
-    if ranks.isdecimal() and int(ranks):  # torchrun resolves names, such as gpu
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // int(ranks))))
+    if count := parsed_count(ranks):  # torchrun resolves names, such as gpu
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // count)))
     launcher = os.getpid()
     return subprocess.Popen(
         [sys.executable, "-m", "lmdist.job.agent", *options, "-m", "lmdist.train", *flags],
@@ -227,10 +234,17 @@ def default_ranks(recipe: Recipe, nnodes: str | None) -> int:
     if recipe.training.device != "cpu":
         most = num_gpus() or most
     nnodes = nnodes or os.environ.get("PET_NNODES", "1")
-    if not nnodes.isdecimal() or int(nnodes) < 1:
-        raise UsageError(f"--nnodes is {nnodes}; a number from 1 on is expected, for the global batch is divided evenly")
+    if not (count := parsed_count(nnodes)):
+        raise UsageError(
+            f"--nnodes is {reprlib.repr(nnodes)[1:-1]}; a number from 1 on is expected, for the global batch is divided evenly"
+        )
     batch_size = recipe.data.global_batch // recipe.training.accumulation
-    return max((ranks for ranks in range(1, most + 1) if batch_size % (ranks * int(nnodes)) == 0), default=1)
+    return max((ranks for ranks in range(1, most + 1) if batch_size % (ranks * count) == 0), default=1)
+
+
+def parsed_count(text: str) -> int | None:
+    """Return a number of ranks or machines; None for a name, such as torchrun's gpu, and where no machine has so many."""
+    return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else None
 
 
 def num_gpus() -> int:

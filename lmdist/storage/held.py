@@ -38,7 +38,10 @@ DESCRIPTORS = Path("/proc/self/fd")
 
 
 class HeldFolder:
-    """A folder, those of its files that were asked for, and what was read of them; files are closed when it is garbage."""
+    """A folder, those of its files that were asked for, and what was read of them.
+
+    Files are closed by `close`, else when the folder is garbage.
+    """
 
     def __init__(self, path: Path, expected: str = "a folder is expected") -> None:
         """Raise MissingInputError where `path` does not exist, DataError where it is no folder; `expected` ends the message."""
@@ -49,6 +52,7 @@ class HeldFolder:
         self.contents: dict[str, bytes | mmap.mmap] = {}
         """What was read, by name."""
         self.when_opened: dict[str, os.stat_result] = {}
+        self.is_closed = False
         weakref.finalize(self, close_all, self.descriptors)
         if os.open in os.supports_dir_fd:
             try:
@@ -58,10 +62,16 @@ class HeldFolder:
 
     def descriptor(self, name: str) -> int:
         """Return the descriptor of a file; raise MissingInputError, or DataError for a link, a folder or a pipe."""
+        assert not self.is_closed, f"{self.path / name}: only what was read before the folder was closed is left of it"
         if name not in self.descriptors:
             self.descriptors[name] = open_descriptor(self.path / name, self.folder)
             self.when_opened[name] = os.fstat(self.descriptors[name])
         return self.descriptors[name]
+
+    def close(self) -> None:
+        """Close all files: what was read of them stays, and nothing else can be. A removed file that is open keeps its disk."""
+        close_all(self.descriptors)
+        self.folder, self.is_closed = None, True
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes; raise as `descriptor`."""
@@ -178,6 +188,6 @@ def identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def close_all(descriptors: dict[str, int]) -> None:
-    """Close all files."""
-    for descriptor in descriptors.values():
-        os.close(descriptor)
+    """Close all files, once."""
+    while descriptors:
+        os.close(descriptors.popitem()[1])

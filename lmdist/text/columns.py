@@ -14,6 +14,8 @@ from lmdist.text.sources import ReadOptions, Source
 
 TEXT_COLUMNS = ("content", "text", "article", "body")
 LONGEST_NAME = 60
+MOST_DIGITS = 9
+"""Of the number of a column; Python refuses to read one of thousands."""
 """Characters; what is longer is hardly the name of a column."""
 
 
@@ -77,7 +79,7 @@ def numbered_columns(first_row: Sequence[str], source: Source) -> list[int]:
 
     def find(column: Wanted) -> int:
         number = "1" if column.names == TEXT_COLUMNS and width == 1 else column.names[0]
-        if number.isdecimal() and 1 <= int(number) <= width:
+        if number.isdecimal() and len(number) <= MOST_DIGITS and 1 <= int(number) <= width:
             return int(number) - 1
         longest = max(range(width), key=lambda index: len(first_row[index])) + 1
         example = " (`2` == 'sport')" if column.flag == "--where" else ""

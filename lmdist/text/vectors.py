@@ -29,7 +29,7 @@ from lmdist.text.vocabulary import Vocabulary
 
 LONGEST_LINE = 1 << 20
 """In bytes: a row of 10,000 numbers has a fifth of it, and a file of word2vec's binary format has no lines."""
-HEADER = re.compile(rb"(\d+) (\d+)\s*")
+HEADER = re.compile(rb"(\d{1,12}) (\d{1,7})\s*")
 BY_LOWERCASE, EXACT = 1, 2
 """How a word was found in a file: in another spelling, which is the same in lowercase, or as it is written."""
 
@@ -109,7 +109,8 @@ def row_of(line: bytes, size: int, place: str) -> NDArray[np.float32] | None:
     """
     word, *numbers = line.rstrip().rsplit(b" ", size)
     try:
-        row = np.array(numbers, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what fp32 cannot hold is infinite, and refused
+            row = np.array(numbers, dtype=np.float32)
     except ValueError:
         row = np.zeros(0, np.float32)
     if len(row) != size or not np.isfinite(row).all():

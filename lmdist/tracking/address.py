@@ -32,7 +32,10 @@ def configuration(request_timeout_seconds: int = 10) -> dict[str, str]:
 
 
 def configure(request_timeout_seconds: int = 10) -> None:
-    """Set MLflow's environment variables where the user has not set them."""
+    """Set MLflow's environment variables where the user has not set them, in a process that is a command of ours.
+
+    In a program, which may use MLflow for other things, tracking/store.py sets them for the time of a download.
+    """
     for name, value in configuration(request_timeout_seconds).items():
         os.environ.setdefault(name, value)
 

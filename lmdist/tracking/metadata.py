@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import subprocess
 import uuid
 from collections.abc import Mapping
@@ -28,9 +29,13 @@ COPY_TAG = "lmdist.copy_of"
 """The tag of a run whose folder was a copy: the id of the original's run."""
 START_TAG = "lmdist.init."
 """How the tags begin that say what a run started from."""
+RUN_ID = re.compile("[0-9a-f]{32}")
+"""How MLflow names a run."""
 SOURCE = {"mlflow.source.name": "lmdist-train", "mlflow.source.type": "LOCAL"}
 """The tags by which MLflow's page shows what has trained a run."""
 GIT_SECONDS = 5
+LONGEST_TAG = 500
+"""In characters; MLflow refuses a run with a tag of some thousands, now and at each attempt."""
 
 
 def new_metadata(
@@ -66,14 +71,20 @@ def provenance(description: str, started_from: Mapping[str, Any]) -> dict[str, s
         "mlflow.user": getpass.getuser(),
         "lmdist.version": __version__,
     }
-    tags |= {f"{START_TAG}{name}": str(value) for name, value in started_from.items() if value not in ("", 0)}
-    if parent := started_from.get("run_id"):
+    tags |= {f"{START_TAG}{name}": str(value)[:LONGEST_TAG] for name, value in started_from.items() if value not in ("", 0)}
+    if parent := run_id_of(started_from):
         tags["mlflow.parentRunId"] = parent
     with suppress(OSError, subprocess.SubprocessError):  # no git, no repository
         command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_SECONDS)
         tags["mlflow.source.git.commit"] = done.stdout.strip()
     return tags
+
+
+def run_id_of(found: Mapping[str, Any]) -> str:
+    """Return the `run_id` that a stranger's file may have; "" unless it is one: MLflow would look for a parent of any name."""
+    run_id = found.get("run_id")
+    return run_id if isinstance(run_id, str) and RUN_ID.fullmatch(run_id) else ""
 
 
 def dataset_inputs(name: str, meta: dict[str, Any]) -> list[dict[str, str]]:

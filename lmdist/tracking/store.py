@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmdist.storage.atomic import is_running
@@ -30,6 +31,8 @@ POINTS_PER_REQUEST = 1000
 """MLflow's limit."""
 DOWNLOAD_TIMEOUT_SECONDS = 120
 """A server may fetch a large file from its artifact store before it answers."""
+ONE_DOWNLOAD = Lock()
+"""Held while the environment, which all threads share, is that of a download."""
 SQLITE_MAGIC = b"SQLite format 3\0"
 """How each database of SQLite begins, unless it is empty."""
 
@@ -178,17 +181,18 @@ def silence() -> Iterator[None]:
         yield
 
 
-def download(uri: str, folder: Path) -> Path:
+def download_artifacts(uri: str, folder: Path) -> Path:
     """Download what `models:/NAME@ALIAS` or `runs:/ID/PATH` names into a folder; return where it lies there.
 
-    The store is MLflow's own, else `store_address()`. Raise any exception of MLflow or of a library below it.
+    The store is MLflow's own, else `store_address()`. Threads download one after the other. Raise any exception of MLflow or
+    of a library below it.
     """
     variables = {"MLFLOW_TRACKING_URI": store_address(), "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
-    with environment(configuration(DOWNLOAD_TIMEOUT_SECONDS) | variables), warnings.catch_warnings():
+    with ONE_DOWNLOAD, environment(configuration(DOWNLOAD_TIMEOUT_SECONDS) | variables), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow warns of annotations of its own
-        from mlflow.artifacts import download_artifacts
+        from mlflow import artifacts
 
-        return Path(download_artifacts(uri, dst_path=str(folder)))
+        return Path(artifacts.download_artifacts(uri, dst_path=str(folder)))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from lmdist.storage.schema import check_schema
 from lmdist.text.given_vocabulary import CHOICES
 from lmdist.text.vectors import BY_LOWERCASE, read_vectors
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.tracking.metadata import read_metadata
+from lmdist.tracking.metadata import read_metadata, run_id_of
 from lmdist.training.checkpoints.format import FORMAT, MANIFEST, StartedFrom
 from lmdist.training.checkpoints.read import open_checkpoint, parameters_file
 from lmdist.training.checkpoints.retain import find_checkpoint, run_of
@@ -106,7 +106,7 @@ def load_base(name: str) -> Base:
     path = Path(name)
     if registered.is_registered(name):
         with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
-            return of_bundle(name, registered.download(name, Path(folder)))
+            return of_bundle(name, registered.download_bundle(name, Path(folder)))
     if (path / MANIFEST).is_file() and read_json(path / MANIFEST).get("format") != FORMAT:
         return of_bundle(name, path)
     return of_checkpoint(name, find_checkpoint(path))
@@ -120,7 +120,7 @@ def of_checkpoint(name: str, path: Path) -> Base:
         "run": (run or path.resolve()).name,
         "step": manifest["progress"]["step"],
         "sha256": manifest["files"][parameters_file(manifest)]["sha256"],
-        "run_id": read_metadata(run).get("run_id", "") if run else "",
+        "run_id": run_id_of(read_metadata(run)) if run else "",
     }
     return Base(name, found.model(), found.vocabulary, found.tokenizer.settings, origin)
 
@@ -133,7 +133,7 @@ def of_bundle(name: str, folder: Path) -> Base:
     bundle = Bundle.load(folder)
     manifest = bundle.manifest
     check_schema(manifest, {"run": str, "step": int, "run_id": str | None}, folder / MANIFEST)
-    origin = {key: manifest[key] or "" for key in ("run", "run_id")} | {"step": manifest["step"]}
+    origin = {"run": manifest["run"], "run_id": run_id_of(manifest), "step": manifest["step"]}
     origin["sha256"] = manifest["files"][WEIGHTS]["sha256"]
     return Base(name, load_model(bundle), bundle.vocabulary, bundle.tokenizer.settings, origin)
 

@@ -229,13 +229,13 @@ def test_options_of_the_launcher(capsys: pytest.CaptureFixture[str], monkeypatch
     """torchrun's own are refused by the agent, before a rank is started."""
     monkeypatch.setattr(launcher, "start_agent", lambda arguments, ranks, logs, flags: pytest.fail("an agent is started"))
     for flag, values in (
-        ("--restarts", ("-1", "nan", "inf", "1e20", str(10**20), "word", "")),
-        ("--nnodes", ("-1", "0", "nan", "inf", "1e20", "word", "\u00b2")),
-        ("--nproc-per-node", (str(10**20), "21")),  # of a global batch of 20
+        ("--restarts", ("-1", "nan", "inf", "1e20", str(10**20), "9" * 5_000, "word", "")),
+        ("--nnodes", ("-1", "0", "nan", "inf", "1e20", "9" * 5_000, "word", "\u00b2")),
+        ("--nproc-per-node", (str(10**20), "9" * 5_000, "21")),  # of a global batch of 20
     ):
         for value in values:
             check_option(launcher.main, ["--training.device=cpu", f"{flag}={value}"], flag, is_number=True, capsys=capsys)
     for flag in ("--nproc-per-node", "--nnodes", "--node-rank", "--master-port"):
-        for value in ("-1", "nan", "inf", "1e20", str(10**20), "word", ""):
+        for value in ("-1", "nan", "inf", "1e20", str(10**20), "9" * 5_000, "word", ""):
             with pytest.raises(UsageError, match=flag[2:].replace("-", "[-_]")):
                 agent.read_arguments([f"{flag}={value}", "-m", "lmdist.train"])

@@ -18,9 +18,10 @@ from lmdist.errors import DataError, MissingInputError
 from lmdist.settings import Recipe
 from lmdist.storage import held
 from lmdist.storage.atomic import rename_over
+from lmdist.storage.checksums import own_checksum
 from lmdist.storage.held import HeldFolder, read_held
 from lmdist.training import evaluate
-from lmdist.training.checkpoints.format import MODEL, TRAINING, own_checksum
+from lmdist.training.checkpoints.format import MODEL, TRAINING
 from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint
 from lmdist.training.data import DataFolder
 from lmdist.training.run import find_newest
@@ -96,6 +97,18 @@ def test_a_bundle_that_is_replaced_while_it_is_loaded_is_one_or_the_other(
             found.append(used(Bundle.load(place)))
     assert set(found) <= set(expected)
     assert expected[1] in found
+
+
+def test_a_bundle_that_was_loaded_holds_no_file_open(bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    """A file that was removed, and is open, keeps its space on the disk."""
+    place = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    before = sorted(os.listdir("/proc/self/fd"))
+    loaded = Bundle.load(place)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    shutil.rmtree(place)
+    assert used(loaded) == used(Bundle.load(bundles[0]))
+    with pytest.raises(AssertionError, match="only what was read before the folder was closed"):
+        loaded.files.read_json("manifest2.json")
 
 
 @pytest.mark.parametrize("length", [0, 4096])

@@ -195,7 +195,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stop": 3}, "^stop is 3; a list of strings is expected"),
     ({"stop": ["the", 3]}, "^stop number 1 is 3; a string is expected"),
     ({"bad_words": [" "]}, "^bad_words ' ' has no words"),
-    ({"n": 0}, "^n is 0; it must be at least 1"),
+    ({"n": 0}, "^n is 0; it must be from 1 to 1,000,000"),
     ({"seed": 2**64}, "^seed is .*; an integer of at most 64 bits is expected"),
     ({"num_beams": 2, "seed": 1}, "^num_beams is for beam search, and seed for sampling"),
     ({"batch_size": 0}, "^batch_size is 0"),
@@ -219,13 +219,26 @@ def test_other_mistakes(model: Model) -> None:
         for method in (model.score, model.perplexity):
             with pytest.raises(UsageError, match=r"^(the text|text number 1) is .*; a string is expected"):
                 method(wrong)
+    for wrong, message in (
+        (lambda value: lmdist.load(model.name, threads=value), "threads"),
+        (lambda value: model.completions(["the"], batch_size=value), "batch_size"),
+        (lambda value: model.scorer(batch_size=value), "batch_size"),
+        (lambda value: model.next_words("the", value), "k"),
+        (model.read("the").fork, "n"),
+    ):
+        for value, expected in ((-1, "-1; it must be"), ("4", "'4'; an integer"), (1.5, "1.5; an integer"), (True, "True; an")):
+            with pytest.raises(UsageError, match=f"^{message} is {expected}"):
+                wrong(value)
+    for wrong in ("the cat", b"the", None):
+        with pytest.raises(UsageError, match=r"^the prompts are ('the cat'|b'the'|None); a list is expected, as \["):
+            model.completions(wrong)
     with pytest.raises(UsageError, match="has a lone surrogate"):
         model.score("the \ud800")
     with pytest.raises(UsageError, match=r"^n is 2; a stream is one text"):
         model.stream("the", n=2)  # pyright: ignore[reportCallIssue]
     with pytest.raises(UsageError, match="num_beams is for beam search, and a stream for sampling"):
         model.stream("the", num_beams=2)
-    with pytest.raises(UsageError, match="k is 0; it must be at least 1"):
+    with pytest.raises(UsageError, match="k is 0; it must be from 1 to"):
         model.next_words("the", 0)
 
 
@@ -242,6 +255,8 @@ def test_many_threads_get_what_each_gets_alone(folder: Path) -> None:
     shared = lmdist.load(folder, threads=1)  # no session is open yet
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda options: shared.generate("the cat", **options), asked))
+        loaded = list(threads.map(lambda _: lmdist.load(folder, threads=1), range(8)))
         scores = list(threads.map(lambda _: shared.score("the cat said").log_probability, range(8)))
     assert all(map(same_text, found, alone))
     assert len(set(scores)) == 1
+    assert all(same_text(one.generate("the cat", **asked[0]), alone[0]) for one in loaded)

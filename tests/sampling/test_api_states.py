@@ -16,6 +16,7 @@ from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist_export import score
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
+from lmdist_export.graph.cell import STATE
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import PLAIN_WORDS, UNTIED, bare_bundle, make_bundle, make_model, neutral, same_text
 
@@ -95,6 +96,39 @@ def test_a_state_in_a_file(model: Model, folder: Path, tmp_path: Path) -> None:
         model.load_prompt(path)
     with pytest.raises(UsageError, match=r"nothing of this prompt was read"):
         model.prompt("the cat").save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "forged", "error"),
+    [
+        ("number", -1, DataError),
+        ("said", ["the", "\x1b[31m"], DataError),
+        ("words", np.array([[-99]]), UsageError),
+        ("words", np.array([[10**6]]), UsageError),
+        ("lengths", np.array([0]), UsageError),
+        ("lengths", np.array([7]), UsageError),
+        ("lengths", np.array(1), DataError),
+        ("lengths", np.array([], np.int64), DataError),
+        ("rows", 2, DataError),
+        ("rows", 0, DataError),
+    ],
+)
+def test_a_forged_state_is_refused(name: str, forged: Any, error: type[Exception], model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "said.npz"
+    model.read("the cat").save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    notes = json.loads(str(arrays["notes"]))
+    if name == "rows":
+        arrays |= {part: np.repeat(arrays[part], forged, axis=0) for part in ("words", "lengths", *STATE)}
+    elif name in arrays:
+        arrays[name] = forged
+    else:
+        notes[{"said": "words"}.get(name, name)] = forged
+    np.savez(path, **arrays | {"notes": np.array(json.dumps(notes))})
+    with pytest.raises(error, match=r"not this model's|said\.npz") as raised:
+        model.load_prompt(path)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_state_of_another_model_is_refused(model: Model, tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_a_state_of_another_model_is_rejected(opened: Opened, tmp_path: Path) ->
             larger.generate(larger.start([[1]]).seeded(1), ALL_OPTIONS, 1)[1],
             r"counts is float32 \(1, 768\); float32 \(1, 512\) is expected",
         ),
-        (larger.start([[1, V]]), f"token is {V}; one below {V} is expected"),
+        (larger.start([[1, V]]), f"token is {V}; one from 0 to {V - 1} is expected"),
         (replace(here.start([[1]]), tokens=np.ones((1, 1))), r"tokens is float64 \(1, 1\); int64 \(1, 1\) is expected"),
     ):
         with pytest.raises(UsageError, match=f"the state is not this model's: .*{message}"):
@@ -514,7 +514,7 @@ def test_processors_whose_products_saturate_generate_the_same_tokens(
 
 def test_quantized_weights_do_not_run_on_cuda(opened: Opened) -> None:
     for kind in ("int8", "int4"):
-        with pytest.raises(UsageError, match=f"precision {kind} runs on a CPU only: use --provider cpu, or export .* fp16"):
+        with pytest.raises(UsageError, match=f"precision {kind} runs on a CPU only: use the provider cpu, or export .* fp16"):
             Sampler(opened(kind).bundle, provider="cuda")
 
 
@@ -573,7 +573,7 @@ def test_cuda_that_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 def test_cuda_that_does_not_run(monkeypatch: pytest.MonkeyPatch, running: str | None, message: str) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(runtime, "import_onnxruntime", lambda: FakeRuntime(running))
-    with pytest.raises(UsageError, match=f"{message}.*--provider cpu"):
+    with pytest.raises(UsageError, match=f"{message}.*use the provider cpu"):
         on_cuda()
 
 

@@ -521,7 +521,7 @@ def test_what_comes_before_a_line_that_cannot_be_used_is_scored(
 
 def test_a_string_is_no_list_of_sentences(sampler) -> None:
     for method in (Scorer(sampler).score, Scorer(sampler).predict):
-        with pytest.raises(TypeError, match=r"the sentences are 'the cat'; a list is expected, as \['the cat'\]"):
+        with pytest.raises(UsageError, match=r"the sentences are 'the cat'; a list is expected, as \['the cat'\]"):
             method("the cat")
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import lmdist
 from lmdist.errors import MissingInputError, Stopped, UsageError
+from lmdist.tracking import store as tracking_store
 from lmdist.training.starting_point import load_base
 from lmdist_export.api import Model
 from lmdist_export.serving import registry
@@ -107,3 +110,20 @@ def test_a_training_starts_from_a_bundle_in_mlflow(store: Path, model: Model, mo
         assert base.model.embedding.weight[base.vocabulary.ids[word]].tolist() == model.vector(word).tolist()
     with pytest.raises(MissingInputError, match="has no models:/nothing@champion"):
         load_base("models:/nothing@champion")
+
+
+def test_threads_that_download_have_one_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first to end would take the address of the store from the second, which would ask MLflow's own."""
+    seen = []
+
+    def slow(uri: str, dst_path: str) -> str:
+        time.sleep(float(uri))
+        seen.append(os.environ.get("MLFLOW_TRACKING_URI"))
+        return dst_path
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", slow)
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(tracking_store.download_artifacts, ("0.1", "0.3", "0.2"), [tmp_path] * 3)) == [tmp_path] * 3
+    assert seen == ["sqlite:///mlflow.db"] * 3
+    assert "MLFLOW_TRACKING_URI" not in os.environ

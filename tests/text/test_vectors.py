@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def damaged(folder: Path) -> dict[str, tuple[Path, type[Exception], str]]:
         "a packed file cut off": (folder / "cut.gz", DataError, "cut.gz cannot be read"),
         "no numbers": (written(folder / "words", ["a text of words"]), DataError, "row 1 is not a word and 3 numbers"),
         "not finite": (written(folder / "nan", ["the nan 1 2"]), DataError, "row 1 is not a word"),
+        "beyond fp32": (written(folder / "large", ["the 1e39 1 2"]), DataError, "row 1 is not a word"),
+        "a first line of too many digits": (written(folder / "digits", ROWS, f"{'9' * 5_000} 3"), UsageError, "of 1 numbers"),
         "a binary file": (folder / "binary", DataError, "row 1 is not a word and 3 numbers"),
         "nothing": (folder / "empty", DataError, "has no word vectors"),
         "several files": (folder / "several.zip", DataError, "holds 2 files"),
@@ -84,7 +87,7 @@ def damaged(folder: Path) -> dict[str, tuple[Path, type[Exception], str]]:
 
 def test_what_is_no_file_of_vectors_is_one_line(tmp_path):
     for case, (path, error, message) in damaged(tmp_path).items():
-        with pytest.raises(error, match=message) as found:
+        with warnings.catch_warnings(action="error"), pytest.raises(error, match=message) as found:
             read_vectors(path, WORDS, 3)
         assert "\n" not in str(found.value), case
 

@@ -19,7 +19,7 @@ from lmdist.settings import InitSettings, ModelSettings, Recipe
 from lmdist.storage.held import HeldFolder
 from lmdist.text.vectors import read_vectors
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.tracking.metadata import provenance
+from lmdist.tracking.metadata import LONGEST_TAG, provenance, run_id_of
 from lmdist.training.checkpoints.read import open_checkpoint, read_manifest, read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist.training.data import DataFolder
@@ -156,9 +156,17 @@ def test_a_run_says_what_it_took_and_resumes_without_it_bit_for_bit(base, tmp_pa
     assert (facts["base"], facts["run"], facts["step"], facts["words_new"]) == (str(base), "small", 7, new)
     export.main([str(tmp_path / "stopped"), "-o", str(tmp_path / "bundle"), "--data=none"])
     assert json.loads((tmp_path / "bundle" / "manifest.json").read_text())["started_from"] == facts
-    tags = provenance("", {**facts, "run_id": "abc"})
-    assert (tags["lmdist.init.base"], tags["mlflow.parentRunId"]) == (str(base), "abc")
+    tags = provenance("", {**facts, "run_id": "ab" * 16})
+    assert (tags["lmdist.init.base"], tags["mlflow.parentRunId"]) == (str(base), "ab" * 16)
     assert "lmdist.init.vectors" not in tags
+
+
+@pytest.mark.parametrize("run_id", ["", "abc", "AB" * 16, "ab" * 17, 7, None, ["ab" * 16]])
+def test_a_strangers_base_places_no_run_in_mlflow(run_id):
+    tags = provenance("", {"run": "x" * 10_000, "run_id": run_id})
+    assert "mlflow.parentRunId" not in tags
+    assert run_id_of({"run_id": run_id}) == ""
+    assert max(map(len, tags.values())) == LONGEST_TAG
 
 
 def test_the_number_of_ranks_changes_nothing(base, tmp_path):

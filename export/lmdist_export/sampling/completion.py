@@ -1,8 +1,8 @@
 """Generated text as people read it: all texts of a request in the order of their prompts, or the pieces of one as it grows.
 
-    for completion in completions(sampler, prompts, asked):
+    for completion in completions(sampler, prompts, resolved):
         completion.text, completion.finish_reason
-    for piece in Stream(sampler, prompt, asked):
+    for piece in Stream(sampler, prompt, resolved):
         print(piece, end="")
 
 The Python API, the command lmdist-generate and the server share it, so the same options and the same seed give the same texts.
@@ -12,12 +12,13 @@ This module needs neither numpy nor onnxruntime until there is a text.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from lmdist_export.sampling.asked import Asked, warning_of_prompt
+from lmdist_export.sampling.resolved_options import ResolvedOptions, warning_of_prompt
 
 if TYPE_CHECKING:
     from lmdist_export.sampling.generation import Text
@@ -71,9 +72,9 @@ class Completion:
         return result
 
 
-def completed(sampler: Sampler, text: Text, prompt: Prompt, asked: Asked) -> Completion:
+def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: ResolvedOptions) -> Completion:
     """Return a text of ids that has ended as people read it."""
-    bundle, options = sampler.bundle, asked.options
+    bundle, options = sampler.bundle, resolved.options
     words = bundle.vocabulary.decode(text.tokens)
     pieces = bundle.tokenizer.pieces([*prompt.words, *words])
     written = "".join(pieces) if options.echo else "".join(islice(pieces, len(prompt.words), None)).removeprefix(" ")
@@ -88,70 +89,78 @@ def completed(sampler: Sampler, text: Text, prompt: Prompt, asked: Asked) -> Com
         words,
         text.finish_reason,
         prompt,
-        asked.seed,
+        resolved.seed,
         token_logprobs,
         top_logprobs,
-        [*filter(None, [warning_of_prompt(prompt, bundle)]), *asked.warnings],
+        [*filter(None, [warning_of_prompt(prompt, bundle)]), *resolved.warnings],
         text.prompt_number,
         text.number,
     )
 
 
-def completions(sampler: Sampler, prompts: Iterable[Prompt], asked: Asked, batch_size: int) -> Iterator[Completion]:
+def completions(
+    sampler: Sampler, prompts: Iterable[Prompt], resolved: ResolvedOptions, batch_size: int
+) -> Iterator[Completion]:
     """Yield the texts in the order of their prompts, each as soon as those before it; prompts are read in turn."""
-    read: dict[int, Prompt] = {}
-    ended = (text for text, _ in growing(sampler, prompts, asked, read, batch_size) if text.finish_reason)
-    for text in ended if asked.config.num_beams > 1 else in_order(ended, asked.options.n):
-        while (first := next(iter(read))) < text.prompt_number:  # its texts were yielded
-            del read[first]
-        yield completed(sampler, text, read[text.prompt_number], asked)
+    grown = grow_texts(sampler, prompts, resolved, batch_size)
+    ended = ((prompt, text) for prompt, text, _ in grown if text.finish_reason)
+    for prompt, text in ended if resolved.config.num_beams > 1 else in_order(ended, resolved.options.n):
+        yield to_completion(sampler, text, prompt, resolved)
 
 
-def growing(
+def grow_texts(
     sampler: Sampler,
     prompts: Iterable[Prompt],
-    asked: Asked,
-    read: dict[int, Prompt],
+    resolved: ResolvedOptions,
     batch_size: int,
     *,
     stream: bool = False,
-) -> Iterator[tuple[Text, list[int]]]:
-    """Yield (text, new tokens) as the texts of prompts grow; each prompt is put into `read` when it is its turn."""
+) -> Iterator[tuple[Prompt, Text, list[int]]]:
+    """Yield (prompt, text, new tokens) as the texts of prompts grow; each prompt is read when it is its turn."""
     from lmdist_export.sampling.beam_search import beam_search
     from lmdist_export.sampling.generation import Generation, forks, grow
 
-    options, config, n = asked.options, asked.config, asked.options.n
+    options, config, n = resolved.options, resolved.config, resolved.options.n
     cached = config.cache_weight > 0 and config.num_beams == 1
+    growing: dict[int, Prompt] = {}
+    """The prompts, by number, whose texts have not all ended."""
+    ended: Counter[int] = Counter()
 
     def states() -> Iterator[tuple[int, Prompt, State]]:
         for number, prompt in enumerate(prompts):
-            read[number] = prompt
+            growing[number] = prompt
             yield number, prompt, prompt.start(sampler, config.bos_token_id, cached=cached)
 
     if config.num_beams > 1:
         for number, prompt, state in states():
-            for text in beam_search(sampler, prompt.tokens, config, n, asked.stops, options.ignore_eos, state):
-                yield dataclasses.replace(text, prompt_number=number), text.tokens
+            for text in beam_search(sampler, prompt.tokens, config, n, resolved.stops, options.ignore_eos, state):
+                yield prompt, dataclasses.replace(text, prompt_number=number), text.tokens
+            del growing[number]
         return
     texts = (
         text
         for number, prompt, state in states()
-        for text in forks(sampler, state, prompt.tokens, number, config, asked.seed or 0, prompt.numbers(n))
+        for text in forks(sampler, state, prompt.tokens, number, config, resolved.seed or 0, prompt.numbers(n))
     )
-    generation = Generation(config, asked.stops, options.ignore_eos)
-    yield from grow(sampler, texts, generation, batch_size, stream=stream)
+    generation = Generation(config, resolved.stops, options.ignore_eos)
+    for text, tokens in grow(sampler, texts, generation, batch_size, stream=stream):
+        number = text.prompt_number
+        yield growing[number], text, tokens
+        ended[number] += bool(text.finish_reason)
+        if ended[number] == n:
+            del growing[number], ended[number]
 
 
-def in_order(texts: Iterable[Text], n: int) -> Iterator[Text]:
+def in_order(texts: Iterable[tuple[Prompt, Text]], n: int) -> Iterator[tuple[Prompt, Text]]:
     """Yield texts in the order of their prompts, and the `n` of each by their number, each as soon as those before it are.
 
     At Ctrl-C those that wait for others are yielded too.
     """
-    waiting: dict[int, Text] = {}
+    waiting: dict[int, tuple[Prompt, Text]] = {}
     turn = 0
     try:
-        for text in texts:
-            waiting[text.prompt_number * n + text.number] = text
+        for prompt, text in texts:
+            waiting[text.prompt_number * n + text.number] = prompt, text
             while turn in waiting:
                 yield waiting.pop(turn)
                 turn += 1
@@ -163,20 +172,20 @@ def in_order(texts: Iterable[Text], n: int) -> Iterator[Text]:
 class Stream(Iterator[str]):
     """The pieces of one text, each word as soon as it is generated; together they are the text."""
 
-    def __init__(self, sampler: Sampler, prompt: Prompt, asked: Asked) -> None:
+    def __init__(self, sampler: Sampler, prompt: Prompt, resolved: ResolvedOptions) -> None:
         self.completion: Completion | None = None
         """The text as `generate` returns it, once it has ended."""
-        self.pieces = self.run(sampler, prompt, asked)
+        self.pieces = self.run(sampler, prompt, resolved)
 
     def __next__(self) -> str:
         return next(self.pieces)
 
-    def run(self, sampler: Sampler, prompt: Prompt, asked: Asked) -> Iterator[str]:
+    def run(self, sampler: Sampler, prompt: Prompt, resolved: ResolvedOptions) -> Iterator[str]:
         """Yield the pieces, each with its leading space, if any."""
-        bundle, echo = sampler.bundle, asked.options.echo
-        growth = growing(sampler, [prompt], asked, {}, 1, stream=True)
-        first = text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
-        words = (bundle.vocabulary.words[token] for _, new in chain([first], growth) for token in new)
+        bundle, echo = sampler.bundle, resolved.options.echo
+        growth = grow_texts(sampler, [prompt], resolved, 1, stream=True)
+        first = _, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
+        words = (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
         pieces = bundle.tokenizer.pieces(chain(prompt.words, words))
         for piece in islice(pieces, len(prompt.words)):
             if echo:
@@ -184,4 +193,4 @@ class Stream(Iterator[str]):
         if not echo:
             yield from (piece.removeprefix(" ") for piece in islice(pieces, 1))
         yield from pieces
-        self.completion = completed(sampler, text, prompt, asked)
+        self.completion = to_completion(sampler, text, prompt, resolved)

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lmdist.bounds import at_least, check
-from lmdist.errors import UsageError
+from lmdist.bounds import at_least
+from lmdist.errors import CONTROLS, DataError, UsageError
 from lmdist.storage.schema import check_schema
 from lmdist.text.vocabulary import UNKNOWN, UNKNOWN_ID
 from lmdist_export.bundle import WEIGHTS, Bundle
 from lmdist_export.graph.cell import STATE
+from lmdist_export.options import check_count
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.state import PARTS, State
 
@@ -54,7 +55,7 @@ class Prompt:
 
     def fork(self, n: int) -> list[Prompt]:
         """Return `n` prompts that share what was read: with one seed their texts are those of `generate(prompt, n=n)`."""
-        check("n", n, at_least(1))
+        check_count("n", n, at_least(1))
         return [replace(self, number=number) for number in self.numbers(n)]
 
     def start(self, sampler: Sampler, first: int, *, cached: bool) -> State:
@@ -108,8 +109,10 @@ def load(sampler: Sampler, path: str | Path) -> Prompt:
     state, notes = State.load_with_notes(path)
     check_schema(notes, {"words": list[str], "number": int, "model": str}, Path(path))
     if notes["model"] != model_id(sampler.bundle):
-        raise UsageError(f"{path} was saved by another model than {sampler.bundle.folder}: read its text by this one")
+        raise UsageError(f"{path} was saved by another model than {sampler.bundle.name}: read its text by this one")
     sampler.check_state(state)
+    if len(state) != 1 or notes["number"] < 0 or CONTROLS.search("".join(notes["words"])):  # a terminal would act on them
+        raise DataError(f"{path} is not the state of one text written by Prompt.save, or its words have control characters")
     prompt = prompt_of_words(sampler.bundle, notes["words"])
     return replace(prompt, state=state, number=notes["number"])
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from lmdist.bounds import between, check
 from lmdist.cpus import available_cpus
 from lmdist.errors import DataError, UsageError, one_line
 from lmdist_export.bundle import PROVIDERS, WEIGHTS, Bundle
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.onnx_file import FLOAT, TYPES, UINT8, Graph, has_weight, model_bytes
 from lmdist_export.graph.sizes import length_of, weights
+from lmdist_export.options import THREADS, check_count
 
 
 class Runtime:
@@ -38,11 +38,11 @@ class Runtime:
         """Raises UsageError for a provider that does not run here, or not in the precision of the weights."""
         if provider not in PROVIDERS:
             raise UsageError(f"the provider is {provider!r}; expected one of {', '.join(PROVIDERS)}")
-        check("--threads", threads, between(0, 1_024, "0 chooses by the machine"))
+        check_count("threads", threads, THREADS)
         sizes = bundle.sizes
         if provider == "cuda" and sizes.is_quantized:
             raise UsageError(
-                f"precision {sizes.precision} runs on a CPU only: use --provider cpu, or export with --precision fp16"
+                f"precision {sizes.precision} runs on a CPU only: use the provider cpu, or export with --precision fp16"
             )
         onnxruntime = import_onnxruntime()
         onnxruntime.set_default_logger_severity(4)
@@ -131,7 +131,7 @@ def open_session(
 
     raise UsageError(
         f"provider cuda does not run here: {reason}. Check nvidia-smi and that CUDA and cuDNN are installed "
-        f"({install_command('gpu')}), or use --provider cpu"
+        f"({install_command('gpu')}), or use the provider cpu"
     )
 
 
@@ -182,13 +182,13 @@ def load_cuda(onnxruntime: Any) -> None:
 
         raise UsageError(
             "provider cuda: this onnxruntime is built without CUDA: "
-            f"pip uninstall -y onnxruntime, then {install_command('gpu')}; or use --provider cpu"
+            f"pip uninstall -y onnxruntime, then {install_command('gpu')}; or use the provider cpu"
         )
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         raise UsageError(
-            "provider cuda: libcuda.so.1 does not load, so this machine has no NVIDIA driver: use --provider cpu"
+            "provider cuda: libcuda.so.1 does not load, so this machine has no NVIDIA driver: use the provider cpu"
         ) from None
     # CUDA and cuDNN of pip's nvidia-* wheels. It prints what it does not find; opening the session shows whether that matters.
     with contextlib.redirect_stdout(io.StringIO()):

@@ -109,7 +109,7 @@ class Sampler:
         if self.bundle.cache is None:
             raise UsageError(NO_CACHE)
         if self.runtime.provider != "cpu":
-            raise UsageError(f"the neural cache needs --provider cpu; the provider is {self.runtime.provider}")
+            raise UsageError(f"the neural cache runs on a CPU only: use the provider cpu; it is {self.runtime.provider}")
         return self.bundle.cache
 
     def step(self, tokens: NDArray[np.int64], state: ModelState) -> tuple[NDArray[np.float32], ModelState]:
@@ -330,11 +330,16 @@ class Sampler:
                 raise UsageError(
                     f"the state is not this model's: {name} is {array.dtype} {array.shape}; {kind} {shape} is expected"
                 )
-        largest = max(state.tokens.max(), memory[1].max() if memory else EMPTY)
-        if largest >= vocabulary:
-            raise UsageError(
-                f"the state is not this model's: the id of a token is {largest}; one below {vocabulary} is expected"
-            )
+        for name, numbers, lowest, highest in (
+            ("the id of a token", state.tokens, 0, vocabulary - 1),
+            ("the number of tokens to read", state.lengths, 1, state.tokens.shape[1]),
+            *([("the id of a remembered token", memory[1], EMPTY, vocabulary - 1)] if memory else []),
+        ):
+            for number in (numbers.min(), numbers.max()):
+                if not lowest <= number <= highest:
+                    raise UsageError(
+                        f"the state is not this model's: {name} is {number}; one from {lowest} to {highest} is expected"
+                    )
         with np.errstate(all="ignore"):
             finite = not memory or np.isfinite(memory[0].sum())  # a sum is fast: a call may generate but one token
         if not finite:
@@ -352,7 +357,7 @@ class Sampler:
         """
         if not np.isfinite(values).all():
             raise DataError(
-                f"the logits are not finite, so {self.bundle.folder / WEIGHTS} does not hold the weights of a trained model"
+                f"the logits are not finite, so {WEIGHTS} of {self.bundle.name} does not hold the weights of a trained model"
             )
         return values
 

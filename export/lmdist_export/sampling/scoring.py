@@ -30,11 +30,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdist.bounds import between, check
 from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, UsageError
 from lmdist.perplexity import perplexity
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN_ID
+from lmdist_export.options import BATCH_SIZES, check_count, items_of
 from lmdist_export.sampling.prompt import Prompt, prompt_of
 from lmdist_export.sampling.sampler import Sampler, log_softmax
 from lmdist_export.sampling.state import ModelState, select
@@ -117,7 +117,7 @@ class Scorer:
         without a word is no document, unless the tokenizer reads line by line. The neural `cache`, as
         `sampler.cache`, remembers what the state has read. Raises UsageError for options that exclude each other.
         """
-        check("--batch-size", batch_size, between(1, 65_536))
+        check_count("batch_size", batch_size, BATCH_SIZES)
         if carry_state and not end:
             raise UsageError("a carried state has read the <eos> between two sentences: it cannot be left out")
         self.sampler = sampler
@@ -137,9 +137,9 @@ class Scorer:
     def score(self, sentences: Iterable[str]) -> Iterator[Score]:
         """Yield the score of each sentence, in their order; no more than a batch of them is held at a time.
 
-        Raises TypeError for a single string.
+        Raises UsageError for a single string.
         """
-        return self.scores(several(sentences))
+        return self.scores(items_of("the sentences", sentences))
 
     def scores(self, coming: Iterator[str]) -> Iterator[Score]:
         """Yield the score of each sentence."""
@@ -165,7 +165,7 @@ class Scorer:
 
     def predict(self, sentences: Iterable[str]) -> Predictions:
         """Predict each word of sentences from those before it, one call a word, as a keyboard does."""
-        sentences = several(sentences)
+        sentences = items_of("the sentences", sentences)
         beginning = self.sampler.initial_state(1, cached=self.cache is not None)
         self.step(END_ID, beginning)  # the first call of a session takes longer than any after it
         found, state = Predictions(), beginning
@@ -192,13 +192,6 @@ class Scorer:
             return scores[0], state
         logits, state = self.sampler.step(tokens, state)
         return logits[0, 0], state
-
-
-def several(sentences: Iterable[str]) -> Iterator[str]:
-    """Return the sentences one by one; raises TypeError for a string, whose letters would be taken for sentences."""
-    if isinstance(sentences, str):
-        raise TypeError(f"the sentences are {reprlib.repr(sentences)}; a list is expected, as [{reprlib.repr(sentences)}]")
-    return iter(sentences)
 
 
 def batches(sentences: Iterator[str], size: int) -> Iterator[list[str]]:

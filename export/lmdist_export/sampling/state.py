@@ -100,6 +100,8 @@ class State:
                 counts = file.get("counts")
                 model = tuple(file[name] for name in (PARTS if CACHE[0] in file else STATE))
                 state = cls(file["words"], file["lengths"], model, generators, counts)
+                if state.lengths.ndim != 1 or len(generators) not in (0, len(state)) or not len(state):
+                    raise ValueError(f"lengths of the shape {state.lengths.shape}, and {len(generators)} generators")
                 return state, json.loads(str(file["notes"])) if "notes" in file else None
         except FileNotFoundError:
             raise MissingInputError(f"{path} does not exist; a state written by State.save is expected") from None

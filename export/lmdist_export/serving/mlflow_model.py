@@ -25,10 +25,10 @@ from lmdist import __version__
 from lmdist.errors import UsageError
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Options
-from lmdist_export.sampling.asked import Asked, understood
-from lmdist_export.sampling.completion import Completion, completed
+from lmdist_export.sampling.completion import Completion, to_completion
 from lmdist_export.sampling.generation import BATCH_SIZE
 from lmdist_export.sampling.prompt import Prompt, prompt_of
+from lmdist_export.sampling.resolved_options import ResolvedOptions, resolve
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.batching import Batcher, Request, RequestTimeout
 from lmdist_export.serving.middleware import CLIENT_DISCONNECTED, error_body, install, strings_of
@@ -88,7 +88,7 @@ class ServedModel(PythonModel):
         self.timeout_seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
         first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0, "seed": 0})
         prompts = [prompt_of(self.bundle, "")]
-        self.batcher.generate(self.request(prompts, self.asked(prompts, first)), self.timeout_seconds)
+        self.batcher.generate(self.request(prompts, self.resolve(prompts, first)), self.timeout_seconds)
         install(sys.modules.get(SERVER), strings_of("cors_origins", config["cors_origins"]))
 
     # Not list[str]: for such an annotation MLflow derives a signature of its own, which drops the params.
@@ -97,12 +97,12 @@ class ServedModel(PythonModel):
         try:
             options = Options.from_values(params or {})
             prompts = [prompt_of(self.bundle, prompt) for prompt in strings_of("prompt", column(model_input))]
-            asked = self.asked(prompts, options)
-            request = self.request(prompts, asked)
+            resolved = self.resolve(prompts, options)
+            request = self.request(prompts, resolved)
             if disconnected := CLIENT_DISCONNECTED.get():
                 disconnected.add_done_callback(lambda _: request.cancel())
             texts = self.batcher.generate(request, self.timeout_seconds)
-            return [answer(completed(self.sampler, text, prompts[text.prompt_number], asked)) for text in texts]
+            return [answer(to_completion(self.sampler, text, prompts[text.prompt_number], resolved)) for text in texts]
         except UsageError as error:
             raise RequestError(str(error), INVALID_PARAMETER_VALUE) from None
         except RequestTimeout:
@@ -112,25 +112,25 @@ class ServedModel(PythonModel):
             logging.getLogger(__name__).exception("a request could not be answered")
             raise RequestError(f"{type(error).__name__}: the server's log has more", INTERNAL_ERROR) from None
 
-    def asked(self, prompts: list[Prompt], options: Options) -> Asked:
-        """Return what a request asks; raises UsageError where it is too large or its options exclude each other."""
+    def resolve(self, prompts: list[Prompt], options: Options) -> ResolvedOptions:
+        """Return its options, resolved; raises UsageError where a request is too large or its options exclude each other."""
         if not prompts:
             raise UsageError("no prompt is given; an empty one is the beginning of a text")
         phrases = {name: strings_of(name, getattr(options, name)) for name in ("stop", "bad_words", "logit_bias")}
         check_limit(f"the number of {', '.join(phrases)} together", sum(map(len, phrases.values())), MAX_PHRASES)
         check_limit("logprobs", options.logprobs or 0, MAX_LOGPROBS)
-        asked = understood(options, self.bundle)
-        config = asked.config
+        resolved = resolve(options, self.bundle)
+        config = resolved.config
         check_limit("num_beams", config.num_beams, MAX_REQUEST_BEAMS)
         tokens = sum(len(prompt.tokens) + max(options.n, config.num_beams) * config.max_new_tokens for prompt in prompts)
         check_limit("the number of tokens in prompts, and max_new_tokens for each text or beam, together", tokens, MAX_TOKENS)
-        return asked
+        return resolved
 
-    def request(self, prompts: list[Prompt], asked: Asked) -> Request:
+    def request(self, prompts: list[Prompt], resolved: ResolvedOptions) -> Request:
         """Return a request in ids."""
         ids = [prompt.tokens for prompt in prompts]
-        how = asked.options
-        return Request(self.sampler, ids, asked.config, asked.seed or 0, how.n, asked.stops, how.ignore_eos)
+        how = resolved.options
+        return Request(self.sampler, ids, resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos)
 
 
 def answer(text: Completion) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def register(folder: Path, name: str, alias: str) -> str:
 
     Raise Stopped where MLflow does not accept it now, DataError where it never will.
     """
-    bundle = Bundle.load(folder)
+    bundle = Bundle.hold(folder)  # the bytes that were checked are those that are uploaded
     configure(REQUEST_TIMEOUT_SECONDS)
     address = without_password(store_address())
     try:

@@ -1,6 +1,6 @@
-"""What the options of a request ask of a bundle: its options with theirs in them, words as ids, what is to be warned of.
+"""The options of a request, resolved for a bundle: its options with theirs in them, words as ids, what is to be warned of.
 
-    asked = understood(options, bundle)     # once a request
+    resolved = resolve(options, bundle)     # once a request
 
 The Python API, the command lmdist-generate and the server share it, so all accept the same options and report the same
 mistakes. options.py has the options. This module needs neither numpy nor onnxruntime.
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the options of a request ask of a bundle."""
+class ResolvedOptions:
+    """The options of a request, resolved for a bundle."""
 
     options: Options
     config: GenerationConfig
@@ -40,8 +40,8 @@ class Asked:
     """A sentence for each option that names words which are not in the vocabulary: a list may serve many bundles."""
 
 
-def understood(options: Options, bundle: Bundle, *, stream: bool = False) -> Asked:
-    """Return what options ask of a bundle; raises UsageError for options that exclude each other, or a `stream`."""
+def resolve(options: Options, bundle: Bundle, *, stream: bool = False) -> ResolvedOptions:
+    """Return options, resolved for a bundle; raises UsageError for those that exclude each other, or a `stream`."""
     phrases = {name: word_sequences(options, bundle, name) for name in ("stop", "bad_words")}
     biases = [word_and_bias(options, given) for given in options.logit_bias]
     config = generation_config(options, bundle, token_sequences(bundle, phrases["bad_words"]), biases)
@@ -62,7 +62,7 @@ def understood(options: Options, bundle: Bundle, *, stream: bool = False) -> Ask
         if words
     ]
     is_random = config.num_beams == 1 and not config.greedy
-    return Asked(options, config, token_sequences(bundle, phrases["stop"]), seed if is_random else None, warnings)
+    return ResolvedOptions(options, config, token_sequences(bundle, phrases["stop"]), seed if is_random else None, warnings)
 
 
 def generation_config(
