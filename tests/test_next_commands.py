@@ -82,6 +82,9 @@ def corpus(folder: Path, recipe: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_next_command_of_a_recipe_runs(recipe: str, tmp_path: Path) -> None:
+    if recipe == "finetune":  # its base
+        (line,) = run(shlex.join(["lmdist-prepare", *corpus(tmp_path, recipe), "-o", "data/demo"]), tmp_path)
+        run(f"{line} --run_folder runs/demo {TINY}", tmp_path)
     (train_line,) = run(
         shlex.join(["lmdist-prepare", *corpus(tmp_path, recipe), "--recipe", recipe, "-o", "data/my text"]), tmp_path
     )

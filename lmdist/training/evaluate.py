@@ -206,18 +206,19 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Texts:
     from lmdist.training.data import folder_of_model
 
     figures: dict[str, Any] = {}
-    tokens = None
+    tokens, name_of_file = None, ""
     if arguments.file is not None:
+        name_of_file = without_credentials(arguments.file)
         found = read_file(checkpoint, arguments.file, read_settings(arguments))
         tokens, figures = found.tokens, {"documents": found.documents, "skipped": found.skipped}
         if not arguments.cache:
-            return Texts(without_credentials(arguments.file), tokens, None, None, figures, None)
+            return Texts(name_of_file, tokens, None, None, figures, None)
     folder = folder_of_model(checkpoint.manifest, arguments.data, "" if arguments.cache else ", or a text by --file")
     if arguments.cache and not folder.has("valid"):
         raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
     valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
     if tokens is not None:
-        return Texts(without_credentials(arguments.file), tokens, valid, None, figures, None)
+        return Texts(name_of_file, tokens, valid, None, figures, None)
     name = arguments.split or "test"
     if not folder.has(name):
         raise MissingInputError(

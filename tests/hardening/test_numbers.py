@@ -28,7 +28,7 @@ from support.small_bundles import make_bundle
 VALUES = ["-1", "0", "nan", "1e400", "1e20", str(10**20), "1e-320", "", "word"]
 NAMES = ["", "word"]
 """Values of options that are no numbers."""
-SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
+SECTIONS: dict[str, Any] = {name: kind for name, kind in get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
 
 
 def numbers_of(kind: type) -> Iterator[str]:

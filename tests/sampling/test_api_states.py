@@ -125,7 +125,8 @@ def test_a_forged_state_is_refused(name: str, forged: Any, error: type[Exception
         arrays[name] = forged
     else:
         notes[{"said": "words"}.get(name, name)] = forged
-    np.savez(path, **arrays | {"notes": np.array(json.dumps(notes))})
+    changed: dict[str, Any] = arrays | {"notes": np.array(json.dumps(notes))}
+    np.savez(path, **changed)
     with pytest.raises(error, match=r"not this model's|said\.npz") as raised:
         model.load_prompt(path)
     assert "\n" not in str(raised.value)

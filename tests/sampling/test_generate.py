@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -401,14 +402,17 @@ def test_an_interrupt_leaves_the_texts_that_are_done(whitespace_bundle: Path, tm
 
 
 def test_texts_that_wait_for_their_turn_are_written_at_an_interrupt() -> None:
-    def texts_until_interrupt() -> Iterator[Text]:
+    prompts: list[Any] = ["first", "second", "third"]
+
+    def texts_until_interrupt() -> Iterator[tuple[Any, Text]]:
         for place in (4, 1, 0, 3):
-            yield Text([], *divmod(place, 2))
+            number, text = divmod(place, 2)
+            yield prompts[number], Text([], number, text)
         raise KeyboardInterrupt
 
     texts = in_order(texts_until_interrupt(), 2)
     found = [next(texts) for _ in range(4)]
-    assert [(text.prompt_number, text.number) for text in found] == [(0, 0), (0, 1), (1, 1), (2, 0)]
+    assert [(prompt, text.number) for prompt, text in found] == [("first", 0), ("first", 1), ("second", 1), ("third", 0)]
     with pytest.raises(KeyboardInterrupt):
         next(texts)
 

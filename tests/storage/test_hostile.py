@@ -366,9 +366,9 @@ def test_a_pickle_is_not_unpickled(copied: Path, tmp_path: Path, name: str, pack
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hidden_size": 10**12}, "is not the one of model.safetensors"),
-        ({"embedding_size": 10**12}, "is not the one of model.safetensors"),
-        ({"num_layers": 10**9}, "is not the one of model.safetensors"),
+        ({"hidden_size": 10**12}, "model.hidden_size is 1000000000000; it must be from 1 to"),
+        ({"embedding_size": 10**12}, "model.embedding_size is 1000000000000; it must be from 1 to"),
+        ({"num_layers": 10**9}, "model.num_layers is 1000000000; it must be from 1 to"),
         ({"hidden_size": 10**6}, "'layers.0.bias_hh_l0' is"),
         ({"num_layers": 3}, "the shape of 'layers.1"),
         ({"tied": False}, "the shape of 'layers.1"),
@@ -865,7 +865,7 @@ def test_every_command_refuses_a_malicious_checkpoint(copied: Path, tmp_path: Pa
     edit_model(copied, hidden_size=10**12)
     for main, rest in ((evaluate.main, []), (export.main, ["-o", tmp_path / "bundle"])):
         for name in (copied, copied.parents[1]):
-            assert "is not the one of model.safetensors" in failure(main, capsys, 65, name, *rest)
+            assert "model.hidden_size is 1000000000000; it must be" in failure(main, capsys, 65, name, *rest)
     assert not (tmp_path / "bundle").exists()
 
 
