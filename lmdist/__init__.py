@@ -14,14 +14,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmdist.text.dataframes import prepare
+    from lmdist.text.from_pandas import prepare
     from lmdist_export.api import load
 
 __all__ = ["__version__", "load", "prepare"]
 
 __version__ = "0.1.0"
 
-ON_DEMAND = {"load": "lmdist_export.api", "prepare": "lmdist.text.dataframes"}
+ON_DEMAND = {"load": "lmdist_export.api", "prepare": "lmdist.text.from_pandas"}
 """What programs call, and the module that has it: `import lmdist` imports nothing, and lmdist_export imports lmdist."""
 
 

@@ -24,8 +24,8 @@ HOMES = {
     },
     "onnxruntime": {"export/lmdist_export/sampling/runtime.py"},
     "onnx": {"export/lmdist_export/conversion/weights.py", "export/lmdist_export/conversion/sherpa.py"},
-    "pandas": {"lmdist/text/frames.py", "lmdist/text/dataframes.py", "export/lmdist_export/serving/mlflow_model.py"},
-    "pyarrow": {"lmdist/text/batches.py"},
+    "pandas": {"lmdist/text/chunks.py", "lmdist/text/from_pandas.py", "export/lmdist_export/serving/mlflow_model.py"},
+    "pyarrow": {"lmdist/text/arrow_files.py"},
     "fsspec": {"lmdist/text/remote.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
     "regex": {"lmdist/text/tokenizer.py"},
@@ -68,8 +68,8 @@ WINGS = {
     "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
         "vocabulary remote data_folder token_files words markup detokenizer tokenizer given_vocabulary where rows sources "
-        "vectors decoding tables columns frames batches readers documents demo counting corpus merging engines preparation "
-        "shards machines prepare dataframes"
+        "vectors decoding tables columns chunks arrow_files readers documents demo counting corpus merging engines preparation "
+        "shards machines prepare from_pandas"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),

@@ -4,7 +4,7 @@
         row                                         # Document(text="...", group="...") or Skipped(reason="malformed", ...)
 
 A format is a function from a `Source` to its rows, and a line in FORMATS. Readers of formats with columns yield cells, of
-which frames.py makes documents. This module does not know how files are packed, which documents were read before, nor what a
+which chunks.py makes documents. This module does not know how files are packed, which documents were read before, nor what a
 word is.
 """
 
@@ -19,10 +19,10 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from lmdist.errors import DataError, UsageError, one_line, require
-from lmdist.text.batches import feather, orc, parquet, read_batches
+from lmdist.text.arrow_files import feather, orc, parquet, read_batches
+from lmdist.text.chunks import documents_in, sheets_of
 from lmdist.text.columns import cells_of, find_columns, find_separator, has_text, name_of, numbered_columns, wanted_columns
 from lmdist.text.decoding import LONGEST_ROW, lines_of
-from lmdist.text.frames import documents_in, sheets_of
 from lmdist.text.rows import FEWER_CELLS, MALFORMED, MISSING, MORE_CELLS, NOT_JSON, OPEN_QUOTE, Cells, Document, Row, Skipped
 from lmdist.text.sources import PACKED_EXTENSIONS, ZIP, Source, errors_of, shortened, spreadsheet_engine
 from lmdist.text.tables import Table

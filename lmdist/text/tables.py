@@ -19,7 +19,7 @@ engine="python", dtype=str, keep_default_na=False, index_col=False and a functio
 * on_bad_lines is given cells, and neither the number of their line nor how many lines they were.
 
 Its engine "c" pads a short row with empty texts, and gives up the file at an open quote. So pandas gets the rows from here
-(frames.py). This module does not know what the cells mean.
+(chunks.py). This module does not know what the cells mean.
 """
 
 from __future__ import annotations

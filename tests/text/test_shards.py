@@ -55,7 +55,7 @@ def small_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lmdist.text.sources.SAMPLE_BYTES", 512)
         patch.setattr("lmdist.text.decoding.PROGRESS_CHARACTERS", 100)
-        patch.setattr("lmdist.text.frames.CHUNK_CHARACTERS", 500)
+        patch.setattr("lmdist.text.chunks.CHUNK_CHARACTERS", 500)
         patch.setattr("lmdist.text.corpus.BLOCK_TOKENS", 50)
         patch.setattr("lmdist.text.counting.BUFFERED_TOKENS", 100)
         yield

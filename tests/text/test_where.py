@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lmdist.config import read_section
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import PrepareSettings, ReadSettings
-from lmdist.text import frames, prepare
+from lmdist.text import chunks, prepare
 from lmdist.text.documents import Documents
 from lmdist.text.sources import ReadOptions
 from lmdist.text.where import Condition
@@ -103,7 +103,7 @@ def test_numbers_are_numbers_whatever_rows_share_a_chunk(tmp_path_factory, cells
     ]
     expected = [f"text {n}" for n, number in enumerate(numbers) if holds(number, bound)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frames, "CHUNK_CHARACTERS", characters)
+        patch.setattr(chunks, "CHUNK_CHARACTERS", characters)
         assert [document.text for document in documents] == expected
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import lmdist
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import PrepareSettings
-from lmdist.text import dataframes, frames
+from lmdist.text import chunks, from_pandas
 from lmdist.text.documents import Documents
 from lmdist.text.prepare import prepare
 from lmdist.text.readers import Document
@@ -157,7 +157,7 @@ def test_chunks_change_nothing(tmp_path_factory, rows, in_quotes, most, characte
     for size in (1, characters, 1 << 16):
         documents = Documents([path, path], ReadOptions(rows=most, group_by="id", text_column=["title", "content"]))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(frames, "CHUNK_CHARACTERS", size)
+            patch.setattr(chunks, "CHUNK_CHARACTERS", size)
             read = list(documents)
         found.append((read, documents.skipped, documents.lines, documents.notes))
     assert found[0] == found[1] == found[2]
@@ -272,7 +272,7 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
 
 def test_the_example_is_right(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    failed, tried = doctest.testmod(dataframes)
+    failed, tried = doctest.testmod(from_pandas)
     assert (failed, tried) == (0, 5)
     assert os.listdir("data") == ["news"]
 
@@ -280,6 +280,6 @@ def test_the_example_is_right(tmp_path, monkeypatch):
 def test_importing_lmdist_is_light():
     program = (
         "import sys, lmdist; assert not {'pandas', 'numpy', 'lmdist.text'} & set(sys.modules); "
-        "assert lmdist.prepare.__module__ == 'lmdist.text.dataframes'; assert not hasattr(lmdist, 'nothing')"
+        "assert lmdist.prepare.__module__ == 'lmdist.text.from_pandas'; assert not hasattr(lmdist, 'nothing')"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
