@@ -20,7 +20,7 @@ from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ReadSettings
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.read import load_model, open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
 from lmdist.training.evaluate import evaluate, read_file
@@ -181,7 +181,8 @@ def test_small_pieces_of_logits_change_nothing(sampler, monkeypatch) -> None:
 
 
 def test_with_carried_state_the_perplexity_is_that_of_evaluate(folder, bundle, model, text, written) -> None:
-    tokens = read_file(bundle, str(text), ReadSettings()).tokens
+    checkpoint = open_checkpoint(find_checkpoint(folder / "runs" / "small"))
+    tokens = read_file(checkpoint, str(text), ReadSettings()).tokens
     nats = evaluate(model, tokens, 1, 256, World(0, 1, torch.device("cpu")))
     for batch_size in (1, 2, 256):
         figures = json.loads(written(bundle, text, "--carry-state", "--json", "--batch-size", batch_size))
@@ -453,7 +454,7 @@ def test_the_command(tmp_path) -> None:
         (("--threads", -1), "threads is -1"),
         (("--provider", "tpu"), "invalid choice: 'tpu'"),
         ((".",), ". is a folder; a text file is expected"),
-        (("-o", "."), "is not a file"),
+        (("-o", "."), "is a folder without its name"),
         (("-o", "nowhere/scores.tsv"), "nothing can be written in nowhere"),
     ],
 )
