@@ -61,7 +61,8 @@ def test_the_page_on_python_runs_from_top_to_bottom(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    # MLflow remembers a store by its address, and `mlflow.db` is another one in another folder.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     registry.register(folder / "bundle", "news", "champion")
     names: dict[str, object] = {}
     programs = examples("docs/python.md")

@@ -237,7 +237,7 @@ def test_without_links_to_open_files_a_replaced_checkpoint_is_refused(
 def test_a_rank_that_finds_another_checkpoint_than_rank_0_says_so(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     path, other = checkpoints
     said = f"auto {own_checksum(open_checkpoint(path).manifest)} {path}"
-    world: Any = SimpleNamespace(is_main=False, rank=1, broadcast=lambda text: said)
+    world: Any = SimpleNamespace(is_main=False, rank=1, broadcast=lambda text: said, wait_for_all=lambda: None)
     recipe, folder = Recipe(run_folder=str(path.parents[1])), DataFolder(tmp_path / "data")
     swap(path, other)
     with pytest.raises(DataError, match="is another checkpoint on rank 1 than on rank 0"):

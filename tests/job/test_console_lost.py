@@ -20,7 +20,7 @@ from support.jobs import SMALL, environment, fingerprint, losses, rows, small_da
 
 JOB = [sys.executable, "-m", "lmdist.job.launcher", "--nproc-per-node=1", "--data.folder=data", "--run_folder=run", *SMALL]
 LONG = ["--training.steps=100000", "--training.validate_every=100000"]
-ENDLESS_SAMPLE = ["--training.steps=3", "--sample.final_words=1000000000"]
+ENDLESS_SAMPLE = ["--training.steps=3", "--sample.final_words=1000000"]
 
 
 def shell(command: str, cwd: Path) -> int:

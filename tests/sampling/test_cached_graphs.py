@@ -253,7 +253,7 @@ def test_without_a_cache_a_memory_is_left_out(pair: tuple[Any, Sampler]) -> None
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        (3, np.array([[10**6]]), "the id of a token is 1000000; one from 0 to 299"),
+        (3, np.array([[10**6]]), "the id of a remembered token is 1000000; one from -1 to 299"),
         (3, np.array([[2.0]]), r"cache_tokens is float64 \(1, 1\); int64"),
         (3, np.array(2), r"cache_tokens is int64 \(\); int64 \(1, 1\)"),
         (3, np.zeros((1, 0), np.int64), r"cache_tokens is int64 \(1, 0\); int64 \(1, 1\)"),

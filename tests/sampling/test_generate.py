@@ -180,7 +180,7 @@ def test_a_prompt_that_ends_in_an_abbreviation_goes_on(bundle: Path, written) ->
         (("--seed", -1), "--seed is -1"),
         (("--threads", -1), "threads is -1"),
         (("--provider", "tpu"), "invalid choice: 'tpu'"),
-        (("-o", "."), "is not a file"),
+        (("-o", "."), "is a folder without its name"),
         (("-o", "/dev/null"), "is not a file"),
         (("-o", "nowhere/sample.txt"), "nothing can be written in nowhere"),
     ],

@@ -274,8 +274,7 @@ def folder(tmp_path_factory) -> Path:
         (64, "-o out --valid one.csv", ["train"]),
         (64, "-o out --train one.csv --group-by title", ["group_by"]),
         (64, "plain.txt -o out --group-by title", ["plain text"]),
-        (64, "articles1.csv -o .", ["--overwrite"]),
-        (64, "articles1.csv -o . --overwrite", ["not a data folder"]),
+        (64, "articles1.csv -o .", ["is a folder without its name"]),
         (64, "words.csv -o plain.txt/out", ["-o: ", "plain.txt is not a folder"]),  # though words.csv has no text
         (64, "articles1.csv -o out --recipe wrong.toml", ["wrong.toml", "colour", "text_column"]),
         (64, "articles1.csv -o out --recipe type.toml", ["type.toml", "prepare.rows", "all", "int"]),

@@ -116,7 +116,9 @@ def test_missing_and_damaged_folders_are_named(tmp_path):
 def test_the_order_of_the_data_is_the_same_file_on_1_2_and_4_ranks(tmp_path, batching):
     """One file per number of ranks, with every position read and predicted in three epochs, compared byte for byte."""
     write_data_folder(tmp_path / "data", {"train": POSITIONS[:1003]}, 1003)
-    settings = DataSettings(folder="", batching=batching, global_batch=8, window=7, stride=5 if batching == "windows" else 0)
+    settings = DataSettings(
+        folder="data", batching=batching, global_batch=8, window=7, stride=5 if batching == "windows" else 0
+    )
     files = []
     for world in (1, 2, 4):
         batches = training_batches(DataFolder(tmp_path / "data"), settings, seed=3)

@@ -222,10 +222,10 @@ def tensors_of(files: HeldFolder, name: str) -> Iterator[tuple[str, Tensor]]:
         for tensor in found:
             # A copy, for the file is mapped into memory. States of bf16 and fp16 runs are half as wide.
             value = file.get_tensor(tensor).to(torch.float32, copy=True)
-            files.check_unchanged(name)
             if not value.isfinite().all():
                 raise DataError(f"{files.path / name}: {reprlib.repr(tensor)} holds numbers that are not finite")
             yield tensor, value
+    files.check_unchanged(name)
 
 
 def read_shapes(files: HeldFolder, name: str) -> dict[str, tuple[int, ...]]:
