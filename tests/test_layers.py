@@ -81,9 +81,10 @@ WINGS = {
     "lmdist.job": "agent launcher __main__",
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": (
-        "state runtime token_session sampler prompt generation beam_search scoring resolved_options completion"
+        "state steps stops runtime token_session sampler prompt log_probabilities generation beam_search scoring "
+        "resolved_options completion"
     ),
-    "lmdist_export.serving": "batching middleware mlflow_model registry",
+    "lmdist_export.serving": "requests shared_batch batching middleware mlflow_model registry",
     "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting",
 }
 

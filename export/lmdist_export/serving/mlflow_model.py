@@ -30,7 +30,7 @@ from lmdist_export.sampling.generation import BATCH_SIZE
 from lmdist_export.sampling.prompt import Prompt, prompt_of
 from lmdist_export.sampling.resolved_options import ResolvedOptions, resolve
 from lmdist_export.sampling.sampler import Sampler
-from lmdist_export.serving.batching import Batcher, Request, RequestTimeout
+from lmdist_export.serving.batching import Batcher, QueueFull, Request, RequestTimeout
 from lmdist_export.serving.middleware import CLIENT_DISCONNECTED, error_body, install, strings_of
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported; tracking/store.py sets it too
@@ -108,6 +108,8 @@ class ServedModel(PythonModel):
         except RequestTimeout:
             message = f"the texts were not generated within {self.timeout_seconds} seconds"
             raise RequestError(message, TEMPORARILY_UNAVAILABLE) from None
+        except QueueFull as error:
+            raise RequestError(str(error), TEMPORARILY_UNAVAILABLE) from None
         except Exception as error:
             logging.getLogger(__name__).exception("a request could not be answered")
             raise RequestError(f"{type(error).__name__}: the server's log has more", INTERNAL_ERROR) from None
@@ -130,7 +132,8 @@ class ServedModel(PythonModel):
         """Return a request in ids."""
         ids = [prompt.tokens for prompt in prompts]
         how = resolved.options
-        return Request(self.sampler, ids, resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos)
+        settings = resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos, how.logprobs
+        return Request(self.sampler, ids, *settings)
 
 
 def answer(text: Completion) -> dict[str, Any]:
