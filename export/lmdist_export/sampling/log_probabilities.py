@@ -30,12 +30,13 @@ def log_probability_steps(
 ) -> Steps[TokenScores]:
     """Return the scores of `tokens` after a prompt, and of the `top` most likely in the place of each.
 
-    The steps have STEP_TOKENS, or go at a pace of `reading` and one of `scoring`.
+    The steps have STEP_TOKENS, or go at a pace of `reading` and one of `scoring`, which changes no bit of the scores.
     """
     if not tokens:
         return [], []
     start = sampler.start([[sampler.bundle.generation.bos_token_id, *prompt]])
     logits, state = yield from sampler.next_logits_steps(start, reading)  # (1, V)
+    scoring = None if sampler.rows_change_logits else scoring
     scores: list[float] = []
     tops: list[list[tuple[int, float]]] = []
     while len(scores) < len(tokens):

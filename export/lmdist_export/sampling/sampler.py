@@ -57,6 +57,8 @@ class Sampler:
         self.token_sessions: dict[Features, TokenSession] = {}
         self.uses_token_graph = provider == "cuda"
         """Whether each token is a call of its own, with the state on the device: a Loop waits for a GPU at each token."""
+        self.rows_change_logits = bundle.sizes.precision == "int4"
+        """Whether logits depend, in their last bits, on how many are computed by a call: few rows have another matmul."""
 
     @cached_property
     def step_session(self) -> Any:
@@ -186,7 +188,7 @@ class Sampler:
         """Do what `next_logits` does without a cache, in the steps of `prefill_steps`."""
         self.check_state(before)
         tokens, state = before.tokens, before.model  # (1, P)
-        last = pace.tokens if pace else STEP_TOKENS
+        last = 1 if pace and not self.rows_change_logits else STEP_TOKENS
         rest = (tokens.size - 1) // last * last
         if rest:
             unread = replace(before, tokens=tokens[:, : rest + 1], lengths=np.array([rest + 1]))
