@@ -88,10 +88,11 @@ WINGS = {
     "lmdist.job": "agent launcher __main__",
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": (
-        "state runtime token_session sampler prompt generation beam_search scoring resolved_options completion"
+        "state steps stops runtime token_session sampler prompt log_probabilities generation beam_search scoring "
+        "resolved_options completion"
     ),
     "lmdist_export.serving": (
-        "requests batching json_body invocations service middleware mlflow_model registry access running openai_request "
+        "requests shared_batch batching json_body invocations service middleware mlflow_model registry access running openai_request "
         "openai_answer failures metrics observing completing application connections watching"
     ),
     "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting",
