@@ -51,8 +51,13 @@ class Graphed:
         return self.replay(*arguments)
 
     def record(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Record the graph and compare it with the function; if that fails, continue without a graph."""
+        """Record the graph and compare it with the function; if that fails, continue without a graph.
+
+        If a result is not finite, it is not recorded yet.
+        """
         expected = self.function(*arguments), [parameter.grad for parameter in self.parameters]
+        if not all_finite([*expected[0], *expected[1]]):
+            return expected[0]  # fp16, whose loss scale is still too high: nothing to compare with, so the next call records
         try:
             for parameter in self.parameters:
                 parameter.grad = None
@@ -89,6 +94,11 @@ def recorded(function: Function, arguments: tuple[Tensor, ...], parameters: list
         return tuple(output.clone() for output in outputs)
 
     return replay
+
+
+def all_finite(tensors: list[Tensor | None]) -> bool:
+    """Return whether all numbers are finite."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).all())
 
 
 def max_relative_error(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
