@@ -8,7 +8,8 @@ Three models with random weights, and batch sizes 1, 16 and 64. Every variant sa
 temperature 1. The baseline is a step of `nn.LSTM` a token, softmax and `torch.multinomial`. The others: the same with all
 tokens so far read again for each new one, as tutorials do it, for a text that grows to 30 tokens; the step by
 `torch.compile`, with frozen weights; on a GPU the step as a CUDA graph; lmdist's step graph called token by token, with numpy
-to sample; and lmdist's own way, the loop in the graph, in each precision. The cost of options is measured with the model M in int8 (fp16 on a GPU).
+to sample; and lmdist's own way, the loop in the graph, in each precision. The cost of options is measured with the model M in
+int8 (fp16 on a GPU).
 
 Every variant is a process of its own on one core. They take turns, every round in another order, so a machine that slows down
 slows all of them. The value is the median of the rounds. Peak memory is that of the process, less what it had before the
@@ -236,9 +237,8 @@ def graphed_steps(model: Model, batch: int) -> Run:
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
-    stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
 
     def run(num_tokens: int) -> int:

@@ -90,7 +90,7 @@ def test_gradients_are_those_of_fp64_in_every_precision(settings, precision):
         assert error < LARGEST_ERROR[precision], name
 
 
-def recorded_on_cpu(function, arguments, parameters):
+def recorded_on_cpu(function, arguments, parameters, stream):
     """Stand in for a CUDA graph, which reads, and writes gradients, always at the same addresses."""
     inputs, gradients = [each.clone() for each in arguments], [torch.empty_like(each) for each in parameters]
 

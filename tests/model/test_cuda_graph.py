@@ -26,7 +26,7 @@ class Recording:
         self.error = error
         monkeypatch.setattr(cuda_graph, "recorded", self.record)
 
-    def record(self, function, recorded, parameters):
+    def record(self, function, recorded, parameters, stream):
         shapes = [argument.shape for argument in recorded]
 
         def replay(*arguments: Tensor) -> tuple[Tensor, ...]:
