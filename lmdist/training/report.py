@@ -160,7 +160,8 @@ class Report:
             {
                 "train/loss": nats,
                 "train/perplexity": perplexity(nats),
-                "train/gradient_norm": gradient_norm,
+                # In fp16 the step of a norm that is not finite is skipped, and JSON has no such numbers.
+                **({"train/gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}),
                 "train/learning_rate": learning_rate,
                 "train/tokens": progress.tokens,
                 "train/tokens_per_second": speed,
