@@ -74,7 +74,7 @@ WINGS = {
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),
     "lmdist.training": (
-        "distributed metrics data agreement optimizer schedule sample checkpoints starting_point averaging neural_cache "
+        "distributed metrics data agreement optimizer schedule sample checkpoints budget starting_point averaging neural_cache "
         "evaluate step run report loop"
     ),
     "lmdist.training.checkpoints": "format read retain write",

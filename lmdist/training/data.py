@@ -34,6 +34,7 @@ from torch import Tensor
 
 from lmdist.errors import DataError, MissingInputError
 from lmdist.model.loss import IGNORED
+from lmdist.perplexity import TextSize
 from lmdist.settings import DataSettings
 from lmdist.storage.checksums import verify_checksums, verify_sizes
 from lmdist.storage.held import HeldFolder, read_held
@@ -119,6 +120,10 @@ class DataFolder:
         file = TokenFile(self.files, name, self.meta["dtype"], count, self.vocabulary_size, sums)
         self.in_use.append(file)
         return Tokens([file])
+
+    def text_size(self, split: str) -> TextSize | None:
+        """Return the size of a split's original text, if the folder has counted it."""
+        return TextSize.read(self.meta["splits"][split])
 
     def check_unchanged(self) -> None:
         """Raise DataError if a token file in use was written to since it was opened: batches would come from another text."""
