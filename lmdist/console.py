@@ -65,7 +65,9 @@ class ProgressBar:
         unit_scale: bool = False,
         seconds_between_lines: float = 0.0,
     ) -> None:
-        """A `total` of 0 is not known yet; `unit_scale` writes 12.3M for 12,345,678; `seconds_between_lines` holds for `show` where there is no terminal."""
+        """A `total` of 0 is not known yet. `unit_scale` writes 12.3M for 12,345,678; `seconds_between_lines` holds for `show`
+        where there is no terminal.
+        """
         self.silent = silent
         self.seconds_between_lines = seconds_between_lines
         self.shown = time.perf_counter()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lmdist.bounds import between, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
+from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError
 from lmdist.perplexity import COMPARED, per_word_and_byte
 from lmdist_export.api import BUNDLE, load
@@ -54,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
         "printed. Text is tokenized as for training. A word outside of the vocabulary is scored as <unk> and counted.",
         epilog="Log-probabilities are in nats: divide them by 2.3026 for the log10 of KenLM and SRILM. The <eos> that ends a "
         "line is scored and counted as a word, and is all that an empty line has. Perplexity per word divides by the original "
-        "text's words between whitespace, however it is tokenized, and by the <eos>. Bytes are the text's in UTF-8, line breaks "
-        "included. Both, and perplexity per byte, are too low where words are unknown, since <unk> does not say which.",
+        "text's words between whitespace, however it is tokenized, and by the <eos>. Bytes are those of UTF-8, line "
+        "breaks included. Both, and perplexity per byte, are too low where words are unknown, since <unk> does not say which.",
     )
     parser.add_argument("bundle", help=BUNDLE)
     parser.add_argument("files", nargs="*", default=[STDIN], metavar="FILE", help="text in UTF-8 (default: -, which is stdin)")
@@ -143,7 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
             output.flush()
     seconds = time.perf_counter() - lines.began
     where = f" -> {arguments.output}" if arguments.output else ""
-    log(f"{lines.count:,} lines in {seconds:.2f} s, {lines.count / seconds:,.0f} lines/s{where}", COMMAND)
+    log(f"{counted(lines.count, 'line')} in {seconds:.2f} s, {lines.count / seconds:,.0f} lines/s{where}", COMMAND)
 
 
 def kind_of(arguments: argparse.Namespace) -> str:
@@ -185,7 +186,7 @@ class Hypothesis:
         """Parse a line; raises DataError, with its `place`, where it has neither format."""
         moses = MOSES in line
         fields = re.split(r"\s*\|\|\|\s*", line.strip()) if moses else line.split("\t")
-        problem = "" if (len(fields) > 3 if moses else len(fields) in (2, 3)) else f"it has {len(fields)} fields"
+        problem = "" if (len(fields) > 3 if moses else len(fields) in (2, 3)) else f"it has {counted(len(fields), 'field')}"
         score = fields[3] if moses and not problem else fields[2] if len(fields) == 3 else "0"
         try:
             number = float(score)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lmdist.counted import counted
 from lmdist.errors import CONTROLS, DataError
 from lmdist.settings import SPLITS
 from lmdist.text.counting import DOCUMENT, DOCUMENTS, GAVE_UP, TO_CHOOSE, TOKENS, UNTOKENIZABLE, WORDS
@@ -80,8 +81,8 @@ class Corpus:
         valid, test = (max(1, round(share * len(groups))) if share else 0 for share in (valid_fraction, test_fraction))
         if valid + test >= len(groups):
             raise DataError(
-                f"{len(groups)} document(s) or group(s) are too few to hold back {valid} for valid and {test} for test: "
-                f"take more text, or --valid-fraction 0 --test-fraction 0{advice}"
+                f"{counted(len(groups), 'document or group is', 'documents or groups are')} too few "
+                f"to hold back {valid} for valid and {test} for test: take more text, or --valid-fraction 0 --test-fraction 0{advice}"
             )
         place = np.searchsorted(groups, keys)
         chosen = np.where(place < valid, 1, np.where(place < valid + test, 2, 0))

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmdist.counted import counted
 from lmdist.errors import DataError, MissingInputError
 from lmdist.model.loss import IGNORED
 from lmdist.perplexity import TextSize
@@ -247,8 +248,9 @@ def training_batches(folder: DataFolder, settings: DataSettings, seed: int) -> S
     num_sequences = settings.global_batch if settings.batching == "streams" else 1
     if len(tokens) < num_sequences * settings.window:
         raise DataError(
-            f"{folder.path} has {len(tokens):,} tokens to train on; {num_sequences} sequence(s) of {settings.window} need "
-            f"{num_sequences * settings.window:,}: take more text, or lower --data.window or --data.global_batch"
+            f"{folder.path} has {len(tokens):,} tokens to train on; {counted(num_sequences, 'sequence')} "
+            f"of {settings.window} need {num_sequences * settings.window:,}: "
+            "take more text, or lower --data.window or --data.global_batch"
         )
     if settings.batching == "streams":
         return Streams(tokens, settings.global_batch, settings.window)

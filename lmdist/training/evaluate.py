@@ -26,6 +26,7 @@ from lmdist.bounds import between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
+from lmdist.counted import counted
 from lmdist.cpus import limit_threads
 from lmdist.credentials import without_credentials
 from lmdist.errors import DataError, MissingInputError, UsageError
@@ -248,7 +249,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
     texts = read_texts(arguments, checkpoints[0])
     for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
         if tokens is not None and len(tokens) < arguments.streams:
-            raise DataError(f"{name} has {len(tokens)} tokens; at least {arguments.streams} are needed")
+            raise DataError(f"{name} has {counted(len(tokens), 'token')}; at least {arguments.streams} are needed")
     start_time = time.perf_counter()
     figures: dict[str, Any] = {}
     if len(checkpoints) == 1 and texts.valid is None:

@@ -16,6 +16,7 @@ import torch
 
 from lmdist import config
 from lmdist.console import ProgressBar, duration, next_line, shown, unused
+from lmdist.counted import counted
 from lmdist.errors import DataError
 from lmdist.perplexity import COMPARED, per_word_and_byte, perplexity
 from lmdist.settings import Recipe
@@ -101,7 +102,7 @@ def announcement(run: Run) -> list[str]:
     """Return the lines that say what the job is about to do."""
     done, total_steps = run.progress.step, run.total_steps
     if done > total_steps:
-        return [f"{run.path} has {done:,} steps already, more than the {total_steps:,} asked for: nothing to train"]
+        return [f"{run.path} has {counted(done, 'step')} already, more than the {total_steps:,} asked for: nothing to train"]
     recipe, world, folder, precision = run.recipe, run.world, run.folder, run.precision
     start = f"resuming after step {done:,}" if done else "starting"
     to = f"to step {total_steps:,}" if total_steps != UNDECIDED else "to a step that the speed decides"
@@ -113,7 +114,7 @@ def announcement(run: Run) -> list[str]:
         f"  data   {data_line(run)}",
         f"  model  {model_line(run)}",
         f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} tokens "
-        f"on {world.size} rank(s), {world.device.type}",
+        f"on {counted(world.size, 'rank')}, {world.device.type}",
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
     ]
     lines += lines_of(run.progress.started_from)
@@ -159,9 +160,10 @@ class Report:
             self.timed_from = seconds
             return
         each = (seconds - self.timed_from) / TIMED_STEPS
-        left_at_most = f"{'at most ' if self.run.recipe.training.patience else ''}{left:,}"
+        at_most = "at most " if self.run.recipe.training.patience else ""
         self.console.log(
-            f"  time   about {duration(left * each)} for {left_at_most} more steps of {each:.3g} s; validations come on top"
+            f"  time   about {duration(left * each)} for {at_most}{counted(left, 'more step')} of {each:.3g} s; "
+            "validations come on top"
         )
 
     def plan(self) -> None:
@@ -232,10 +234,11 @@ class Report:
         if num_tokens and self.stop.requested:
             return True
         training, elapsed = run.recipe.training, time.perf_counter() - run.began
-        early = f"ended before step {run.total_steps:,}: {training.patience} validations without a better one"
+        early = f"ended before step {run.total_steps:,}: {counted(training.patience, 'validation')} without a better one"
         lines = [
             *([early] if run.progress.step < run.total_steps else []),
-            f"done: {run.progress.step:,} steps, {run.progress.tokens:,} tokens in {duration(run.progress.seconds)}",
+            f"done: {counted(run.progress.step, 'step')}, {counted(run.progress.tokens, 'token')} "
+            f"in {duration(run.progress.seconds)}",
             *([f"  time     {duration(elapsed)} of {duration(60 * training.minutes)}"] if training.minutes else []),
             f"  run      {path}",
             *([f"  sample   {path / SAMPLE}"] if num_tokens else []),

@@ -434,7 +434,7 @@ def test_the_command(tmp_path) -> None:
     words = [row[1] for row in rows(done.stdout)]
     assert words == [*"The president said that the cat , ( it ) is here .".split(), "<eos>"]
     assert [row[1] for row in rows(done.stdout) if row[3] == "1"] == ["The", "here"]
-    assert done.stderr.startswith("lmdist-score: 1 lines in ")
+    assert done.stderr.startswith("lmdist-score: 1 line in ")
 
 
 @pytest.mark.parametrize(
@@ -481,7 +481,7 @@ def test_wrong_input(bundle, tmp_path, failure) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("just words", "it has 1 fields"),
+        ("just words", "it has 1 field"),
         ("1\ttwo\t3\t4", "it has 4 fields"),
         ("1\tthe cat\tgood", "its score is 'good'"),
         ("1\tthe cat\tnan", "its score is 'nan'"),

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED
@@ -61,7 +62,7 @@ def check_values(sampler: Sampler, model: LanguageModel) -> dict[str, float]:
         if length > 1:
             pairs["step_by_step"] = token_by_token(sampler, tokens, state), logits, TOLERANCES["fp32"]
         for name, (found, expected, allowed) in pairs.items():
-            where = f"{name} for {rows} rows of {length} tokens"
+            where = f"{name} for {counted(rows, 'row')} of {counted(length, 'token')}"
             largest[name] = max(largest[name], max_error(where, found, expected, allowed))
     return largest
 
