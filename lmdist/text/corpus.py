@@ -82,7 +82,8 @@ class Corpus:
         if valid + test >= len(groups):
             raise DataError(
                 f"{counted(len(groups), 'document or group is', 'documents or groups are')} too few "
-                f"to hold back {valid} for valid and {test} for test: take more text, or --valid-fraction 0 --test-fraction 0{advice}"
+                f"to hold back {valid} for valid and {test} for test: take more text, "
+                f"or --valid-fraction 0 --test-fraction 0{advice}"
             )
         place = np.searchsorted(groups, keys)
         chosen = np.where(place < valid, 1, np.where(place < valid + test, 2, 0))
