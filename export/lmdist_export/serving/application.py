@@ -115,7 +115,7 @@ class Application:
             self.route(text_invocations, self.invocations, mlflow_error, "POST"),
             self.route("/metrics", self.figures, openai_error, "GET"),
         ]
-        is_open = {"/ping": self.ping, "/health": self.ping, "/version": self.version}
+        is_open: dict[str, Endpoint] = {"/ping": self.ping, "/health": self.ping, "/version": self.version}
         for path, (file, media_type) in PAGE_FILES.items():
             if (PAGE / file).is_file():
                 is_open[f"/{path}"] = page_file(PAGE / file, media_type)

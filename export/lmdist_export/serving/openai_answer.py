@@ -83,6 +83,7 @@ def logprobs_object(asked: CompletionRequest, text: Text, pieces: Sequence[str],
     """
     words = asked.bundle.vocabulary.words
     prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
+    of_tokens, tops = scores
     tokens = [*(prompt.tokens if asked.echo else []), *text.tokens]
     names = [*(prompt.words if asked.echo else []), *(words[token] for token in text.tokens)]
     offsets = word_offsets(given, prompt.words) if asked.echo else []
@@ -90,7 +91,9 @@ def logprobs_object(asked: CompletionRequest, text: Text, pieces: Sequence[str],
     for piece in pieces:
         offsets.append(end + len(piece) - len(piece.lstrip(" ")))
         end += len(piece)
-    of_tokens, tops = scores
+    if len(of_tokens) > len(tokens):  # the end mark that ended the text, which is not in it
+        mark = asked.resolved.config.eos_token_id
+        tokens, names, offsets = [*tokens, mark], [*names, words[mark]], [*offsets, end]
     top_logprobs = [
         {words[other]: value for other, value in top} | {words[token]: of_token}
         for token, of_token, top in zip(tokens, of_tokens, tops, strict=True)
@@ -150,7 +153,7 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
 
 def option_facts(row: Row, bundle: Bundle) -> dict[str, Any]:
     """Return an option as this API takes it; a bound that is infinite is null."""
-    default = OWN_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
+    default: Any = OWN_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
     if row.name == "temperature" and bundle.generation.greedy:
         default = 0.0
     low, high = (row.bounds.low, row.bounds.high) if row.bounds else (-math.inf, math.inf)
