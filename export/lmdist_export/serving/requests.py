@@ -106,6 +106,8 @@ class Request(Work):
         self.batch_key = repr(self.generation)
         """Equal for requests that can share a batch."""
         self.texts: list[Text] = []
+        self.row_seconds = 0.0
+        """The share of its texts in the calls of their batch, from the start that fair turns give it."""
         self.shown: Counter[tuple[int, int]] = Counter()
         """How many tokens of each text were reported."""
         self.restart()
