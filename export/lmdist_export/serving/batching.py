@@ -124,7 +124,7 @@ class Batcher:
             excess = queued + work.cost - self.max_queued_tokens
             if self.is_closing or (queued and excess > 0):
                 raise QueueFull(max(1.0, excess / self.tokens_per_second if self.tokens_per_second else 1.0))
-            self.works[work] = work.steps(self.paces, self.offer) if isinstance(work, Request) else work.steps(self.paces)
+            self.works[work] = work.steps(self.paces, self.offer)
             self.arrived.append(work)
             self.changed.notify()
 
