@@ -288,7 +288,7 @@ def test_short_work_is_done_while_long_work_goes_on(sampler: Sampler, make_batch
         time.sleep(0.001)
     for config in (CONFIG, replace(CONFIG, max_new_tokens=10), replace(CONFIG, num_beams=2)):
         short = Request(sampler, [[5]], config, 1, ignore_end=True)
-        assert words_of(batcher.generate(short, 60)) == alone(sampler, short)
+        assert words_of(batcher.generate(short, 300)) == alone(sampler, short)
     scoring = Scoring(sampler, [[3, 4, 5]], 1)
     batcher.submit(scoring)
     wait(scoring)
@@ -367,7 +367,7 @@ def test_the_queue_is_bounded_by_what_it_costs(sampler: Sampler, make_batcher: C
     large.cancel()
     while batcher.figures().tokens_queued:
         time.sleep(0.001)
-    assert words_of(batcher.generate(small, 60)) == alone(sampler, small)
+    assert words_of(batcher.generate(small, 300)) == alone(sampler, small)
     for number in range(100):  # they cost little
         batcher.submit(Request(sampler, [[3]], replace(CONFIG, max_new_tokens=10), number))
 
