@@ -48,7 +48,7 @@ from serving_client import Load, quantile, question
 from workers import Worker
 
 CLIENTS = (1, 8, 32, 128)
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 PROMPTS = ["The people of the", "My fellow Americans, tonight", "We must", "In the past 5 years, the congress of the", ""]
 LONG = 10_000
 """Tokens."""

@@ -270,10 +270,10 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
 
     Tokens that may turn out to be the beginning of a stop are held back until that is known.
     """
-    stops = generation.automaton
+    stops, end = generation.automaton, generation.end
     shown = len(text.tokens) - stops.held_back(text.stop_place)
     for token in tokens:
-        if token in generation.end:
+        if token in end:
             text.finish_reason = "stop"
             break
         text.tokens.append(token)

@@ -8,9 +8,10 @@ Requests of equal settings (those that hold for all rows of an inference call) s
 call, which takes 20 ms at most or one token, and leaves it when it ends (shared_batch.py). Everything else is work in steps as
 short (requests.py): prompts that are long are read in pieces, and so is what is scored; a search goes token by token.
 
-Each round gives every batch a call, and all other work together the time of one, in which the request goes first that has had
-the least. So a long request delays a short one by a few steps, not by its length, and whether a client is still there is looked
-at before every step. The same seed gives the same text whatever else is in the batch (sampling/generation.py).
+A call of a batch and other work for as long take turns. The batch goes first whose requests have had the least so far, and so
+does other work; what is new begins where the others are. So a long request delays a short one by a few steps, not by its
+length, and whether a client is still there is looked at before every step. The same seed gives the same text whatever else is
+in the batch (sampling/generation.py).
 
 This module knows ids, and nothing of HTTP.
 """
@@ -89,10 +90,10 @@ class Batcher:
         self.turns: list[tuple[float, int, Work]] = []
         """A heap of the work that has a step to do: that with the least seconds first, of equal ones the newest."""
         self.numbers = count(0, -1)
-        self.least_seconds = 0.0
-        """Of the work that had the last turn: where new work begins to count, so that it does not go before all others."""
+        self.least_seconds = self.least_batch_seconds = 0.0
+        """Of the work, and of the batch, that had the last turn: there new ones begin, and do not go first for long."""
         self.credit = 0.0
-        """Seconds that work may take before the next calls of batches."""
+        """Seconds that work may take before the next call of a batch."""
         self.rows = 0
         self.calls_by_rows: Counter[int] = Counter()
         self.num_read = self.num_written = 0
@@ -123,7 +124,7 @@ class Batcher:
             excess = queued + work.cost - self.max_queued_tokens
             if self.is_closing or (queued and excess > 0):
                 raise QueueFull(max(1.0, excess / self.tokens_per_second if self.tokens_per_second else 1.0))
-            self.works[work] = work.steps(self.paces, self.offer) if isinstance(work, Request) else work.steps(self.paces)
+            self.works[work] = work.steps(self.paces, self.offer)
             self.arrived.append(work)
             self.changed.notify()
 
@@ -156,12 +157,9 @@ class Batcher:
             for work in [*self.works]:
                 if work.cancelled:
                     self.end(work)
-            batches = [*self.batches.items()]
-            for key, batch in batches:
-                self.step_batch(key, batch)
-            if batches:
-                call_seconds = (time.perf_counter() - began) / len(batches)
-                self.credit = min(self.credit + call_seconds, STEP_SECONDS)
+            if self.batches:
+                self.step_batch(*min(reversed(self.batches.items()), key=lambda item: item[1].seconds))
+                self.credit = min(self.credit + time.perf_counter() - began, STEP_SECONDS)
             self.step_works()
             self.measure(time.perf_counter() - began)
 
@@ -179,9 +177,8 @@ class Batcher:
         """Have a batch take the texts of a request that are ready; return how many may wait for it."""
         batch = self.batches.get(request.batch_key)
         if batch is None:
-            batch = self.batches[request.batch_key] = SharedBatch(request, self.batch_size)
-        batch.queue.setdefault(request)
-        return self.batch_size
+            batch = self.batches[request.batch_key] = SharedBatch(request, self.batch_size, self.least_batch_seconds)
+        return batch.offer(request)
 
     def step_works(self) -> None:
         """Give work steps for about as long as a call of a batch takes."""
@@ -218,23 +215,27 @@ class Batcher:
         sessions = self.sampler.generation_sessions
         while len(sessions) > MAX_GRAPHS:  # the oldest; it is built again when it is needed
             del sessions[next(iter(sessions))]
-        if not batch.is_empty:
+        self.least_batch_seconds = batch.seconds
+        try:
+            joined, growth = batch.step()
+        except Exception as error:
+            self.fail(key, batch, error)
+            return
+        self.rows = len(growth)
+        self.calls_by_rows[self.rows] += 1
+        for request, text, tokens in growth:
             try:
-                joined, growth = batch.step()
-            except Exception as error:
-                self.fail(key, batch, error)
-                return
-            self.rows = len(growth)
-            self.calls_by_rows[self.rows] += 1
-            for request, text, tokens in growth:
-                try:
-                    request.grow(text, tokens)
-                except Exception as error:  # of its client's callback
-                    self.end(request, error)
-            for request in [*joined, *(request for request, text, _ in growth if text.finish_reason)]:
-                if request.is_waiting:
-                    self.advance(request)
-        if batch.is_empty and self.batches.get(key) is batch:
+                request.grow(text, tokens)
+            except Exception as error:  # of its client's callback
+                self.end(request, error)
+        for request in [*joined, *(request for request, text, _ in growth if text.finish_reason)]:
+            if request.is_waiting:
+                self.advance(request)
+        self.drop_if_empty(key)
+
+    def drop_if_empty(self, key: str) -> None:
+        """Forget a batch without texts."""
+        if key in self.batches and self.batches[key].is_empty:
             del self.batches[key]
 
     def fail(self, key: str, batch: SharedBatch, error: Exception) -> None:
@@ -265,6 +266,7 @@ class Batcher:
         work.error = error
         if isinstance(work, Request) and work.batch_key in self.batches:
             self.batches[work.batch_key].remove(work)
+            self.drop_if_empty(work.batch_key)
         work.finished.set()
         try:
             if work.on_end:

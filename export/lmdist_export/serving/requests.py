@@ -15,6 +15,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from lmdist.errors import UsageError
 from lmdist_export.options import GenerationConfig
@@ -35,6 +36,7 @@ READING_SECONDS = 0.01
 WAIT = True
 """Yielded by work that has nothing to do until a text of it has joined its batch, or has ended."""
 WorkSteps = Generator[bool | None, None, None]
+Offer: TypeAlias = "Callable[[Request], int]"
 
 
 @dataclass
@@ -60,6 +62,10 @@ class Work:
         self.error: Exception | None = None
         self.on_end = on_end
         """Called in the batching thread, once: it has its results, its error, or was cancelled."""
+
+    def steps(self, paces: Paces, offer: Offer) -> WorkSteps:
+        """Do all of it; `offer` has a batch take texts that are ready, and returns how many may wait for that."""
+        raise NotImplementedError
 
     def cancel(self) -> None:
         """Stop waiting: whatever is done for it ends after the current step."""
@@ -106,6 +112,8 @@ class Request(Work):
         self.batch_key = repr(self.generation)
         """Equal for requests that can share a batch."""
         self.texts: list[Text] = []
+        self.row_seconds = 0.0
+        """The share of its texts in the calls of their batch, from the start that fair turns give it."""
         self.shown: Counter[tuple[int, int]] = Counter()
         """How many tokens of each text were reported."""
         self.restart()
@@ -118,15 +126,15 @@ class Request(Work):
         """Texts that can join a batch."""
         self.ended: list[Text] = []
 
-    def steps(self, paces: Paces, offer: Callable[[Request], int]) -> WorkSteps:
-        """Do all of it; `offer` has a batch take texts that are ready, and returns how many may wait for that."""
+    def steps(self, paces: Paces, offer: Offer) -> WorkSteps:
+        """Do all of it."""
         yield from self.search(paces) if self.generation.config.num_beams > 1 else self.sample(paces, offer)
         if self.logprobs is not None:
             yield from self.score(paces, self.logprobs)
         while len(self.ended) < len(self.texts):
             yield WAIT
 
-    def sample(self, paces: Paces, offer: Callable[[Request], int]) -> WorkSteps:
+    def sample(self, paces: Paces, offer: Offer) -> WorkSteps:
         """Read the prompts, and have a batch continue them."""
         sampler, config = self.sampler, self.generation.config
         for number, prompt in enumerate(self.prompts):
@@ -196,7 +204,7 @@ class Scoring(Work):
         self.scores: list[TokenScores] = []
         """Of each text, in the order of the texts."""
 
-    def steps(self, paces: Paces) -> WorkSteps:
+    def steps(self, paces: Paces, offer: Offer) -> WorkSteps:
         """Do all of it."""
         for tokens in self.given:
             found = yield from log_probability_steps(self.sampler, [], tokens, self.top, paces.reading, paces.scoring)

@@ -12,8 +12,10 @@ This module knows no HTTP.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from weakref import WeakKeyDictionary
 
 from lmdist_export.sampling.generation import Text
 from lmdist_export.serving.batching import Batcher, Request, Scoring
@@ -27,11 +29,41 @@ class ClientLeft(Exception):
     """The client has disconnected: nobody waits for the answer."""
 
 
+class Mailbox:
+    """Events on their way from the batching thread into a loop, which is woken once for all that come together.
+
+    At each time that it is woken the two threads contend for the interpreter's lock, and a step brings an event for each text.
+    """
+
+    def __init__(self) -> None:
+        self.events: deque[tuple[asyncio.Queue[Event | None], Event | None]] = deque()
+        self.is_woken = False
+
+    def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event | None], event: Event | None) -> None:
+        """Have the loop put an event into a queue."""
+        self.events.append((queue, event))
+        if not self.is_woken:
+            self.is_woken = True
+            with suppress(RuntimeError):  # the loop has ended before the batching thread
+                loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        """Put all events into their queues."""
+        self.is_woken = False
+        while self.events:
+            queue, event = self.events.popleft()
+            queue.put_nowait(event)
+
+
+MAILBOXES: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+
+
 class Growth:
     """What the texts of a request have grown, as an asynchronous iterator; the batching thread calls its methods."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.mailbox = MAILBOXES.setdefault(self.loop, Mailbox())
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     def on_growth(self, text: Text, tokens: list[int]) -> None:
@@ -44,8 +76,7 @@ class Growth:
 
     def put(self, event: Event | None) -> None:
         """Hand an event to the loop."""
-        with suppress(RuntimeError):  # the loop has ended before the batching thread
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        self.mailbox.put(self.loop, self.events, event)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         while (event := await self.events.get()) is not None:
