@@ -30,11 +30,9 @@ function addOption(place, { name, default: initial, minimum, maximum, help }, sl
   const bounds = { ...(minimum != null && { min: minimum }), ...(maximum != null && { max: maximum }) };
   const number = element("input", { type: "number", step: "any", ...bounds, "aria-label": `${label}, as a number` });
   const text = element("p", { id: `help-${name}`, className: "help", hidden: true }, sentence(help));
-  const toggle = element(
-    "button",
-    { type: "button", className: "quiet", "aria-label": `What ${label} does`, "aria-expanded": false, "aria-controls": text.id },
-    "?",
-  );
+  const toggle = element("button", { type: "button", className: "quiet", "aria-label": `What ${label} does` }, "?");
+  toggle.setAttribute("aria-expanded", false);
+  toggle.setAttribute("aria-controls", text.id);
   range.setAttribute("aria-describedby", text.id);
   toggle.addEventListener("click", () => {
     text.hidden = !text.hidden;
