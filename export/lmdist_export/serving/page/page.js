@@ -53,6 +53,11 @@ function chosenSeed() {
   throw new Error(`The seed is “${text}”. It must be an integer from 0 to ${Number.MAX_SAFE_INTEGER}.`);
 }
 
+function chosenOptions() {
+  const values = options.values();
+  return values.num_beams > 1 ? values : { ...values, seed: chosenSeed() }; // a beam search is not random
+}
+
 function setRunning(controller) {
   running = controller;
   document.body.classList.toggle("running", Boolean(controller));
@@ -81,7 +86,7 @@ async function generate() {
   setError("");
   nextWords.setTab(false);
   try {
-    const chosen = { ...options.values(), seed: chosenSeed() };
+    const chosen = chosenOptions();
     setBefore(prompt);
     setRunning(stopping);
     textChanged();
@@ -94,7 +99,8 @@ async function generate() {
       reason = piece.finish_reason ?? reason;
     }
     const seconds = inDecimals((performance.now() - started) / 1000);
-    say(`${ENDINGS[reason] ?? "Done"}, after ${seconds} s, with seed ${chosen.seed}.`);
+    const seed = "seed" in chosen ? `, with seed ${chosen.seed}` : "";
+    say(`${ENDINGS[reason] ?? "Done"}, after ${seconds} s${seed}.`);
   } catch (error) {
     say(stopping.signal.aborted ? "Stopped." : "");
     if (!stopping.signal.aborted) setError(error.message, "generating");
@@ -234,7 +240,7 @@ function askKey(message) {
 
 async function start() {
   showLegend();
-  engine = await open({ askKey });
+  engine = await open({ askKey, progress: say });
   const { name, layer_sizes: layers, vocabulary_size: size, precision } = engine.model;
   document.title = `${name} · lmdist`;
   $("model-name").textContent = name;
