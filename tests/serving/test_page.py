@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def serving(bundle: Path) -> Iterator[Serving]:
 
 @pytest.fixture
 def page(browser: Browser, serving: Serving) -> Iterator[Page]:
-    with fresh_page(browser, ("400 (Bad Request)",)) as opened:
+    with fresh_page(browser, ("400 (Bad Request)", "429 (Too Many Requests)")) as opened:
         opened.goto(serving.url)
         opened.locator("#text:enabled").wait_for()
         yield opened
@@ -348,8 +349,7 @@ def test_letters_lie_on_their_colours(page: Page) -> None:
 
 def test_a_server_that_is_gone(browser: Browser, bundle: Path) -> None:
     serving = Serving(bundle)
-    with fresh_page(browser, ("Failed to load", "ERR_")) as page, ExitStack() as closing:
-        closing.callback(serving.close)
+    with fresh_page(browser, ("Failed to load", "ERR_")) as page, closing(serving):
         page.goto(serving.url)
         page.locator("#text").fill("the cat")
         fill(page, max_new_tokens=15_000, min_new_tokens=14_000)
@@ -363,12 +363,25 @@ def test_a_server_that_is_gone(browser: Browser, bundle: Path) -> None:
         assert page.get_by_role("button", name="Generate").is_enabled()
 
 
+def test_a_busy_server_says_when_to_try_again(page: Page, serving: Serving) -> None:
+    body = {"prompt": "the", "max_tokens": 19_990, "min_new_tokens": 19_990, "stream": True}
+    with ExitStack() as leaving:
+        for _ in range(10):  # of the 200,000 tokens that it has in work
+            client = leaving.enter_context(closing(http.client.HTTPConnection("127.0.0.1", serving.port)))
+            client.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            assert client.getresponse().status == 200
+        page.locator("#text").fill("the cat")
+        fill(page, max_new_tokens=15_000)
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_role("alert").filter(has_text=re.compile(r"The server is busy\. Try again in (a|\d+) second")).wait_for()
+    assert text_of(page) == "the cat"
+
+
 def test_an_api_key_is_asked_for_and_kept_in_memory_only(browser: Browser, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"{KEY}\n")
     (tmp_path / "keys").chmod(0o600)
     serving = Serving(bundle, "--api-key-file", str(tmp_path / "keys"))
-    with fresh_page(browser, ("401",)) as page, ExitStack() as closing:
-        closing.callback(serving.close)
+    with fresh_page(browser, ("401",)) as page, closing(serving):
         page.goto(serving.url)
         dialog = page.get_by_role("dialog")
         dialog.wait_for()
