@@ -74,7 +74,8 @@ function setBefore(text) {
 function grow(text, start) {
   const paper = $("paper");
   const atEnd = paper.scrollTop + paper.clientHeight > paper.scrollHeight - 40;
-  editor.replace(text, { generated: [start, text.length] });
+  const spaces = text.length - start - text.slice(start).trimStart().length;
+  editor.replace(text, { generated: [start + spaces, text.length] });
   if (atEnd) paper.scrollTop = paper.scrollHeight;
 }
 
@@ -141,10 +142,22 @@ const score = latest(async (signal) => {
   };
 }, whileTyping);
 
+let askedFor = null; // the text before the caret whose next words are shown, or are to be
+function askNextWords() {
+  askedFor = editor.beforeCaret;
+  suggest();
+}
+
+function caretMoved() {
+  if (document.activeElement !== $("text") || running || editor.beforeCaret === askedFor) return;
+  nextWords.expire();
+  askNextWords();
+}
+
 function textChanged() {
   nextWords.expire();
   if (running) return;
-  suggest();
+  askNextWords();
   if ($("colours").checked) score();
   showSnippets();
 }
@@ -215,6 +228,7 @@ function optionsChanged() {
 
 function listen() {
   $("text").addEventListener("input", typed);
+  document.addEventListener("selectionchange", caretMoved);
   $("text").addEventListener("blur", () => nextWords.setTab(false));
   document.addEventListener("keydown", pressed);
   $("generate").addEventListener("click", () => (running ? running.abort() : generate()));
