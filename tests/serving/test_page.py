@@ -9,18 +9,17 @@ import re
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 import lmdist
 from lmdist_export.api import Model
-from servers import free_port
 from support.chromium import chromium, fresh_page
+from support.serving import Serving
 from support.small_bundles import UNTIED, edit_json, make_bundle
 
 if TYPE_CHECKING:
@@ -30,27 +29,11 @@ WORDS = "the cat dog president presidential said that it is n't 's . , `` '' ( )
 KEY = "a-key-of-the-tests"
 
 
-class Serving:
-    """`lmdist-serve` over a bundle."""
-
-    def __init__(self, bundle: Path, *options: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/"
-        command = [sys.executable, "-m", "lmdist_export.serve", str(bundle), "--port", str(self.port), "--threads", "1"]
-        self.process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(self.url, timeout=5).close()
-                return
-            except OSError:
-                assert self.process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def serve(bundle: Path, folder: Path, *options: str) -> Serving:
+    """Start `lmdist-serve`."""
+    serving = Serving(["-m", "lmdist_export.serve", str(bundle), "--threads", "1", *options], folder)
+    serving.wait()
+    return serving
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +55,16 @@ def model(bundle: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def serving(bundle: Path) -> Iterator[Serving]:
-    started = Serving(bundle)
+def serving(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    started = serve(bundle, tmp_path_factory.mktemp("serving"))
     yield started
-    started.close()
+    started.stop()
 
 
 @pytest.fixture
 def page(browser: Browser, serving: Serving) -> Iterator[Page]:
     with fresh_page(browser, ("400 (Bad Request)", "429 (Too Many Requests)")) as opened:
-        opened.goto(serving.url)
+        opened.goto(address(serving))
         opened.locator("#text:enabled").wait_for()
         yield opened
 
@@ -96,6 +79,10 @@ def fill(page: Page, **values: object) -> None:
         if not number.is_visible():
             page.get_by_text("More options").click()
         number.fill(str(value))
+
+
+def address(serving: Serving) -> str:
+    return f"http://127.0.0.1:{serving.port}/"
 
 
 def text_of(page: Page) -> str:
@@ -199,7 +186,8 @@ def test_sliders_and_numbers_are_what_is_asked_for(page: Page, model: Model) -> 
     fill(page, repetition_penalty=3.5, seed=3)  # beyond what the slider spans
     with page.expect_request("**/v1/completions") as request:
         page.get_by_role("button", name="Generate").click()
-    asked: dict[str, Any] = request.value.post_data_json
+    asked = request.value.post_data_json
+    assert asked
     expected = {"prompt": "the cat", "temperature": 0.75, "top_k": 3, "repetition_penalty": 3.5, "seed": 3, "stream": True}
     assert {name: value for name, value in asked.items() if name != "model"} == expected
     wait_for_status(page, "with seed 3.")
@@ -357,15 +345,17 @@ def test_letters_lie_on_their_colours(page: Page) -> None:
 # --- errors
 
 
-def test_a_server_that_is_gone(browser: Browser, bundle: Path) -> None:
-    serving = Serving(bundle)
-    with fresh_page(browser, ("Failed to load", "ERR_")) as page, closing(serving):
-        page.goto(serving.url)
+def test_a_server_that_is_gone(browser: Browser, bundle: Path, tmp_path: Path) -> None:
+    serving = serve(bundle, tmp_path)
+    with fresh_page(browser, ("Failed to load", "ERR_")) as page, ExitStack() as leaving:
+        leaving.callback(serving.process.kill)
+        page.goto(address(serving))
         page.locator("#text").fill("the cat")
         fill(page, max_new_tokens=15_000, min_new_tokens=14_000)
         page.get_by_role("button", name="Generate").click()
         until(page, lambda: len(text_of(page)) > 100)
-        serving.close()
+        serving.process.kill()
+        serving.process.wait()
         page.get_by_role("alert").filter(has_text="connection to the server broke").wait_for()
         assert len(text_of(page)) > 100, "what had come stays"
         page.get_by_role("button", name="Generate").click()
@@ -390,9 +380,10 @@ def test_a_busy_server_says_when_to_try_again(page: Page, serving: Serving) -> N
 def test_an_api_key_is_asked_for_and_kept_in_memory_only(browser: Browser, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"{KEY}\n")
     (tmp_path / "keys").chmod(0o600)
-    serving = Serving(bundle, "--api-key-file", str(tmp_path / "keys"))
-    with fresh_page(browser, ("401",)) as page, closing(serving):
-        page.goto(serving.url)
+    serving = serve(bundle, tmp_path, "--api-key-file", str(tmp_path / "keys"))
+    with fresh_page(browser, ("401",)) as page, ExitStack() as leaving:
+        leaving.callback(serving.stop)
+        page.goto(address(serving))
         dialog = page.get_by_role("dialog")
         dialog.wait_for()
         page.keyboard.type("another")
@@ -465,7 +456,7 @@ def test_a_phone_in_the_dark_without_motion(browser: Browser, serving: Serving) 
     with fresh_page(
         browser, viewport=phone, color_scheme="dark", reduced_motion="reduce", has_touch=True, is_mobile=True
     ) as page:
-        page.goto(serving.url)
+        page.goto(address(serving))
         page.locator("#text").fill("the cat said that it is old " * 9)
         page.locator("#colours").check()
         page.locator("#mirror .token").first.wait_for()
