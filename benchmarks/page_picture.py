@@ -25,10 +25,10 @@ from servers import free_port
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-PROMPT = "my fellow americans, the internet of tomorrow is here to"
+PROMPT = "my fellow americans, the robots of tomorrow are here to"
 SEED = "8"
 TOKENS = "60"
-DESKTOP = {"viewport": {"width": 1080, "height": 760}}
+DESKTOP = {"viewport": {"width": 1080, "height": 690}}
 PHONE = {"viewport": {"width": 360, "height": 800}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 PICTURES: dict[str, dict[str, Any]] = {
     "light": DESKTOP,
@@ -62,7 +62,7 @@ def take(browser: Browser, url: str, picture: Path, context: dict[str, Any]) -> 
     """Use the page as a person would, and write what it looks like then."""
     page = browser.new_page(**context)
     page.goto(url)
-    page.wait_for_function("!document.getElementById('text').disabled")
+    page.locator("#text:enabled").wait_for()
     page.locator("#text").fill(PROMPT)
     page.locator(".option:has(#option-max_new_tokens) input[type=number]").fill(TOKENS)
     page.locator("#seed").fill(SEED)
@@ -83,7 +83,7 @@ def main() -> None:
     """Take one picture, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--plot", type=Path, help="write the light one here, in 64 colours")
+    parser.add_argument("--plot", type=Path, help="write the light one here, in 128 colours")
     parser.add_argument("--all", type=Path, help="write all of them into this folder")
     arguments = parser.parse_args()
     from PIL import Image
@@ -97,7 +97,7 @@ def main() -> None:
                 take(browser, url, arguments.all / f"{name}.png", context)
         if arguments.plot:
             take(browser, url, arguments.plot, PICTURES["light"])
-            Image.open(arguments.plot).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(
+            Image.open(arguments.plot).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(
                 arguments.plot, optimize=True
             )
         browser.close()

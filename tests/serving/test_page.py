@@ -181,6 +181,7 @@ def test_sliders_and_numbers_are_what_is_asked_for(page: Page, model: Model) -> 
     assert "below 1 likely tokens become likelier" in (page.locator("#help-temperature").text_content() or "")
     slider.focus()
     page.keyboard.press("ArrowRight")
+    assert page.locator("#option-cache_weight").count() == 0, "this bundle has no neural cache"
     slider = page.get_by_role("slider", name="Top-k")
     slider.fill("3")
     fill(page, repetition_penalty=3.5, seed=3)  # beyond what the slider spans

@@ -144,7 +144,7 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
         "precision": sizes.precision,
         "parameters": bundle.manifest.get("parameters"),
         "tokenizer": bundle.tokenizer.settings.tokenizer,
-        "options": [option_facts(row, bundle) for row in PARAMS.values()],
+        "options": [option_facts(row, bundle) for row in PARAMS.values() if row.name != "cache_weight" or bundle.cache],
     }
 
 
