@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
             log(f"warning: whoever reaches {arguments.host} can use the model: --api-key-file has keys for it", COMMAND)
         host, port = listening.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        with port_errors(arguments.host, arguments.port):
+        with port_errors(arguments.host, arguments.port, listening):
             listening.listen(BACKLOG)
         log(f"{application.name} at {address} (a page), {address}/v1 (OpenAI's API), {address}/invocations (MLflow's)", COMMAND)
         asyncio.run(serve(application, listening, arguments, watched, version))
@@ -166,17 +166,18 @@ def bound(host: str, port: int) -> socket.socket:
         raise UsageError(f"--host is {host!r}; an address of this machine is expected, as 127.0.0.1 or 0.0.0.0") from None
     found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    with port_errors(host, port):
+    with port_errors(host, port, found):
         found.bind(address)
     return found
 
 
 @contextmanager
-def port_errors(host: str, port: int) -> Iterator[None]:
-    """Use a port inside; raises DataError where it cannot be used."""
+def port_errors(host: str, port: int, used: socket.socket) -> Iterator[None]:
+    """Use a port inside; raises DataError, and closes the socket, where it cannot be used."""
     try:
         yield
     except OSError as error:
+        used.close()
         raise DataError(f"port {port} of {host} cannot be used: {error.strerror}") from None
 
 
