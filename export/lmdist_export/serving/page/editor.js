@@ -5,18 +5,25 @@
 
 import { element } from "./dom.js";
 
-const WRITTEN = { "``": '"', "''": '"' }; // quotes as Penn Treebank's tokens
-const CLINGS = /^(?:[.,;:!?%)\]}’…]|''$|'\p{L}|n't$)/u; // follows a word without a space
+const SPELLED = { "``": '"', "''": '"', "<nl>": "\n", "<0x0A>": "\n" }; // Penn Treebank's quotes, and line breaks
+const SPACE = /\u2581/g; // SentencePiece's sign for one, in tokens that are pieces of words
+const CLINGS = /^(?:[.,;:!?%)\]}’…]|''$|'\p{L}|n't$|<nl>$)/u; // follows a word without a space
 const OPENS = /(?:[([{“‘]|(?:^|\s)["'])$/; // no space follows
 const WITHOUT_SPACES = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]/u;
 
-export const written = (word) => WRITTEN[word] ?? word;
+const spelled = (token) => SPELLED[token] ?? token.replace(SPACE, " ");
+
+/** Return a token as people read it alone. */
+export const written = (token) => (spelled(token) === "\n" ? "↵" : spelled(token).trim() || token);
+
+/** Return whether tokens are pieces of words, which have their own spaces. */
+export const arePieces = (tokens) => tokens.some((token) => token.search(SPACE) >= 0);
 
 /** Return a text with a word after it, and the space between them that people write. */
 function join(text, word) {
-  if (CLINGS.test(word)) return text.replace(/ $/, "") + written(word);
+  if (CLINGS.test(word)) return text.replace(/ $/, "") + spelled(word);
   const dense = WITHOUT_SPACES.test(word) && WITHOUT_SPACES.test(text.slice(-1));
-  return text + (!text || /\s$/.test(text) || OPENS.test(text) || dense ? "" : " ") + written(word);
+  return text + (!text || /\s$/.test(text) || OPENS.test(text) || dense ? "" : " ") + spelled(word);
 }
 
 export class Editor {
@@ -52,8 +59,14 @@ export class Editor {
   insert(word, replaced) {
     const before = join(this.text.slice(0, this.textarea.selectionStart - replaced), word);
     const after = this.text.slice(this.textarea.selectionEnd);
-    const space = /^\s/.test(after) || OPENS.test(before) || WITHOUT_SPACES.test(word) ? "" : " ";
+    const space = /^\s/.test(after) || /\s$/.test(before) || OPENS.test(before) || WITHOUT_SPACES.test(word) ? "" : " ";
     this.replace(before + space + after, { caret: before.length + space.length });
+  }
+
+  /** Put a piece of a word, with its own space if it has one, in the place of the selection. */
+  insertPiece(piece) {
+    const before = this.beforeCaret + (/^$|\s$/.test(this.beforeCaret) ? spelled(piece).replace(/^ /, "") : spelled(piece));
+    this.replace(before + this.text.slice(this.textarea.selectionEnd), { caret: before.length });
   }
 
   /** Colour tokens of the text, each by the class of `classOf`; they stay as far as the text stays what it is now. */

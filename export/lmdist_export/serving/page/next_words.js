@@ -3,16 +3,17 @@
    Tab inserts only while somebody types. After Escape, and whenever the text is entered anew, it moves on as everywhere. */
 
 import { element, inPercent } from "./dom.js";
-import { written } from "./editor.js";
+import { arePieces, written } from "./editor.js";
 
 const SHOWN = 6;
 const COMPLETIONS = 2; // of them at most, where what is typed is a word already
 const LOOKED_AT = 19; // the likeliest words, of which those that complete an unfinished word are shown
 const CONTEXT = 2000; // characters that the candidates depend on: the model reads them again for each letter
 const END = "<eos>";
+const BYTE = /^<0x(?!0A)/; // a piece that is no character
 const UNFINISHED_WORD = /[\p{L}\p{N}'’-]+$/u;
 
-/** Return [{word, probability, replaced}] for what may follow a text; `replaced` letters at its end are part of the word. */
+/** Return [{word, probability, isPiece, replaced}] for what may follow a text; `replaced` letters at its end are part of a word. */
 export async function candidatesAfter(text, engine, signal) {
   const context = text.length > CONTEXT ? text.slice(text.indexOf(" ", text.length - CONTEXT)) : text;
   const unfinished = UNFINISHED_WORD.exec(context)?.[0] ?? "";
@@ -21,7 +22,11 @@ export async function candidatesAfter(text, engine, signal) {
     engine.nextWords(context, LOOKED_AT, signal),
     unfinished ? engine.nextWords(context.slice(0, -replaced), LOOKED_AT, signal) : [],
   ]);
-  const next = following.filter(({ word }) => word !== END).map((candidate) => ({ ...candidate, replaced: 0 }));
+  const isPiece = arePieces(following.map(({ word }) => word));
+  const next = following
+    .filter(({ word }) => word !== END && !BYTE.test(word))
+    .map((candidate) => ({ ...candidate, isPiece, replaced: 0 }));
+  if (isPiece) return next.slice(0, SHOWN);
   const completing = others
     .filter(({ word }) => word.length > replaced && word.startsWith(unfinished))
     .map((candidate) => ({ ...candidate, replaced }));

@@ -82,6 +82,7 @@ function grow(text, start) {
 async function generate() {
   const prompt = editor.text;
   const started = performance.now();
+  let frame = 0;
   const stopping = new AbortController();
   let text = prompt;
   setError("");
@@ -96,7 +97,7 @@ async function generate() {
     for await (const piece of engine.generate({ prompt, options: chosen, signal: stopping.signal })) {
       const first = text === prompt && /\s$/.test(prompt);
       text += first ? piece.text.trimStart() : piece.text; // no second space
-      if (piece.text) grow(text, prompt.length);
+      frame ||= requestAnimationFrame(() => ((frame = 0), grow(text, prompt.length))); // a fast model writes many in one
       reason = piece.finish_reason ?? reason;
     }
     const seconds = inDecimals((performance.now() - started) / 1000);
@@ -106,6 +107,8 @@ async function generate() {
     say(stopping.signal.aborted ? "Stopped." : "");
     if (!stopping.signal.aborted) setError(error.message, "generating");
   }
+  cancelAnimationFrame(frame);
+  if (text !== prompt) grow(text, prompt.length);
   setRunning(null);
   speak(text.slice(prompt.length));
   textChanged();
@@ -169,9 +172,10 @@ function typed() {
   textChanged();
 }
 
-function insert({ word, replaced }) {
+function insert({ word, isPiece, replaced }) {
   $("text").focus();
-  editor.insert(word, replaced);
+  if (isPiece) editor.insertPiece(word);
+  else editor.insert(word, replaced);
   typed();
 }
 
