@@ -13,7 +13,7 @@ const END = "<eos>";
 const BYTE = /^<0x(?!0A)/; // a piece that is no character
 const UNFINISHED_WORD = /[\p{L}\p{N}'’-]+$/u;
 
-/** Return [{word, probability, isPiece, replaced}] for what may follow a text; `replaced` letters at its end are part of a word. */
+/** Return [{word, probability, isPiece, replaced}] for what may follow a text: `replaced` letters at its end begin the word. */
 export async function candidatesAfter(text, engine, signal) {
   const context = text.length > CONTEXT ? text.slice(text.indexOf(" ", text.length - CONTEXT)) : text;
   const unfinished = UNFINISHED_WORD.exec(context)?.[0] ?? "";
