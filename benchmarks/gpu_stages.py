@@ -32,7 +32,7 @@ GOAL = 65.8
 """AWD-LSTM's test perplexity on WikiText-2 (Merity et al. 2018)."""
 SMALL = (
     "--model.embedding_size=128 --model.hidden_size=128 --data.global_batch=16 --data.window=20 --schedule.warmup_steps=5 "
-    "--training.validate_every=20"
+    "--training.validate_every=10"
 ).split()
 """The recipe in a size for a rehearsal."""
 QUICK_TOKENS = {"train": 20_000, "valid": 2_000, "test": 2_000}
@@ -228,7 +228,7 @@ def good(job: Job) -> Rows:
     elif not (data / "meta.json").exists():
         raise LeftOut(f"{data} does not exist: prepare WikiText-2 by the recipe, or take it along by --pack")
     start, test = (3.0, 5.0) if job.quick else (15.0, 40.0)
-    minutes = min(0.1 if job.quick else 60, max(0.01, (job.seconds - start - test) / 60))
+    minutes = min(0.04 if job.quick else 60, max(0.01, (job.seconds - start - test) / 60))
     flags = [
         f"--config={RECIPE}",
         f"--data.folder={data}",
