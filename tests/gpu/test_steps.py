@@ -5,8 +5,6 @@ python -m pytest -m gpu        # benchmarks/gpu.py does so on the day when there
 
 from __future__ import annotations
 
-from itertools import count
-
 import pytest
 import torch
 from torch import Tensor
@@ -133,26 +131,30 @@ SGD = OptimizerSettings("sgd", 0.1, momentum=0.9, weight_decay=0)
 @pytest.mark.parametrize("optimizer", [OptimizerSettings(), SGD], ids=["adamw", "sgd"])
 def test_steps_that_overflow_in_fp16_are_skipped_until_the_scale_has_fallen(optimizer, monkeypatch):
     step = with_graph(step_of(WEIGHT_DROP, "fp16", optimizer), monkeypatch)
+    if DEVICE.type == "cpu":  # few have an LSTM in fp16: its outputs are, and their gradients
+        for layer in step.model.layers:
+            assert isinstance(layer, Layer)
+            layer.kernel = "fp32"
+            layer.register_forward_hook(lambda _, __, outputs: (outputs[0].half(), outputs[1]))
     step.scaler = torch.GradScaler(DEVICE.type, init_scale=2.0**40)
     parameters = list(step.model.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
     garbage = [torch.full_like(parameter, torch.nan) for parameter in parameters]
     del garbage  # what is allocated and not filled is likely to be this
-    for number in count():
-        forward_backward(step, number)
-        scale = step.scaler.get_scale()
-        step.clip_and_update(0.01)
-        if step.scaler.get_scale() == scale:
-            break
-        assert number < 40
+    number, scale = 0, torch.inf
+    while step.scaler.get_scale() < scale:
         for parameter, value in zip(parameters, before, strict=True):
             assert torch.equal(parameter, value), number
-    assert number > WARM_UP
-    first = forward_backward(step, 0)
-    for more in range(1, 30):
-        last = forward_backward(step, 5 * more)  # the first batch again and again
-        step.clip_and_update(0.01)
-    assert last < first - 0.1
+        scale = step.scaler.get_scale()
+        forward_backward(step, number)
+        step.clip_and_update(0.003)
+        number += 1
+    assert WARM_UP < number < 40
+    nats = []
+    for more in range(30):
+        nats.append(forward_backward(step, 5 * more))  # the first batch again and again
+        step.clip_and_update(0.003)
+    assert sum(nats[-5:]) < sum(nats[:5]) - 1, nats
     assert all(bool(tensor.isfinite().all()) for tensor in optimizer_state(step.optimizer).values())
     assert isinstance(step.compute_part, Graphed)
     assert step.compute_part.replay is not None, "the overflow was taken for an incorrect graph"
