@@ -25,12 +25,12 @@ from lmdist.cache_settings import TUNED, NeuralCache, read_tuned
 from lmdist.console import log
 from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.checksums import OWN_CHECKSUM, checksums, own_checksum
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import write_json
 from lmdist.text.token_files import Tokens
+from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.metadata import read_metadata
 from lmdist.training.checkpoints.read import open_checkpoint, parameters_file
@@ -58,7 +58,7 @@ class Checkpoint:
     model: LanguageModel
     manifest: dict[str, Any]
     vocabulary: Vocabulary
-    text: TextSettings
+    tokenizer: WordTokenizer
     contents: dict[str, bytes]
     """The vocabulary's and the tokenizer's files."""
 
@@ -66,8 +66,7 @@ class Checkpoint:
     def load(cls, run_or_checkpoint: str | Path) -> Self:
         """Load a checkpoint, of a run the best one; raises MissingInputError or DataError."""
         found = open_checkpoint(find_checkpoint(Path(run_or_checkpoint)))
-        model, text = found.model(), found.tokenizer.settings
-        return cls(found.path, model, found.manifest, found.vocabulary, text, found.contents)
+        return cls(found.path, found.model(), found.manifest, found.vocabulary, found.tokenizer, found.contents)
 
     @property
     def run(self) -> str:
@@ -140,7 +139,7 @@ def export_bundle(
     """
     if held_out is None and precision not in ("fp32", "fp16"):
         raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
-    if reason := obstacle(checkpoint.text, checkpoint.vocabulary):
+    if reason := obstacle(checkpoint.tokenizer.settings, checkpoint.vocabulary):
         log(f"without {TOKENIZER}: {reason}", EXPORT_COMMAND)
     with atomic_folder(Path(output), replace=replace) as folder:
         if precision == "auto":
@@ -184,8 +183,8 @@ def write_bundle(
     sizes = write_graphs(model, folder, checkpoint.run, precision)
     for name, content in checkpoint.contents.items():
         (folder / name).write_bytes(content)
-    if not obstacle(checkpoint.text, checkpoint.vocabulary):
-        write_tokenizer(folder, checkpoint.text, checkpoint.vocabulary)
+    if not obstacle(checkpoint.tokenizer.settings, checkpoint.vocabulary):
+        write_tokenizer(folder, checkpoint.tokenizer, checkpoint.vocabulary)
     files = checksums(folder)
     log(f"comparing {precision} with torch" + ("" if held_out is None else ", also on held-out text"), EXPORT_COMMAND)
     generation = EXPORTED

@@ -23,6 +23,8 @@ import pandas as pd
 
 from lmdist import __version__
 from lmdist.errors import UsageError
+from lmdist.text.data_folder import TEXT
+from lmdist.text.tokenizer import WordTokenizer
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Options
 from lmdist_export.sampling.completion import Completion, to_completion
@@ -197,13 +199,15 @@ def write_model(folder: Path, run_id: str | None) -> None:
     )
     model.model_size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     model.save(folder / MLMODEL)
-    for name, text in {CODE: CODE_TEXT, REQUIREMENTS: requirements(), ENVIRONMENT: ENVIRONMENT_TEXT}.items():
+    needed = requirements(WordTokenizer.load(folder / TEXT).settings.has_pieces)
+    for name, text in {CODE: CODE_TEXT, REQUIREMENTS: needed, ENVIRONMENT: ENVIRONMENT_TEXT}.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def requirements() -> str:
-    """Return the requirements of an environment that serves."""
-    return f"lmdist[cpu,serve]=={__version__}\nmlflow-skinny=={MLFLOW_VERSION}\n"
+def requirements(has_pieces: bool) -> str:
+    """Return the requirements of an environment that serves, also a model of pieces of words."""
+    extras = "cpu,serve,subword" if has_pieces else "cpu,serve"
+    return f"lmdist[{extras}]=={__version__}\nmlflow-skinny=={MLFLOW_VERSION}\n"
 
 
 CODE_TEXT = """from mlflow.models import set_model
