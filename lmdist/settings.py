@@ -157,7 +157,7 @@ class PrepareSettings(ReadSettings):
     lowercase: bool = False
     """Lowercase all words."""
     line_breaks: bool = False
-    """Keep each line break as a token, for poems, lyrics and dialogues; by default it is whitespace. Pieces keep all of them."""
+    """Keep each line break as a token, for poems, lyrics and dialogues; by default it is whitespace. Pieces keep them all."""
     valid_fraction: Annotated[float, between(0, 1, includes_high=False)] = 0.05
     """Fraction of the documents or groups to validate on: at least one of them, none with 0."""
     test_fraction: Annotated[float, between(0, 1, includes_high=False)] = 0.05

@@ -215,7 +215,7 @@ def write_bundle(
     manifest[OWN_CHECKSUM] = own_checksum(manifest)
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / MANIFEST, manifest)
-    write_model(folder, checkpoint.run_id)
+    write_model(folder, checkpoint.run_id, has_pieces=checkpoint.tokenizer.settings.has_pieces)
     return manifest
 
 

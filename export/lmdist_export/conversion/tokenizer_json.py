@@ -14,7 +14,8 @@ keeps several marks on one letter in their order if one of them is younger than 
 There are no added tokens: `tokenizers` would find `<unk>` inside words too, where lmdist does not.
 
 Pieces of words have a file of their own, which is written as it is. The format cannot express `word_tokenize`, which follows
-NLTK's rules and what Punkt has learned, nor HTML. This module does not import `tokenizers`; tests/conversion/test_tokenizer_json.py compares the two.
+NLTK's rules and what Punkt has learned, nor HTML. This module does not import `tokenizers`;
+tests/conversion/test_tokenizer_json.py compares the two.
 """
 
 from __future__ import annotations
