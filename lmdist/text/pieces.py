@@ -65,6 +65,10 @@ class Pieces:
             self.adds_space = b"".join(self.entries.contents[token] for token in self.entries.encode("a")) == b" a"
         """Whether the model puts a space before a text, which is not part of it."""
 
+    def __reduce__(self) -> tuple[type[Pieces], tuple[Saved]]:
+        """Return what another process makes the model of."""
+        return Pieces, (self.saved,)
+
     @cached_property
     def words(self) -> list[str]:
         """Return the words of vocab.txt: how each piece is spelled."""

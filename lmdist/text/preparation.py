@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lmdist.console import ProgressBar, duration, log
 from lmdist.cpus import available_cpus
-from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError
-from lmdist.settings import DEMO, SPLITS, PrepareSettings, TextSettings
+from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError, require
+from lmdist.settings import DEMO, LEARNED, SPLITS, PrepareSettings, TextSettings
 from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, write_meta
 from lmdist.text.given_vocabulary import GivenVocabulary
@@ -114,6 +114,8 @@ def with_given_words(settings: PrepareSettings) -> tuple[PrepareSettings, GivenV
 
     The pieces of a file are a vocabulary too.
     """
+    if settings.tokenizer in LEARNED:
+        require("tokenizers", purpose=f"--tokenizer {settings.tokenizer} learns pieces by it: ")
     if settings.tokenizer_file:
         return settings, GivenVocabulary.of_pieces(settings)
     if not settings.vocabulary:

@@ -140,7 +140,7 @@ def word_sequences(options: Options, bundle: Bundle, name: str) -> list[list[str
 
 
 def words_and_biases(options: Options, bundle: Bundle, given: str) -> list[tuple[str, float]]:
-    """Return the words that WORD=X names, of pieces with and without a space before it, each with what is added to its logit."""
+    """Return the words that WORD=X names, of pieces with and without a space before it, each with the bias of its logit."""
     word, value = word_and_bias(options, given)
     if word in bundle.vocabulary.ids or not bundle.tokenizer.settings.has_pieces:
         return [(word, value)]
