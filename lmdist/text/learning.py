@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ import numpy as np
 from lmdist.errors import DataError
 from lmdist.text.corpus import Corpus, blocks
 from lmdist.text.counting import DOCUMENT, DOCUMENTS, TOKENS, WORDS
-from lmdist.text.pieces import BYTE_OF, Saved, byte_level_tokenizer
+from lmdist.text.pieces import BYTE_OF, Pieces, Saved, byte_level_tokenizer
 from lmdist.text.vocabulary import END, UNKNOWN
 
 MAX_CHARACTERS = 200_000_000
 """Of all words, each as often as it stands in the text. Of more they are counted in proportion, and the rarest are left out."""
 CHUNK_CHARACTERS = 1 << 20
+SCORE_DIGITS = 4
+"""Of a piece's log-probability in a unigram model."""
+BYTE_STEP = 0.0001
+"""Between the scores of two bytes that no text has, by the trainer."""
 
 
 def learn(kind: str, corpus: Corpus, counts: np.ndarray, size: int) -> Saved:
@@ -57,7 +61,8 @@ def trained_model(kind: str, counted: Sequence[tuple[str, int]], size: int) -> d
         trainer = trainers.UnigramTrainer(vocab_size=size, initial_alphabet=[*BYTE_OF], show_progress=False)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # GPT-2's alphabet has no whitespace
     tokenizer.train_from_iterator(repeated(counted), trainer)
-    return json.loads(tokenizer.to_str())["model"]
+    model = json.loads(tokenizer.to_str())["model"]
+    return model if kind == "bpe" else without_chance(model)
 
 
 def repeated(counted: Iterable[tuple[str, int]]) -> Iterator[str]:
@@ -80,15 +85,29 @@ def by_frequency(model: dict[str, Any], counted: Iterable[tuple[str, int]]) -> d
     for word, number in counted:
         for piece in split(word):
             counts[piece] += number
-    scores = dict(model["vocab"])  # of a unigram model
-    names = sorted(scores, key=lambda name: (-counts[name], name))
+    names = sorted(dict(model["vocab"]), key=lambda name: (-counts[name], name))
     if model["type"] == "BPE":
         return model | {"vocab": {name: token for token, name in enumerate([UNKNOWN, END, *names])}}
+    scores = dict(model["vocab"])
     lowest = min(scores.values())  # no word has both letters and signs, so neither mark is ever found
     return model | {"unk_id": None, "vocab": [[UNKNOWN, lowest], [END, lowest], *([name, scores[name]] for name in names)]}
 
 
-def splitter(tokenizer_json: dict[str, Any]) -> Any:
+def without_chance(model: dict[str, Any]) -> dict[str, Any]:
+    """Return a unigram model whose scores are the same in each process.
+
+    The trainer adds up in an order that differs (the last digits), and so does the order of the bytes that no text has, to
+    which it gives scores one after the other above the lowest.
+    """
+    lowest = round(min(score for _, score in model["vocab"]), SCORE_DIGITS)
+    limit = lowest + len(BYTE_OF) * BYTE_STEP
+    vocab = [
+        [name, lowest if len(name) == 1 and score <= limit else round(score, SCORE_DIGITS)] for name, score in model["vocab"]
+    ]
+    return model | {"vocab": vocab}
+
+
+def splitter(tokenizer_json: dict[str, Any]) -> Callable[[str], list[str]]:
     """Return the function from a word in GPT-2's alphabet to its pieces in it."""
     from tokenizers import Tokenizer
 
@@ -101,11 +120,10 @@ def respell(shard: Path, target: Path, saved: Saved) -> None:
 
     Its temporary ids are those of the model's own pieces, in order of first occurrence.
     """
-    from lmdist.text.pieces import Pieces
-
     pieces = Pieces(saved)
     spelling = dict(zip(pieces.entries.names, pieces.words, strict=True))
-    split = splitter(saved["model"])  # type: ignore[arg-type]
+    assert isinstance(saved["model"], dict)
+    split = splitter(saved["model"])
     ids: dict[str, int] = {}
     of_word = [[ids.setdefault(piece, len(ids)) for piece in split(word)] for word in words_of(shard)]
     lengths = np.array([len(tokens) for tokens in of_word], np.int64)

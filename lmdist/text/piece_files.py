@@ -17,10 +17,11 @@ from lmdist.console import log
 from lmdist.errors import DataError
 from lmdist.storage.reading import MAX_JSON_BYTES, parse_json, read_bytes
 from lmdist.text.pieces import Pieces, Saved
+from lmdist.text.vocabulary import END, UNKNOWN
 
 MAX_MODEL_BYTES = MAX_JSON_BYTES * 3 // 4
 """Of a SentencePiece model, which text.json has in base64."""
-MARKS = ("<unk>\uffff", "<eos>\uffff")
+MARKS = (f"{UNKNOWN}\uffff", f"{END}\uffff")
 """The names of lmdist's two marks in a file that has none; U+FFFF is no character, so no text has them."""
 PROBE = "It is 5 o'clock; naïve café, 日本語 🙂\nA  new line."
 """What a model should give back as it was."""
@@ -60,7 +61,7 @@ def with_marks(value: dict[str, Any]) -> dict[str, Any]:
     value = value | {"added_tokens": added, "truncation": None, "padding": None, "post_processor": None}
     special = {token["id"] for token in added if token["special"]}
     own = dict(model["vocab"]) if model["type"] == "BPE" else {name: number for number, (name, _) in enumerate(model["vocab"])}
-    if {0, 1} <= special or (own.get("<unk>"), own.get("<eos>")) == (0, 1):
+    if {0, 1} <= special or any((own.get(unknown), own.get(end)) == (0, 1) for unknown, end in ((UNKNOWN, END), MARKS)):
         return value
     shift = len(MARKS)
     added = [token | {"id": token["id"] + shift} for token in added]

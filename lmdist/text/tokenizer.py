@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from types import NoneType
+from typing import Any, Literal, TypedDict
 
 from lmdist.console import log
 from lmdist.errors import DataError
@@ -115,7 +116,7 @@ class WordTokenizer:
         words: list[str] = []
         lines = LINE_END.split(text if continues else text.strip())
         for number, line in enumerate(lines, 1):
-            words += self._words(line, continues=continues and number == len(lines)) if line.strip() else []
+            words += self._words(line, continues=continues or number < len(lines)) if line.strip() else []
             words += [LINE_BREAK] if number < len(lines) else []
         return words
 
@@ -169,9 +170,9 @@ class WordTokenizer:
         check_version(value, (FORMAT, VERSION), path)
         check_schema(value, SAVED, path)
         settings = dataclass_from_json(TextSettings, {"rules": FIRST_RULES, **value["settings"]}, path, "settings")
-        check_schema(value, {"pieces": Saved | None} if settings.has_pieces else {}, path)
+        saved = saved_pieces(value, path) if settings.has_pieces else None
         try:
-            model = Pieces(saved) if (saved := value.get("pieces")) and settings.has_pieces else None
+            model = Pieces(saved) if saved else None
             return cls(settings, value["punkt"], value["nltk"], model)
         except DataError as error:
             raise DataError(f"{path} is damaged: {error}") from None
@@ -192,6 +193,16 @@ class WordTokenizer:
         from lmdist.text.words import WordFinder  # its regular expressions take as long to compile as a small model to open
 
         return WordFinder(self.punkt)
+
+
+def saved_pieces(value: dict[str, Any], path: Path) -> Saved | None:
+    """Return the model of pieces that text.json has, None where it is still to be learned, as in a shard; raise DataError."""
+    check_schema(value, {"pieces": {} if value.get("pieces") else NoneType}, path)
+    saved = value["pieces"]
+    if saved is not None:
+        check_schema(saved, {"library": Literal["tokenizers", "sentencepiece"]}, path, "pieces")
+        check_schema(saved, {"model": {} if saved["library"] == "tokenizers" else str}, path, "pieces")
+    return saved
 
 
 def installed_nltk() -> str:

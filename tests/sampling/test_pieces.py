@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
     """A data folder, a run and a bundle of pieces."""
     place = tmp_path_factory.mktemp("pieces")
     (place / "a.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS))
-    prepare(PrepareSettings([str(place / "a.jsonl")], tokenizer="bpe", vocabulary_size=320), place / "data")
+    prepare(PrepareSettings(inputs=[str(place / "a.jsonl")], tokenizer="bpe", vocabulary_size=320), place / "data")
     run = run_of_data(place, place / "data", UNTIED)
     export.main([str(run), "-o", str(place / "bundle")])
     edit_json(place / "bundle/generation_config.json", temperature=1.0, top_p=1.0)
@@ -183,11 +183,9 @@ def test_a_run_starts_from_the_same_pieces_only(folder: Path, tmp_path: Path) ->
     from lmdist.training.starting_point import check_base, load_base
 
     base = load_base(str(folder / "runs/small"))
-    prepare(
-        PrepareSettings([str(folder / "a.jsonl")], vocabulary=str(folder / "runs/small"), seed=3), tmp_path / "same"
-    )
+    prepare(PrepareSettings(inputs=[str(folder / "a.jsonl")], vocabulary=str(folder / "runs/small"), seed=3), tmp_path / "same")
     check_base(base, UNTIED, DataFolder(tmp_path / "same"))
-    prepare(PrepareSettings([str(folder / "a.jsonl")], tokenizer="bpe", vocabulary_size=300), tmp_path / "other")
+    prepare(PrepareSettings(inputs=[str(folder / "a.jsonl")], tokenizer="bpe", vocabulary_size=300), tmp_path / "other")
     with pytest.raises(UsageError, match=r"has other pieces of words than .*: prepare it with --vocabulary"):
         check_base(base, UNTIED, DataFolder(tmp_path / "other"))
     assert Recipe
