@@ -32,6 +32,8 @@ MAX_CHARACTERS = 200_000_000
 CHUNK_CHARACTERS = 1 << 20
 SCORE_DIGITS = 4
 """Of a piece's log-probability in a unigram model."""
+END_SIGNS = [sign for sign, byte in BYTE_OF.items() if byte in (0xC0, 0xC1) or byte > 0xF4]
+"""The bytes that UTF-8 never has."""
 BYTE_STEP = 0.0001
 """Between the scores of two bytes that no text has, by the trainer."""
 
@@ -58,11 +60,23 @@ def trained_model(kind: str, counted: Sequence[tuple[str, int]], size: int) -> d
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=[*BYTE_OF], show_progress=False)
     else:
         tokenizer = Tokenizer(models.Unigram())
-        trainer = trainers.UnigramTrainer(vocab_size=size, initial_alphabet=[*BYTE_OF], show_progress=False)
+        counted = [*counted, *with_ends(counted)]
+        more = size // 10 + len(BYTE_OF)  # of which some have an END_SIGN
+        trainer = trainers.UnigramTrainer(vocab_size=size + more, initial_alphabet=[*BYTE_OF], show_progress=False)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # GPT-2's alphabet has no whitespace
     tokenizer.train_from_iterator(repeated(counted), trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    return model if kind == "bpe" else without_chance(model)
+    return model if kind == "bpe" else finished_unigram(model, size)
+
+
+def with_ends(counted: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """Yield each word once with an END_SIGN behind it.
+
+    The trainer's first candidates are what two different characters follow somewhere in its list of distinct words. The end of
+    a word is no character to it, so "that" would be no piece unless other words begin with it.
+    """
+    for word, _ in counted:
+        yield word + END_SIGNS[len(word) % len(END_SIGNS)], 1
 
 
 def repeated(counted: Iterable[tuple[str, int]]) -> Iterator[str]:
@@ -93,18 +107,19 @@ def by_frequency(model: dict[str, Any], counted: Iterable[tuple[str, int]]) -> d
     return model | {"unk_id": None, "vocab": [[UNKNOWN, lowest], [END, lowest], *([name, scores[name]] for name in names)]}
 
 
-def without_chance(model: dict[str, Any]) -> dict[str, Any]:
-    """Return a unigram model whose scores are the same in each process.
+def finished_unigram(model: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return a unigram model with the `size` best pieces, whose scores are the same in each process.
 
     The trainer adds up in an order that differs (the last digits), and so does the order of the bytes that no text has, to
     which it gives scores one after the other above the lowest.
     """
-    lowest = round(min(score for _, score in model["vocab"]), SCORE_DIGITS)
+    scores = {name: round(score, SCORE_DIGITS) for name, score in model["vocab"]}
+    lowest = min(scores.values())
     limit = lowest + len(BYTE_OF) * BYTE_STEP
-    vocab = [
-        [name, lowest if len(name) == 1 and score <= limit else round(score, SCORE_DIGITS)] for name, score in model["vocab"]
-    ]
-    return model | {"vocab": vocab}
+    signs = {name: lowest if score <= limit else score for name, score in scores.items() if len(name) == 1}
+    pieces = {name: score for name, score in scores.items() if len(name) > 1 and not set(END_SIGNS) & set(name)}
+    best = sorted(pieces, key=lambda name: (-pieces[name], name))[: size - len(signs)]
+    return model | {"vocab": [*signs.items(), *((name, pieces[name]) for name in best)]}
 
 
 def splitter(tokenizer_json: dict[str, Any]) -> Callable[[str], list[str]]:

@@ -15,7 +15,7 @@ from lmdist.errors import DataError, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum
 from lmdist.text.prepare import prepare
-from lmdist_export import export, generate
+from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.sampling.completion import whole_words
 from lmdist_export.sampling.stops import TextStop, ending, num_held_back
@@ -56,15 +56,15 @@ def test_the_text_is_the_prompt_and_what_continues_it(model: Model, prompt: str)
         for echo, expected in ((True, whole), (False, added)):
             stream = model.stream(prompt, echo=echo, **options)
             assert "".join(stream) == expected.text
-            assert stream.completion and stream.completion.text == expected.text
+            assert stream.completion
+            assert stream.completion.text == expected.text
     assert len(whole.tokens) == 30
 
 
 def test_a_stream_shows_whole_words() -> None:
     pieces = [" pres", "", "id", "ent", " aren", "'t", ",", " 日", "本", "語", "\n", "a" * 70, "b", " end"]
     shown = list(whole_words(pieces))
-    assert shown[:4] == [" president", " aren't", ",", " 日"]
-    assert shown[4:7] == ["本", "語", "\n"]
+    assert shown[:6] == [" president", " aren't,", " 日", "本", "語", "\n"]
     assert "".join(shown) == "".join(pieces)
     assert shown[-1] == " end"
 
@@ -72,14 +72,16 @@ def test_a_stream_shows_whole_words() -> None:
 def test_stops_are_found_in_the_text(model: Model) -> None:
     options = {"seed": 3, "max_new_tokens": 200, "ignore_eos": True}
     text = model.generate("The", echo=False, **options).text
-    for stop in [text[20:21], text[20:24], text[33:35], text[-3:]]:
+    stops = [text[place : place + length] for place in range(10, len(text) - 3, 23) for length in (1, 2, 3)]
+    stops = [stop for stop in stops if "\ufffd" not in stop]
+    assert len(stops) > 10
+    for stop in stops:
         expected = text[: text.index(stop)]
         found = model.generate("The", echo=False, stop=[stop, "never found"], **options)
         assert (found.text, found.finish_reason) == (expected, "stop")
         stream = model.stream("The", echo=False, stop=stop, **options)
         assert "".join(stream) == expected
     found = model.generate("The", num_beams=3, max_new_tokens=12, stop=[" ", "e"], echo=False)
-    assert found.finish_reason == "stop"
     assert not {" ", "e"} & set(found.text)
 
 
@@ -168,7 +170,7 @@ def test_pieces_of_another_vocabulary_are_refused(folder: Path, tmp_path: Path) 
 
 def test_without_the_library_it_is_one_line(folder: Path) -> None:
     code = (
-        "import sys; sys.modules['tokenizers'] = None; from importlib.machinery import PathFinder; find = PathFinder.find_spec\n"
+        "import sys; from importlib.machinery import PathFinder; find = PathFinder.find_spec\n"
         "PathFinder.find_spec = lambda name, *more: None if name == 'tokenizers' else find(name, *more)\n"
         f"from lmdist_export.generate import main; main([{str(folder / 'bundle')!r}, '--prompt', 'a'])"
     )
@@ -178,7 +180,6 @@ def test_without_the_library_it_is_one_line(folder: Path) -> None:
 
 
 def test_a_run_starts_from_the_same_pieces_only(folder: Path, tmp_path: Path) -> None:
-    from lmdist.settings import Recipe
     from lmdist.training.data import DataFolder
     from lmdist.training.starting_point import check_base, load_base
 
@@ -188,5 +189,3 @@ def test_a_run_starts_from_the_same_pieces_only(folder: Path, tmp_path: Path) ->
     prepare(PrepareSettings(inputs=[str(folder / "a.jsonl")], tokenizer="bpe", vocabulary_size=300), tmp_path / "other")
     with pytest.raises(UsageError, match=r"has other pieces of words than .*: prepare it with --vocabulary"):
         check_base(base, UNTIED, DataFolder(tmp_path / "other"))
-    assert Recipe
-    assert generate
