@@ -63,7 +63,7 @@ class Pieces:
         self.saved = saved
         with errors_of_library(f"the model of {saved['library']}"):
             self.entries = (of_tokenizers if saved["library"] == "tokenizers" else of_sentencepiece)(saved["model"])
-            self.adds_space = b"".join(self.entries.contents[token] for token in self.entries.encode("a")) == b" a"
+            self.adds_space = b"".join(self.entries.contents[token] for token in self.entries.encode("a"))[:1] == b" "
         """Whether the model puts a space before a text, which is not part of it."""
 
     def __reduce__(self) -> tuple[type[Pieces], tuple[Saved]]:
@@ -136,10 +136,12 @@ def errors_of_library(of: str) -> Iterator[None]:
         yield
     except (ImportError, DataError, MemoryError):
         raise
+    except Exception as error:
+        raise DataError(f"{of} cannot be read: {one_line(error)}") from None
     except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise DataError(f"{of} cannot be read: {one_line(error)}") from None
-        raise
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{of} cannot be read: the library gave up") from None
 
 
 # --- words, of which pieces are learned ------------------------------------------------------------------------------
@@ -199,6 +201,7 @@ def of_tokenizers(model: dict[str, Any] | str) -> Entries:
     """Return the entries of a tokenizer.json, whose ids are those of lmdist."""
     from tokenizers import Tokenizer
 
+    assert isinstance(model, dict)
     tokenizer = Tokenizer.from_str(json.dumps(model))
     ids = tokenizer.get_vocab(with_added_tokens=True)
     names = [""] * (max(ids.values(), default=END_ID) + 1)
@@ -249,13 +252,15 @@ def of_sentencepiece(model: dict[str, Any] | str) -> Entries:
     Its ids are those of lmdist where its first two are marks, as `<blk>` and `<sos/eos>` of a speech recognizer or `<unk>` and
     `<s>`; else they come behind the two of lmdist.
     """
-    from sentencepiece import SentencePieceProcessor
+    from sentencepiece import SentencePieceProcessor  # pyright: ignore[reportMissingImports]
 
     assert isinstance(model, str)
     try:
-        processor: Any = SentencePieceProcessor(model_proto=base64.b64decode(model, validate=True))
+        content = base64.b64decode(model, validate=True)
     except binascii.Error as error:
         raise DataError(f"the model of sentencepiece is not in base64: {error}") from None
+    processor: Any = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(content)
     numbers = range(processor.get_piece_size())
     names = [processor.id_to_piece(number) for number in numbers]
     marks = [processor.is_control(number) or processor.is_unknown(number) for number in numbers]

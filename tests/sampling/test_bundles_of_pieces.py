@@ -58,7 +58,7 @@ def test_the_text_is_the_prompt_and_what_continues_it(model: Model, prompt: str)
             assert "".join(stream) == expected.text
             assert stream.completion
             assert stream.completion.text == expected.text
-    assert len(whole.tokens) == 30
+        assert len(whole.tokens) == 30
 
 
 def test_a_stream_shows_whole_words() -> None:

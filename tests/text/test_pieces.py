@@ -236,6 +236,7 @@ def test_a_tokenizer_json_is_taken_as_it_is(kind: str, tmp_path: Path) -> None:
             assert data.tokenizer.detokenize(words) == (text.replace("▁", " ") if shift == 0 else text)
     assert all(facts["unknown_tokens"] == 0 for facts in data.meta["splits"].values())
     # What was read is a file as any: its ids stay.
+    assert data.tokenizer.model
     (tmp_path / "again.json").write_text(json.dumps(data.tokenizer.model.saved["model"]))
     prepare(PrepareSettings(inputs=[str(source)], tokenizer=str(tmp_path / "again.json")), tmp_path / "again")
     assert (tmp_path / "again/train.bin").read_bytes() == (tmp_path / "data/train.bin").read_bytes()
@@ -252,19 +253,26 @@ def sentencepiece_model(**options: Any) -> bytes:
     return written.getvalue()
 
 
+def processor(model: bytes) -> Any:
+    """The model, as SentencePiece reads it."""
+    import sentencepiece
+
+    made: Any = sentencepiece.SentencePieceProcessor()
+    made.LoadFromSerializedProto(model)
+    return made
+
+
 RECOGNIZER = {"model_type": "bpe", "vocab_size": 80, "user_defined_symbols": ["<blk>", "<sos/eos>"]}
 RECOGNIZER |= {"unk_id": 2, "bos_id": -1, "eos_id": -1, "character_coverage": 1.0}
 
 
 @pytest.mark.parametrize("options", [{"model_type": "bpe", "vocab_size": 340}, {"model_type": "unigram", "vocab_size": 340}])
 def test_a_sentencepiece_model_is_taken_as_it_is(options: dict[str, Any], tmp_path: Path) -> None:
-    import sentencepiece
-
     model = sentencepiece_model(
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, **options
     )
     (tmp_path / "m.model").write_bytes(model)
-    theirs: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
+    theirs = processor(model)
     source = write_texts(tmp_path / "a.jsonl")
     prepare(PrepareSettings(inputs=[str(source)], tokenizer=str(tmp_path / "m.model")), tmp_path / "data")
     data = DataFolder(tmp_path / "data")
@@ -276,10 +284,8 @@ def test_a_sentencepiece_model_is_taken_as_it_is(options: dict[str, Any], tmp_pa
 
 
 def test_the_ids_of_a_recognizers_model_are_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import sentencepiece
-
     (tmp_path / "bpe.model").write_bytes(model := sentencepiece_model(**RECOGNIZER))
-    theirs: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
+    theirs = processor(model)
     (tmp_path / "a.txt").write_text("\n\n".join(LINES[:3] * 30))
     prepare(PrepareSettings(train=str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "bpe.model")), tmp_path / "data")
     assert "has no byte fallback: what it does not know becomes <unk>" in capsys.readouterr().err
