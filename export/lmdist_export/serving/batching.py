@@ -23,6 +23,7 @@ from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import BATCH_SIZE, Generation, Text, generation_steps, new_texts
 from lmdist_export.sampling.sampler import Sampler, fixed_bias
 from lmdist_export.sampling.state import State
+from lmdist_export.sampling.stops import Stop
 
 MAX_GRAPHS = 8
 """Options with other nodes need a graph of their own, with its own copy of the weights; requests could ask for 68 of them."""
@@ -42,7 +43,7 @@ class Request:
         config: GenerationConfig,
         seed: int,
         n: int = 1,
-        stops: Sequence[Sequence[int]] = (),
+        stops: Sequence[Stop] = (),
         ignore_end: bool = False,
     ) -> None:
         """Ask for `n` texts of each of `prompts`; raises UsageError where `config` leaves no token to sample."""
