@@ -84,7 +84,7 @@ WINGS = {
         "state runtime token_session sampler prompt generation beam_search scoring resolved_options completion"
     ),
     "lmdist_export.serving": "batching middleware mlflow_model registry",
-    "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting",
+    "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting web",
 }
 
 
