@@ -2,6 +2,8 @@
 
    What a slider spans is what people try; the number beside it takes all that the model takes. */
 
+import { element } from "./dom.js";
+
 const SLIDERS = {
   max_new_tokens: { label: "Length, in tokens", low: 1, high: 400, step: 1 },
   temperature: { label: "Temperature", low: 0, high: 2, step: 0.05 },
@@ -21,17 +23,6 @@ const SLIDERS = {
 
 const sentence = (help) => `${help[0].toUpperCase()}${help.slice(1)}.`;
 
-/** Return a new element with properties and children; attributes that are no property are set by name. */
-export function element(name, properties = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(properties)) {
-    if (key in made) made[key] = value;
-    else made.setAttribute(key, value);
-  }
-  made.append(...children);
-  return made;
-}
-
 /** Add one option to the page; return how to read and to reset it. */
 function addOption(place, { name, default: initial, minimum, maximum, help }, slider, onChange) {
   const { label, low, high, step } = slider;
@@ -39,8 +30,9 @@ function addOption(place, { name, default: initial, minimum, maximum, help }, sl
   const bounds = { ...(minimum != null && { min: minimum }), ...(maximum != null && { max: maximum }) };
   const number = element("input", { type: "number", step: "any", ...bounds, "aria-label": `${label}, as a number` });
   const text = element("p", { id: `help-${name}`, className: "help", hidden: true }, sentence(help));
-  const toggle = element("button", { type: "button", className: "quiet", "aria-expanded": false, "aria-controls": text.id }, "?");
-  toggle.setAttribute("aria-label", `What ${label} does`);
+  const toggle = element("button", { type: "button", className: "quiet", "aria-label": `What ${label} does` }, "?");
+  toggle.setAttribute("aria-expanded", false);
+  toggle.setAttribute("aria-controls", text.id);
   range.setAttribute("aria-describedby", text.id);
   toggle.addEventListener("click", () => {
     text.hidden = !text.hidden;

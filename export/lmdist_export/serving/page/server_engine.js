@@ -4,6 +4,7 @@
    file with the same `open` (docs/browser.md). Errors are sentences for people. */
 
 const UNKNOWN = "<unk>";
+const IN_CLIENT = "model prompt max_tokens temperature top_p presence_penalty frequency_penalty seed".split(" ");
 const OPENAI_NAMES = { max_new_tokens: "max_tokens" };
 
 class Server {
@@ -77,9 +78,8 @@ const inPython = (value) => (typeof value === "boolean" ? (value ? "True" : "Fal
 
 function snippetsOf(server, body) {
   const url = new URL("completions", server.base).href;
-  const openai = ["model", "prompt", "max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "n"];
   const [known, own] = [true, false].map((isKnown) =>
-    Object.entries(body).filter(([name]) => openai.includes(name) === isKnown),
+    Object.entries(body).filter(([name]) => IN_CLIENT.includes(name) === isKnown),
   );
   const lines = known.map(([name, value]) => `    ${name}=${inPython(value)},`);
   if (own.length) {
