@@ -234,7 +234,7 @@ function askKey(message) {
 
 async function start() {
   showLegend();
-  engine = await open({ askKey });
+  engine = await open({ askKey, progress: say });
   const { name, layer_sizes: layers, vocabulary_size: size, precision } = engine.model;
   document.title = `${name} · lmdist`;
   $("model-name").textContent = name;
