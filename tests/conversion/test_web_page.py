@@ -47,7 +47,7 @@ def both(browser: Browser, request: pytest.FixtureRequest, tmp_path_factory: pyt
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """A static server without a log."""
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
