@@ -18,7 +18,7 @@ from lmdist_export import export
 from lmdist_export.api import Model
 from support.chromium import chromium, fresh_page
 from support.javascript import MODULES, needs_package
-from support.small_bundles import PLAIN_WORDS, UNTIED, WORDS, make_run
+from support.small_bundles import UNTIED, WORDS, make_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -36,7 +36,7 @@ def browser() -> Iterator[Browser]:
 def both(browser: Browser, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
     """A page and a bundle of one run."""
     folder = tmp_path_factory.mktemp(request.param)
-    run = make_run(folder, UNTIED, words=[*WORDS, *PLAIN_WORDS[8:]])
+    run = make_run(folder, UNTIED, words=[*WORDS, "old"])
     flags = ["--precision", request.param, "--max-perplexity-loss", "100"]
     runtime = ["--layout", "web", "--onnxruntime-web", str(MODULES / "onnxruntime-web")]
     export.main([str(run), "-o", str(folder / "page"), *flags, *runtime])

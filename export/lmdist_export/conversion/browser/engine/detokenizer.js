@@ -34,7 +34,7 @@ const BEFORE_APOSTROPHE = new Set(
 
 /** East Asian punctuation, which has its space inside: of category P, and wide or fullwidth. */
 const WIDE =
-  /^[\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ufe10-\ufe19\ufe30-\ufe52\ufe54-\ufe61\ufe63\ufe68\ufe6a\ufe6b\uff01-\uff03\uff05-\uff0a\uff0c-\uff0f\uff1a\uff1b\uff1f\uff20\uff3b-\uff3d\uff3f\uff5b\uff5d\uff5f\uff60]$/u;
+  /^[\u2329\u232a\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ufe10-\ufe19\ufe30-\ufe52\ufe54-\ufe61\ufe63\ufe68\ufe6a\ufe6b\uff01-\uff03\uff05-\uff0a\uff0c-\uff0f\uff1a\uff1b\uff1f\uff20\uff3b-\uff3d\uff3f\uff5b\uff5d\uff5f\uff60\u{16fe2}]$/u;
 const ALPHANUMERIC = /[\p{L}\p{N}]/u;
 /** Digits, also in circles and above or below the line. */
 const DIGIT =

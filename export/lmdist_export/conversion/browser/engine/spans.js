@@ -2,7 +2,7 @@
 
 /** @typedef {import("./tokenizer.js").Tokenizer} Tokenizer */
 
-const SPELLINGS = { "``": ['"', "''"], "''": ['"'], "\u2581": [" "], "<eos>": ["\n"] };
+const SPELLINGS = { "``": ['"', "''"], "''": ['"'], "\u2581": [..." \t\n\v\f\r\x85\xa0\u2028\u2029\u3000"], "<eos>": ["\n"] };
 const CLUSTER = /\P{M}?\p{M}*/gsu;
 
 /**
@@ -13,32 +13,38 @@ const CLUSTER = /\P{M}?\p{M}*/gsu;
  * @returns {[number, number][]}
  */
 export function spansOf(text, words, tokenizer) {
-  const { cleaned, places } = cleanedWithPlaces(text, tokenizer);
+  const { cleaned, starts, ends } = cleanedWithPlaces(text, tokenizer);
   let place = 0;
   return words.map((word) => {
     const found = [word, ...(SPELLINGS[word] ?? [])]
       .map((spelling) => ({ start: cleaned.indexOf(spelling, place), length: spelling.length }))
       .filter(({ start }) => start >= 0)
       .sort((one, other) => one.start - other.start)[0];
-    const [start, end] = found ? [found.start, found.start + found.length] : [place, place];
-    place = end;
-    return [places[start], places[end]];
+    if (!found) return [ends[place - 1] ?? 0, ends[place - 1] ?? 0];
+    place = found.start + found.length;
+    return [starts[found.start], ends[place - 1]];
   });
 }
 
 /**
- * Return a text as its words are spelled, and for each place in it, and for its end, the place in `text`.
+ * Return a text as its words are spelled, and where in `text` each of its characters begins and ends.
  * @param {string} text
  * @param {Tokenizer} tokenizer
  */
 function cleanedWithPlaces(text, tokenizer) {
   let cleaned = "";
-  const places = [];
+  /** @type {number[]} */
+  const starts = [];
+  /** @type {number[]} */
+  const ends = [];
   for (const { 0: cluster, index } of text.matchAll(CLUSTER)) {
     const clean = tokenizer.cleaned(cluster);
     const spelled = tokenizer.settings.lowercase ? clean.toLowerCase() : clean;
     cleaned += spelled;
-    for (let place = 0; place < spelled.length; place++) places.push(index + Math.min(place, cluster.length - 1));
+    for (let place = 1; place <= spelled.length; place++) {
+      starts.push(index + Math.min(place, cluster.length) - 1);
+      ends.push(index + (place === spelled.length ? cluster.length : Math.min(place, cluster.length)));
+    }
   }
-  return { cleaned, places: [...places, text.length] };
+  return { cleaned, starts, ends };
 }
