@@ -20,10 +20,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import lmdist
 from workers import exit_when_stopped
 
 Row = dict[str, Any]
@@ -89,11 +90,19 @@ def facts(packages: Sequence[str], command: str, device: str = "cpu") -> dict[st
     return {
         "machine": machine,
         "amx": has_amx(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version_of(name) for name in packages},
         "commit": git("rev-parse", "HEAD"),
         "command": command,
         "date": date.today().isoformat(),
     }
+
+
+def version_of(package: str) -> str:
+    """The version of a package; lmdist's own also where it runs from a copy of the repository."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return lmdist.__version__ if package == "lmdist" else "not installed"
 
 
 def machine_kind(device: str = "cpu") -> str:
@@ -111,9 +120,12 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def git(*arguments: str) -> str:
-    """What git says of this repository."""
+    """What git says of this repository; nothing where there is no git, or only a copy of the files."""
     where = Path(__file__).parent
-    return subprocess.run(["git", *arguments], cwd=where, stdout=subprocess.PIPE, text=True).stdout.strip()
+    try:
+        return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def processor() -> str:

@@ -7,12 +7,13 @@
 Three models with random weights, and batch sizes 1, 16 and 64. Every variant samples from the whole distribution, at
 temperature 1. The baseline is a step of `nn.LSTM` a token, softmax and `torch.multinomial`. The others: the same with all
 tokens so far read again for each new one, as tutorials do it, for a text that grows to 30 tokens; the step by
-`torch.compile`, with frozen weights; lmdist's step graph called token by token, with numpy to sample; and lmdist's own way,
-the loop in the graph, in each precision. The cost of options is measured with the model M in int8 (fp16 on a GPU).
+`torch.compile`, with frozen weights; on a GPU the step as a CUDA graph; lmdist's step graph called token by token, with numpy
+to sample; and lmdist's own way, the loop in the graph, in each precision. The cost of options is measured with the model M in
+int8 (fp16 on a GPU).
 
 Every variant is a process of its own on one core. They take turns, every round in another order, so a machine that slows down
 slows all of them. The value is the median of the rounds. Peak memory is that of the process, less what it had before the
-model was built; for torch.compile it includes compiling.
+model was built; for torch.compile it includes compiling. On a GPU it is all that the process holds there at the end.
 
 `share` rows are the share of the machine's limits that is used. At batch size 1 each weight is read once a token: its bytes,
 against the fastest of four ways to read 256 MiB of fp32 numbers by numpy, or torch on a GPU. At batch size 64 the
@@ -64,6 +65,7 @@ from workers import Worker, pin, seconds_of
 BASELINE = "baseline"
 AGAIN = "torch, all tokens again"
 COMPILED = "torch.compile"
+GRAPHED = "torch, CUDA graph"
 STEPS = "onnxruntime, token by token"
 LIMITS = "limits"
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp32", "fp16")}
@@ -78,6 +80,7 @@ STYLES: dict[str, dict[str, Any]] = {
     AGAIN: {"label": "torch, all tokens again", "color": "#c7c7c7", "marker": "v"},
     BASELINE: {"label": "torch, a step a token", "color": "#7f7f7f", "marker": "s"},
     COMPILED: {"label": "torch.compile", "color": "#3f3f3f", "marker": "D"},
+    GRAPHED: {"label": "torch, CUDA graph", "color": "#000000", "marker": "P"},
     STEPS: {"label": "onnxruntime, token by token", "color": "#e69f00", "marker": "^"},
     "lmdist fp32": {"label": "lmdist fp32", "color": "#9ecae1", "marker": "o", "linewidth": 2},
     "lmdist fp16": {"label": "lmdist fp16", "color": "#2171b5", "marker": "o", "linewidth": 2},
@@ -209,6 +212,45 @@ def compiled_steps(model: Model, device: str, batch: int) -> Run:
     return run
 
 
+def graphed_steps(model: Model, batch: int) -> Run:
+    """Return the step as a CUDA graph, which reads and writes the same tensors at each token."""
+    import torch
+
+    from training import PlainModel
+
+    plain = random_model(PlainModel, model).to("cuda")
+    tokens = torch.full((batch, 1), END_ID, device="cuda")
+    states = plain(tokens, None)[3]
+
+    @torch.inference_mode()
+    def step() -> None:
+        logits, _, _, after = plain(tokens, states)
+        p = logits[:, -1].softmax(dim=-1)  # (B, V)
+        # The draw of torch.multinomial, which itself waits for the GPU.
+        tokens.copy_((p / torch.empty_like(p).exponential_()).argmax(dim=-1, keepdim=True))
+        for part, new in zip(
+            (part for state in states for part in state), (new for state in after for new in state), strict=True
+        ):
+            part.copy_(new)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+
+    def run(num_tokens: int) -> int:
+        generated = []
+        for _ in range(num_tokens):
+            graph.replay()
+            generated.append(tokens.clone())
+        return torch.cat(generated, dim=1).cpu().shape[1]
+
+    return run
+
+
 def onnxruntime_steps(folder: Path, device: str, batch: int) -> Run:
     """Return the step graph called token by token, with numpy to sample."""
     sampler = Sampler(Bundle.load(folder), device, threads=1)
@@ -246,7 +288,7 @@ def loop(folder: Path, device: str, batch: int, option: str) -> Run:
 
 def worker(model: Model, variant: str, batch: int, device: str, place: Path) -> None:
     """Answer each line on stdin, a number of tokens, by the tokens generated, the seconds and the peak memory."""
-    on_torch = variant in (BASELINE, AGAIN, COMPILED)
+    on_torch = variant in (BASELINE, AGAIN, COMPILED, GRAPHED)
     if on_torch:
         import torch
 
@@ -256,6 +298,8 @@ def worker(model: Model, variant: str, batch: int, device: str, place: Path) -> 
     before = peak()
     if variant == COMPILED:
         run = compiled_steps(model, device, batch)
+    elif variant == GRAPHED:
+        run = graphed_steps(model, batch)
     elif on_torch:
         run = torch_steps(model, device, batch, again=variant == AGAIN)
     elif variant == STEPS:
@@ -333,11 +377,11 @@ def limits_of_core(device: str, place: Path) -> dict[str, float]:
 def variants_of(model: Model, batch: int, device: str, *, quick: bool) -> list[str]:
     """Return what is measured of a model at a batch size."""
     precisions = [f"lmdist {name}" for name in PRECISIONS[device]]
-    few = f"lmdist {OPTIONS_PRECISION[device]}"
+    few, graphed = f"lmdist {OPTIONS_PRECISION[device]}", [GRAPHED] if device == "cuda" else []
     if not quick:
-        variants = [AGAIN, BASELINE, COMPILED, STEPS, *precisions]
+        variants = [AGAIN, BASELINE, COMPILED, *graphed, STEPS, *precisions]
     else:
-        variants = [AGAIN, BASELINE, STEPS, *precisions] if model.name == "S" else [BASELINE, few]
+        variants = [AGAIN, BASELINE, *graphed, STEPS, *precisions] if model.name == "S" else [BASELINE, *graphed, few]
     if model.name == OPTIONS_MODEL and batch in OPTIONS_BATCHES:
         variants += [f"{few}, {name}" for name in OPTIONS]
     return variants
@@ -364,10 +408,22 @@ def measure(
             for variant in order:
                 taken[variant].append(workers[variant].ask(str(counts[variant])))
             order = order[1:] + order[:1]
+        if device == "cuda":
+            held = memory_on_gpu()
+            for variant, answers in taken.items():
+                answers[-1]["peak_mib"] = held.get(workers[variant].process.pid)
     finally:
         for each in workers.values():
             each.close()
     return of_batch(model, batch, device, taken)
+
+
+def memory_on_gpu() -> dict[int, int]:
+    """Return the MiB that each process holds on the GPU, as far as the driver tells."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    pairs = [line.replace(" ", "").split(",") for line in lines]
+    return {int(pair[0]): int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def of_batch(model: Model, batch: int, device: str, taken: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -382,7 +438,7 @@ def of_batch(model: Model, batch: int, device: str, taken: dict[str, list[dict[s
             "unit": "tokens/s",
             "spread": round(max(values) - min(values), 1),
             "ratio": round(statistics.median(values) / baseline, 2),
-            "peak_mib": taken[variant][-1]["peak_mib"] if device == "cpu" else None,
+            "peak_mib": taken[variant][-1]["peak_mib"],
             "model": model.name,
             "batch": batch,
         }
@@ -542,7 +598,9 @@ def measure_all(device: str, rounds: int, *, quick: bool) -> Iterator[dict[str, 
                 yield from rows
         after = limits_of_core(device, place)
         limit = {what: max(before[what], after[what]) for what in before}
-        yield from limit_rows(limit) + shares(measured, limit, place) + start_up(device, place, 3 if quick else 5)
+        yield from limit_rows(limit) + shares(measured, limit, place)
+        if not (quick and device == "cuda"):  # where each process takes seconds to find the GPU
+            yield from start_up(device, place, 3 if quick else 5)
 
 
 def show(row: dict[str, Any]) -> None:

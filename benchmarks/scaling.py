@@ -43,6 +43,7 @@ from torch import Tensor, distributed
 from torch.profiler import profile
 
 from lmdist.command_line import run_as_process
+from lmdist.counted import counted
 from lmdist.cpus import MEMORY_ENVIRONMENT
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import summed_nats
@@ -171,7 +172,7 @@ def measure(arguments: argparse.Namespace, rows: list[Row]) -> None:
     try:
         for number in range(arguments.rounds):
             for case, ranks in answers:
-                print(f"round {number + 1} of {arguments.rounds}: {case}, {ranks} rank(s)", file=sys.stderr)
+                print(f"round {number + 1} of {arguments.rounds}: {case}, {counted(ranks, 'rank')}", file=sys.stderr)
                 answers[case, ranks].append(run_job({"worker": case, "precision": precisions[case]}, ranks, arguments))
     finally:
         rows += rows_of(answers)
@@ -204,7 +205,7 @@ def run_job(flags: dict[str, Any], ranks: int, arguments: argparse.Namespace) ->
             text=True,
         )
         if done.returncode:
-            sys.exit(f"{done.stderr}{flags['worker']} on {ranks} rank(s) failed")
+            sys.exit(f"{done.stderr}{flags['worker']} on {counted(ranks, 'rank')} failed")
         return json.loads(answer.read_text(encoding="utf-8"))
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--json benchmarks/results/training-MACHINE-DATE.json] [--plot FILE]     # one CPU core
     python benchmarks/training.py --quick
-    python benchmarks/training.py --device cuda --json benchmarks/results/training-MACHINE-DATE.json       # 10 minutes
+    python benchmarks/training.py --device cuda --json benchmarks/results/training-MACHINE-DATE.json
 
 On a CPU: the tutorial's model, that of pytorch/examples and AWD-LSTM, each with three vocabularies. The baseline is PlainJob
 below; it does the same work on the same tokens. That of AWD-LSTM with the largest vocabulary needs 18 GB and is not run unless
@@ -344,67 +344,96 @@ def corpus_tokens(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
+GPU_MODEL = ModelSettings(1024, 1024, 3, 0.4, tied=True)
+GPU_BATCHES = (128, 64, 256, 32, 512)  # the most telling first, in case that the time is over
 
-def measure_on_gpu(batch_size: int, name: str, quick: bool) -> dict[str, Any]:
-    """Return the row of one batch size and precision, for a 3x1024 LSTM of AWD's class."""
-    settings = ModelSettings(1024, 1024, 3, 0.4, tied=True)
-    case = Case("3x1024 tied, V 33k", settings, 33_278, batch_size, 70, OptimizerSettings("adamw", 1e-3, clip=0.25))
-    device = torch.device("cuda")
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+
+def gpu_case(batch_size: int, model: ModelSettings = GPU_MODEL, vocabulary_size: int = 33_278, length: int = 70) -> Case:
+    """A 3x1024 LSTM of AWD's class."""
+    name = f"{model.num_layers}x{model.hidden_size} tied, V {vocabulary_size // 1000}k"
+    return Case(name, model, vocabulary_size, batch_size, length, OptimizerSettings("adamw", 1e-3, clip=0.25))
+
+
+def measure_step(case: Case, name: str, device: torch.device, seconds_a_round: float) -> dict[str, Any]:
+    """Return the row of a case in a precision."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     job = Job(case, Precision(name, ""), device)
     batches = [batch for batch, _ in zip(batches_of(case, device), range(4), strict=False)]
 
     def steps(count: int) -> float:
-        torch.cuda.synchronize()
+        synchronize(device)
         began = time.perf_counter()
         for number in range(count):
             job.step(*batches[number % 4])
-        torch.cuda.synchronize()
+        synchronize(device)
         return (time.perf_counter() - began) / count
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
         steps(1)
-    kernels = [event.key for event in profile.key_averages()]
-    steps(5)  # the recording of the graph among them
-    once = steps(3)
-    seconds = [steps(max(2, round((0.2 if quick else 1.0) / once))) for _ in range(3 if quick else 5)]
-    peak = torch.cuda.max_memory_allocated()
-    dtype = Precision(name, "").dtype
-    left, right = torch.rand(4096, 4096, device=device).to(dtype), torch.rand(4096, 32768, device=device).to(dtype)
-    torch.mm(left, right)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(10):
-        torch.mm(left, right)
-    torch.cuda.synchronize()
-    rate = 10 * 2 * 4096 * 4096 * 32768 / (time.perf_counter() - began)
-    floor = max(2 * PERSISTENT_SECONDS * 3 * case.length, sum(case.floating_point_operations.values()) / rate)
+    events = sorted(profile.key_averages(), key=time_of, reverse=True)
     compute = job.training_step.compute_part
-    speeds = [batch_size * case.length / value for value in seconds]
+    for _ in range(8 if on_gpu else 0):  # the recording of the graph among them, which waits for a loss scale that fits
+        steps(5)
+        if isinstance(compute, Graphed) and compute.replay is not None:
+            break
+    once = steps(3)
+    seconds = [steps(max(2, round(seconds_a_round / once))) for _ in range(3)]
+    rate = multiplication_rate(Precision(name, "").dtype, device)
+    floor = max(
+        2 * PERSISTENT_SECONDS * case.model.num_layers * case.length, sum(case.floating_point_operations.values()) / rate
+    )
+    speeds = [case.batch_size * case.length / value for value in seconds]
     return {
         "case": case.name,
-        "variant": f"{name}, {batch_size} x {case.length}",
+        "variant": f"{name}, {case.batch_size} x {case.length}",
         "value": round(statistics.median(speeds)),
         "unit": "tokens/s",
         "spread": round(max(speeds) - min(speeds)),
         "ratio": None,
-        "peak_mib": round(peak / 2**20),
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None,
         "precision": name,
         "share_of_floor": round(floor / statistics.median(seconds), 3),
-        "persistent_kernel": any("persist" in kernel.lower() for kernel in kernels),
+        "persistent_kernel": any("persist" in event.key.lower() for event in events),
         "cuda_graph": isinstance(compute, Graphed) and compute.replay is not None,
-        "lstm_kernels": sorted(kernel for kernel in kernels if "lstm" in kernel.lower() or "rnn" in kernel.lower())[:4],
+        "kernels": {event.key[:120]: round(time_of(event)) for event in events[:12]},  # us in a step without the graph
     }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_of(event: Any) -> float:
+    """Return the microseconds of a profiler's event itself, on the GPU if it ran there."""
+    return event.self_device_time_total or event.self_cpu_time_total
+
+
+def multiplication_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the floating-point operations per second of a large matrix multiplication."""
+    rows, columns = (4096, 32768) if device.type == "cuda" else (256, 2048)
+    left, right = torch.rand(rows, rows, device=device).to(dtype), torch.rand(rows, columns, device=device).to(dtype)
+    torch.mm(left, right)
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(10):
+        torch.mm(left, right)
+    synchronize(device)
+    return 10 * 2 * rows * rows * columns / (time.perf_counter() - began)
 
 
 def gpu_rows(quick: bool) -> Iterator[dict[str, Any]]:
     """Yield all rows of a GPU; the ratio is to fp32 at the same batch size."""
-    for batch_size in (64,) if quick else (32, 64, 128, 256, 512):
+    for batch_size in GPU_BATCHES[:1] if quick else GPU_BATCHES:
         baseline = None
         for name in ("fp32", "tf32", "bf16", "fp16"):
-            row = measure_on_gpu(batch_size, name, quick)
+            row = measure_step(gpu_case(batch_size), name, torch.device("cuda"), 0.2 if quick else 0.6)
             baseline = baseline or row["value"]
             yield {**row, "ratio": round(row["value"] / baseline, 2)}
 

@@ -65,7 +65,9 @@ class ProgressBar:
         unit_scale: bool = False,
         seconds_between_lines: float = 0.0,
     ) -> None:
-        """`unit_scale` writes 12.3M for 12,345,678; `seconds_between_lines` holds for `show` where there is no terminal."""
+        """A `total` of 0 is not known yet. `unit_scale` writes 12.3M for 12,345,678; `seconds_between_lines` holds for `show`
+        where there is no terminal.
+        """
         self.silent = silent
         self.seconds_between_lines = seconds_between_lines
         self.shown = time.perf_counter()
@@ -75,7 +77,7 @@ class ProgressBar:
                 from tqdm import tqdm
             except ImportError:  # lines will do
                 return
-            self.bar = tqdm(total=total, initial=done, unit=unit, unit_scale=unit_scale, dynamic_ncols=True)
+            self.bar = tqdm(total=total or None, initial=done, unit=unit, unit_scale=unit_scale, dynamic_ncols=True)
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -95,6 +97,12 @@ class ProgressBar:
         """Move the bar to `position` of the total."""
         if self.bar is not None:
             self.bar.update(position - self.bar.n)
+
+    def set_total(self, total: int) -> None:
+        """Take another total."""
+        if self.bar is not None:
+            self.bar.total = total
+            self.bar.refresh()
 
     def show(self, figures: str, line: str) -> None:
         """Show figures beside the bar; where there is none print `line`, which includes the progress."""

@@ -23,6 +23,7 @@ DEMO = "demo"
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
+LEAST_MINUTES = 0.01
 ADAPTIVE_HIDDEN_SIZE = 16
 """Each of the two clusters of rare tokens has a quarter of the hidden size of the cluster before it."""
 
@@ -380,6 +381,9 @@ class TrainingSettings:
     """Epochs to train for."""
     steps: Annotated[int, at_least(0)] = 0
     """Steps to train for, in place of epochs; 0 leaves it to epochs."""
+    minutes: Annotated[float, between(0, 10_000_000)] = 0.0
+    """Minutes to train for, validations included, in place of epochs and steps: the speed decides the steps, and the schedule
+    ends with them; 0 leaves it to these."""
     accumulation: Annotated[int, between(1, 1_000_000)] = 1
     """Parts that a rank's batch is split into, one after the other; saves memory, changes no result."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
@@ -400,8 +404,21 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self, "training")
-        if not self.steps and not self.epochs > 0:
+        if self.minutes:
+            self.check_minutes()
+        elif not self.steps and not self.epochs > 0:
             raise UsageError(f"training.epochs is {self.epochs}; it must be above 0")
+
+    def check_minutes(self) -> None:
+        """Raise UsageError where something else than training.minutes says how long the run is too, or they are too few."""
+        if self.minutes < LEAST_MINUTES:
+            raise UsageError(f"training.minutes is {self.minutes:g}; it must be 0, or at least {LEAST_MINUTES}")
+        for name, value, unset in (("steps", self.steps, (0,)), ("epochs", self.epochs, (0, TrainingSettings.epochs))):
+            if value not in unset:
+                raise UsageError(
+                    f"training.minutes is {self.minutes:g} and training.{name} is {value:g}, and both say how long the run is: "
+                    f"leave one out, or give --training.{name} 0 where a recipe has it"
+                )
 
 
 @dataclass

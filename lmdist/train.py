@@ -57,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_run_folder(Path(recipe.run_folder), writes=os.environ.get("GROUP_RANK", "0") == "0")
         prepare_if_absent(recipe, is_main=is_main)
 
-        import torch
-
         from lmdist.training import distributed, loop
 
         lock = exclusive_lock(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext()
@@ -70,10 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
                 loop.train(recipe, world, stop)
             except (RuntimeError, MemoryError) as error:
-                if distributed.out_of_memory(error):
-                    which = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
+                if whose := distributed.full_memory(error):
                     raise UsageError(
-                        f"{which} memory is full: lower data.global_batch or data.window, raise training.accumulation, "
+                        f"{whose} memory is full: lower data.global_batch or data.window, raise training.accumulation, "
                         f"or take a smaller model ({one_line(error)})"
                     ) from None
                 if not distributed.lost_peer(error):

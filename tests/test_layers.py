@@ -41,7 +41,7 @@ HOMES = {
 # lines above its own. Inside a wing, a file imports only from files before it; a folder inside a wing has a line of its own.
 FLOORS = {
     "lmdist": """
-        users extras standard_streams credentials
+        users extras standard_streams credentials counted
         errors cpus perplexity
         bounds signals storage console
         command_line
@@ -74,7 +74,7 @@ WINGS = {
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),
     "lmdist.training": (
-        "distributed metrics data agreement optimizer schedule sample checkpoints starting_point averaging neural_cache "
+        "distributed metrics data agreement optimizer schedule sample checkpoints budget starting_point averaging neural_cache "
         "evaluate step run report loop"
     ),
     "lmdist.training.checkpoints": "format read retain write",

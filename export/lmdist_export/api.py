@@ -14,6 +14,7 @@ imported before a model is loaded, and torch never.
 
 from __future__ import annotations
 
+import math
 import os
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-from lmdist.bounds import at_least
+from lmdist.bounds import at_least, check
 from lmdist.errors import UsageError
 from lmdist_export import registered
 from lmdist_export.options import BATCH_SIZES, Options, check_count, items_of, string_of, strings_of
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 BUNDLE = "a folder written by lmdist-export; or in MLflow models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/PATH"
 """What `load` takes, in the words of the commands' help."""
+PERPLEXITIES = {"token": "perplexity", "word": "perplexity_per_word", "byte": "perplexity_per_byte"}
+"""The figure of `Totals` for each unit."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -260,6 +263,7 @@ class Model:
             score = model.score("we said it.")
             score.log_probability                               # nats, of all tokens and of the <eos> that ends the text
             score.perplexity, score.tokens, score.unknown       # (T,) booleans: which tokens the vocabulary does not have
+            score.perplexity_per_word, score.bits_per_byte      # of the original text: these compare between tokenizers
             for token, log_probability, unknown in score.per_token: ...
 
         The text begins after an end mark, as the training text did. See `scorer` for `end`, `carry_state` and `cache`.
@@ -267,16 +271,28 @@ class Model:
         scores = list(self.scorer(end=end, carry_state=carry_state, cache=cache).score(texts_of(text)))
         return scores[0] if isinstance(text, str) else scores
 
-    def perplexity(self, text: str | Strings, *, end: bool = True, carry_state: bool = False, cache: bool = False) -> float:
-        """Return the perplexity per token of a text, or of all texts of a list together; raises DataError without any token."""
+    def perplexity(
+        self,
+        text: str | Strings,
+        *,
+        per: Literal["token", "word", "byte"] = "token",
+        end: bool = True,
+        carry_state: bool = False,
+        cache: bool = False,
+    ) -> float:
+        """Return the perplexity of a text, or of all texts of a list together; raises DataError without any token.
+
+        Models of different tokenizers compare `per` "word" of the original text, whose words are between whitespace, and per
+        "byte" of it in UTF-8 (log2 of that is bits per byte); the end of a text counts as one. NaN where a text has no words.
+        """
         from lmdist_export.sampling.scoring import Totals
 
+        check("per", per, tuple(PERPLEXITIES))
         totals = Totals()
         for score in self.scorer(end=end, carry_state=carry_state, cache=cache).score(texts_of(text)):
             totals.add(score)
-        found = totals.figures()["perplexity"]
-        assert found is not None
-        return found
+        found = totals.figures()[PERPLEXITIES[per]]
+        return math.nan if found is None else found
 
     def next_words(self, prompt: str | Prompt, k: int = 5, *, cache: bool = False) -> list[tuple[str, float]]:
         """Return the `k` most likely words after a prompt, never `<unk>`, each with its probability, the most likely first.

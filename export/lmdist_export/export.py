@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from lmdist.bounds import at_least, check
 from lmdist.command_line import CommandParser, exit_on_error
-from lmdist.console import log, table
+from lmdist.console import log, shown, table
 from lmdist.cpus import limit_threads
 from lmdist.errors import EXIT_DEFECT, DataError, MissingInputError, UsageError, require
+from lmdist.perplexity import COMPARED
 from lmdist.storage.atomic import check_output_file, check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
 
@@ -275,7 +276,8 @@ def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:
         "max error": differences + allowed,
         "perplexity": "not compared: --data none"
         if held_out is None
-        else f"{held_out['onnxruntime']:,.3f} by onnxruntime, {held_out['torch']:,.3f} by torch, "
+        else f"{held_out['onnxruntime']:,.3f} by onnxruntime, {held_out['torch']:,.3f} by torch"
+        f"{''.join(f', {shown(held_out[name])} {short}' for name, short in COMPARED.items() if name in held_out)}, "
         f"on {held_out['tokens']:,} tokens of the {held_out['split']} split ({held_out['loss_percent']:+.2f} %); "
         f"the same most likely token in {held_out['top_1_agreement']:.1%}",
         **({"cache": "{size:,} tokens, theta {theta}, weight {weight}".format_map(cache)} if cache else {}),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lmdist.bounds import check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
+from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError
 from lmdist_export.api import BUNDLE, load
 from lmdist_export.lines import STDIN, Lines, has_input, output_file
@@ -121,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise prompts.error
     seconds = time.perf_counter() - began
     where = f" -> {arguments.output}" if arguments.output else ""
-    log(f"{num_tokens:,} tokens in {seconds:.2f} s, {num_tokens / seconds:,.0f} tokens/s{where}", COMMAND)
+    log(f"{counted(num_tokens, 'token')} in {seconds:.2f} s, {num_tokens / seconds:,.0f} tokens/s{where}", COMMAND)
 
 
 @contextmanager
@@ -219,7 +220,7 @@ def warn_of_exhausted(text: Completion) -> None:
     """Report a text that ended before its length because no token was allowed, by the names that --json has for it."""
     if text.finish_reason == "exhausted":
         log(
-            f"warning: prompt_number {text.prompt_number}, index {text.index} ends after {len(text.tokens)} tokens: "
+            f"warning: prompt_number {text.prompt_number}, index {text.index} ends after {counted(len(text.tokens), 'token')}: "
             "all others would repeat a sequence, are bad or suppressed",
             COMMAND,
         )

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from lmdist.bounds import between, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
+from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError
+from lmdist.perplexity import COMPARED, per_word_and_byte
 from lmdist_export.api import BUNDLE, load
 from lmdist_export.lines import STDIN, Lines, output_file
 from lmdist_export.options import BATCH_SIZES, THREADS
@@ -36,6 +38,7 @@ MOSES = "|||"
 GOES_WITH = {
     "--no-eos": ("summary", "words", "sentences", "nbest", "accuracy"),
     "--carry-state": ("summary", "words", "sentences", "accuracy"),
+    "--compare": ("sentences",),
     "--batch-size": ("summary", "words", "sentences", "nbest"),
     "--best": ("nbest",),
     "--lm-weight": ("nbest",),
@@ -51,8 +54,9 @@ def parser() -> argparse.ArgumentParser:
         "words, and how often they are correct. A line is a sentence (or a document); without a further option a summary is "
         "printed. Text is tokenized as for training. A word outside of the vocabulary is scored as <unk> and counted.",
         epilog="Log-probabilities are in nats: divide them by 2.3026 for the log10 of KenLM and SRILM. The <eos> that ends a "
-        "line is scored and counted as a word, and is all that an empty line has. Bytes are those of the text in UTF-8, line "
-        "breaks included; perplexity per byte is too low where words are unknown, since <unk> does not say which.",
+        "line is scored and counted as a word, and is all that an empty line has. Perplexity per word divides by the original "
+        "text's words between whitespace, however it is tokenized, and by the <eos>. Bytes are those of UTF-8, line "
+        "breaks included. Both, and perplexity per byte, are too low where words are unknown, since <unk> does not say which.",
     )
     parser.add_argument("bundle", help=BUNDLE)
     parser.add_argument("files", nargs="*", default=[STDIN], metavar="FILE", help="text in UTF-8 (default: -, which is stdin)")
@@ -80,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
         help="how often the next word is the most likely one, or among the 3 or 5 most likely; and the latency, a call a word",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="with --sentences: two columns before the sentence, perplexity per word of the original text and bits per byte, "
+        "which compare between tokenizers; JSON has them anyway",
+    )
     parser.add_argument("--no-eos", action="store_true", help="do not score the <eos> that ends a line")
     parser.add_argument(
         "--carry-state",
@@ -134,7 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
             output.flush()
     seconds = time.perf_counter() - lines.began
     where = f" -> {arguments.output}" if arguments.output else ""
-    log(f"{lines.count:,} lines in {seconds:.2f} s, {lines.count / seconds:,.0f} lines/s{where}", COMMAND)
+    log(f"{counted(lines.count, 'line')} in {seconds:.2f} s, {lines.count / seconds:,.0f} lines/s{where}", COMMAND)
 
 
 def kind_of(arguments: argparse.Namespace) -> str:
@@ -176,7 +186,7 @@ class Hypothesis:
         """Parse a line; raises DataError, with its `place`, where it has neither format."""
         moses = MOSES in line
         fields = re.split(r"\s*\|\|\|\s*", line.strip()) if moses else line.split("\t")
-        problem = "" if (len(fields) > 3 if moses else len(fields) in (2, 3)) else f"it has {len(fields)} fields"
+        problem = "" if (len(fields) > 3 if moses else len(fields) in (2, 3)) else f"it has {counted(len(fields), 'field')}"
         score = fields[3] if moses and not problem else fields[2] if len(fields) == 3 else "0"
         try:
             number = float(score)
@@ -223,11 +233,13 @@ def words(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterat
 
 
 def sentences(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
-    """Yield a line a sentence; JSON has its bytes, and its log-probability without unknown words, too."""
+    """Yield a line a sentence; JSON has its sizes, and its log-probability without unknown words, too."""
     for score in scorer.score(lines):
         values = {"log_probability": score.log_probability, "words": len(score.words), "unknown": int(score.unknown.sum())}
         if arguments.json:
-            values |= {"log_probability_without_unknown": score.known_log_probability, "bytes": score.bytes}
+            values |= {"log_probability_without_unknown": score.known_log_probability, **score.size.as_figures()}
+        if arguments.json or arguments.compare:
+            values |= dict.fromkeys(COMPARED) | per_word_and_byte(-score.log_probability, score.size)
         yield record({**values, "text": score.text}, arguments.json)
 
 
@@ -296,11 +308,14 @@ def record(values: dict[str, Any], as_json: bool) -> str:
     """Return a line of values, TAB-separated or as JSON."""
     if as_json:
         return json.dumps(values, ensure_ascii=False) + "\n"
-    cells = (
-        f"{value:.6f}" if isinstance(value, float) else str(int(value) if isinstance(value, bool) else value)
-        for value in values.values()
-    )
-    return "\t".join(cells) + "\n"
+    return "\t".join(map(cell, values.values())) + "\n"
+
+
+def cell(value: object) -> str:
+    """Return a value as TSV has it: nothing for None."""
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    return "" if value is None else str(int(value) if isinstance(value, bool) else value)
 
 
 if __name__ == "__main__":

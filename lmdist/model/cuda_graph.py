@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lmdist.console import log
 
 WARM_UP = 3
-"""Calls before the recording, in which cuBLAS and cuDNN choose their kernels."""
+"""Calls before the recording, in which cuBLAS and cuDNN choose their kernels and allocate what they keep for a stream: they
+run on that of the recording, in which nothing may be allocated."""
 
 TOLERANCE = 0.02
 """The largest relative error allowed of a result of the graph, by norm."""
@@ -32,6 +33,7 @@ class Graphed:
     def __init__(self, function: Function, model: nn.Module) -> None:
         self.function = function
         self.parameters = list(model.parameters())
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.shapes: list[torch.Size] = []
         self.calls = 0
         self.replay: Function | None = None
@@ -45,18 +47,33 @@ class Graphed:
             return self.function(*arguments)
         self.calls += 1
         if self.calls <= WARM_UP:
-            return self.function(*arguments)
+            return self.call_aside(*arguments)
         if self.replay is None:
             return self.record(arguments)
         return self.replay(*arguments)
 
+    def call_aside(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """Call the function on the stream of the recording, after all that was called before and before all that follows."""
+        if self.stream is None:
+            return self.function(*arguments)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = self.function(*arguments)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
+
     def record(self, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Record the graph and compare it with the function; if that fails, continue without a graph."""
-        expected = self.function(*arguments), [parameter.grad for parameter in self.parameters]
+        """Record the graph and compare it with the function; if that fails, continue without a graph.
+
+        If a result is not finite, it is not recorded yet.
+        """
+        expected = self.call_aside(*arguments), [parameter.grad for parameter in self.parameters]
+        if not all_finite([*expected[0], *expected[1]]):
+            return expected[0]  # fp16, whose loss scale is still too high: nothing to compare with, so the next call records
         try:
             for parameter in self.parameters:
                 parameter.grad = None
-            replay = recorded(self.function, arguments, self.parameters)
+            replay = recorded(self.function, arguments, self.parameters, self.stream)
             found = replay(*arguments), [parameter.grad for parameter in self.parameters]
             error = max_relative_error([*found[0], *found[1]], [*expected[0], *expected[1]])
             if not error <= TOLERANCE:
@@ -72,11 +89,16 @@ class Graphed:
         return found[0]
 
 
-def recorded(function: Function, arguments: tuple[Tensor, ...], parameters: list[nn.Parameter]) -> Function:
-    """Return `function` as a CUDA graph; its results are copies, its gradients are overwritten by the next replay."""
+def recorded(
+    function: Function, arguments: tuple[Tensor, ...], parameters: list[nn.Parameter], stream: torch.cuda.Stream | None
+) -> Function:
+    """Return `function` as a CUDA graph, recorded on `stream`.
+
+    Its results are copies, its gradients are overwritten by the next replay.
+    """
     inputs = [argument.clone() for argument in arguments]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         outputs = function(*inputs)
     gradients = [parameter.grad for parameter in parameters]
 
@@ -89,6 +111,11 @@ def recorded(function: Function, arguments: tuple[Tensor, ...], parameters: list
         return tuple(output.clone() for output in outputs)
 
     return replay
+
+
+def all_finite(tensors: list[Tensor | None]) -> bool:
+    """Return whether all numbers are finite."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).all())
 
 
 def max_relative_error(found: list[Tensor | None], expected: list[Tensor | None]) -> float:

@@ -1,6 +1,7 @@
 """One LSTM layer with nn.LSTM's own parameters: the one file in training that knows the cell, its gates and its state.
 
-In fp32 and on a GPU, torch computes a layer by oneDNN or cuDNN. In bf16 on a CPU, oneDNN is fast for small layers only, and
+In fp32 and on a GPU, torch computes a layer by oneDNN or cuDNN. torch's autocast has cuDNN compute in fp16 whatever type was
+asked for, so on a GPU a layer casts by itself. In bf16 on a CPU, oneDNN is fast for small layers only, and
 its backward is incorrect on processors with AMX for hidden sizes from 1024 on in multiples of 32 (torch 2.13, oneDNN 3.12:
 the gradients have relative errors of 1, and a loss curve hardly shows it). For large layers `GatedLSTM` does the same by
 plain matrix multiplications. precision.py finds out which kernel is correct and fast on a machine. This module knows neither
@@ -15,6 +16,7 @@ cell, output (4H).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -47,6 +49,8 @@ class Layer(nn.LSTM):
 
         `recurrent` (4H, H) takes the place of the recurrent weights, as what weight dropout has left of them.
         """
+        if inputs.device.type == "cuda":
+            return self.cast_and_compute(inputs, state, recurrent)
         h, c = state
         weight_ih, weight_hh, bias_ih, bias_hh = self.parameters()
         weight_hh = weight_hh if recurrent is None else recurrent
@@ -55,18 +59,45 @@ class Layer(nn.LSTM):
             outputs, h, c = GatedLSTM.apply(inputs, h, c, weight_ih, weight_hh, bias_ih + bias_hh)  # type: ignore[misc]
             return outputs, (h, c)
         with torch.autocast("cpu", enabled=False) if kernel == "fp32" else nullcontext():
-            outputs, h, c = torch._VF.lstm(  # type: ignore[attr-defined]
-                inputs.float() if kernel == "fp32" else inputs,
-                (h.unsqueeze(0), c.unsqueeze(0)),
-                [weight_ih, weight_hh, bias_ih, bias_hh],
-                True,  # has biases
-                1,  # layer
-                0.0,  # dropout between layers
-                self.training,
-                False,  # one direction
-                True,  # batch first
-            )
+            inputs = inputs.float() if kernel == "fp32" else inputs
+            return self.compute(inputs, state, [weight_ih, weight_hh, bias_ih, bias_hh])
+
+    def cast_and_compute(self, inputs: Tensor, state: State, recurrent: Tensor | None) -> tuple[Tensor, State]:
+        """Do what `forward` does, all of it in the type of autocast, if that is on: as on a GPU."""
+        device = inputs.device.type
+        weight_ih, weight_hh, *biases = self.parameters()
+        weights = [weight_ih, weight_hh if recurrent is None else recurrent, *biases]
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_ih.dtype
+        with torch.autocast(device, enabled=False):
+            if low != weight_ih.dtype or recurrent is not None:  # the parameters themselves are one block already
+                weights = one_block(weights, low)
+            return self.compute(inputs.to(low), tuple(part.to(low) for part in state), weights)
+
+    def compute(self, inputs: Tensor, state: State, weights: list[Tensor]) -> tuple[Tensor, State]:
+        """Return what `forward` does, by torch's own LSTM."""
+        h, c = state
+        outputs, h, c = torch._VF.lstm(  # type: ignore[attr-defined]
+            inputs,
+            (h.unsqueeze(0), c.unsqueeze(0)),
+            weights,
+            True,  # has biases
+            1,  # layer
+            0.0,  # dropout between layers
+            self.training,
+            False,  # one direction
+            True,  # batch first
+        )
         return outputs, (h[0], c[0])
+
+
+def one_block(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return weights in another type, as views of one block of memory, in their order.
+
+    It is the order in which cuDNN has those of a layer. Apart from each other torch would copy them together, with a warning.
+    """
+    block = torch.cat([weight.to(dtype).flatten() for weight in weights])
+    parts = block.split([weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
 class GatedLSTM(torch.autograd.Function):

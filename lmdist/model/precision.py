@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -105,14 +106,17 @@ def configure_precision(
     """Set torch and the model up for a precision and batches of (`batch_size`, `length`) tokens; return hints for the user."""
     if device.type == "cpu":
         return choose_kernels(model, batch_size, length) if precision.name == "bf16" else []
-    # tf32 on tensor cores only if asked for: fp32 means fp32.
-    fp32_precision = "tf32" if precision.name == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = fp32_precision  # type: ignore[attr-defined]
+    set_fp32("tf32" if precision.name == "tf32" else "ieee")
     misses = unmet_persistent_conditions(model.settings, batch_size, precision.name)
     if not misses:
         return []
     return [f"  hint   cuDNN's persistent LSTM kernel, the fastest one, is missed by {'; '.join(misses)}"]
+
+
+def set_fp32(precision: Literal["ieee", "tf32"]) -> None:
+    """Set how GPUs multiply matrices of fp32: in TF32, as torch has cuDNN do it by default, only if that is asked for."""
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 def choose_kernels(model: LanguageModel, batch_size: int, length: int) -> list[str]:

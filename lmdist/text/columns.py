@@ -9,6 +9,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from lmdist.counted import counted
 from lmdist.errors import DataError
 from lmdist.text.sources import ReadOptions, Source
 
@@ -84,8 +85,8 @@ def numbered_columns(first_row: Sequence[str], source: Source) -> list[int]:
         longest = max(range(width), key=lambda index: len(first_row[index])) + 1
         example = " (`2` == 'sport')" if column.flag == "--where" else ""
         raise DataError(
-            f"{source.name} has {width} column(s) and no header: {column.flag} is expected to be a number from 1 to {width}"
-            f"{example}; the longest cell of the first row is number {longest}"
+            f"{source.name} has {counted(width, 'column')} and no header: {column.flag} is expected to be a number "
+            f"from 1 to {width}{example}; the longest cell of the first row is number {longest}"
         )
 
     return [find(column) for column in wanted_columns(source.options)]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lmdist.counted import counted
 from lmdist.errors import CONTROLS, DataError
 from lmdist.settings import SPLITS
 from lmdist.text.counting import DOCUMENT, DOCUMENTS, GAVE_UP, TO_CHOOSE, TOKENS, UNTOKENIZABLE, WORDS
@@ -80,8 +81,9 @@ class Corpus:
         valid, test = (max(1, round(share * len(groups))) if share else 0 for share in (valid_fraction, test_fraction))
         if valid + test >= len(groups):
             raise DataError(
-                f"{len(groups)} document(s) or group(s) are too few to hold back {valid} for valid and {test} for test: "
-                f"take more text, or --valid-fraction 0 --test-fraction 0{advice}"
+                f"{counted(len(groups), 'document or group is', 'documents or groups are')} too few "
+                f"to hold back {valid} for valid and {test} for test: take more text, "
+                f"or --valid-fraction 0 --test-fraction 0{advice}"
             )
         place = np.searchsorted(groups, keys)
         chosen = np.where(place < valid, 1, np.where(place < valid + test, 2, 0))
@@ -107,6 +109,10 @@ class Corpus:
         words = [word for _, word in sorted(kept) if word not in (UNKNOWN, END) and not CONTROLS.search(word)]
         return Vocabulary([UNKNOWN, END, *(words[: size - 2] if size else words)])
 
+    def sum(self, name: str, mask: np.ndarray) -> int:
+        """Return the sum of a field of DOCUMENT over the documents of a `mask` (documents,)."""
+        return int(self.documents[name][mask].sum(dtype=np.int64))
+
     def write(self, folder: Path, splits: np.ndarray, vocabulary: Vocabulary, run: Run) -> dict[str, SplitFacts]:
         """Write the token file of each split that has documents, <eos> after each; return the facts of each."""
         name = dtype_of(len(vocabulary))
@@ -118,7 +124,14 @@ class Corpus:
             tokens, documents = int((self.documents["length"] + 1)[in_split].sum()), int(np.count_nonzero(in_split))
             if documents:
                 sizes[split] = 0
-                facts[split] = {"tokens": tokens, "documents": documents, "unknown_tokens": 0, "unknown_rate": 0.0}
+                facts[split] = {
+                    "tokens": tokens,
+                    "documents": documents,
+                    "original_words": self.sum("original_words", in_split),
+                    "bytes": self.sum("bytes", in_split),
+                    "unknown_tokens": 0,
+                    "unknown_rate": 0.0,
+                }
                 with (folder / token_file(split)).open("wb") as file:
                     file.truncate(tokens * np.dtype(name).itemsize)
         tasks = []

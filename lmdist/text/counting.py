@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmdist.errors import DataError
+from lmdist.perplexity import TextSize
 from lmdist.settings import SPLITS
 from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT
@@ -42,9 +43,20 @@ GAVE_UP = -1
 """In place of the length of such a document."""
 
 TOKENS, WORDS, DOCUMENTS, READ = "tokens.bin", "words.txt", "documents.bin", "read.json"
-DOCUMENT = np.dtype([("digest", "<u8"), ("key", "<u8"), ("length", "<i8"), ("split", "u1"), ("is_new", "?")])
-"""What a shard has of a document: the hash of its text; that of its group; its words, or GAVE_UP; the split that it is given
-for, an index in SPLITS, or TO_CHOOSE; whether it is new whatever was read before it, since its format keeps duplicates."""
+DOCUMENT = np.dtype(
+    [
+        ("digest", "<u8"),
+        ("key", "<u8"),
+        ("length", "<i8"),
+        ("original_words", "<u4"),
+        ("bytes", "<u4"),
+        ("split", "u1"),
+        ("is_new", "?"),
+    ]
+)
+"""What a shard has of a document: the hash of its text; that of its group; its tokens, or GAVE_UP; its TextSize; the split that
+it is given for, an index in SPLITS, or TO_CHOOSE; whether it is new whatever was read before it, since its format keeps
+duplicates."""
 TO_CHOOSE = 255
 
 CHUNK_CHARACTERS = 200_000
@@ -96,6 +108,7 @@ def count(
                     documents.digest or 0,
                     key_of(document, salt),
                     GAVE_UP if words is None else len(words),
+                    *TextSize.of(document.text),
                     SPLITS.index(split) if split else TO_CHOOSE,
                     documents.digest is None,
                 )
@@ -142,12 +155,15 @@ class FoundIds(NamedTuple):
     documents: int
     skipped: dict[str, int]
     """Rows without a document, by reason."""
+    size: TextSize
+    """Of the documents' texts."""
 
 
 def find_ids(documents: Documents, tokenizer: WordTokenizer, vocabulary: Vocabulary) -> FoundIds:
     """Return the ids of documents, an end mark after each; all are held in memory."""
     ids = array("I")
     num_documents = 0
+    size = TextSize(0, 0)
     skipped: Counter[str] = Counter()
     for document in documents:
         words = words_of(document.text, tokenizer)
@@ -159,4 +175,6 @@ def find_ids(documents: Documents, tokenizer: WordTokenizer, vocabulary: Vocabul
             ids.extend(vocabulary.encode(words))
             ids.append(END_ID)
             num_documents += 1
-    return FoundIds(np.array(ids, dtype=np.uint32), num_documents, dict(sorted((documents.skipped + skipped).items())))
+            size = size.plus(TextSize.of(document.text))
+    reasons = dict(sorted((documents.skipped + skipped).items()))
+    return FoundIds(np.array(ids, dtype=np.uint32), num_documents, reasons, size)

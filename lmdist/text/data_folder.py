@@ -15,10 +15,11 @@ import struct
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from lmdist import __version__
 from lmdist.errors import DataError
+from lmdist.perplexity import BYTES, WORDS
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.checksums import (
     FileFacts,
@@ -55,6 +56,9 @@ class SplitFacts(TokenCount):
     """What meta.json has of a split."""
 
     documents: int
+    original_words: NotRequired[int]
+    bytes: NotRequired[int]
+    """The `TextSize` of the documents (perplexity.py); folders of before have none."""
     unknown_tokens: int
     unknown_rate: float
 
@@ -129,6 +133,11 @@ def check_meta(meta: dict[str, Any], path: Path) -> dict[str, Any]:
     check_names(path.parent, meta["files"])
     if not all(split in SPLITS and token_file(split) in meta["files"] for split in meta["splits"]):
         raise DataError(f"{path} is damaged: its splits are not its files")
+    for split, facts in meta["splits"].items():
+        if WORDS in facts or BYTES in facts:
+            check_schema(facts, {WORDS: int, BYTES: int}, path, f"splits.{split}")
+            if min(facts[WORDS], facts[BYTES]) < 1:
+                raise DataError(f"{path} is damaged: its split {split} has {facts[WORDS]} words in {facts[BYTES]} bytes")
     return meta
 
 

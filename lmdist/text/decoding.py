@@ -13,6 +13,7 @@ import codecs
 import io
 from collections.abc import Iterator
 
+from lmdist.counted import counted
 from lmdist.errors import DataError
 from lmdist.text.sources import Source
 
@@ -115,6 +116,6 @@ class UndecodableBytes:
 
     def __str__(self) -> str:
         return (
-            f"{self.source.name}: {self.count:,} bytes are not UTF-8 and were read as Windows-1252, as in {self.example!r}; "
-            "--encoding names another"
+            f"{self.source.name}: {counted(self.count, 'byte is', 'bytes are')} not UTF-8 and read as Windows-1252, "
+            f"as in {self.example!r}; --encoding names another"
         )

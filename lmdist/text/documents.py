@@ -30,6 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmdist.counted import counted
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.text.readers import ROWS_CHECKED, format_of, members_to_read, read
 from lmdist.text.remote import find_remote, is_remote
@@ -55,7 +56,8 @@ class Loss:
     lines: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.why}: {self.rows:,} row(s) on {self.lines:,} line(s), the first at line {self.line:,}"
+        rows, lines = counted(self.rows, "row"), counted(self.lines, "line")
+        return f"{self.name}: {self.why}: {rows} on {lines}, the first at line {self.line:,}"
 
 
 class Part(NamedTuple):

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from lmdist.console import log
+from lmdist.counted import counted
 from lmdist.errors import DataError, Stopped, UsageError, one_line, require
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_path
@@ -179,7 +180,7 @@ def count_on_cluster(client: Any, function: Callable[..., Any], tasks: Sequence[
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
-                log(f"{done} of {len(futures)} shards are counted")
+                log(f"{done} of {counted(len(futures), 'shard is', 'shards are')} counted")
         finally:
             client.cancel(futures)
     except KilledWorker as error:

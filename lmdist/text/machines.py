@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from lmdist.console import log
+from lmdist.counted import counted
 from lmdist.errors import UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.storage.atomic import atomic_folder, check_output_folder, recover, refuse_to_replace_link
@@ -68,7 +69,7 @@ def prepare_shard(settings: PrepareSettings, output: Path, index: int, number: i
         size = sum(documents.bytes for documents in sources.values())
         with reading_progress(size // number) as progress:
             num_documents, num_tokens = write_shard(shard, part, tokenizer, settings.seed, of, progress.show)
-    sys.stdout.write(f"{num_documents:,} documents, {num_tokens:,} tokens; written to {shard}\n")
+    sys.stdout.write(f"{counted(num_documents, 'document')}, {counted(num_tokens, 'token')}; written to {shard}\n")
 
 
 def merge_shards(settings: PrepareSettings, output: Path, *, overwrite: bool) -> None:
@@ -92,7 +93,7 @@ def prepare_on_cluster(
         with dask_cluster(address) as (client, num_threads):
             number = number or begun(folder, of) or SHARDS_PER_THREAD * num_threads
             announce(sources, folder)
-            log(f"counting {number} shards on {num_threads} thread(s) of {address}")
+            log(f"counting {counted(number, 'shard')} on {counted(num_threads, 'thread')} of {address}")
             tokenizer = learn_tokenizer(settings, sources, base)
             tasks = []
             for index in range(number):
@@ -123,7 +124,7 @@ def merge_all(
     folder = shards_folder(output)
     shards = find_shards(folder, description(sources, settings, base))
     recover(folder, NAME.pattern)  # what this machine's killed processes left; another machine's may be running
-    log(f"merging {len(shards)} shards")
+    log(f"merging {counted(len(shards), 'shard')}")
     with atomic_folder(output, replace=overwrite) as temporary, Workers(num_processes(settings, sources)) as workers:
         meta = finish(temporary, merge(temporary, shards, settings, sources, workers.run, base), settings, sources)
     sys.stdout.write(f"{summary(meta, output)}{folder} is needed no more, unless for other splits or another vocabulary\n")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmdist.console import log
+from lmdist.counted import counted
 from lmdist.errors import DataError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.reading import read_json
@@ -115,7 +116,7 @@ def own_vocabulary(settings: PrepareSettings, corpus: Corpus, counts: np.ndarray
     advice = advice_on(settings, corpus.ids, vocabulary)
     if len(vocabulary) < 3:
         advice = advice or "take more text, or a lower --min-count"
-        raise DataError(f"no word occurs {min_count} times in the text to train on: {advice}")
+        raise DataError(f"no word occurs {counted(min_count, 'time')} in the text to train on: {advice}")
     if advice:
         log(f"note: {advice}")
     return vocabulary

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdist.console import ProgressBar, duration, log
+from lmdist.counted import counted
 from lmdist.cpus import available_cpus
 from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError
 from lmdist.settings import DEMO, SPLITS, PrepareSettings
@@ -160,10 +161,11 @@ class ReadingProgress:
         seconds = max(1e-9, now - began)
         rate = f"{(tokens - first_tokens) / seconds:,.0f} tokens/s"
         left = seconds * (self.size - bytes_read) / max(1, bytes_read - first_bytes)
+        found = counted(documents, "document")
         self.bar.show(
-            f"{documents:,} documents, {rate}",
-            f"{bytes_read / 1e6:,.1f} of {self.size / 1e6:,.1f} MB  {documents:,} documents  {tokens:,} tokens  "
-            f"{rate}  {duration(left)} left",
+            f"{found}, {rate}",
+            f"{bytes_read / 1e6:,.1f} of {self.size / 1e6:,.1f} MB  {found}  {counted(tokens, 'token')}  {rate}  "
+            f"{duration(left)} left",
         )
         self.bar.update(bytes_read)
 
@@ -178,12 +180,12 @@ def summary(meta: Mapping[str, Any], output: Path) -> str:
     lines.append(f"vocabulary: {meta['vocabulary_size']:,} words, including <unk> and <eos>")
     if given := meta.get("vocabulary"):
         lines.append(
-            f"  {given['words']:,} are those of {given['from']}, which has {given['shared']:,} words of this text; "
+            f"  {given['words']:,} are those of {given['from']}, which has {counted(given['shared'], 'word')} of this text; "
             f"{given['new']:,} of it are new, {given['dropped']:,} became <unk>"
         )
     if filtered := meta["skipped"].get(FILTERED):
         rows = sum(facts["documents"] for facts in meta["splits"].values()) + sum(meta["skipped"].values())
-        lines.append(f"--where left {rows - filtered:,} of {rows:,} rows")
+        lines.append(f"--where left {rows - filtered:,} of {counted(rows, 'row')}")
     if meta["skipped"]:
         lines.append("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in meta["skipped"].items()))
     lines.append(f"written to {output}")

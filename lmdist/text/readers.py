@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError, one_line, require
 from lmdist.text.arrow_files import feather, orc, parquet, read_batches
 from lmdist.text.chunks import documents_in, sheets_of
@@ -195,7 +196,7 @@ class OpenQuotes:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: a quote is opened and not closed as it should be in {self.count:,} row(s), the first at line "
+            f"{self.name}: a quote is opened and not closed as it should be in {counted(self.count, 'row')}, the first at line "
             f"{self.line:,}; what could be read of them was read as it stands"
         )
 

@@ -29,6 +29,7 @@ from functools import cache, cached_property
 from pathlib import Path, PurePath
 from typing import IO, Any, Literal, NamedTuple, Protocol
 
+from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError, one_line, require
 from lmdist.settings import ReadSettings, TextSettings
 from lmdist.text.where import Condition
@@ -181,7 +182,7 @@ def members(archive: zipfile.ZipFile, name: str) -> list[str]:
 
 def shortened(names: Sequence[str], most: int = 5) -> str:
     """Return the first names in a row, and how many others there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} others" if len(names) > most else "")
+    return ", ".join(names[:most]) + (f" and {counted(len(names) - most, 'other')}" if len(names) > most else "")
 
 
 @contextmanager

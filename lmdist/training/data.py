@@ -32,8 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmdist.counted import counted
 from lmdist.errors import DataError, MissingInputError
 from lmdist.model.loss import IGNORED
+from lmdist.perplexity import TextSize
 from lmdist.settings import DataSettings
 from lmdist.storage.checksums import verify_checksums, verify_sizes
 from lmdist.storage.held import HeldFolder, read_held
@@ -119,6 +121,10 @@ class DataFolder:
         file = TokenFile(self.files, name, self.meta["dtype"], count, self.vocabulary_size, sums)
         self.in_use.append(file)
         return Tokens([file])
+
+    def text_size(self, split: str) -> TextSize | None:
+        """Return the size of a split's original text, if the folder has counted it."""
+        return TextSize.read(self.meta["splits"][split])
 
     def check_unchanged(self) -> None:
         """Raise DataError if a token file in use was written to since it was opened: batches would come from another text."""
@@ -242,8 +248,9 @@ def training_batches(folder: DataFolder, settings: DataSettings, seed: int) -> S
     num_sequences = settings.global_batch if settings.batching == "streams" else 1
     if len(tokens) < num_sequences * settings.window:
         raise DataError(
-            f"{folder.path} has {len(tokens):,} tokens to train on; {num_sequences} sequence(s) of {settings.window} need "
-            f"{num_sequences * settings.window:,}: take more text, or lower --data.window or --data.global_batch"
+            f"{folder.path} has {len(tokens):,} tokens to train on; {counted(num_sequences, 'sequence')} "
+            f"of {settings.window} need {num_sequences * settings.window:,}: "
+            "take more text, or lower --data.window or --data.global_batch"
         )
     if settings.batching == "streams":
         return Streams(tokens, settings.global_batch, settings.window)

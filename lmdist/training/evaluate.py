@@ -1,8 +1,9 @@
 """Perplexity that compares with other models': `lmdist-evaluate RUN_OR_CHECKPOINT [--split test | --file TEXT]`.
 
 One stream with the state carried from the first token to the last, each word and each end mark predicted once: exp(total
-nats / tokens). Two perplexities compare only at the same rate of unknown words, so the rate is reported as well, and as a
-baseline the perplexity of the unigram model of the training text.
+nats / tokens), and per word and byte of the original text (perplexity.py), which compare between tokenizers too. Two
+perplexities compare only at the same rate of unknown words, so the rate is reported as well, and as a baseline the perplexity
+of the unigram model of the training text.
 
     lmdist-evaluate runs/a --cache 2000     tunes a neural cache on the valid split and applies it once (neural_cache.py)
     lmdist-evaluate runs/a runs/b runs/c    averages the probabilities of several models: an ensemble
@@ -25,10 +26,11 @@ from lmdist.bounds import between, check
 from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
+from lmdist.counted import counted
 from lmdist.cpus import limit_threads
 from lmdist.credentials import without_credentials
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.perplexity import perplexity
+from lmdist.perplexity import TextSize, per_word_and_byte, perplexity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -199,6 +201,8 @@ class Texts(NamedTuple):
     """What else there is to say of a file."""
     meta: dict[str, Any] | None
     """The meta.json of the data folder that the text is a split of."""
+    size: TextSize | None
+    """Of the original text, where it was counted."""
 
 
 def read_texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Texts:
@@ -206,19 +210,20 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Texts:
     from lmdist.training.data import folder_of_model
 
     figures: dict[str, Any] = {}
-    tokens, name_of_file = None, ""
+    tokens, name_of_file, size = None, "", None
     if arguments.file is not None:
         name_of_file = without_credentials(arguments.file)
         found = read_file(checkpoint, arguments.file, read_settings(arguments))
-        tokens, figures = found.tokens, {"documents": found.documents, "skipped": found.skipped}
+        tokens, size = found.tokens, found.size
+        figures = {"documents": found.documents, "skipped": found.skipped}
         if not arguments.cache:
-            return Texts(name_of_file, tokens, None, None, figures, None)
+            return Texts(name_of_file, tokens, None, None, figures, None, size)
     folder = folder_of_model(checkpoint.manifest, arguments.data, "" if arguments.cache else ", or a text by --file")
     if arguments.cache and not folder.has("valid"):
         raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
     valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
     if tokens is not None:
-        return Texts(name_of_file, tokens, valid, None, figures, None)
+        return Texts(name_of_file, tokens, valid, None, figures, None, size)
     name = arguments.split or "test"
     if not folder.has(name):
         raise MissingInputError(
@@ -227,11 +232,12 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Texts:
     if arguments.cache and name == "valid":
         log("warning: valid is the split that the cache is tuned on; --split test gives a figure to report", COMMAND)
     train = folder.tokens("train") if folder.has("train") else None
-    return Texts(name, folder.tokens(name), valid, train, {}, folder.meta)
+    return Texts(name, folder.tokens(name), valid, train, {}, folder.meta, folder.text_size(name))
 
 
 def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint | None, dict[str, Any] | None]:
     """Return the figures of a model, or of an ensemble, on a text; the checkpoint, of one model; and `Texts.meta`."""
+    from lmdist.model.precision import set_fp32
     from lmdist.training.checkpoints.read import open_checkpoint
     from lmdist.training.checkpoints.retain import find_checkpoint
     from lmdist.training.distributed import World, choose_device
@@ -241,10 +247,11 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
     model = checkpoints[0].model()
     check_same_vocabulary(checkpoints)
     world = World(0, 1, choose_device(arguments.device))  # whatever WORLD_SIZE says, as in the pod of a training job
+    set_fp32("ieee")  # the same figure on every device
     texts = read_texts(arguments, checkpoints[0])
     for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
         if tokens is not None and len(tokens) < arguments.streams:
-            raise DataError(f"{name} has {len(tokens)} tokens; at least {arguments.streams} are needed")
+            raise DataError(f"{name} has {counted(len(tokens), 'token')}; at least {arguments.streams} are needed")
     start_time = time.perf_counter()
     figures: dict[str, Any] = {}
     if len(checkpoints) == 1 and texts.valid is None:
@@ -275,9 +282,11 @@ def result_of(
         "text": texts.name,
         "perplexity": perplexity(nats),
         "nats_per_token": nats,
+        **per_word_and_byte(nats * len(texts.tokens), texts.size),
         **figures,
         **texts.figures,
         "words": len(texts.tokens),
+        **(texts.size.as_figures() if texts.size else {}),
         "unknown_rate": float(num_unknown / len(texts.tokens)),
         "vocabulary": vocabulary_size,
         "tokens_per_second": len(paths) * num_read / seconds,
@@ -296,8 +305,10 @@ def add_to_run(arguments: argparse.Namespace, result: dict[str, Any], checkpoint
     if result["text"] == "test" and (run := run_of(checkpoint.path)) and meta["files"] == manifest["data"]["files"]:
         static = result.get("perplexity_without_cache", result["perplexity"])
         cached = {"perplexity_with_cache": result["perplexity"]} if "cache" in result else {}
+        size = TextSize.read(meta["splits"]["test"])
         # A figure of many streams is a little worse than the exact one of a single stream: the row says which it is.
         figures = {"perplexity": static, "unknown_rate": result["unknown_rate"], "streams": arguments.streams, **cached}
+        figures |= per_word_and_byte(math.log(static) * result["words"], size)
         add_figures(run, manifest["progress"]["step"], figures, COMMAND)
 
 

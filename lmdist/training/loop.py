@@ -45,8 +45,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             # Between two steps: validate, unless the validation is in the checkpoint already; save; leave.
             if run.validation_due and progress.valid_nats is None and not stopping:
                 assert run.validation is not None
-                model = run.averaging.model
-                valid = evaluate(model, run.validation, recipe.data.valid_batch, recipe.data.window, world, stop)
+                valid = evaluate(run.averaging.model, run.validation, recipe.data.valid_batch, recipe.data.window, world, stop)
                 stopping = world.any(stop.requested)  # which has cut the validation short
                 if not stopping:
                     run.add_validation(check_finite(valid.mean(), "validation loss", progress.step))
@@ -54,6 +53,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                 saving = True
             if saving:
                 progress.loss_scale = training_step.scaler.state_dict()
+                progress.elapsed_seconds = time.perf_counter() - run.began
                 streams = tuple(world.gather(part) for part in training_step.state)  # parts (G, S)
                 check_savable(run, streams)
                 if world.is_main:
@@ -85,6 +85,8 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             if saving or logging:
                 progress.nats, progress.counted = nats.totals()
             progress.seconds += time.perf_counter() - start
+            if run.budget and not run.finished and run.budget.after_step(logging=logging):
+                report.plan()
             if saving or logging:
                 loss = check_finite(progress.nats / progress.counted, "training loss", progress.step)
                 if recipe.training.precision != "fp16":  # there the scaler skips steps whose gradients overflow

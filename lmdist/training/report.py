@@ -15,15 +15,17 @@ from pathlib import Path
 import torch
 
 from lmdist import config
-from lmdist.console import ProgressBar, duration, next_line, unused
+from lmdist.console import ProgressBar, duration, next_line, shown, unused
+from lmdist.counted import counted
 from lmdist.errors import DataError
-from lmdist.perplexity import perplexity
+from lmdist.perplexity import COMPARED, per_word_and_byte, perplexity
 from lmdist.settings import Recipe
 from lmdist.signals import StopRequest
 from lmdist.storage.atomic import write_atomic
 from lmdist.tracking.logger import MetricsLogger, RunLogger, logger_of_rank
 from lmdist.tracking.plot import plot_losses
 from lmdist.tracking.run_folder import FINISHED, METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES
+from lmdist.training.budget import UNDECIDED
 from lmdist.training.run import Run
 from lmdist.training.sample import sample
 from lmdist.training.starting_point import lines_of
@@ -43,7 +45,8 @@ TIMED_STEPS = 15
 @contextmanager
 def report_on(run: Run, stop: StopRequest) -> Iterator[Report]:
     """Open the logger and the progress bar of a run, and print what the job is about to do; a `stop` cuts samples short."""
-    total, done, silent = run.total_steps, run.progress.step, not run.world.is_main
+    done, silent = run.progress.step, not run.world.is_main
+    total = 0 if run.total_steps == UNDECIDED else run.total_steps
     with open_logger(run) as logger, ProgressBar(total, "step", done=done, silent=silent) as console:
         for line in announcement(run):
             console.log(line)
@@ -55,7 +58,7 @@ def open_logger(run: Run) -> MetricsLogger:
     if not run.world.is_main:
         return logger_of_rank(run.path, run.world.broadcast(""))
     run.path.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.path / RECIPE, config.as_toml(run.recipe))
+    write_recipe(run)
     logger = RunLogger(
         run.path,
         run.recipe.tracking,
@@ -69,6 +72,15 @@ def open_logger(run: Run) -> MetricsLogger:
     )
     run.world.broadcast(logger.run_key)
     return logger
+
+
+def write_recipe(run: Run) -> None:
+    """Write the resolved recipe; with training.minutes, which steps it became is a comment at its end."""
+    plan = [
+        f"# {planned['minutes']:g} minutes: decided after step {planned['step']:,}, to step {planned['total_steps']:,}\n"
+        for planned in run.progress.plan
+    ]
+    write_atomic(run.path / RECIPE, config.as_toml(run.recipe) + "".join(plan))
 
 
 def model_line(run: Run) -> str:
@@ -90,15 +102,19 @@ def announcement(run: Run) -> list[str]:
     """Return the lines that say what the job is about to do."""
     done, total_steps = run.progress.step, run.total_steps
     if done > total_steps:
-        return [f"{run.path} has {done:,} steps already, more than the {total_steps:,} asked for: nothing to train"]
+        return [f"{run.path} has {counted(done, 'step')} already, more than the {total_steps:,} asked for: nothing to train"]
     recipe, world, folder, precision = run.recipe, run.world, run.folder, run.precision
     start = f"resuming after step {done:,}" if done else "starting"
+    to = f"to step {total_steps:,}" if total_steps != UNDECIDED else "to a step that the speed decides"
+    time_line = (
+        f" within {duration(max(0, run.budget.seconds_left))} of {duration(60 * run.budget.minutes)}" if run.budget else ""
+    )
     lines = [
-        f"{run.path}: {start}, to step {total_steps:,} ({run.batches.steps_per_epoch:,} per epoch)",
+        f"{run.path}: {start}, {to}{time_line} ({run.batches.steps_per_epoch:,} per epoch)",
         f"  data   {data_line(run)}",
         f"  model  {model_line(run)}",
         f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} tokens "
-        f"on {world.size} rank(s), {world.device.type}",
+        f"on {counted(world.size, 'rank')}, {world.device.type}",
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
     ]
     lines += lines_of(run.progress.started_from)
@@ -132,6 +148,8 @@ class Report:
         """
         progress = self.run.progress
         self.console.update(progress.step)
+        if self.run.budget:
+            return
         steps, left = progress.step - self.first_step, self.run.total_steps - progress.step
         if steps not in (SLOW_STEPS, SLOW_STEPS + TIMED_STEPS) or left == 0:
             return
@@ -142,9 +160,23 @@ class Report:
             self.timed_from = seconds
             return
         each = (seconds - self.timed_from) / TIMED_STEPS
-        left_at_most = f"{'at most ' if self.run.recipe.training.patience else ''}{left:,}"
+        at_most = "at most " if self.run.recipe.training.patience else ""
         self.console.log(
-            f"  time   about {duration(left * each)} for {left_at_most} more steps of {each:.3g} s; validations come on top"
+            f"  time   about {duration(left * each)} for {at_most}{counted(left, 'more step')} of {each:.3g} s; "
+            "validations come on top"
+        )
+
+    def plan(self) -> None:
+        """Report how many steps were decided to fit into training.minutes."""
+        run, progress = self.run, self.run.progress
+        assert run.budget
+        if run.world.is_main:
+            with suppress(OSError):  # on a full disk the checkpoint has it
+                write_recipe(run)
+        self.console.set_total(run.total_steps)
+        last, epochs = duration(60 * run.budget.minutes), run.total_steps / run.batches.steps_per_epoch
+        self.console.log(
+            f"  time   {last} last to step {run.total_steps:,}, {epochs:.3g} epochs, by the speed up to step {progress.step:,}"
         )
 
     def training(self, nats: float, gradient_norm: float, learning_rate: float) -> None:
@@ -160,10 +192,12 @@ class Report:
             {
                 "train/loss": nats,
                 "train/perplexity": perplexity(nats),
-                "train/gradient_norm": gradient_norm,
+                # In fp16 the step of a norm that is not finite is skipped, and JSON has no such numbers.
+                **({"train/gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}),
                 "train/learning_rate": learning_rate,
                 "train/tokens": progress.tokens,
                 "train/tokens_per_second": speed,
+                **({"train/total_steps": total_steps} if self.run.budget else {}),
             },
         )
 
@@ -173,14 +207,22 @@ class Report:
         nats, best = progress.valid_nats, progress.best_valid_nats
         assert nats is not None
         assert best is not None
+        assert self.run.validation is not None
+        compared = per_word_and_byte(nats * len(self.run.validation), self.run.folder.text_size("valid"))
+        more = "".join(f"  {COMPARED[name]} {shown(value)}" for name, value in compared.items())
         self.console.log(
-            f"valid step {progress.step}  loss {nats:.4f}  ppl {perplexity(nats):,.2f}  best {perplexity(best):,.2f}"
+            f"valid step {progress.step}  loss {nats:.4f}  ppl {perplexity(nats):,.2f}  best {perplexity(best):,.2f}{more}"
         )
         if progress.averaged_from == progress.step:
             self.console.log(f"averaging the parameters from step {progress.step} on, because validation has stalled")
         self.logger.log_metrics(
             progress.step,
-            {"valid/loss": nats, "valid/perplexity": perplexity(nats), "valid/best_perplexity": perplexity(best)},
+            {
+                "valid/loss": nats,
+                "valid/perplexity": perplexity(nats),
+                "valid/best_perplexity": perplexity(best),
+                **{f"valid/{name}": value for name, value in compared.items()},
+            },
         )
         self.write_picture_and_sample(f"{SAMPLES}/step-{progress.step:09d}.txt", self.run.recipe.sample.words)
 
@@ -192,10 +234,13 @@ class Report:
         self.write_picture_and_sample(SAMPLE, num_tokens)
         if num_tokens and self.stop.requested:
             return True
-        early = f"ended before step {run.total_steps:,}: {run.recipe.training.patience} validations without a better one"
+        training, elapsed = run.recipe.training, time.perf_counter() - run.began
+        early = f"ended before step {run.total_steps:,}: {counted(training.patience, 'validation')} without a better one"
         lines = [
             *([early] if run.progress.step < run.total_steps else []),
-            f"done: {run.progress.step:,} steps, {run.progress.tokens:,} tokens in {duration(run.progress.seconds)}",
+            f"done: {counted(run.progress.step, 'step')}, {counted(run.progress.tokens, 'token')} "
+            f"in {duration(run.progress.seconds)}",
+            *([f"  time     {duration(elapsed)} of {duration(60 * training.minutes)}"] if training.minutes else []),
             f"  run      {path}",
             *([f"  sample   {path / SAMPLE}"] if num_tokens else []),
             f"  picture  {path / PICTURE}",
@@ -216,7 +261,8 @@ class Report:
         before, last = progress.validations[-1 - compared], progress.validations[-1]
         assert progress.best_valid_nats is not None
         fall, rise = 1 - math.exp(last - before), math.exp(last - progress.best_valid_nats) - 1
-        longer = f"training.steps {2 * training.steps}" if training.steps else f"training.epochs {2 * training.epochs:g}"
+        name = next((name for name in ("minutes", "steps") if getattr(training, name)), "epochs")
+        longer = f"training.{name} {2 * getattr(training, name):g}"
         if fall >= SMALLEST_CHANGE:
             where = "to the last validation" if compared == 1 else f"over the last {compared} validations"
             return [f"  hint     valid perplexity fell by {fall:.0%} {where}: try a longer run (--{longer})"]

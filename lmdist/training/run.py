@@ -9,6 +9,7 @@ import dataclasses
 import math
 import reprlib
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lmdist.text.token_files import Tokens
 from lmdist.tracking.run_folder import CHECKPOINTS
 from lmdist.training.agreement import NOT_COMPARED, check_agreement
 from lmdist.training.averaging import Averaging
+from lmdist.training.budget import TimeBudget
 from lmdist.training.checkpoints.format import AVERAGED, Progress
 from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint
 from lmdist.training.checkpoints.retain import newest_verified, remove_unfinished
@@ -50,7 +52,10 @@ class Run:
     training_step: TrainingStep
     averaging: Averaging
     progress: Progress
-    total_steps: int
+    began: float
+    """When the run would have begun without a stop, by time.perf_counter."""
+    budget: TimeBudget | None
+    """With training.minutes: what decides the steps."""
     precision: Precision
     hints: list[str]
     """Lines for the user: what has changed since the checkpoint, and about the speed of the model on this machine."""
@@ -59,6 +64,14 @@ class Run:
     def path(self) -> Path:
         """Return the run folder."""
         return Path(self.recipe.run_folder)
+
+    @property
+    def total_steps(self) -> int:
+        """Return the number of steps of the run, so far as it is known."""
+        training = self.recipe.training
+        if self.budget:
+            return self.budget.total_steps
+        return training.steps or math.ceil(training.epochs * self.batches.steps_per_epoch)
 
     @property
     def finished(self) -> bool:
@@ -105,7 +118,6 @@ def set_up(recipe: Recipe, world: World) -> Run:
     validation = folder.tokens("valid") if folder.has("valid") else None
     if validation is None:
         check_needs_no_validations(recipe, folder)
-    total_steps = recipe.training.steps or math.ceil(recipe.training.epochs * batches.steps_per_epoch)
 
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
@@ -121,9 +133,13 @@ def set_up(recipe: Recipe, world: World) -> Run:
         restore_average(newest, averaging)
     averaging.start_if_due()
     training_step.warm_up_ddp()
-    return Run(
-        recipe, world, folder, batches, validation, model, training_step, averaging, progress, total_steps, precision, hints
-    )
+    began = time.perf_counter() - progress.elapsed_seconds
+    validate_every, budget = recipe.training.validate_every or batches.steps_per_epoch, None
+    if recipe.training.minutes:
+        valid_tokens = 0 if validation is None else len(validation)
+        budget = TimeBudget(recipe.training.minutes, progress, began, validate_every, valid_tokens, world)
+    training = model, training_step, averaging, progress, began, budget
+    return Run(recipe, world, folder, batches, validation, *training, precision, hints)
 
 
 def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint | None:
@@ -194,6 +210,8 @@ def restore(newest: Checkpoint, recipe: Recipe, training_step: TrainingStep) -> 
     """Restore model, optimizer, loss scaler and LSTM state from a checkpoint of the same recipe; return the progress."""
     newest.load_parameters(training_step.model)
     progress, streams = newest.load_training(training_step.optimizer)
+    # The time of a run that was begun before all of it was measured is that of its steps.
+    progress.elapsed_seconds = max(progress.elapsed_seconds, progress.seconds)
     if progress.loss_scale:
         training_step.scaler.load_state_dict(progress.loss_scale)
     if streams is not None:

@@ -26,7 +26,7 @@ from lmdist.settings import Recipe
 from lmdist.training.data import Batch
 from lmdist.training.distributed import RowAverage, World
 from lmdist.training.metrics import NatsTotal
-from lmdist.training.optimizer import build_optimizer, set_learning_rate
+from lmdist.training.optimizer import build_optimizer, fill_momentum, set_learning_rate
 
 
 class TrainingStep:
@@ -131,6 +131,8 @@ class TrainingStep:
         # A GPU would have to be waited for, and a CPU takes longer to multiply by 1.
         if norm.device.type == "cuda" or norm > self.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        if self.scaler.is_enabled():
+            fill_momentum(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

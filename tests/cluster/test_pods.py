@@ -152,7 +152,7 @@ def test_two_nodes_train_to_the_end_and_write_to_their_volumes_only(trained, tmp
     assert job.condition == "Complete"
     assert [pod.exit_code for pod in job.ended] == [0, 0]
     assert {pod.host.name for pod in job.ended} == {"lmdist-smoke-0", "lmdist-smoke-1"}
-    assert "on 2 rank(s)" in job.ended[0].printed() + job.ended[1].printed()
+    assert "on 2 ranks" in job.ended[0].printed() + job.ended[1].printed()
 
     assert trained.writable == {"/data", "/runs", "/tmp", "/dev/shm"}
     owners = {(path.stat().st_uid, path.stat().st_gid) for path in claims.glob("lmdist-*/**/*")}

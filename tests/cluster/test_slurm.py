@@ -142,7 +142,7 @@ def test_a_stopped_job_is_requeued_and_a_cancelled_one_is_not(slurm, folder, tmp
     slurm.run("scancel", "--signal=TERM", job)  # as --signal makes Slurm send before the time limit
     assert slurm.end(job) == ("COMPLETED", "0:0", "1"), (folder / "log").read_text()
     log = (folder / "log").read_text()
-    assert "on 2 rank(s)" in log
+    assert "on 2 ranks" in log
     assert log.count("stopped on request after step") == log.count("the job is requeued") == 1
 
     cancelled = tmp_path_factory.mktemp("cancelled")

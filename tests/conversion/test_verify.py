@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
+from lmdist.perplexity import TextSize
 from lmdist.settings import ModelSettings
 from lmdist.storage.held import HeldFolder
 from lmdist_export import PRECISIONS
@@ -171,7 +173,8 @@ def test_perplexity_is_that_of_cross_entropy(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(verify, "HELD_OUT_STREAMS", 1)
     monkeypatch.setattr(verify, "HELD_OUT_TOKENS", 150)  # more than one piece of 64
     tokens = np.random.default_rng(2).integers(0, VOCABULARY_SIZE, 400)
-    measured = verify.check_perplexity(Sampler(bare(TIED, tmp_path)), model, "valid", tokens, 0.0)
+    size = TextSize(200, 1500)  # of 400 tokens
+    measured = verify.check_perplexity(Sampler(bare(TIED, tmp_path)), model, "valid", tokens, 0.0, size)
     inputs = torch.tensor([[1, *tokens[:149]]])
     with torch.no_grad():
         hidden, _ = model(inputs, model.initial_state(1))
@@ -180,6 +183,8 @@ def test_perplexity_is_that_of_cross_entropy(tmp_path: Path, monkeypatch: pytest
     assert measured["tokens"] == 150
     assert measured["torch"] == pytest.approx(expected, rel=1e-5)
     assert measured["onnxruntime"] == pytest.approx(expected, rel=1e-5)
+    assert measured["perplexity_per_word"] == pytest.approx(expected**2, rel=1e-4)
+    assert measured["bits_per_byte"] == pytest.approx(math.log2(expected) * 400 / 1500, rel=1e-4)
     assert measured["loss_percent"] == pytest.approx(0, abs=1e-3)
     assert measured["top_1_agreement"] == 1
     assert 0 < measured["largest_logit_difference"] < 1e-4

@@ -204,7 +204,7 @@ def test_torchruns_variables_join_two_nodes_in_one_job(data, tmp_path):
     )
     assert first.wait(timeout=120) == 0
     assert second.wait(timeout=60) == 0
-    assert "on 2 rank(s)" in printed(tmp_path)
+    assert "on 2 ranks" in printed(tmp_path)
     train_here(*flags, f"--data.folder={data}", f"--run_folder={tmp_path / 'one'}")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
 

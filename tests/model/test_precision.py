@@ -109,6 +109,30 @@ def test_a_layer_without_a_correct_kernel_stays_in_fp32_with_a_warning(monkeypat
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_gpu_is_given_is_of_one_type_and_one_block(dtype, monkeypatch):
+    torch.manual_seed(0)
+    layer, given = Layer(12, 20), []
+    inputs, state = torch.randn(4, 10, 12), (torch.randn(4, 20), torch.randn(4, 20))
+    recurrent = torch.rand(80, 20).sub_(0.5).requires_grad_()
+    expected = layer(inputs, state, recurrent)[0].detach()
+    (by_plain,) = torch.autograd.grad(layer(inputs, state, recurrent)[0].sum(), [recurrent])
+    compute = Layer.compute
+    monkeypatch.setattr(Layer, "compute", lambda *arguments: given.append(arguments) or compute(*arguments))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found, _ = layer.cast_and_compute(inputs, state, recurrent)
+    ((_, values, parts, weights),) = given
+    assert {value.dtype for value in (values, *parts, *weights, found)} == {dtype}
+    places = [weights[0].data_ptr()]
+    for weight in weights:
+        places.append(places[-1] + weight.numel() * weight.element_size())
+    assert [weight.data_ptr() for weight in weights] == places[:-1]
+    tolerance = 1e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+    (by_block,) = torch.autograd.grad(found.float().sum(), [recurrent])
+    assert (by_block - by_plain).norm() / by_plain.norm() < tolerance
+
+
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 

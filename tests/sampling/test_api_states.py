@@ -192,9 +192,19 @@ def test_scores_are_those_of_the_command(
     assert alone.log_probability == pytest.approx(scores[1].log_probability, abs=1e-4)
     assert alone.perplexity == pytest.approx(np.exp(-alone.log_probability / 3))
     assert model.perplexity("the zebra") == pytest.approx(alone.perplexity)
+    assert (alone.original_words, alone.bytes) == (3, 10)
+    assert alone.bits_per_byte == pytest.approx(-alone.log_probability / np.log(2) / 10)
+    assert model.perplexity("the zebra", per="byte") == pytest.approx(2**alone.bits_per_byte)
+    two = "the zebra\nis here"  # two lines of the tokenizer, with an <eos> each; one text, of four words and an end
+    assert (len(model.score(two).tokens), model.score(two).original_words) == (6, 5)
+    assert model.score(two).perplexity_per_word == pytest.approx(np.exp(-model.score(two).log_probability / 5))
+    assert model.perplexity(two, per="word") == pytest.approx(model.score(two).perplexity_per_word)
     assert repr(alone).startswith("Score('the zebra', log_probability=-")
     assert repr(alone).endswith("tokens=3, unknown=1)")
-    assert np.isnan(model.score("", end=False).perplexity)
+    nothing = model.score("", end=False)
+    assert np.isnan([nothing.perplexity, nothing.perplexity_per_word, nothing.bits_per_byte]).all()
+    with pytest.raises(UsageError, match="per is 'words'; expected one of token, word, byte"):
+        model.perplexity("the", per="words")  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="at least one line"):
         model.perplexity([])
     with pytest.raises(UsageError, match="this bundle has no neural cache"):

@@ -182,12 +182,14 @@ def test_small_pieces_of_logits_change_nothing(sampler, monkeypatch) -> None:
 
 def test_with_carried_state_the_perplexity_is_that_of_evaluate(folder, bundle, model, text, written) -> None:
     checkpoint = open_checkpoint(find_checkpoint(folder / "runs" / "small"))
-    tokens = read_file(checkpoint, str(text), ReadSettings()).tokens
-    nats = evaluate(model, tokens, 1, 256, World(0, 1, torch.device("cpu")))
+    found = read_file(checkpoint, str(text), ReadSettings())
+    nats = evaluate(model, found.tokens, 1, 256, World(0, 1, torch.device("cpu")))
     for batch_size in (1, 2, 256):
         figures = json.loads(written(bundle, text, "--carry-state", "--json", "--batch-size", batch_size))
         assert figures["words"] == nats.count
         assert figures["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+        assert (figures["original_words"], figures["bytes"]) == found.size
+        assert figures["perplexity_per_word"] == figures["perplexity"], "the text is tokenized already, line by line"
     assert json.loads(written(bundle, text, "--json"))["perplexity"] != pytest.approx(math.exp(nats.mean()), rel=1e-3)
 
 
@@ -205,11 +207,13 @@ def test_summary(bundle, model, sampler, written) -> None:
         "words": 7,
         "unknown_words": 2,
         "unknown_rate": pytest.approx(2 / 7),
+        "original_words": 7,
         "bytes": len(stdin.encode()),  # 26: the ö and the ß have two
         "log_probability": pytest.approx(known + unknown, abs=1e-4),
         "log_probability_without_unknown": pytest.approx(known, abs=1e-4),
         "perplexity": pytest.approx(math.exp(-(known + unknown) / 7), rel=1e-4),
         "perplexity_without_unknown": pytest.approx(math.exp(-known / 5), rel=1e-4),
+        "perplexity_per_word": pytest.approx(math.exp(-(known + unknown) / 7), rel=1e-4),
         "bits_per_byte": pytest.approx(-(known + unknown) / math.log(2) / 26, rel=1e-4),
         "perplexity_per_byte": pytest.approx(math.exp(-(known + unknown) / 26), rel=1e-4),
         "perplexity_per_byte_without_unknown": pytest.approx(math.exp(-known / (26 - 5 - 7)), rel=1e-4),
@@ -251,6 +255,17 @@ def test_words_and_sentences(bundle, sampler, text, written) -> None:
     assert first["text"] == "zebra is old"
     assert (first["words"], first["unknown"], first["bytes"]) == (4, 1, 13)
     assert first["log_probability_without_unknown"] > first["log_probability"]
+    assert first["original_words"] == 4
+    compared = rows(written(bundle, text, "--sentences", "--compare"))
+    assert [[*row[:3], *row[5:]] for row in compared] == sentences
+    for row, one in zip(compared, scores, strict=True):
+        assert float(row[3]) == pytest.approx(math.exp(-one.log_probability / len(one.words)), rel=1e-4)
+        assert float(row[4]) == pytest.approx(-one.log_probability / math.log(2) / (len(one.text.encode()) + 1), rel=1e-4)
+    assert [float(value) for value in compared[4][3:5]] == pytest.approx(
+        [first["perplexity_per_word"], first["bits_per_byte"]], abs=1e-5
+    )
+    blank = json.loads(written(bundle, "--sentences", "--json", "--no-eos", stdin="\n"))
+    assert (blank["original_words"], blank["bytes"], blank["perplexity_per_word"], blank["bits_per_byte"]) == (0, 0, None, None)
 
 
 def test_files_stdin_and_an_output_file(bundle, text, tmp_path, written) -> None:
@@ -434,7 +449,7 @@ def test_the_command(tmp_path) -> None:
     words = [row[1] for row in rows(done.stdout)]
     assert words == [*"The president said that the cat , ( it ) is here .".split(), "<eos>"]
     assert [row[1] for row in rows(done.stdout) if row[3] == "1"] == ["The", "here"]
-    assert done.stderr.startswith("lmdist-score: 1 lines in ")
+    assert done.stderr.startswith("lmdist-score: 1 line in ")
 
 
 @pytest.mark.parametrize(
@@ -445,6 +460,7 @@ def test_the_command(tmp_path) -> None:
         (("--next", "many"), "invalid int value: 'many'"),
         (("--batch-size", 0), "--batch-size is 0; it must be from 1 to 65,536"),
         (("--best",), "--best is for --nbest: leave it out"),
+        (("--compare",), "--compare is for --sentences: leave it out"),
         (("--words", "--lm-weight", 0), "--lm-weight is for --nbest"),
         (("--nbest", "--carry-state"), "--carry-state is for --words, --sentences, --accuracy or none of these"),
         (("--accuracy", "--batch-size", 3), "--batch-size is for"),
@@ -481,7 +497,7 @@ def test_wrong_input(bundle, tmp_path, failure) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("just words", "it has 1 fields"),
+        ("just words", "it has 1 field"),
         ("1\ttwo\t3\t4", "it has 4 fields"),
         ("1\tthe cat\tgood", "its score is 'good'"),
         ("1\tthe cat\tnan", "its score is 'nan'"),

@@ -83,7 +83,7 @@ def test_a_file_cut_off_inside_a_quote_loses_only_that_row(tmp_path):
     documents = Documents([write(tmp_path / "a.csv", 'id,content\n1,one\n2,"cut off\nin the')])
     assert [document.text for document in documents] == ["one"]
     assert documents.skipped == {"malformed": 1}
-    assert "not closed: 1 row(s) on 2 line(s), the first at line 3" in documents.notes[0]
+    assert "not closed: 1 row on 2 lines, the first at line 3" in documents.notes[0]
 
 
 def test_a_cell_longer_than_any_text_is_an_open_quote(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_a_cell_longer_than_any_text_is_an_open_quote(tmp_path, monkeypatch):
     documents = Documents([write(tmp_path / "a.csv", 'id,content\n1,"open\n' + "2,more\n" * 1000)])
     assert [document.text for document in documents] == ['"open', "more"]
     assert documents.skipped == {"duplicate": 999}
-    assert "in 1 row(s), the first at line 2" in documents.notes[0]
+    assert "in 1 row, the first at line 2" in documents.notes[0]
 
 
 @pytest.mark.parametrize("name", ["content", "Text", "ARTICLE", " body "])
@@ -178,7 +178,7 @@ def test_a_format_is_one_function_and_one_row(tmp_path, monkeypatch):
     assert [document.text for document in documents] == ["One\ntwo é"]
     assert documents.skipped == {"duplicate": 1, "empty": 1}
     assert documents.bytes_read == documents.bytes
-    assert "1 bytes are not UTF-8" in documents.notes[0]
+    assert "1 byte is not UTF-8" in documents.notes[0]
     with pytest.raises(UsageError, match="pages, which has no columns"):
         Documents(files, ReadOptions(text_column="text")).check()
 

@@ -218,6 +218,37 @@ def test_lines_of_whitespace_text_are_all_kept(tmp_path):
     assert meta["skipped"] == {}
 
 
+def test_words_and_bytes_of_the_original_text_are_counted(tmp_path):
+    """Of what is kept, however it is tokenized and cleaned: neither of duplicates nor of what has no tokens."""
+    articles = [f"{article} Größe\u00a0{'猫' * number}" for number, article in enumerate(ARTICLES)]
+    path = news(tmp_path / "a.csv", [*articles, *articles[:9], " ", "?!?"])
+    found = {}
+    for name, values in {
+        "words": {},
+        "cleaned": {"clean": "tutorial", "lowercase": True},
+        "characters": {"tokenizer": "characters", "min_count": 5},
+    }.items():
+        splits = quietly(tmp_path / name, inputs=[str(path)], seed=3, **values)
+        found[name] = json.loads((tmp_path / name / "meta.json").read_text())["splits"]
+        sizes = [(facts["original_words"], facts["bytes"]) for facts in found[name].values()]
+        kept = articles if "clean" in values else [*articles, "?!?"]
+        assert sum(map(len, splits.values())) == len(kept)
+        assert [sum(column) for column in zip(*sizes, strict=True)] == [
+            sum(len(text.split()) + 1 for text in kept),
+            sum(len(text.encode()) + 1 for text in kept),
+        ]
+    assert found["words"]["valid"]["tokens"] < found["characters"]["valid"]["tokens"]
+    for name in ("original_words", "bytes"):
+        assert found["words"]["valid"][name] == found["characters"]["valid"][name]
+
+
+def test_lines_of_tokenized_text_have_as_many_words_as_tokens(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\n \none two , \nthree\n")
+    quietly(tmp_path / "out", train=str(tmp_path / "a.txt"), tokenizer="whitespace")
+    facts = json.loads((tmp_path / "out" / "meta.json").read_text())["splits"]["train"]
+    assert (facts["original_words"], facts["tokens"], facts["bytes"]) == (11, 11, 27)
+
+
 def test_wikitext_2_has_the_known_counts(tmp_path):
     wikitext = DATA / "wikitext-2"
     if not wikitext.is_dir():

@@ -82,14 +82,14 @@ def test_a_quote_that_is_never_closed_costs_no_row(tmp_path, stray):
     found, documents = read(write(tmp_path / "a.csv", csv_of(texts)))
     assert found == texts
     assert documents.skipped == {}
-    assert f"not closed as it should be in {len(stray)} row(s), the first at line {stray[0] + 2}" in documents.notes[0]
+    assert f"not closed as it should be in {len(stray)} rows, the first at line {stray[0] + 2}" in documents.notes[0]
 
 
 def test_quotes_after_a_stray_one_are_quotes(tmp_path):
     rows = ["1,one", '2,"stray', '3,"quoted, and\ntwo lines"', '4,"a ""word"""', '5,"Hello" she said', '6,"spaces" ', "7,end"]
     found, documents = read(write(tmp_path / "a.csv", "\n".join(["id,content", *rows])))
     assert found == ["one", '"stray', "quoted, and\ntwo lines", 'a "word"', '"Hello" she said', "spaces", "end"]
-    assert "in 2 row(s), the first at line 3" in documents.notes[0]
+    assert "in 2 rows, the first at line 3" in documents.notes[0]
 
 
 def test_a_quote_that_closes_another_swallows_no_rows(tmp_path):
@@ -131,14 +131,14 @@ def test_more_than_a_hundredth_of_the_lines_lost_is_an_error_unless_allowed(tmp_
     path = write(tmp_path / "a.csv", csv_of(texts))
     found, documents = read(path)  # 1 of 241
     assert len(found) == 239
-    assert documents.notes == [f"{path}: more cells than the first line has: 1 row(s) on 1 line(s), the first at line 102"]
+    assert documents.notes == [f"{path}: more cells than the first line has: 1 row on 1 line, the first at line 102"]
     texts[50] = '"two\nlines",x'
     texts[60] = "line\nbreak"
     path = write(tmp_path / "a.csv", csv_of(texts))
     message = fails(path)
     assert "4 of 243 lines (1.6%) cannot be read" in message
-    assert "more cells than the first line has: 2 row(s) on 3 line(s), the first at line 52" in message
-    assert "the row ends before the column of the text: 1 row(s) on 1 line(s), the first at line 64" in message
+    assert "more cells than the first line has: 2 rows on 3 lines, the first at line 52" in message
+    assert "the row ends before the column of the text: 1 row on 1 line, the first at line 64" in message
     assert "--allow-losses" in message
     found, documents = read(path, allow_losses=True)
     assert len(found) == 238
@@ -151,8 +151,8 @@ def test_losses_of_json_lines_have_their_reasons(tmp_path):
     rows[5], rows[7] = "{", '{"text": 5}'
     _, documents = read(write(tmp_path / "a.jsonl", "\n".join(rows)))
     assert [note.partition(": ")[2] for note in documents.notes] == [
-        "not an object in JSON: 1 row(s) on 1 line(s), the first at line 6",
-        "the cell is not text: 1 row(s) on 1 line(s), the first at line 8",
+        "not an object in JSON: 1 row on 1 line, the first at line 6",
+        "the cell is not text: 1 row on 1 line, the first at line 8",
     ]
 
 
@@ -215,7 +215,7 @@ def test_a_table_without_a_header_says_how_to_go_on(tmp_path):
     )
     assert "if these are no names but a first row, give --no-header --text-column 3" in fails(path)
     message = fails(path, header=False)
-    assert "3 column(s) and no header: --text-column is expected to be a number from 1 to 3; the longest" in message
+    assert "3 columns and no header: --text-column is expected to be a number from 1 to 3; the longest" in message
     assert "number from 1 to 3" in fails(path, header=False, text_column="4")
     found, _ = read(path, header=False, text_column="3")
     assert found == SENTENCES
@@ -301,7 +301,7 @@ def test_the_note_on_the_encoding_stays_with_rows(tmp_path):
     path = write(tmp_path / "a.csv", csv_of(texts).encode("cp1252"))
     found, documents = read(path, rows=10)
     assert found == texts[:10]
-    assert "bytes are not UTF-8 and were read as Windows-1252, as in 'door. The café owner’s “boss”.'" in documents.notes[0]
+    assert "bytes are not UTF-8 and read as Windows-1252, as in 'door. The café owner’s “boss”.'" in documents.notes[0]
 
 
 # --- what is read of which files -----------------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def test_bad_input_in_one_shard_names_file_and_line_and_leaves_nothing(tmp_path,
     assert wrong.value.code == 65
     last = capfd.readouterr().err.splitlines()[-1]
     assert "100 of 4,000 lines" in last
-    assert "a.jsonl: not an object in JSON: 100 row(s) on 100 line(s), the first at line 3,001" in last
+    assert "a.jsonl: not an object in JSON: 100 rows on 100 lines, the first at line 3,001" in last
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     for index in range(2):
         command.main([*arguments, f"--shard={index}/2"])

@@ -276,5 +276,5 @@ def test_no_time_is_estimated_of_no_steps_nor_of_validations(data, tmp_path, cap
 
     monkeypatch.setattr(loop, "evaluate", slow_validation)
     train_here(*plain, f"--run_folder={tmp_path / 'run'}", "--training.steps=21")
-    [each] = re.findall(r"for at most 1 more steps of (\S+) s", capsys.readouterr().err)
+    [each] = re.findall(r"for at most 1 more step of (\S+) s", capsys.readouterr().err)
     assert float(each) < 1 / 15, "the validation after step 10 counts as steps"

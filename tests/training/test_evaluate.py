@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from corpora import chain, write_data_folder
 from lmdist import config
 from lmdist.settings import PrepareSettings, Recipe
 from lmdist.storage.reading import read_json
+from lmdist.text.prepare import prepare
 from lmdist.tracking import sync
 from lmdist.tracking.metadata import read_metadata
 from lmdist.tracking.run_folder import read_metrics
@@ -105,6 +107,8 @@ def test_perplexity_is_that_of_one_pass_over_all_tokens(trained):
     assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
     assert figures["words"] == 99
     assert figures["perplexity"] < figures["unigram_perplexity"]
+    assert not figures.keys() & {"perplexity_per_word", "bits_per_byte", "original_words"}, "a folder of before has no counts"
+    assert not losses(run, "valid/bits_per_byte")
 
 
 @pytest.mark.parametrize("window", [1, 7, 200])
@@ -144,6 +148,9 @@ def test_a_file_is_tokenized_as_the_training_text_was(trained, tmp_path, command
     assert figures["unknown_rate"] == pytest.approx(1 / 6)
     assert "unigram_perplexity" not in figures
     assert (figures["documents"], figures["skipped"]) == (2, {})
+    assert (figures["original_words"], figures["bytes"]) == (6, 15)
+    assert figures["perplexity_per_word"] == pytest.approx(figures["perplexity"])
+    assert figures["bits_per_byte"] == pytest.approx(6 * figures["nats_per_token"] / math.log(2) / 15)
     text.write_text("id;w\n" + "1;w3 w4\n" * 3)
     text = text.rename(tmp_path / "text.csv")
     assert "--text-column" in command(run, f"--file={text}", code=65).err
@@ -160,6 +167,53 @@ def test_no_credentials_are_shown_or_kept(trained, command):
     output = command(run, "--file=memory://reader:geheim@texts/a.txt", "--json")
     assert json.loads(output.out)["text"] == "memory://texts/a.txt"
     assert "geheim" not in output.out + output.err
+
+
+def test_figures_of_the_original_text_compare_whatever_the_tokenizer(tmp_path, command, capsys):
+    """Printed and logged with each validation, and the same by lmdist-evaluate on the split and on a file with its text."""
+    lines = [f"The cat, number {number}, isn't {number * 7}!" for number in range(60)]
+    paths = {split: tmp_path / f"{split}.txt" for split in ("train", "valid", "test")}
+    for number, path in enumerate(paths.values()):
+        path.write_text("\n".join(lines[number::3]) + "\n")
+    words, size = (sum(len(line.split()) + 1 for line in lines[2::3]), sum(len(line) + 1 for line in lines[2::3]))
+    tokens = {}
+    for tokenizer in ("wordpunct", "characters"):
+        run, data = tmp_path / tokenizer, tmp_path / f"data-{tokenizer}"
+        given = {split: str(path) for split, path in paths.items()}
+        prepare(PrepareSettings(**given, lines=True, tokenizer=tokenizer, min_count=1), data)
+        train_here(f"--data.folder={data}", f"--run_folder={run}", "--training.epochs=1", "--data.valid_batch=1")
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("valid step ")]
+        facts = read_json(data / "meta.json")["splits"]["valid"]
+        nats = losses(run, "valid/loss")[-1] * facts["tokens"]
+        for name, value in (
+            ("perplexity_per_word", math.exp(nats / facts["original_words"])),
+            ("bits_per_byte", nats / math.log(2) / facts["bytes"]),
+        ):
+            assert losses(run, f"valid/{name}") == [pytest.approx(value)]
+            evaluated = json.loads(command(run, "--split=valid", "--json").out)
+            assert evaluated[name] == pytest.approx(value, rel=1e-4)
+            assert f"{evaluated['bits_per_byte']:.2f}" in line
+        tested = json.loads(command(run, "--json").out)
+        tokens[tokenizer] = tested["words"]
+        assert (tested["original_words"], tested["bytes"]) == (words, size)
+        assert losses(run, "test/perplexity_per_word") == [pytest.approx(tested["perplexity_per_word"])]
+        assert losses(run, "test/bits_per_byte") == [pytest.approx(tested["bits_per_byte"])]
+        on_file = json.loads(command(run, f"--file={paths['test']}", "--lines", "--json").out)
+        assert {name: on_file[name] for name in tested.keys() & on_file.keys() - {"text", "tokens_per_second"}} == {
+            name: tested[name] for name in tested.keys() & on_file.keys() - {"text", "tokens_per_second"}
+        }
+        assert "bits per byte" in command(run).out
+    assert tokens["wordpunct"] < tokens["characters"]
+
+
+@pytest.mark.parametrize("damage", [{"original_words": "7"}, {"original_words": 0, "bytes": 9}, {"bytes": 9}])
+def test_damaged_counts_are_one_line(trained, tmp_path, command, damage):
+    run, data = trained
+    copy = shutil.copytree(data, tmp_path / "data")
+    meta = read_json(copy / "meta.json")
+    meta["splits"]["test"] |= damage
+    (copy / "meta.json").write_text(json.dumps(meta))
+    assert "meta.json" in command(run, f"--data={copy}", code=65).err
 
 
 def test_unigram_model():

@@ -265,7 +265,7 @@ MISTAKES = {
     "a recipe without a name": (["--config"], 64, "--config: expected one argument"),
     "no such recipe": (["--config=nowhere.toml"], 66, "the recipe nowhere.toml does not exist"),
     "no such data": (["--data.folder=nowhere"], 66, "lmdist-prepare"),
-    "text too short": (["--data.window=70"], 65, "451 tokens to train on; 8 sequence(s) of 70 need 560"),
+    "text too short": (["--data.window=70"], 65, "451 tokens to train on; 8 sequences of 70 need 560"),
     "batch not divisible": (["--training.accumulation=3"], 64, "data.global_batch 8 cannot be divided evenly"),
     "half precision on a CPU": (["--training.precision=fp16"], 64, "needs a GPU"),
     "diverging": ([*DIVERGING, "--training.steps=9", "--training.log_every=9"], 64, "diverged"),

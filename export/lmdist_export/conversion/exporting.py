@@ -25,6 +25,7 @@ from lmdist.cache_settings import TUNED, NeuralCache, read_tuned
 from lmdist.console import log
 from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
+from lmdist.perplexity import TextSize
 from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.checksums import OWN_CHECKSUM, checksums, own_checksum
@@ -107,6 +108,8 @@ class HeldOutText(NamedTuple):
 
     split: str
     tokens: Tokens
+    size: TextSize | None
+    """Of the original text, where it was counted."""
 
 
 def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | None:
@@ -122,7 +125,7 @@ def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | Non
     tokens = folder.tokens(split)
     if len(tokens) == 0:
         raise DataError(f"the {split} split of {folder.path} is empty: export without held-out text by --data none")
-    return HeldOutText(split, tokens)
+    return HeldOutText(split, tokens, folder.text_size(split))
 
 
 def export_bundle(
@@ -203,7 +206,7 @@ def write_bundle(
         "started_from": checkpoint.manifest["progress"]["started_from"],
         "tolerance": TOLERANCES.get(precision),
         "differences": check_values(sampler, model),
-        "held_out": None if held_out is None else check_perplexity(sampler, model, *held_out, max_loss),
+        "held_out": held_out and check_perplexity(sampler, model, held_out.split, held_out.tokens, max_loss, held_out.size),
         "versions": {
             "lmdist": __version__,
             "torch": torch.__version__,

@@ -43,6 +43,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from lmdist import __version__
+from lmdist.counted import counted
 from lmdist.errors import DataError
 from lmdist.model.language_model import LanguageModel
 from lmdist.storage.atomic import atomic_folder
@@ -254,7 +255,7 @@ def verify(path: Path, model: LanguageModel) -> dict[str, float]:
             for name, found, part in zip(outputs, fed, state, strict=True):
                 pairs[name] = found, stacked(part, model.layer_sizes)
             for name, (found, expected) in pairs.items():
-                where = f"{name} for {rows} rows, token {place + 1}"
+                where = f"{name} for {counted(rows, 'row')}, token {place + 1}"
                 largest[name] = max(largest[name], max_error(where, found, expected, TOLERANCES["fp32"]))
     return largest
 

@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED
-from lmdist.perplexity import perplexity
+from lmdist.perplexity import TextSize, per_word_and_byte, perplexity
 from lmdist.text.token_files import Tokens
 from lmdist.training.data import Streams
 from lmdist_export.graph.cell import STATE
@@ -61,20 +62,27 @@ def check_values(sampler: Sampler, model: LanguageModel) -> dict[str, float]:
         if length > 1:
             pairs["step_by_step"] = token_by_token(sampler, tokens, state), logits, TOLERANCES["fp32"]
         for name, (found, expected, allowed) in pairs.items():
-            where = f"{name} for {rows} rows of {length} tokens"
+            where = f"{name} for {counted(rows, 'row')} of {counted(length, 'token')}"
             largest[name] = max(largest[name], max_error(where, found, expected, allowed))
     return largest
 
 
 def check_perplexity(
-    sampler: Sampler, model: LanguageModel, split: str, tokens: Tokens | NDArray[np.integer], max_loss_percent: float
+    sampler: Sampler,
+    model: LanguageModel,
+    split: str,
+    tokens: Tokens | NDArray[np.integer],
+    max_loss_percent: float,
+    size: TextSize | None = None,
 ) -> dict[str, Any]:
     """Return what the precision costs on the first of `tokens`, read as a few streams side by side.
 
     That is the perplexity by torch and by onnxruntime and the increase in percent; how often both have the same most likely
-    token; and the max absolute error of a logit. Raises UsageError for an increase above `max_loss_percent`.
+    token; and the max absolute error of a logit. Perplexity per word and bits per byte are those that onnxruntime's perplexity
+    means where the original text has the `size` of the entire split for as many tokens. Raises UsageError for an increase above
+    `max_loss_percent`.
     """
-    tokens = tokens[:HELD_OUT_TOKENS]
+    num_tokens, tokens = len(tokens), tokens[:HELD_OUT_TOKENS]
     rows = min(HELD_OUT_STREAMS, len(tokens))
     window = max(1, min(64, LOGITS_AT_ONCE // (rows * model.vocabulary_size)))
     ours = theirs = sampler.initial_state(rows)
@@ -103,6 +111,7 @@ def check_perplexity(
         "tokens": len(tokens),
         "torch": by_torch,
         "onnxruntime": by_us,
+        **per_word_and_byte(our_nats / len(tokens) * num_tokens, size),
         "loss_percent": loss,
         "top_1_agreement": agreed / len(tokens),
         "largest_logit_difference": largest,

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, UsageError
-from lmdist.perplexity import perplexity
+from lmdist.perplexity import TextSize, per_word_and_byte, perplexity
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN_ID
 from lmdist_export.options import BATCH_SIZES, check_count, items_of
 from lmdist_export.sampling.prompt import Prompt, prompt_of
@@ -66,6 +66,8 @@ class Score:
     """(T,), in nats."""
     bytes: int
     """The bytes of the text in UTF-8, and one for the line break in place of `<eos>`, where it is scored."""
+    original_words: int
+    """The words of the text between whitespace, however it is tokenized, and one for `<eos>`, where it is scored."""
 
     def __repr__(self) -> str:
         return (
@@ -87,6 +89,21 @@ class Score:
     def perplexity(self) -> float:
         """Return the perplexity per token; NaN where there is none to score."""
         return perplexity(-self.log_probability / len(self.words)) if self.words else math.nan
+
+    @property
+    def size(self) -> TextSize:
+        """Return the size of the original text, by which models of different tokenizers compare."""
+        return TextSize(self.original_words, self.bytes)
+
+    @property
+    def perplexity_per_word(self) -> float:
+        """Return the perplexity per word of the original text; NaN where there is none, or it is beyond a float."""
+        return per_word_and_byte(-self.log_probability, self.size).get("perplexity_per_word", math.nan)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Return the bits per byte of the original text; NaN where there is none."""
+        return per_word_and_byte(-self.log_probability, self.size).get("bits_per_byte", math.nan)
 
     @property
     def log_probability(self) -> float:
@@ -153,7 +170,10 @@ class Scorer:
                 scores = score_batch(self.sampler, texts, self.cache)
             for sentence, (words, ids), log_probabilities in zip(batch, encoded, scores, strict=True):
                 unknown = np.array(ids, np.int64) == UNKNOWN_ID
-                yield Score(sentence, words, unknown, log_probabilities, len(sentence.encode()) + self.end)
+                size = len(sentence.encode()) + self.end
+                # A line that a carried state passes over has a line break, and no end.
+                original_words = len(sentence.split()) + (self.end and bool(words))
+                yield Score(sentence, words, unknown, log_probabilities, size, original_words)
 
     def next_words(self, text: str | Prompt, count: int) -> list[tuple[str, float]]:
         """Return the `count` most likely words after a text, never `<unk>`, each with its probability."""
@@ -281,7 +301,7 @@ class Totals:
     """Sums and counts over the scores of many sentences, divided once, at the end."""
 
     def __init__(self) -> None:
-        self.sentences = self.words = self.unknown = self.bytes = self.unknown_bytes = 0
+        self.sentences = self.words = self.unknown = self.bytes = self.unknown_bytes = self.original_words = 0
         self.nats = self.known_nats = 0.0
 
     def add(self, score: Score) -> None:
@@ -291,6 +311,7 @@ class Totals:
         self.words += len(score.words)
         self.unknown += len(unknown)
         self.bytes += score.bytes
+        self.original_words += score.original_words
         self.unknown_bytes += sum(len(word.encode()) for word in unknown)
         self.nats -= score.log_probability
         self.known_nats -= score.known_log_probability
@@ -300,17 +321,20 @@ class Totals:
         if not self.words:
             raise DataError("there are no words to score; at least one line is expected")
         known_words, known_bytes = self.words - self.unknown, self.bytes - self.unknown_bytes
+        compared = per_word_and_byte(self.nats, TextSize(self.original_words, self.bytes))
         return {
             "sentences": self.sentences,
             "words": self.words,
             "unknown_words": self.unknown,
             "unknown_rate": self.unknown / self.words,
+            "original_words": self.original_words,
             "bytes": self.bytes,
             "log_probability": -self.nats,
             "log_probability_without_unknown": -self.known_nats,
             "perplexity": perplexity(self.nats / self.words),
             "perplexity_without_unknown": perplexity(self.known_nats / known_words) if known_words else None,
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+            "perplexity_per_word": compared.get("perplexity_per_word"),
+            "bits_per_byte": compared.get("bits_per_byte"),
             "perplexity_per_byte": perplexity(self.nats / self.bytes),
             "perplexity_per_byte_without_unknown": perplexity(self.known_nats / known_bytes) if known_bytes > 0 else None,
         }

@@ -21,6 +21,7 @@ from typing import Any
 
 from lmdist.console import table
 from lmdist.errors import DataError, MissingInputError, Stopped, UsageError
+from lmdist.perplexity import COMPARED
 from lmdist.tracking.address import configure, experiment_name, store_address, without_password
 from lmdist.tracking.failures import FinalError, upload_error
 from lmdist.tracking.store import Store, silence
@@ -175,6 +176,7 @@ def metrics(bundle: Bundle) -> dict[str, float]:
         "bundle/megabytes": sum(file["bytes"] for file in bundle.manifest["files"].values()) / 1e6,
         "bundle/compared_tokens": held_out.get("tokens"),
         "bundle/compared_perplexity": held_out.get("onnxruntime"),
+        **{f"bundle/compared_{name}": held_out.get(name) for name in COMPARED},
         "bundle/compared_perplexity_by_torch": held_out.get("torch"),
         "bundle/compared_loss_percent": held_out.get("loss_percent"),
         "bundle/compared_top_1_agreement": held_out.get("top_1_agreement"),

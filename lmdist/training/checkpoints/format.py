@@ -74,6 +74,16 @@ class StartedFrom(TypedDict):
     """Words that were looked for in it, that it has, and that it has in another spelling."""
 
 
+class Planned(TypedDict):
+    """How many steps a run has, where training.minutes decides it (budget.py)."""
+
+    step: int
+    """Steps done when it was decided: the next one is the first of this total."""
+    total_steps: int
+    minutes: float
+    """What training.minutes was."""
+
+
 @dataclasses.dataclass
 class Progress:
     """Where a run stands. With the tensors, this is all that a resumed run needs."""
@@ -84,6 +94,10 @@ class Progress:
     """Tokens trained on, over all ranks."""
     seconds: float = 0.0
     """Time spent in training steps."""
+    elapsed_seconds: float = 0.0
+    """Time since the run began, with all that is between steps, in all its processes."""
+    plan: tuple[Planned, ...] = ()
+    """The totals of steps that were decided, in order."""
     nats: float = 0.0
     """Summed nats of the tokens since the last line of metrics, over all ranks."""
     counted: int = 0

@@ -1,0 +1,194 @@
+"""training.minutes: the run ends when its time does, its schedule with it, and all of it follows from what is recorded."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from corpora import chain, write_data_folder
+from lmdist import config
+from lmdist.errors import EXIT_AGAIN, UsageError
+from lmdist.settings import ScheduleSettings, TrainingSettings
+from lmdist.storage.reading import read_json
+from lmdist.training import budget
+from lmdist.training.budget import UNDECIDED, Pace, TimeBudget
+from lmdist.training.checkpoints.format import Progress
+from lmdist.training.checkpoints.retain import newest_checkpoint
+from lmdist.training.distributed import World
+from lmdist.training.schedule import SCHEDULES, Position, learning_rate
+from support.jobs import SMALL, losses, rows, start, train, train_here
+
+ONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data_folder(tmp_path / "data", {"train": chain(4500, 30), "valid": chain(103, 30, seed=1)}, 30)
+
+
+# --- what is decided -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("done", [0, 7, 10, 99])
+@pytest.mark.parametrize("validation_seconds", [0.0, 0.3, 5.0])
+def test_so_many_steps_fit_and_not_one_more(done: int, validation_seconds: float) -> None:
+    pace = Pace(0.5, validation_seconds, 10)
+
+    def plainly(steps: int) -> float:
+        validated = [step for step in range(done + 1, done + steps + 1) if step % 10 == 0 or step == done + steps]
+        return 0.5 * steps + validation_seconds * len(validated)
+
+    steps = pace.steps_within(60, done)
+    assert pace.seconds_for(steps, done) == pytest.approx(plainly(steps))
+    assert plainly(steps) <= 60 < plainly(steps + 1)
+    assert pace.steps_within(-1, done) == pace.steps_within(0, done) == 1
+
+
+class Clock:
+    """A job whose steps and validations take the time that they are said to take, and none of it really passes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(budget.time, "perf_counter", lambda: self.now)
+
+    def run(self, progress: Progress, minutes: float, until: int = UNDECIDED, *, speed: float = 1.0) -> TimeBudget:
+        """Run to the end, or to step `until`.
+
+        A step takes 0.5 s, the first one 5, and `speed` times that from step 300 on; a validation takes 8.
+        """
+        found = TimeBudget(minutes, progress, self.now - progress.elapsed_seconds, 100, 1000, ONE)
+        first = progress.step
+        while progress.step < min(until, found.total_steps):
+            seconds = (5.0 if progress.step == first else 0.5) * (speed if progress.step > 300 else 1)
+            self.now += seconds
+            progress.elapsed_seconds += seconds
+            progress.step += 1
+            progress.tokens += 100
+            progress.seconds += seconds
+            if progress.step < found.total_steps:
+                found.after_step(logging=progress.step % 20 == 0)
+            if progress.step % 100 == 0 or progress.step == found.total_steps:
+                self.now += 8
+                progress.elapsed_seconds += 8
+                progress.validations = (*progress.validations, 1.0)
+        return found
+
+
+@pytest.mark.parametrize("speed", [1, 0.5, 3])
+@pytest.mark.parametrize("minutes", [2, 10, 60])
+def test_it_ends_with_its_time_whatever_the_speed_becomes(monkeypatch: pytest.MonkeyPatch, minutes: int, speed: float) -> None:
+    progress = Progress()
+    found = Clock(monkeypatch).run(progress, minutes, speed=speed)
+    assert progress.elapsed_seconds == pytest.approx(60 * minutes, rel=0.03)
+    assert found.total_steps == progress.step == progress.plan[-1]["total_steps"]
+    early = [planned for planned in progress.plan if planned["step"] <= 16]
+    assert {planned["step"] for planned in early} <= {1, 4, 16}
+    assert len(progress.plan) - len(early) <= (2 if speed == 1 else 25), "a total that fits stays"
+
+
+@pytest.mark.parametrize("killed", [40, 333])
+def test_after_a_stop_the_rest_of_the_time_is_left(monkeypatch: pytest.MonkeyPatch, killed: int) -> None:
+    progress = Progress()
+    Clock(monkeypatch).run(progress, 5, until=killed)
+    before = progress.plan
+    Clock(monkeypatch).run(progress, 5, until=killed + 15)
+    assert progress.plan == before, "the first steps of a process are slow, and change nothing"
+    Clock(monkeypatch).run(progress, 5)
+    assert progress.elapsed_seconds == pytest.approx(300, rel=0.03)
+    over = Clock(monkeypatch).run(progress, 5)
+    assert over.total_steps == progress.step, "a run at its end stays there"
+    longer = Clock(monkeypatch).run(progress, 10)
+    assert progress.elapsed_seconds == pytest.approx(600, rel=0.03)
+    assert [planned["minutes"] for planned in longer.progress.plan[-1:]] == [10]
+    assert Clock(monkeypatch).run(progress, 1).total_steps == progress.step, "less time than was used leaves nothing"
+
+
+def test_the_time_of_a_run_by_epochs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Progress(step=100, tokens=10_000, seconds=50, elapsed_seconds=60)
+    found = TimeBudget(3, progress, Clock(monkeypatch).now - 60, 1000, 0, ONE)
+    assert found.total_steps == 100 + 240
+    assert progress.plan == ({"step": 100, "total_steps": 340, "minutes": 3},)
+
+
+def test_before_the_first_decision_every_schedule_is_at_its_beginning() -> None:
+    for name in SCHEDULES:
+        settings = ScheduleSettings(name, warmup_steps=5 if name == "inverse-sqrt" else 0)
+        position = Position(3, UNDECIDED), Position(0, UNDECIDED)
+        if name != "inverse-sqrt":
+            assert learning_rate(1.0, settings, position[0]) == pytest.approx(learning_rate(1.0, settings, position[1]))
+
+
+# --- real jobs -----------------------------------------------------------------------------------------------------
+
+
+def check_rates(run: Path, peak: float, schedule: ScheduleSettings) -> None:
+    """Check that the rate of each step follows from the newest checkpoint, and that its last one is the schedule's end."""
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    progress = read_json(newest / "manifest.json")["progress"]
+    plan = [{"step": 0, "total_steps": UNDECIDED}, *progress["plan"]]
+    logged = [row for row in rows(run) if "train/learning_rate" in row]
+    assert [row["step"] for row in logged] == list(range(1, progress["step"] + 1))
+    for row in logged:
+        total = next(planned["total_steps"] for planned in reversed(plan) if planned["step"] < row["step"])
+        assert row["train/learning_rate"] == learning_rate(peak, schedule, Position(row["step"] - 1, total)), row["step"]
+    assert logged[-1]["train/total_steps"] == progress["step"] == plan[-1]["total_steps"]
+    assert logged[-1]["train/learning_rate"] < 0.2 * peak
+
+
+def test_killed_and_resumed_on_two_ranks_it_ends_in_time(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*SMALL, f"--data.folder={data}", f"--run_folder={run}", "--training.minutes=0.07", "--checkpoint.every_steps=20"]
+    rank_0, rank_1 = start(2, *flags, cwd=tmp_path, outputs=[tmp_path / "stdout", tmp_path / "stderr"])
+    deadline = time.monotonic() + 120
+    while len(list((run / "checkpoints").glob("step-*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    rank_1.kill()
+    rank_0.join(60)
+    assert rank_0.exitcode == EXIT_AGAIN, "the job was through before it was killed"
+    assert "starting, to a step that the speed decides, in the 4s left of 4s" in (tmp_path / "stderr").read_text()
+
+    done = train(2, *flags, "--resume=auto", cwd=tmp_path)
+    assert re.search(r"resuming after step \d+, to step [\d,]+, in the \ds left of 4s", done.stderr)
+    [spent] = re.findall(r"  time     (\d+)s of 4s", done.stderr)
+    assert 3 <= int(spent) <= 6, "0.07 minutes, on a machine that does something else as well"
+    check_rates(run, 0.02, ScheduleSettings())
+    assert (run / "recipe.toml").read_text().splitlines()[-1].startswith("# 0.07 minutes: decided after step ")
+    assert config.load(["--config", str(run / "recipe.toml")]).training.minutes == 0.07
+    before = losses(run)
+    assert "left of 4s" in train(2, *flags, "--resume=auto", cwd=tmp_path).stderr
+    assert losses(run) == before, "it was over"
+
+
+def test_without_a_valid_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
+    run = tmp_path / "run"
+    train_here(f"--data.folder={data}", f"--run_folder={run}", "--training.minutes=0.01", "--schedule.name=cosine")
+    check_rates(run, 0.02, ScheduleSettings("cosine"))
+    assert "last to step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 5}, "training.minutes is 30 and training.steps is 5, and both .* give --training.steps 0"),
+        ({"epochs": 2.0}, "training.minutes is 30 and training.epochs is 2, and both .* give --training.epochs 0"),
+        ({"minutes": 0.001}, "training.minutes is 0.001; it must be 0, or at least 0.01"),
+        ({"minutes": -1}, "training.minutes is -1; it must be from 0"),
+    ],
+)
+def test_mistakes(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainingSettings(**{"minutes": 30, **settings})
+
+
+def test_a_recipe_s_own_length_can_be_taken_back() -> None:
+    asked = config.load(["--config", "ptb", "--training.minutes", "30", "--training.epochs", "0", "--training.steps", "0"])
+    assert (asked.training.minutes, asked.training.epochs) == (30, 0)
+    with pytest.raises(UsageError, match="both say how long the run is"):
+        config.load(["--config", "ptb", "--training.minutes", "30"])
