@@ -25,7 +25,7 @@ from servers import free_port
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-PROMPT = "my fellow americans, we are here to"
+PROMPT = "my fellow americans, the internet of tomorrow is here to"
 SEED = "8"
 TOKENS = "60"
 DESKTOP = {"viewport": {"width": 1080, "height": 760}}
@@ -74,6 +74,7 @@ def take(browser: Browser, url: str, picture: Path, context: dict[str, Any]) -> 
     page.locator("#text").press_sequentially(" ")
     page.locator("#next-words:not(.old) .word").first.wait_for()
     page.wait_for_timeout(1_000)  # the colours of the last word
+    page.locator("#mirror .unknown").first.hover(force=True)
     page.screenshot(path=picture, full_page="is_mobile" in context)
     page.close()
 

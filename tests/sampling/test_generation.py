@@ -236,7 +236,7 @@ def test_log_probabilities_are_those_of_torch(sampler: Sampler, monkeypatch: pyt
         hidden, _ = model(torch.tensor([[END_ID, *text.prompt, *text.tokens]]), model.initial_state(1))
         expected = model.logits(hidden).log_softmax(-1)[0, 2:-1]  # (T, V)
     for pieces in (64, 7):
-        monkeypatch.setattr(generation, "STEP_TOKENS", pieces)
+        monkeypatch.setattr("lmdist_export.sampling.log_probabilities.STEP_TOKENS", pieces)
         of_words, tops = log_probabilities(sampler, text, 4)
         np.testing.assert_allclose(of_words, expected[range(30), text.tokens], atol=1e-5)
         best, ids = expected.topk(4)

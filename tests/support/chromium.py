@@ -38,7 +38,7 @@ def fresh_page(browser: Browser, expected_errors: tuple[str, ...] = (), **contex
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(f"uncaught: {error}"))
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     yield page
     opened.close()
     unexpected = [text for text in complaints if not any(part in text for part in expected_errors)]

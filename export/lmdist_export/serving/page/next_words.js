@@ -5,7 +5,7 @@
 import { element, inPercent } from "./dom.js";
 import { written } from "./editor.js";
 
-const SHOWN = 7;
+const SHOWN = 6;
 const COMPLETIONS = 2; // of them at most, where what is typed is a word already
 const LOOKED_AT = 19; // the likeliest words, of which those that complete an unfinished word are shown
 const CONTEXT = 2000; // characters that the candidates depend on: the model reads them again for each letter

@@ -53,6 +53,11 @@ function chosenSeed() {
   throw new Error(`The seed is “${text}”. It must be an integer from 0 to ${Number.MAX_SAFE_INTEGER}.`);
 }
 
+function chosenOptions() {
+  const values = options.values();
+  return values.num_beams > 1 ? values : { ...values, seed: chosenSeed() }; // a beam search is not random
+}
+
 function setRunning(controller) {
   running = controller;
   document.body.classList.toggle("running", Boolean(controller));
@@ -69,7 +74,8 @@ function setBefore(text) {
 function grow(text, start) {
   const paper = $("paper");
   const atEnd = paper.scrollTop + paper.clientHeight > paper.scrollHeight - 40;
-  editor.replace(text, { generated: [start, text.length] });
+  const spaces = text.length - start - text.slice(start).trimStart().length;
+  editor.replace(text, { generated: [start + spaces, text.length] });
   if (atEnd) paper.scrollTop = paper.scrollHeight;
 }
 
@@ -81,7 +87,7 @@ async function generate() {
   setError("");
   nextWords.setTab(false);
   try {
-    const chosen = { ...options.values(), seed: chosenSeed() };
+    const chosen = chosenOptions();
     setBefore(prompt);
     setRunning(stopping);
     textChanged();
@@ -94,7 +100,8 @@ async function generate() {
       reason = piece.finish_reason ?? reason;
     }
     const seconds = inDecimals((performance.now() - started) / 1000);
-    say(`${ENDINGS[reason] ?? "Done"}, after ${seconds} s, with seed ${chosen.seed}.`);
+    const seed = "seed" in chosen ? `, with seed ${chosen.seed}` : "";
+    say(`${ENDINGS[reason] ?? "Done"}, after ${seconds} s${seed}.`);
   } catch (error) {
     say(stopping.signal.aborted ? "Stopped." : "");
     if (!stopping.signal.aborted) setError(error.message, "generating");
@@ -135,10 +142,22 @@ const score = latest(async (signal) => {
   };
 }, whileTyping);
 
+let askedFor = null; // the text before the caret whose next words are shown, or are to be
+function askNextWords() {
+  askedFor = editor.beforeCaret;
+  suggest();
+}
+
+function caretMoved() {
+  if (document.activeElement !== $("text") || running || editor.beforeCaret === askedFor) return;
+  nextWords.expire();
+  askNextWords();
+}
+
 function textChanged() {
   nextWords.expire();
   if (running) return;
-  suggest();
+  askNextWords();
   if ($("colours").checked) score();
   showSnippets();
 }
@@ -209,6 +228,7 @@ function optionsChanged() {
 
 function listen() {
   $("text").addEventListener("input", typed);
+  document.addEventListener("selectionchange", caretMoved);
   $("text").addEventListener("blur", () => nextWords.setTab(false));
   document.addEventListener("keydown", pressed);
   $("generate").addEventListener("click", () => (running ? running.abort() : generate()));
