@@ -63,7 +63,7 @@ def opened(engine: Engine, settings: TextSettings, punkt: dict[str, object] | No
     counts=st.lists(st.integers(2, 50), max_size=4),
     unused=st.integers(0, 2),
 )
-@effort(max_examples=150)
+@effort(max_examples=60)
 def test_random_numbers_are_numpys(engine: Engine, seed: int, key: list[int], counts: list[int], unused: int) -> None:
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(key)))
     expected = [generator.random(count - unused, np.float32).tolist() for count in counts]
@@ -82,7 +82,7 @@ def test_words_are_pythons(engine: Engine, settings: TextSettings) -> None:
     tokenizer = opened(engine, settings)
 
     @given(odd_texts | st.lists(st.sampled_from([*OTHER_SCRIPTS, *TOKENS, " "]), max_size=12).map("".join), st.booleans())
-    @effort(max_examples=200)
+    @effort(max_examples=60)
     def compare(text: str, continues: bool) -> None:
         if all(unicodedata.category(character) != "Cn" for character in text):  # which Unicode versions disagree on
             assert engine.call("words", text, continues) == tokenizer.tokenize(text, continues=continues)
@@ -94,7 +94,7 @@ def test_words_are_nltks_with_parameters_that_no_text_has_taught(engine: Engine)
     tokenizer = opened(engine, TextSettings("word_tokenize"), STRANGE)
 
     @given(odd_texts)
-    @effort(max_examples=300)
+    @effort(max_examples=100)
     def compare(text: str) -> None:
         if all(unicodedata.category(character) != "Cn" for character in text):
             assert engine.call("words", text, False) == tokenizer.tokenize(text)
@@ -117,7 +117,8 @@ def test_words_of_real_text_are_nltks(engine: Engine) -> None:
 def test_words_are_found_where_they_stand(engine: Engine, settings: TextSettings) -> None:
     opened(engine, settings)
     text = 'He said: "Cafe\u0301 isn\'t  so." The END,\nof\u00ad it'
-    words, spans = engine.call("words", text, False), engine.call("spans", text)
+    words: list[str] = engine.call("words", text, False)
+    spans = engine.call("spans", text)
     found = [text[start:end] for start, end in spans]
     assert len(found) == len(words)
     assert [start for start, _ in spans] == sorted(start for start, _ in spans)
@@ -129,7 +130,7 @@ def test_words_are_found_where_they_stand(engine: Engine, settings: TextSettings
         return re.sub(r"[^\w\s]", "", plain) if settings.clean == "tutorial" else plain
 
     for word, piece in zip(words, found, strict=True):
-        assert folded(piece) == folded(same[word] if word in same else word) or (word == "\u2581" and piece.isspace())
+        assert folded(piece) == folded(same.get(word, word)) or (word == "\u2581" and piece.isspace())
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_text_of_words_is_pythons(engine: Engine, tokenizer: str) -> None:
     mark = st.lists(st.sampled_from(MARKS), min_size=1, max_size=3).map("".join)
 
     @given(st.lists(odd | mark, max_size=15))
-    @effort(max_examples=400)
+    @effort(max_examples=100)
     def compare(words: list[str]) -> None:
         assert engine.call("pieces", words, tokenizer) == list(pieces(words, tokenizer))
 

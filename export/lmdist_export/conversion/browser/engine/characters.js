@@ -13,6 +13,7 @@ export const LETTER = "\\p{L}\\p{N}_";
 export const MARK = "\\p{M}\\u200c\\u200d";
 
 const SPACES = new RegExp(`[${SPACE}]+`, "u");
+const LEADING = new RegExp(`^[${SPACE}]+`, "u");
 const TRAILING = new RegExp(`[${SPACE}]+$`, "u");
 
 /**
@@ -21,6 +22,14 @@ const TRAILING = new RegExp(`[${SPACE}]+$`, "u");
  */
 export function split(text) {
   return text.split(SPACES).filter(Boolean);
+}
+
+/**
+ * Return a text without the whitespace at its ends, as Python's str.strip().
+ * @param {string} text
+ */
+export function stripped(text) {
+  return withoutTrailingSpace(text).replace(LEADING, "");
 }
 
 /**

@@ -4,7 +4,7 @@
  */
 
 import { lastCharacter } from "./characters.js";
-import { END, SPACE_WORD } from "./tokenizer.js";
+import { END, LINE_BREAK, SPACE_WORD } from "./tokenizer.js";
 
 const OPENING = new Set("([{<#@¿¡");
 const CLOSING = new Set(")]}>.,:;?!%");
@@ -62,6 +62,11 @@ export class Detokenizer {
       this.before = "";
       this.glue = true;
       return this.tokenizer === "whitespace" ? "\n" : "\n\n";
+    }
+    if (word === LINE_BREAK && this.tokenizer !== "whitespace") {
+      this.before = "";
+      this.glue = true;
+      return "\n";
     }
     if (this.tokenizer === "characters") return word === SPACE_WORD ? " " : word;
     const [text, left, right] = this.spaced(word);

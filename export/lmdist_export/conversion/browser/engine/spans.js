@@ -2,7 +2,7 @@
 
 /** @typedef {import("./tokenizer.js").Tokenizer} Tokenizer */
 
-const SPELLINGS = { "``": ['"', "''"], "''": ['"'], "\u2581": [..." \t\n\v\f\r\x85\xa0\u2028\u2029\u3000"], "<eos>": ["\n"] };
+const SPELLINGS = { "``": ['"', "''"], "''": ['"'], "\u2581": [..." \t\n\v\f\r\x85\xa0\u2028\u2029\u3000"], "<eos>": ["\n"], "<nl>": ["\n", "\r"] };
 const CLUSTER = /\P{M}?\p{M}*/gsu;
 
 /**

@@ -3,15 +3,18 @@
  * was trained on. Text is taken as it is typed: of `--clean html` nothing is done here.
  */
 
-import { LETTER, MARK, SPACE, split } from "./characters.js";
+import { LETTER, MARK, SPACE, split, stripped } from "./characters.js";
 import { WordFinder } from "./word_tokenize.js";
 
-/** @typedef {{settings: {tokenizer: string, clean: string, lowercase: boolean, rules?: number}, punkt: object | null}} TextSettings */
+/** @typedef {{tokenizer: string, clean: string, lowercase: boolean, rules?: number, line_breaks?: boolean}} Settings */
+/** @typedef {{settings: Settings, punkt: object | null}} TextSettings */
 
 /** The end of a text. */
 export const END = "<eos>";
 /** The word of `characters` that is a space. */
 export const SPACE_WORD = "\u2581";
+/** The word that is a line break, where these are tokens. */
+export const LINE_BREAK = "<nl>";
 /** What follows a prompt: a name that no text has, so that the end of a sentence is decided by the word before it. */
 const NEXT_WORD = "Qxzq";
 
@@ -37,6 +40,21 @@ export class Tokenizer {
    */
   words(text, { continues = false } = {}) {
     const cleaned = this.cleaned(text);
+    if (!this.settings.line_breaks) return this.wordsOf(cleaned, continues);
+    const lines = (continues ? cleaned : stripped(cleaned)).split(/\r\n?|\n/);
+    return lines.flatMap((line, number) => {
+      const isLast = number === lines.length - 1;
+      const words = stripped(line) ? this.wordsOf(line, continues || !isLast) : [];
+      return isLast ? words : [...words, LINE_BREAK];
+    });
+  }
+
+  /**
+   * Return the words of a cleaned text.
+   * @param {string} cleaned
+   * @param {boolean} continues
+   */
+  wordsOf(cleaned, continues) {
     const words = continues && this.hasSentences ? this.split(`${cleaned} ${NEXT_WORD}`).slice(0, -1) : this.split(cleaned);
     return this.settings.lowercase ? words.map((word) => word.toLowerCase()) : words;
   }
