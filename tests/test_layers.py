@@ -96,7 +96,7 @@ WINGS = {
         "requests shared_batch batching json_body invocations service middleware mlflow_model registry access running "
         "openai_request openai_answer failures metrics observing completing application connections watching"
     ),
-    "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting",
+    "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting web",
 }
 
 
