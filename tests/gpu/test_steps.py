@@ -148,13 +148,13 @@ def test_steps_that_overflow_in_fp16_are_skipped_until_the_scale_has_fallen(opti
             assert torch.equal(parameter, value), number
         scale = step.scaler.get_scale()
         forward_backward(step, number)
-        step.clip_and_update(0.003)
+        step.clip_and_update(optimizer.learning_rate)
         number += 1
     assert WARM_UP < number < 40
     nats = []
     for more in range(30):
         nats.append(forward_backward(step, 5 * more))  # the first batch again and again
-        step.clip_and_update(0.003)
+        step.clip_and_update(optimizer.learning_rate)
     assert sum(nats[-5:]) < sum(nats[:5]) - 1, nats
     assert all(bool(tensor.isfinite().all()) for tensor in optimizer_state(step.optimizer).values())
     assert isinstance(step.compute_part, Graphed)
