@@ -126,10 +126,11 @@ def test_a_graph_computes_bit_for_bit_what_the_step_without_one_does(precision, 
         assert torch.equal(ours, theirs)
 
 
+ADAMW = OptimizerSettings(learning_rate=0.001)
 SGD = OptimizerSettings("sgd", 0.1, momentum=0.9, weight_decay=0)
 
 
-@pytest.mark.parametrize("optimizer", [OptimizerSettings(), SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
 def test_steps_that_overflow_in_fp16_are_skipped_until_the_scale_has_fallen(optimizer, monkeypatch):
     step = with_graph(step_of(WEIGHT_DROP, "fp16", optimizer), monkeypatch)
     if DEVICE.type == "cpu":  # few have an LSTM in fp16: its outputs are, and their gradients
@@ -152,10 +153,10 @@ def test_steps_that_overflow_in_fp16_are_skipped_until_the_scale_has_fallen(opti
         number += 1
     assert WARM_UP < number < 40
     nats = []
-    for more in range(30):
+    for more in range(40):
         nats.append(forward_backward(step, 5 * more))  # the first batch again and again
         step.clip_and_update(optimizer.learning_rate)
-    assert sum(nats[-5:]) < sum(nats[:5]) - 1, nats
+    assert sum(nats[-5:]) < sum(nats[:5]) - 0.5, nats
     assert all(bool(tensor.isfinite().all()) for tensor in optimizer_state(step.optimizer).values())
     assert isinstance(step.compute_part, Graphed)
     assert step.compute_part.replay is not None, "the overflow was taken for an incorrect graph"
