@@ -24,6 +24,7 @@ from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import Text, continuations, log_probabilities
 from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.stops import Stops
 from lmdist_export.serving import batching, shared_batch
 from lmdist_export.serving.batching import Batcher, QueueFull, Request, RequestTimeout, Scoring
 from lmdist_export.serving.requests import Work
@@ -153,7 +154,7 @@ def test_a_request_that_cannot_be_done_is_refused_before_it_is_queued(sampler: S
         Request(sampler, [[5], [7, 300]], CONFIG, 1)
     with pytest.raises(UsageError, match="the id of a token is -1"):
         Scoring(sampler, [[-1]], 0)
-    stops = [[2 + number % 7] * 600 for number in range(400)]
+    stops = Stops([[2 + number % 7] * 600 for number in range(400)])
     with pytest.raises(UsageError, match="stop and bad_words have 240,000 tokens together; a server accepts at most 4,096"):
         Request(sampler, [[]], CONFIG, 1, stops=stops)
     with pytest.raises(UsageError, match="no token is left to sample"):
