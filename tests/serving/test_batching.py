@@ -338,7 +338,7 @@ def test_a_text_that_made_room_for_others_comes_back(
     monkeypatch.setattr(shared_batch, "TURN_SECONDS", 0.01)
     batcher = make_batcher(batch_size=2)
     asked = [
-        Request(sampler, [[number]], replace(CONFIG, max_new_tokens=400), number, 2, ignore_end=True) for number in (3, 4, 5)
+        Request(sampler, [[number]], replace(CONFIG, max_new_tokens=150), number, 2, ignore_end=True) for number in (3, 4, 5)
     ]
     order: list[int] = []
     for request in asked:

@@ -20,6 +20,8 @@ from lmdist_export.sampling.sampler import Sampler, all_masked, fixed_bias, log_
 from lmdist_export.sampling.state import State, select
 from lmdist_export.sampling.steps import Pace, Steps, result_of
 
+SCORES_AT_ONCE = 2**19  # in a step of a search: some 10 ms
+
 
 def beam_search(
     sampler: Sampler,
@@ -51,12 +53,17 @@ def beam_search_steps(
     bias = fixed_bias(config, sampler.sizes.vocabulary_size)
     start = state or sampler.start([[config.bos_token_id, *prompt]])
     logits, model = yield from sampler.next_logits_steps(start, pace)  # (1, V), (1, S)
+    rows_at_once = max(1, SCORES_AT_ONCE // len(bias))
     beams = [Text(list(prompt), 0, 0)]
     scores = np.zeros(1)
     ended: list[tuple[float, Text]] = []
     exhausted: list[Text] = []
     for length in range(1, config.max_new_tokens + 1):
-        next_scores = log_softmax(logits) + row_bias(beams, config, len(bias), end) + bias
+        next_scores = np.empty(logits.shape)  # (K, V)
+        for first in range(0, len(beams), rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            next_scores[rows] = log_softmax(logits[rows]) + row_bias(beams[rows], config, len(bias), end) + bias
+            yield
         # The best first: the longest, and of these the most likely.
         exhausted = [*(text for text, row in zip(beams, next_scores, strict=True) if all_masked(row)), *exhausted][:n]
         total = scores[:, None] + next_scores  # (K, V)
@@ -78,7 +85,6 @@ def beam_search_steps(
             else:
                 kept.append((row, token, place, score))
         ended = sorted(ended, key=lambda found: -found[0])[: config.num_beams]
-        rows = [row for row, *_ in kept]
         beams = [beams[row].extended(token, place) for row, token, place, _ in kept]
         scores = np.array([score for *_, score in kept])
         # A log-probability only falls: however a text continues, its score is at most the present one over this length.
@@ -87,9 +93,8 @@ def beam_search_steps(
             break
         if length < config.max_new_tokens:
             yield
-            step, model = sampler.step(np.array([[token] for _, token, *_ in kept]), select(model, rows))
+            step, model = sampler.step(np.array([[token] for _, token, *_ in kept]), select(model, [row for row, *_ in kept]))
             logits = step[:, -1]  # (K, V)
-            yield
     else:
         for text, score in zip(beams, scores.tolist(), strict=True):
             text.finish_reason = "length"

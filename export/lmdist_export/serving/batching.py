@@ -26,6 +26,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import count
 
+from lmdist_export.options import Features
 from lmdist_export.sampling.generation import BATCH_SIZE, Text
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.steps import STEP_SECONDS
@@ -212,9 +213,7 @@ class Batcher:
 
     def step_batch(self, key: str, batch: SharedBatch) -> None:
         """Make an inference call of a batch, and report what it has generated."""
-        sessions = self.sampler.generation_sessions
-        while len(sessions) > MAX_GRAPHS:  # the oldest; it is built again when it is needed
-            del sessions[next(iter(sessions))]
+        self.keep_few_graphs(batch.batch.features)
         self.least_batch_seconds = batch.seconds
         try:
             joined, growth = batch.step()
@@ -232,6 +231,14 @@ class Batcher:
             if request.is_waiting:
                 self.advance(request)
         self.drop_if_empty(key)
+
+    def keep_few_graphs(self, needed: Features) -> None:
+        """Close the graphs that were needed longest ago; they are built again, from what was loaded, when they are needed."""
+        for sessions in (self.sampler.generation_sessions, self.sampler.token_sessions):
+            if needed in sessions:
+                sessions[needed] = sessions.pop(needed)
+            while len(sessions) > MAX_GRAPHS:
+                del sessions[next(iter(sessions))]
 
     def drop_if_empty(self, key: str) -> None:
         """Forget a batch without texts."""
