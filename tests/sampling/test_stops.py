@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.generation import Generation, Text, append
-from lmdist_export.sampling.stops import Stops
+from lmdist_export.sampling.stops import Ending, Stops
 
 TOKENS = st.integers(2, 4)
 
@@ -28,11 +28,37 @@ def test_the_automaton_finds_what_a_look_at_all_stops_finds(tokens: list[int], s
         place = automaton.next(place, token)
         read = tokens[:count]
         first = next((stop for stop in stops if ends_with(read, stop)), [])
-        assert automaton.length_at(place) == len(first)
+        assert automaton.ending(place, read) == (Ending(len(first)) if first else None)
         if first:
             return
         begun = [length for stop in stops for length in range(len(stop)) if ends_with(read, stop[:length])]
-        assert automaton.held_back(place) == max(begun, default=0)
+        assert automaton.held_back(place, read) == max(begun, default=0)
+
+
+SPELLING = [b"", b"", b"a", b"b\n", b"\nc", b"ab"]
+
+
+@given(
+    tokens=st.lists(st.integers(0, 5), max_size=20),
+    stops=st.lists(st.text("abc\n", min_size=1, max_size=4).map(str.encode), min_size=1, max_size=4),
+)
+def test_stops_of_bytes_are_found_wherever_the_tokens_cut_the_text(tokens: list[int], stops: list[bytes]) -> None:
+    automaton, place = Stops(stops, SPELLING), 0
+    text = b"".join(SPELLING[token] for token in tokens)
+    ends = [(text.index(stop) + len(stop), number) for number, stop in enumerate(stops) if stop in text]
+    for count, token in enumerate(tokens, 1):
+        place, read = automaton.next(place, token), tokens[:count]
+        found = automaton.ending(place, read)
+        if found:
+            end, number = min(ends)
+            before = b"".join(SPELLING[token] for token in tokens[: count - found.num_tokens])
+            assert before + found.rest.encode() == text[: end - len(stops[number])]
+            return
+        written = b"".join(SPELLING[token] for token in read)
+        begun = max((size for stop in stops for size in range(len(stop)) if written.endswith(stop[:size])), default=0)
+        held_back = automaton.held_back(place, read)
+        assert held_back == next(n for n in range(count + 1) if sum(len(SPELLING[t]) for t in read[count - n :]) >= begun)
+    assert not ends
 
 
 def test_a_token_is_looked_up_in_few_steps_whatever_the_stops_are() -> None:
@@ -49,7 +75,7 @@ def test_a_token_is_looked_up_in_few_steps_whatever_the_stops_are() -> None:
 
 
 def test_a_text_of_many_tokens_ends_before_the_stop_that_came_first() -> None:
-    generation = Generation(GenerationConfig(max_new_tokens=100), stops=[[5, 6, 7], [6, 7], [9]])
+    generation = Generation(GenerationConfig(max_new_tokens=100), Stops([[5, 6, 7], [6, 7], [9]]))
     text = Text([], 0, 0)
     assert append(text, [4, 5], generation) == [4]
     assert append(text, [6], generation) == []

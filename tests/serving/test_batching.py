@@ -24,6 +24,7 @@ from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import Text, continuations, log_probabilities
 from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.stops import Stops
 from lmdist_export.serving import batching, shared_batch
 from lmdist_export.serving.batching import Batcher, QueueFull, Request, RequestTimeout, Scoring
 from lmdist_export.serving.requests import Work
@@ -99,7 +100,7 @@ def test_requests_of_many_settings_get_what_each_gets_alone(
             configs[number % 5],
             number,
             1 + number % 3,
-            [[5, 6]],
+            Stops([[5, 6]]),
             number % 5 == 0,
             number % 4 or None,
         )
@@ -137,7 +138,7 @@ def test_what_is_reported_of_a_text_as_it_grows_is_the_text(sampler: Sampler, ma
         reported.clear()
         ends.clear()
         done.clear()
-        request = Request(sampler, [[3], [4]], config, 1, 3, [[5, 6]], on_growth=on_growth, on_end=done.set)
+        request = Request(sampler, [[3], [4]], config, 1, 3, Stops([[5, 6]]), on_growth=on_growth, on_end=done.set)
         make_batcher().submit(request)
         assert done.wait(300)
         assert reported == {(text.prompt_number, text.number): text.tokens for text in request.texts}
@@ -153,7 +154,7 @@ def test_a_request_that_cannot_be_done_is_refused_before_it_is_queued(sampler: S
         Request(sampler, [[5], [7, 300]], CONFIG, 1)
     with pytest.raises(UsageError, match="the id of a token is -1"):
         Scoring(sampler, [[-1]], 0)
-    stops = [[2 + number % 7] * 600 for number in range(400)]
+    stops = Stops([[2 + number % 7] * 600 for number in range(400)])
     with pytest.raises(UsageError, match="stop and bad_words have 240,000 tokens together; a server accepts at most 4,096"):
         Request(sampler, [[]], CONFIG, 1, stops=stops)
     with pytest.raises(UsageError, match="no token is left to sample"):

@@ -351,6 +351,7 @@ def test_requests_are_logged_without_their_texts(served: Serving) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
 def test_mlflows_protocol(served: Serving) -> None:
     from mlflow.pyfunc.scoring_server.client import ScoringServerClient
 

@@ -400,6 +400,17 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
         again = command("lmdist_export.export", "bundle", "--register", "news.en", "--alias", "second", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         assert "version 2, alias second" in again.stdout
+        watching = Serving(["-m", "lmdist_export.serve", "models:/news.en@champion", "--watch", "0.2"], tmp_path)
+        watching.wait()
+        assert watching.post(one(max_tokens=5))[0] == 400
+        client.set_registered_model_alias("news.en", "champion", "2")
+        deadline = time.monotonic() + 60
+        while "news.en: from now on version 2 answers" not in watching.log.read_text():
+            assert time.monotonic() < deadline, watching.log.read_text()
+            time.sleep(0.1)
+        assert watching.post(one(max_new_tokens=5))[0] == 200
+        assert watching.stop() == 0
+        client.set_registered_model_alias("news.en", "champion", "1")
 
         version = client.get_model_version_by_alias("news.en", "champion")
         assert (version.version, version.run_id) == ("1", run_id)

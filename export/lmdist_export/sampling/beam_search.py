@@ -10,15 +10,17 @@ Shapes: K beams, V vocabulary, S the sum of the layers' sizes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.generation import Generation, Text, row_bias
 from lmdist_export.sampling.sampler import Sampler, all_masked, fixed_bias, log_softmax
 from lmdist_export.sampling.state import State, select
 from lmdist_export.sampling.steps import Pace, Steps, result_of
+from lmdist_export.sampling.stops import NO_STOPS, Stops
 
 SCORES_AT_ONCE = 2**19  # in a step of a search: some 10 ms
 
@@ -28,7 +30,7 @@ def beam_search(
     prompt: Sequence[int],
     config: GenerationConfig,
     n: int = 1,
-    stops: Sequence[Sequence[int]] = (),
+    stops: Stops = NO_STOPS,
     ignore_end: bool = False,
     state: State | None = None,
 ) -> list[Text]:
@@ -48,7 +50,7 @@ def beam_search_steps(
     pace: Pace | None = None,
 ) -> Steps[list[Text]]:
     """Do what `beam_search` does, a piece of the prompt a step and then a token of all beams."""
-    config, end, stops = generation.config, generation.end, generation.automaton
+    config, end, stops = generation.config, generation.end, generation.stops
     assert n <= config.num_beams, (n, config.num_beams)
     bias = fixed_bias(config, sampler.sizes.vocabulary_size)
     start = state or sampler.start([[config.bos_token_id, *prompt]])
@@ -67,21 +69,20 @@ def beam_search_steps(
         # The best first: the longest, and of these the most likely.
         exhausted = [*(text for text, row in zip(beams, next_scores, strict=True) if all_masked(row)), *exhausted][:n]
         total = scores[:, None] + next_scores  # (K, V)
-        # Each beam has one end and few stops, so among these are num_beams texts that have not ended, if there are so many.
-        candidates = min((2 + len(generation.stops)) * config.num_beams, total.size)
-        best = np.argpartition(-total, candidates - 1, axis=None)[:candidates]
-        best = best[np.argsort(-total.ravel()[best], kind="stable")]
         kept: list[tuple[int, int, int, float]] = []
-        for candidate in best.tolist():
+        # Each beam has one end and few stops, so among these are mostly num_beams texts that have not ended.
+        for candidate in best_first(total, (2 + len(stops)) * config.num_beams):
             row, token = divmod(candidate, total.shape[1])
             score = float(total[row, token])
             if score == -np.inf or len(kept) == config.num_beams:
                 break
             place = stops.next(beams[row].stop_place, token)
-            stop_length = stops.length_at(place)
-            if token in end or stop_length:
-                before = [*beams[row].tokens, token][: -(stop_length or 1)]
-                ended.append((score / length**config.length_penalty, Text(list(prompt), 0, 0, before, "stop")))
+            tokens = [*beams[row].tokens, token]
+            stop = stops.ending(place, tokens)
+            if token in end or stop:
+                before = tokens[: -(stop.num_tokens if stop else 1)]
+                text = Text(list(prompt), 0, 0, before, "stop", stop.rest if stop else "")
+                ended.append((score / length**config.length_penalty, text))
             else:
                 kept.append((row, token, place, score))
         ended = sorted(ended, key=lambda found: -found[0])[: config.num_beams]
@@ -105,3 +106,12 @@ def beam_search_steps(
     for number, text in enumerate(found):
         text.number = number
     return found
+
+
+def best_first(total: NDArray[np.float64], few: int) -> Iterator[int]:
+    """Yield the places of scores (K, V) in the order of the scores, the best first; the first `few` take little time."""
+    costs = -total.ravel()
+    best = np.argpartition(costs, min(few, costs.size) - 1)[:few]
+    yield from best[np.argsort(costs[best], kind="stable")].tolist()
+    rest = np.delete(np.arange(costs.size), best)
+    yield from rest[np.argsort(costs[rest], kind="stable")].tolist()

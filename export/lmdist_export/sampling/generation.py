@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -26,7 +25,7 @@ from lmdist_export.sampling.log_probabilities import TokenScores, log_probabilit
 from lmdist_export.sampling.sampler import PREFILL_TOKENS, Sampler, all_masked, fixed_bias
 from lmdist_export.sampling.state import State, concatenate
 from lmdist_export.sampling.steps import Pace, result_of
-from lmdist_export.sampling.stops import Stops
+from lmdist_export.sampling.stops import NO_STOPS, Stops
 
 BATCH_SIZE = 16
 TOKENS_PER_CALL = 32  # of the graph: a text that ends within a call is generated to the call's end for nothing
@@ -48,10 +47,12 @@ class Text:
     """The tokens after the prompt, without the end mark or the stop that ended the text."""
     finish_reason: str = ""
     """stop: its end or a stop came; length: it has max_new_tokens tokens; exhausted: no token is allowed; empty: not ended."""
+    rest: str = ""
+    """What the text has of a piece in which a stop began."""
     scores: TokenScores | None = field(default=None, repr=False, compare=False)
     """What `log_probabilities` returns, where it was computed with the text."""
     stop_place: int = field(default=0, repr=False, compare=False)
-    """The place of the last token in `Generation.automaton`."""
+    """The place in `Generation.stops` after the last token."""
     ngrams: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
     """The tokens that followed each sequence of n - 1 tokens: an index that `banned_by_ngrams` extends."""
     num_indexed: int = field(default=0, repr=False, compare=False)
@@ -72,8 +73,8 @@ class Generation:
     """How texts are generated, and what ends them."""
 
     config: GenerationConfig
-    stops: Sequence[Sequence[int]] = ()
-    """Sequences of tokens that end a text and are not part of it."""
+    stops: Stops = NO_STOPS
+    """What ends a text and is not part of it."""
     ignore_end: bool = False
     """Whether the end mark is a token as any other."""
 
@@ -82,11 +83,6 @@ class Generation:
         """Return the tokens that end a text by themselves: the end mark, or none."""
         return () if self.ignore_end else (self.config.eos_token_id,)
 
-    @cached_property
-    def automaton(self) -> Stops:
-        """Return the automaton that finds `stops`."""
-        return Stops(self.stops)
-
 
 def continuations(
     sampler: Sampler,
@@ -94,7 +90,7 @@ def continuations(
     config: GenerationConfig,
     seed: int,
     n: int = 1,
-    stops: Sequence[Sequence[int]] = (),
+    stops: Stops = NO_STOPS,
     ignore_end: bool = False,
     batch_size: int = BATCH_SIZE,
     stream: bool = False,
@@ -103,7 +99,7 @@ def continuations(
     """Yield (text, new tokens) as `n` texts continue each of `prompts`, `batch_size` at a time.
 
     Text i of a prompt depends on the prompt, the seed and i, not on the texts in the same batch. It ends with its end mark, or
-    before any of the sequences `stops`. With `stream` tokens are yielded as soon as they are sampled.
+    before any of the `stops`. With `stream` tokens are yielded as soon as they are sampled.
     """
     texts = new_texts(sampler, prompts, config, seed, n)
     generation = Generation(config, stops, ignore_end)
@@ -165,7 +161,7 @@ class Batch:
         self.by_token = bool(config.no_repeat_ngram_size or any(len(ids) > 1 for ids in config.bad_words_ids) or custom_bias)
         self.has_row_bias = self.by_token or (config.min_new_tokens > 0 and not generation.ignore_end)
         self.features = features_of(config, self.has_row_bias)
-        self.stops = (*generation.end, *(stop[0] for stop in generation.stops if len(stop) == 1))
+        self.stops = (*generation.end, *generation.stops.tokens)
         self.learns = stream and not self.by_token
         self.pace = Pace(1 if stream or self.by_token else TOKENS_PER_CALL, TOKENS_PER_CALL)
 
@@ -271,22 +267,23 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
 
     Tokens that may turn out to be the beginning of a stop are held back until that is known.
     """
-    stops, end = generation.automaton, generation.end
-    shown = len(text.tokens) - stops.held_back(text.stop_place)
+    stops, end = generation.stops, generation.end
+    shown = len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
     for token in tokens:
         if token in end:
             text.finish_reason = "stop"
             break
         text.tokens.append(token)
         text.stop_place = stops.next(text.stop_place, token)
-        if length := stops.length_at(text.stop_place):
-            del text.tokens[-length:]
+        if found := stops.ending(text.stop_place, text.tokens):
+            del text.tokens[-found.num_tokens :]
+            text.rest = found.rest
             text.finish_reason = "stop"
             break
         if len(text.tokens) == generation.config.max_new_tokens:
             text.finish_reason = "length"
             break
-    until = len(text.tokens) if text.finish_reason else len(text.tokens) - stops.held_back(text.stop_place)
+    until = len(text.tokens) if text.finish_reason else len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
     return text.tokens[shown:until]
 
 

@@ -44,15 +44,9 @@ from lmdist_export.serving.running import ClientLeft, Growth, finish
 from lmdist_export.serving.service import Service
 
 PAGE = Path(__file__).with_name("page")
-PAGE_FILES = {
-    "": ("index.html", "text/html"),
-    "page.js": ("page.js", "text/javascript"),
-    "editor.js": ("editor.js", "text/javascript"),
-    "options.js": ("options.js", "text/javascript"),
-    "engine.js": ("server_engine.js", "text/javascript"),
-    "page.css": ("page.css", "text/css"),
-    "icon.svg": ("icon.svg", "image/svg+xml"),
-}
+MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+ANSWERED_AS = {"index.html": "", "server_engine.js": "engine.js"}
+PAGE_FILES = {ANSWERED_AS.get(file.name, file.name): file for file in sorted(PAGE.iterdir())}
 """The paths of the page, and the file that each answers with: nothing else of the disk is served."""
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -115,10 +109,9 @@ class Application:
             self.route(text_invocations, self.invocations, mlflow_error, "POST"),
             self.route("/metrics", self.figures, openai_error, "GET"),
         ]
-        is_open = {"/ping": self.ping, "/health": self.ping, "/version": self.version}
-        for path, (file, media_type) in PAGE_FILES.items():
-            if (PAGE / file).is_file():
-                is_open[f"/{path}"] = page_file(PAGE / file, media_type)
+        is_open: dict[str, Endpoint] = {"/ping": self.ping, "/health": self.ping, "/version": self.version}
+        for path, file in PAGE_FILES.items():
+            is_open[f"/{path}"] = page_file(file)
         return found + [self.route(path, answer, openai_error, "GET", is_open=True) for path, answer in is_open.items()]
 
     def route(
@@ -272,12 +265,12 @@ class EventStream(StreamingResponse):
 # --- the page ------------------------------------------------------------------------------------------------------
 
 
-def page_file(file: Path, media_type: str) -> Endpoint:
+def page_file(file: Path) -> Endpoint:
     """Return what answers with a file of the page, which is read once."""
     content = file.read_bytes()
 
     async def answer(request: Request) -> Response:
-        return Response(content, media_type=media_type, headers=PAGE_HEADERS)
+        return Response(content, media_type=MEDIA_TYPES[file.suffix], headers=PAGE_HEADERS)
 
     return answer
 

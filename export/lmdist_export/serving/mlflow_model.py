@@ -146,8 +146,11 @@ def signature() -> ModelSignature:
     return ModelSignature(Schema([ColSpec(DataType.string)]), Schema(outputs), ParamSchema(params))
 
 
-def write_model(folder: Path, run_id: str | None) -> None:
-    """Add the files of an MLflow model, of the run `run_id`, to a bundle's folder; its other files stay as they are."""
+def write_model(folder: Path, run_id: str | None, *, has_pieces: bool) -> None:
+    """Add the files of an MLflow model, of the run `run_id`, to a bundle's folder; its other files stay as they are.
+
+    One that `has_pieces` of words needs their library.
+    """
     model = Model(run_id=run_id, signature=signature())
     add_to_model(
         model,
@@ -159,13 +162,15 @@ def write_model(folder: Path, run_id: str | None) -> None:
     )
     model.model_size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     model.save(folder / MLMODEL)
-    for name, text in {CODE: CODE_TEXT, REQUIREMENTS: requirements(), ENVIRONMENT: ENVIRONMENT_TEXT}.items():
+    needed = requirements(has_pieces=has_pieces)
+    for name, text in {CODE: CODE_TEXT, REQUIREMENTS: needed, ENVIRONMENT: ENVIRONMENT_TEXT}.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def requirements() -> str:
-    """Return the requirements of an environment that serves."""
-    return f"lmdist[cpu,serve]=={__version__}\nmlflow-skinny=={MLFLOW_VERSION}\n"
+def requirements(*, has_pieces: bool) -> str:
+    """Return the requirements of an environment that serves, also a model of pieces of words."""
+    extras = "cpu,serve,subword" if has_pieces else "cpu,serve"
+    return f"lmdist[{extras}]=={__version__}\nmlflow-skinny=={MLFLOW_VERSION}\n"
 
 
 CODE_TEXT = """from mlflow.models import set_model

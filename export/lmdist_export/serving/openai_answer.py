@@ -108,7 +108,7 @@ def word_offsets(text: str, words: Sequence[str]) -> list[int]:
     """Return where each word of a text begins in it; one that is written in another way there, as a quote, where it is next."""
     offsets, end = [], 0
     lowered = text.lower() if len(text.lower()) == len(text) else text
-    for word in words:
+    for word in (word.replace("▁", " ").strip() for word in words):  # pieces of words have a sign for a space
         while end < len(text) and text[end].isspace():
             end += 1
         until = end + len(word) + MAX_SKIPPED
@@ -144,7 +144,7 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
         "precision": sizes.precision,
         "parameters": bundle.manifest.get("parameters"),
         "tokenizer": bundle.tokenizer.settings.tokenizer,
-        "options": [option_facts(row, bundle) for row in PARAMS.values()],
+        "options": [option_facts(row, bundle) for row in PARAMS.values() if row.name != "cache_weight" or bundle.cache],
     }
 
 

@@ -25,6 +25,7 @@ from lmdist_export.sampling.log_probabilities import TokenScores, log_probabilit
 from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, fixed_bias
 from lmdist_export.sampling.state import State
 from lmdist_export.sampling.steps import Pace
+from lmdist_export.sampling.stops import NO_STOPS, Stops
 
 MAX_PHRASE_TOKENS = 4_096
 """In the stops and bad words of a request together."""
@@ -88,7 +89,7 @@ class Request(Work):
         config: GenerationConfig,
         seed: int,
         n: int = 1,
-        stops: Sequence[Sequence[int]] = (),
+        stops: Stops = NO_STOPS,
         ignore_end: bool = False,
         logprobs: int | None = None,
         on_growth: Callable[[Text, list[int]], None] | None = None,
@@ -226,9 +227,9 @@ def check_tokens(sampler: Sampler, texts: Sequence[Sequence[int]]) -> None:
                 raise UsageError(f"the id of a token is {token}; one from 0 to {last} is expected")
 
 
-def check_phrases(sampler: Sampler, config: GenerationConfig, stops: Sequence[Sequence[int]]) -> None:
+def check_phrases(sampler: Sampler, config: GenerationConfig, stops: Stops) -> None:
     """Raise UsageError for more tokens in stops and bad words, those of the bundle aside, than a server looks for."""
     own = sum(map(len, sampler.bundle.generation.bad_words_ids))
-    tokens = sum(map(len, (*stops, *config.bad_words_ids))) - own
+    tokens = sum(map(len, (*stops.stops, *config.bad_words_ids))) - own
     if tokens > MAX_PHRASE_TOKENS:
         raise UsageError(f"stop and bad_words have {tokens:,} tokens together; a server accepts at most {MAX_PHRASE_TOKENS:,}")
