@@ -232,4 +232,5 @@ def check_phrases(sampler: Sampler, config: GenerationConfig, stops: Stops) -> N
     own = sum(map(len, sampler.bundle.generation.bad_words_ids))
     tokens = sum(map(len, (*stops.stops, *config.bad_words_ids))) - own
     if tokens > MAX_PHRASE_TOKENS:
-        raise UsageError(f"stop and bad_words have {tokens:,} tokens together; a server accepts at most {MAX_PHRASE_TOKENS:,}")
+        kind = "tokens and bytes" if stops.spelling else "tokens"
+        raise UsageError(f"stop and bad_words have {tokens:,} {kind} together; a server accepts at most {MAX_PHRASE_TOKENS:,}")
