@@ -243,6 +243,10 @@ def test_next_words_are_those_of_the_model(page: Page, model: Model) -> None:
 
 
 def test_next_words_are_those_at_the_caret(page: Page, model: Model) -> None:
+    page.locator("#text").press_sequentially("the cat ")
+    candidates(page).nth(1).click()  # while the first one shows that Tab inserts it
+    assert len(text_of(page)) > len("the cat ")
+    page.locator("#text").clear()
     page.locator("#text").press_sequentially("the cat said")
     for _ in " said":
         page.keyboard.press("ArrowLeft")

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from lmdist.text.pieces import BYTE, SPACE
 from lmdist.text.vocabulary import UNKNOWN_ID
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Row
@@ -111,13 +112,14 @@ def word_offsets(text: str, words: Sequence[str]) -> list[int]:
     """Return where each word of a text begins in it; one that is written in another way there, as a quote, where it is next."""
     offsets, end = [], 0
     lowered = text.lower() if len(text.lower()) == len(text) else text
-    for word in (word.replace("▁", " ").strip() for word in words):  # pieces of words have a sign for a space
+    for word in (word.replace(SPACE, " ").strip() for word in words):
         while end < len(text) and text[end].isspace():
             end += 1
         until = end + len(word) + MAX_SKIPPED
         found = max(text.find(word, end, until), lowered.find(word, end, until))
         offsets.append(end if found < 0 else found)
-        end = min(len(text), end + 1 if found < 0 else found + len(word))
+        if not BYTE.fullmatch(word):  # a part of a character, which ends where the next piece begins
+            end = min(len(text), end + 1 if found < 0 else found + len(word))
     return offsets
 
 
