@@ -163,6 +163,8 @@ class Streaming:
             self.writers[key] = Writer(self.asked.bundle, prompt, given)
             written = given if self.asked.echo else ""
         written += "".join(self.writers[key].write(tokens))
+        if reason:
+            written += self.writers[key].end(text)
         ends = bool(reason) and self.asked.logprobs is None  # log-probabilities come with the end
         if ends:
             self.ended.add(key)
