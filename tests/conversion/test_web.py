@@ -23,6 +23,7 @@ from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.conversion import web
 from lmdist_export.conversion.exporting import Checkpoint
+from lmdist_export.options import PARAMS
 from support import failures
 from support.javascript import MODULES, NODE, ROOT, Engine, needs_package
 from support.small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, UNTIED, WORDS, make_run
@@ -77,7 +78,9 @@ def test_the_folder_has_the_page_the_engine_and_the_model(both: tuple[Path, Mode
 def test_every_option_but_those_left_out_is_in_the_page(both: tuple[Path, Model]) -> None:
     about = json.loads((both[0] / "model" / "model.json").read_text(encoding="utf-8"))
     options = {option["name"]: option for option in about["options"]}
-    assert {*options} | web.LEFT_OUT == {*export_options()}
+    assert {*options} | web.LEFT_OUT == {*PARAMS}
+    engine = "".join(path.read_text(encoding="utf-8") for path in web.ENGINE.glob("engine/*.js"))
+    assert [name for name in options if not re.search(rf"\b{name}\b", engine)] == []
     assert options["top_p"] | {"help": ""} == {
         "name": "top_p",
         "type": "float",
@@ -90,12 +93,6 @@ def test_every_option_but_those_left_out_is_in_the_page(both: tuple[Path, Model]
         "includes_maximum": True,
     }
     assert options["temperature"]["maximum"] is None
-
-
-def export_options() -> list[str]:
-    from lmdist_export.options import PARAMS
-
-    return [*PARAMS]
 
 
 def test_only_a_page_is_overwritten(
@@ -135,9 +132,7 @@ def test_flags_that_mean_nothing_are_refused(
 
 def test_a_tokenizer_that_javascript_does_not_have_is_refused(run: Path, tmp_path: Path) -> None:
     checkpoint = dataclasses.replace(Checkpoint.load(run), tokenizer=WordTokenizer(TextSettings("bpe")))
-    with pytest.raises(
-        UsageError, match="was split by bpe, and the page knows word_tokenize, wordpunct, "
-    ):
+    with pytest.raises(UsageError, match="was split by bpe, and the page knows word_tokenize, wordpunct, "):
         web.write(checkpoint, tmp_path / "page", None, "fp32", None, None)
 
 
