@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -164,6 +165,17 @@ def test_the_same_shards_give_other_pieces(tmp_path: Path) -> None:
             PrepareSettings(inputs=[source], tokenizer="bpe", vocabulary_size=size), tmp_path / "data", overwrite=size > 300
         )
         assert DataFolder(tmp_path / "data").vocabulary_size == size
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_of_a_long_text_words_are_counted_in_proportion(kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmdist.text.learning.MAX_CHARACTERS", 4_000)
+    monkeypatch.setattr("lmdist.text.learning.CHUNK_CHARACTERS", 20)
+    source = write_texts(tmp_path / "a.jsonl")
+    prepare(PrepareSettings(inputs=[str(source)], tokenizer=kind, vocabulary_size=330), tmp_path / "data")
+    tokenizer = pickle.loads(pickle.dumps(DataFolder(tmp_path / "data").tokenizer))
+    assert tokenizer.detokenize(tokenizer.tokenize(LINES[2])) == LINES[2]
+    assert len(tokenizer.tokenize(" the people")) < 10
 
 
 def test_pieces_are_of_lowercased_and_cleaned_text(tmp_path: Path) -> None:
