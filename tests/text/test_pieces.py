@@ -324,6 +324,11 @@ WRONG: dict[str, tuple[str, Callable[[], str | bytes], str]] = {
     "no JSON": ("a.json", lambda: byte_level().to_str()[:-400], "is not JSON"),
     "another JSON": ("a.json", lambda: '{"model": {"type": "BPE"}}', "is no tokenizer.json"),
     "a model that is none": ("a.json", lambda: '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": 3}}', "cannot be read"),
+    "huge ids": (
+        "a.json",
+        lambda: '{"model": {"type": "BPE", "vocab": {"a": 2000000000}, "merges": []}}',
+        "largest id is 2,000,",
+    ),
     "WordPiece": ("a.json", word_piece, "with a model of BPE or Unigram"),
     "no bytes": ("a.json", without_bytes, "has no pieces for all bytes"),
     "no model": ("a.model", lambda: b"not a model", "is no SentencePiece model, or was cut off"),
