@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -142,7 +143,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_shards_and_another_process_write_the_same_bytes(folder: Path) -> None:
+def test_shards_workers_and_another_process_write_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = content(folder)
     kind = json.loads(expected["meta.json"])["prepare"]["tokenizer"]
     source = folder.parent / "a.jsonl"
@@ -153,7 +154,10 @@ def test_shards_and_another_process_write_the_same_bytes(folder: Path) -> None:
     line = "lmdist.text.prepare", source, "-o", folder.parent / "other", "--tokenizer", kind, "--vocabulary-size", "420"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "3"}
     subprocess.run([sys.executable, "-m", *map(str, line)], check=True, capture_output=True, env=environment)
-    for name in ("merged", "other"):
+    if kind == "bpe":
+        monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {kind: 0})
+        prepare(dataclasses.replace(asked, workers=2), folder.parent / "workers")
+    for name in ("merged", "other", *(["workers"] if kind == "bpe" else [])):
         assert content(folder.parent / name) == expected, name
 
 
