@@ -87,7 +87,7 @@ def test_it_ends_with_its_time_whatever_the_speed_becomes(monkeypatch: pytest.Mo
     assert found.total_steps == progress.step == progress.plan[-1]["total_steps"]
     early = [planned for planned in progress.plan if planned["step"] <= 16]
     assert {planned["step"] for planned in early} <= {1, 4, 16}
-    assert len(progress.plan) - len(early) <= (5 if speed == 1 else 25), "a total that fits stays"
+    assert len(progress.plan) - len(early) <= (2 if speed == 1 else 12), "a total that fits stays"
 
 
 @pytest.mark.parametrize("killed", [40, 333])
