@@ -345,12 +345,15 @@ def corpus_tokens(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 GPU_MODEL = ModelSettings(1024, 1024, 3, 0.4, tied=True)
+GPU_WEIGHT_DROP = ModelSettings(512, 1024, 3, 0.4, dropout_input=0.6, weight_dropout=0.5, tied=True)
+"""That of launch/wikitext2-gpu.toml."""
 GPU_BATCHES = (128, 64, 256, 32, 512)  # the most telling first, in case that the time is over
 
 
 def gpu_case(batch_size: int, model: ModelSettings = GPU_MODEL, vocabulary_size: int = 33_278, length: int = 70) -> Case:
     """A 3x1024 LSTM of AWD's class."""
     name = f"{model.num_layers}x{model.hidden_size} tied, V {vocabulary_size // 1000}k"
+    name += ", weight drop" if model.weight_dropout else ""
     return Case(name, model, vocabulary_size, batch_size, length, OptimizerSettings("adamw", 1e-3, clip=0.25))
 
 
@@ -436,6 +439,8 @@ def gpu_rows(quick: bool) -> Iterator[dict[str, Any]]:
             row = measure_step(gpu_case(batch_size), name, torch.device("cuda"), 0.2 if quick else 0.6)
             baseline = baseline or row["value"]
             yield {**row, "ratio": round(row["value"] / baseline, 2)}
+        if batch_size == GPU_BATCHES[0]:
+            yield measure_step(gpu_case(104, GPU_WEIGHT_DROP), "fp16", torch.device("cuda"), 0.6)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ Shapes: G global batch size, B batch size of this rank, P sequences of a part of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,10 @@ class TrainingStep:
         # DDP, sums over parts, and the adaptive head, whose shapes depend on the batch, do not fit into a CUDA graph.
         is_plain = world.size == self.accumulation == 1 and recipe.model.head == "full"
         self.compute_part: Function = self.forward_backward_part
-        if is_plain and world.device.type == "cuda":
-            self.compute_part = Graphed(self.forward_backward_part, model)
+        self.draw_masks: Callable[[int], Masks] = self.draw
+        if world.device.type == "cuda":
+            self.draw_masks = DrawnAhead(self.draw)
+            self.compute_part = Graphed(self.forward_backward_part, model) if is_plain else self.forward_backward_part
 
     def warm_up_ddp(self) -> None:
         """Go once through DDP before the first step, and discard the gradients.
@@ -75,8 +78,11 @@ class TrainingStep:
 
     def masks(self, step: int) -> Masks:
         """Return the dropout masks of step number `step` for this rank's part of the global batch, on its device."""
-        part = self.world.part_of(self.global_batch)
-        return self.model.dropout.draw(self.seed, step, self.global_batch, part).to(self.world.device)
+        return self.draw_masks(step).to(self.world.device)
+
+    def draw(self, step: int) -> Masks:
+        """Draw the same on the CPU."""
+        return self.model.dropout.draw(self.seed, step, self.global_batch, self.world.part_of(self.global_batch))
 
     def forward_backward(self, batch: Batch, step: int, nats: NatsTotal) -> None:
         """Compute the gradients of `batch`, this rank's part of global batch number `step`.
@@ -137,6 +143,24 @@ class TrainingStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+class DrawnAhead:
+    """The masks of each step, drawn in a thread while the step before is computed.
+
+    Those of the recurrent weights are millions of numbers, for which a GPU would wait about as long as it computes.
+    """
+
+    def __init__(self, draw: Callable[[int], Masks]) -> None:
+        self.draw = draw
+        self.thread = ThreadPoolExecutor(1, "masks")
+        self.ready: tuple[int, Future[Masks]] | None = None
+
+    def __call__(self, step: int) -> Masks:
+        """Return the masks of step number `step`, and begin with those of the next one."""
+        masks = self.ready[1].result() if self.ready and self.ready[0] == step else self.draw(step)
+        self.ready = step + 1, self.thread.submit(self.draw, step + 1)
+        return masks
 
 
 def frozen_parameters(model: LanguageModel, names: Sequence[str]) -> list[nn.Parameter]:

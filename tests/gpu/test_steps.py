@@ -20,13 +20,13 @@ from lmdist.training.data import Streams
 from lmdist.training.distributed import World
 from lmdist.training.metrics import NatsTotal
 from lmdist.training.optimizer import optimizer_state
-from lmdist.training.step import TrainingStep
+from lmdist.training.step import DrawnAhead, TrainingStep
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 WORLD = World(0, 1, DEVICE)
-VOCABULARY_SIZE, BATCH_SIZE, LENGTH = 1000, 16, 24
+VOCABULARY_SIZE, BATCH_SIZE, LENGTH = 1000, 8, 16
 EVERYTHING = slice(0, BATCH_SIZE)
 STREAMS = Streams(chain(BATCH_SIZE * (4 * LENGTH + 7), VOCABULARY_SIZE), BATCH_SIZE, LENGTH)  # every fifth batch is shorter
 # Sizes for cuDNN's persistent kernel.
@@ -104,8 +104,9 @@ def recorded_on_cpu(function, arguments, parameters, stream):
 
 
 def with_graph(step: TrainingStep, monkeypatch: pytest.MonkeyPatch) -> TrainingStep:
-    """Return a step whose forward and backward are a graph: on a GPU as it was made."""
+    """Return a step whose masks are drawn ahead, and whose forward and backward are a graph: on a GPU as it was made."""
     if DEVICE.type == "cpu":
+        step.draw_masks = DrawnAhead(step.draw)
         monkeypatch.setattr(cuda_graph, "recorded", recorded_on_cpu)
         step.compute_part = Graphed(step.forward_backward_part, step.model)
     return step
@@ -114,7 +115,7 @@ def with_graph(step: TrainingStep, monkeypatch: pytest.MonkeyPatch) -> TrainingS
 @pytest.mark.parametrize("precision", PRECISIONS[DEVICE.type])
 def test_a_graph_computes_bit_for_bit_what_the_step_without_one_does(precision, monkeypatch):
     graphed, plain = with_graph(step_of(WEIGHT_DROP, precision), monkeypatch), step_of(WEIGHT_DROP, precision)
-    plain.compute_part = plain.forward_backward_part
+    plain.compute_part, plain.draw_masks = plain.forward_backward_part, plain.draw
     for number in range(20):
         assert forward_backward(graphed, number) == forward_backward(plain, number), number
         norms = [step.clip_and_update(0.01).item() for step in (graphed, plain)]
@@ -125,10 +126,11 @@ def test_a_graph_computes_bit_for_bit_what_the_step_without_one_does(precision, 
         assert torch.equal(ours, theirs)
 
 
+ADAMW = OptimizerSettings(learning_rate=0.001)
 SGD = OptimizerSettings("sgd", 0.1, momentum=0.9, weight_decay=0)
 
 
-@pytest.mark.parametrize("optimizer", [OptimizerSettings(), SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
 def test_steps_that_overflow_in_fp16_are_skipped_until_the_scale_has_fallen(optimizer, monkeypatch):
     step = with_graph(step_of(WEIGHT_DROP, "fp16", optimizer), monkeypatch)
     if DEVICE.type == "cpu":  # few have an LSTM in fp16: its outputs are, and their gradients
@@ -147,14 +149,14 @@ def test_steps_that_overflow_in_fp16_are_skipped_until_the_scale_has_fallen(opti
             assert torch.equal(parameter, value), number
         scale = step.scaler.get_scale()
         forward_backward(step, number)
-        step.clip_and_update(0.003)
+        step.clip_and_update(optimizer.learning_rate)
         number += 1
     assert WARM_UP < number < 40
     nats = []
-    for more in range(30):
+    for more in range(40):
         nats.append(forward_backward(step, 5 * more))  # the first batch again and again
-        step.clip_and_update(0.003)
-    assert sum(nats[-5:]) < sum(nats[:5]) - 1, nats
+        step.clip_and_update(optimizer.learning_rate)
+    assert sum(nats[-5:]) < sum(nats[:5]) - 0.5, nats
     assert all(bool(tensor.isfinite().all()) for tensor in optimizer_state(step.optimizer).values())
     assert isinstance(step.compute_part, Graphed)
     assert step.compute_part.replay is not None, "the overflow was taken for an incorrect graph"

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import lmdist
@@ -18,7 +17,6 @@ from lmdist.text.prepare import prepare
 from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.sampling.completion import whole_words
-from lmdist_export.sampling.stops import TextStop, ending, num_held_back
 from support.small_bundles import UNTIED, edit_json, in_fresh_process, run_of_data
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -83,31 +81,6 @@ def test_stops_are_found_in_the_text(model: Model) -> None:
         assert "".join(stream) == expected
     found = model.generate("The", num_beams=3, max_new_tokens=12, stop=[" ", "e"], echo=False)
     assert not {" ", "e"} & set(found.text)
-
-
-def test_a_stop_that_crosses_tokens() -> None:
-    contents = [b"", b"", b"a", b"b\n", b"\nc", b"ab"]
-    stop = TextStop(b"\n\n", contents)
-    assert ending([2, 3, 4], stop) == (2, "b")
-    assert ending([2, 3, 2], stop) is None
-    assert num_held_back([2, 3], [stop]) == 1
-    assert num_held_back([3, 2], [stop, [3, 2, 4]]) == 2
-    assert ending([5], TextStop(b"b", contents)) == (1, "a")
-    assert ending([5, 2], TextStop(b"b", contents)) is None
-    assert ending([0], stop) is None
-    random = np.random.default_rng(0)
-    for _ in range(300):
-        tokens = random.integers(0, 6, 12).tolist()
-        text = b"".join(contents[token] for token in tokens)
-        stop = TextStop(b"b\na"[: random.integers(1, 4)], contents)
-        until = next((count for count in range(1, 13) if ending(tokens[:count], stop)), None)
-        if until is None:
-            assert stop.text not in text
-            continue
-        found = ending(tokens[:until], stop)
-        assert found
-        before = b"".join(contents[token] for token in tokens[: until - found.num_tokens])
-        assert before + found.rest.encode() == text[: text.index(stop.text)]
 
 
 def test_bad_words_and_biases_are_with_and_without_a_space(model: Model) -> None:

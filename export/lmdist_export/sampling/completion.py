@@ -85,7 +85,7 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
 
-        token_logprobs, tops = log_probabilities(sampler, text, options.logprobs)
+        token_logprobs, tops = text.scores or log_probabilities(sampler, text, options.logprobs)
         top_logprobs = [{bundle.vocabulary.words[token]: value for token, value in top} for top in tops]
     return Completion(
         written,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lmdist.errors import UsageError
 from lmdist.text.vocabulary import UNKNOWN, UNKNOWN_ID
 from lmdist_export.options import MAX_BIAS, NO_CACHE, PARAMS, GenerationConfig, Options
-from lmdist_export.sampling.stops import Stop, TextStop
+from lmdist_export.sampling.stops import Stops
 
 if TYPE_CHECKING:
     from lmdist_export.bundle import Bundle
@@ -32,7 +32,7 @@ class ResolvedOptions:
     options: Options
     config: GenerationConfig
     """The bundle's, with the values of the options in it."""
-    stops: list[Stop]
+    stops: Stops
     """The stops that can be generated: all their words are known."""
     seed: int | None
     """The given one or a random one; None where nothing is random."""
@@ -115,11 +115,11 @@ def no_search(options: Options, name: str) -> str:
     return f"{options.name_for_caller('num_beams')} is for beam search, and {name} for sampling: give only one of them"
 
 
-def stops_of(options: Options, bundle: Bundle, sequences: list[list[str]]) -> list[Stop]:
+def stops_of(options: Options, bundle: Bundle, sequences: list[list[str]]) -> Stops:
     """Return the stops that can be generated: sequences of known words, or texts where there are pieces of words."""
     if model := bundle.tokenizer.model:
-        return [TextStop(text.encode(), model.entries.contents) for text in options.stop]
-    return [*token_sequences(bundle, sequences)]
+        return Stops([text.encode() for text in options.stop], model.entries.contents)
+    return Stops(token_sequences(bundle, sequences))
 
 
 def token_sequences(bundle: Bundle, sequences: list[list[str]]) -> list[list[int]]:
