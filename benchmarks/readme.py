@@ -368,19 +368,35 @@ def scoring(machine: str) -> str:
     return markdown(["model, text", "how", "hypotheses/s", "ratio", "peak memory"], rows)
 
 
+LATENCIES = {"p50_ms": "p50", "p99_ms": "p99", "first_p50_ms": "first words, p50", "first_p99_ms": "p99"}
+
+
 def serving(machine: str) -> str:
-    """Return throughput and latency of a server with 1, 8 and 32 clients."""
+    """Return throughput and latency of a server by its number of clients; that of first words where they were measured."""
+    found = [row for run in results(machine, "serving") for row in run if row["unit"] == "tokens/s"]
+    times = [name for name in LATENCIES if any(name in row for row in found)]
     rows = [
         [
             *row["case"].rsplit(", clients ", 1),
-            {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
+            row.get("how") or {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
             f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
-            *(f"{row['p50_ms']:,.0f} ms", f"{row['p99_ms']:,.0f} ms", f"{row['peak_mib']:,} MiB"),
+            *("" if row.get(name) is None else f"{row[name]:,.0f} ms" for name in times),
+            f"{row['peak_mib']:,} MiB",
         ]
+        for row in found
+    ]
+    return markdown(["model", "clients", "how", "tokens/s", *(LATENCIES[name] for name in times), "peak memory"], rows)
+
+
+def serving_limits(machine: str) -> str:
+    """Return the latency of a short request beside long ones, and a server's memory after many requests."""
+    rows = [
+        [row["case"], row["how"], f"{row['value']:,.0f} {row['unit']} ({row['ratio']:.1f}x)"]
         for run in results(machine, "serving")
         for row in run
+        if row["unit"] != "tokens/s"
     ]
-    return markdown(["model", "clients", "how", "tokens/s", "p50", "p99", "peak memory"], rows)
+    return markdown(["model, what", "how", "measured"], rows)
 
 
 def options() -> str:
@@ -570,6 +586,7 @@ MEASURED = (
     curves,
     scoring,
     serving,
+    serving_limits,
     precisions,
     sampling,
     sampling_summary,

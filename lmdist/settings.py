@@ -15,7 +15,13 @@ from lmdist.bounds import LARGEST, SEED, above, at_least, between, check_bounds,
 from lmdist.credentials import without_credentials
 from lmdist.errors import UsageError
 
-Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace", "characters"]
+Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace", "characters", "bpe", "unigram", "tokenizers", "sentencepiece"]
+LEARNED = ("bpe", "unigram")
+"""Tokenizers whose pieces of words are learned from the text to train on."""
+FILES = {".json": "tokenizers", ".model": "sentencepiece"}
+"""Tokenizers whose pieces come with a file, by its suffix."""
+FEWEST_PIECES = 258
+"""`<unk>`, `<eos>` and a piece for each byte."""
 Cleaning = Literal["none", "tutorial", "html"]
 
 DEMO = "demo"
@@ -33,7 +39,8 @@ class TextSettings:
     """How a document is tokenized."""
 
     tokenizer: Tokenizer = "word_tokenize"
-    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of punctuation), whitespace or characters."""
+    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of punctuation), whitespace or characters; pieces of
+    words that were learned, bpe or unigram; or of a file, tokenizers or sentencepiece."""
     clean: Cleaning = "none"
     """none; tutorial: hyphens become spaces, all other ASCII punctuation is removed, letters become lowercase; html: tags are
     dropped, entities decoded."""
@@ -42,9 +49,22 @@ class TextSettings:
     rules: Literal[1, 2] = 2
     """2: text is put into Unicode's normal form C, invisible characters are dropped, and in wordpunct combining marks stay with
     their letters; 1: none of it, as in folders that were made before there was a choice."""
+    line_breaks: bool = False
+    """Each line break is a token; by default it is whitespace."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.line_breaks and (self.tokenizer == "whitespace" or self.has_pieces):
+            raise UsageError(f"line_breaks is of tokenizers of words, and {self.tokenizer} keeps line breaks: leave it out")
+
+    def stored(self) -> dict[str, Any]:
+        """Return the settings as files keep them."""
+        return without_defaults(self)
+
+    @property
+    def has_pieces(self) -> bool:
+        """Return whether text becomes pieces of words, which write it exactly."""
+        return self.tokenizer in LEARNED or self.tokenizer in FILES.values()
 
     @property
     def needs_sentences(self) -> bool:
@@ -55,6 +75,11 @@ class TextSettings:
     def line_by_line(self) -> bool:
         """Return whether each line of plain text is a document, blank or not."""
         return self.tokenizer == "whitespace"
+
+
+def without_defaults(settings: TextSettings | PrepareSettings) -> dict[str, Any]:
+    """Return settings without `line_breaks` where there are none: files that are older than it stay as they are."""
+    return {name: value for name, value in asdict(settings).items() if value or name != "line_breaks"}
 
 
 @dataclass(frozen=True)
@@ -123,14 +148,17 @@ class PrepareSettings(ReadSettings):
     """Files or globs to test on; needs train."""
     group_by: str = ""
     """A column: rows with the same value go to the same split."""
-    tokenizer: Tokenizer = "word_tokenize"
+    tokenizer: str = "word_tokenize"
     """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of punctuation), whitespace (line by line) or
-    characters, for languages without spaces between words."""
+    characters, for languages without spaces between words; bpe or unigram: pieces of words, learned from the text to train on;
+    or a file with pieces, a tokenizer.json or a SentencePiece .model."""
     clean: Cleaning = "none"
     """none; tutorial: hyphens become spaces, all other ASCII punctuation is removed, letters become lowercase; html: tags are
     dropped, entities decoded."""
     lowercase: bool = False
     """Lowercase all words."""
+    line_breaks: bool = False
+    """Keep each line break as a token, for poems, lyrics and dialogues; by default it is whitespace. Pieces keep them all."""
     valid_fraction: Annotated[float, between(0, 1, includes_high=False)] = 0.05
     """Fraction of the documents or groups to validate on: at least one of them, none with 0."""
     test_fraction: Annotated[float, between(0, 1, includes_high=False)] = 0.05
@@ -140,7 +168,8 @@ class PrepareSettings(ReadSettings):
     min_count: Annotated[int, at_least(1)] = 2
     """Words with a lower count in the train split become <unk>."""
     vocabulary_size: Annotated[int, at_least(0)] = 0
-    """Keep only so many words, the most frequent ones, including <unk> and <eos>; 0 keeps all."""
+    """Keep only so many words, the most frequent ones, including <unk> and <eos>; 0 keeps all. With bpe and unigram it is how
+    many pieces are learned, by default 8,000."""
     vocabulary: str = ""
     """Take the words, their ids and the tokenizer of this run, checkpoint, bundle or data folder, or the words of a vocab.txt;
     all other words become <unk>."""
@@ -153,6 +182,7 @@ class PrepareSettings(ReadSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_tokenizer()
         if self.extend and not self.vocabulary:
             raise UsageError("extend adds words to those of a vocabulary: give vocabulary as well")
         if self.vocabulary and (self.unknown == "file" or (self.vocabulary_size and not self.extend)):
@@ -171,9 +201,29 @@ class PrepareSettings(ReadSettings):
         if self.train and self.group_by:
             raise UsageError("group_by says how inputs are split, and train, valid and test are splits: leave it out")
 
+    def check_tokenizer(self) -> None:
+        """Raise UsageError for a tokenizer that there is not, and for settings that it has no use for."""
+        names = get_args(Tokenizer)
+        if self.tokenizer not in names and not self.tokenizer_file:
+            raise UsageError(
+                f"tokenizer is {self.tokenizer}; {', '.join(names[:-2])}, or a file that ends in .json or .model is expected"
+            )
+        if self.tokenizer in FILES.values() and not self.vocabulary:
+            raise UsageError(f"tokenizer is {self.tokenizer}: name its file, such as tokenizer.json or bpe.model")
+        text = self.text
+        if text.has_pieces and self.unknown == "file":
+            raise UsageError("unknown file marks words of the text, and pieces have no unknown ones: leave one out")
+        if self.tokenizer in LEARNED and 0 < self.vocabulary_size < FEWEST_PIECES:
+            raise UsageError(
+                f"vocabulary_size is {self.vocabulary_size}; at least {FEWEST_PIECES} are needed: <unk>, <eos> and each byte"
+            )
+        if self.tokenizer_file and (self.vocabulary or self.vocabulary_size):
+            setting = "vocabulary" if self.vocabulary else "vocabulary_size"
+            raise UsageError(f"the pieces of {self.tokenizer} are the vocabulary: leave out {setting}, or the file")
+
     def stored(self) -> dict[str, Any]:
         """Return the settings as files keep them: the addresses of the text without passwords, signatures and tokens."""
-        values = asdict(self)
+        values = without_defaults(self)
         for name in ("inputs", *SPLITS):
             given = values[name]
             values[name] = [*map(without_credentials, given)] if isinstance(given, list) else without_credentials(given)
@@ -186,7 +236,13 @@ class PrepareSettings(ReadSettings):
     @property
     def text(self) -> TextSettings:
         """Return the settings of the tokenizer alone."""
-        return TextSettings(self.tokenizer, self.clean, self.lowercase)
+        kind: Any = FILES[self.tokenizer[self.tokenizer.rindex(".") :]] if self.tokenizer_file else self.tokenizer
+        return TextSettings(kind, self.clean, self.lowercase, line_breaks=self.line_breaks)
+
+    @property
+    def tokenizer_file(self) -> str:
+        """Return the file with the pieces, or "" where the tokenizer is no file."""
+        return self.tokenizer if self.tokenizer.endswith((*FILES,)) else ""
 
 
 DEMO_SETTINGS = PrepareSettings(inputs=[DEMO], group_by="title", lowercase=True, min_count=3)

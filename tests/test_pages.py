@@ -36,7 +36,7 @@ def test_the_readme_names_every_command_and_only_flags_that_exist():
     text = (ROOT / "README.md").read_text()
     helps = {"--standalone", "--backend-store-uri", "--env-manager", "--port", "--no-deps"}  # torchrun's, mlflow's and pip's
     modules = re.findall(r'^lmdist-\w+ = "([\w.]+):main"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert len(modules) == 7
+    assert len(modules) == 8
     for module in modules:
         done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
         helps.update(re.findall(r"--[\w.-]+", done.stdout))

@@ -14,7 +14,7 @@ from lmdist.perplexity import TextSize, per_word_and_byte
     [
         ("", 0, 0),
         ("the cat.", 2, 8),
-        (" the\tcat \n\n said ", 3, 16),
+        (" the\tcat \n\n said ", 3, 17),
         ("größe und maß", 3, 16),
         ("12\u00a0000\u3000ok", 3, 12),  # Unicode's spaces separate words too
         ("猫が好き", 1, 12),

@@ -219,11 +219,12 @@ class Model:
         Its size does not grow with the text, unless the options of the bundle use the neural cache. `fork` returns as many
         prompts as one likes that share it; with one seed each gives a text of its own.
         """
-        from lmdist_export.sampling.prompt import prompt_of_words, read
+        from lmdist_export.sampling.prompt import prompt_of, prompt_of_words, read
 
         if isinstance(text, Completion):
             return read(self.sampler, prompt_of_words(self.bundle, text.tokens), self.prompt(after or text.prompt))
-        return read(self.sampler, self.prompt(text), after and self.prompt(after))
+        before = self.prompt(after) if after else None
+        return read(self.sampler, prompt_of(self.bundle, text, before) if isinstance(text, str) else self.prompt(text), before)
 
     def load_prompt(self, path: str | os.PathLike[str]) -> Prompt:
         """Return what `Prompt.save` wrote; raises MissingInputError, DataError, or UsageError for that of another model."""
@@ -308,11 +309,12 @@ class Model:
         That of an int8 or int4 bundle is what the model reads, rounded to 8 bits.
         """
         given, ids = string_of("the word", word), self.bundle.vocabulary.ids
-        words = [given] if given in ids else self.bundle.tokenizer.tokenize(given, continues=True)
-        if len(words) != 1 or words[0] not in ids:
+        spellings = [[given]] if given in ids else self.bundle.tokenizer.spellings(given)[::-1]
+        found = next((words[0] for words in spellings if len(words) == 1 and words[0] in ids), None)
+        if found is None:
             hint = f"; {given.lower()!r} is" if given.lower() in ids else ""
             raise UsageError(f"{reprlib.repr(given)} is no word of the vocabulary{hint}")
-        return self.sampler.embeddings([ids[words[0]]])[0]
+        return self.sampler.embeddings([ids[found]])[0]
 
 
 def texts_of(text: str | Strings) -> list[str]:

@@ -114,8 +114,14 @@ class Bundle:
 
     @cached_property
     def tokenizer(self) -> WordTokenizer:
-        """Return the tokenizer, which turns a prompt into words, and words into text."""
-        return WordTokenizer.parse(self.files.read(TEXT, MAX_JSON_BYTES), self.folder / TEXT)
+        """Return the tokenizer, which turns a prompt into words, and words into text.
+
+        Raises DataError where its pieces are not the vocabulary.
+        """
+        tokenizer = WordTokenizer.parse(self.files.read(TEXT, MAX_JSON_BYTES), self.folder / TEXT)
+        if tokenizer.model and tokenizer.model.words != self.vocabulary.words:
+            raise DataError(f"{self.folder}: the pieces of {TEXT} are not the words of {VOCABULARY}; {EXPECTED}")
+        return tokenizer
 
 
 def read_generation_config(files: HeldFolder, vocabulary_size: int) -> GenerationConfig:

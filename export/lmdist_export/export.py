@@ -10,9 +10,9 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmdist.bounds import at_least, check
 from lmdist.command_line import CommandParser, exit_on_error
@@ -22,8 +22,6 @@ from lmdist.errors import EXIT_DEFECT, DataError, MissingInputError, UsageError,
 from lmdist.perplexity import COMPARED
 from lmdist.storage.atomic import check_output_file, check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
-
-LAYOUTS = ("bundle", "sherpa-onnx")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,10 +39,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-o", "--output", type=Path, metavar="BUNDLE", help="the folder to write")
     made.add_argument(
         "--layout",
-        choices=LAYOUTS,
+        choices=tuple(LAYOUTS),
         default="bundle",
-        help="bundle: for lmdist-generate and any onnxruntime; sherpa-onnx: as the language model of a speech recognizer "
-        "(default: bundle)",
+        help="bundle: for lmdist-generate and any onnxruntime; sherpa-onnx: as the language model of a speech recognizer; web: "
+        "a page for any static server, which runs the model in the browser (default: bundle)",
+    )
+    made.add_argument(
+        "--onnxruntime-web",
+        type=Path,
+        metavar="FOLDER",
+        help="with --layout web: npm's package onnxruntime-web, unpacked, whose two files are copied beside the page "
+        "(default: the browser loads them from cdn.jsdelivr.net)",
     )
     made.add_argument(
         "--data",
@@ -87,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export, or report in one line why not."""
     with exit_on_error(EXPORT_COMMAND):
         arguments = parser().parse_args(argv)
-        if arguments.layout == "sherpa-onnx":
-            check_flags(arguments)
+        check_flags(arguments)
         if arguments.max_perplexity_loss is not None:
             check("--max-perplexity-loss", arguments.max_perplexity_loss, at_least(-100, "below 0 an improvement is asked for"))
         check_registration(arguments)
@@ -108,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lmdist_export.conversion.verify import MismatchError
 
         try:
-            rows = run_sherpa_layout(arguments) if arguments.layout == "sherpa-onnx" else run_bundle_layout(arguments)
+            rows = LAYOUTS[arguments.layout].run(arguments)
         except MismatchError as error:
             log(f"the graph differs from torch, nothing was written: {error}", EXPORT_COMMAND)
             sys.exit(EXIT_DEFECT)
@@ -146,6 +150,25 @@ def run_sherpa_layout(arguments: argparse.Namespace) -> dict[str, str]:
         checkpoint.model, checkpoint.vocabulary, arguments.output, checkpoint.origin, replace=arguments.overwrite
     )
     return sherpa.rows_of(arguments.output, differences, checkpoint.origin)
+
+
+def run_web_layout(arguments: argparse.Namespace) -> dict[str, str]:
+    """Write a page that runs the model, verified as a bundle is; return the rows of the table that describes it."""
+    from lmdist_export.conversion import exporting, web
+
+    checkpoint = exporting.Checkpoint.load(arguments.checkpoint)
+    held_out = exporting.held_out_text(checkpoint, arguments.data)
+    log_start(checkpoint, arguments.output)
+    manifest = web.write(
+        checkpoint,
+        arguments.output,
+        held_out,
+        arguments.precision,
+        arguments.max_perplexity_loss,
+        arguments.onnxruntime_web,
+        replace=arguments.overwrite,
+    )
+    return web.rows_of(arguments.output, manifest)
 
 
 def write_embeddings(checkpoint: Path, file: Path) -> dict[str, str]:
@@ -201,18 +224,12 @@ def check_registration(arguments: argparse.Namespace) -> None:
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Raise UsageError for a flag that means nothing to the layout sherpa-onnx."""
-    for flag, value, taken in (
-        ("--data", arguments.data, (None, "none")),
-        ("--precision", arguments.precision, ("fp32",)),
-        ("--max-perplexity-loss", arguments.max_perplexity_loss, (None,)),
-        ("--register", arguments.register, (None,)),
-    ):
+    """Raise UsageError for a flag that means nothing to the layout."""
+    layout = LAYOUTS[arguments.layout]
+    for flag, taken in layout.taken.items():
+        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
         if value not in taken:
-            raise UsageError(
-                f"{flag} {value}: --layout sherpa-onnx is written in fp32, reads no held-out text and is no model of MLflow; "
-                "leave it out"
-            )
+            raise UsageError(f"{flag} {value}: --layout {arguments.layout} {layout.reason}; leave it out")
 
 
 def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
@@ -234,6 +251,12 @@ def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
                 f"{output} exists already and holds other things than {sherpa.MODEL} and {sherpa.TOKENS}; "
                 "--overwrite replaces only a folder of these"
             )
+        return
+    if layout == "web":
+        from lmdist_export.conversion import web
+
+        if not web.is_layout(output):
+            raise UsageError(f"{output} exists already and is no page of --layout web; --overwrite replaces only one of these")
         return
     try:
         read_manifest(HeldFolder(output, EXPECTED))
@@ -260,6 +283,39 @@ def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:
         **({"cache": "{size:,} tokens, theta {theta}, weight {weight}".format_map(cache)} if cache else {}),
         "next": shlex.join(["lmdist-generate", str(output)]),
     }
+
+
+class Layout(NamedTuple):
+    """What can be written."""
+
+    run: Callable[[argparse.Namespace], dict[str, str]]
+    """Writes it, and returns the rows of the table that describes it."""
+    taken: dict[str, tuple[str | None, ...]]
+    """The values that it takes of some flags, by the flag."""
+    reason: str
+    """Why it takes no others."""
+
+
+NOT_GIVEN = (None,)
+LAYOUTS = {
+    "bundle": Layout(run_bundle_layout, {"--onnxruntime-web": NOT_GIVEN}, "is no page"),
+    "sherpa-onnx": Layout(
+        run_sherpa_layout,
+        {
+            "--data": (None, "none"),
+            "--precision": ("fp32",),
+            "--max-perplexity-loss": NOT_GIVEN,
+            "--register": NOT_GIVEN,
+            "--onnxruntime-web": NOT_GIVEN,
+        },
+        "is written in fp32, reads no held-out text and is no model of MLflow",
+    ),
+    "web": Layout(
+        run_web_layout,
+        {"--precision": ("fp32", "int8"), "--register": NOT_GIVEN},
+        "is written in fp32 or int8 and is no model of MLflow",
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ does not know how a bundle got there (serving/registry.py), and imports mlflow o
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ADDRESS = re.compile(r"(models|runs):/+[^/]")
@@ -25,10 +27,28 @@ def download_bundle(bundle: str, folder: Path) -> Path:
     Raise UsageError where MLflow is not installed, MissingInputError where it has no such bundle, Stopped where it cannot be
     reached now, DataError where it never can.
     """
+    from lmdist.tracking.store import download_artifacts
+
+    with mlflow_errors(bundle):
+        return download_artifacts(bundle, folder)
+
+
+def version_of(name: str, alias: str) -> str:
+    """Return the version of a registered model that has an alias now; raises as `download_bundle`."""
+    from lmdist.tracking.address import configure, store_address
+    from lmdist.tracking.store import Store
+
+    with mlflow_errors(f"models:/{name}@{alias}"):
+        configure()
+        return str(Store(store_address()).client.get_model_version_by_alias(name, alias).version)
+
+
+@contextmanager
+def mlflow_errors(bundle: str) -> Iterator[None]:
+    """Ask MLflow for a bundle inside; whatever goes wrong is an error of a user, as `download_bundle` says."""
     from lmdist.errors import DataError, MissingInputError, Stopped, require
     from lmdist.tracking.address import packages_of, sqlite_file, store_address, without_password
     from lmdist.tracking.failures import FinalError, upload_error
-    from lmdist.tracking.store import download_artifacts
 
     address = store_address()
     require(*packages_of(address), purpose=f"{bundle} lies in MLflow: ")
@@ -36,7 +56,7 @@ def download_bundle(bundle: str, folder: Path) -> Path:
     if (file := sqlite_file(address)) and not file.exists():  # MLflow would create it
         raise MissingInputError(f"{bundle}: {file} does not exist; set MLFLOW_TRACKING_URI to the MLflow that has the bundle")
     try:
-        return download_artifacts(bundle, folder)
+        yield
     except Exception as error:  # any exception of MLflow and the libraries below it
         failure = upload_error(error)
         if getattr(error, "error_code", "") in NOT_THERE:

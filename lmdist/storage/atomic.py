@@ -42,8 +42,8 @@ def atomic_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            sync(file)
+        for path in temporary.rglob("*"):
+            sync(path)
         sync(temporary)
         if replace:
             rename_over(temporary, target)

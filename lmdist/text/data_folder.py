@@ -10,7 +10,6 @@ data/news/
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
@@ -110,7 +109,7 @@ def write_meta(
         "vocabulary_size": vocabulary_size,
         "splits": dict(splits),
         "skipped": dict(sorted(skipped.items())),
-        "text": dataclasses.asdict(settings.text),
+        "text": settings.text.stored(),
         "prepare": prepare,
         "sources": [{"name": str(file), "bytes": size} for file, size in sources],
         **(more or {}),

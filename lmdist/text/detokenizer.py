@@ -11,10 +11,13 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-from lmdist.text.vocabulary import END, check_words
+from lmdist.text.vocabulary import END
 
 SPACE = "\u2581"
 """The word of `characters` that is a space; SentencePiece's sign."""
+
+LINE_BREAK = "<nl>"
+"""The word that is a line break, where these are tokens; no tokenizer of words finds it in a text."""
 
 OPENING = frozenset("([{<#@¿¡")
 CLOSING = frozenset(")]}>.,:;?!%")
@@ -43,14 +46,8 @@ BEFORE_APOSTROPHE = frozenset(
 )
 
 
-def detokenize(words: Iterable[str], tokenizer: str) -> str:
-    """Join words into text."""
-    return "".join(pieces(words, tokenizer))
-
-
 def pieces(words: Iterable[str], tokenizer: str) -> Iterator[str]:
     """Yield each word as it is written in text; the space before it depends on earlier words, never on later ones."""
-    check_words(words)
     quotes: list[str] = []  # those that are open
     before = ""  # the word before
     glue = True  # whether the next word follows without a space
@@ -58,6 +55,10 @@ def pieces(words: Iterable[str], tokenizer: str) -> Iterator[str]:
         if word == END:
             yield "\n" if tokenizer == "whitespace" else "\n\n"
             quotes.clear()
+            before, glue = "", True
+            continue
+        if word == LINE_BREAK and tokenizer != "whitespace":
+            yield "\n"
             before, glue = "", True
             continue
         if tokenizer == "characters":

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 from lmdist.counted import counted
 from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.text.pieces import well_formed
 from lmdist.text.readers import ROWS_CHECKED, format_of, members_to_read, read
 from lmdist.text.remote import find_remote, is_remote
 from lmdist.text.rows import Document, Row, Skipped
@@ -246,13 +247,6 @@ class Documents:
                     f"at row {first:,}; was the file changed? Count the shards again"
                 )
             self.rows[number] = 0, end
-
-
-def well_formed(text: str) -> str:
-    """Return a text without lone surrogates, which JSON and some encodings can write, and no file can hold."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def find_files(patterns: Iterable[str]) -> list[File]:

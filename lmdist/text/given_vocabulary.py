@@ -23,6 +23,7 @@ from lmdist.storage.held import HeldFolder, read_held
 from lmdist.storage.reading import MAX_JSON_BYTES
 from lmdist.storage.schema import check_schema
 from lmdist.text.data_folder import META, TEXT, VOCABULARY
+from lmdist.text.piece_files import read_pieces
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import MAX_BYTES, Vocabulary
 
@@ -30,7 +31,7 @@ MANIFESTS = (META, "manifest.json")
 """What holds the checksums of a data folder, and of a checkpoint or a bundle."""
 IN_RUN = f"checkpoints/step-[0-9]*/{VOCABULARY}"
 """The words of a run's checkpoints, which are the same in all of them."""
-CHOICES = ("tokenizer", "clean", "lowercase")
+CHOICES = ("tokenizer", "clean", "lowercase", "line_breaks")
 """The settings by which text is tokenized that a user can give."""
 
 
@@ -69,11 +70,19 @@ class GivenVocabulary:
         verify_checksums(files, {name: facts for name, facts in value["files"].items() if name in names}, names)
         return cls(name, Vocabulary.parse(words, files.path / VOCABULARY), WordTokenizer.parse(text, files.path / TEXT))
 
+    @classmethod
+    def of_pieces(cls, settings: PrepareSettings) -> Self:
+        """Return the pieces of the file that the settings name; raise MissingInputError or DataError."""
+        model = read_pieces(Path(settings.tokenizer_file))
+        return cls(settings.tokenizer_file, Vocabulary(model.words), WordTokenizer(settings.text, model=model))
+
     def settings(self, asked: PrepareSettings) -> PrepareSettings:
         """Return the settings with those of the tokenizer in place of the defaults; raise UsageError for others."""
         if self.tokenizer is None:
             return asked
         defaults = PrepareSettings()
+        if asked.extend and self.tokenizer.settings.has_pieces:
+            raise UsageError(f"extend adds words, and {self.name} has pieces, which write every text: leave it out")
         self.check({name: value for name in CHOICES if (value := getattr(asked, name)) != getattr(defaults, name)})
         return dataclasses.replace(asked, **{name: getattr(self.tokenizer.settings, name) for name in CHOICES})
 

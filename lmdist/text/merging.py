@@ -7,7 +7,6 @@ This module does not know who has counted the shards, nor who runs the functions
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,8 +24,15 @@ from lmdist.text.corpus import Corpus, Run
 from lmdist.text.counting import READ, Sources
 from lmdist.text.data_folder import TEXT, VOCABULARY, SplitFacts
 from lmdist.text.given_vocabulary import GivenVocabulary
+from lmdist.text.learning import learn, respell
+from lmdist.text.pieces import Pieces
 from lmdist.text.tokenizer import WordTokenizer, lacks_spaces
 from lmdist.text.vocabulary import Vocabulary
+
+NUM_PIECES = 8_000
+"""That are learned where no number is given."""
+RESPELLED = "respelled"
+"""The folder of the shards in pieces, until the token files are written."""
 
 
 class Merged(NamedTuple):
@@ -67,8 +73,10 @@ def merge(
 
     log("building the vocabulary and the token files")
     counts = corpus.counts(splits, run)
-    more: dict[str, Any] = {"text": dataclasses.asdict(tokenizer.settings)}
-    if base is None:
+    more: dict[str, Any] = {"text": tokenizer.settings.stored()}
+    if base is None and tokenizer.settings.has_pieces:
+        corpus, vocabulary = learn_pieces(folder, corpus, counts, settings, run)
+    elif base is None:
         vocabulary = own_vocabulary(settings, corpus, counts)
     else:
         all_words, frequent = (corpus.vocabulary(counts, least, 0, own_unknown=False) for least in (1, settings.min_count))
@@ -79,7 +87,9 @@ def merge(
         if split and not (splits == SPLITS.index(split)).any():
             raise DataError(f"{', '.join(settings.files(split))} has no text for {split}")
     vocabulary.save(folder / VOCABULARY)
-    return Merged(len(vocabulary), corpus.write(folder, splits, vocabulary, run), skipped, more)
+    facts = corpus.write(folder, splits, vocabulary, run)
+    shutil.rmtree(folder / RESPELLED, ignore_errors=True)
+    return Merged(len(vocabulary), facts, skipped, more)
 
 
 def say_what_was_read(shards: Sequence[Path], sources: Sources) -> None:
@@ -106,6 +116,20 @@ def take_tokenizer(shards: Sequence[Path], folder: Path) -> WordTokenizer:
                 "count both again by the same ones"
             )
     return WordTokenizer.load(folder / TEXT)
+
+
+def learn_pieces(
+    folder: Path, corpus: Corpus, counts: np.ndarray, settings: PrepareSettings, run: Run
+) -> tuple[Corpus, Vocabulary]:
+    """Learn pieces from the words of the train split, for text.json; return the corpus in pieces, and these."""
+    log("learning pieces of words")
+    model = Pieces(learn(settings.tokenizer, corpus, counts, settings.vocabulary_size or NUM_PIECES))
+    WordTokenizer(settings.text, model=model).save(folder / TEXT)
+    shards = [folder / RESPELLED / str(number) for number in range(len(corpus.shards))]
+    for shard in shards:
+        shard.mkdir(parents=True)
+    run(respell, [(*pair, model.saved) for pair in zip(corpus.shards, shards, strict=True)])
+    return Corpus(shards, keep_empty=settings.text.line_by_line), Vocabulary(model.words)
 
 
 def own_vocabulary(settings: PrepareSettings, corpus: Corpus, counts: np.ndarray) -> Vocabulary:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from lmdist.console import ProgressBar, duration, log
 from lmdist.counted import counted
 from lmdist.cpus import available_cpus
-from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError
-from lmdist.settings import DEMO, SPLITS, PrepareSettings
+from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError, require
+from lmdist.settings import DEMO, LEARNED, SPLITS, PrepareSettings, TextSettings
 from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, write_meta
 from lmdist.text.given_vocabulary import GivenVocabulary
@@ -30,6 +30,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 # One process tokenizes less than this before worker processes have started and filled their caches.
 ONE_PROCESS_BYTES = {"word_tokenize": 40_000_000, "wordpunct": 60_000_000, "whitespace": 60_000_000, "characters": 60_000_000}
+ONE_PROCESS_BYTES |= dict.fromkeys(("bpe", "unigram", "tokenizers", "sentencepiece"), 20_000_000)
 
 
 def check_output(output: Path, flag: str, *, overwrite: bool) -> None:
@@ -101,7 +102,7 @@ def num_processes(settings: PrepareSettings, sources: Sources) -> int:
     from lmdist.text.sources import is_pipe
 
     size = sum(documents.bytes for documents in sources.values())
-    alone = ONE_PROCESS_BYTES[settings.tokenizer]
+    alone = ONE_PROCESS_BYTES[settings.text.tokenizer]
     can_be_cut = not any(is_pipe(file) for documents in sources.values() for file in documents.files)
     if size <= alone or settings.rows or not can_be_cut:
         return 1
@@ -110,7 +111,14 @@ def num_processes(settings: PrepareSettings, sources: Sources) -> int:
 
 
 def with_given_words(settings: PrepareSettings) -> tuple[PrepareSettings, GivenVocabulary | None]:
-    """Return the settings with those of the vocabulary that they name, and this vocabulary, if there is one."""
+    """Return the settings with those of the vocabulary that they name, and this vocabulary, if there is one.
+
+    The pieces of a file are a vocabulary too.
+    """
+    if settings.tokenizer in LEARNED:
+        require("tokenizers", purpose=f"--tokenizer {settings.tokenizer} learns pieces by it: ")
+    if settings.tokenizer_file:
+        return settings, GivenVocabulary.of_pieces(settings)
     if not settings.vocabulary:
         return settings, None
     base = GivenVocabulary.load(Path(settings.vocabulary))
@@ -177,7 +185,8 @@ def summary(meta: Mapping[str, Any], output: Path) -> str:
         f"{split:<8}{facts['documents']:>12,}{facts['tokens']:>16,}{facts['unknown_rate']:>10.2%}"
         for split, facts in meta["splits"].items()
     ]
-    lines.append(f"vocabulary: {meta['vocabulary_size']:,} words, including <unk> and <eos>")
+    units = "pieces of words" if TextSettings(**meta["text"]).has_pieces else "words"
+    lines.append(f"vocabulary: {meta['vocabulary_size']:,} {units}, including <unk> and <eos>")
     if given := meta.get("vocabulary"):
         lines.append(
             f"  {given['words']:,} are those of {given['from']}, which has {counted(given['shared'], 'word')} of this text; "

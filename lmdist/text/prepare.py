@@ -170,7 +170,10 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
         if "min_count" in values and not values.get("extend"):
             raise UsageError("min_count is of new words, and vocabulary takes none without extend: give extend as well")
         GivenVocabulary.load(Path(values["vocabulary"])).check(values)
-    return PrepareSettings(**values)
+    settings = PrepareSettings(**values)
+    if "min_count" in flags and settings.text.has_pieces:
+        raise UsageError("min_count creates unknown words, and pieces have none: leave it out")
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:

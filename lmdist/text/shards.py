@@ -48,7 +48,7 @@ def description(sources: Sources, settings: PrepareSettings, base: GivenVocabula
         "format": "lmdist shard",
         "version": 3,
         "seed": settings.seed,
-        "text settings": dataclasses.asdict(settings.text),
+        "text settings": settings.text.stored(),
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else "learned from the text",
         "read settings": {split: dataclasses.asdict(documents.options) for split, documents in sources.items()},
         # In their order, on which it depends what a shard reads.

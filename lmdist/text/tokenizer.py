@@ -7,7 +7,7 @@
 `word_tokenize` returns what NLTK returns, sentence splitting included. NLTK's sentence splitter, Punkt (Kiss and Strunk 2006),
 is unsupervised: it learns from the corpus itself instead of a download, and its parameters are saved in text.json. This
 module does not know about ids, files of documents or splits. words.py finds the same words as NLTK, only faster;
-detokenizer.py turns words back into text.
+detokenizer.py turns words back into text. pieces.py does both for pieces of words, which leave a text as it is.
 
 Text is put into Unicode's normal form C first, and characters that nobody sees are left out, so that two spellings of a word
 that look alike are one word. `rules` in the settings says by which rules a text was split: those of a folder never change.
@@ -15,7 +15,6 @@ that look alike are one word. `rules` in the settings says by which rules a text
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import string
 import unicodedata
@@ -23,7 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from types import NoneType
+from typing import Any, Literal, TypedDict
 
 from lmdist.console import log
 from lmdist.errors import DataError
@@ -31,8 +31,10 @@ from lmdist.settings import TextSettings
 from lmdist.storage.reading import MAX_JSON_BYTES, as_json, parse_json, read_bytes
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text import detokenizer
+from lmdist.text.detokenizer import LINE_BREAK
 from lmdist.text.markup import text_of_html
-from lmdist.text.vocabulary import END
+from lmdist.text.pieces import Pieces, Saved, word_splitter
+from lmdist.text.vocabulary import END, check_words
 
 FORMAT = "lmdist text"
 VERSION = 1
@@ -62,14 +64,22 @@ ABBREVIATIONS = """
 
 
 class WordTokenizer:
-    """Splits a document into words, by fixed settings and the parameters of Punkt."""
+    """Splits a document into words or pieces of words, by fixed settings and the parameters of Punkt or a model of pieces."""
 
-    def __init__(self, settings: TextSettings, punkt: dict[str, Any] | None = None, nltk_version: str | None = None) -> None:
+    def __init__(
+        self,
+        settings: TextSettings,
+        punkt: dict[str, Any] | None = None,
+        nltk_version: str | None = None,
+        model: Pieces | None = None,
+    ) -> None:
         if settings.needs_sentences and punkt is None:
             raise DataError("word_tokenize needs the parameters of Punkt, and there are none")
         self.settings = settings
         self.punkt = punkt
         self.nltk_version = nltk_version or installed_nltk()
+        self.model = model
+        """The model of pieces. None of words, and of pieces that are still to be learned: a text is split into their words."""
 
     @classmethod
     def train(cls, settings: TextSettings, documents: Iterable[str]) -> WordTokenizer:
@@ -82,24 +92,54 @@ class WordTokenizer:
         A prompt is the beginning of a document that `continues`: an abbreviation at its end keeps its full stop, as it does
         in the middle of a document, where at the end of one NLTK splits "Mr." in two.
 
+        A space at its end is left out where there are pieces: the next word brings it along.
+
         A `<eos>` or `<unk>` that stands in the text as a word of its own, which only `whitespace` can find, is that token:
         PTB and WikiText are written so. Raises DataError for the rare document that NLTK gives up.
         """
         text = cleaned(document, self.settings)
+        if self.settings.has_pieces:
+            return self._split(text.removesuffix(" ") if continues else text)
+        if self.settings.line_breaks:
+            return self._words_of_lines(text, continues=continues)
+        return self._words(text, continues=continues)
+
+    def spellings(self, text: str) -> list[list[str]]:
+        """Return how a text may stand in another one: as words, or as pieces with and without a space before it."""
+        if not self.settings.has_pieces:
+            return [self.tokenize(text, continues=True)]
+        found = [self.tokenize(text), self.tokenize(f" {text}")]
+        return found[:1] if found[0] == found[1] else found
+
+    def _words_of_lines(self, text: str, *, continues: bool) -> list[str]:
+        """Return the words of each line, and a LINE_BREAK between two; a document has none at its ends, a prompt may."""
+        words: list[str] = []
+        lines = LINE_END.split(text if continues else text.strip())
+        for number, line in enumerate(lines, 1):
+            words += self._words(line, continues=continues or number < len(lines)) if line.strip() else []
+            words += [LINE_BREAK] if number < len(lines) else []
+        return words
+
+    def _words(self, text: str, *, continues: bool) -> list[str]:
+        """Return the words of a text that is cleaned."""
         continues = continues and self.settings.needs_sentences
         try:
             words = self._split(f"{text} {NEXT_WORD}")[:-1] if continues else self._split(text)
         except TimeoutError:  # NLTK limits each regular expression to 5 seconds; 100,000 dots with spaces between take more
-            raise DataError(f"NLTK gave up on a document of {len(document):,} characters: {document[:60]!r}") from None
+            raise DataError(f"NLTK gave up on a document of {len(text):,} characters: {text[:60]!r}") from None
         return [word.lower() for word in words] if self.settings.lowercase else words
 
     def detokenize(self, words: Iterable[str]) -> str:
         """Return readable text; that of `words[:n]` is always a prefix of that of `words`, so text can be streamed."""
-        return detokenizer.detokenize(words, self.settings.tokenizer)
+        return "".join(self.pieces(words))
 
     def pieces(self, words: Iterable[str]) -> Iterator[str]:
-        """Yield the readable text of each word, with the space before it, as soon as the word is known."""
-        return detokenizer.pieces(words, self.settings.tokenizer)
+        """Yield the readable text of each word, with the space before it, as soon as the word is known.
+
+        A piece of a word may be a part of a character: then "" is yielded, and the text when it is complete, or at the end.
+        """
+        check_words(words)
+        return self.model.texts(words) if self.model else detokenizer.pieces(words, self.settings.tokenizer)
 
     def as_json(self) -> str:
         """Return the content of text.json."""
@@ -107,9 +147,10 @@ class WordTokenizer:
             {
                 "format": FORMAT,
                 "version": VERSION,
-                "settings": dataclasses.asdict(self.settings),
+                "settings": self.settings.stored(),
                 "nltk": self.nltk_version,
                 "punkt": self.punkt,
+                **({"pieces": self.model and self.model.saved} if self.settings.has_pieces else {}),
             }
         )
 
@@ -129,14 +170,18 @@ class WordTokenizer:
         check_version(value, (FORMAT, VERSION), path)
         check_schema(value, SAVED, path)
         settings = dataclass_from_json(TextSettings, {"rules": FIRST_RULES, **value["settings"]}, path, "settings")
+        saved = saved_pieces(value, path) if settings.has_pieces else None
         try:
-            return cls(settings, value["punkt"], value["nltk"])
+            model = Pieces(saved) if saved else None
+            return cls(settings, value["punkt"], value["nltk"], model)
         except DataError as error:
             raise DataError(f"{path} is damaged: {error}") from None
 
     @cached_property
     def _split(self) -> Callable[[str], list[str]]:
         """Return the function that splits a document into words."""
+        if self.settings.has_pieces:
+            return self.model.encode if self.model else word_splitter()
         if self.settings.tokenizer == "whitespace":
             return split_lines
         if self.settings.tokenizer == "wordpunct":
@@ -148,6 +193,16 @@ class WordTokenizer:
         from lmdist.text.words import WordFinder  # its regular expressions take as long to compile as a small model to open
 
         return WordFinder(self.punkt)
+
+
+def saved_pieces(value: dict[str, Any], path: Path) -> Saved | None:
+    """Return the model of pieces that text.json has, None where it is still to be learned, as in a shard; raise DataError."""
+    check_schema(value, {"pieces": {} if value.get("pieces") else NoneType}, path)
+    saved = value["pieces"]
+    if saved is not None:
+        check_schema(saved, {"library": Literal["tokenizers", "sentencepiece"]}, path, "pieces")
+        check_schema(saved, {"model": {} if saved["library"] == "tokenizers" else str}, path, "pieces")
+    return saved
 
 
 def installed_nltk() -> str:
@@ -168,7 +223,9 @@ def cleaned(document: str, settings: TextSettings) -> str:
     """Return a document as it is split: without what the settings leave out, and in one spelling."""
     if settings.clean == "html":
         document = text_of_html(document)
-    if settings.rules > FIRST_RULES and not is_plain(document):
+    if settings.has_pieces:  # which write a text as it is
+        document = document.lower() if settings.lowercase else document
+    elif settings.rules > FIRST_RULES and not is_plain(document):
         if settings.tokenizer != "whitespace":  # text that is tokenized already: a sign that stands alone is a word
             document = INVISIBLE.sub("", document.replace("\u200b", " "))
         document = unicodedata.normalize("NFC", document)
@@ -182,6 +239,7 @@ def cleaned(document: str, settings: TextSettings) -> str:
 FIRST_RULES = 1
 """The rules of a text.json that names none: no normal form, and wordpunct splits before each combining mark."""
 
+LINE_END = re.compile(r"\r\n?|\n")
 NEXT_WORD = "Qxzq"
 """What follows a prompt: a name that no text has, so that Punkt decides by the word before it."""
 

@@ -41,8 +41,8 @@ class Pace(NamedTuple):
     validate_every: int
 
     def seconds_for(self, steps: int, done: int) -> float:
-        """Return the time that `steps` more steps take after those `done`, with the validations among them and at the end."""
-        validations = (done + steps - 1) // self.validate_every - done // self.validate_every + 1
+        """Return the time that `steps` more steps take after those `done`, with all validations, also one that is due now."""
+        validations = (done + steps - 1) // self.validate_every - (done - 1) // self.validate_every + 1
         return steps * self.step_seconds + validations * self.validation_seconds
 
     def steps_within(self, seconds: float, done: int) -> int:

@@ -105,12 +105,11 @@ def announcement(run: Run) -> list[str]:
         return [f"{run.path} has {counted(done, 'step')} already, more than the {total_steps:,} asked for: nothing to train"]
     recipe, world, folder, precision = run.recipe, run.world, run.folder, run.precision
     start = f"resuming after step {done:,}" if done else "starting"
-    to = f"to step {total_steps:,}" if total_steps != UNDECIDED else "to a step that the speed decides"
-    time_line = (
-        f" within {duration(max(0, run.budget.seconds_left))} of {duration(60 * run.budget.minutes)}" if run.budget else ""
-    )
+    end = f"to step {total_steps:,}" if total_steps != UNDECIDED else "to a step that the speed decides"
+    if run.budget:
+        end += f", in the {duration(max(0, run.budget.seconds_left))} left of {duration(60 * run.budget.minutes)}"
     lines = [
-        f"{run.path}: {start}, {to}{time_line} ({run.batches.steps_per_epoch:,} per epoch)",
+        f"{run.path}: {start}, {end} ({run.batches.steps_per_epoch:,} per epoch)",
         f"  data   {data_line(run)}",
         f"  model  {model_line(run)}",
         f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} tokens "

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import ModelSettings, Recipe, TextSettings
+from lmdist.settings import ModelSettings, Recipe
 from lmdist.storage.reading import read_json
 from lmdist.storage.schema import check_schema
 from lmdist.text.given_vocabulary import CHOICES
+from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vectors import BY_LOWERCASE, read_vectors
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.metadata import read_metadata, run_id_of
@@ -49,7 +50,7 @@ class Base:
     """As the user names it."""
     model: LanguageModel
     vocabulary: Vocabulary
-    text: TextSettings
+    tokenizer: WordTokenizer
     origin: Mapping[str, Any]
     """Its run, step, run_id and sha256, as StartedFrom has them."""
 
@@ -122,7 +123,7 @@ def of_checkpoint(name: str, path: Path) -> Base:
         "sha256": manifest["files"][parameters_file(manifest)]["sha256"],
         "run_id": run_id_of(read_metadata(run)) if run else "",
     }
-    return Base(name, found.model(), found.vocabulary, found.tokenizer.settings, origin)
+    return Base(name, found.model(), found.vocabulary, found.tokenizer, origin)
 
 
 def of_bundle(name: str, folder: Path) -> Base:
@@ -135,7 +136,7 @@ def of_bundle(name: str, folder: Path) -> Base:
     check_schema(manifest, {"run": str, "step": int, "run_id": str | None}, folder / MANIFEST)
     origin = {"run": manifest["run"], "run_id": run_id_of(manifest), "step": manifest["step"]}
     origin["sha256"] = manifest["files"][WEIGHTS]["sha256"]
-    return Base(name, load_model(bundle), bundle.vocabulary, bundle.tokenizer.settings, origin)
+    return Base(name, load_model(bundle), bundle.vocabulary, bundle.tokenizer, origin)
 
 
 def check_base(base: Base, settings: ModelSettings, folder: DataFolder) -> None:
@@ -147,12 +148,17 @@ def check_base(base: Base, settings: ModelSettings, folder: DataFolder) -> None:
         now = ", ".join(f"model.{name} {str(ours[name]).lower()}" for name in differing)
         raise UsageError(f"init_from {base.name} is a model of other sizes than the recipe's ({now}): give {flags}")
     for name in CHOICES:
-        before, now = getattr(base.text, name), getattr(folder.tokenizer.settings, name)
+        before, now = getattr(base.tokenizer.settings, name), getattr(folder.tokenizer.settings, name)
         if before != now:
             raise UsageError(
                 f"init_from {base.name} read text with {name} {before}, and {folder.path} was prepared with {now}: prepare "
                 f"it with {name} {before}, or with --vocabulary and the folder of the base"
             )
+    theirs_saved, ours_saved = (model and model.saved for model in (base.tokenizer.model, folder.tokenizer.model))
+    if theirs_saved != ours_saved:
+        raise UsageError(
+            f"init_from {base.name} has other pieces of words than {folder.path}: prepare it with --vocabulary {base.name}"
+        )
 
 
 def sizes_of(settings: ModelSettings) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,15 +20,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import ModelSettings
+from lmdist.settings import ModelSettings, PrepareSettings
+from lmdist.text.prepare import prepare
 from lmdist.training.checkpoints.read import load_model
 from lmdist_export import export
 from lmdist_export.conversion import sherpa
 from lmdist_export.graph import cell
 from lmdist_export.sampling.runtime import open_session
 from support import failures
-from support.small_bundles import ADAPTIVE, SINGLE, TIED, UNTIED, WORDS, command, make_bundle, make_run
+from support.small_bundles import ADAPTIVE, SINGLE, TIED, UNTIED, WORDS, command, make_bundle, make_run, run_of_data
 
+ROOT = Path(__file__).parents[2]
 STEP = "checkpoints/step-000000007"
 EVERY_SHAPE = pytest.mark.parametrize(
     "settings", [TIED, UNTIED, SINGLE, ADAPTIVE], ids=["tied, layers of two sizes", "untied", "single", "adaptive"]
@@ -134,29 +137,61 @@ print(json.dumps([recognizer.tokens(stream), recognizer.lm_probs(stream)]))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sherpa_onnx") is None, reason="sherpa-onnx is not installed")
+NEEDS_SHERPA = pytest.mark.skipif(importlib.util.find_spec("sherpa_onnx") is None, reason="sherpa-onnx is not installed")
+
+
+def recognized(folder: Path, model: LanguageModel, names: list[str], tokens: Path, heard: NDArray[np.int64]) -> None:
+    """Have sherpa-onnx decode what is heard, and compare it with the likeliest of all sequences (6, 2) by torch."""
+    transducer = write_transducer(folder.parent / "transducer", heard, len(names))
+
+    def score(sentence: tuple[int, ...]) -> float:
+        return float(log_probabilities(model, list(sentence))[range(6), sentence].sum())
+
+    most_likely = max(itertools.product(*heard.tolist()), key=score)
+    options = transducer | {"tokens": str(tokens), "lm": str(folder / "with-state-rnnlm.onnx"), "lm_scale": 0.7}
+    done = subprocess.run([sys.executable, "-c", RECOGNIZE, json.dumps(options)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "initializer" not in done.stderr  # nothing in the graph that onnxruntime would complain of
+    found, scores = json.loads(done.stdout.splitlines()[-1])
+    assert found == [names[token] for token in most_likely]
+    assert scores == pytest.approx(log_probabilities(model, list(most_likely))[range(6), most_likely], abs=1e-4)
+
+
+@NEEDS_SHERPA
 @EVERY_SHAPE
 def test_sherpa_onnx_chooses_the_words_that_the_model_holds_likely(settings: ModelSettings, tmp_path: Path) -> None:
     folder, model = export_sherpa(tmp_path, settings)
     words = ["<unk>", "<eos>", *WORDS]
     # In each of six moments the transducer hears one of two words and cannot tell which.
     heard = np.random.default_rng(5).permutation(np.arange(2, len(words)))[:12].reshape(6, 2)
-    transducer = write_transducer(tmp_path / "transducer", heard, len(words))
-
-    def score(sentence: tuple[int, ...]) -> float:
-        return float(log_probabilities(model, list(sentence))[range(6), sentence].sum())
-
-    most_likely = max(itertools.product(*heard.tolist()), key=score)
-    options = transducer | {"tokens": str(folder / "tokens.txt"), "lm": str(folder / "with-state-rnnlm.onnx"), "lm_scale": 0.7}
-    done = subprocess.run([sys.executable, "-c", RECOGNIZE, json.dumps(options)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "initializer" not in done.stderr  # nothing in the graph that onnxruntime would complain of
-    found, scores = json.loads(done.stdout.splitlines()[-1])
-    assert found == [words[word] for word in most_likely]
-    assert scores == pytest.approx(log_probabilities(model, list(most_likely))[range(6), most_likely], abs=1e-4)
+    recognized(folder, model, words, folder / "tokens.txt", heard)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sherpa_onnx") is None, reason="sherpa-onnx is not installed")
+@NEEDS_SHERPA
+def test_a_recognizers_own_pieces(tmp_path: Path) -> None:
+    """Its BPE-500 model, as icefall trains one: the model for it has its ids, and it decodes with its own tokens.txt."""
+    sentencepiece: Any = pytest.importorskip("sentencepiece")
+    text = tmp_path / "transcripts.txt"
+    text.write_text("".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")).upper())
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "bpe"), model_type="bpe", vocab_size=500, character_coverage=1.0,
+        user_defined_symbols=["<blk>", "<sos/eos>"], unk_id=2, bos_id=-1, eos_id=-1, num_threads=1, minloglevel=9,
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bpe.model"))
+    names = [processor.id_to_piece(token) for token in range(500)]
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("".join(f"{name} {token}\n" for token, name in enumerate(names)), encoding="utf-8")
+    settings = PrepareSettings(train=str(text), tokenizer=str(tmp_path / "bpe.model"), lines=True)
+    prepare(settings, tmp_path / "data")
+    run = run_of_data(tmp_path, tmp_path / "data", UNTIED)
+    export.main([str(run), "-o", str(tmp_path / "sherpa"), "--layout", "sherpa-onnx"])
+    spoken = [token for token in processor.encode("THE WORDS OF A MODEL ARE READ FROM A FILE") if token > 2]
+    others = np.random.default_rng(5).permutation(np.setdiff1d(np.arange(3, 500), spoken))
+    shown = [name.replace("▁", " ") for name in names]  # as sherpa-onnx shows them
+    recognized(tmp_path / "sherpa", load_model(run / STEP)[0], shown, tokens, np.stack([spoken[:6], others[:6]], axis=1))
+
+
+@NEEDS_SHERPA
 def test_sherpa_onnxs_rescoring_fails_and_is_not_wrong(tmp_path: Path) -> None:
     folder, _ = export_sherpa(tmp_path, SINGLE)
     transducer = write_transducer(tmp_path / "transducer", np.arange(2, 14).reshape(6, 2), len(WORDS) + 2)

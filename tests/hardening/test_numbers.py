@@ -20,7 +20,7 @@ from lmdist.job import agent, launcher
 from lmdist.settings import ReadSettings, Recipe
 from lmdist.text import prepare
 from lmdist.training import evaluate
-from lmdist_export import export, generate, score
+from lmdist_export import export, generate, score, serve
 from lmdist_export.options import PARAMS
 from support.jobs import SMALL, loop_here, small_data
 from support.small_bundles import make_bundle
@@ -183,6 +183,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "generate": (generate, "bundle --prompt=the --max-new-tokens=2 --json"),
     "score": (score, "bundle lists --nbest --best"),
     "score next": (score, "bundle text"),
+    "serve": (serve, "none --port=0"),  # whose checks come first
     "evaluate": (evaluate, "runs/small --file=text --device=cpu"),
     "export": (export, "none -o other"),  # whose checks come first
     "prepare": (prepare, "text -o other --tokenizer=wordpunct --overwrite --workers=1"),

@@ -22,6 +22,7 @@ from lmdist_export.sampling import generation
 from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import Generation, Text, append, banned_tokens, continuations, log_probabilities
 from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.stops import Stops
 from support.small_bundles import PLAIN_WORDS, UNTIED, make_bundle, make_model, neutral
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ CONFIGS = {
 def test_texts_are_the_same_alone_and_in_batches_at_once_and_token_by_token(
     sampler: Sampler, config: GenerationConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for options in ({}, {"ignore_end": True}, {"stops": [[4], [5, 8]]}):
+    for options in ({}, {"ignore_end": True}, {"stops": Stops([[4], [5, 8]])}):
         expected = tokens_of(generated(sampler, PROMPTS, config, n=2, **options))
         for batch_size in (1, 3):
             assert tokens_of(generated(sampler, PROMPTS, config, n=2, batch_size=batch_size, **options)) == expected
@@ -133,7 +134,7 @@ def test_a_text_ends_before_the_first_of_its_stops(sampler: Sampler) -> None:
     config = GenerationConfig(max_new_tokens=200)
     whole = generated(sampler, PROMPTS, config, ignore_end=True)
     stops = [[4, 5], [6, 7, 8], [9]]
-    stopped = generated(sampler, PROMPTS, config, ignore_end=True, stops=stops)
+    stopped = generated(sampler, PROMPTS, config, ignore_end=True, stops=Stops(stops))
     for key, text in stopped.items():
         words = whole[key].tokens
         places = [place for place in range(len(words)) if any(words[place : place + len(stop)] == stop for stop in stops)]
@@ -157,7 +158,7 @@ def test_streamed_tokens_do_not_depend_on_the_calls(tokens: list[int], stops: li
         text, result = Text([], 0, 0), []
         for piece in pieces:
             if not text.finish_reason:
-                result += append(text, piece, Generation(config, stops))
+                result += append(text, piece, Generation(config, Stops(stops)))
         if text.finish_reason:
             assert result == text.tokens
         return result, text.finish_reason
@@ -224,7 +225,7 @@ def test_no_token_is_left(sampler: Sampler) -> None:
         assert tokens_of(texts) | tokens_of(expected) == tokens_of(texts)
     # The first word of a stop waits for its second, which may not come.
     stops = [[word, word] for word in every]
-    assert generated(sampler, prompts, config, ignore_end=True, stops=stops) == expected
+    assert generated(sampler, prompts, config, ignore_end=True, stops=Stops(stops)) == expected
     with pytest.raises(UsageError, match="mask all of them"):
         generated(sampler, [[]], GenerationConfig(bad_words_ids=tuple([word] for word in range(SIZE))))
 
@@ -236,7 +237,7 @@ def test_log_probabilities_are_those_of_torch(sampler: Sampler, monkeypatch: pyt
         hidden, _ = model(torch.tensor([[END_ID, *text.prompt, *text.tokens]]), model.initial_state(1))
         expected = model.logits(hidden).log_softmax(-1)[0, 2:-1]  # (T, V)
     for pieces in (64, 7):
-        monkeypatch.setattr(generation, "STEP_TOKENS", pieces)
+        monkeypatch.setattr("lmdist_export.sampling.log_probabilities.STEP_TOKENS", pieces)
         of_words, tops = log_probabilities(sampler, text, 4)
         np.testing.assert_allclose(of_words, expected[range(30), text.tokens], atol=1e-5)
         best, ids = expected.topk(4)
@@ -318,7 +319,7 @@ def test_a_search_stops_before_a_stop(sampler: Sampler) -> None:
     config = GenerationConfig(max_new_tokens=20, num_beams=3)
     free = beam_search(sampler, [3], config, ignore_end=True)[0].tokens
     stop = free[4:6]
-    texts = beam_search(sampler, [3], config, n=3, stops=[stop], ignore_end=True)
+    texts = beam_search(sampler, [3], config, n=3, stops=Stops([stop]), ignore_end=True)
     for text in texts:
         assert not any(text.tokens[at : at + 2] == stop for at in range(len(text.tokens)))
 

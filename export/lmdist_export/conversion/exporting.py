@@ -26,12 +26,12 @@ from lmdist.console import log
 from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.perplexity import TextSize
-from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.checksums import OWN_CHECKSUM, checksums, own_checksum
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import write_json
 from lmdist.text.token_files import Tokens
+from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.metadata import read_metadata
 from lmdist.training.checkpoints.read import open_checkpoint, parameters_file
@@ -59,7 +59,7 @@ class Checkpoint:
     model: LanguageModel
     manifest: dict[str, Any]
     vocabulary: Vocabulary
-    text: TextSettings
+    tokenizer: WordTokenizer
     contents: dict[str, bytes]
     """The vocabulary's and the tokenizer's files."""
 
@@ -67,8 +67,7 @@ class Checkpoint:
     def load(cls, run_or_checkpoint: str | Path) -> Self:
         """Load a checkpoint, of a run the best one; raises MissingInputError or DataError."""
         found = open_checkpoint(find_checkpoint(Path(run_or_checkpoint)))
-        model, text = found.model(), found.tokenizer.settings
-        return cls(found.path, model, found.manifest, found.vocabulary, text, found.contents)
+        return cls(found.path, found.model(), found.manifest, found.vocabulary, found.tokenizer, found.contents)
 
     @property
     def run(self) -> str:
@@ -143,7 +142,7 @@ def export_bundle(
     """
     if held_out is None and precision not in ("fp32", "fp16"):
         raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
-    if reason := obstacle(checkpoint.text, checkpoint.vocabulary):
+    if reason := obstacle(checkpoint.tokenizer.settings, checkpoint.vocabulary):
         log(f"without {TOKENIZER}: {reason}", EXPORT_COMMAND)
     with atomic_folder(Path(output), replace=replace) as folder:
         if precision == "auto":
@@ -187,8 +186,8 @@ def write_bundle(
     sizes = write_graphs(model, folder, checkpoint.run, precision)
     for name, content in checkpoint.contents.items():
         (folder / name).write_bytes(content)
-    if not obstacle(checkpoint.text, checkpoint.vocabulary):
-        write_tokenizer(folder, checkpoint.text, checkpoint.vocabulary)
+    if not obstacle(checkpoint.tokenizer.settings, checkpoint.vocabulary):
+        write_tokenizer(folder, checkpoint.tokenizer, checkpoint.vocabulary)
     files = checksums(folder)
     log(f"comparing {precision} with torch" + ("" if held_out is None else ", also on held-out text"), EXPORT_COMMAND)
     generation = EXPORTED
@@ -219,7 +218,7 @@ def write_bundle(
     manifest[OWN_CHECKSUM] = own_checksum(manifest)
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / MANIFEST, manifest)
-    write_model(folder, checkpoint.run_id)
+    write_model(folder, checkpoint.run_id, has_pieces=checkpoint.tokenizer.settings.has_pieces)
     return manifest
 
 

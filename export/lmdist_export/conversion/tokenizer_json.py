@@ -1,7 +1,7 @@
 """`tokenizer.json`: the words of all tokenizers but `word_tokenize` in the format of Hugging Face's `tokenizers`, id for id.
 
-    if not obstacle(settings, vocabulary):
-        write_tokenizer(folder, settings, vocabulary)
+    if not obstacle(tokenizer.settings, vocabulary):
+        write_tokenizer(folder, tokenizer, vocabulary)
 
     tokenizers.Tokenizer.from_file("bundle/tokenizer.json").encode("The president said").ids
 
@@ -13,8 +13,9 @@ keeps several marks on one letter in their order if one of them is younger than 
 
 There are no added tokens: `tokenizers` would find `<unk>` inside words too, where lmdist does not.
 
-The format cannot express `word_tokenize`, which follows NLTK's rules and what Punkt has learned, nor HTML. This module does
-not import `tokenizers`; tests/conversion/test_tokenizer_json.py compares the two.
+Pieces of words have a file of their own, which is written as it is. The format cannot express `word_tokenize`, which follows
+NLTK's rules and what Punkt has learned, nor HTML. This module does not import `tokenizers`;
+tests/conversion/test_tokenizer_json.py compares the two.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 from lmdist.settings import TextSettings
 from lmdist.storage.reading import write_json
 from lmdist.text.detokenizer import SPACE
-from lmdist.text.tokenizer import FIRST_RULES, INVISIBLE, LETTER, MARK, WORDPUNCT, pattern
+from lmdist.text.tokenizer import FIRST_RULES, INVISIBLE, LETTER, MARK, WORDPUNCT, WordTokenizer, pattern
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
 TOKENIZER = "tokenizer.json"
@@ -40,13 +41,23 @@ CHARACTERS = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
 Replacement = dict[str, Any]
 
 
-def write_tokenizer(folder: Path, settings: TextSettings, vocabulary: Vocabulary) -> None:
-    """Write tokenizer.json into `folder`, for settings and a vocabulary that have no `obstacle`."""
-    write_json(folder / TOKENIZER, tokenizer_json(settings, vocabulary))
+def write_tokenizer(folder: Path, tokenizer: WordTokenizer, vocabulary: Vocabulary) -> None:
+    """Write tokenizer.json into `folder`, for a tokenizer and a vocabulary that have no `obstacle`.
+
+    That of pieces is what they were learned as, or read from: its ids are those of lmdist.
+    """
+    model = tokenizer.model
+    write_json(folder / TOKENIZER, model.saved["model"] if model else tokenizer_json(tokenizer.settings, vocabulary))
 
 
 def obstacle(settings: TextSettings, vocabulary: Vocabulary) -> str:
     """Return why the format cannot express this tokenizer, or "" if it can."""
+    if settings.tokenizer == "sentencepiece":
+        return "its format cannot express a model of SentencePiece exactly; text.json has the model"
+    if settings.line_breaks:
+        return "it has no tokens for line breaks"
+    if settings.has_pieces and (settings.clean != "none" or settings.lowercase):
+        return "it has pieces of text as it is, and this model's text is cleaned first"
     if settings.tokenizer == "word_tokenize":
         return "its format cannot express the rules of word_tokenize; it can those of the other tokenizers"
     if settings.clean == "html":

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmdist_export.options import GenerationConfig
-from lmdist_export.sampling.generation import Text, ends_with, row_bias
+from lmdist_export.sampling.generation import Generation, Text, row_bias
 from lmdist_export.sampling.sampler import Sampler, all_masked, fixed_bias, log_softmax
 from lmdist_export.sampling.state import State, select
+from lmdist_export.sampling.steps import Pace, Steps, result_of
+from lmdist_export.sampling.stops import NO_STOPS, Stops
 
 
 def beam_search(
@@ -25,7 +27,7 @@ def beam_search(
     prompt: Sequence[int],
     config: GenerationConfig,
     n: int = 1,
-    stops: Sequence[Sequence[int]] = (),
+    stops: Stops = NO_STOPS,
     ignore_end: bool = False,
     state: State | None = None,
 ) -> list[Text]:
@@ -33,10 +35,23 @@ def beam_search(
 
     The `state` is that of the prompt, where it was read.
     """
+    return result_of(beam_search_steps(sampler, prompt, Generation(config, stops, ignore_end), n, state))
+
+
+def beam_search_steps(
+    sampler: Sampler,
+    prompt: Sequence[int],
+    generation: Generation,
+    n: int,
+    state: State | None = None,
+    pace: Pace | None = None,
+) -> Steps[list[Text]]:
+    """Do what `beam_search` does, a piece of the prompt a step and then a token of all beams."""
+    config, end, stops = generation.config, generation.end, generation.stops
     assert n <= config.num_beams, (n, config.num_beams)
-    end = () if ignore_end else (config.eos_token_id,)
     bias = fixed_bias(config, sampler.sizes.vocabulary_size)
-    logits, model = sampler.next_logits(state or [config.bos_token_id, *prompt])  # (1, V), (1, S)
+    start = state or sampler.start([[config.bos_token_id, *prompt]])
+    logits, model = yield from sampler.next_logits_steps(start, pace)  # (1, V), (1, S)
     beams = [Text(list(prompt), 0, 0)]
     scores = np.zeros(1)
     ended: list[tuple[float, Text]] = []
@@ -47,33 +62,38 @@ def beam_search(
         exhausted = [*(text for text, row in zip(beams, next_scores, strict=True) if all_masked(row)), *exhausted][:n]
         total = scores[:, None] + next_scores  # (K, V)
         # Each beam has one end and few stops, so among these are num_beams texts that have not ended, if there are so many.
-        candidates = min((2 + len(stops)) * config.num_beams, total.size)
+        # Only a stop that is looked for in the text may be completed by many tokens.
+        candidates = total.size if stops.spelling else min((2 + len(stops)) * config.num_beams, total.size)
         best = np.argpartition(-total, candidates - 1, axis=None)[:candidates]
         best = best[np.argsort(-total.ravel()[best], kind="stable")]
-        kept: list[tuple[int, int, float]] = []
-        for place in best.tolist():
-            row, token = divmod(place, total.shape[1])
+        kept: list[tuple[int, int, int, float]] = []
+        for candidate in best.tolist():
+            row, token = divmod(candidate, total.shape[1])
             score = float(total[row, token])
             if score == -np.inf or len(kept) == config.num_beams:
                 break
+            place = stops.next(beams[row].stop_place, token)
             tokens = [*beams[row].tokens, token]
-            stop = next((stop for stop in stops if ends_with(tokens, stop)), None)
-            if token in end or stop is not None:
-                before = tokens[:-1] if stop is None else tokens[: -len(stop)]
-                ended.append((score / length**config.length_penalty, Text(list(prompt), 0, 0, before, "stop")))
+            stop = stops.ending(place, tokens)
+            if token in end or stop:
+                before = tokens[: -(stop.num_tokens if stop else 1)]
+                text = Text(list(prompt), 0, 0, before, "stop", stop.rest if stop else "")
+                ended.append((score / length**config.length_penalty, text))
             else:
-                kept.append((row, token, score))
+                kept.append((row, token, place, score))
         ended = sorted(ended, key=lambda found: -found[0])[: config.num_beams]
-        rows = [row for row, _, _ in kept]
-        beams = [beams[row].extended(token) for row, token, _ in kept]
-        scores = np.array([score for _, _, score in kept])
+        rows = [row for row, *_ in kept]
+        beams = [beams[row].extended(token, place) for row, token, place, _ in kept]
+        scores = np.array([score for *_, score in kept])
         # A log-probability only falls: however a text continues, its score is at most the present one over this length.
         longest = config.max_new_tokens if config.length_penalty > 0 else length
         if not kept or (len(ended) == config.num_beams and ended[-1][0] >= scores[0] / longest**config.length_penalty):
             break
         if length < config.max_new_tokens:
-            step, model = sampler.step(np.array([[token] for _, token, _ in kept]), select(model, rows))
+            yield
+            step, model = sampler.step(np.array([[token] for _, token, *_ in kept]), select(model, rows))
             logits = step[:, -1]  # (K, V)
+            yield
     else:
         for text, score in zip(beams, scores.tolist(), strict=True):
             text.finish_reason = "length"

@@ -20,7 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from lmdist_export.sampling.resolved_options import ResolvedOptions, warning_of_prompt
 
+GOING_ON = r"(?V1)[ ]?[[\p{L}\p{M}\p{N}'’_-]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]{1,60}\Z"
+"""The end of a text that may be the beginning of a longer word."""
+
 if TYPE_CHECKING:
+    from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.generation import Text
     from lmdist_export.sampling.prompt import Prompt
     from lmdist_export.sampling.sampler import Sampler
@@ -76,13 +80,12 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
     """Return a text of ids that has ended as people read it."""
     bundle, options = sampler.bundle, resolved.options
     words = bundle.vocabulary.decode(text.tokens)
-    pieces = bundle.tokenizer.pieces([*prompt.words, *words])
-    written = "".join(pieces) if options.echo else "".join(islice(pieces, len(prompt.words), None)).removeprefix(" ")
+    written = "".join(written_pieces(bundle, prompt, words, echo=options.echo)) + text.rest
     token_logprobs = top_logprobs = None
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
 
-        token_logprobs, tops = log_probabilities(sampler, text, options.logprobs)
+        token_logprobs, tops = text.scores or log_probabilities(sampler, text, options.logprobs)
         top_logprobs = [{bundle.vocabulary.words[token]: value for token, value in top} for top in tops]
     return Completion(
         written,
@@ -96,6 +99,40 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
         text.prompt_number,
         text.number,
     )
+
+
+def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str], *, echo: bool) -> Iterator[str]:
+    """Yield the text of a prompt if it is an `echo`, then what `words` add to it, each as soon as it is known.
+
+    Alone, what they add begins without the space that separates two words. Pieces have one only if the text has, and no other.
+    """
+    pieces = bundle.tokenizer.pieces(chain(prompt.words, words))
+    before = list(islice(pieces, len(prompt.words)))
+    if echo:
+        yield from before
+    added = whole_words(pieces) if bundle.tokenizer.settings.has_pieces else pieces
+    if not echo and (prompt.space or not bundle.tokenizer.settings.has_pieces):
+        yield from (piece.removeprefix(" ") for piece in islice(added, 1))
+    yield from added
+
+
+def whole_words(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the same text with each word as a whole: its end is known from what comes after it.
+
+    Scripts without spaces between words are not held back, nor is what is too long for a word.
+    """
+    from lmdist.text.tokenizer import pattern
+
+    held = ""
+    for piece in pieces:
+        held += piece
+        match = pattern(GOING_ON).search(held)
+        known = match.start() if match else len(held)
+        if known:
+            yield held[:known]
+        held = held[known:]
+    if held:
+        yield held
 
 
 def completions(
@@ -182,15 +219,11 @@ class Stream(Iterator[str]):
 
     def run(self, sampler: Sampler, prompt: Prompt, resolved: ResolvedOptions) -> Iterator[str]:
         """Yield the pieces, each with its leading space, if any."""
-        bundle, echo = sampler.bundle, resolved.options.echo
+        bundle = sampler.bundle
         growth = grow_texts(sampler, [prompt], resolved, 1, stream=True)
         first = _, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
         words = (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
-        pieces = bundle.tokenizer.pieces(chain(prompt.words, words))
-        for piece in islice(pieces, len(prompt.words)):
-            if echo:
-                yield piece
-        if not echo:
-            yield from (piece.removeprefix(" ") for piece in islice(pieces, 1))
-        yield from pieces
+        yield from written_pieces(bundle, prompt, words, echo=resolved.options.echo)
+        if text.rest:
+            yield text.rest
         self.completion = to_completion(sampler, text, prompt, resolved)

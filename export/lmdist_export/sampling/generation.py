@@ -21,12 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdist_export.options import GenerationConfig
-from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, all_masked, fixed_bias, log_softmax
+from lmdist_export.sampling.log_probabilities import TokenScores, log_probability_steps
+from lmdist_export.sampling.sampler import PREFILL_TOKENS, Sampler, all_masked, fixed_bias
 from lmdist_export.sampling.state import State, concatenate
+from lmdist_export.sampling.steps import Pace, result_of
+from lmdist_export.sampling.stops import NO_STOPS, Stops
 
 BATCH_SIZE = 16
 TOKENS_PER_CALL = 32  # of the graph: a text that ends within a call is generated to the call's end for nothing
-STREAM_SECONDS = 0.02  # tokens of so short a time may be shown together: it is too short to be noticed
+CALL_TOKENS = 0.5  # what a call costs beside its tokens, in tokens of a batch
 
 CustomBias = Callable[[Sequence[int]], NDArray[np.floating]]
 """From the tokens of a text so far, its prompt included, to what is added to the logits (V) of the next one."""
@@ -44,6 +47,12 @@ class Text:
     """The tokens after the prompt, without the end mark or the stop that ended the text."""
     finish_reason: str = ""
     """stop: its end or a stop came; length: it has max_new_tokens tokens; exhausted: no token is allowed; empty: not ended."""
+    rest: str = ""
+    """What the text has of a piece in which a stop began."""
+    scores: TokenScores | None = field(default=None, repr=False, compare=False)
+    """What `log_probabilities` returns, where it was computed with the text."""
+    stop_place: int = field(default=0, repr=False, compare=False)
+    """The place in `Generation.stops` after the last token."""
     ngrams: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
     """The tokens that followed each sequence of n - 1 tokens: an index that `banned_by_ngrams` extends."""
     num_indexed: int = field(default=0, repr=False, compare=False)
@@ -54,9 +63,9 @@ class Text:
         tokens = self.tokens[max(0, len(self.tokens) - count) :]
         return [*self.prompt[max(0, len(self.prompt) - (count - len(tokens))) :], *tokens]
 
-    def extended(self, token: int) -> Text:
+    def extended(self, token: int, stop_place: int) -> Text:
         """Return a copy with one token more; this one can be extended by another."""
-        return replace(self, tokens=[*self.tokens, token], ngrams=dict(self.ngrams))
+        return replace(self, tokens=[*self.tokens, token], ngrams=dict(self.ngrams), stop_place=stop_place)
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,8 @@ class Generation:
     """How texts are generated, and what ends them."""
 
     config: GenerationConfig
-    stops: Sequence[Sequence[int]] = ()
-    """Sequences of tokens that end a text and are not part of it."""
+    stops: Stops = NO_STOPS
+    """What ends a text and is not part of it."""
     ignore_end: bool = False
     """Whether the end mark is a token as any other."""
 
@@ -81,7 +90,7 @@ def continuations(
     config: GenerationConfig,
     seed: int,
     n: int = 1,
-    stops: Sequence[Sequence[int]] = (),
+    stops: Stops = NO_STOPS,
     ignore_end: bool = False,
     batch_size: int = BATCH_SIZE,
     stream: bool = False,
@@ -90,7 +99,7 @@ def continuations(
     """Yield (text, new tokens) as `n` texts continue each of `prompts`, `batch_size` at a time.
 
     Text i of a prompt depends on the prompt, the seed and i, not on the texts in the same batch. It ends with its end mark, or
-    before any of the sequences `stops`. With `stream` tokens are yielded as soon as they are sampled.
+    before any of the `stops`. With `stream` tokens are yielded as soon as they are sampled.
     """
     texts = new_texts(sampler, prompts, config, seed, n)
     generation = Generation(config, stops, ignore_end)
@@ -129,52 +138,98 @@ def generation_steps(
     Before each call `admit` returns new texts, at most as many as there are free places. A text leaves the batch when it has
     a finish_reason.
     """
-    config, end = generation.config, generation.end
-    single_stops = [stop[0] for stop in generation.stops if len(stop) == 1]
-    by_token = bool(config.no_repeat_ngram_size or any(len(tokens) > 1 for tokens in config.bad_words_ids) or custom_bias)
-    has_row_bias = by_token or (config.min_new_tokens > 0 and not generation.ignore_end)
-    bias = fixed_bias(config, sampler.sizes.vocabulary_size)
-    texts: list[Text] = []
-    state: State | None = None
-    tokens_per_call = 1 if by_token or stream else TOKENS_PER_CALL
+    batch = Batch(sampler, generation, stream=stream, custom_bias=custom_bias)
     while True:
-        admitted = admit(batch_size - len(texts))
-        texts += [text for text, _ in admitted]
-        if not texts:
+        batch.join(admit(batch_size - len(batch)))
+        if not batch.texts:
             return
-        state = concatenate([*([state] if state else []), *(start for _, start in admitted)])
+        yield batch.step()
+
+
+class Batch:
+    """Texts that grow together: each is a row of the same calls of the graph. They come and go between two calls."""
+
+    def __init__(
+        self, sampler: Sampler, generation: Generation, *, stream: bool = False, custom_bias: CustomBias | None = None
+    ) -> None:
+        """Take no texts yet; with `stream` a call takes STEP_SECONDS, or a token."""
+        config = generation.config
+        self.sampler, self.generation, self.custom_bias = sampler, generation, custom_bias
+        self.texts: list[Text] = []
+        self.state: State | None = None
+        self.bias = fixed_bias(config, sampler.sizes.vocabulary_size)
+        self.by_token = bool(config.no_repeat_ngram_size or any(len(ids) > 1 for ids in config.bad_words_ids) or custom_bias)
+        self.has_row_bias = self.by_token or (config.min_new_tokens > 0 and not generation.ignore_end)
+        self.stops = (*generation.end, *generation.stops.tokens)
+        self.learns = stream and not self.by_token
+        self.pace = Pace(1 if stream or self.by_token else TOKENS_PER_CALL, TOKENS_PER_CALL)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def join(self, starting: Sequence[tuple[Text, State]]) -> None:
+        """Add texts, each with its state."""
+        if not starting:
+            return
+        state = concatenate([start for _, start in starting])
+        if self.texts and state.tokens.shape[1] > 1:  # read apart: the rows that are here have but one token to read
+            state = self.sampler.prefill(state, self.generation.config)
+        self.texts += [text for text, _ in starting]
+        self.state = concatenate([self.state, state]) if self.state else state
+
+    def leave(self, rows: Collection[int]) -> list[tuple[Text, State]]:
+        """Remove the rows with these numbers; return their texts, each with its state, which may join again."""
+        assert self.state, "a batch without texts"
+        leaving = [(self.texts[row], self.state.rows([row])) for row in rows]
+        self.keep([row for row in range(len(self)) if row not in rows])
+        return leaving
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Remove all rows but those with these numbers."""
+        self.texts = [self.texts[row] for row in rows]
+        self.state = self.state.rows(rows) if rows and self.state else None
+
+    def step(self) -> list[tuple[Text, list[int]]]:
+        """Call the graph once; return its texts with what it has appended to each. Those that have ended leave."""
+        assert self.state, "a batch without texts"
+        texts, config, generation = self.texts, self.generation.config, self.generation
         began = time.perf_counter()
-        added = row_bias(texts, config, len(bias), end, custom_bias) if has_row_bias else None
-        exhausted = [] if added is None else [text for text, row in zip(texts, added + bias, strict=True) if all_masked(row)]
-        if exhausted:  # they end; the others continue with the next call
-            for text in exhausted:
-                text.finish_reason = "exhausted"
-            yield [(text, append(text, [], generation)) for text in exhausted]
-        else:
-            sampled, state = sampler.generate(
-                state,
-                config,
-                min(tokens_per_call, most_tokens(texts, config)),
-                stops=(*end, *single_stops),
-                bias=bias,
-                row_bias=added,
-                in_prompt=prompt_mask(texts, sampler.sizes.vocabulary_size) if config.repetition_penalty != 1 else None,
-            )  # (N, B)
-            if stream and not by_token:
-                seconds = (time.perf_counter() - began) / len(sampled)
-                tokens_per_call = max(1, min(TOKENS_PER_CALL, int(STREAM_SECONDS / seconds)))
-            columns = sampled.T.tolist()
-            yield [(text, append(text, tokens, generation)) for text, tokens in zip(texts, columns, strict=True)]
-        going = [row for row, text in enumerate(texts) if not text.finish_reason]
-        texts = [texts[row] for row in going]
-        state = state.rows(going) if going else None
+        added = None
+        if self.has_row_bias:
+            added = row_bias(texts, config, len(self.bias), generation.end, self.custom_bias)
+            exhausted = [text for text, row in zip(texts, added + self.bias, strict=True) if all_masked(row)]
+            if exhausted:  # they end; the others continue with the next call
+                for text in exhausted:
+                    text.finish_reason = "exhausted"
+                self.keep([row for row, text in enumerate(texts) if not text.finish_reason])
+                return [(text, append(text, [], generation)) for text in exhausted]
+        sampled, self.state = self.sampler.generate(
+            self.state,
+            config,
+            tokens_of_call(texts, config, self.pace.tokens),
+            stops=self.stops,
+            bias=self.bias,
+            row_bias=added,
+            in_prompt=prompt_mask(texts, len(self.bias)) if config.repetition_penalty != 1 else None,
+        )  # (N, B)
+        if self.learns:
+            self.pace.learn(len(sampled), time.perf_counter() - began)
+        growth = [(text, append(text, tokens, generation)) for text, tokens in zip(texts, sampled.T.tolist(), strict=True)]
+        self.keep([row for row, text in enumerate(texts) if not text.finish_reason])
+        return growth
 
 
-def most_tokens(texts: Sequence[Text], config: GenerationConfig) -> int:
-    """Return how many tokens every text can be given by one call: none becomes too long, or must not end and then may."""
-    to_longest = [config.max_new_tokens - len(text.tokens) for text in texts]
-    to_shortest = [config.min_new_tokens - len(text.tokens) for text in texts if not may_end(text, config)]
-    return min(to_longest + to_shortest)
+def tokens_of_call(texts: Sequence[Text], config: GenerationConfig, most: int) -> int:
+    """Return how many tokens, `most` at most, to generate of all texts by one call.
+
+    None must not end and then may. Some may become too long: what they have too much is for nothing, but so is what a call
+    costs beside its tokens, and most of all calls counts what is used of them.
+    """
+    most = min([most, *(config.min_new_tokens - len(text.tokens) for text in texts if not may_end(text, config))])
+    to_longest = np.array([config.max_new_tokens - len(text.tokens) for text in texts])
+    numbers = np.unique(np.minimum(to_longest, most))
+    used = np.minimum(to_longest, numbers[:, None]).sum(axis=1)
+    return int(numbers[np.argmax(used / (numbers + CALL_TOKENS))])
 
 
 def new_texts(
@@ -198,11 +253,12 @@ def forks(
     """Yield a text for each of `numbers`, a part of its seed, and the state from which it starts, that of a prompt."""
     if len(numbers) > 1 or state.tokens.size > PREFILL_TOKENS + 1:
         state = sampler.prefill(state, config)
+    tokens = list(prompt)
     for place, number in enumerate(numbers):
         # The prompt is part of the seed, so that texts of different prompts have different random numbers. A spawn key is
         # mixed in word by word, whereas entropy is padded with zeros: [w] and [w, 0] would be the same.
         entropy = np.random.SeedSequence(seed, spawn_key=(number, *prompt))
-        yield Text(list(prompt), prompt_number, place), replace(state, generators=(np.random.default_rng(entropy),))
+        yield Text(tokens, prompt_number, place), replace(state, generators=(np.random.default_rng(entropy),))
 
 
 def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
@@ -210,34 +266,24 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
 
     Tokens that may turn out to be the beginning of a stop are held back until that is known.
     """
-    stops = generation.stops
-    shown = len(text.tokens) - num_held_back(text.tokens, stops)
+    stops, end = generation.stops, generation.end
+    shown = len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
     for token in tokens:
-        if token in generation.end:
+        if token in end:
             text.finish_reason = "stop"
             break
         text.tokens.append(token)
-        stop = next((stop for stop in stops if ends_with(text.tokens, stop)), None)
-        if stop is not None:
-            del text.tokens[-len(stop) :]
+        text.stop_place = stops.next(text.stop_place, token)
+        if found := stops.ending(text.stop_place, text.tokens):
+            del text.tokens[-found.num_tokens :]
+            text.rest = found.rest
             text.finish_reason = "stop"
             break
         if len(text.tokens) == generation.config.max_new_tokens:
             text.finish_reason = "length"
             break
-    until = len(text.tokens) if text.finish_reason else len(text.tokens) - num_held_back(text.tokens, stops)
+    until = len(text.tokens) if text.finish_reason else len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
     return text.tokens[shown:until]
-
-
-def num_held_back(tokens: Sequence[int], stops: Sequence[Sequence[int]]) -> int:
-    """Return how many of the last tokens are the beginning of a stop."""
-    lengths = [length for stop in stops for length in range(1, len(stop)) if ends_with(tokens, stop[:length])]
-    return max(lengths, default=0)
-
-
-def ends_with(tokens: Sequence[int], last: Sequence[int]) -> bool:
-    """Return whether the last of `tokens` are these."""
-    return list(tokens[-len(last) :]) == list(last)
 
 
 def may_end(text: Text, config: GenerationConfig) -> bool:
@@ -245,25 +291,12 @@ def may_end(text: Text, config: GenerationConfig) -> bool:
     return len(text.tokens) >= config.min_new_tokens
 
 
-def log_probabilities(sampler: Sampler, text: Text, top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
+def log_probabilities(sampler: Sampler, text: Text, top: int) -> TokenScores:
     """Return the log-probability of each token of a text, and the `top` most likely tokens in its place, the best first.
 
     They are the model's own: no option of the generation changes them.
     """
-    context = [sampler.bundle.generation.bos_token_id, *text.prompt]
-    if not text.tokens:
-        return [], []
-    logits, state = sampler.next_logits(context)  # (1, V)
-    of_tokens, tops = [], []
-    for start in range(0, len(text.tokens), STEP_TOKENS):
-        tokens = np.array(text.tokens[start : start + STEP_TOKENS])
-        after, state = sampler.step(tokens[None], state)  # (1, T, V)
-        scores = log_softmax(np.concatenate([logits, after[0, :-1]]))  # (T, V)
-        logits = after[:, -1]
-        of_tokens += scores[np.arange(len(tokens)), tokens].tolist()
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-        tops += [[(token, float(row[token])) for token in best] for row, best in zip(scores, order.tolist(), strict=True)]
-    return of_tokens, tops
+    return result_of(log_probability_steps(sampler, text.prompt, text.tokens, top))
 
 
 # --- what is added to logits ---------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ class Prompt:
     """The state of one text whose last token is still to be read; None where nothing was read yet."""
     number: int = 0
     """The number of the text among those that were forked: a part of the seed of its random numbers."""
+    space: bool = False
+    """Whether the text ended with a space that no token has yet: the first piece of the next word brings it along."""
 
     @cached_property
     def unknown_words(self) -> list[str]:
@@ -74,13 +76,17 @@ class Prompt:
         """
         if self.state is None:
             raise UsageError("nothing of this prompt was read, so it has no state to save: model.read(prompt) reads it")
-        self.state.save(path, {"words": self.words, "number": self.number, "model": self.model})
+        space = {"space": True} if self.space else {}
+        self.state.save(path, {"words": self.words, "number": self.number, "model": self.model, **space})
 
 
-def prompt_of(bundle: Bundle, text: str) -> Prompt:
-    """Return a text as a prompt, of which nothing was read."""
+def prompt_of(bundle: Bundle, text: str, after: Prompt | None = None) -> Prompt:
+    """Return a text as a prompt, of which nothing was read; it may be one that comes `after` another one."""
+    if after is not None and after.space:
+        text = f" {text}"
     words = bundle.tokenizer.tokenize(text, continues=True) if text else []  # NLTK is slow to import
-    return prompt_of_words(bundle, words)
+    space = text.endswith(" ") and bundle.tokenizer.settings.has_pieces
+    return replace(prompt_of_words(bundle, words), space=space)
 
 
 def prompt_of_words(bundle: Bundle, words: Sequence[str]) -> Prompt:
@@ -101,7 +107,8 @@ def read(sampler: Sampler, prompt: Prompt, after: Prompt | None = None) -> Promp
     tokens = np.array([[*before.tokens[0].tolist(), *prompt.tokens]], np.int64)  # (1, P)
     state = replace(before, tokens=tokens, lengths=np.array([tokens.size], np.int64))
     words = [*after.words, *prompt.words]
-    return replace(after, words=words, tokens=[*after.tokens, *prompt.tokens], state=sampler.prefill(state, config))
+    tokens_of_both = [*after.tokens, *prompt.tokens]
+    return replace(after, words=words, tokens=tokens_of_both, state=sampler.prefill(state, config), space=prompt.space)
 
 
 def load(sampler: Sampler, path: str | Path) -> Prompt:
@@ -114,7 +121,7 @@ def load(sampler: Sampler, path: str | Path) -> Prompt:
     if len(state) != 1 or notes["number"] < 0 or CONTROLS.search("".join(notes["words"])):  # a terminal would act on them
         raise DataError(f"{path} is not the state of one text written by Prompt.save, or its words have control characters")
     prompt = prompt_of_words(sampler.bundle, notes["words"])
-    return replace(prompt, state=state, number=notes["number"])
+    return replace(prompt, state=state, number=notes["number"], space=notes.get("space") is True)
 
 
 def model_id(bundle: Bundle) -> str:

@@ -12,13 +12,13 @@ import dataclasses
 import math
 import reprlib
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmdist.errors import UsageError
 from lmdist.text.vocabulary import UNKNOWN, UNKNOWN_ID
 from lmdist_export.options import MAX_BIAS, NO_CACHE, PARAMS, GenerationConfig, Options
+from lmdist_export.sampling.stops import Stops
 
 if TYPE_CHECKING:
     from lmdist_export.bundle import Bundle
@@ -32,8 +32,8 @@ class ResolvedOptions:
     options: Options
     config: GenerationConfig
     """The bundle's, with the values of the options in it."""
-    stops: list[list[int]]
-    """The ids of the stops that can be generated: all their words are known."""
+    stops: Stops
+    """The stops that can be generated: all their words are known."""
     seed: int | None
     """The given one or a random one; None where nothing is random."""
     warnings: list[str]
@@ -43,7 +43,7 @@ class ResolvedOptions:
 def resolve(options: Options, bundle: Bundle, *, stream: bool = False) -> ResolvedOptions:
     """Return options, resolved for a bundle; raises UsageError for those that exclude each other, or a `stream`."""
     phrases = {name: word_sequences(options, bundle, name) for name in ("stop", "bad_words")}
-    biases = [word_and_bias(options, given) for given in options.logit_bias]
+    biases = [pair for given in options.logit_bias for pair in words_and_biases(options, bundle, given)]
     config = generation_config(options, bundle, token_sequences(bundle, phrases["bad_words"]), biases)
     check_search(options, config)
     if stream:
@@ -51,7 +51,7 @@ def resolve(options: Options, bundle: Bundle, *, stream: bool = False) -> Resolv
     if config.cache_weight and bundle.cache is None:
         raise UsageError(f"{options.name_for_caller('cache_weight')} is {config.cache_weight:g}, and {NO_CACHE}")
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    named = {name: [word for words in found.values() for word in words] for name, found in phrases.items()}
+    named = {name: [word for words in found for word in words] for name, found in phrases.items()}
     named["logit_bias"] = [word for word, _ in biases]
     unknown = {
         name: [word for word in dict.fromkeys(words) if word not in bundle.vocabulary.ids] for name, words in named.items()
@@ -62,7 +62,7 @@ def resolve(options: Options, bundle: Bundle, *, stream: bool = False) -> Resolv
         if words
     ]
     is_random = config.num_beams == 1 and not config.greedy
-    return ResolvedOptions(options, config, token_sequences(bundle, phrases["stop"]), seed if is_random else None, warnings)
+    return ResolvedOptions(options, config, stops_of(options, bundle, phrases["stop"]), seed if is_random else None, warnings)
 
 
 def generation_config(
@@ -115,19 +115,36 @@ def no_search(options: Options, name: str) -> str:
     return f"{options.name_for_caller('num_beams')} is for beam search, and {name} for sampling: give only one of them"
 
 
-def token_sequences(bundle: Bundle, sequences: Mapping[str, list[str]]) -> list[list[int]]:
+def stops_of(options: Options, bundle: Bundle, sequences: list[list[str]]) -> Stops:
+    """Return the stops that can be generated: sequences of known words, or texts where there are pieces of words."""
+    if model := bundle.tokenizer.model:
+        return Stops([text.encode() for text in options.stop], model.entries.contents)
+    return Stops(token_sequences(bundle, sequences))
+
+
+def token_sequences(bundle: Bundle, sequences: list[list[str]]) -> list[list[int]]:
     """Return the ids of the word sequences that can be generated: all their words are known."""
     ids = bundle.vocabulary.ids
-    return [bundle.vocabulary.encode(words) for words in sequences.values() if all(word in ids for word in words)]
+    return [bundle.vocabulary.encode(words) for words in sequences if all(word in ids for word in words)]
 
 
-def word_sequences(options: Options, bundle: Bundle, name: str) -> dict[str, list[str]]:
-    """Return the words of each text of the option `name`; raises UsageError for a text without words."""
-    sequences = {text: bundle.tokenizer.tokenize(text, continues=True) for text in getattr(options, name)}
-    for text, words in sequences.items():
-        if not words:
+def word_sequences(options: Options, bundle: Bundle, name: str) -> list[list[str]]:
+    """Return how each text of the option `name` is written; raises UsageError for a text without words."""
+    found: list[list[str]] = []
+    for text in dict.fromkeys(getattr(options, name)):
+        spellings = bundle.tokenizer.spellings(text)
+        if not spellings[0]:
             raise UsageError(f"{options.name_for_caller(name)} {reprlib.repr(text)} has no words")
-    return sequences
+        found += spellings
+    return found
+
+
+def words_and_biases(options: Options, bundle: Bundle, given: str) -> list[tuple[str, float]]:
+    """Return the words that WORD=X names, of pieces with and without a space before it, each with the bias of its logit."""
+    word, value = word_and_bias(options, given)
+    if word in bundle.vocabulary.ids or not bundle.tokenizer.settings.has_pieces:
+        return [(word, value)]
+    return [(words[0], value) for words in bundle.tokenizer.spellings(word) if len(words) == 1] or [(word, value)]
 
 
 def word_and_bias(options: Options, given: str) -> tuple[str, float]:

@@ -16,6 +16,7 @@ layers' sizes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -33,6 +34,7 @@ from lmdist_export.graph.graphs import embedding_graph, generation_graph, next_g
 from lmdist_export.options import MAX_WEIGHT, NO_CACHE, ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
 from lmdist_export.sampling.state import PARTS, ModelState, State, by_part, copy_generator, joined, uniform_numbers
+from lmdist_export.sampling.steps import Pace, Steps, result_of
 from lmdist_export.sampling.token_session import Generated, TokenSession
 
 STEP_TOKENS = 64  # in one call where only the last logits count: those of all are (1, 64, V)
@@ -55,6 +57,8 @@ class Sampler:
         self.token_sessions: dict[Features, TokenSession] = {}
         self.uses_token_graph = provider == "cuda"
         """Whether each token is a call of its own, with the state on the device: a Loop waits for a GPU at each token."""
+        self.rows_change_logits = bundle.sizes.precision == "int4"
+        """Whether logits depend, in their last bits, on how many are computed by a call: few rows have another matmul."""
 
     @cached_property
     def step_session(self) -> Any:
@@ -137,19 +141,29 @@ class Sampler:
         No logits are computed. The graph is the one that generates with `config`, so a session for it is opened only once. A
         memory is carried on in any case.
         """
+        return result_of(self.prefill_steps(state, config))
+
+    def prefill_steps(
+        self, state: State, config: GenerationConfig | None = None, pace: Pace | None = None, keep: int = 1
+    ) -> Steps[State]:
+        """Do what `prefill` does, PREFILL_TOKENS a step or at a pace, until at most `keep` tokens of each row are left."""
         self.check_state(state)
         config = config or GenerationConfig()
         if len(state.model) == len(PARTS) and not config.cache_weight:
             config = replace(config, cache_weight=0.5)  # no token is sampled by it
-        while state.tokens.shape[1] > 1:
-            rest = state.tokens[:, PREFILL_TOKENS:]
-            read = replace(
-                state.seeded(0), tokens=state.tokens[:, :PREFILL_TOKENS], lengths=np.minimum(state.lengths, PREFILL_TOKENS)
-            )
+        while state.tokens.shape[1] > keep:
+            yield
+            most = pace.tokens + 1 if pace else PREFILL_TOKENS
+            rest = state.tokens[:, most:]
+            began = time.perf_counter()
+            read = replace(state.seeded(0), tokens=state.tokens[:, :most], lengths=np.minimum(state.lengths, most))
+            num_read = read.tokens.shape[1] - 1
             read = self.generate(read, config, 0)[1]
+            if pace:
+                pace.learn(num_read, time.perf_counter() - began)
             # The last token that was to be read here is still unread; a row that is at its end has only that one.
             tokens = np.concatenate([read.tokens, rest], axis=1)
-            lengths = np.maximum(1, state.lengths - PREFILL_TOKENS + 1)
+            lengths = np.maximum(1, state.lengths - most + 1)
             state = replace(state, tokens=tokens, lengths=lengths, model=read.model)
         return state
 
@@ -162,16 +176,24 @@ class Sampler:
         log-probabilities.
         """
         before = context if isinstance(context, State) else self.start([context], cached=cache is not None)
+        if not cache:
+            return result_of(self.next_logits_steps(before))
+        self.check_state(before)
+        logits, state = np.empty((1, 0), np.float32), before.model
+        for start in range(0, before.tokens.size, PREFILL_TOKENS):
+            logits, state = self.step_cached(before.tokens[:, start : start + PREFILL_TOKENS], state, cache)
+        return logits, state
+
+    def next_logits_steps(self, before: State, pace: Pace | None = None) -> Steps[tuple[NDArray[np.float32], ModelState]]:
+        """Do what `next_logits` does without a cache, in the steps of `prefill_steps`."""
         self.check_state(before)
         tokens, state = before.tokens, before.model  # (1, P)
-        if cache:
-            logits = np.empty((1, 0), np.float32)
-            for start in range(0, tokens.size, PREFILL_TOKENS):
-                logits, state = self.step_cached(tokens[:, start : start + PREFILL_TOKENS], state, cache)
-            return logits, state
-        rest = (tokens.size - 1) // STEP_TOKENS * STEP_TOKENS
+        last = 1 if pace and not self.rows_change_logits else STEP_TOKENS
+        rest = (tokens.size - 1) // last * last
         if rest:
-            state = self.prefill(replace(before, tokens=tokens[:, : rest + 1], lengths=np.array([rest + 1]))).model
+            unread = replace(before, tokens=tokens[:, : rest + 1], lengths=np.array([rest + 1]))
+            state = (yield from self.prefill_steps(unread, pace=pace)).model
+        yield
         logits, after = self.step(tokens[:, rest:], state)
         return logits[:, -1], after  # (1, V)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
 from lmdist.errors import DataError, MissingInputError, one_line
@@ -157,9 +158,20 @@ def copy_generator(generator: np.random.Generator) -> np.random.Generator:
 
 def restored(state: Any) -> np.random.Generator:
     """Return the generator that has this state."""
-    generator = np.random.default_rng(0)
+    generator = np.random.Generator(np.random.PCG64(NO_SEED))
     generator.bit_generator.state = state
     return generator
+
+
+class NoSeed(ISeedSequence):
+    """The seed of a generator whose state is set at once: mixing a real one takes longer than everything else."""
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[Any]:
+        """Return zeros."""
+        return np.zeros(n_words, dtype)
+
+
+NO_SEED = NoSeed()
 
 
 def uniform_numbers(generators: Sequence[np.random.Generator], num_tokens: int, attempts: int) -> NDArray[np.float32]:

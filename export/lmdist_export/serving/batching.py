@@ -1,210 +1,284 @@
-"""Continuous batching: texts of many requests are generated in the same inference calls, by one sampler.
+"""Continuous batching: one thread does all inference, and many requests share its calls.
 
     batcher = Batcher(sampler)
     texts = batcher.generate(Request(sampler, prompts, config, seed), timeout_seconds=60)      # in each request's own thread
+    batcher.submit(request)     # or at once, with callbacks; raises QueueFull
 
-One thread generates all tokens. Requests of equal settings (those that hold for all rows of an inference call) share a batch:
-a text joins it after the current call, which takes 20 ms at most or one token, and leaves it when it ends. Batches of
-different settings take turns, a call each. Requests that share a batch take turns to start their texts, so none waits for the
-last text of a large one. The same seed gives the same text whatever else is in the batch (sampling/generation.py).
+Requests of equal settings (those that hold for all rows of an inference call) share a batch: a text joins it after the current
+call, which takes 20 ms at most or one token, and leaves it when it ends (shared_batch.py). Everything else is work in steps as
+short (requests.py): prompts that are long are read in pieces, and so is what is scored; a search goes token by token.
+
+A call of a batch and other work for as long take turns. The batch goes first whose requests have had the least so far, and so
+does other work; what is new begins where the others are. So a long request delays a short one by a few steps, not by its
+length, and whether a client is still there is looked at before every step. The same seed gives the same text whatever else is
+in the batch (sampling/generation.py).
 
 This module knows ids, and nothing of HTTP.
 """
 
 from __future__ import annotations
 
+import heapq
+import logging
 import threading
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from itertools import count
 
-from lmdist_export.options import GenerationConfig
-from lmdist_export.sampling.beam_search import beam_search
-from lmdist_export.sampling.generation import BATCH_SIZE, Generation, Text, generation_steps, new_texts
-from lmdist_export.sampling.sampler import Sampler, fixed_bias
-from lmdist_export.sampling.state import State
+from lmdist_export.sampling.generation import BATCH_SIZE, Text
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.steps import STEP_SECONDS
+from lmdist_export.serving.requests import Paces, Request, Scoring, Work, WorkSteps
+from lmdist_export.serving.shared_batch import SharedBatch
+
+__all__ = ["Batcher", "Figures", "QueueFull", "Request", "RequestTimeout", "Scoring"]
 
 MAX_GRAPHS = 8
-"""Options with other nodes need a graph of their own, with its own copy of the weights; requests could ask for 68 of them."""
+"""Options with other nodes need a graph of their own; requests could ask for 68 of them."""
+MAX_QUEUED_TOKENS = 200_000
+"""To read and to write for all requests together: a minute or two of work for a small model on two cores."""
+RATE_SECONDS = 1.0
+"""Of work, over which the rate of tokens is measured."""
 
 
 class RequestTimeout(Exception):
     """A request was not finished in its time, or was cancelled."""
 
 
-class Request:
-    """Texts that are asked for together, with one seed."""
+class QueueFull(Exception):
+    """More work waits than the batcher accepts."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        prompts: Sequence[Sequence[int]],
-        config: GenerationConfig,
-        seed: int,
-        n: int = 1,
-        stops: Sequence[Sequence[int]] = (),
-        ignore_end: bool = False,
-    ) -> None:
-        """Ask for `n` texts of each of `prompts`; raises UsageError where `config` leaves no token to sample."""
-        fixed_bias(config, sampler.sizes.vocabulary_size)
-        self.sampler, self.prompts, self.seed, self.n = sampler, prompts, seed, n
-        self.generation = Generation(config, stops, ignore_end)
-        self.batch_key = repr(self.generation)
-        """Equal for requests that can share a batch."""
-        self.finished = threading.Event()
-        self.cancelled = False
-        self.error: Exception | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Drop the texts that were generated."""
-        self.new_texts = new_texts(self.sampler, self.prompts, self.generation.config, self.seed, self.n)
-        self.texts: list[Text] = []
-
-    def start_next(self) -> tuple[Text, State]:
-        """Return the next text that has not started, and its state."""
-        text, state = next(self.new_texts)
-        self.texts.append(text)
-        return text, state
-
-    def cancel(self) -> None:
-        """Stop waiting: its texts leave their batch after the current call, and no further one starts."""
-        self.cancelled = True
-        self.finished.set()
-
-    @property
-    def all_started(self) -> bool:
-        """Return whether all texts have started."""
-        return len(self.texts) == len(self.prompts) * self.n
-
-    @property
-    def all_ended(self) -> bool:
-        """Return whether all texts have ended."""
-        return self.all_started and all(text.finish_reason for text in self.texts)
+    def __init__(self, retry_after_seconds: float) -> None:
+        super().__init__(f"the server has as much work as it accepts: try again in {retry_after_seconds:.0f} seconds")
+        self.retry_after_seconds = retry_after_seconds
 
 
-class SharedBatch:
-    """Requests with one batch key, and the inference calls that generate their texts.
+@dataclass(frozen=True)
+class Figures:
+    """What a batcher does, and has done so far."""
 
-    One thread calls `step`; others append to `queue`.
-    """
-
-    def __init__(self, like: Request, batch_size: int) -> None:
-        self.queue: deque[Request] = deque()
-        """Requests with texts that have not started."""
-        self.active: list[Request] = []
-        """Requests with texts that have started."""
-        self.steps = generation_steps(like.sampler, self.admit, like.generation, batch_size, stream=True)
-
-    def admit(self, free: int) -> list[tuple[Text, State]]:
-        """Start texts for the free places, one of each request in turn."""
-        started = []
-        while self.queue and len(started) < free:
-            request = self.queue.popleft()
-            if request.cancelled:
-                continue
-            if request not in self.active:
-                self.active.append(request)
-            started.append(request.start_next())
-            if not request.all_started:
-                self.queue.append(request)
-        return started
-
-    def step(self) -> bool:
-        """Make an inference call and finish the requests whose texts have ended; return whether texts are left."""
-        has_more = next(self.steps, None) is not None
-        active, self.active = self.active, []
-        for request in active:
-            if request.cancelled:
-                for text in request.texts:  # frees their places
-                    text.finish_reason = text.finish_reason or "cancelled"
-            elif request.all_ended:
-                request.finished.set()
-            else:
-                self.active.append(request)
-        return has_more
+    requests_waiting: int
+    """Of which nothing was read yet."""
+    requests_running: int
+    tokens_queued: int
+    """To read and to write at most, of all requests."""
+    rows: int
+    """Of the last call."""
+    calls_by_rows: dict[int, int]
+    """How many calls had so many rows."""
+    tokens_read: int
+    tokens_written: int
 
 
 class Batcher:
-    """Generates the texts of requests from many threads."""
+    """Does the work of many clients in one thread."""
 
-    def __init__(self, sampler: Sampler, batch_size: int = BATCH_SIZE) -> None:
+    def __init__(self, sampler: Sampler, batch_size: int = BATCH_SIZE, max_queued_tokens: int = MAX_QUEUED_TOKENS) -> None:
         self.sampler = sampler
         self.batch_size = batch_size
-        self.batches: dict[str, SharedBatch] = {}
+        self.max_queued_tokens = max_queued_tokens
         self.changed = threading.Condition()
-        """Held where a request is added to a batch, or a batch is removed."""
-        self.searching = threading.Lock()
-        threading.Thread(target=self.run, name="batcher", daemon=True).start()
+        """Held where work comes or goes."""
+        self.works: dict[Work, WorkSteps] = {}
+        """All work that has not ended, and its steps."""
+        self.arrived: deque[Work] = deque()
+        self.is_closing = False
+        # The rest is of the batching thread alone.
+        self.batches: dict[str, SharedBatch] = {}
+        self.paces = Paces()
+        self.turns: list[tuple[float, int, Work]] = []
+        """A heap of the work that has a step to do: that with the least seconds first, of equal ones the newest."""
+        self.numbers = count(0, -1)
+        self.least_seconds = self.least_batch_seconds = 0.0
+        """Of the work, and of the batch, that had the last turn: there new ones begin, and do not go first for long."""
+        self.credit = 0.0
+        """Seconds that work may take before the next call of a batch."""
+        self.rows = 0
+        self.calls_by_rows: Counter[int] = Counter()
+        self.num_read = self.num_written = 0
+        """Tokens, of work that has ended."""
+        self.num_measured, self.busy_seconds = 0, 0.0
+        """Tokens that were done when the rate was measured, and the seconds of work since then."""
+        self.tokens_per_second = 0.0
+        self.thread = threading.Thread(target=self.run, name="batcher", daemon=True)
+        self.thread.start()
+
+    # --- of any thread
 
     def generate(self, request: Request, timeout_seconds: float) -> list[Text]:
-        """Return the texts of a request; raises RequestTimeout, and whatever error occurred in generating them."""
-        if request.generation.config.num_beams > 1:
-            return self.search(request, timeout_seconds)
-        self.add(request, request.batch_key)
+        """Return the texts of a request; raises RequestTimeout, QueueFull, and whatever error occurred in generating them."""
+        self.submit(request)
         if not request.finished.wait(timeout_seconds):
             request.cancel()
-        if request.cancelled:
-            raise RequestTimeout
         if request.error:
             raise request.error
+        if request.cancelled:
+            raise RequestTimeout
         return request.texts
 
-    def search(self, request: Request, timeout_seconds: float) -> list[Text]:
-        """Return the texts of beam search; one search runs at a time, beside the batches."""
-        if not self.searching.acquire(timeout=timeout_seconds):
-            raise RequestTimeout
-        try:
-            how = request.generation
-            for number, prompt in enumerate(request.prompts):
-                if request.cancelled:
-                    raise RequestTimeout
-                found = beam_search(self.sampler, prompt, how.config, request.n, how.stops, how.ignore_end)
-                request.texts += [replace(text, prompt_number=number) for text in found]
-            return request.texts
-        finally:
-            self.searching.release()
-
-    def add(self, request: Request, batch_key: str) -> None:
-        """Queue a request for the batch of this key."""
+    def submit(self, work: Work) -> None:
+        """Queue work and return at once; raises QueueFull where all that is queued would be more than is accepted."""
         with self.changed:
-            if batch_key not in self.batches:
-                self.batches[batch_key] = SharedBatch(request, self.batch_size)
-            self.batches[batch_key].queue.append(request)
+            queued = self.num_queued()
+            excess = queued + work.cost - self.max_queued_tokens
+            if self.is_closing or (queued and excess > 0):
+                raise QueueFull(max(1.0, excess / self.tokens_per_second if self.tokens_per_second else 1.0))
+            self.works[work] = work.steps(self.paces, self.offer) if isinstance(work, Request) else work.steps(self.paces)
+            self.arrived.append(work)
             self.changed.notify()
 
+    def num_queued(self) -> int:
+        """Return how many tokens are to be read and written; `changed` is held."""
+        return sum(max(0, work.left) for work in self.works)
+
+    def figures(self) -> Figures:
+        """Return what is done now, and was so far."""
+        with self.changed:
+            running = sum(work.num_read > 0 for work in self.works)
+            read = self.num_read + sum(work.num_read for work in self.works)
+            written = self.num_written + sum(work.num_written for work in self.works)
+            calls = dict(self.calls_by_rows)
+            return Figures(len(self.works) - running, running, self.num_queued(), self.rows, calls, read, written)
+
+    def close(self) -> None:
+        """Wait until all work that was queued has ended, and end the thread; no more is accepted."""
+        with self.changed:
+            self.is_closing = True
+            self.changed.notify()
+        self.thread.join()
+
+    # --- of the batching thread
+
     def run(self) -> None:
-        """Step each batch in turn, forever."""
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.batches)
-                turns = list(self.batches.items())
-            for batch_key, batch in turns:
-                sessions = self.sampler.generation_sessions
-                while len(sessions) > MAX_GRAPHS:  # the oldest; it is built again when it is needed
-                    del sessions[next(iter(sessions))]
-                try:
-                    if not batch.step():
-                        self.remove(batch_key, batch)
-                except Exception as error:  # whatever it is, it is reported to the requests, and other batches continue
-                    self.fail(batch_key, batch, error)
+        """Give all work its turn, round by round, until the batcher is closed."""
+        while self.take_arrivals():
+            began = time.perf_counter()
+            for work in [*self.works]:
+                if work.cancelled:
+                    self.end(work)
+            if self.batches:
+                self.step_batch(*min(reversed(self.batches.items()), key=lambda item: item[1].seconds))
+                self.credit = min(self.credit + time.perf_counter() - began, STEP_SECONDS)
+            self.step_works()
+            self.measure(time.perf_counter() - began)
 
-    def remove(self, batch_key: str, batch: SharedBatch) -> None:
-        """Remove a batch without texts; requests that were queued meanwhile go into a new one."""
+    def take_arrivals(self) -> bool:
+        """Wait for something to do, and begin new work; return False where there will be nothing more."""
         with self.changed:
-            del self.batches[batch_key]
-        for request in batch.queue:
-            self.add(request, batch_key)
+            self.changed.wait_for(lambda: self.arrived or self.turns or self.batches or self.is_closing)
+            arrived = [*self.arrived]
+            self.arrived.clear()
+        for work in arrived:
+            self.advance(work)
+        return bool(self.works or not self.is_closing)
 
-    def fail(self, batch_key: str, batch: SharedBatch, error: Exception) -> None:
+    def offer(self, request: Request) -> int:
+        """Have a batch take the texts of a request that are ready; return how many may wait for it."""
+        batch = self.batches.get(request.batch_key)
+        if batch is None:
+            batch = self.batches[request.batch_key] = SharedBatch(request, self.batch_size, self.least_batch_seconds)
+        return batch.offer(request)
+
+    def step_works(self) -> None:
+        """Give work steps for about as long as a call of a batch takes."""
+        if not self.batches:
+            self.credit = STEP_SECONDS
+        while self.turns and self.credit > 0:
+            self.least_seconds, _, work = heapq.heappop(self.turns)
+            began = time.perf_counter()
+            self.advance(work)
+            self.credit -= time.perf_counter() - began
+        if not self.turns:
+            self.credit = 0.0
+
+    def advance(self, work: Work) -> None:
+        """Do the next step of work; the first one, and that after waiting, only find out whether there is more to do."""
+        steps = self.works.get(work)
+        if steps is None or work.cancelled:
+            self.end(work)
+            return
+        began = time.perf_counter()
+        try:
+            work.is_waiting = bool(next(steps))
+        except StopIteration:
+            self.end(work)
+        except Exception as error:  # whatever it is, it is reported to the client, and others continue
+            self.end(work, error)
+        else:
+            work.seconds = max(work.seconds, self.least_seconds) + time.perf_counter() - began
+            if not work.is_waiting:
+                heapq.heappush(self.turns, (work.seconds, next(self.numbers), work))
+
+    def step_batch(self, key: str, batch: SharedBatch) -> None:
+        """Make an inference call of a batch, and report what it has generated."""
+        sessions = self.sampler.generation_sessions
+        while len(sessions) > MAX_GRAPHS:  # the oldest; it is built again when it is needed
+            del sessions[next(iter(sessions))]
+        self.least_batch_seconds = batch.seconds
+        try:
+            joined, growth = batch.step()
+        except Exception as error:
+            self.fail(key, batch, error)
+            return
+        self.rows = len(growth)
+        self.calls_by_rows[self.rows] += 1
+        for request, text, tokens in growth:
+            try:
+                request.grow(text, tokens)
+            except Exception as error:  # of its client's callback
+                self.end(request, error)
+        for request in [*joined, *(request for request, text, _ in growth if text.finish_reason)]:
+            if request.is_waiting:
+                self.advance(request)
+        self.drop_if_empty(key)
+
+    def drop_if_empty(self, key: str) -> None:
+        """Forget a batch without texts."""
+        if key in self.batches and self.batches[key].is_empty:
+            del self.batches[key]
+
+    def fail(self, key: str, batch: SharedBatch, error: Exception) -> None:
         """Report an error to the one request of a batch; of several, each is tried again alone, since one may be the cause."""
-        with self.changed:
-            del self.batches[batch_key]
-        requests = list(dict.fromkeys([*batch.active, *batch.queue]))
+        del self.batches[key]
+        requests = batch.requests
         for request in requests:
             if len(requests) == 1:
-                request.error = error
-                request.finished.set()
+                self.end(request, error)
             else:
                 request.restart()
-                self.add(request, f"{batch_key} {id(request)}")
+                request.batch_key = f"{key} {id(request)}"
+                with self.changed:
+                    self.works[request].close()
+                    self.works[request] = request.steps(self.paces, self.offer)
+                if request.is_waiting:
+                    self.advance(request)
+
+    def end(self, work: Work, error: Exception | None = None) -> None:
+        """End work: its steps are closed, its texts leave their batch, and its client is told."""
+        with self.changed:
+            steps = self.works.pop(work, None)
+            self.num_read += work.num_read if steps else 0
+            self.num_written += work.num_written if steps else 0
+        if steps is None:
+            return
+        steps.close()
+        work.error = error
+        if isinstance(work, Request) and work.batch_key in self.batches:
+            self.batches[work.batch_key].remove(work)
+            self.drop_if_empty(work.batch_key)
+        work.finished.set()
+        try:
+            if work.on_end:
+                work.on_end()
+        except Exception:  # as from an event loop that is closed
+            logging.getLogger(__name__).exception("the client of a request could not be told of its end")
+
+    def measure(self, seconds: float) -> None:
+        """Count the seconds of a round for the rate of tokens."""
+        self.busy_seconds += seconds
+        if self.busy_seconds > RATE_SECONDS:
+            figures = self.figures()
+            done = figures.tokens_read + figures.tokens_written
+            self.tokens_per_second = (done - self.num_measured) / self.busy_seconds
+            self.num_measured, self.busy_seconds = done, 0.0

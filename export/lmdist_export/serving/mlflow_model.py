@@ -4,7 +4,7 @@
     mlflow models serve -m models:/NAME@champion --env-manager local
 
 The bundle's folder holds `MLmodel` and a file of three lines that imports this module, so a bundle is served by the installed
-lmdist. middleware.py validates what comes over HTTP; MLflow calls `predict` in a thread for each request; batching.py
+lmdist. middleware.py validates what comes over HTTP; MLflow calls `predict` in a thread for each request; service.py
 generates the texts of all of them. No torch: the environment has lmdist[cpu,serve].
 """
 
@@ -25,13 +25,14 @@ from lmdist import __version__
 from lmdist.errors import UsageError
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Options
-from lmdist_export.sampling.completion import Completion, to_completion
+from lmdist_export.sampling.completion import to_completion
 from lmdist_export.sampling.generation import BATCH_SIZE
-from lmdist_export.sampling.prompt import Prompt, prompt_of
-from lmdist_export.sampling.resolved_options import ResolvedOptions, resolve
 from lmdist_export.sampling.sampler import Sampler
-from lmdist_export.serving.batching import Batcher, Request, RequestTimeout
-from lmdist_export.serving.middleware import CLIENT_DISCONNECTED, error_body, install, strings_of
+from lmdist_export.serving.batching import QueueFull, RequestTimeout
+from lmdist_export.serving.invocations import answer, error_body
+from lmdist_export.serving.json_body import strings_of
+from lmdist_export.serving.middleware import AS_TEXT, CLIENT_DISCONNECTED, install
+from lmdist_export.serving.service import Service
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported; tracking/store.py sets it too
 with warnings.catch_warnings():
@@ -55,13 +56,6 @@ OWN_FILES = (CODE, REQUIREMENTS, ENVIRONMENT, MLMODEL)
 SERVER = "mlflow.pyfunc.scoring_server.app"
 """The module that `mlflow models serve` and uvicorn import; it loads the model."""
 
-MAX_TOKENS = 20_000
-"""Read and generated for one request: no other waits long for its prompt, and it ends within the server's timeout."""
-MAX_REQUEST_BEAMS = 64
-MAX_LOGPROBS = 20
-MAX_PHRASES = 1_000
-"""Stops, bad words and logit biases."""
-
 MODEL_CONFIG: dict[str, Any] = {"provider": "cpu", "threads": 0, "batch_size": BATCH_SIZE, "cors_origins": []}
 """What SERVING_MODEL_CONFIG may set: MLflow ignores names that MLmodel does not have."""
 
@@ -82,61 +76,35 @@ class ServedModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Open the bundle and generate a token, so that the server answers /ping only when it is ready."""
         config = MODEL_CONFIG | (context.model_config or {})
-        self.bundle = Bundle.load(Path(context.artifacts["bundle"]))
-        self.sampler = Sampler(self.bundle, config["provider"], config["threads"])
-        self.batcher = Batcher(self.sampler, config["batch_size"])
+        sampler = Sampler(Bundle.load(Path(context.artifacts["bundle"])), config["provider"], config["threads"])
+        self.service = Service(sampler, config["batch_size"])
         self.timeout_seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
-        first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0, "seed": 0})
-        prompts = [prompt_of(self.bundle, "")]
-        self.batcher.generate(self.request(prompts, self.resolve(prompts, first)), self.timeout_seconds)
+        self.service.warm_up(self.timeout_seconds)
         install(sys.modules.get(SERVER), strings_of("cors_origins", config["cors_origins"]))
 
     # Not list[str]: for such an annotation MLflow derives a signature of its own, which drops the params.
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """Return the texts that continue prompts, as JSON objects; raises RequestError."""
         try:
-            options = Options.from_values(params or {})
-            prompts = [prompt_of(self.bundle, prompt) for prompt in strings_of("prompt", column(model_input))]
-            resolved = self.resolve(prompts, options)
-            request = self.request(prompts, resolved)
+            service = self.service
+            prompts = service.prompts(strings_of("prompt", column(model_input)))
+            resolved = service.resolve(prompts, Options.from_values(params or {}))
+            request = service.request(prompts, resolved, logprobs=resolved.options.logprobs)
             if disconnected := CLIENT_DISCONNECTED.get():
                 disconnected.add_done_callback(lambda _: request.cancel())
-            texts = self.batcher.generate(request, self.timeout_seconds)
-            return [answer(to_completion(self.sampler, text, prompts[text.prompt_number], resolved)) for text in texts]
+            texts = service.batcher.generate(request, self.timeout_seconds)
+            found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in texts]
+            return [text.text for text in found] if AS_TEXT.get() else list(map(answer, found))
         except UsageError as error:
             raise RequestError(str(error), INVALID_PARAMETER_VALUE) from None
         except RequestTimeout:
             message = f"the texts were not generated within {self.timeout_seconds} seconds"
             raise RequestError(message, TEMPORARILY_UNAVAILABLE) from None
+        except QueueFull as error:
+            raise RequestError(str(error), TEMPORARILY_UNAVAILABLE) from None
         except Exception as error:
             logging.getLogger(__name__).exception("a request could not be answered")
             raise RequestError(f"{type(error).__name__}: the server's log has more", INTERNAL_ERROR) from None
-
-    def resolve(self, prompts: list[Prompt], options: Options) -> ResolvedOptions:
-        """Return its options, resolved; raises UsageError where a request is too large or its options exclude each other."""
-        if not prompts:
-            raise UsageError("no prompt is given; an empty one is the beginning of a text")
-        phrases = {name: strings_of(name, getattr(options, name)) for name in ("stop", "bad_words", "logit_bias")}
-        check_limit(f"the number of {', '.join(phrases)} together", sum(map(len, phrases.values())), MAX_PHRASES)
-        check_limit("logprobs", options.logprobs or 0, MAX_LOGPROBS)
-        resolved = resolve(options, self.bundle)
-        config = resolved.config
-        check_limit("num_beams", config.num_beams, MAX_REQUEST_BEAMS)
-        tokens = sum(len(prompt.tokens) + max(options.n, config.num_beams) * config.max_new_tokens for prompt in prompts)
-        check_limit("the number of tokens in prompts, and max_new_tokens for each text or beam, together", tokens, MAX_TOKENS)
-        return resolved
-
-    def request(self, prompts: list[Prompt], resolved: ResolvedOptions) -> Request:
-        """Return a request in ids."""
-        ids = [prompt.tokens for prompt in prompts]
-        how = resolved.options
-        return Request(self.sampler, ids, resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos)
-
-
-def answer(text: Completion) -> dict[str, Any]:
-    """Return a text as a JSON object: what lmdist-generate writes, the seed that gives it again, and what it warns of."""
-    seed = {} if text.seed is None else {"seed": text.seed}
-    return text.as_object() | seed | ({"warnings": text.warnings} if text.warnings else {})
 
 
 def column(given: pd.DataFrame) -> list[Any]:
@@ -150,12 +118,6 @@ def column(given: pd.DataFrame) -> list[Any]:
         raise UsageError(f"{found}; a list of strings, or one column, named prompt, is expected")
     cells = given[names[0]].tolist()
     return cells[0] if len(cells) == 1 and isinstance(cells[0], list) else cells
-
-
-def check_limit(name: str, value: int, limit: int) -> None:
-    """Raise UsageError where a request asks for more than the server accepts."""
-    if value > limit:
-        raise UsageError(f"{name} is {value:,}; this server accepts at most {limit:,}")
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
@@ -184,8 +146,11 @@ def signature() -> ModelSignature:
     return ModelSignature(Schema([ColSpec(DataType.string)]), Schema(outputs), ParamSchema(params))
 
 
-def write_model(folder: Path, run_id: str | None) -> None:
-    """Add the files of an MLflow model, of the run `run_id`, to a bundle's folder; its other files stay as they are."""
+def write_model(folder: Path, run_id: str | None, *, has_pieces: bool) -> None:
+    """Add the files of an MLflow model, of the run `run_id`, to a bundle's folder; its other files stay as they are.
+
+    One that `has_pieces` of words needs their library.
+    """
     model = Model(run_id=run_id, signature=signature())
     add_to_model(
         model,
@@ -197,13 +162,15 @@ def write_model(folder: Path, run_id: str | None) -> None:
     )
     model.model_size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     model.save(folder / MLMODEL)
-    for name, text in {CODE: CODE_TEXT, REQUIREMENTS: requirements(), ENVIRONMENT: ENVIRONMENT_TEXT}.items():
+    needed = requirements(has_pieces=has_pieces)
+    for name, text in {CODE: CODE_TEXT, REQUIREMENTS: needed, ENVIRONMENT: ENVIRONMENT_TEXT}.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def requirements() -> str:
-    """Return the requirements of an environment that serves."""
-    return f"lmdist[cpu,serve]=={__version__}\nmlflow-skinny=={MLFLOW_VERSION}\n"
+def requirements(*, has_pieces: bool) -> str:
+    """Return the requirements of an environment that serves, also a model of pieces of words."""
+    extras = "cpu,serve,subword" if has_pieces else "cpu,serve"
+    return f"lmdist[{extras}]=={__version__}\nmlflow-skinny=={MLFLOW_VERSION}\n"
 
 
 CODE_TEXT = """from mlflow.models import set_model

@@ -119,7 +119,7 @@ def staged(bundle: Bundle) -> Iterator[Path]:
         for file in uploaded:
             bundle.files.descriptor(file)  # raises an error for a link and for what is no file
             (folder / file).symlink_to(bundle.files.path_of(file).absolute())
-        write_model(folder, bundle.manifest.get("run_id"))
+        write_model(folder, bundle.manifest.get("run_id"), has_pieces=bundle.tokenizer.settings.has_pieces)
         yield folder
         for file in uploaded:
             bundle.files.check_unchanged(file)

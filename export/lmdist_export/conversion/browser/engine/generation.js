@@ -1,0 +1,193 @@
+/**
+ * A text that grows, as lmdist_export/sampling/generation.py does: from a prompt's ids to new ones, until it ends.
+ *
+ * Most options are in the graph. What depends on sequences of tokens (no_repeat_ngram_size, bad words, min_new_tokens) is computed
+ * here before each token and enters the graph as a bias. This module knows ids only.
+ */
+
+import { PREFILL_TOKENS } from "./model.js";
+import { RandomNumbers } from "./random.js";
+
+/** @typedef {import("./model.js").Model} Model */
+/** @typedef {import("./options.js").Resolved} Resolved */
+
+const TOKENS_PER_CALL = 32;
+const STREAM_MILLISECONDS = 20; // tokens of so short a time are shown together
+
+/** A text that continues a prompt. */
+export class Text {
+  /**
+   * @param {number[]} prompt
+   * @param {Resolved} resolved
+   */
+  constructor(prompt, { config, stops, ignoresEnd }) {
+    this.prompt = prompt;
+    this.config = config;
+    this.stops = stops;
+    /** The tokens that end a text by themselves. */
+    this.end = ignoresEnd ? [] : [config.eos_token_id];
+    /** @type {number[]} without the end mark or the stop that ended the text */
+    this.tokens = [];
+    /** stop, length, exhausted, or "" while it grows */
+    this.finishReason = "";
+    /** @type {Map<string, number[]>} the tokens that followed each sequence of n - 1 tokens */
+    this.ngrams = new Map();
+    this.numIndexed = 0;
+  }
+
+  /**
+   * Append new tokens up to where the text ends; return those that are certain to stay.
+   * @param {number[]} tokens
+   */
+  append(tokens) {
+    const shown = this.tokens.length - this.numHeldBack();
+    for (const token of tokens) {
+      if (this.end.includes(token)) this.finishReason = "stop";
+      else this.tokens.push(token);
+      const stop = !this.finishReason && this.stops.find((sequence) => this.endsWith(sequence));
+      if (stop) {
+        this.tokens.splice(-stop.length);
+        this.finishReason = "stop";
+      } else if (!this.finishReason && this.tokens.length === this.config.max_new_tokens) this.finishReason = "length";
+      if (this.finishReason) break;
+    }
+    const until = this.finishReason ? this.tokens.length : this.tokens.length - this.numHeldBack();
+    return this.tokens.slice(shown, until);
+  }
+
+  /** Return how many of the last tokens are the beginning of a stop. */
+  numHeldBack() {
+    const beginnings = this.stops.flatMap((stop) => stop.slice(1).map((_, place) => stop.slice(0, place + 1)));
+    return Math.max(0, ...beginnings.filter((beginning) => this.endsWith(beginning)).map((beginning) => beginning.length));
+  }
+
+  /** @param {number[]} sequence */
+  endsWith(sequence) {
+    const start = this.tokens.length - sequence.length;
+    return start >= 0 && sequence.every((token, place) => this.tokens[start + place] === token);
+  }
+
+  /** @param {number} count the last tokens, those of the prompt included */
+  last(count) {
+    const tokens = this.tokens.slice(Math.max(0, this.tokens.length - count));
+    return [...this.prompt.slice(Math.max(0, this.prompt.length - (count - tokens.length))), ...tokens];
+  }
+
+  get mayEnd() {
+    return this.tokens.length >= this.config.min_new_tokens;
+  }
+
+  /** Return the tokens that must not come next: they would end the text too early, repeat an n-gram, or complete a bad one. */
+  banned() {
+    const { no_repeat_ngram_size: size, bad_words_ids: bad } = this.config;
+    const completes = (sequence) => this.last(sequence.length - 1).join() === sequence.slice(0, -1).join();
+    return [
+      ...(this.mayEnd ? [] : this.end),
+      ...(size ? this.bannedByNgrams(size) : []),
+      ...bad.filter((sequence) => sequence.length > 1 && completes(sequence)).map((sequence) => sequence.at(-1)),
+    ];
+  }
+
+  /**
+   * Return the tokens that would complete an n-gram that the text has; only those since the last call are indexed.
+   * @param {number} size
+   */
+  bannedByNgrams(size) {
+    const length = this.prompt.length + this.tokens.length;
+    const tokens = this.last(length - this.numIndexed + size - 1);
+    for (let start = 0; start + size <= tokens.length; start++) {
+      const before = tokens.slice(start, start + size - 1).join();
+      this.ngrams.set(before, [...(this.ngrams.get(before) ?? []), tokens[start + size - 1]]);
+    }
+    this.numIndexed = length;
+    return this.ngrams.get(this.last(size - 1).join()) ?? [];
+  }
+
+  /** Return how many tokens one call can give: the text becomes not too long, nor may end where it must not. */
+  mostTokens() {
+    const { max_new_tokens: longest, min_new_tokens: shortest } = this.config;
+    return (this.mayEnd ? longest : Math.min(longest, shortest)) - this.tokens.length;
+  }
+}
+
+/**
+ * Yield new tokens, a list after each call of the graph, until the text has a finish reason.
+ * @param {Model} model
+ * @param {Text} text
+ * @param {bigint} seed
+ * @returns {AsyncGenerator<number[]>}
+ */
+export async function* grow(model, text, seed) {
+  const { config, prompt, end } = text;
+  const isByToken = config.no_repeat_ngram_size > 0 || config.bad_words_ids.some((sequence) => sequence.length > 1);
+  const hasRowBias = isByToken || (config.min_new_tokens > 0 && end.length > 0);
+  const bias = fixedBias(config, model);
+  const attempts = model.attemptsOf(config);
+  const random = new RandomNumbers(seed, [0, ...prompt]);
+  const inPrompt = new Uint8Array(model.padded);
+  for (const token of prompt) inPrompt[token] = 1;
+  const extras = { stops: [...end, ...text.stops.filter((stop) => stop.length === 1).flat()], bias, inPrompt };
+  let state = model.start([config.bos_token_id, ...prompt]);
+  if (state.tokens.length > PREFILL_TOKENS + 1) {
+    const whole = state;
+    state = await model.inTurn(() => model.prefill(whole, config));
+  }
+  let perCall = 1;
+  while (!text.finishReason) {
+    const started = performance.now();
+    const rowBias = hasRowBias ? maskOf(text.banned(), model.padded) : undefined;
+    if (rowBias && isExhausted(bias, rowBias, model.size)) {
+      text.finishReason = "exhausted";
+      yield text.append([]);
+      return;
+    }
+    const uniform = random.next(Math.min(perCall, text.mostTokens()) * attempts);
+    const before = state;
+    const found = await model.inTurn(() => model.generate(before, config, uniform, { ...extras, rowBias }));
+    random.giveBack(uniform.slice(found.tokens.length * attempts));
+    state = found.state;
+    if (!isByToken) {
+      const fitting = Math.floor((STREAM_MILLISECONDS / (performance.now() - started)) * found.tokens.length);
+      perCall = Math.max(1, Math.min(TOKENS_PER_CALL, fitting));
+    }
+    yield text.append(found.tokens);
+  }
+}
+
+/**
+ * Return what is added to the logits (V') of every token: -inf for one that is never generated.
+ * @param {Record<string, any>} config
+ * @param {Model} model
+ */
+function fixedBias(config, model) {
+  const bias = new Float32Array(model.padded);
+  for (const [[token], value] of config.sequence_bias) bias[token] += Math.fround(value);
+  for (const token of config.suppress_tokens) bias[token] = -Infinity;
+  for (const sequence of config.bad_words_ids) if (sequence.length === 1) bias[sequence[0]] = -Infinity;
+  if (isExhausted(bias, bias, model.size)) {
+    throw new Error("no token is left to sample: suppress_tokens, bad words and logit bias mask all of them");
+  }
+  return bias;
+}
+
+/**
+ * Return -Infinity for some tokens and 0 for all others, (V').
+ * @param {number[]} tokens
+ * @param {number} padded
+ */
+function maskOf(tokens, padded) {
+  const mask = new Float32Array(padded);
+  for (const token of tokens) mask[token] = -Infinity;
+  return mask;
+}
+
+/**
+ * Return whether two biases leave no token of the first `size` that can be sampled.
+ * @param {Float32Array} bias
+ * @param {Float32Array} other
+ * @param {number} size
+ */
+function isExhausted(bias, other, size) {
+  for (let token = 0; token < size; token++) if (bias[token] + other[token] !== -Infinity) return false;
+  return true;
+}

@@ -1,0 +1,280 @@
+"""The HTTP application of lmdist-serve: OpenAI's completions API, MLflow's scoring protocol, metrics and the page, on one port.
+
+    application = Application(service, "news", version="3")
+    server_of(application.asgi, ...)                    # connections.py
+    application.replace(service, version="4")           # requests that began go on with the service before
+
+It reads requests in threads and waits for the batching thread in the event loop, so that many clients cost little. What a
+request means is known by openai_request.py and invocations.py, what it may cost by service.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from lmdist import __version__
+from lmdist.console import log
+from lmdist_export.options import Options
+from lmdist_export.sampling.completion import to_completion
+from lmdist_export.serving import invocations
+from lmdist_export.serving.access import ApiKeys
+from lmdist_export.serving.completing import complete, stream
+from lmdist_export.serving.failures import ErrorResponse, mlflow_error, openai_error, status_and_message
+from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, parse, read_body
+from lmdist_export.serving.metrics import CONTENT_TYPE, Metrics
+from lmdist_export.serving.observing import Observed, note_of
+from lmdist_export.serving.openai_answer import model_facts
+from lmdist_export.serving.openai_request import EXAMPLE, NO_CHAT, ApiError, no_model, read_request
+from lmdist_export.serving.running import ClientLeft, Growth, finish
+from lmdist_export.serving.service import Service
+
+PAGE = Path(__file__).with_name("page")
+MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+ANSWERED_AS = {"index.html": "", "server_engine.js": "engine.js"}
+PAGE_FILES = {ANSWERED_AS.get(file.name, file.name): file for file in sorted(PAGE.iterdir())}
+"""The paths of the page, and the file that each answers with: nothing else of the disk is served."""
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+READERS = 4
+"""Threads that read requests: tokenizing the longest takes a second, and short ones go by it."""
+MAX_HELD_BYTES = 2**26
+"""Of the bodies that are read, or wait for a thread, at a time."""
+
+TOO_MANY_BYTES = "the bodies of other requests fill this server's memory for them: ask again"
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Application:
+    """What lmdist-serve answers."""
+
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        version: str = "",
+        *,
+        keys: ApiKeys | None = None,
+        timeout_seconds: float = 600,
+        cors_origins: Sequence[str] = (),
+        access_log: bool = True,
+    ) -> None:
+        """Answer as the model `name`; with `keys` only requests that have one. A request has `timeout_seconds` to end."""
+        self.service, self.name = service, name
+        self.loaded = int(time.time())
+        self.keys, self.timeout_seconds = keys, timeout_seconds
+        self.held_bytes = 0
+        self.metrics = Metrics(lambda: self.service.batcher.figures())
+        self.metrics.model.labels(name, version).set(1)
+        app: App = Starlette(routes=self.routes(), exception_handlers={HTTPException: self.no_route})
+        if cors_origins:
+            app = CORSMiddleware(app, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        self.asgi: App = Observed(app, self.metrics, log if access_log else None)
+
+    def replace(self, service: Service, version: str) -> None:
+        """Answer with another service from the next request on; those that began go on with the one before."""
+        self.service = service
+        self.loaded = int(time.time())
+        self.metrics.model.clear()
+        self.metrics.model.labels(self.name, version).set(1)
+
+    def routes(self) -> list[Route]:
+        """Return what is answered, and by what; the page and what says that the server is up need no key."""
+        text_invocations = invocations.TEXT_PATH + invocations.PATH
+        found = [
+            self.route("/v1/completions", self.completions, openai_error, "POST"),
+            self.route("/v1/models", self.models, openai_error, "GET"),
+            self.route("/v1/models/{model:path}", self.models, openai_error, "GET"),
+            self.route("/v1/{other:path}", self.no_chat, openai_error, "POST"),
+            self.route(invocations.PATH, self.invocations, mlflow_error, "POST"),
+            self.route(text_invocations, self.invocations, mlflow_error, "POST"),
+            self.route("/metrics", self.figures, openai_error, "GET"),
+        ]
+        is_open: dict[str, Endpoint] = {"/ping": self.ping, "/health": self.ping, "/version": self.version}
+        for path, file in PAGE_FILES.items():
+            is_open[f"/{path}"] = page_file(file)
+        return found + [self.route(path, answer, openai_error, "GET", is_open=True) for path, answer in is_open.items()]
+
+    def route(
+        self, path: str, endpoint: Endpoint, error_response: ErrorResponse, method: str, *, is_open: bool = False
+    ) -> Route:
+        """Return a route whose errors are answered in the form of its protocol."""
+
+        async def answered(request: Request) -> Response:
+            note_of(request.scope).route = path
+            try:
+                key = request.headers.get("authorization", "").encode("latin-1")
+                if self.keys and not is_open and not self.keys.allow(key):
+                    raise ApiError("an API key is expected: Authorization: Bearer KEY", 401, code="invalid_api_key")
+                return await endpoint(request)
+            except Exception as error:
+                return error_response(error, *status_and_message(error))
+
+        return Route(path, answered, methods=[method])
+
+    async def no_route(self, request: Request, error: Exception) -> Response:
+        """Answer what is not served."""
+        assert isinstance(error, HTTPException)
+        sentence = "this path is not served; POST /v1/completions generates text, and GET /v1/models has the model"
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            sentence = f"this path is served by {(error.headers or {}).get('Allow', '')} only"
+        response = openai_error(error, error.status_code, sentence)
+        response.headers.update(error.headers or {})
+        return response
+
+    # --- bodies
+
+    @contextmanager
+    def counted(self, request: Request) -> Iterator[Callable[[], Awaitable[Any]]]:
+        """Yield a `receive` of the request; raises BadRequest where it brings more bytes than this server holds at a time."""
+        held = 0
+
+        async def receive() -> Any:
+            nonlocal held
+            message = await request.receive()
+            length = min(len(message.get("body", b"")), MAX_BODY_BYTES - held)  # the rest is discarded
+            held += length
+            self.held_bytes += length
+            if self.held_bytes > MAX_HELD_BYTES:
+                raise BadRequest(TOO_MANY_BYTES, 503)
+            return message
+
+        try:
+            yield receive
+        finally:
+            self.held_bytes -= held
+
+    # --- OpenAI's API
+
+    async def completions(self, request: Request) -> Response:
+        """Answer with texts, or with a stream of them."""
+        service, note = self.service, note_of(request.scope)
+        deadline = asyncio.get_running_loop().time() + self.timeout_seconds
+        with self.counted(request) as receive:
+            body = await body_of(request, receive)
+            asked = await asyncio.to_thread(lambda: read_request(parse(body, EXAMPLE), service, self.name))
+        note.prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
+        if not asked.stream:
+            return JSONResponse(await complete(asked, service, request.receive, note, deadline))
+        return EventStream(*await stream(asked, service, request.receive, note, deadline))
+
+    async def models(self, request: Request) -> Response:
+        """Answer with the one model."""
+        model = {
+            "id": self.name,
+            "object": "model",
+            "created": self.loaded,
+            "owned_by": "lmdist",
+            "lmdist": model_facts(self.service.bundle),
+        }
+        if (asked := request.path_params.get("model", self.name)) != self.name:
+            raise no_model(asked, self.name)
+        return JSONResponse(model if request.path_params else {"object": "list", "data": [model]})
+
+    async def no_chat(self, request: Request) -> Response:
+        """Answer what OpenAI has and a word-level model has not."""
+        raise ApiError(NO_CHAT, 404)
+
+    # --- MLflow's protocol
+
+    async def invocations(self, request: Request) -> Response:
+        """Answer as MLflow's scoring server."""
+        service, note = self.service, note_of(request.scope)
+        deadline = asyncio.get_running_loop().time() + self.timeout_seconds
+        as_text = request.scope["path"].startswith(invocations.TEXT_PATH)
+        growth = Growth()
+
+        def read(body: bytes) -> Any:
+            given = parse(body, invocations.EXAMPLE)
+            texts, params = invocations.prompts_and_params(invocations.as_gateway(given) if as_text else given)
+            prompts = service.prompts(texts)
+            resolved = service.resolve(prompts, Options.from_values(params))
+            logprobs = resolved.options.logprobs
+            return prompts, resolved, service.request(prompts, resolved, logprobs=logprobs, on_end=growth.on_end)
+
+        with self.counted(request) as receive:
+            body = await body_of(request, receive)
+            prompts, resolved, job = await asyncio.to_thread(read, body)
+        note.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        await finish(service.batcher, job, growth, request.receive, deadline)
+        note.generated_tokens = sum(len(text.tokens) for text in job.texts)
+
+        def predictions() -> list[Any]:
+            found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in job.texts]
+            return [text.text for text in found] if as_text else list(map(invocations.answer, found))
+
+        return JSONResponse({"predictions": await asyncio.to_thread(predictions)})
+
+    async def ping(self, request: Request) -> Response:
+        """Answer that the model is loaded."""
+        return PlainTextResponse("\n", media_type="application/json")
+
+    async def version(self, request: Request) -> Response:
+        """Answer with the version of lmdist."""
+        return PlainTextResponse(__version__)
+
+    async def figures(self, request: Request) -> Response:
+        """Answer Prometheus."""
+        return Response(self.metrics.page(), media_type=CONTENT_TYPE)
+
+
+async def body_of(request: Request, receive: Callable[[], Awaitable[Any]]) -> bytes:
+    """Return the body of a request; raises BadRequest, or ClientLeft."""
+    body = await read_body(dict(request.scope["headers"]), receive)
+    if body is None:
+        raise ClientLeft
+    return body
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events."""
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        """Send `events`; `close` is called when they end, or their client leaves."""
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies hand on each event
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.close()
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+def page_file(file: Path) -> Endpoint:
+    """Return what answers with a file of the page, which is read once."""
+    content = file.read_bytes()
+
+    async def answer(request: Request) -> Response:
+        return Response(content, media_type=MEDIA_TYPES[file.suffix], headers=PAGE_HEADERS)
+
+    return answer
+
+
+def reading_threads() -> ThreadPoolExecutor:
+    """Return the threads that read requests, for a loop to have by default."""
+    return ThreadPoolExecutor(READERS, "reader")

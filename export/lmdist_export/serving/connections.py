@@ -1,0 +1,140 @@
+"""Connections of clients: uvicorn's, with limits on their number and on the time that a client takes to send or to read.
+
+uvicorn closes a connection that is idle after an answer. Here one is closed too that sends no request, or only a part of one,
+or does not read its answer; and a request that is half sent does not hold up the end of the server. This module does not know
+what is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import Generator
+from http import HTTPStatus
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MAX_CONNECTIONS = 1_000
+"""Another one is answered with 503 and closed. Each takes some 20 kB, and a descriptor."""
+READ_SECONDS = 30
+"""From the first byte of a request, or the beginning of a connection, to the last byte of its body."""
+WRITE_SECONDS = 60
+"""For a client to read what was sent before."""
+KEEP_ALIVE_SECONDS = 65
+"""An idle connection stays open: longer than the idle timeout of the usual proxies, so that they close it first."""
+
+
+class Connection(H11Protocol):
+    """A connection of a client."""
+
+    reading: asyncio.TimerHandle | None = None
+    writing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Accept a connection, or close it where there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self.close_with(503, "this server has too many connections", unasked=True)
+        else:
+            self.reading = self.loop.call_later(READ_SECONDS, self.read_timed_out)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a connection."""
+        self.stop_timer("reading")
+        self.stop_timer("writing")
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of a request."""
+        if self.transport.is_closing():
+            return
+        if self.reading is None:
+            self.reading = self.loop.call_later(READ_SECONDS, self.read_timed_out)
+        super().data_received(data)
+        if not self.is_reading:
+            self.stop_timer("reading")
+
+    @property
+    def is_reading(self) -> bool:
+        """Return whether the client has still to send a request, or the rest of one."""
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    def read_timed_out(self) -> None:
+        """Close a connection whose client has not sent its request in time."""
+        self.reading = None
+        if not self.transport.is_closing():
+            self.close_with(408, f"the request was not received within {READ_SECONDS} seconds")
+
+    def pause_writing(self) -> None:
+        """Wait until the client has read, but not for ever."""
+        super().pause_writing()
+        self.writing = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on writing."""
+        self.stop_timer("writing")
+        super().resume_writing()
+
+    def shutdown(self) -> None:
+        """Close a connection at the end of the server, once the request that was received is answered."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and not self.is_reading:
+            super().shutdown()
+        else:
+            self.close_with(503, "this server is stopping")
+
+    def close_with(self, status: int, message: str, *, unasked: bool = False) -> None:
+        """Close the connection, with an answer where a part of a request was received, or `unasked`."""
+        half_sent = self.cycle is not None and not self.cycle.response_complete
+        if half_sent:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if unasked or (bool(self.conn.trailing_data[0]) if not half_sent else not self.cycle.response_started):
+            body = json.dumps({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
+            lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "content-type: application/json", "connection: close"]
+            lines += [f"content-length: {len(body)}", *(["retry-after: 1"] if status == HTTPStatus.SERVICE_UNAVAILABLE else [])]
+            self.transport.write("\r\n".join([*lines, "", body]).encode())
+        self.transport.close()
+
+    def stop_timer(self, name: str) -> None:
+        """Stop one of the timers."""
+        if timer := getattr(self, name):
+            timer.cancel()
+            setattr(self, name, None)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which returns once it has answered all requests after a SIGTERM or Ctrl-C."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handle the signals inside; uvicorn's own would raise them again, and the exit code would be theirs."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def server_of(app: Any, drain_seconds: int) -> Server:
+    """Return a server of an ASGI application; open requests have `drain_seconds` to end after a signal."""
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=drain_seconds,
+    )
+    return Server(config)

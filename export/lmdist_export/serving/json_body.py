@@ -1,0 +1,130 @@
+"""The body of a request: JSON in UTF-8 of a bounded length, or an error with one sentence.
+
+    body = await read_body(headers, receive)        # bytes; None where the client disconnects before their end
+    given = parse(body, EXAMPLE)                    # an object
+
+Both servers read their requests by it: middleware.py before MLflow's, application.py in lmdist-serve. This module does not know
+what is in a body.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+from lmdist.errors import UsageError
+from lmdist_export import options
+
+MAX_BODY_BYTES = 2**20
+"""50 for each of the tokens that a request may have."""
+MAX_DISCARDED_BYTES = 2**26
+"""Of a body that is too long: most clients read no answer before they have sent everything."""
+MAX_QUOTED = 40
+"""Characters of the given value in a message."""
+JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*("utf-8"|utf-8)\s*)?', re.IGNORECASE)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+class BadRequest(UsageError):
+    """A request that is answered with `status` and a sentence; a UsageError of the options is answered with 400."""
+
+    def __init__(self, message: str, status: int = 400, *, closes: bool = False) -> None:
+        """Answer with `status`; `closes` is for a request after which the connection cannot go on."""
+        super().__init__(message)
+        self.status, self.closes = status, closes
+
+
+def check_headers(headers: Mapping[bytes, bytes]) -> None:
+    """Raise BadRequest unless the headers of a request, in lowercase, are those of one JSON text in UTF-8.
+
+    A body with two lengths may end elsewhere for a proxy (request smuggling, RFC 9112 section 6.3).
+    """
+    if b"content-length" in headers and b"transfer-encoding" in headers:
+        raise BadRequest("the request has both Content-Length and Transfer-Encoding; one of them is expected", closes=True)
+    content_type = headers.get(b"content-type", b"").decode("latin-1")
+    if not JSON_TYPE.fullmatch(content_type.strip()):
+        given = f"Content-Type is {quoted(content_type)}" if content_type else "no Content-Type is given"
+        raise BadRequest(f"{given}; application/json is expected, in UTF-8", 415)
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+    if encoding.strip().lower() not in ("", "identity"):
+        raise BadRequest(f"Content-Encoding is {quoted(encoding)}; a body that is not compressed is expected", 415)
+
+
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive) -> bytes | None:
+    """Return the body of a request; None where the client disconnects before its end.
+
+    Raise BadRequest as `check_headers`, and for a body that is too long. It is read nevertheless, unless the client asks
+    before it sends it.
+    """
+    length = headers.get(b"content-length", b"0")
+    if b"expect" in headers and length.isdigit() and int(length) > MAX_BODY_BYTES:
+        raise too_long(int(length), closes=True)
+    body, received, more_follows = bytearray(), 0, True
+    while more_follows and received <= MAX_DISCARDED_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        piece = message.get("body", b"")
+        received += len(piece)
+        if received <= MAX_BODY_BYTES:
+            body += piece
+        more_follows = message.get("more_body", False)
+    check_headers(headers)
+    if received > MAX_BODY_BYTES:
+        raise too_long(received, closes=more_follows)
+    return bytes(body)
+
+
+def too_long(length: int, *, closes: bool) -> BadRequest:
+    """Return the error of a body that is too long."""
+    return BadRequest(f"the body has {length:,} bytes; this server accepts at most {MAX_BODY_BYTES:,}", 413, closes=closes)
+
+
+async def disconnect(receive: Receive) -> Message:
+    """Wait for the message that the client has disconnected."""
+    while (message := await receive())["type"] != "http.disconnect":
+        pass
+    return message
+
+
+def parse(body: bytes, example: str) -> dict[str, Any]:
+    """Return the JSON object of a body; raises BadRequest, with an `example` of what is expected."""
+    if body[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in body[:4]:
+        raise BadRequest("the body is in UTF-16 or UTF-32; JSON in UTF-8 is expected")
+    try:
+        given = json.loads(body.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"byte {error.start + 1} of the body is not UTF-8, in which JSON is expected") from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(
+            f"the body is not JSON ({error.msg}: line {error.lineno}, column {error.colno}); expected is {example}"
+        ) from None
+    except RecursionError:
+        raise BadRequest(f"the body is nested too deeply; expected is {example}") from None
+    except ValueError:
+        raise BadRequest("the body has a number of thousands of digits; one of at most 64 bits is expected") from None
+    if not isinstance(given, dict):
+        raise BadRequest(f"the body is {quoted(given)}; an object is expected, as {example}")
+    return given
+
+
+def quoted(value: Any) -> str:
+    """Return a value as JSON, cut off after MAX_QUOTED characters; nothing behind them is looked at, however deep it is."""
+    text = ""
+    # Not json.dumps: it descends into all of the value, which may be nested as deeply as the parser allows.
+    for piece in json.JSONEncoder(ensure_ascii=False, default=repr).iterencode(value):
+        text += piece
+        if len(text) > MAX_QUOTED:
+            return f"{text[:MAX_QUOTED]}..."
+    return text
+
+
+strings_of = partial(options.strings_of, quoted=quoted)
+"""The values, with one that is not a string quoted as JSON."""

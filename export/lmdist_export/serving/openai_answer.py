@@ -1,0 +1,165 @@
+"""OpenAI's completions API: the form of its answers, and of the list of models.
+
+    choice(asked, text, index, scores)                  # an element of `choices`, for a text that has ended
+    Writer(bundle, prompt, given).write(tokens)         # the text of a stream, as it grows
+    model_facts(bundle)                                 # what a page shows of the model
+
+This module knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from lmdist.text.vocabulary import UNKNOWN_ID
+from lmdist_export.bundle import Bundle
+from lmdist_export.options import PARAMS, Row
+from lmdist_export.sampling.generation import Text
+from lmdist_export.sampling.log_probabilities import TokenScores
+from lmdist_export.sampling.prompt import Prompt
+from lmdist_export.serving.openai_request import CompletionRequest
+from lmdist_export.serving.service import MAX_LOGPROBS, MAX_REQUEST_BEAMS, MAX_TOKENS
+
+FINISH_REASONS = {"exhausted": "stop"}
+"""What OpenAI calls the ends of a text that it has other names for."""
+LIMITS = {"max_new_tokens": MAX_TOKENS, "num_beams": MAX_REQUEST_BEAMS, "logprobs": MAX_LOGPROBS, "n": MAX_TOKENS}
+"""What this server accepts at most, where it is less than the table's bounds."""
+OWN_DEFAULTS = {"echo": False}
+"""OpenAI's defaults, where they are not the table's."""
+JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+MAX_SKIPPED = 20
+"""Characters between two words of a text that the tokenizer has left out."""
+
+
+# --- texts ---------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes the words of a text as they come: the prompt and what follows it read as one text.
+
+    The first piece has the space that separates it from the prompt, unless the prompt, as it was given, ends with one.
+    """
+
+    def __init__(self, bundle: Bundle, prompt: Prompt, given: str) -> None:
+        self.words = deque(prompt.words)
+        self.vocabulary = bundle.vocabulary.words
+        self.pieces = bundle.tokenizer.pieces(iter(self.words.popleft, None))
+        for _ in prompt.words:
+            next(self.pieces)
+        self.glued = not given or given[-1].isspace()
+
+    def write(self, tokens: Sequence[int]) -> list[str]:
+        """Return the pieces of the next tokens."""
+        pieces = []
+        for token in tokens:
+            self.words.append(self.vocabulary[token])
+            piece = next(self.pieces)
+            pieces.append(piece.removeprefix(" ") if self.glued else piece)
+            self.glued = False
+        return pieces
+
+
+def choice(asked: CompletionRequest, text: Text, index: int, scores: TokenScores | None) -> dict[str, Any]:
+    """Return a text that has ended; its `scores` are those of the prompt's tokens too where it is echoed."""
+    prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
+    pieces = Writer(asked.bundle, prompt, given).write(text.tokens)
+    written = "".join([given, *pieces] if asked.echo else pieces)
+    logprobs = logprobs_object(asked, text, pieces, scores) if scores else None
+    return {"text": written, "index": index, "logprobs": logprobs, "finish_reason": finish_reason(text.finish_reason)}
+
+
+def finish_reason(reason: str) -> str | None:
+    """Return why a text has ended, by OpenAI's names; None where it goes on."""
+    return FINISH_REASONS.get(reason, reason) or None
+
+
+def logprobs_object(asked: CompletionRequest, text: Text, pieces: Sequence[str], scores: TokenScores) -> dict[str, Any]:
+    """Return the log-probabilities of a text's tokens in OpenAI's form, and as `unknown` which ones are read as `<unk>`.
+
+    Not even the first is null: a text begins after the end of another. `text_offset` counts characters of the choice's text.
+    """
+    words = asked.bundle.vocabulary.words
+    prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
+    tokens = [*(prompt.tokens if asked.echo else []), *text.tokens]
+    names = [*(prompt.words if asked.echo else []), *(words[token] for token in text.tokens)]
+    offsets = word_offsets(given, prompt.words) if asked.echo else []
+    end = len(given) if asked.echo else 0
+    for piece in pieces:
+        offsets.append(end + len(piece) - len(piece.lstrip(" ")))
+        end += len(piece)
+    of_tokens, tops = scores
+    top_logprobs = [
+        {words[other]: value for other, value in top} | {words[token]: of_token}
+        for token, of_token, top in zip(tokens, of_tokens, tops, strict=True)
+    ]
+    return {
+        "tokens": names,
+        "token_logprobs": list(of_tokens),
+        "top_logprobs": top_logprobs,
+        "text_offset": offsets,
+        "unknown": [token == UNKNOWN_ID for token in tokens],
+    }
+
+
+def word_offsets(text: str, words: Sequence[str]) -> list[int]:
+    """Return where each word of a text begins in it; one that is written in another way there, as a quote, where it is next."""
+    offsets, end = [], 0
+    lowered = text.lower() if len(text.lower()) == len(text) else text
+    for word in (word.replace("▁", " ").strip() for word in words):  # pieces of words have a sign for a space
+        while end < len(text) and text[end].isspace():
+            end += 1
+        until = end + len(word) + MAX_SKIPPED
+        found = max(text.find(word, end, until), lowered.find(word, end, until))
+        offsets.append(end if found < 0 else found)
+        end = min(len(text), end + 1 if found < 0 else found + len(word))
+    return offsets
+
+
+def usage(asked: CompletionRequest, texts: Sequence[Text]) -> dict[str, int]:
+    """Return how many tokens were read, and generated."""
+    prompt_tokens, completion_tokens = (
+        sum(len(prompt.tokens) for prompt in asked.prompts),
+        sum(len(text.tokens) for text in texts),
+    )
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def model_facts(bundle: Bundle) -> dict[str, Any]:
+    """Return what a page shows of a model: its sizes, and the options of generation with their defaults and bounds."""
+    sizes = bundle.sizes
+    return {
+        "vocabulary_size": sizes.vocabulary_size,
+        "embedding_size": sizes.embedding_size,
+        "layer_sizes": list(sizes.layer_sizes),
+        "precision": sizes.precision,
+        "parameters": bundle.manifest.get("parameters"),
+        "tokenizer": bundle.tokenizer.settings.tokenizer,
+        "options": [option_facts(row, bundle) for row in PARAMS.values() if row.name != "cache_weight" or bundle.cache],
+    }
+
+
+def option_facts(row: Row, bundle: Bundle) -> dict[str, Any]:
+    """Return an option as this API takes it; a bound that is infinite is null."""
+    default = OWN_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
+    if row.name == "temperature" and bundle.generation.greedy:
+        default = 0.0
+    low, high = (row.bounds.low, row.bounds.high) if row.bounds else (-math.inf, math.inf)
+    high = min(high, LIMITS.get(row.name, high))
+    return {
+        "name": row.name,
+        "type": "list" if row.is_list else JSON_TYPES[row.type],
+        "default": list(default) if row.is_list else default,
+        "minimum": low if math.isfinite(low) else None,
+        "maximum": high if math.isfinite(high) else None,
+        "help": row.option.help,
+    }

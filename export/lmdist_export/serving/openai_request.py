@@ -1,0 +1,215 @@
+"""OpenAI's completions API: what the JSON of a request asks for, or an error in OpenAI's form.
+
+    asked = read_request(given, service, "news")        # raises UsageError; ApiError has OpenAI's `param` and `code` too
+
+Beside OpenAI's names those of the table of options are taken (options.py), whose defaults are the bundle's. Where a name is in
+both, OpenAI's meaning holds: `echo` is false, `logit_bias` may be an object of token ids. The answers are openai_answer.py's.
+This module knows no HTTP.
+
+https://platform.openai.com/docs/api-reference/completions
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmdist.command_line import did_you_mean
+from lmdist.errors import UsageError
+from lmdist_export.bundle import Bundle
+from lmdist_export.options import PARAMS, Options, string_of, typed
+from lmdist_export.sampling.prompt import Prompt, prompt_of_words
+from lmdist_export.sampling.resolved_options import ResolvedOptions, warning_of_prompt
+from lmdist_export.serving.json_body import BadRequest, quoted
+from lmdist_export.serving.service import MAX_LOGPROBS, MAX_TOKENS, Service, check_limit
+
+EXAMPLE = '{"prompt": "We must", "max_tokens": 20}'
+OWN = ("model", "prompt", "max_tokens", "best_of", "stream", "stream_options", "suffix", "user")
+"""OpenAI's names that are none of the table of options."""
+CHAT = "messages tools tool_choice functions function_call response_format input".split()
+NO_CHAT = "a word-level language model continues a text, and has neither chat nor tools: POST /v1/completions takes a `prompt`"
+
+
+class ApiError(BadRequest):
+    """An error with what OpenAI's form has beside a message."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, status)
+        self.param, self.code = param, code
+
+
+def no_model(asked: Any, model: str) -> ApiError:
+    """Return the error of a request for another model."""
+    return ApiError(f"the model {quoted(asked)} is not here; this server has {quoted(model)}", 404, "model", "model_not_found")
+
+
+# --- a request -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """What a request asks for."""
+
+    model: str
+    bundle: Bundle
+    prompts: list[Prompt]
+    given: list[str]
+    """The prompts as they were given; ids as they are written."""
+    resolved: ResolvedOptions
+    """Its `n` is the number of texts that are generated for a prompt, of which the best are returned."""
+    n: int
+    scores: bool
+    """Whether nothing is generated: the answer is the prompt and its log-probabilities."""
+    echo: bool
+    logprobs: int | None
+    stream: bool
+    include_usage: bool
+    warnings: list[str]
+    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def ranks(self) -> bool:
+        """Return whether more texts are generated than are returned."""
+        return not self.scores and self.resolved.options.n > self.n
+
+    def envelope(self) -> dict[str, Any]:
+        """Return what each answer, and each event of a stream, has beside its choices."""
+        seed = {} if self.resolved.seed is None or self.scores else {"seed": self.resolved.seed}
+        warnings = {"warnings": self.warnings} if self.warnings else {}
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model} | seed | warnings
+
+
+def read_request(given: dict[str, Any], service: Service, model: str) -> CompletionRequest:
+    """Return what a request asks for; raises UsageError where it cannot be answered."""
+    given = {name: value for name, value in given.items() if value is not None}
+    check_names(given, model)
+    prompts, texts = read_prompts(given.get("prompt", ""), service, scores=given.get("max_tokens") == 0)
+    renamed = "max_tokens" in given
+    try:
+        values = table_values(given, service.bundle)
+        n, best_of = read_counts(given, values)
+        echo, logprobs = values.pop("echo", False), values.pop("logprobs", None)
+        scores = given.get("max_tokens") == 0
+        if scores and not echo:
+            raise ApiError("max_tokens is 0, which is for the log-probabilities of a prompt: give echo and logprobs as well")
+        check_limit("logprobs", logprobs or 0, MAX_LOGPROBS)
+        values["n"] = best_of
+        if scores:
+            values["max_new_tokens"] = 1  # the table has no 0; none is generated
+        stops, silent = spoken(values.pop("stop", []), service.bundle)
+        options = Options.from_values({**values, "stop": stops})
+        resolved = service.resolve(prompts, options, limit_name="max_tokens" if renamed else "max_new_tokens")
+    except UsageError as error:
+        if not renamed or type(error) is not UsageError:
+            raise
+        raise UsageError(str(error).replace("max_new_tokens", "max_tokens")) from None
+    stream, include_usage = read_stream(given)
+    if stream and best_of > n:
+        raise ApiError(f"best_of is {best_of}; the best texts are known at their end: without stream", param="best_of")
+    unknown = [*filter(None, (warning_of_prompt(prompt, service.bundle) for prompt in prompts))]
+    return CompletionRequest(
+        model, service.bundle, prompts, texts, resolved, n, scores, echo, logprobs, stream, include_usage,
+        [*unknown, *silent, *resolved.warnings],
+    )  # fmt: skip
+
+
+def check_names(given: dict[str, Any], model: str) -> None:
+    """Raise ApiError for names that are not known, and for another model."""
+    for name in given:
+        if name in CHAT:
+            raise ApiError(f"{name} is given; {NO_CHAT}", param=name)
+        if name not in OWN and name not in PARAMS:
+            hint = did_you_mean(name, [*OWN, *PARAMS])
+            raise ApiError(f"the body has {quoted(name)}, which is not known{hint}", param=name[:40], code="unknown_parameter")
+    if given.get("suffix"):
+        raise ApiError("suffix is given; this model continues a text, and inserts nothing", param="suffix")
+    if given.get("model", model) != model:
+        raise no_model(given["model"], model)
+
+
+def read_prompts(given: Any, service: Service, *, scores: bool) -> tuple[list[Prompt], list[str]]:
+    """Return prompts, and each as a text, of a string, a list of strings, a list of ids, or a list of these."""
+    several = given if isinstance(given, list) and not (given and all(map(is_id, given))) else [given]
+    if all(isinstance(prompt, str) for prompt in several):
+        texts = [string_of("prompt", text, quoted=quoted) for text in several]
+        return service.prompts(texts, continues=not scores), texts
+    size = service.bundle.sizes.vocabulary_size
+    prompts = []
+    for ids in several:
+        if not isinstance(ids, list) or not all(map(is_id, ids)):
+            raise ApiError(
+                f"prompt is {quoted(given)}; a string, a list of strings, a list of token ids, or a list of these is expected",
+                param="prompt",
+            )
+        if wrong := [token for token in ids if not 0 <= token < size]:
+            raise ApiError(
+                f"prompt has the token id {quoted(wrong[0])}; the vocabulary has the ids 0 to {size - 1:,}", param="prompt"
+            )
+        check_limit("the number of tokens in prompts", len(ids), MAX_TOKENS)
+        prompts.append(prompt_of_words(service.bundle, service.bundle.vocabulary.decode(ids)))
+    return prompts, [service.bundle.tokenizer.detokenize(prompt.words) for prompt in prompts]
+
+
+def is_id(value: Any) -> bool:
+    """Return whether a value is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def table_values(given: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
+    """Return the values of the table of options, each in its type; `max_tokens` is max_new_tokens."""
+    values = {name: value for name, value in given.items() if name in PARAMS}
+    if "max_tokens" in given:
+        if "max_new_tokens" in values:
+            raise ApiError("max_tokens and max_new_tokens are two names of one option: give one of them", param="max_tokens")
+        values["max_new_tokens"] = given["max_tokens"]
+    if isinstance(bias := values.get("logit_bias"), dict):
+        values["logit_bias"] = bias_of_ids(bias, bundle)
+    return {name: typed(PARAMS[name], value, quoted) for name, value in values.items()}
+
+
+def bias_of_ids(given: dict[str, Any], bundle: Bundle) -> list[str]:
+    """Return OpenAI's form of logit_bias, {"7": -100}, in the table's, ["WORD=-100"]."""
+    words = bundle.vocabulary.words
+    for token, bias in given.items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < len(words)):
+            raise ApiError(
+                f"logit_bias has {quoted(token)}; the id of a token, below {len(words):,}, is expected, or in place of the "
+                'object a list as ["the=-2.5"]',
+                param="logit_bias",
+            )
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise ApiError(f"logit_bias of {token} is {quoted(bias)}; a number is expected", param="logit_bias")
+    return [f"{words[int(token)]}={bias}" for token, bias in given.items()]
+
+
+def read_counts(given: dict[str, Any], values: dict[str, Any]) -> tuple[int, int]:
+    """Return how many texts of a prompt are returned, and how many are generated."""
+    n = values.pop("n", 1)
+    best_of = typed(dataclasses.replace(PARAMS["n"], name="best_of"), given.get("best_of", n), quoted)
+    if best_of < n:
+        raise ApiError(f"best_of is {best_of}, and n is {n}: the best n of so many texts are returned", param="best_of")
+    return n, best_of
+
+
+def spoken(stops: Sequence[str], bundle: Bundle) -> tuple[list[str], list[str]]:
+    """Return the stops that have words, and a warning of the others: clients send line breaks to any model."""
+    found = [stop for stop in stops if stop.strip() or not stop or bundle.tokenizer.tokenize(stop, continues=True)]
+    others = [quoted(stop) for stop in stops if stop not in found]
+    return found, [f"stop: not in the vocabulary, so never generated: {', '.join(others)}"] if others else []
+
+
+def read_stream(given: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether the answer is streamed, and whether its last event has the usage."""
+    stream, options = given.get("stream", False), given.get("stream_options", {})
+    if not isinstance(stream, bool):
+        raise ApiError(f"stream is {quoted(stream)}; true or false is expected", param="stream")
+    if "stream_options" in given and not stream:
+        raise ApiError("stream_options is given without stream", param="stream_options")
+    if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
+        raise ApiError(f'stream_options is {quoted(options)}; as {{"include_usage": true}} is expected', param="stream_options")
+    return stream, options.get("include_usage", False)

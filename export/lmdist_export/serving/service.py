@@ -1,0 +1,109 @@
+"""A bundle that answers requests: its sampler, the batching thread, and what one request may ask for.
+
+    service = Service(sampler)
+    prompts = service.prompts(["We must"])
+    request = service.request(prompts, service.resolve(prompts, options))
+    texts = service.batcher.generate(request, timeout_seconds=60)
+
+Both servers share it: mlflow_model.py, which `mlflow models serve` loads, and application.py in lmdist-serve. The limits keep
+one request from holding up the others. This module knows neither HTTP nor MLflow.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+from lmdist.errors import UsageError
+from lmdist_export.options import Options
+from lmdist_export.sampling.generation import BATCH_SIZE, Text
+from lmdist_export.sampling.prompt import Prompt, prompt_of, prompt_of_words
+from lmdist_export.sampling.resolved_options import ResolvedOptions, resolve
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.serving.batching import Batcher, Request
+from lmdist_export.serving.json_body import strings_of
+
+MAX_TOKENS = 20_000
+"""Read and generated for one request: no other waits long for its prompt, and it ends within the server's timeout."""
+MAX_CHARACTERS = 10 * MAX_TOKENS
+"""Of the prompts together: a megabyte of punctuation is tokenized for six seconds before its tokens can be counted."""
+MAX_REQUEST_BEAMS = 64
+MAX_LOGPROBS = 20
+MAX_PHRASES = 1_000
+"""Stops, bad words and logit biases."""
+MAX_PHRASE_CHARACTERS = MAX_TOKENS
+"""Of the stops and bad words together: a text is compared with them after each of its tokens."""
+
+
+class Service:
+    """A bundle that answers requests."""
+
+    def __init__(self, sampler: Sampler, batch_size: int = BATCH_SIZE) -> None:
+        self.sampler = sampler
+        self.bundle = sampler.bundle
+        self.batcher = Batcher(sampler, batch_size)
+        weakref.finalize(self, close, self.batcher).atexit = False
+
+    def warm_up(self, timeout_seconds: float) -> None:
+        """Generate a token, so that a server is ready when it says so."""
+        first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0, "seed": 0})
+        prompts = self.prompts([""])
+        self.batcher.generate(self.request(prompts, self.resolve(prompts, first)), timeout_seconds)
+
+    def prompts(self, texts: Sequence[str], *, continues: bool = True) -> list[Prompt]:
+        """Return texts as prompts, of which nothing was read; raises UsageError for more than one request may have.
+
+        Where they do not `continue`, as texts that are scored, their words are those of whole documents.
+        """
+        check_limit("the number of prompts", len(texts), MAX_TOKENS)
+        check_limit("the number of characters in prompts", sum(map(len, texts)), MAX_CHARACTERS)
+        if continues:
+            return [prompt_of(self.bundle, text) for text in texts]
+        return [prompt_of_words(self.bundle, self.bundle.tokenizer.tokenize(text) if text else []) for text in texts]
+
+    def resolve(self, prompts: Sequence[Prompt], options: Options, *, limit_name: str = "max_new_tokens") -> ResolvedOptions:
+        """Return its options, resolved; raises UsageError where a request is too large or its options exclude each other.
+
+        `limit_name` is what the caller calls max_new_tokens.
+        """
+        if not prompts:
+            raise UsageError("no prompt is given; an empty one is the beginning of a text")
+        phrases = {name: strings_of(name, getattr(options, name)) for name in ("stop", "bad_words", "logit_bias")}
+        check_limit(f"the number of {', '.join(phrases)} together", sum(map(len, phrases.values())), MAX_PHRASES)
+        characters = sum(len(phrase) for name in ("stop", "bad_words") for phrase in phrases[name])
+        check_limit("the number of characters in stop, bad_words together", characters, MAX_PHRASE_CHARACTERS)
+        check_limit("logprobs", options.logprobs or 0, MAX_LOGPROBS)
+        resolved = resolve(options, self.bundle)
+        config = resolved.config
+        check_limit("num_beams", config.num_beams, MAX_REQUEST_BEAMS)
+        texts = max(options.n, config.num_beams)
+        tokens = sum(len(prompt.tokens) + texts * config.max_new_tokens for prompt in prompts)
+        check_limit(f"the number of tokens in prompts, and {limit_name} for each text or beam, together", tokens, MAX_TOKENS)
+        return resolved
+
+    def request(
+        self,
+        prompts: Sequence[Prompt],
+        resolved: ResolvedOptions,
+        *,
+        logprobs: int | None = None,
+        on_growth: Callable[[Text, list[int]], None] | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> Request:
+        """Return a request in ids, with the rest as batching.Request takes it."""
+        ids = [prompt.tokens for prompt in prompts]
+        how = resolved.options
+        settings = resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos
+        return Request(self.sampler, ids, *settings, logprobs, on_growth, on_end)
+
+
+def close(batcher: Batcher) -> None:
+    """End a batching thread once its work has ended, without waiting for that; its service is garbage."""
+    threading.Thread(target=batcher.close, name="closing", daemon=True).start()
+
+
+def check_limit(name: str, value: int, limit: int) -> None:
+    """Raise UsageError where a request asks for more than the server accepts."""
+    if value > limit:
+        raise UsageError(f"{name} is {value:,}; this server accepts at most {limit:,}")

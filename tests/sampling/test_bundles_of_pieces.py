@@ -1,0 +1,164 @@
+"""Bundles of pieces of words: the text of a prompt stays as it is, streams show whole words, stops are found in the text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lmdist
+from lmdist.errors import DataError, UsageError
+from lmdist.settings import PrepareSettings
+from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum
+from lmdist.text.prepare import prepare
+from lmdist_export import export
+from lmdist_export.api import Model
+from lmdist_export.sampling.completion import whole_words
+from support.small_bundles import UNTIED, edit_json, in_fresh_process, run_of_data
+
+tokenizers = pytest.importorskip("tokenizers")
+
+TEXTS = [f"The president said that the people aren't here.\nNaïve 日本語 🙂 number {number}." for number in range(80)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A data folder, a run and a bundle of pieces."""
+    place = tmp_path_factory.mktemp("pieces")
+    (place / "a.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS))
+    prepare(PrepareSettings(inputs=[str(place / "a.jsonl")], tokenizer="bpe", vocabulary_size=320), place / "data")
+    run = run_of_data(place, place / "data", UNTIED)
+    export.main([str(run), "-o", str(place / "bundle")])
+    edit_json(place / "bundle/generation_config.json", temperature=1.0, top_p=1.0)
+    return place
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return lmdist.load(folder / "bundle")
+
+
+@pytest.mark.parametrize("prompt", ["The president", "The presid", "The president ", "日本", "🙂", "a  \n", ""])
+def test_the_text_is_the_prompt_and_what_continues_it(model: Model, prompt: str) -> None:
+    for seed in range(4):
+        options = {"seed": seed, "max_new_tokens": 30, "ignore_eos": True}
+        whole = model.generate(prompt, **options)
+        added = model.generate(prompt, echo=False, **options)
+        assert whole.text.startswith(prompt.removesuffix(" "))
+        assert whole.tokens == added.tokens
+        rest = whole.text.removeprefix(prompt.removesuffix(" "))
+        assert added.text == (rest.removeprefix(" ") if prompt.endswith(" ") else rest)
+        for echo, expected in ((True, whole), (False, added)):
+            stream = model.stream(prompt, echo=echo, **options)
+            assert "".join(stream) == expected.text
+            assert stream.completion
+            assert stream.completion.text == expected.text
+        assert len(whole.tokens) == 30
+
+
+def test_a_stream_shows_whole_words() -> None:
+    pieces = [" pres", "", "id", "ent", " aren", "'t", ",", " 日", "本", "語", "\n", "a" * 70, "b", " end"]
+    shown = list(whole_words(pieces))
+    assert shown[:6] == [" president", " aren't,", " 日", "本", "語", "\n"]
+    assert "".join(shown) == "".join(pieces)
+    assert shown[-1] == " end"
+
+
+def test_stops_are_found_in_the_text(model: Model) -> None:
+    options = {"seed": 3, "max_new_tokens": 200, "ignore_eos": True}
+    text = model.generate("The", echo=False, **options).text
+    stops = [text[place : place + length] for place in range(10, len(text) - 3, 23) for length in (1, 2, 3)]
+    stops = [stop for stop in stops if "\ufffd" not in stop]
+    assert len(stops) > 10
+    for stop in stops:
+        expected = text[: text.index(stop)]
+        found = model.generate("The", echo=False, stop=[stop, "never found"], **options)
+        assert (found.text, found.finish_reason) == (expected, "stop")
+        stream = model.stream("The", echo=False, stop=stop, **options)
+        assert "".join(stream) == expected
+    found = model.generate("The", num_beams=3, max_new_tokens=12, stop=[" ", "e"], echo=False)
+    assert not {" ", "e"} & set(found.text)
+
+
+def test_bad_words_and_biases_are_with_and_without_a_space(model: Model) -> None:
+    words = model.bundle.vocabulary.words
+    assert {"▁the", "the"} <= set(words) or "▁the" in words
+    options = {"seed": 1, "max_new_tokens": 200, "ignore_eos": True}
+    found = model.generate("The", logit_bias=["the=50"], **options).tokens
+    assert set(found) <= {"▁the", "the"}
+    assert "▁the" not in model.generate("The", bad_words=["the"], **options).tokens
+    assert model.generate("The", logit_bias=["▁the=50"], **options).tokens[0] == "▁the"
+
+
+def test_scores_vectors_and_next_words(model: Model) -> None:
+    score = model.score("The president said\nthat.")
+    assert not score.unknown.any()
+    assert score.words[-1] == "<eos>"
+    assert model.bundle.tokenizer.detokenize(score.words[:-1]) == "The president said\nthat."
+    assert model.vector("the").shape == (6,)
+    assert len(model.next_words("The president", k=3)) == 3
+    assert [*model.generate(["The", "We"], max_new_tokens=3)]
+
+
+def test_a_prompt_that_was_read_continues_with_its_space(model: Model, tmp_path: Path) -> None:
+    state = model.read("The president ")
+    state.save(tmp_path / "said.npz")
+    for before in (state, model.load_prompt(tmp_path / "said.npz")):
+        both = model.read("said", after=before)
+        assert model.bundle.tokenizer.detokenize(both.words) == "The president said"
+        assert both.tokens == model.prompt("The president said").tokens
+
+
+def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
+    arguments = [folder / "bundle", "--prompt", "The pres", "--seed", "1", "--max-new-tokens", "20", "--stream"]
+    done = in_fresh_process("generate", arguments, {"torch", "pandas", "sentencepiece", "nltk"})
+    assert done.stderr.splitlines()[-1] == "set()"
+    assert done.stdout.startswith("The pres")
+
+
+def test_the_bundle_has_the_files_of_its_pieces(folder: Path, model: Model) -> None:
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "bundle/tokenizer.json"))
+    assert theirs.encode(TEXTS[0]).ids == model.prompt(TEXTS[0]).tokens
+    assert "lmdist[cpu,serve,subword]" in (folder / "bundle/requirements.txt").read_text()
+    assert (folder / "bundle/text.json").read_bytes() == (folder / "data/text.json").read_bytes()
+
+
+def test_pieces_of_another_vocabulary_are_refused(folder: Path, tmp_path: Path) -> None:
+    import hashlib
+    import shutil
+
+    other = shutil.copytree(folder / "bundle", tmp_path / "bundle")
+    words = (other / "vocab.txt").read_text().splitlines()
+    (other / "vocab.txt").write_text("".join(f"{word}\n" for word in [*words[:-2], words[-1], words[-2]]))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["files"]["vocab.txt"]["sha256"] = hashlib.sha256((other / "vocab.txt").read_bytes()).hexdigest()
+    manifest[OWN_CHECKSUM] = own_checksum(manifest)
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"the pieces of text.json are not the words of vocab.txt"):
+        lmdist.load(other).generate("The")
+
+
+def test_without_the_library_it_is_one_line(folder: Path) -> None:
+    code = (
+        "import sys; from importlib.machinery import PathFinder; find = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *more: None if name == 'tokenizers' else find(name, *more)\n"
+        f"from lmdist_export.generate import main; main([{str(folder / 'bundle')!r}, '--prompt', 'a'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 64
+    assert "the package tokenizers is not installed: pip install" in done.stderr.splitlines()[-1]
+
+
+def test_a_run_starts_from_the_same_pieces_only(folder: Path, tmp_path: Path) -> None:
+    from lmdist.training.data import DataFolder
+    from lmdist.training.starting_point import check_base, load_base
+
+    base = load_base(str(folder / "runs/small"))
+    prepare(PrepareSettings(inputs=[str(folder / "a.jsonl")], vocabulary=str(folder / "runs/small"), seed=3), tmp_path / "same")
+    check_base(base, UNTIED, DataFolder(tmp_path / "same"))
+    prepare(PrepareSettings(inputs=[str(folder / "a.jsonl")], tokenizer="bpe", vocabulary_size=300), tmp_path / "other")
+    with pytest.raises(UsageError, match=r"has other pieces of words than .*: prepare it with --vocabulary"):
+        check_base(base, UNTIED, DataFolder(tmp_path / "other"))
