@@ -108,7 +108,8 @@ async function generate() {
     if (!stopping.signal.aborted) setError(error.message, "generating");
   }
   cancelAnimationFrame(frame);
-  if (text !== prompt) grow(text, prompt.length);
+  if (text === prompt) before = null;
+  else grow(text, prompt.length);
   setRunning(null);
   speak(text.slice(prompt.length));
   textChanged();
