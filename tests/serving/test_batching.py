@@ -100,7 +100,7 @@ def test_requests_of_many_settings_get_what_each_gets_alone(
             configs[number % 5],
             number,
             1 + number % 3,
-            [[5, 6]],
+            Stops([[5, 6]]),
             number % 5 == 0,
             number % 4 or None,
         )
@@ -138,7 +138,7 @@ def test_what_is_reported_of_a_text_as_it_grows_is_the_text(sampler: Sampler, ma
         reported.clear()
         ends.clear()
         done.clear()
-        request = Request(sampler, [[3], [4]], config, 1, 3, [[5, 6]], on_growth=on_growth, on_end=done.set)
+        request = Request(sampler, [[3], [4]], config, 1, 3, Stops([[5, 6]]), on_growth=on_growth, on_end=done.set)
         make_batcher().submit(request)
         assert done.wait(300)
         assert reported == {(text.prompt_number, text.number): text.tokens for text in request.texts}

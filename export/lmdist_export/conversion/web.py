@@ -109,9 +109,9 @@ def write(
 
     Raises UsageError for a tokenizer that JavaScript does not have, and for a folder that is not onnxruntime-web's package.
     """
-    if checkpoint.text.tokenizer not in TOKENIZERS:
+    if checkpoint.tokenizer.settings.tokenizer not in TOKENIZERS:
         raise UsageError(
-            f"--layout web: the text of this model was split by {checkpoint.text.tokenizer}, and the page knows "
+            f"--layout web: the text of this model was split by {checkpoint.tokenizer.settings.tokenizer}, and the page knows "
             f"{', '.join(TOKENIZERS)} only"
         )
     package = None if onnxruntime_web is None else package_files(onnxruntime_web)
