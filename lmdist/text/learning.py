@@ -55,12 +55,13 @@ def trained_model(kind: str, counted: Sequence[tuple[str, int]], size: int) -> d
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trainer: Any
+    counted = in_proportion(counted)
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE())
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=[*BYTE_OF], show_progress=False)
     else:
         tokenizer = Tokenizer(models.Unigram())
-        counted = [*counted, *with_ends(counted)]
+        counted += [*with_ends(counted)]
         more = size // 10 + len(BYTE_OF)  # of which some have an END_SIGN
         trainer = trainers.UnigramTrainer(vocab_size=size + more, initial_alphabet=[*BYTE_OF], show_progress=False)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # GPT-2's alphabet has no whitespace
@@ -80,16 +81,19 @@ def with_ends(counted: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
 
 
 def repeated(counted: Iterable[tuple[str, int]]) -> Iterator[str]:
-    """Yield texts with each word as often as it was counted, or in proportion: the trainers take texts only."""
-    counted = list(counted)
+    """Yield texts with each word as often as it was counted: the trainers take texts only."""
+    for word, number in counted:
+        while number > 0:
+            some = min(number, max(1, CHUNK_CHARACTERS // len(word)))
+            yield f"{word} " * some
+            number -= some
+
+
+def in_proportion(counted: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the words that are left, and their counts, of not many more than MAX_CHARACTERS."""
     total = sum((len(word) + 1) * number for word, number in counted)
     share = min(1.0, MAX_CHARACTERS / total)
-    for word, number in counted:
-        left = round(number * share)
-        while left > 0:
-            some = min(left, max(1, CHUNK_CHARACTERS // len(word)))
-            yield f"{word} " * some
-            left -= some
+    return [(word, left) for word, number in counted if (left := round(number * share))]
 
 
 def by_frequency(model: dict[str, Any], counted: Iterable[tuple[str, int]]) -> dict[str, Any]:

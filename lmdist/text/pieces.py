@@ -33,6 +33,8 @@ SPACE = "\u2581"
 """How SentencePiece writes a space in a piece, and how vocab.txt does."""
 UNPRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\u2581]|[\udc80-\udcff]")
 """What has no spelling of its own in vocab.txt: control characters, whitespace, ▁ itself, and bytes that are no character."""
+MAX_GAPS = 10_000
+"""Ids without an entry; each takes a row of the model."""
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece spells the byte of a character that has no piece."""
 
@@ -204,7 +206,10 @@ def of_tokenizers(model: dict[str, Any] | str) -> Entries:
     assert isinstance(model, dict)
     tokenizer = Tokenizer.from_str(json.dumps(model))
     ids = tokenizer.get_vocab(with_added_tokens=True)
-    names = [""] * (max(ids.values(), default=END_ID) + 1)
+    largest = max(ids.values(), default=END_ID)
+    if largest > len(ids) + MAX_GAPS:
+        raise DataError(f"its largest id is {largest:,}, and it has {len(ids):,} entries")
+    names = [""] * (largest + 1)
     for name, token in ids.items():
         names[token] = name
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}

@@ -214,6 +214,27 @@ def test_a_callback_that_fails_ends_its_own_request_alone(sampler: Sampler, make
     assert words_of(wait(stays) and stays.texts) == alone(sampler, stays)
 
 
+def test_a_defect_ends_what_is_being_done_and_not_the_server(
+    sampler: Sampler, make_batcher: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("a row")
+
+    batcher = make_batcher(max_queued_tokens=10**9)
+    asked = [Request(sampler, [[seed]], LONG, seed, ignore_end=True) for seed in (3, 4)]
+    for request in asked:
+        batcher.submit(request)
+    while not asked[0].num_written:
+        time.sleep(0.001)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_batch.SharedBatch, "remove", fail)
+        asked[0].cancel()
+        assert isinstance(wait(asked[1]).error, KeyError)
+    assert "the batching thread has failed" in caplog.text
+    request = Request(sampler, [[5]], CONFIG, 1)
+    assert words_of(batcher.generate(request, 300)) == alone(sampler, request)
+
+
 @pytest.mark.parametrize("length_penalty", [1e308, 1e16])
 def test_a_length_penalty_beyond_all_bounds_is_one_clear_error(length_penalty: float) -> None:
     with pytest.raises(UsageError, match=r"length_penalty is 1e\+\d+; .*-20 to 20"):
@@ -339,7 +360,7 @@ def test_a_text_that_made_room_for_others_comes_back(
     monkeypatch.setattr(shared_batch, "TURN_SECONDS", 0.01)
     batcher = make_batcher(batch_size=2)
     asked = [
-        Request(sampler, [[number]], replace(CONFIG, max_new_tokens=400), number, 2, ignore_end=True) for number in (3, 4, 5)
+        Request(sampler, [[number]], replace(CONFIG, max_new_tokens=150), number, 2, ignore_end=True) for number in (3, 4, 5)
     ]
     order: list[int] = []
     for request in asked:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -141,7 +143,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_shards_and_another_process_write_the_same_bytes(folder: Path) -> None:
+def test_shards_workers_and_another_process_write_the_same_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = content(folder)
     kind = json.loads(expected["meta.json"])["prepare"]["tokenizer"]
     source = folder.parent / "a.jsonl"
@@ -152,7 +154,10 @@ def test_shards_and_another_process_write_the_same_bytes(folder: Path) -> None:
     line = "lmdist.text.prepare", source, "-o", folder.parent / "other", "--tokenizer", kind, "--vocabulary-size", "420"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "3"}
     subprocess.run([sys.executable, "-m", *map(str, line)], check=True, capture_output=True, env=environment)
-    for name in ("merged", "other"):
+    if kind == "bpe":
+        monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {kind: 0})
+        prepare(dataclasses.replace(asked, workers=2), folder.parent / "workers")
+    for name in ("merged", "other", *(["workers"] if kind == "bpe" else [])):
         assert content(folder.parent / name) == expected, name
 
 
@@ -164,6 +169,17 @@ def test_the_same_shards_give_other_pieces(tmp_path: Path) -> None:
             PrepareSettings(inputs=[source], tokenizer="bpe", vocabulary_size=size), tmp_path / "data", overwrite=size > 300
         )
         assert DataFolder(tmp_path / "data").vocabulary_size == size
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_of_a_long_text_words_are_counted_in_proportion(kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmdist.text.learning.MAX_CHARACTERS", 4_000)
+    monkeypatch.setattr("lmdist.text.learning.CHUNK_CHARACTERS", 20)
+    source = write_texts(tmp_path / "a.jsonl")
+    prepare(PrepareSettings(inputs=[str(source)], tokenizer=kind, vocabulary_size=330), tmp_path / "data")
+    tokenizer = pickle.loads(pickle.dumps(DataFolder(tmp_path / "data").tokenizer))
+    assert tokenizer.detokenize(tokenizer.tokenize(LINES[2])) == LINES[2]
+    assert len(tokenizer.tokenize(" the people")) < 10
 
 
 def test_pieces_are_of_lowercased_and_cleaned_text(tmp_path: Path) -> None:
@@ -312,6 +328,11 @@ WRONG: dict[str, tuple[str, Callable[[], str | bytes], str]] = {
     "no JSON": ("a.json", lambda: byte_level().to_str()[:-400], "is not JSON"),
     "another JSON": ("a.json", lambda: '{"model": {"type": "BPE"}}', "is no tokenizer.json"),
     "a model that is none": ("a.json", lambda: '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": 3}}', "cannot be read"),
+    "huge ids": (
+        "a.json",
+        lambda: '{"model": {"type": "BPE", "vocab": {"a": 2000000000}, "merges": []}}',
+        "largest id is 2,000,",
+    ),
     "WordPiece": ("a.json", word_piece, "with a model of BPE or Unigram"),
     "no bytes": ("a.json", without_bytes, "has no pieces for all bytes"),
     "no model": ("a.model", lambda: b"not a model", "is no SentencePiece model, or was cut off"),

@@ -295,7 +295,7 @@ def folder(tmp_path_factory) -> Path:
         (64, "articles1.csv -o out --colour 3", ["--colour"]),
         (64, "articles1.csv -o out --rows many", ["--rows", "many"]),
         (64, "articles1.csv -o out --rows -1", ["rows is -1"]),
-        (64, "articles1.csv -o out --tokenizer bpe", ["bpe", "wordpunct"]),
+        (64, "articles1.csv -o out --tokenizer bert", ["bpe", "wordpunct"]),
         (64, "articles1.csv -o out --valid-fraction 1.5", ["1.5"]),
         (64, "articles1.csv -o out --valid-fraction 0.5 --test-fraction 0.5", ["nothing to train on"]),
         (64, "articles1.csv -o out --encoding klingon", ["klingon"]),

@@ -11,6 +11,7 @@ their generators wait. This module knows ids, and nothing of HTTP.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
@@ -72,6 +73,15 @@ class Work:
         """Stop waiting: whatever is done for it ends after the current step."""
         self.cancelled = True
         self.finished.set()
+
+    def finish(self) -> None:
+        """Tell the client that there is nothing more to wait for."""
+        self.finished.set()
+        try:
+            if self.on_end:
+                self.on_end()
+        except Exception:  # as from an event loop that is closed
+            logging.getLogger(__name__).exception("the client of a request could not be told of its end")
 
     def has_read(self, expected: int, tokens: int) -> None:
         """Count tokens that were read of those that its cost expects."""
@@ -232,4 +242,5 @@ def check_phrases(sampler: Sampler, config: GenerationConfig, stops: Stops) -> N
     own = sum(map(len, sampler.bundle.generation.bad_words_ids))
     tokens = sum(map(len, (*stops.stops, *config.bad_words_ids))) - own
     if tokens > MAX_PHRASE_TOKENS:
-        raise UsageError(f"stop and bad_words have {tokens:,} tokens together; a server accepts at most {MAX_PHRASE_TOKENS:,}")
+        kind = "tokens and bytes" if stops.spelling else "tokens"
+        raise UsageError(f"stop and bad_words have {tokens:,} {kind} together; a server accepts at most {MAX_PHRASE_TOKENS:,}")
