@@ -136,7 +136,7 @@ def test_a_text_streams_and_is_that_of_the_python_api(page: Page, model: Model) 
 
 def test_undo_and_another(page: Page) -> None:
     page.locator("#text").fill("we said ")
-    fill(page, temperature=2)
+    fill(page, temperature=2, min_new_tokens=10)
     page.get_by_role("button", name="Generate").click()
     wait_for_status(page, "with seed")
     first = text_of(page)

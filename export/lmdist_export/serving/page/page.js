@@ -106,10 +106,10 @@ async function generate() {
   } catch (error) {
     say(stopping.signal.aborted ? "Stopped." : "");
     if (!stopping.signal.aborted) setError(error.message, "generating");
+    if (text === prompt) before = null;
   }
   cancelAnimationFrame(frame);
-  if (text === prompt) before = null;
-  else grow(text, prompt.length);
+  if (text !== prompt) grow(text, prompt.length);
   setRunning(null);
   speak(text.slice(prompt.length));
   textChanged();
