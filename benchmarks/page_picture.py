@@ -83,10 +83,9 @@ def main() -> None:
     """Take one picture, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--plot", type=Path, help="write the light one here, in 128 colours")
+    parser.add_argument("--plot", type=Path, help="write the light one here")
     parser.add_argument("--all", type=Path, help="write all of them into this folder")
     arguments = parser.parse_args()
-    from PIL import Image
     from playwright.sync_api import sync_playwright
 
     with serving(arguments.bundle) as url, sync_playwright() as playwright:
@@ -97,9 +96,6 @@ def main() -> None:
                 take(browser, url, arguments.all / f"{name}.png", context)
         if arguments.plot:
             take(browser, url, arguments.plot, PICTURES["light"])
-            Image.open(arguments.plot).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(
-                arguments.plot, optimize=True
-            )
         browser.close()
 
 

@@ -15,6 +15,8 @@ export function element(name, properties = {}, ...children) {
 
 const percent = new Intl.NumberFormat("en", { style: "percent", maximumSignificantDigits: 2 });
 const decimal = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+const oneDecimal = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
 export const inPercent = (probability) => (probability < 0.001 ? "< 0.1%" : percent.format(probability));
 export const inDecimals = (number) => decimal.format(number);
+export const withOneDecimal = (number) => oneDecimal.format(number);

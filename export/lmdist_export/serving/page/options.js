@@ -14,7 +14,7 @@ const SLIDERS = {
   repetition_penalty: { label: "Repetition penalty", low: 1, high: 2, step: 0.05, more: true },
   presence_penalty: { label: "Presence penalty", low: -2, high: 2, step: 0.1, more: true },
   frequency_penalty: { label: "Frequency penalty", low: -2, high: 2, step: 0.1, more: true },
-  no_repeat_ngram_size: { label: "No repeated sequence of", low: 0, high: 10, step: 1, more: true },
+  no_repeat_ngram_size: { label: "No repeats of N tokens", low: 0, high: 10, step: 1, more: true },
   cache_weight: { label: "Neural cache", low: 0, high: 0.9, step: 0.05, more: true },
   min_new_tokens: { label: "Least length, in tokens", low: 0, high: 200, step: 1, more: true },
   num_beams: { label: "Beams", low: 1, high: 10, step: 1, more: true },

@@ -106,6 +106,7 @@ async function generate() {
   } catch (error) {
     say(stopping.signal.aborted ? "Stopped." : "");
     if (!stopping.signal.aborted) setError(error.message, "generating");
+    if (text === prompt) before = null;
   }
   cancelAnimationFrame(frame);
   if (text !== prompt) grow(text, prompt.length);

@@ -1,6 +1,6 @@
 /* How surprising a text is: the colours of its tokens, their legend, figures of the text, and the tokens as a table. */
 
-import { $, element, inDecimals, inPercent } from "./dom.js";
+import { $, element, inDecimals, inPercent, withOneDecimal } from "./dom.js";
 import { written } from "./editor.js";
 
 const LEAST_BITS = [0, 1, 3, 6, 9, 12]; // of each level of colour
@@ -23,7 +23,7 @@ export function showLegend() {
 
 export function showFigures(tokens) {
   const bitsPerToken = tokens.reduce((sum, token) => sum + bits(token), 0) / tokens.length;
-  $("perplexity").textContent = tokens.length ? inDecimals(2 ** bitsPerToken) : "–";
+  $("perplexity").textContent = tokens.length ? withOneDecimal(2 ** bitsPerToken) : "–";
   $("bits-per-token").textContent = tokens.length ? bitsPerToken.toFixed(2) : "–";
   $("tokens").textContent = inDecimals(tokens.length);
   $("unknown").textContent = inDecimals(tokens.filter((token) => token.unknown).length);
