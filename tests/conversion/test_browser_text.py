@@ -65,7 +65,7 @@ def opened(engine: Engine, settings: TextSettings, punkt: dict[str, object] | No
     counts=st.lists(st.integers(2, 50), max_size=4),
     unused=st.integers(0, 2),
 )
-@effort(max_examples=60)
+@effort(max_examples=60, deadline=None)
 def test_random_numbers_are_numpys(engine: Engine, seed: int, key: list[int], counts: list[int], unused: int) -> None:
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(key)))
     expected = [generator.random(count - unused, np.float32).tolist() for count in counts]
@@ -85,7 +85,7 @@ def test_words_are_pythons(engine: Engine, settings: TextSettings) -> None:
     tokenizer = opened(engine, settings)
 
     @given(odd_texts | st.lists(st.sampled_from([*OTHER_SCRIPTS, *TOKENS, " "]), max_size=12).map("".join), st.booleans())
-    @effort(max_examples=60)
+    @effort(max_examples=60, deadline=None)
     def compare(text: str, continues: bool) -> None:
         if all(unicodedata.category(character) != "Cn" for character in text):  # which Unicode versions disagree on
             assert engine.call("words", text, continues) == tokenizer.tokenize(text, continues=continues)
@@ -97,7 +97,7 @@ def test_words_are_nltks_with_parameters_that_no_text_has_taught(engine: Engine)
     tokenizer = opened(engine, TextSettings("word_tokenize"), STRANGE)
 
     @given(odd_texts)
-    @effort(max_examples=100)
+    @effort(max_examples=100, deadline=None)
     def compare(text: str) -> None:
         if all(unicodedata.category(character) != "Cn" for character in text):
             assert engine.call("words", text, False) == tokenizer.tokenize(text)
@@ -146,7 +146,7 @@ def test_text_of_words_is_pythons(engine: Engine, tokenizer: str) -> None:
     mark = st.lists(st.sampled_from(MARKS), min_size=1, max_size=3).map("".join)
 
     @given(st.lists(odd | mark, max_size=15))
-    @effort(max_examples=100)
+    @effort(max_examples=100, deadline=None)
     def compare(words: list[str]) -> None:
         assert engine.call("pieces", words, tokenizer) == list(pieces(words, tokenizer))
 
