@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lmdist.errors import DataError
 from lmdist.settings import PrepareSettings, TextSettings, Tokenizer
-from lmdist.text.detokenizer import SPACE, detokenize
+from lmdist.text.detokenizer import SPACE
 from lmdist.text.markup import text_of_html
 from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import LETTER, PLAIN, WORDPUNCT, WORDPUNCT_MARKS, WordTokenizer, cleaned, pattern
@@ -257,9 +257,7 @@ def test_html_among_the_most_frequent_words_is_named(tmp_path, capsys):
 # --- words, not letters --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "call", [Vocabulary(["<unk>", "<eos>", "the"]).encode, Vocabulary, lambda text: detokenize(text, "wordpunct")]
-)
+@pytest.mark.parametrize("call", [Vocabulary(["<unk>", "<eos>", "the"]).encode, Vocabulary, WORDPUNCT_TOKENIZER.detokenize])
 def test_a_text_in_place_of_its_words_is_an_error(call):
     with pytest.raises(TypeError, match=r"a list of words is expected, not the text 'the president': tokenize\(text\)"):
         call("the president")
