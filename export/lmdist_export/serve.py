@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     model.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default: cpu)")
     model.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: available CPUs, at most 4)")
-    model.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts generated at a time (default: 16)")
+    model.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts generated at a time (default: 32)")
     requests = parser.add_argument_group("requests")
     requests.add_argument(
         "--timeout", type=float, default=600, metavar="SECONDS", help="of a request, then it is cancelled (default: 600)"

@@ -69,7 +69,7 @@ class Layer(nn.LSTM):
         weights = [weight_ih, weight_hh if recurrent is None else recurrent, *biases]
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_ih.dtype
         with torch.autocast(device, enabled=False):
-            if low != weight_ih.dtype or recurrent is not None:  # the parameters themselves are one block already
+            if low != weight_ih.dtype or weights[1] is not weight_hh:  # the parameters themselves are one block already
                 weights = one_block(weights, low)
             return self.compute(inputs.to(low), tuple(part.to(low) for part in state), weights)
 

@@ -115,7 +115,5 @@ class UndecodableBytes:
         return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
 
     def __str__(self) -> str:
-        return (
-            f"{self.source.name}: {counted(self.count, 'byte is', 'bytes are')} not UTF-8 and read as Windows-1252, "
-            f"as in {self.example!r}; --encoding names another"
-        )
+        read = counted(self.count, "byte is not UTF-8 and was read", "bytes are not UTF-8 and were read")
+        return f"{self.source.name}: {read} as Windows-1252, as in {self.example!r}; --encoding names another"

@@ -1,9 +1,9 @@
 """The time budget: how many steps fit into training.minutes, by the speed so far.
 
 A schedule is a function of a step and of the total of steps, so a run by time needs a total too. It is decided after the first
-step, again after 4 and 16, when libraries are loaded and the speed is known, and at each log line where the end that it
-leads to has moved away from the end of the time by more than TOLERANCE. Between two decisions it holds, on all ranks and over a
-stop: Progress.plan in the checkpoint has all of them, and the learning rate of each step follows from these.
+step, again after 4 and 16, when libraries are loaded and the speed is known, and at each log line where the end that it leads
+to has moved away from the end of the time. Between two decisions it holds, on all ranks and over a stop: Progress.plan in the
+checkpoint has all of them, and the learning rate of each step follows from these.
 
     time    0 min ------------------------------------------------ 30 min
     steps   1   4   16 |.......... steps .......... | valid | steps .. | valid
@@ -28,8 +28,9 @@ UNDECIDED = 10**12
 """The total of steps before the first decision: every schedule is at its beginning."""
 EARLY = (1, 4, 16)
 """The steps of a process after which the total is looked at beside those of log lines; after a resume the last is the first."""
-TOLERANCE = 0.01
-"""Share of the time: a total whose end is not further from the end of the time stays."""
+TOLERANCE, DRIFT = 0.01, 0.05
+"""A total whose end is not further from the end of the time stays: by this share of all the time, or of what is left of it. The
+speed of a shared machine goes up and down, and there is time to make up for it."""
 
 
 class Pace(NamedTuple):
@@ -100,7 +101,7 @@ class TimeBudget:
             return False
         step, left, pace = self.progress.step, self.seconds_left, self.current_pace(done)
         error = pace.seconds_for(self.total_steps - step, step) - left
-        stays = self.total_steps != UNDECIDED and abs(error) <= TOLERANCE * 60 * self.minutes
+        stays = self.total_steps != UNDECIDED and abs(error) <= max(TOLERANCE * 60 * self.minutes, DRIFT * left)
         total_steps = int(self.world.broadcast(str(self.total_steps if stays else step + pace.steps_within(left, step))))
         if total_steps == self.total_steps:
             return False

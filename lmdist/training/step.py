@@ -148,7 +148,7 @@ class TrainingStep:
 class DrawnAhead:
     """The masks of each step, drawn in a thread while the step before is computed.
 
-    Those of the recurrent weights are millions of numbers, for which a GPU would wait about as long as it computes.
+    Those of the recurrent weights are millions of numbers, for which a GPU would wait.
     """
 
     def __init__(self, draw: Callable[[int], Masks]) -> None:

@@ -26,7 +26,7 @@ def run(out: Path, *flags: str) -> tuple[subprocess.CompletedProcess[str], dict[
 @pytest.mark.slow
 def test_the_stages_run_on_a_cpu(tmp_path):
     one_test = "test_gradients_are_those_of_fp64_in_every_precision and adaptive and fp32"
-    done, found = run(tmp_path, "--stages", "facts", "right", "fast", "good", "--only", one_test)
+    done, found = run(tmp_path, "--stages", "facts", "right", "fast", "good", "--only", one_test, "--minutes=90")
     assert done.returncode == 0, [done.stderr, found]
     assert {name: result["state"] for name, result in found.items()} == dict.fromkeys(
         ("facts", "right", "fast", "good"), "done"

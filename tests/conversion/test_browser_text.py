@@ -34,6 +34,8 @@ SETTINGS = [
     TextSettings("whitespace"),
     TextSettings("whitespace", "tutorial"),
     TextSettings("characters"),
+    TextSettings("word_tokenize", line_breaks=True),
+    TextSettings("characters", line_breaks=True),
 ]
 OTHER_SCRIPTS = [
     *"नमस्ते हिन्दी שָׁלוֹם сім'я Ελλάς ΟΔΟΣ 日本語、 한국 ½ Ⅷ İ l·l d' ’s « » „ “ ‹ ¿ ¡ — 5 € $ ²".split(),
@@ -74,7 +76,8 @@ def test_random_numbers_are_numpys(engine: Engine, seed: int, key: list[int], co
 
 
 def name_of(settings: TextSettings) -> str:
-    return f"{settings.tokenizer}-{settings.clean}{'-lowercase' * settings.lowercase}-{settings.rules}"
+    parts = settings.tokenizer, settings.clean, "lowercase" * settings.lowercase, "lines" * settings.line_breaks, settings.rules
+    return "-".join(map(str, filter(None, parts)))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=name_of)
@@ -122,7 +125,7 @@ def test_words_are_found_where_they_stand(engine: Engine, settings: TextSettings
     found = [text[start:end] for start, end in spans]
     assert len(found) == len(words)
     assert [start for start, _ in spans] == sorted(start for start, _ in spans)
-    same = {"``": '"', "''": '"', "<eos>": "\n", "\u2581": " "}
+    same = {"``": '"', "''": '"', "<eos>": "\n", "<nl>": "\n", "\u2581": " "}
 
     def folded(piece: str) -> str:
         """A piece without what the settings leave out."""
@@ -138,7 +141,7 @@ def test_words_are_found_where_they_stand(engine: Engine, settings: TextSettings
 
 @pytest.mark.parametrize("tokenizer", ["word_tokenize", "wordpunct", "whitespace", "characters"])
 def test_text_of_words_is_pythons(engine: Engine, tokenizer: str) -> None:
-    notation = ["<eos>", "\u2581", "@-@", "@,@", "``", "''", "'s", "n't", "o"]
+    notation = ["<eos>", "<nl>", "\u2581", "@-@", "@,@", "``", "''", "'s", "n't", "o"]
     odd = st.sampled_from([*TOKENS, *OTHER_SCRIPTS, *MARKS, *LETTERS, *notation])
     mark = st.lists(st.sampled_from(MARKS), min_size=1, max_size=3).map("".join)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -15,9 +16,14 @@ from typing import Any
 import pytest
 
 import lmdist
+from lmdist.errors import UsageError
+from lmdist.settings import TextSettings
+from lmdist.text.tokenizer import WordTokenizer
 from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.conversion import web
+from lmdist_export.conversion.exporting import Checkpoint
+from lmdist_export.options import PARAMS
 from support import failures
 from support.javascript import MODULES, NODE, ROOT, Engine, needs_package
 from support.small_bundles import ADAPTIVE, PLAIN_WORDS, TIED, UNTIED, WORDS, make_run
@@ -72,7 +78,9 @@ def test_the_folder_has_the_page_the_engine_and_the_model(both: tuple[Path, Mode
 def test_every_option_but_those_left_out_is_in_the_page(both: tuple[Path, Model]) -> None:
     about = json.loads((both[0] / "model" / "model.json").read_text(encoding="utf-8"))
     options = {option["name"]: option for option in about["options"]}
-    assert {*options} | web.LEFT_OUT == {*export_options()}
+    assert {*options} | web.LEFT_OUT == {*PARAMS}
+    engine = "".join(path.read_text(encoding="utf-8") for path in web.ENGINE.glob("engine/*.js"))
+    assert [name for name in options if not re.search(rf"\b{name}\b", engine)] == []
     assert options["top_p"] | {"help": ""} == {
         "name": "top_p",
         "type": "float",
@@ -87,15 +95,11 @@ def test_every_option_but_those_left_out_is_in_the_page(both: tuple[Path, Model]
     assert options["temperature"]["maximum"] is None
 
 
-def export_options() -> list[str]:
-    from lmdist_export.options import PARAMS
-
-    return [*PARAMS]
-
-
-def test_only_a_page_is_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_page_is_overwritten(
+    both: tuple[Path, Model], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [run, "-o", tmp_path / "page", "--layout", "web"]
-    export.main([*map(str, arguments)])
+    shutil.copytree(both[0], tmp_path / "page")
     assert failure(arguments, capsys)[0] == 64
     export.main([*map(str, arguments), "--overwrite"])
     (tmp_path / "page" / "mine.txt").write_text("mine")
@@ -107,6 +111,7 @@ def test_only_a_page_is_overwritten(run: Path, tmp_path: Path, capsys: pytest.Ca
     ("flags", "message"),
     [
         (["--precision", "int4"], "--precision int4: --layout web is written in fp32 or int8"),
+        (["--precision", "int8", "--data", "none"], "--precision int8 needs held-out text to measure its cost"),
         (["--register", "news"], "--register news: --layout web is written in fp32 or int8 and is no model of MLflow"),
         (["--onnxruntime-web", "nowhere"], "--onnxruntime-web nowhere is no folder"),
         (
@@ -123,6 +128,12 @@ def test_flags_that_mean_nothing_are_refused(
     assert code in (64, 66)
     assert message in line
     assert not (tmp_path / "page").exists()
+
+
+def test_a_tokenizer_that_javascript_does_not_have_is_refused(run: Path, tmp_path: Path) -> None:
+    checkpoint = dataclasses.replace(Checkpoint.load(run), tokenizer=WordTokenizer(TextSettings("bpe")))
+    with pytest.raises(UsageError, match="was split by bpe, and the page knows word_tokenize, wordpunct, "):
+        web.write(checkpoint, tmp_path / "page", None, "fp32", None, None)
 
 
 @needs_package("onnxruntime-web")

@@ -16,6 +16,7 @@ import torch
 from corpora import chain, write_data_folder
 from lmdist.training.checkpoints.read import load_model
 from lmdist.training.checkpoints.retain import find_checkpoint
+from lmdist.training.distributed import full_memory
 from support.jobs import DROPOUT, SMALL, environment, fingerprint, losses, start, train, wait_for_steps
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +57,8 @@ def test_a_job_that_is_killed_resumes_bit_for_bit(folder):
     assert "resuming after step" in done.stderr
     assert fingerprint(folder / "killed") == fingerprint(folder / "whole")
     assert "without a CUDA graph" not in done.stderr
+    for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # no NaN and no Infinity, also of steps that overflow in fp16
 
 
 ONE_RANK = '''
@@ -102,6 +105,23 @@ def test_evaluation_is_that_of_fp64_on_a_cpu(folder):
         hidden, _ = model(torch.cat([torch.tensor([1]), tokens[:-1]])[None], state)
         nats = -model.logits(hidden)[0].log_softmax(1).gather(1, tokens[:, None]).mean()
     assert json.loads(done.stdout)["perplexity"] == pytest.approx(nats.exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("error", "whose"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), "the GPU's"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU's"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the GPU's"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "this machine's"),
+        (MemoryError(), "this machine's"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), ""),
+        (OSError("memory"), ""),
+    ],
+)
+def test_memory_that_is_full_has_many_names(error, whose):
+    assert full_memory(error) == whose
 
 
 LITTLE_MEMORY = """

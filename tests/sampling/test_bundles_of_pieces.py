@@ -17,6 +17,11 @@ from lmdist.text.prepare import prepare
 from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.sampling.completion import whole_words
+from lmdist_export.sampling.generation import Text
+from lmdist_export.serving.batching import Scoring
+from lmdist_export.serving.openai_answer import Writer, choice
+from lmdist_export.serving.openai_request import read_request
+from lmdist_export.serving.service import Service
 from support.small_bundles import UNTIED, edit_json, in_fresh_process, run_of_data
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -57,6 +62,27 @@ def test_the_text_is_the_prompt_and_what_continues_it(model: Model, prompt: str)
             assert stream.completion
             assert stream.completion.text == expected.text
         assert len(whole.tokens) == 30
+
+
+@pytest.mark.parametrize("prompt", ["The president", "The presid", "The president ", "日本", "a  \n", ""])
+def test_a_server_writes_the_same_text(model: Model, prompt: str) -> None:
+    service = Service(model.sampler)
+    for stop in ([], ["es", "日"]):
+        given = {"prompt": prompt, "seed": 3, "max_tokens": 30, "ignore_eos": True, "stop": stop}
+        asked = read_request(given, service, "pieces")
+        (text,) = service.batcher.generate(service.request(asked.prompts, asked.resolved), 60)
+        expected = model.generate(prompt, seed=3, max_new_tokens=30, ignore_eos=True, stop=stop, echo=False).text
+        assert choice(asked, text, 0, None)["text"] == expected
+        writer = Writer(model.bundle, asked.prompts[0], prompt)
+        assert "".join([*(piece for token in text.tokens for piece in writer.write([token])), writer.end(text)]) == expected
+    asked = read_request({"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
+    scoring = Scoring(model.sampler, [asked.prompts[0].tokens], 0)
+    service.batcher.submit(scoring)
+    assert scoring.finished.wait(60)
+    found = choice(asked, Text(asked.prompts[0].tokens, 0, 0, finish_reason="length"), 0, scoring.scores[0])
+    offsets = [*found["logprobs"]["text_offset"], len(prompt)]
+    assert found["text"] == prompt
+    assert offsets == sorted(offsets)
 
 
 def test_a_stream_shows_whole_words() -> None:

@@ -79,7 +79,7 @@ def alone(sampler: Sampler, request: Request) -> list[tuple[int, int, list[int],
 
 
 def wait(work: Work) -> Work:
-    assert work.finished.wait(60)
+    assert work.finished.wait(300)
     return work
 
 
@@ -111,7 +111,7 @@ def test_requests_of_many_settings_get_what_each_gets_alone(
     for scoring in scorings:
         batcher.submit(scoring)
     with ThreadPoolExecutor(15) as clients:
-        answers = list(clients.map(lambda request: batcher.generate(request, 60), asked))
+        answers = list(clients.map(lambda request: batcher.generate(request, 300), asked))
     assert [words_of(texts) for texts in answers] == [alone(sampler, request) for request in asked]
     for request, texts in zip(asked, answers, strict=True):
         for text in texts:
@@ -140,7 +140,7 @@ def test_what_is_reported_of_a_text_as_it_grows_is_the_text(sampler: Sampler, ma
         done.clear()
         request = Request(sampler, [[3], [4]], config, 1, 3, Stops([[5, 6]]), on_growth=on_growth, on_end=done.set)
         make_batcher().submit(request)
-        assert done.wait(60)
+        assert done.wait(300)
         assert reported == {(text.prompt_number, text.number): text.tokens for text in request.texts}
         assert sorted(ends) == sorted(reported)
         assert len(ends) == 6
@@ -188,9 +188,9 @@ def test_a_request_that_fails_does_not_fail_others(tmp_path: Path) -> None:
     batcher = Batcher(sampler)
     for request in good:
         batcher.submit(request)
-    assert growing.wait(60)
+    assert growing.wait(300)
     with pytest.raises(DataError, match="not finite"):
-        batcher.generate(Request(sampler, [[SIZE - 1]], config, 1, ignore_end=True), 60)
+        batcher.generate(Request(sampler, [[SIZE - 1]], config, 1, ignore_end=True), 300)
     for request, tokens in zip(good, reported.values(), strict=True):
         assert wait(request).error is None
         assert words_of(request.texts) == alone(sampler, request)
@@ -207,11 +207,32 @@ def test_a_callback_that_fails_ends_its_own_request_alone(sampler: Sampler, make
     batcher = make_batcher()
     stays = Request(sampler, [[3]], replace(CONFIG, max_new_tokens=200), 1, ignore_end=True)
     batcher.submit(stays)
-    for on in ({"on_growth": fail}, {"on_growth": fail, "on_end": fail}):
-        failing = Request(sampler, [[4]], LONG, 1, ignore_end=True, **on)
+    for on_end in (None, fail):
+        failing = Request(sampler, [[4]], LONG, 1, ignore_end=True, on_growth=fail, on_end=on_end)
         batcher.submit(failing)
         assert isinstance(wait(failing).error, RuntimeError)
     assert words_of(wait(stays) and stays.texts) == alone(sampler, stays)
+
+
+def test_a_defect_ends_what_is_being_done_and_not_the_server(
+    sampler: Sampler, make_batcher: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("a row")
+
+    batcher = make_batcher(max_queued_tokens=10**9)
+    asked = [Request(sampler, [[seed]], LONG, seed, ignore_end=True) for seed in (3, 4)]
+    for request in asked:
+        batcher.submit(request)
+    while not asked[0].num_written:
+        time.sleep(0.001)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_batch.SharedBatch, "remove", fail)
+        asked[0].cancel()
+        assert isinstance(wait(asked[1]).error, KeyError)
+    assert "the batching thread has failed" in caplog.text
+    request = Request(sampler, [[5]], CONFIG, 1)
+    assert words_of(batcher.generate(request, 300)) == alone(sampler, request)
 
 
 @pytest.mark.parametrize("length_penalty", [1e308, 1e16])
@@ -228,7 +249,7 @@ def test_a_request_that_times_out_leaves_the_batch(sampler: Sampler, make_batche
     with pytest.raises(RequestTimeout):
         batcher.generate(Request(sampler, [[]], LONG, 1, ignore_end=True), 0.2)
     request = Request(sampler, [[3]], replace(LONG, max_new_tokens=5), 1, ignore_end=True)
-    assert words_of(batcher.generate(request, 60)) == alone(sampler, request)
+    assert words_of(batcher.generate(request, 300)) == alone(sampler, request)
     with pytest.raises(RequestTimeout):  # of the same settings, so that it follows a cancelled one
         batcher.generate(Request(sampler, [[]], LONG, 1, ignore_end=True), 0.2)
 
@@ -272,7 +293,7 @@ def test_work_that_is_cancelled_before_its_first_step_has_none(sampler: Sampler,
         work.on_end = done.set
         work.cancel()
         batcher.submit(work)
-        assert done.wait(60)
+        assert done.wait(300)
     assert batcher.figures() == batching.Figures(0, 0, 0, 0, {}, 0, 0)
 
 
@@ -289,7 +310,7 @@ def test_short_work_is_done_while_long_work_goes_on(sampler: Sampler, make_batch
         time.sleep(0.001)
     for config in (CONFIG, replace(CONFIG, max_new_tokens=10), replace(CONFIG, num_beams=2)):
         short = Request(sampler, [[5]], config, 1, ignore_end=True)
-        assert words_of(batcher.generate(short, 60)) == alone(sampler, short)
+        assert words_of(batcher.generate(short, 300)) == alone(sampler, short)
     scoring = Scoring(sampler, [[3, 4, 5]], 1)
     batcher.submit(scoring)
     wait(scoring)
@@ -309,13 +330,37 @@ def test_of_long_work_of_one_kind_all_have_their_share(sampler: Sampler, make_ba
     assert all(not work.scores for work in long)
 
 
+def test_the_next_place_is_for_who_has_had_the_least(sampler: Sampler, make_batcher: Callable[..., Batcher]) -> None:
+    """A client with one text waits for one of those of a client with many, who waits for none of one that comes later."""
+    order: list[int] = []
+
+    def asked(seed: int, n: int) -> Request:
+        def on_growth(text: Text, _: list[int]) -> None:
+            order.extend([seed] if text.finish_reason else [])
+
+        return Request(sampler, [[3]], CONFIG, seed, n, ignore_end=True, on_growth=on_growth)
+
+    batcher = make_batcher(batch_size=1, max_queued_tokens=10**9)
+    many, others = asked(0, 100_000), [asked(seed, 2) for seed in range(1, 6)]
+    batcher.submit(many)
+    while len(order) < 10:
+        time.sleep(0.001)
+    before = len(order)
+    for request in others:
+        batcher.submit(request)
+    for request in others:
+        wait(request)
+    assert not many.finished.is_set()
+    assert order[before:].count(0) < 20
+
+
 def test_a_text_that_made_room_for_others_comes_back(
     sampler: Sampler, make_batcher: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_batch, "TURN_SECONDS", 0.01)
     batcher = make_batcher(batch_size=2)
     asked = [
-        Request(sampler, [[number]], replace(CONFIG, max_new_tokens=400), number, 2, ignore_end=True) for number in (3, 4, 5)
+        Request(sampler, [[number]], replace(CONFIG, max_new_tokens=150), number, 2, ignore_end=True) for number in (3, 4, 5)
     ]
     order: list[int] = []
     for request in asked:
@@ -344,7 +389,7 @@ def test_the_queue_is_bounded_by_what_it_costs(sampler: Sampler, make_batcher: C
     large.cancel()
     while batcher.figures().tokens_queued:
         time.sleep(0.001)
-    assert words_of(batcher.generate(small, 60)) == alone(sampler, small)
+    assert words_of(batcher.generate(small, 300)) == alone(sampler, small)
     for number in range(100):  # they cost little
         batcher.submit(Request(sampler, [[3]], replace(CONFIG, max_new_tokens=10), number))
 
@@ -397,6 +442,6 @@ def test_graphs_are_kept_for_a_few_kinds_of_options_and_opened_again_from_what_w
         if number == 4:
             shutil.rmtree(tmp_path / "bundle")
         request = Request(sampler, [[3]], replace(CONFIG, **options), 1)
-        assert words_of(batcher.generate(request, 60)) == alone(kept, request)
+        assert words_of(batcher.generate(request, 300)) == alone(kept, request)
     assert len(sampler.generation_sessions) <= 3
     batcher.close()

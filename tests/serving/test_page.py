@@ -243,6 +243,10 @@ def test_next_words_are_those_of_the_model(page: Page, model: Model) -> None:
 
 
 def test_next_words_are_those_at_the_caret(page: Page, model: Model) -> None:
+    page.locator("#text").press_sequentially("the cat ")
+    candidates(page).nth(1).click()  # while the first one shows that Tab inserts it
+    assert len(text_of(page)) > len("the cat ")
+    page.locator("#text").clear()
     page.locator("#text").press_sequentially("the cat said")
     for _ in " said":
         page.keyboard.press("ArrowLeft")
@@ -346,24 +350,6 @@ def test_letters_lie_on_their_colours(page: Page) -> None:
 # --- errors
 
 
-def test_a_server_that_is_gone(browser: Browser, bundle: Path, tmp_path: Path) -> None:
-    serving = serve(bundle, tmp_path)
-    with fresh_page(browser, ("Failed to load", "ERR_")) as page, ExitStack() as leaving:
-        leaving.callback(serving.process.kill)
-        page.goto(address(serving))
-        page.locator("#text").fill("the cat")
-        fill(page, max_new_tokens=15_000, min_new_tokens=14_000)
-        page.get_by_role("button", name="Generate").click()
-        until(page, lambda: len(text_of(page)) > 100)
-        serving.process.kill()
-        serving.process.wait()
-        page.get_by_role("alert").filter(has_text="connection to the server broke").wait_for()
-        assert len(text_of(page)) > 100, "what had come stays"
-        page.get_by_role("button", name="Generate").click()
-        page.get_by_role("alert").filter(has_text="cannot be reached").wait_for()
-        assert page.get_by_role("button", name="Generate").is_enabled()
-
-
 def test_a_busy_server_says_when_to_try_again(page: Page, serving: Serving) -> None:
     body = {"prompt": "the", "max_tokens": 19_990, "min_new_tokens": 19_990, "stream": True}
     with ExitStack() as leaving:
@@ -378,13 +364,21 @@ def test_a_busy_server_says_when_to_try_again(page: Page, serving: Serving) -> N
     assert text_of(page) == "the cat"
 
 
-def test_an_api_key_is_asked_for_and_kept_in_memory_only(browser: Browser, bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text(f"{KEY}\n")
-    (tmp_path / "keys").chmod(0o600)
-    serving = serve(bundle, tmp_path, "--api-key-file", str(tmp_path / "keys"))
-    with fresh_page(browser, ("401",)) as page, ExitStack() as leaving:
-        leaving.callback(serving.stop)
-        page.goto(address(serving))
+@pytest.fixture(scope="module")
+def locked(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server that wants a key; the last test that uses it kills it."""
+    folder = tmp_path_factory.mktemp("locked")
+    (folder / "keys").write_text(f"{KEY}\n")
+    (folder / "keys").chmod(0o600)
+    started = serve(bundle, folder, "--api-key-file", str(folder / "keys"))
+    yield started
+    started.process.kill()
+    started.process.wait()
+
+
+def test_an_api_key_is_asked_for_and_kept_in_memory_only(browser: Browser, locked: Serving) -> None:
+    with fresh_page(browser, ("401",)) as page:
+        page.goto(address(locked))
         dialog = page.get_by_role("dialog")
         dialog.wait_for()
         page.keyboard.type("another")
@@ -407,6 +401,24 @@ def test_an_api_key_is_asked_for_and_kept_in_memory_only(browser: Browser, bundl
         dialog.wait_for()
         page.get_by_role("button", name="Cancel").click()
         page.get_by_role("alert").filter(has_text="Without an API key").wait_for()
+
+
+def test_a_server_that_is_gone(browser: Browser, locked: Serving) -> None:
+    with fresh_page(browser, ("Failed to load", "ERR_")) as page:
+        page.goto(address(locked))
+        page.locator("#key").fill(KEY)
+        page.keyboard.press("Enter")
+        page.locator("#text").fill("the cat")
+        fill(page, max_new_tokens=15_000, min_new_tokens=14_000)
+        page.get_by_role("button", name="Generate").click()
+        until(page, lambda: len(text_of(page)) > 100)
+        locked.process.kill()
+        locked.process.wait()
+        page.get_by_role("alert").filter(has_text="connection to the server broke").wait_for()
+        assert len(text_of(page)) > 100, "what had come stays"
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_role("alert").filter(has_text="cannot be reached").wait_for()
+        assert page.get_by_role("button", name="Generate").is_enabled()
 
 
 # --- keys, screen readers, phones, the dark

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import PrepareSettings, ReadSettings
 from lmdist.text.documents import Documents, find_files
@@ -82,7 +83,7 @@ def test_a_quote_that_is_never_closed_costs_no_row(tmp_path, stray):
     found, documents = read(write(tmp_path / "a.csv", csv_of(texts)))
     assert found == texts
     assert documents.skipped == {}
-    assert f"not closed as it should be in {len(stray)} rows, the first at line {stray[0] + 2}" in documents.notes[0]
+    assert f"not closed as it should be in {counted(len(stray), 'row')}, the first at line {stray[0] + 2}" in documents.notes[0]
 
 
 def test_quotes_after_a_stray_one_are_quotes(tmp_path):
@@ -301,7 +302,7 @@ def test_the_note_on_the_encoding_stays_with_rows(tmp_path):
     path = write(tmp_path / "a.csv", csv_of(texts).encode("cp1252"))
     found, documents = read(path, rows=10)
     assert found == texts[:10]
-    assert "bytes are not UTF-8 and read as Windows-1252, as in 'door. The café owner’s “boss”.'" in documents.notes[0]
+    assert "bytes are not UTF-8 and were read as Windows-1252, as in 'door. The café owner’s “boss”.'" in documents.notes[0]
 
 
 # --- what is read of which files -----------------------------------------------------------------------------------

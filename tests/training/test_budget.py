@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_it_ends_with_its_time_whatever_the_speed_becomes(monkeypatch: pytest.Mo
     assert found.total_steps == progress.step == progress.plan[-1]["total_steps"]
     early = [planned for planned in progress.plan if planned["step"] <= 16]
     assert {planned["step"] for planned in early} <= {1, 4, 16}
-    assert len(progress.plan) - len(early) <= (5 if speed == 1 else 25), "a total that fits stays"
+    assert len(progress.plan) - len(early) <= (2 if speed == 1 else 12), "a total that fits stays"
 
 
 @pytest.mark.parametrize("killed", [40, 333])
@@ -114,12 +115,10 @@ def test_the_time_of_a_run_by_epochs_counts(monkeypatch: pytest.MonkeyPatch) -> 
     assert progress.plan == ({"step": 100, "total_steps": 340, "minutes": 3},)
 
 
-def test_before_the_first_decision_every_schedule_is_at_its_beginning() -> None:
-    for name in SCHEDULES:
-        settings = ScheduleSettings(name, warmup_steps=5 if name == "inverse-sqrt" else 0)
-        position = Position(3, UNDECIDED), Position(0, UNDECIDED)
-        if name != "inverse-sqrt":
-            assert learning_rate(1.0, settings, position[0]) == pytest.approx(learning_rate(1.0, settings, position[1]))
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "inverse-sqrt"])
+def test_before_the_first_decision_every_schedule_is_at_its_beginning(name: Any) -> None:
+    first, fourth = (learning_rate(1.0, ScheduleSettings(name), Position(step, UNDECIDED)) for step in (0, 3))
+    assert fourth == pytest.approx(first)
 
 
 # --- real jobs -----------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_figures_of_the_original_text_compare_whatever_the_tokenizer(tmp_path, c
     tokens = {}
     for tokenizer in ("wordpunct", "characters"):
         run, data = tmp_path / tokenizer, tmp_path / f"data-{tokenizer}"
-        given = {split: str(path) for split, path in paths.items()}
+        given: dict[str, Any] = {split: str(path) for split, path in paths.items()}
         prepare(PrepareSettings(**given, lines=True, tokenizer=tokenizer, min_count=1), data)
         train_here(f"--data.folder={data}", f"--run_folder={run}", "--training.epochs=1", "--data.valid_batch=1")
         [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("valid step ")]

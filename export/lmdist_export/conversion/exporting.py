@@ -140,14 +140,19 @@ def export_bundle(
 
     Raises MismatchError for a graph that differs from torch, UsageError for a precision that is impossible or costs too much.
     """
-    if held_out is None and precision not in ("fp32", "fp16"):
-        raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
+    check_held_out(held_out, precision)
     if reason := obstacle(checkpoint.tokenizer.settings, checkpoint.vocabulary):
         log(f"without {TOKENIZER}: {reason}", EXPORT_COMMAND)
     with atomic_folder(Path(output), replace=replace) as folder:
         if precision == "auto":
             return write_fastest(checkpoint, folder, held_out, max_loss_percent)
         return write_bundle(checkpoint, folder, held_out, precision, max_loss_percent)
+
+
+def check_held_out(held_out: HeldOutText | None, precision: str) -> None:
+    """Raise UsageError for a precision whose cost is to be measured, and no text to measure it on."""
+    if held_out is None and precision not in ("fp32", "fp16"):
+        raise UsageError(f"--precision {precision} needs held-out text to measure its cost: give its folder by --data")
 
 
 def write_fastest(

@@ -30,7 +30,7 @@ from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.reading import as_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
 from lmdist_export.bundle import MODEL, WEIGHTS
-from lmdist_export.conversion.exporting import Checkpoint, HeldOutText, write_bundle
+from lmdist_export.conversion.exporting import Checkpoint, HeldOutText, check_held_out, write_bundle
 from lmdist_export.graph.graphs import generation_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.sizes import Sizes
@@ -114,6 +114,7 @@ def write(
             f"--layout web: the text of this model was split by {checkpoint.tokenizer.settings.tokenizer}, and the page knows "
             f"{', '.join(TOKENIZERS)} only"
         )
+    check_held_out(held_out, precision)
     package = None if onnxruntime_web is None else package_files(onnxruntime_web)
     with atomic_folder(output, replace=replace) as folder:
         for name in of_page():

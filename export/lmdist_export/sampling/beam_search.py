@@ -10,9 +10,10 @@ Shapes: K beams, V vocabulary, S the sum of the layers' sizes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.generation import Generation, Text, row_bias
@@ -20,6 +21,8 @@ from lmdist_export.sampling.sampler import Sampler, all_masked, fixed_bias, log_
 from lmdist_export.sampling.state import State, select
 from lmdist_export.sampling.steps import Pace, Steps, result_of
 from lmdist_export.sampling.stops import NO_STOPS, Stops
+
+SCORES_AT_ONCE = 2**19  # in a step of a search: some 10 ms
 
 
 def beam_search(
@@ -52,22 +55,23 @@ def beam_search_steps(
     bias = fixed_bias(config, sampler.sizes.vocabulary_size)
     start = state or sampler.start([[config.bos_token_id, *prompt]])
     logits, model = yield from sampler.next_logits_steps(start, pace)  # (1, V), (1, S)
+    rows_at_once = max(1, SCORES_AT_ONCE // len(bias))
     beams = [Text(list(prompt), 0, 0)]
     scores = np.zeros(1)
     ended: list[tuple[float, Text]] = []
     exhausted: list[Text] = []
     for length in range(1, config.max_new_tokens + 1):
-        next_scores = log_softmax(logits) + row_bias(beams, config, len(bias), end) + bias
+        next_scores = np.empty(logits.shape)  # (K, V)
+        for first in range(0, len(beams), rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            next_scores[rows] = log_softmax(logits[rows]) + row_bias(beams[rows], config, len(bias), end) + bias
+            yield
         # The best first: the longest, and of these the most likely.
         exhausted = [*(text for text, row in zip(beams, next_scores, strict=True) if all_masked(row)), *exhausted][:n]
         total = scores[:, None] + next_scores  # (K, V)
-        # Each beam has one end and few stops, so among these are num_beams texts that have not ended, if there are so many.
-        # Only a stop that is looked for in the text may be completed by many tokens.
-        candidates = total.size if stops.spelling else min((2 + len(stops)) * config.num_beams, total.size)
-        best = np.argpartition(-total, candidates - 1, axis=None)[:candidates]
-        best = best[np.argsort(-total.ravel()[best], kind="stable")]
         kept: list[tuple[int, int, int, float]] = []
-        for candidate in best.tolist():
+        # Each beam has one end and few stops, so among these are mostly num_beams texts that have not ended.
+        for candidate in best_first(total, (2 + len(stops)) * config.num_beams):
             row, token = divmod(candidate, total.shape[1])
             score = float(total[row, token])
             if score == -np.inf or len(kept) == config.num_beams:
@@ -82,7 +86,6 @@ def beam_search_steps(
             else:
                 kept.append((row, token, place, score))
         ended = sorted(ended, key=lambda found: -found[0])[: config.num_beams]
-        rows = [row for row, *_ in kept]
         beams = [beams[row].extended(token, place) for row, token, place, _ in kept]
         scores = np.array([score for *_, score in kept])
         # A log-probability only falls: however a text continues, its score is at most the present one over this length.
@@ -91,9 +94,8 @@ def beam_search_steps(
             break
         if length < config.max_new_tokens:
             yield
-            step, model = sampler.step(np.array([[token] for _, token, *_ in kept]), select(model, rows))
+            step, model = sampler.step(np.array([[token] for _, token, *_ in kept]), select(model, [row for row, *_ in kept]))
             logits = step[:, -1]  # (K, V)
-            yield
     else:
         for text, score in zip(beams, scores.tolist(), strict=True):
             text.finish_reason = "length"
@@ -104,3 +106,12 @@ def beam_search_steps(
     for number, text in enumerate(found):
         text.number = number
     return found
+
+
+def best_first(total: NDArray[np.float64], few: int) -> Iterator[int]:
+    """Yield the places of scores (K, V) in the order of the scores, the best first; the first `few` take little time."""
+    costs = -total.ravel()
+    best = np.argpartition(costs, min(few, costs.size) - 1)[:few]
+    yield from best[np.argsort(costs[best], kind="stable")].tolist()
+    rest = np.delete(np.arange(costs.size), best)
+    yield from rest[np.argsort(costs[rest], kind="stable")].tolist()

@@ -20,7 +20,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdist_export.options import GenerationConfig
+from lmdist_export.options import GenerationConfig, features_of
 from lmdist_export.sampling.log_probabilities import TokenScores, log_probability_steps
 from lmdist_export.sampling.sampler import PREFILL_TOKENS, Sampler, all_masked, fixed_bias
 from lmdist_export.sampling.state import State, concatenate
@@ -160,6 +160,7 @@ class Batch:
         self.bias = fixed_bias(config, sampler.sizes.vocabulary_size)
         self.by_token = bool(config.no_repeat_ngram_size or any(len(ids) > 1 for ids in config.bad_words_ids) or custom_bias)
         self.has_row_bias = self.by_token or (config.min_new_tokens > 0 and not generation.ignore_end)
+        self.features = features_of(config, self.has_row_bias)
         self.stops = (*generation.end, *generation.stops.tokens)
         self.learns = stream and not self.by_token
         self.pace = Pace(1 if stream or self.by_token else TOKENS_PER_CALL, TOKENS_PER_CALL)
@@ -323,8 +324,9 @@ def banned_tokens(text: Text, config: GenerationConfig, end: Collection[int]) ->
     banned = [] if may_end(text, config) else list(end)
     if config.no_repeat_ngram_size:
         banned += banned_by_ngrams(text, config.no_repeat_ngram_size)
-    banned += [bad[-1] for bad in config.bad_words_ids if len(bad) > 1 and text.last(len(bad) - 1) == list(bad[:-1])]
-    return banned
+    last = text.last(1)
+    likely = (bad for bad in config.bad_words_ids if list(bad[-2:-1]) == last != [])  # of many bad ones few
+    return banned + [bad[-1] for bad in likely if text.last(len(bad) - 1) == list(bad[:-1])]
 
 
 def banned_by_ngrams(text: Text, size: int) -> tuple[int, ...]:

@@ -171,7 +171,7 @@ class NoSeed(ISeedSequence):
         return np.zeros(n_words, dtype)
 
 
-NO_SEED = NoSeed()
+NO_SEED: Any = NoSeed()  # numpy's own types know no ISeedSequence
 
 
 def uniform_numbers(generators: Sequence[np.random.Generator], num_tokens: int, attempts: int) -> NDArray[np.float32]:

@@ -26,6 +26,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import count
 
+from lmdist_export.options import Features
 from lmdist_export.sampling.generation import BATCH_SIZE, Text
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.steps import STEP_SECONDS
@@ -124,7 +125,7 @@ class Batcher:
             excess = queued + work.cost - self.max_queued_tokens
             if self.is_closing or (queued and excess > 0):
                 raise QueueFull(max(1.0, excess / self.tokens_per_second if self.tokens_per_second else 1.0))
-            self.works[work] = work.steps(self.paces, self.offer) if isinstance(work, Request) else work.steps(self.paces)
+            self.works[work] = work.steps(self.paces, self.offer)
             self.arrived.append(work)
             self.changed.notify()
 
@@ -152,26 +153,34 @@ class Batcher:
 
     def run(self) -> None:
         """Give all work its turn, round by round, until the batcher is closed."""
-        while self.take_arrivals():
+        while self.wait_for_work():
             began = time.perf_counter()
-            for work in [*self.works]:
-                if work.cancelled:
-                    self.end(work)
-            if self.batches:
-                self.step_batch(*min(reversed(self.batches.items()), key=lambda item: item[1].seconds))
-                self.credit = min(self.credit + time.perf_counter() - began, STEP_SECONDS)
-            self.step_works()
+            try:
+                self.give_turns(began)
+            except Exception as error:  # a defect: it ends what is being done, but not the server
+                logging.getLogger(__name__).exception("the batching thread has failed")
+                self.batches.clear()
+                for work in [*self.works]:
+                    self.end(work, error)
             self.measure(time.perf_counter() - began)
 
-    def take_arrivals(self) -> bool:
-        """Wait for something to do, and begin new work; return False where there will be nothing more."""
+    def give_turns(self, began: float) -> None:
+        """Begin new work, give the batch that goes first a call, and other work its steps."""
+        while self.arrived:
+            self.advance(self.arrived.popleft())
+        for work in [*self.works]:
+            if work.cancelled:
+                self.end(work)
+        if self.batches:
+            self.step_batch(*min(reversed(self.batches.items()), key=lambda item: item[1].seconds))
+            self.credit = min(self.credit + time.perf_counter() - began, STEP_SECONDS)
+        self.step_works()
+
+    def wait_for_work(self) -> bool:
+        """Wait for something to do; return False where there will be nothing more."""
         with self.changed:
             self.changed.wait_for(lambda: self.arrived or self.turns or self.batches or self.is_closing)
-            arrived = [*self.arrived]
-            self.arrived.clear()
-        for work in arrived:
-            self.advance(work)
-        return bool(self.works or not self.is_closing)
+            return bool(self.works or not self.is_closing)
 
     def offer(self, request: Request) -> int:
         """Have a batch take the texts of a request that are ready; return how many may wait for it."""
@@ -212,9 +221,7 @@ class Batcher:
 
     def step_batch(self, key: str, batch: SharedBatch) -> None:
         """Make an inference call of a batch, and report what it has generated."""
-        sessions = self.sampler.generation_sessions
-        while len(sessions) > MAX_GRAPHS:  # the oldest; it is built again when it is needed
-            del sessions[next(iter(sessions))]
+        self.keep_few_graphs(batch.batch.features)
         self.least_batch_seconds = batch.seconds
         try:
             joined, growth = batch.step()
@@ -232,6 +239,14 @@ class Batcher:
             if request.is_waiting:
                 self.advance(request)
         self.drop_if_empty(key)
+
+    def keep_few_graphs(self, needed: Features) -> None:
+        """Close the graphs that were needed longest ago; they are built again, from what was loaded, when they are needed."""
+        for sessions in (self.sampler.generation_sessions, self.sampler.token_sessions):
+            if needed in sessions:
+                sessions[needed] = sessions.pop(needed)
+            while len(sessions) > MAX_GRAPHS:
+                del sessions[next(iter(sessions))]
 
     def drop_if_empty(self, key: str) -> None:
         """Forget a batch without texts."""
@@ -264,15 +279,12 @@ class Batcher:
             return
         steps.close()
         work.error = error
-        if isinstance(work, Request) and work.batch_key in self.batches:
-            self.batches[work.batch_key].remove(work)
-            self.drop_if_empty(work.batch_key)
-        work.finished.set()
         try:
-            if work.on_end:
-                work.on_end()
-        except Exception:  # as from an event loop that is closed
-            logging.getLogger(__name__).exception("the client of a request could not be told of its end")
+            if isinstance(work, Request) and work.batch_key in self.batches:
+                self.batches[work.batch_key].remove(work)
+                self.drop_if_empty(work.batch_key)
+        finally:
+            work.finish()
 
     def measure(self, seconds: float) -> None:
         """Count the seconds of a round for the rate of tokens."""

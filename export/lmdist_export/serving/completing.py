@@ -57,16 +57,26 @@ def own_logprobs(asked: CompletionRequest) -> int | None:
 async def scores_of(
     asked: CompletionRequest, service: Service, texts: Sequence[Text], receive: Receive, deadline: float
 ) -> Sequence[TokenScores | None]:
-    """Return the scores that are asked for, those of the prompt's tokens too where it is echoed; raises as `finish`."""
+    """Return the scores that are asked for; raises as `finish`.
+
+    Where the prompt is echoed, those of its tokens too, and of an end mark that was generated: lm-evaluation-harness asks for
+    one token after a text, and drops the last score.
+    """
     if asked.logprobs is None:
         return [None] * len(texts)
     if not asked.echo:
         return [text.scores for text in texts]
     growth = Growth()
-    ids = [[*text.prompt, *text.tokens] for text in texts]
+    ids = [[*text.prompt, *text.tokens, *end_of(asked, text)] for text in texts]
     job = Scoring(service.sampler, ids, asked.logprobs, growth.on_end)
     await finish(service.batcher, job, growth, receive, deadline)
     return job.scores
+
+
+def end_of(asked: CompletionRequest, text: Text) -> list[int]:
+    """Return the end mark where it has ended a text."""
+    by_mark = text.finish_reason == "stop" and not asked.resolved.stops and not asked.scores
+    return [asked.resolved.config.eos_token_id] if by_mark else []
 
 
 def in_order(texts: Sequence[Text]) -> list[Text]:
@@ -153,6 +163,8 @@ class Streaming:
             self.writers[key] = Writer(self.asked.bundle, prompt, given)
             written = given if self.asked.echo else ""
         written += "".join(self.writers[key].write(tokens))
+        if reason:
+            written += self.writers[key].end(text)
         ends = bool(reason) and self.asked.logprobs is None  # log-probabilities come with the end
         if ends:
             self.ended.add(key)

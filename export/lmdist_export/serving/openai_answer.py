@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from lmdist.text.vocabulary import UNKNOWN_ID
@@ -46,10 +47,16 @@ class Writer:
     def __init__(self, bundle: Bundle, prompt: Prompt, given: str) -> None:
         self.words = deque(prompt.words)
         self.vocabulary = bundle.vocabulary.words
-        self.pieces = bundle.tokenizer.pieces(iter(self.words.popleft, None))
-        for _ in prompt.words:
-            next(self.pieces)
-        self.glued = not given or given[-1].isspace()
+        self.pieces = bundle.tokenizer.pieces(self.coming())
+        self.before = [next(self.pieces) for _ in prompt.words]
+        """The prompt, as it is written."""
+        has_pieces = bundle.tokenizer.settings.has_pieces  # whose texts have the spaces that they need
+        self.glued = prompt.space if has_pieces else not given or given[-1].isspace()
+
+    def coming(self) -> Iterator[str]:
+        """Yield the words that wait."""
+        while self.words:
+            yield self.words.popleft()
 
     def write(self, tokens: Sequence[int]) -> list[str]:
         """Return the pieces of the next tokens."""
@@ -61,13 +68,18 @@ class Writer:
             self.glued = False
         return pieces
 
+    def end(self, text: Text) -> str:
+        """Return the end of a text that is no token: what is left of a character, or of a piece before a stop."""
+        return "".join(self.pieces) + text.rest
+
 
 def choice(asked: CompletionRequest, text: Text, index: int, scores: TokenScores | None) -> dict[str, Any]:
     """Return a text that has ended; its `scores` are those of the prompt's tokens too where it is echoed."""
     prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
-    pieces = Writer(asked.bundle, prompt, given).write(text.tokens)
-    written = "".join([given, *pieces] if asked.echo else pieces)
-    logprobs = logprobs_object(asked, text, pieces, scores) if scores else None
+    writer = Writer(asked.bundle, prompt, given)
+    pieces = writer.write(text.tokens)
+    written = "".join([given if asked.echo else "", *pieces, writer.end(text)])
+    logprobs = logprobs_object(asked, text, writer.before, pieces, scores) if scores else None
     return {"text": written, "index": index, "logprobs": logprobs, "finish_reason": finish_reason(text.finish_reason)}
 
 
@@ -76,21 +88,25 @@ def finish_reason(reason: str) -> str | None:
     return FINISH_REASONS.get(reason, reason) or None
 
 
-def logprobs_object(asked: CompletionRequest, text: Text, pieces: Sequence[str], scores: TokenScores) -> dict[str, Any]:
+def logprobs_object(
+    asked: CompletionRequest, text: Text, before: Sequence[str], pieces: Sequence[str], scores: TokenScores
+) -> dict[str, Any]:
     """Return the log-probabilities of a text's tokens in OpenAI's form, and as `unknown` which ones are read as `<unk>`.
 
     Not even the first is null: a text begins after the end of another. `text_offset` counts characters of the choice's text.
     """
     words = asked.bundle.vocabulary.words
     prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
+    of_tokens, tops = scores
     tokens = [*(prompt.tokens if asked.echo else []), *text.tokens]
     names = [*(prompt.words if asked.echo else []), *(words[token] for token in text.tokens)]
-    offsets = word_offsets(given, prompt.words) if asked.echo else []
+    has_pieces = asked.bundle.tokenizer.settings.has_pieces
+    written = piece_offsets(before, 0) if has_pieces else word_offsets(given, prompt.words)
     end = len(given) if asked.echo else 0
-    for piece in pieces:
-        offsets.append(end + len(piece) - len(piece.lstrip(" ")))
-        end += len(piece)
-    of_tokens, tops = scores
+    offsets = [*(written if asked.echo else []), *piece_offsets(pieces, end)]
+    if len(of_tokens) > len(tokens):  # the end mark that ended the text, which is not in it
+        mark = asked.resolved.config.eos_token_id
+        tokens, names, offsets = [*tokens, mark], [*names, words[mark]], [*offsets, end + sum(map(len, pieces))]
     top_logprobs = [
         {words[other]: value for other, value in top} | {words[token]: of_token}
         for token, of_token, top in zip(tokens, of_tokens, tops, strict=True)
@@ -108,7 +124,7 @@ def word_offsets(text: str, words: Sequence[str]) -> list[int]:
     """Return where each word of a text begins in it; one that is written in another way there, as a quote, where it is next."""
     offsets, end = [], 0
     lowered = text.lower() if len(text.lower()) == len(text) else text
-    for word in (word.replace("▁", " ").strip() for word in words):  # pieces of words have a sign for a space
+    for word in words:
         while end < len(text) and text[end].isspace():
             end += 1
         until = end + len(word) + MAX_SKIPPED
@@ -116,6 +132,12 @@ def word_offsets(text: str, words: Sequence[str]) -> list[int]:
         offsets.append(end if found < 0 else found)
         end = min(len(text), end + 1 if found < 0 else found + len(word))
     return offsets
+
+
+def piece_offsets(pieces: Sequence[str], start: int) -> list[int]:
+    """Return where each piece of a text begins in it, the space before it aside; the first one is written at `start`."""
+    ends = accumulate(map(len, pieces), initial=start)
+    return [end + len(piece) - len(piece.lstrip(" ")) for piece, end in zip(pieces, ends, strict=False)]
 
 
 def usage(asked: CompletionRequest, texts: Sequence[Text]) -> dict[str, int]:
@@ -150,7 +172,7 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
 
 def option_facts(row: Row, bundle: Bundle) -> dict[str, Any]:
     """Return an option as this API takes it; a bound that is infinite is null."""
-    default = OWN_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
+    default: Any = OWN_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
     if row.name == "temperature" and bundle.generation.greedy:
         default = 0.0
     low, high = (row.bounds.low, row.bounds.high) if row.bounds else (-math.inf, math.inf)

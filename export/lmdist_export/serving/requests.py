@@ -11,10 +11,12 @@ their generators wait. This module knows ids, and nothing of HTTP.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from lmdist.errors import UsageError
 from lmdist_export.options import GenerationConfig
@@ -36,6 +38,7 @@ READING_SECONDS = 0.01
 WAIT = True
 """Yielded by work that has nothing to do until a text of it has joined its batch, or has ended."""
 WorkSteps = Generator[bool | None, None, None]
+Offer: TypeAlias = "Callable[[Request], int]"
 
 
 @dataclass
@@ -62,10 +65,23 @@ class Work:
         self.on_end = on_end
         """Called in the batching thread, once: it has its results, its error, or was cancelled."""
 
+    def steps(self, paces: Paces, offer: Offer) -> WorkSteps:
+        """Do all of it; `offer` has a batch take texts that are ready, and returns how many may wait for that."""
+        raise NotImplementedError
+
     def cancel(self) -> None:
         """Stop waiting: whatever is done for it ends after the current step."""
         self.cancelled = True
         self.finished.set()
+
+    def finish(self) -> None:
+        """Tell the client that there is nothing more to wait for."""
+        self.finished.set()
+        try:
+            if self.on_end:
+                self.on_end()
+        except Exception:  # as from an event loop that is closed
+            logging.getLogger(__name__).exception("the client of a request could not be told of its end")
 
     def has_read(self, expected: int, tokens: int) -> None:
         """Count tokens that were read of those that its cost expects."""
@@ -121,15 +137,15 @@ class Request(Work):
         """Texts that can join a batch."""
         self.ended: list[Text] = []
 
-    def steps(self, paces: Paces, offer: Callable[[Request], int]) -> WorkSteps:
-        """Do all of it; `offer` has a batch take texts that are ready, and returns how many may wait for that."""
+    def steps(self, paces: Paces, offer: Offer) -> WorkSteps:
+        """Do all of it."""
         yield from self.search(paces) if self.generation.config.num_beams > 1 else self.sample(paces, offer)
         if self.logprobs is not None:
             yield from self.score(paces, self.logprobs)
         while len(self.ended) < len(self.texts):
             yield WAIT
 
-    def sample(self, paces: Paces, offer: Callable[[Request], int]) -> WorkSteps:
+    def sample(self, paces: Paces, offer: Offer) -> WorkSteps:
         """Read the prompts, and have a batch continue them."""
         sampler, config = self.sampler, self.generation.config
         for number, prompt in enumerate(self.prompts):
@@ -199,7 +215,7 @@ class Scoring(Work):
         self.scores: list[TokenScores] = []
         """Of each text, in the order of the texts."""
 
-    def steps(self, paces: Paces) -> WorkSteps:
+    def steps(self, paces: Paces, offer: Offer) -> WorkSteps:
         """Do all of it."""
         for tokens in self.given:
             found = yield from log_probability_steps(self.sampler, [], tokens, self.top, paces.reading, paces.scoring)
@@ -226,4 +242,5 @@ def check_phrases(sampler: Sampler, config: GenerationConfig, stops: Stops) -> N
     own = sum(map(len, sampler.bundle.generation.bad_words_ids))
     tokens = sum(map(len, (*stops.stops, *config.bad_words_ids))) - own
     if tokens > MAX_PHRASE_TOKENS:
-        raise UsageError(f"stop and bad_words have {tokens:,} tokens together; a server accepts at most {MAX_PHRASE_TOKENS:,}")
+        kind = "tokens and bytes" if stops.spelling else "tokens"
+        raise UsageError(f"stop and bad_words have {tokens:,} {kind} together; a server accepts at most {MAX_PHRASE_TOKENS:,}")

@@ -5,35 +5,29 @@
 
 import { createEngine } from "./engine/engine.js";
 
+/** @typedef {{address: string, integrity: string, bytes: number}} File */
+
 /**
- * Return the bytes of a file, of which nothing else is accepted than what lmdist-export has written or named.
+ * Return the content of a file; with an `integrity` no other is accepted than the one that lmdist-export has written or named.
  * @param {URL} address
  * @param {string} [integrity]
- * @param {(bytes: number) => void} [onBytes] is called with the number of bytes that came
  */
-async function fetched(address, integrity, onBytes = () => {}) {
-  const failed = (reason) => new Error(`${address.pathname} cannot be loaded: ${reason}.`);
-  const response = await fetch(address, { cache: "no-cache", integrity: integrity ?? "" }).catch(() => {
+async function fetched(address, integrity = "") {
+  const failed = (/** @type {string} */ reason) => new Error(`${address.pathname} cannot be loaded: ${reason}.`);
+  const response = await fetch(address, { cache: "no-cache", integrity }).catch(() => {
     throw failed(`${address.host} is not there, or has another file`);
   });
   if (!response.ok) throw failed(`${address.host} answered with status ${response.status}`);
-  const chunks = [];
-  const reader = response.body.getReader();
-  for (let { value, done } = await reader.read(); !done; { value, done } = await reader.read()) {
-    chunks.push(value);
-    onBytes(value.length);
-  }
-  return new Uint8Array(await new Blob(chunks).arrayBuffer());
+  return new Uint8Array(await response.arrayBuffer());
 }
 
 /**
  * Return onnxruntime-web, ready to run.
- * @param {Record<"script" | "wasm", {address: string, integrity: string}>} files
- * @param {(bytes: number) => void} onBytes
+ * @param {Record<"script" | "wasm", File>} files
+ * @param {(folder: string, file: File) => Promise<Uint8Array<ArrayBuffer>>} load
  */
-async function loadRuntime({ script, wasm }, onBytes) {
-  const bytesOf = ({ address, integrity }) => fetched(new URL(address, import.meta.url), integrity, onBytes);
-  const [code, binary] = await Promise.all([script, wasm].map(bytesOf));
+async function loadRuntime({ script, wasm }, load) {
+  const [code, binary] = await Promise.all([load("", script), load("", wasm)]);
   // A module is imported from an address, and what lies at an address may be another file by then.
   const copy = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
   const ort = await import(copy);
@@ -48,18 +42,23 @@ async function loadRuntime({ script, wasm }, onBytes) {
  * @param {{progress?: (message: string) => void}} [callbacks]
  */
 export async function open({ progress = () => {} } = {}) {
-  const folder = new URL("model/", import.meta.url);
-  const about = await fetched(new URL("model.json", folder));
+  const about = await fetched(new URL("model/model.json", import.meta.url));
+  /** @type {{files: Record<string, File>, runtime: Record<"script" | "wasm", File>}} */
   const { files, runtime } = JSON.parse(new TextDecoder().decode(about));
-  const first = Object.keys(files).filter((name) => !name.endsWith(".onnx")); // graphs are small, and loaded when they are needed
-  const total = [runtime.script, runtime.wasm, ...first.map((name) => files[name])].reduce((sum, file) => sum + file.bytes, 0);
+  const first = Object.values(files).filter(({ address }) => !address.endsWith(".onnx")); // graphs are small, and come when needed
+  const total = [...first, ...Object.values(runtime)].reduce((sum, { bytes }) => sum + bytes, 0);
   let loaded = 0;
-  const onBytes = (bytes) => {
+  const report = () => progress(`Loading the model: ${(loaded / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`);
+  const load = async (/** @type {string} */ folder, /** @type {File} */ { address, integrity, bytes }) => {
+    const content = await fetched(new URL(folder + address, import.meta.url), integrity);
     loaded += bytes;
-    if (loaded <= total) progress(`Loading the model: ${(loaded / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`);
+    if (loaded <= total) report();
+    return content;
   };
-  const read = async (name) => (name === "model.json" ? about : fetched(new URL(name, folder), files[name].integrity, onBytes));
-  const engine = await createEngine(await loadRuntime(runtime, onBytes), read);
+  report();
+  const ort = loadRuntime(runtime, load);
+  const read = async (/** @type {string} */ name) => (name === "model.json" ? about : load("model/", files[name]));
+  const engine = await createEngine(await ort, read);
   progress("");
   return engine;
 }

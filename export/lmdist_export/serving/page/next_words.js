@@ -43,6 +43,8 @@ export class NextWords {
     this.candidates = null; // until they are known
     this.tabInserts = false;
     this.tabWaits = false; // Tab was pressed before the candidates were known
+    // The text keeps the focus: nothing moves under the pointer, and a phone's keyboard stays.
+    place.addEventListener("mousedown", (event) => event.preventDefault());
   }
 
   /** The text has changed: what is shown belongs to another one. */

@@ -49,7 +49,7 @@ class Engine {
     this.vocabulary = vocabulary;
     this.tokenizer = tokenizer;
     this.model = { name: about.name, ...about.sizes, options: about.options };
-    /** @type {import("./model.js").State[]} states whose last token is still to be read, the newest last */
+    /** @type {{seen: number[], state: import("./model.js").State}[]} the last token of a state is to be read; the newest last */
     this.states = [];
   }
 

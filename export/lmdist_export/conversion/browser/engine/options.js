@@ -14,7 +14,9 @@
  * @property {any} default
  * @property {number | null} minimum
  * @property {number | null} maximum
- * @property {string} bounds the interval in words, where there is one
+ * @property {boolean} [includes_minimum]
+ * @property {boolean} [includes_maximum]
+ * @property {string} [bounds] the interval in words, where there is one
  * @property {string} help
  */
 

@@ -238,8 +238,9 @@ function* candidates(text) {
     const space = text.slice(before.stop, match.index).search(/[ \t\n\r\v\f][^ \t\n\r\v\f]*$/);
     const word = { start: space > 0 ? before.stop + space + 1 : before.start, stop: match.index };
     if (found && before.stop <= word.start) yield found;
-    const context = text.slice(word.start, word.stop) + match[0] + match.groups.after;
-    found = { stop: match.index + 1, next: match.indices.groups.next?.[0] ?? match.index + 1, context };
+    const stop = match.index + 1;
+    const context = text.slice(word.start, stop) + match.groups?.after;
+    found = { stop, next: match.indices?.groups?.next?.[0] ?? stop, context };
     before = word;
   }
   if (found) yield found;

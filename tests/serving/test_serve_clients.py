@@ -1,0 +1,157 @@
+"""lmdist-serve with clients that are not ours: the openai package, curl, MLflow's gateway, lm-evaluation-harness' requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lmdist
+from support.serving import Serving
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def served(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    server = Serving(["-m", "lmdist_export.serve", str(bundle), "--name", "news"], tmp_path_factory.mktemp("clients"))
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> lmdist.Model:
+    return lmdist.load(bundle)
+
+
+# --- the openai package --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client(served: Serving) -> Iterator[Any]:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_openai_package(client: Any, model: lmdist.Model) -> None:
+    expected = model.generate("the cat", max_new_tokens=12, seed=7, top_k=5, temperature=0.9).text
+    answer = client.completions.create(
+        model="news", prompt="the cat", max_tokens=12, seed=7, temperature=0.9, extra_body={"top_k": 5}
+    )
+    assert "the cat" + answer.choices[0].text == expected
+    assert (answer.usage.prompt_tokens, answer.choices[0].finish_reason in ("stop", "length")) == (2, True)
+    assert [listed.id for listed in client.models.list()] == ["news"]
+    stream = client.completions.create(
+        model="news",
+        prompt="the cat",
+        max_tokens=12,
+        seed=7,
+        temperature=0.9,
+        extra_body={"top_k": 5},
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *pieces, last = stream
+    assert "the cat" + "".join(piece.choices[0].text for piece in pieces) == expected
+    assert last.usage == answer.usage
+
+
+def test_log_probabilities_by_the_openai_package(client: Any, model: lmdist.Model) -> None:
+    answer = client.completions.create(model="news", prompt="the cat is", echo=True, max_tokens=0, logprobs=2)
+    found = answer.choices[0].logprobs
+    assert sum(found.token_logprobs) == pytest.approx(model.score("the cat is", end=False).log_probability, abs=1e-5)
+    assert (found.tokens, found.text_offset) == (["the", "cat", "is"], [0, 4, 8])
+
+
+def test_errors_by_the_openai_package(client: Any) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match="temperature is -1"):
+        client.completions.create(model="news", prompt="the", temperature=-1)
+    with pytest.raises(openai.NotFoundError, match=r"the model .*gpt.* is not here"):
+        client.completions.create(model="gpt", prompt="the")
+    with pytest.raises(openai.NotFoundError, match="has neither chat nor tools"):
+        client.chat.completions.create(model="news", messages=[{"role": "user", "content": "the"}])
+
+
+# --- curl ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_sees_a_text_grow(served: Serving) -> None:
+    body = {"prompt": "the", "max_tokens": 1_000, "ignore_eos": True, "no_repeat_ngram_size": 9, "stream": True}
+    words = ["curl", "-sN", f"http://127.0.0.1:{served.port}/v1/completions", "-H", "Content-Type: application/json"]
+    curl = subprocess.Popen([*words, "-d", json.dumps(body)], stdout=subprocess.PIPE)
+    assert curl.stdout
+    with curl.stdout as events:
+        first = json.loads(events.readline().removeprefix(b"data: "))
+        assert first["choices"][0]["finish_reason"] is None
+        assert curl.poll() is None, "the text came at once"
+        rest = events.read()
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert curl.wait() == 0
+
+
+# --- MLflow's gateway ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+@pytest.mark.parametrize("provider", ["mlflow-model-serving", "openai"])
+def test_the_providers_of_mlflows_gateway(served: Serving, model: lmdist.Model, provider: str) -> None:
+    """The code of MLflow's gateway that asks models, without the server around it, which has packages of its own."""
+    pytest.importorskip("aiohttp")
+    from mlflow.gateway.config import EndpointConfig
+    from mlflow.gateway.providers import get_provider
+    from mlflow.gateway.schemas.completions import RequestPayload
+
+    address = f"http://127.0.0.1:{served.port}"
+    settings = {"model_server_url": f"{address}/text"} if provider != "openai" else {
+        "openai_api_base": f"{address}/v1",
+        "openai_api_key": "none",
+    }  # fmt: skip
+    config = EndpointConfig(
+        name="news",
+        endpoint_type="llm/v1/completions",  # pyright: ignore[reportArgumentType]
+        model={"provider": provider, "name": "news", "config": settings},  # pyright: ignore[reportArgumentType]
+    )
+    asked = RequestPayload(prompt="the cat", max_tokens=8, temperature=0, n=1, stop=["so"])
+    answer = asyncio.run(get_provider(config.model.provider)(config).completions(asked))
+    expected = model.generate("the cat", max_new_tokens=8, temperature=0, stop="so", echo=False).text
+    assert answer.choices[0].text.removeprefix(" ") == expected
+
+
+# --- lm-evaluation-harness -----------------------------------------------------------------------------------------
+
+
+def test_what_lm_evaluation_harness_sends(served: Serving, model: lmdist.Model) -> None:
+    """The requests of its `local-completions` by hand: it needs a hundred megabytes of packages.
+
+    For the likelihood of a continuation it sends the ids of both, asks for one token more, echoed, with one log-probability,
+    and sums those of the continuation: all after the context but the last (lm_eval/models/openai_completions.py).
+    """
+    pairs = [("the cat", "is not here"), ("we", "said"), ("that it is", "so")]
+    ids = model.bundle.vocabulary.encode
+    contexts = [ids(context.split()) for context, _ in pairs]
+    prompts = [[*context, *ids(rest.split())] for context, (_, rest) in zip(contexts, pairs, strict=True)]
+    asked = {"model": "news", "prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    status, answer = served.post(asked, path="/v1/completions")
+    assert status == 200, answer
+    for choice, context, (before, rest) in zip(answer["choices"], contexts, pairs, strict=True):
+        scored = model.score(f"{before} {rest}", end=False).log_probabilities
+        found = choice["logprobs"]["token_logprobs"][len(context) : -1]
+        assert sum(found) == pytest.approx(float(scored[len(context) :].sum()), abs=1e-5)
+        tops = choice["logprobs"]["top_logprobs"][len(context) : -1]
+        greedy = [max(top.values()) == value for top, value in zip(tops, found, strict=True)]
+        best = [model.next_words(f"{before} {' '.join(rest.split()[:place])}", 1)[0][0] for place in range(len(found))]
+        assert greedy == [word == most_likely for word, most_likely in zip(rest.split(), best, strict=True)]
+    assert "<eos>" in [choice["logprobs"]["tokens"][-1] for choice in answer["choices"]], "none has ended by the mark"
