@@ -22,7 +22,18 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("quality", "preparing", "reliability", "training", "scaling", "sampling", "scoring", "serving", "bundle")
+        for name in (
+            "quality",
+            "preparing",
+            "reliability",
+            "training",
+            "finetuning",
+            "scaling",
+            "sampling",
+            "scoring",
+            "serving",
+            "bundle",
+        )
     ),
 )
 RESULTS = ROOT / "benchmarks" / "results"
@@ -213,6 +224,18 @@ def preparing(machine: str) -> str:
     columns = ["what", "how", "time", "words/s", "ratio", "peak memory", "bytes", "core-hours per billion tokens"]
     filled = [number for number in range(len(columns)) if any(row[number] for row in rows)]  # not so in an older run
     return markdown([columns[number] for number in filled], [[row[number] for number in filled] for row in rows])
+
+
+def finetuning(machine: str) -> str:
+    """Return the test perplexities from scratch and from a base, of each vocabulary, and of the base's own text."""
+    lines = []
+    for run in results(machine, "finetuning"):
+        for scratch, tuned in zip(run[::2], run[1::2], strict=True):
+            values = [f"{row['value']:,.1f} ({row['steps']:,} steps)" for row in (scratch, tuned)]
+            difference = f"{tuned['value'] / scratch['value'] - 1:+.0%}"
+            lines.append([scratch["case"], f"{scratch['unknown_rate']:.1%}", *values, difference])
+    head = ["text, vocabulary, how long", "unknown words", "from scratch", "from the base", "difference"]
+    return markdown(head, lines)
 
 
 def training(machine: str) -> str:
@@ -580,6 +603,7 @@ MEASURED = (
     kills,
     outages,
     preparing,
+    finetuning,
     training,
     speed,
     parts,
