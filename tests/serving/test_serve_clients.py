@@ -110,7 +110,7 @@ def test_curl_sees_a_text_grow(served: Serving) -> None:
 def test_the_providers_of_mlflows_gateway(served: Serving, model: lmdist.Model, provider: str) -> None:
     """The code of MLflow's gateway that asks models, without the server around it, which has packages of its own."""
     pytest.importorskip("aiohttp")
-    from mlflow.gateway.config import EndpointConfig
+    from mlflow.gateway.config import EndpointConfig, Provider
     from mlflow.gateway.providers import get_provider
     from mlflow.gateway.schemas.completions import RequestPayload
 
@@ -124,8 +124,8 @@ def test_the_providers_of_mlflows_gateway(served: Serving, model: lmdist.Model, 
         endpoint_type="llm/v1/completions",  # pyright: ignore[reportArgumentType]
         model={"provider": provider, "name": "news", "config": settings},  # pyright: ignore[reportArgumentType]
     )
-    asked = RequestPayload(prompt="the cat", max_tokens=8, temperature=0, n=1, stop=["so"])
-    answer = asyncio.run(get_provider(config.model.provider)(config).completions(asked))
+    asked = RequestPayload.model_validate({"prompt": "the cat", "max_tokens": 8, "temperature": 0, "n": 1, "stop": ["so"]})
+    answer = asyncio.run(get_provider(Provider(provider))(config).completions(asked))
     expected = model.generate("the cat", max_new_tokens=8, temperature=0, stop="so", echo=False).text
     assert answer.choices[0].text.removeprefix(" ") == expected
 
