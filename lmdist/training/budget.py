@@ -1,12 +1,13 @@
 """The time budget: how many steps fit into training.minutes, by the speed so far.
 
-A schedule is a function of a step and of the total of steps, so a run by time needs a total too. It is decided after the first
-step, again after 4 and 16, when libraries are loaded and the speed is known, and at each log line where the end that it leads
-to has moved away from the end of the time. Between two decisions it holds, on all ranks and over a stop: Progress.plan in the
-checkpoint has all of them, and the learning rate of each step follows from these.
+A schedule is a function of a step and of the total of steps, so a run by time needs a total too. It is decided after step 16,
+when libraries are loaded and the speed is known, and again at each log line, and at the last step, where the end that it leads
+to has moved away from the end of the time. A run of fewer steps than 16 is known by step 2 or 4. Between two decisions it
+holds, on all ranks and over a stop: Progress.plan in the checkpoint has all of them, and the learning rate of each step follows
+from these.
 
     time    0 min ------------------------------------------------ 30 min
-    steps   1   4   16 |.......... steps .......... | valid | steps .. | valid
+    steps   2   4   16 |.......... steps .......... | valid | steps .. | valid
 
 The time is that between the first step and the last one's validation, with all that is between steps, in all processes of the
 run; neither the start of a process is in it, nor what a killed one did after its last checkpoint. Rank 0 measures. This module
@@ -26,8 +27,12 @@ from lmdist.training.distributed import World
 
 UNDECIDED = 10**12
 """The total of steps before the first decision: every schedule is at its beginning."""
-EARLY = (1, 4, 16)
-"""The steps of a process after which the total is looked at beside those of log lines; after a resume the last is the first."""
+EARLY = (2, 4, 16)
+"""The steps of a process after which the total is looked at beside those of log lines; after a resume the last is the first.
+The first step of all, which may take as long as hundreds of others, tells nothing. A first total is only taken where it lies
+before the next of these steps: the beginning of a schedule is where a wrong one does the most harm."""
+MOST_UNSEEN = 0.2
+"""A validation that was not measured yet is not thought to take more than this share of all the time, and counts once."""
 TOLERANCE, DRIFT = 0.01, 0.05
 """A total whose end is not further from the end of the time stays: by this share of all the time, or of what is left of it. The
 speed of a shared machine goes up and down, and there is time to make up for it."""
@@ -76,10 +81,10 @@ class TimeBudget:
         self.validation_seconds: float | None = None
         """Of the last validation of this process, with its sample and its picture."""
         self.total_steps = UNDECIDED
-        if progress.plan and progress.plan[-1]["minutes"] == minutes:
-            self.total_steps = progress.plan[-1]["total_steps"]
-        elif progress.step:  # by a budget that is another than before, or new: at the speed that there was
-            left = 60 * minutes - progress.elapsed_seconds
+        left, last = 60 * minutes - progress.elapsed_seconds, progress.plan[-1] if progress.plan else None
+        if last and last["minutes"] == minutes and last["total_steps"] >= progress.step:
+            self.total_steps = last["total_steps"]
+        elif progress.step >= EARLY[-1] or left <= 0:  # another budget than before, or a new one: at the speed that there was
             pace = self.pace(progress.seconds / progress.step)
             self.record(progress.step + pace.steps_within(left, progress.step) if left > 0 else progress.step)
         self.is_resumed = self.total_steps != UNDECIDED
@@ -97,16 +102,27 @@ class TimeBudget:
         done = self.progress.step - self.first_step
         self.measure(done)
         # The first steps of a process are slow: where a total is in force they tell nothing against it.
-        if not (logging or done in EARLY) or (self.is_resumed and done < EARLY[-1]):
+        step = self.progress.step
+        is_last = step == self.total_steps
+        if not (logging or is_last or done in EARLY) or (self.is_resumed and done < EARLY[-1]):
             return False
-        step, left, pace = self.progress.step, self.seconds_left, self.current_pace(done)
-        error = pace.seconds_for(self.total_steps - step, step) - left
-        stays = self.total_steps != UNDECIDED and abs(error) <= max(TOLERANCE * 60 * self.minutes, DRIFT * left)
-        total_steps = int(self.world.broadcast(str(self.total_steps if stays else step + pace.steps_within(left, step))))
+        total_steps = int(self.world.broadcast(str(self.decided(step, done))))
         if total_steps == self.total_steps:
             return False
         self.record(total_steps)
         return True
+
+    def decided(self, step: int, done: int) -> int:
+        """Return the total that is right by what this rank has measured, or the one in force where that is near."""
+        left, pace = self.seconds_left, self.current_pace(done)
+        found = step + pace.steps_within(left, step)
+        if self.total_steps == UNDECIDED:
+            following = next((early for early in EARLY if early > done), None)
+            return UNDECIDED if done < EARLY[0] or (following and found - step > following - done) else found
+        if step == self.total_steps and pace.seconds_for(1, step) > left:
+            return step
+        error = pace.seconds_for(self.total_steps - step, step) - left
+        return self.total_steps if abs(error) <= max(TOLERANCE * 60 * self.minutes, DRIFT * left) else found
 
     def measure(self, done: int) -> None:
         """Note the time after a step, the one number `done` of this process."""
@@ -124,16 +140,22 @@ class TimeBudget:
             self.marks[done] = progress.seconds
 
     def current_pace(self, done: int) -> Pace:
-        """Return the pace of the last half of the `done` steps of this process, or of somewhat more."""
+        """Return the pace of the last half of the `done` steps of this process, or of somewhat more.
+
+        Before the last of EARLY a validation that was not measured is left out: a guess by slow steps would end the run.
+        """
         mark = 1 << (done.bit_length() - 2) if done > 1 else 0
-        return self.pace((self.progress.seconds - self.marks[mark]) / (done - mark))
+        pace = self.pace((self.progress.seconds - self.marks[mark]) / (done - mark))
+        return pace._replace(validation_seconds=self.validation_seconds or 0.0) if done < EARLY[-1] else pace
 
     def pace(self, step_seconds: float) -> Pace:
         """Return the pace; a validation that was not measured yet reads its tokens as fast as a step does, which is slower."""
-        seconds = self.validation_seconds
+        seconds, every = self.validation_seconds, self.validate_every
         if seconds is None:
-            seconds = self.valid_tokens * self.progress.seconds / max(1, self.progress.tokens)
-        return Pace(max(step_seconds, 1e-9), seconds, self.validate_every)
+            every = UNDECIDED  # the last one only: a guess should not end a run before it has seen one
+            seconds = self.valid_tokens * step_seconds * self.progress.step / max(1, self.progress.tokens)
+            seconds = min(seconds, MOST_UNSEEN * 60 * self.minutes)
+        return Pace(max(step_seconds, 1e-9), seconds, every)
 
     def record(self, total_steps: int) -> None:
         """Take a total from here on, and record it."""

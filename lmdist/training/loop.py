@@ -85,7 +85,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             if saving or logging:
                 progress.nats, progress.counted = nats.totals()
             progress.seconds += time.perf_counter() - start
-            if run.budget and not run.finished and run.budget.after_step(logging=logging):
+            if run.budget and not run.out_of_patience and run.budget.after_step(logging=logging):
                 report.plan()
             if saving or logging:
                 loss = check_finite(progress.nats / progress.counted, "training loss", progress.step)
