@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.settings import PrepareSettings
+from lmdist.settings import LEARNED, PrepareSettings
 from lmdist.storage.checksums import FileFacts, verify_checksums
 from lmdist.storage.held import HeldFolder, read_held
 from lmdist.storage.reading import MAX_JSON_BYTES
@@ -79,6 +79,11 @@ class GivenVocabulary:
     def settings(self, asked: PrepareSettings) -> PrepareSettings:
         """Return the settings with those of the tokenizer in place of the defaults; raise UsageError for others."""
         if self.tokenizer is None:
+            if asked.tokenizer in LEARNED:
+                raise UsageError(
+                    f"tokenizer is {asked.tokenizer}, whose pieces are learned, and {self.name} has words alone: "
+                    "leave vocabulary out, or name the data folder, run or bundle that has the pieces"
+                )
             return asked
         defaults = PrepareSettings()
         if asked.extend and self.tokenizer.settings.has_pieces:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from lmdist.text.pieces import BYTE_OF, Pieces, Saved, byte_level_tokenizer
 from lmdist.text.vocabulary import END, UNKNOWN
 
 MAX_CHARACTERS = 200_000_000
-"""Of all words, each as often as it stands in the text. Of more they are counted in proportion, and the rarest are left out."""
+"""Of all words, each as often as it stands in the text. Of more they are counted in proportion, and rare ones in part."""
 CHUNK_CHARACTERS = 1 << 20
 SCORE_DIGITS = 4
 """Of a piece's log-probability in a unigram model."""
@@ -90,10 +91,16 @@ def repeated(counted: Iterable[tuple[str, int]]) -> Iterator[str]:
 
 
 def in_proportion(counted: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Return the words that are left, and their counts, of not many more than MAX_CHARACTERS."""
+    """Return the words that are left, and their counts, of about MAX_CHARACTERS.
+
+    A count's share is rounded up or down by a hash of the word, so that on the average it stays: of words that occur once,
+    as most clauses of a script without spaces do, a part is left rather than none.
+    """
     total = sum((len(word) + 1) * number for word, number in counted)
     share = min(1.0, MAX_CHARACTERS / total)
-    return [(word, left) for word, number in counted if (left := round(number * share))]
+    if share == 1:
+        return [*counted]
+    return [(word, left) for word, number in counted if (left := int(number * share + crc32(word.encode()) / 2**32))]
 
 
 def by_frequency(model: dict[str, Any], counted: Iterable[tuple[str, int]]) -> dict[str, Any]:

@@ -205,6 +205,7 @@ def of_tokenizers(model: dict[str, Any] | str) -> Entries:
 
     assert isinstance(model, dict)
     tokenizer = Tokenizer.from_str(json.dumps(model))
+    tokenizer.encode_special_tokens = True  # a "</s>" that stands in a text is text, as it is to SentencePiece
     ids = tokenizer.get_vocab(with_added_tokens=True)
     largest = max(ids.values(), default=END_ID)
     if largest > len(ids) + MAX_GAPS:
@@ -212,7 +213,9 @@ def of_tokenizers(model: dict[str, Any] | str) -> Entries:
     names = [""] * (largest + 1)
     for name, token in ids.items():
         names[token] = name
+    # What a file adds stands for itself; Gemma's runs of ▁ are pieces of its model too, and spaces.
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    added -= {name for name in tokenizer.get_vocab(with_added_tokens=False) if not name.strip(SPACE)}
     read = from_byte_level if is_byte_level(model) else from_byte_fallback
     contents = [name.encode() if name in added else read(name) for name in names]
     if model["pre_tokenizer"] != byte_level_tokenizer({})["pre_tokenizer"]:

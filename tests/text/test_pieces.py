@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from lmdist.errors import CONTROLS
 from lmdist.settings import PrepareSettings
 from lmdist.text import prepare as command
+from lmdist.text.learning import in_proportion, trained_model
 from lmdist.text.machines import merge_shards, prepare_shard
+from lmdist.text.piece_files import read_pieces
 from lmdist.text.pieces import Pieces
 from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import WordTokenizer
@@ -182,6 +184,14 @@ def test_of_a_long_text_words_are_counted_in_proportion(kind, tmp_path: Path, mo
     assert len(tokenizer.tokenize(" the people")) < 10
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_of_a_long_text_of_clauses_that_come_once_a_part_is_left(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmdist.text.learning.MAX_CHARACTERS", 1_000)
+    counted = [(f"the{number}people", 1) for number in range(1_000, 1_800)]
+    assert 800 < sum((len(word) + 1) * number for word, number in in_proportion(counted)) < 1_200
+    assert len(max(dict(trained_model(kind, counted, 280)["vocab"]), key=len)) > 2, "pieces of more than a byte or two"
+
+
 def test_pieces_are_of_lowercased_and_cleaned_text(tmp_path: Path) -> None:
     source = write_texts(tmp_path / "a.jsonl")
     prepare(PrepareSettings(inputs=[str(source)], tokenizer="bpe", vocabulary_size=300, lowercase=True), tmp_path / "data")
@@ -232,6 +242,7 @@ FILES: dict[str, Callable[[], Any]] = {
     "with a space before": lambda: byte_level(add_prefix_space=True),
     "as Llama's": byte_fallback,
 }
+MARKS_OF_FILES = "a<|endoftext|>b <s>old</s> <pad> </s>"
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -244,8 +255,10 @@ def test_a_tokenizer_json_is_taken_as_it_is(kind: str, tmp_path: Path) -> None:
     shift = 0 if kind == "as Llama's" else 2
     assert data.vocabulary_size == theirs.get_vocab_size() + shift
     assert not any(word.split() != [word] for word in data.vocabulary.words)
-    for text in [*LINES, *STRANGE]:
+    theirs.encode_special_tokens = True
+    for text in [*LINES, *STRANGE, MARKS_OF_FILES]:
         words = data.tokenizer.tokenize(text)
+        assert not {"<unk>", "<eos>", "<|endoftext|>"} & {*words}, "a mark in a text is text"
         expected = theirs.encode(text, add_special_tokens=False).ids
         assert data.vocabulary.encode(words) == [token + shift for token in expected], text
         if not (kind == "with a space before" and text[:1] == " "):
@@ -381,6 +394,16 @@ def test_a_model_that_is_cut_off_between_two_fields_is_found(tmp_path: Path, cap
         (["--tokenizer=sentencepiece"], 64, "name its file"),
         (["--tokenizer=bpe", "--vocabulary-size=100"], 64, "vocabulary_size is 100; at least 258 are needed"),
         (["--tokenizer=bpe", "--min-count=3"], 64, "min_count creates unknown words, and pieces have none"),
+        (
+            ["--tokenizer=bpe", "--vocabulary=words.txt"],
+            64,
+            "bpe, whose pieces are learned, and words.txt has words",
+        ),
+        (
+            ["--tokenizer=unigram", "--vocabulary=words.txt", "--extend"],
+            64,
+            "words.txt has words alone: leave vocabulary",
+        ),
         (["--tokenizer=bpe", "--unknown=file"], 64, "pieces have no unknown ones"),
         (["--tokenizer=bpe", "--line-breaks"], 64, "line_breaks is of tokenizers of words"),
         (["--tokenizer=m.model", "--vocabulary-size=300"], 64, "the pieces of m.model are the vocabulary"),
@@ -388,6 +411,7 @@ def test_a_model_that_is_cut_off_between_two_fields_is_found(tmp_path: Path, cap
 )
 def test_settings_that_contradict_pieces(flags, code, message, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("<unk>\n<eos>\nWe\n")
     Path("a.txt").write_text("We said it.\n\nThey said so.\n\nYou too.\n\nAnd we.\n")
     found, line = last_line(command.main, capsys, "a.txt", "-o", "data", *flags)
     assert (found, bool(re.search(message, line))) == (code, True), line
@@ -407,6 +431,20 @@ def test_the_pieces_of_a_model_for_other_text(folder: Path, tmp_path: Path, caps
     flags = ["--vocabulary", folder, "--tokenizer", other]
     code, line = last_line(command.main, capsys, "--train", source, "-o", tmp_path / "b", *flags)
     assert (code, f"tokenizer is {other}, and the text of" in line) == (64, True)
+
+
+def test_runs_of_spaces_that_a_file_adds_are_spaces(tmp_path: Path) -> None:
+    value = json.loads(byte_fallback().to_str())
+    number = len(value["model"]["vocab"])
+    value["model"]["vocab"]["▁▁"] = number
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    value["added_tokens"].append({"id": number, "content": "▁▁", **flags})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    pieces = read_pieces(tmp_path / "tokenizer.json")
+    words = pieces.encode("people▁▁people")
+    assert words.count("▁▁") == 1, words
+    assert "".join(pieces.texts(words)) == "people  people"
+    assert "".join(pieces.texts(pieces.encode("people  people"))) == "people  people"
 
 
 def test_a_vocabulary_of_its_own_spelling_for_each_piece() -> None:
