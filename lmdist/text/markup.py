@@ -24,12 +24,49 @@ INLINE = frozenset(
     """.split()
 )
 
+# At these a line ends, as a browser shows it.
+BLOCKS = frozenset(
+    """
+    address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure footer form h1
+    h2 h3 h4 h5 h6 head header hr html legend li main menu nav ol option p pre section summary table tbody tfoot thead title
+    tr ul
+    """.split()
+)
+HAS_LINES = re.compile(rf"</?(?:br|{'|'.join(BLOCKS)})[\s/>]", re.IGNORECASE)
+BREAK, BORDER = "\x1d", "\x1e"
+"""What stands for `<br>`, and for the border of a block, until all are known."""
+SOURCE_SPACE = re.compile(r"(<pre\b.*?(?:</pre\s*+>|\Z))|[ \t\r\n\f\x1d\x1e]++", re.IGNORECASE | re.DOTALL)
+EDGES = re.compile("(?:(?<! ) *+|\r?\n *+)[\x1d\x1e][ \x1d\x1e]*+(?:\r?\n)?")
+
 
 def text_of_html(document: str) -> str:
     """Return the text of an HTML document or fragment, with a space where a tag ends a word; "a < b" is text."""
     if "<" in document:
         document = MARKUP.sub(replacement, document)
     return html.unescape(document)
+
+
+def lines_of_html(document: str) -> str:
+    """Return the text in lines, as a browser shows it: of the source's own line breaks only those in `<pre>` count.
+
+    A document without an element that ends a line is taken for text that has its lines already.
+    """
+    if not HAS_LINES.search(document):
+        return text_of_html(document)
+    document = SOURCE_SPACE.sub(lambda found: found[1] or " ", document)
+    return EDGES.sub(line_breaks, html.unescape(MARKUP.sub(edge_or_replacement, document)))
+
+
+def edge_or_replacement(markup: re.Match[str]) -> str:
+    """Return what stands in place of a tag, with BREAK and BORDER."""
+    name = (markup[2] or "").lower()
+    return BREAK if name == "br" else BORDER if name in BLOCKS else replacement(markup)
+
+
+def line_breaks(edges: re.Match[str]) -> str:
+    """Return the line breaks of a run of edges: one for each BREAK, and one between two blocks."""
+    at_end = edges.start() == 0 or edges.end() == len(edges.string)
+    return "\n" * max(edges[0].count(BREAK), not at_end)
 
 
 def replacement(markup: re.Match[str]) -> str:

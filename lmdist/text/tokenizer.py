@@ -32,7 +32,7 @@ from lmdist.storage.reading import MAX_JSON_BYTES, as_json, parse_json, read_byt
 from lmdist.storage.schema import check_schema, check_version, dataclass_from_json
 from lmdist.text import detokenizer
 from lmdist.text.detokenizer import LINE_BREAK
-from lmdist.text.markup import text_of_html
+from lmdist.text.markup import lines_of_html, text_of_html
 from lmdist.text.pieces import Pieces, Saved, word_splitter
 from lmdist.text.vocabulary import END, check_words
 
@@ -222,7 +222,7 @@ def import_early(settings: TextSettings) -> None:
 def cleaned(document: str, settings: TextSettings) -> str:
     """Return a document as it is split: without what the settings leave out, and in one spelling."""
     if settings.clean == "html":
-        document = text_of_html(document)
+        document = (lines_of_html if settings.line_breaks or settings.has_pieces else text_of_html)(document)
     if settings.has_pieces:  # which write a text as it is
         document = document.lower() if settings.lowercase else document
     elif settings.rules > FIRST_RULES and not is_plain(document):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from lmdist.errors import UsageError
 from lmdist.settings import PrepareSettings, TextSettings
+from lmdist.text.markup import lines_of_html
 from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.training.data import DataFolder
@@ -30,6 +32,32 @@ def test_each_line_break_is_a_token_and_is_written_back(kind) -> None:
     assert tokenizer.tokenize(" \n ") == []
     assert NL not in WordTokenizer.train(TextSettings(kind), [POEM]).tokenize(POEM)
     assert NL not in tokenizer.tokenize("<nl>")
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ("<p>Roses<br>are\n   red</p>\n<p>x</p>", "Roses\nare red\nx"),
+        ("<div><p>a <b>b</b></p>\n <ul>\n<li>c<LI>d</ul></div>e", "a b\nc\nd\ne"),
+        ("a<br/> <br />b<br></p><p>c &lt;br&gt;", "a\n\nb\nc <br>"),
+        ("x<pre>\n  if a:\n    b\n</pre>y", "x\n  if a:\n    b\ny"),
+        ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</table>", "a b\nc"),
+        ("one &amp; <i>two</i>\nthree", "one & two\nthree"),
+        ("<script>a\n</script>b<br>c", "b\nc"),
+    ],
+)
+def test_the_lines_of_html_are_those_that_a_browser_shows(document, text) -> None:
+    lines = [line.split() for line in text.split("\n")]
+    tokenizer = WordTokenizer(TextSettings("wordpunct", "html", line_breaks=True))
+    assert tokenizer.tokenize(document) == tokenizer.tokenize(text.replace("<", "&lt;"))
+    assert [line.split() for line in lines_of_html(document).strip("\n").split("\n")] == lines
+
+
+@pytest.mark.parametrize("piece", ["<br>", "<pre>", "<br> ", "<p", "<br><pre></pre ", "\x1e "])
+def test_html_that_never_closes_takes_no_longer_than_its_length(piece) -> None:
+    began = time.perf_counter()
+    lines_of_html(f"<p>{piece * 20_000}{' ' * 50_000}x")
+    assert time.perf_counter() - began < 10
 
 
 def test_a_line_is_tokenized_as_a_text(tmp_path: Path) -> None:
