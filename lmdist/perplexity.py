@@ -2,8 +2,8 @@
 
 A perplexity per token compares only models whose tokenizers cut a text alike. What compares all of them divides the same nats,
 those of all tokens and of each text's end, by what the text has whatever cuts it: its words between whitespace, and its bytes.
-An end counts as a word and as a byte, as a line break would, since it is predicted like a word. So with the tokenizer
-whitespace, line by line, the perplexity per word is that per token.
+An end counts as a word and as a byte, as a line break would, since it is predicted like a word. So of documents of one line
+each, with the tokenizer whitespace, the perplexity per word is that per token.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ import torch
 
 from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import ReadSettings
+from lmdist.settings import ReadSettings, TextSettings
+from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.read import load_model, open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
@@ -191,6 +192,12 @@ def test_with_carried_state_the_perplexity_is_that_of_evaluate(folder, bundle, m
         assert (figures["original_words"], figures["bytes"]) == found.size
         assert figures["perplexity_per_word"] == figures["perplexity"], "the text is tokenized already, line by line"
     assert json.loads(written(bundle, text, "--json"))["perplexity"] != pytest.approx(math.exp(nats.mean()), rel=1e-3)
+
+
+def test_a_line_that_a_carried_state_passes_over_is_no_text(sampler, monkeypatch) -> None:
+    monkeypatch.setitem(vars(sampler.bundle), "tokenizer", WordTokenizer(TextSettings("wordpunct")))
+    scores = Scorer(sampler, carry_state=True).score(["the cat", "", " ", "is"])
+    assert [score.size for score in scores] == [(3, 8), (0, 0), (0, 0), (2, 3)]
 
 
 # --- what is printed -----------------------------------------------------------------------------------------------

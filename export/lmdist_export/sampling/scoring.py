@@ -170,10 +170,10 @@ class Scorer:
                 scores = score_batch(self.sampler, texts, self.cache)
             for sentence, (words, ids), log_probabilities in zip(batch, encoded, scores, strict=True):
                 unknown = np.array(ids, np.int64) == UNKNOWN_ID
-                size = len(sentence.encode()) + self.end
-                # A line that a carried state passes over has a line break, and no end.
-                original_words = len(sentence.split()) + (self.end and bool(words))
-                yield Score(sentence, words, unknown, log_probabilities, size, original_words)
+                # A line that a carried state passes over is no document, and so no text, as in a data folder.
+                passed = self.carry_state and not words
+                size = TextSize(0, 0) if passed else TextSize.of(sentence, ends=int(self.end))
+                yield Score(sentence, words, unknown, log_probabilities, bytes=size.bytes, original_words=size.words)
 
     def next_words(self, text: str | Prompt, count: int) -> list[tuple[str, float]]:
         """Return the `count` most likely words after a text, never `<unk>`, each with its probability."""
