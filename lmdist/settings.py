@@ -8,6 +8,7 @@ of the demo, launch/demo.toml.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -220,6 +221,11 @@ class PrepareSettings(ReadSettings):
         if self.tokenizer_file and (self.vocabulary or self.vocabulary_size):
             setting = "vocabulary" if self.vocabulary else "vocabulary_size"
             raise UsageError(f"the pieces of {self.tokenizer} are the vocabulary: leave out {setting}, or the file")
+
+    def check_min_count(self, given: Container[str]) -> None:
+        """Raise UsageError where min_count is among the names that were `given`, and there are pieces."""
+        if "min_count" in given and self.text.has_pieces:
+            raise UsageError("min_count creates unknown words, and pieces have none: leave it out")
 
     def stored(self) -> dict[str, Any]:
         """Return the settings as files keep them: the addresses of the text without passwords, signatures and tokens."""

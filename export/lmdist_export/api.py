@@ -284,7 +284,8 @@ class Model:
         """Return the perplexity of a text, or of all texts of a list together; raises DataError without any token.
 
         Models of different tokenizers compare `per` "word" of the original text, whose words are between whitespace, and per
-        "byte" of it in UTF-8 (log2 of that is bits per byte); the end of a text counts as one. NaN where a text has no words.
+        "byte" of it in UTF-8 (log2 of that is bits per byte); the end of a text counts as one.
+        NaN where a text has no words, and infinite where the figure is beyond a float.
         """
         from lmdist_export.sampling.scoring import Totals
 
@@ -293,7 +294,9 @@ class Model:
         for score in self.scorer(end=end, carry_state=carry_state, cache=cache).score(texts_of(text)):
             totals.add(score)
         found = totals.figures()[PERPLEXITIES[per]]
-        return math.nan if found is None else found
+        if found is None:  # as JSON has what is no number
+            return math.inf if per == "word" and totals.original_words else math.nan
+        return found
 
     def next_words(self, prompt: str | Prompt, k: int = 5, *, cache: bool = False) -> list[tuple[str, float]]:
         """Return the `k` most likely words after a prompt, never `<unk>`, each with its probability, the most likely first.

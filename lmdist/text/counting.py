@@ -48,8 +48,8 @@ DOCUMENT = np.dtype(
         ("digest", "<u8"),
         ("key", "<u8"),
         ("length", "<i8"),
-        ("original_words", "<u4"),
-        ("bytes", "<u4"),
+        ("original_words", "<u8"),
+        ("bytes", "<u8"),
         ("split", "u1"),
         ("is_new", "?"),
     ]

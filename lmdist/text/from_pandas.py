@@ -62,6 +62,7 @@ def prepare(
     if problem := find_mismatch(settings, {name: hints[name] for name in settings}):
         raise UsageError(problem.removeprefix("."))
     values = PrepareSettings(**{"workers": 1, **settings})
+    values.check_min_count(settings)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UsageError(
             'worker processes import the script that calls prepare: put the call under `if __name__ == "__main__":`, '

@@ -44,6 +44,8 @@ def read_tokenizer_json(path: Path) -> Pieces:
     value = parse_json(read_bytes(path, MAX_JSON_BYTES), path)
     try:
         saved: Saved = {"library": "tokenizers", "model": with_marks(value)}
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError(f"{path} is no tokenizer.json of Hugging Face's tokenizers, with a model of BPE or Unigram") from None
     pieces = named(path, saved)
@@ -58,6 +60,9 @@ def read_tokenizer_json(path: Path) -> Pieces:
 def with_marks(value: dict[str, Any]) -> dict[str, Any]:
     """Return a tokenizer.json whose first two entries are marks; it adds no marks to a text, and neither cuts nor pads it."""
     model, added = value["model"], value.get("added_tokens") or []
+    for name in ("end_of_word_suffix", "continuing_subword_prefix"):
+        if model.get(name):
+            raise DataError(f"{name} {model[name]!r} is written into its pieces, and so into every text: take another file")
     value = value | {"added_tokens": added, "truncation": None, "padding": None, "post_processor": None}
     special = {token["id"] for token in added if token["special"]}
     own = dict(model["vocab"]) if model["type"] == "BPE" else {name: number for number, (name, _) in enumerate(model["vocab"])}

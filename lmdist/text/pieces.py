@@ -218,7 +218,7 @@ def of_tokenizers(model: dict[str, Any] | str) -> Entries:
     added -= {name for name in tokenizer.get_vocab(with_added_tokens=False) if not name.strip(SPACE)}
     read = from_byte_level if is_byte_level(model) else from_byte_fallback
     contents = [name.encode() if name in added else read(name) for name in names]
-    if model["pre_tokenizer"] != byte_level_tokenizer({})["pre_tokenizer"]:
+    if model | {"model": {}} != byte_level_tokenizer({}):
         return Entries(names, contents, lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
     # Learned by lmdist: the words are found as they were counted, and each is split into pieces once.
     of_word = Cache(lambda word: [token.id for token in tokenizer.model.tokenize(to_byte_level(word))])

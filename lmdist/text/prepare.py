@@ -171,8 +171,7 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
             raise UsageError("min_count is of new words, and vocabulary takes none without extend: give extend as well")
         GivenVocabulary.load(Path(values["vocabulary"])).check(values)
     settings = PrepareSettings(**values)
-    if "min_count" in flags and settings.text.has_pieces:
-        raise UsageError("min_count creates unknown words, and pieces have none: leave it out")
+    settings.check_min_count(flags if "tokenizer" in flags else values)  # a recipe's own min_count is of its own tokenizer
     return settings
 
 

@@ -46,7 +46,7 @@ def description(sources: Sources, settings: PrepareSettings, base: GivenVocabula
     tokenizer = base.tokenizer.as_json() if base and base.tokenizer else ""
     value = {
         "format": "lmdist shard",
-        "version": 3,
+        "version": 4,
         "seed": settings.seed,
         "text settings": settings.text.stored(),
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else "learned from the text",

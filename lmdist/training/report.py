@@ -177,6 +177,9 @@ class Report:
         self.console.log(
             f"  time   {last} last to step {run.total_steps:,}, {epochs:.3g} epochs, by the speed up to step {progress.step:,}"
         )
+        if run.total_steps <= run.recipe.schedule.warmup_steps:
+            warmup = f"--schedule.warmup_steps {max(1, run.total_steps // 10)}"
+            self.console.log(f"  hint   all of it is warmup, and the learning rate never reaches its height: give {warmup}")
 
     def training(self, nats: float, gradient_norm: float, learning_rate: float) -> None:
         """Report the training since the last call; `nats` is its loss per token."""

@@ -18,6 +18,7 @@ from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.graph.cell import STATE
 from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.scoring import Score, Scorer
 from support.small_bundles import PLAIN_WORDS, UNTIED, bare_bundle, make_bundle, make_model, neutral, same_text
 
 
@@ -225,6 +226,12 @@ def test_a_vector_is_the_row_of_the_embedding(precision: str, tmp_path: Path) ->
         assert (vector.shape, vector.dtype) == ((UNTIED.embedding_size,), np.float32)
         tolerance = {"fp32": 0, "fp16": 1e-3}.get(precision, np.abs(rows[token]).max() / 127)
         np.testing.assert_allclose(vector, rows[token], atol=tolerance)
+
+
+def test_a_perplexity_beyond_a_float_is_infinite(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Score("a", ["a"], np.zeros(1, np.bool_), np.array([-1000], np.float32), bytes=2, original_words=1)
+    monkeypatch.setattr(Scorer, "score", lambda *_: iter([found]))
+    assert model.perplexity("a", per="word") == model.perplexity("a") == np.inf
 
 
 def test_a_word_without_a_vector(model: Model) -> None:

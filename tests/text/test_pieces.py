@@ -20,9 +20,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lmdist.errors import CONTROLS
+from lmdist.errors import CONTROLS, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.text import prepare as command
+from lmdist.text.from_pandas import prepare as prepare_frames
 from lmdist.text.learning import in_proportion, trained_model
 from lmdist.text.machines import merge_shards, prepare_shard
 from lmdist.text.piece_files import read_pieces
@@ -111,14 +112,15 @@ def test_the_vocabulary_is_by_frequency_and_has_all_bytes(folder: Path, tokenize
     data = DataFolder(folder)
     words = data.vocabulary.words
     assert words[:2] == ["<unk>", "<eos>"]
-    assert len(words) == data.meta["vocabulary_size"] == 420 or tokenizer.settings.tokenizer == "unigram"
+    assert len(words) == data.meta["vocabulary_size"]
+    assert len(words) == 420 if tokenizer.settings.tokenizer == "bpe" else 300 < len(words) <= 420
     assert not any(CONTROLS.search(word) or word.split() != [word] for word in words)
     assert tokenizer.model
     assert words == tokenizer.model.words
     assert {bytes([byte]) for byte in range(256)} <= set(tokenizer.model.entries.contents)
     counts = np.bincount(data.tokens("train")[:], minlength=len(words))
     assert counts[2:].tolist() == sorted(counts[2:], reverse=True)
-    assert "▁the" in words[:20] or tokenizer.settings.tokenizer == "unigram"
+    assert "▁the" in (words[:20] if tokenizer.settings.tokenizer == "bpe" else words)
     assert all(facts["unknown_tokens"] == 0 for facts in data.meta["splits"].values())
     assert data.meta["text"]["tokenizer"] == data.meta["prepare"]["tokenizer"] == tokenizer.settings.tokenizer
 
@@ -337,6 +339,12 @@ def without_bytes() -> str:
     return json.dumps({"version": "1.0", "added_tokens": [], "pre_tokenizer": None, "model": model})
 
 
+def with_ends_of_words() -> str:
+    value = json.loads(byte_level().to_str())
+    value["model"]["end_of_word_suffix"] = "</w>"
+    return json.dumps(value)
+
+
 WRONG: dict[str, tuple[str, Callable[[], str | bytes], str]] = {
     "no JSON": ("a.json", lambda: byte_level().to_str()[:-400], "is not JSON"),
     "another JSON": ("a.json", lambda: '{"model": {"type": "BPE"}}', "is no tokenizer.json"),
@@ -347,6 +355,7 @@ WRONG: dict[str, tuple[str, Callable[[], str | bytes], str]] = {
         "largest id is 2,000,",
     ),
     "WordPiece": ("a.json", word_piece, "with a model of BPE or Unigram"),
+    "ends of words": ("a.json", with_ends_of_words, "end_of_word_suffix '</w>' is written into its pieces"),
     "no bytes": ("a.json", without_bytes, "has no pieces for all bytes"),
     "no model": ("a.model", lambda: b"not a model", "is no SentencePiece model, or was cut off"),
     "cut off": ("a.model", lambda: sentencepiece_model(**RECOGNIZER)[:-500], "or was cut off"),
@@ -431,6 +440,23 @@ def test_the_pieces_of_a_model_for_other_text(folder: Path, tmp_path: Path, caps
     flags = ["--vocabulary", folder, "--tokenizer", other]
     code, line = last_line(command.main, capsys, "--train", source, "-o", tmp_path / "b", *flags)
     assert (code, f"tokenizer is {other}, and the text of" in line) == (64, True)
+
+
+def test_a_file_that_changes_words_found_as_lmdist_finds_them_is_read_by_its_library(tokenizer: WordTokenizer) -> None:
+    assert tokenizer.model
+    assert isinstance(tokenizer.model.saved["model"], dict)
+    model = tokenizer.model.saved["model"] | {"normalizer": {"type": "Lowercase"}}
+    pieces = Pieces({"library": "tokenizers", "model": model})
+    assert "".join(pieces.texts(pieces.encode("The People"))) == "the people"
+
+
+def test_a_min_count_beside_pieces_is_refused_wherever_it_is_given(tmp_path: Path) -> None:
+    frame = pytest.importorskip("pandas").DataFrame({"text": TEXTS})
+    with pytest.raises(UsageError, match="min_count creates unknown words, and pieces have none"):
+        prepare_frames(frame, tmp_path / "data", tokenizer="bpe", min_count=7)
+    with pytest.raises(UsageError, match="min_count creates unknown words, and pieces have none"):
+        command.resolve({"inputs": ["a.txt"], "tokenizer": "bpe", "min_count": 3}, {})
+    assert command.resolve({"inputs": ["a.txt"], "min_count": 3}, {"tokenizer": "bpe"}).tokenizer == "bpe"
 
 
 def test_runs_of_spaces_that_a_file_adds_are_spaces(tmp_path: Path) -> None:

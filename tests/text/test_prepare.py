@@ -21,6 +21,7 @@ from lmdist.errors import DataError, UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist.storage.held import HeldFolder
+from lmdist.text.counting import DOCUMENT
 from lmdist.text.prepare import parser, prepare, resolve
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
@@ -238,6 +239,7 @@ def test_words_and_bytes_of_the_original_text_are_counted(tmp_path):
             sum(len(text.encode()) + 1 for text in kept),
         ]
     assert found["words"]["valid"]["tokens"] < found["characters"]["valid"]["tokens"]
+    assert np.array((0, 0, 0, 2**32, 2**33, 0, True), DOCUMENT)["bytes"] == 2**33, "a document of more than 4 GiB"
     for name in ("original_words", "bytes"):
         assert found["words"]["valid"][name] == found["characters"]["valid"][name]
 
