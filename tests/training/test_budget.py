@@ -211,9 +211,12 @@ def test_killed_and_resumed_on_two_ranks_it_ends_in_time(data: Path, tmp_path: P
 def test_without_a_valid_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_data_folder(tmp_path / "data", {"train": chain(451, 30)}, 30)
     run = tmp_path / "run"
-    train_here(f"--data.folder={data}", f"--run_folder={run}", "--training.minutes=0.01", "--schedule.name=cosine")
-    check_rates(run, 0.02, ScheduleSettings("cosine"))
-    assert "last to step" in capsys.readouterr().err
+    flags = "--training.minutes=0.01", "--schedule.name=cosine", "--schedule.warmup_steps=1000000"
+    train_here(f"--data.folder={data}", f"--run_folder={run}", *flags)
+    check_rates(run, 0.02, ScheduleSettings("cosine", warmup_steps=1_000_000))
+    shown = capsys.readouterr().err
+    assert "last to step" in shown
+    assert "hint   all of it is warmup" in shown
 
 
 @pytest.mark.parametrize(
