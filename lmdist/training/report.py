@@ -183,12 +183,16 @@ class Report:
 
     def training(self, nats: float, gradient_norm: float, learning_rate: float) -> None:
         """Report the training since the last call; `nats` is its loss per token."""
-        progress, total_steps = self.run.progress, self.run.total_steps
+        progress, total_steps, budget = self.run.progress, self.run.total_steps, self.run.budget
+        decided = total_steps != UNDECIDED
         speed = (progress.tokens - self.tokens_before) / (progress.seconds - self.seconds_before)
         self.tokens_before, self.seconds_before = progress.tokens, progress.seconds
         seconds_left = (total_steps - progress.step) * progress.seconds / progress.step
+        if budget and not decided:
+            seconds_left = budget.seconds_left
         figures = f"loss {nats:.4f}  ppl {perplexity(nats):,.1f}  tokens/s {speed:,.0f}  lr {learning_rate:.3g}"
-        self.console.show(figures, f"step {progress.step}/{total_steps}  {figures}  eta {duration(seconds_left)}")
+        of_all = f"/{total_steps}" if decided else ""
+        self.console.show(figures, f"step {progress.step}{of_all}  {figures}  eta {duration(max(0, seconds_left))}")
         self.logger.log_metrics(
             progress.step,
             {
@@ -199,7 +203,7 @@ class Report:
                 "train/learning_rate": learning_rate,
                 "train/tokens": progress.tokens,
                 "train/tokens_per_second": speed,
-                **({"train/total_steps": total_steps} if self.run.budget else {}),
+                **({"train/total_steps": total_steps} if budget and decided else {}),
             },
         )
 

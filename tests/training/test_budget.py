@@ -172,6 +172,7 @@ def check_rates(run: Path, peak: float, schedule: ScheduleSettings) -> None:
     for row in logged:
         total = next(planned["total_steps"] for planned in reversed(plan) if planned["step"] < row["step"])
         assert row["train/learning_rate"] == learning_rate(peak, schedule, Position(row["step"] - 1, total)), row["step"]
+    assert all(row.get("train/total_steps", 0) < UNDECIDED for row in logged)
     assert logged[-1]["train/total_steps"] == progress["step"] == plan[-1]["total_steps"]
 
 
