@@ -24,11 +24,10 @@ from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
 from lmdist_export.sampling.completion import whole_words
 from lmdist_export.sampling.generation import Text
-from lmdist_export.sampling.prompt import prompt_of
 from lmdist_export.sampling.resolved_options import resolve
 from lmdist_export.serving.batching import Scoring
 from lmdist_export.serving.openai_answer import Writer, choice
-from lmdist_export.serving.openai_request import CompletionRequest, read_request
+from lmdist_export.serving.openai_request import read_request
 from lmdist_export.serving.service import Service
 from support.small_bundles import UNTIED, edit_json, in_fresh_process, run_of_data
 
@@ -155,14 +154,13 @@ def test_stops_are_looked_for_as_the_model_writes_them(model: Model) -> None:
 
 @pytest.mark.parametrize("changes", [{"lowercase": True}, {"normalizer": "NFKC"}])
 def test_offsets_lie_in_the_text_that_was_given(model: Model, changes: dict[str, object]) -> None:
-    bundle = rewriting(model, **changes)
+    service = Service(model.sampler)
+    service.bundle = rewriting(model, **changes)
     given = "İİİİİİİİ the… ﬁﬁﬁ… people"
-    prompt = prompt_of(bundle, given)
-    asked = CompletionRequest(
-        "pieces", bundle, [prompt], [given], resolve(Options.from_values({}), bundle), 1, True, True, 0, False, False, []
-    )
-    scores = [0.0] * len(prompt.tokens), [[] for _ in prompt.tokens]
-    offsets = choice(asked, Text(prompt.tokens, 0, 0, finish_reason="length"), 0, scores)["logprobs"]["text_offset"]
+    asked = read_request({"prompt": given, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
+    tokens = asked.prompts[0].tokens
+    scores = [0.0] * len(tokens), [[] for _ in tokens]
+    offsets = choice(asked, Text(tokens, 0, 0, finish_reason="length"), 0, scores)["logprobs"]["text_offset"]
     assert offsets == sorted(offsets)
     assert offsets[-1] <= len(given)
 

@@ -46,7 +46,6 @@ class Writer:
     """
 
     def __init__(self, bundle: Bundle, prompt: Prompt, given: str) -> None:
-        self.prompt = prompt
         self.words = deque(prompt.words)
         self.vocabulary = bundle.vocabulary.words
         self.pieces = bundle.tokenizer.pieces(self.coming())
@@ -54,6 +53,7 @@ class Writer:
         """The prompt, as it is written."""
         has_pieces = bundle.tokenizer.settings.has_pieces  # whose texts have the spaces that they need
         self.glued = prompt.space if has_pieces else not given or given[-1].isspace()
+        self.prompt = prompt
 
     def coming(self) -> Iterator[str]:
         """Yield the words that wait."""
