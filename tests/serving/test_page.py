@@ -348,6 +348,7 @@ def test_each_token_has_the_colour_of_its_surprisal(page: Page, model: Model) ->
     page.locator("#token", has_text="said").wait_for()
     page.get_by_text("All tokens as a table").click()
     rows = page.locator("#rows tr")
+    rows.last.wait_for()  # the browser tells the page of the open table a moment later
     assert rows.count() == len(score.tokens)
     _, log_probability, _ = list(score.per_token)[-1]
     assert rows.last.locator("td").first.inner_text() == f"{-log_probability / math.log(2):.1f}"
