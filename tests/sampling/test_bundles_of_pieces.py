@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,11 +15,16 @@ import lmdist
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum
+from lmdist.text.pieces import Pieces, Saved
 from lmdist.text.prepare import prepare
+from lmdist.text.tokenizer import WordTokenizer
 from lmdist_export import export
 from lmdist_export.api import Model
+from lmdist_export.bundle import Bundle
+from lmdist_export.options import Options
 from lmdist_export.sampling.completion import whole_words
 from lmdist_export.sampling.generation import Text
+from lmdist_export.sampling.resolved_options import resolve
 from lmdist_export.serving.batching import Scoring
 from lmdist_export.serving.openai_answer import Writer, choice
 from lmdist_export.serving.openai_request import read_request
@@ -52,10 +59,8 @@ def test_the_text_is_the_prompt_and_what_continues_it(model: Model, prompt: str)
         options = {"seed": seed, "max_new_tokens": 30, "ignore_eos": True}
         whole = model.generate(prompt, **options)
         added = model.generate(prompt, echo=False, **options)
-        assert whole.text.startswith(prompt.removesuffix(" "))
+        assert whole.text == prompt + added.text
         assert whole.tokens == added.tokens
-        rest = whole.text.removeprefix(prompt.removesuffix(" "))
-        assert added.text == (rest.removeprefix(" ") if prompt.endswith(" ") else rest)
         for echo, expected in ((True, whole), (False, added)):
             stream = model.stream(prompt, echo=echo, **options)
             assert "".join(stream) == expected.text
@@ -107,6 +112,57 @@ def test_stops_are_found_in_the_text(model: Model) -> None:
         assert "".join(stream) == expected
     found = model.generate("The", num_beams=3, max_new_tokens=12, stop=[" ", "e"], echo=False)
     assert not {" ", "e"} & set(found.text)
+
+
+def test_the_space_of_a_prompt_is_there_once(model: Model) -> None:
+    """Also before a piece that has none, and before a stop inside of a piece that has one."""
+    for piece, stop, expected in (("'t", "x", "'t"), ("▁the", "x", "the"), ("▁the", "he", "t"), ("▁the", "the", "")):
+        assert piece in model.bundle.vocabulary.ids
+        options = {"logit_bias": [f"{piece}=100"], "max_new_tokens": 1, "stop": stop, "seed": 1}
+        assert model.generate("The president ", **options).text == f"The president {expected}"
+        assert "".join(model.stream("The president ", echo=False, **options)) == expected
+        service = Service(model.sampler)
+        asked = read_request({**options, "prompt": "The president "}, service, "pieces")
+        (text,) = service.batcher.generate(service.request(asked.prompts, asked.resolved), 60)
+        assert choice(asked, text, 0, None)["text"] == expected
+
+
+def rewriting(model: Model, **changes: object) -> Bundle:
+    """The bundle of a model, with other settings or with a normalizer, as models of others have."""
+    tokenizer = model.bundle.tokenizer
+    assert tokenizer.model
+    saved = tokenizer.model.saved
+    if normalizer := changes.pop("normalizer", None):
+        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+        assert isinstance(saved["model"], dict)
+        saved = Saved(library="tokenizers", model=saved["model"] | {"pre_tokenizer": split, "normalizer": {"type": normalizer}})
+    settings = dataclasses.replace(tokenizer.settings, **changes)
+    bundle = copy.copy(model.bundle)
+    vars(bundle)["tokenizer"] = WordTokenizer(settings, model=Pieces(saved))
+    return bundle
+
+
+def test_stops_are_looked_for_as_the_model_writes_them(model: Model) -> None:
+    def stops(bundle: Bundle) -> list[bytes]:
+        options = Options.from_values({"stop": [" The End", "\nNo…\n", "\n\n"]})
+        return [bytes(stop) for stop in resolve(options, bundle).stops.stops]
+
+    assert stops(model.bundle) == [b" The End", "\nNo…\n".encode(), b"\n\n"]
+    assert stops(rewriting(model, lowercase=True)) == [b" the end", "\nno…\n".encode(), b"\n\n"]
+    assert stops(rewriting(model, normalizer="NFKC")) == [b" The End", b"\nNo...\n", b"\n\n"]
+
+
+@pytest.mark.parametrize("changes", [{"lowercase": True}, {"normalizer": "NFKC"}])
+def test_offsets_lie_in_the_text_that_was_given(model: Model, changes: dict[str, object]) -> None:
+    service = Service(model.sampler)
+    service.bundle = rewriting(model, **changes)
+    given = "İİİİİİİİ the… ﬁﬁﬁ… people"
+    asked = read_request({"prompt": given, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
+    tokens = asked.prompts[0].tokens
+    scores = [0.0] * len(tokens), [[] for _ in tokens]
+    offsets = choice(asked, Text(tokens, 0, 0, finish_reason="length"), 0, scores)["logprobs"]["text_offset"]
+    assert offsets == sorted(offsets)
+    assert offsets[-1] <= len(given)
 
 
 def test_bad_words_and_biases_are_with_and_without_a_space(model: Model) -> None:

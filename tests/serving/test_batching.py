@@ -259,7 +259,7 @@ def work_of_each_kind(sampler: Sampler, **settings: Any) -> dict[str, Work]:
     greedy = replace(LONG, temperature=0, presence_penalty=0.1)
     beams = replace(LONG, num_beams=8)
     return {
-        "texts": Request(sampler, [[3]], CONFIG, 1, n=100_000, ignore_end=True, **settings),
+        "texts": Request(sampler, [[3]], replace(LONG, max_new_tokens=5_000), 1, n=1_000, ignore_end=True, **settings),
         "prompts": Request(sampler, [PROMPT] * 300, replace(greedy, max_new_tokens=1), 1, n=2, **settings),
         "search": Request(sampler, [[3], [4]], beams, 1, ignore_end=True, **settings),
         "scores": Scoring(sampler, [PROMPT] * 300, 5, **settings),
@@ -276,14 +276,14 @@ def test_cancelled_work_ends_after_its_step_and_the_others_stay(
     stays = Request(sampler, [[4]], replace(LONG, max_new_tokens=1_500), 2, ignore_end=True)
     batcher.submit(left)
     batcher.submit(stays)
-    while not left.seconds:
+    while not (left.num_written if kind == "texts" else left.seconds):
         time.sleep(0.001)
     left.cancel()
     assert words_of(wait(stays) and stays.texts) == alone(sampler, stays)
     assert ended == [kind]
     assert not batcher.figures().tokens_queued
     if isinstance(left, Request) and kind == "texts":
-        assert {text.finish_reason for text in left.texts if text.tokens} <= {"cancelled"}
+        assert "cancelled" in {text.finish_reason for text in left.texts if text.tokens}
 
 
 def test_work_that_is_cancelled_before_its_first_step_has_none(sampler: Sampler, make_batcher: Callable[..., Batcher]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,11 @@ def test_best_of_returns_the_texts_of_the_highest_log_probability(served: Servin
     answer = complete(served, prompt="the cat", n=3, best_of=8, **asked)
     assert [text.removeprefix(" ") for text in texts(answer)] == [text.text for text in ranked[:3]]
     assert answer["usage"]["completion_tokens"] == sum(len(text.tokens) for text in found)
+    # A text that a stop ends at once has no tokens, and is worse than any other.
+    (stop, num_empty), *_ = Counter(text.tokens[0] for text in found if text.tokens[0].isalpha()).most_common(1)
+    answer = complete(served, prompt="the cat", n=7, best_of=8, stop=stop, **asked)
+    assert [bool(text) for text in texts(answer)] == [True] * (8 - num_empty) + [False] * (num_empty - 1)
+    assert num_empty > 1
 
 
 @pytest.mark.slow
@@ -310,16 +316,14 @@ def test_figures_for_prometheus(served: Serving) -> None:
         "lmdist_prompt_tokens_total": 4,
         "lmdist_time_to_first_token_seconds_count": 1,
     }
-    before = {name: figure(name) for name in names}
+    rows, calls = "lmdist_batch_size_sum", "lmdist_batch_size_count"
+    before = {name: figure(name) for name in (*names, rows, calls)}
     complete(served, prompt="the cat", max_tokens=10, ignore_eos=True)
     events(served, prompt="the cat", max_tokens=10, ignore_eos=True)
     served.post({"prompt": 7}, path=PATH)
     assert {name: figure(name) - before[name] for name in names} == names
-    assert (
-        figure('lmdist_batch_size_bucket{le="+Inf"}')
-        == figure("lmdist_batch_size_count")
-        >= figure("lmdist_batch_size_sum") / 32
-    )
+    assert figure('lmdist_batch_size_bucket{le="+Inf"}') == figure(calls)
+    assert figure(rows) - before[rows] == figure(calls) - before[calls] > 0, "each of the two texts was alone in its batch"
     assert figure("lmdist_queued_tokens") == figure("lmdist_queued_requests") == 0
     assert figure("process_resident_memory_bytes") > 1e7
 

@@ -206,6 +206,29 @@ def test_beam_search_is_shown_at_its_end(page: Page, model: Model) -> None:
     assert text_of(page) == model.generate("the cat", num_beams=3).text
 
 
+def test_a_model_that_searches_by_default(browser: Browser, bundle: Path, tmp_path: Path) -> None:
+    """Its tokens are characters, which have their own spaces, whatever the likeliest of them are."""
+    folder = make_bundle(tmp_path, UNTIED, tokenizer="characters", words=[*"the\u2581"])
+    edit_json(folder / "generation_config.json", num_beams=3, max_new_tokens=8)
+    model, serving = lmdist.load(folder, threads=1), serve(folder, tmp_path)
+    with ExitStack() as stack:
+        stack.callback(serving.stop)
+        page = stack.enter_context(fresh_page(browser))
+        page.goto(address(serving))
+        page.locator("#text:enabled").wait_for()
+        page.locator("#text").press_sequentially("th")
+        page.get_by_text("Use it from a program").click()
+        page.locator("#seed").fill("3")
+        assert "seed" not in page.locator("#snippets").inner_text()
+        page.get_by_role("button", name="Generate").click()
+        wait_for_status(page, "after")
+        assert text_of(page) == model.generate("th").text
+        page.locator("#text").clear()
+        page.locator("#text").press_sequentially("th")
+        candidates(page).filter(has_text=re.compile("^e ")).click()
+        assert text_of(page) == "the"
+
+
 def test_a_value_that_the_model_does_not_take_is_one_sentence(page: Page) -> None:
     page.locator("#text").fill("the cat")
     fill(page, top_p=7)
@@ -255,6 +278,19 @@ def test_next_words_are_those_at_the_caret(page: Page, model: Model) -> None:
     until(page, lambda: [word for word, _ in words_of(candidates(page)) if word != '"'][:2] == expected[:2])
     candidates(page).filter(has_text=re.compile(f"^{re.escape(expected[0])} ")).click()
     assert re.fullmatch(rf"the cat ?{re.escape(expected[0])} said", text_of(page))
+
+
+def test_next_words_depend_on_whole_characters_and_words(page: Page) -> None:
+    """Of a text that is too long to be read for each letter."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append((request.post_data_json or {}).get("prompt", "")))
+    for text, expected in {"🙂" * 1500 + "日": 1999, "the\n" * 1000: 1997}.items():
+        asked.clear()
+        page.locator("#text").fill(text)
+        until(page, lambda: len(candidates(page).all()) > 0 and any(asked))
+        longest = max(asked, key=len)
+        assert text.endswith(longest)
+        assert len(longest.encode("utf-16-le", "surrogatepass")) == 2 * expected
 
 
 def test_tab_before_the_words_are_there_inserts_them(page: Page, model: Model) -> None:
@@ -312,6 +348,7 @@ def test_each_token_has_the_colour_of_its_surprisal(page: Page, model: Model) ->
     page.locator("#token", has_text="said").wait_for()
     page.get_by_text("All tokens as a table").click()
     rows = page.locator("#rows tr")
+    rows.last.wait_for()  # the browser tells the page of the open table a moment later
     assert rows.count() == len(score.tokens)
     _, log_probability, _ = list(score.per_token)[-1]
     assert rows.last.locator("td").first.inner_text() == f"{-log_probability / math.log(2):.1f}"

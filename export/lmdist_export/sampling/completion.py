@@ -80,7 +80,7 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
     """Return a text of ids that has ended as people read it."""
     bundle, options = sampler.bundle, resolved.options
     words = bundle.vocabulary.decode(text.tokens)
-    written = "".join(written_pieces(bundle, prompt, words, echo=options.echo)) + text.rest
+    written = "".join(written_pieces(bundle, prompt, words, echo=options.echo)) + rest_of(text, prompt)
     token_logprobs = top_logprobs = None
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
@@ -104,16 +104,22 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
 def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str], *, echo: bool) -> Iterator[str]:
     """Yield the text of a prompt if it is an `echo`, then what `words` add to it, each as soon as it is known.
 
-    Alone, what they add begins without the space that separates two words. Pieces have one only if the text has, and no other.
+    Alone, what they add begins without the space that separates two words. Pieces have one only if the text has, and no other:
+    where the prompt ends with it, it stays there, also before a piece that has none.
     """
     pieces = bundle.tokenizer.pieces(chain(prompt.words, words))
     before = list(islice(pieces, len(prompt.words)))
     if echo:
-        yield from before
+        yield from [*before, " "] if prompt.space else before
     added = whole_words(pieces) if bundle.tokenizer.settings.has_pieces else pieces
-    if not echo and (prompt.space or not bundle.tokenizer.settings.has_pieces):
+    if prompt.space or not (echo or bundle.tokenizer.settings.has_pieces):
         yield from (piece.removeprefix(" ") for piece in islice(added, 1))
     yield from added
+
+
+def rest_of(text: Text, prompt: Prompt) -> str:
+    """Return what the piece in which a stop begins has before it, without the space that the prompt has already."""
+    return text.rest.removeprefix(" ") if prompt.space and not text.tokens else text.rest
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
@@ -224,6 +230,6 @@ class Stream(Iterator[str]):
         first = _, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
         words = (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
         yield from written_pieces(bundle, prompt, words, echo=resolved.options.echo)
-        if text.rest:
-            yield text.rest
+        if rest := rest_of(text, prompt):
+            yield rest
         self.completion = to_completion(sampler, text, prompt, resolved)

@@ -118,8 +118,19 @@ def no_search(options: Options, name: str) -> str:
 def stops_of(options: Options, bundle: Bundle, sequences: list[list[str]]) -> Stops:
     """Return the stops that can be generated: sequences of known words, or texts where there are pieces of words."""
     if model := bundle.tokenizer.model:
-        return Stops([text.encode() for text in options.stop], model.entries.contents)
+        return Stops([as_written(text, bundle).encode() for text in options.stop], model.entries.contents)
     return Stops(token_sequences(bundle, sequences))
+
+
+def as_written(text: str, bundle: Bundle) -> str:
+    """Return a text as a model of pieces writes it: in lowercase, or normalized, where the text that it has learned from is.
+
+    The whitespace around it stays, which some models of pieces leave out.
+    """
+    stripped = text.strip()
+    words = bundle.tokenizer.tokenize(stripped)
+    written = "" if UNKNOWN in words else bundle.tokenizer.detokenize(words)
+    return text.replace(stripped, written) if written else text
 
 
 def token_sequences(bundle: Bundle, sequences: list[list[str]]) -> list[list[int]]:

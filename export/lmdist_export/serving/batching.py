@@ -11,7 +11,7 @@ short (requests.py): prompts that are long are read in pieces, and so is what is
 A call of a batch and other work for as long take turns. The batch goes first whose requests have had the least so far, and so
 does other work; what is new begins where the others are. So a long request delays a short one by a few steps, not by its
 length, and whether a client is still there is looked at before every step. The same seed gives the same text whatever else is
-in the batch (sampling/generation.py).
+in the batch (sampling/generation.py); with int4 as far as the last bits of the logits choose no other token.
 
 This module knows ids, and nothing of HTTP.
 """

@@ -18,6 +18,7 @@ from typing import Any
 from lmdist.text.vocabulary import UNKNOWN_ID
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Row
+from lmdist_export.sampling.completion import rest_of
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
 from lmdist_export.sampling.prompt import Prompt
@@ -52,6 +53,7 @@ class Writer:
         """The prompt, as it is written."""
         has_pieces = bundle.tokenizer.settings.has_pieces  # whose texts have the spaces that they need
         self.glued = prompt.space if has_pieces else not given or given[-1].isspace()
+        self.prompt = prompt
 
     def coming(self) -> Iterator[str]:
         """Yield the words that wait."""
@@ -70,7 +72,7 @@ class Writer:
 
     def end(self, text: Text) -> str:
         """Return the end of a text that is no token: what is left of a character, or of a piece before a stop."""
-        return "".join(self.pieces) + text.rest
+        return "".join(self.pieces) + rest_of(text, self.prompt)
 
 
 def choice(asked: CompletionRequest, text: Text, index: int, scores: TokenScores | None) -> dict[str, Any]:
@@ -101,7 +103,10 @@ def logprobs_object(
     tokens = [*(prompt.tokens if asked.echo else []), *text.tokens]
     names = [*(prompt.words if asked.echo else []), *(words[token] for token in text.tokens)]
     has_pieces = asked.bundle.tokenizer.settings.has_pieces
-    written = piece_offsets(before, 0) if has_pieces else word_offsets(given, prompt.words)
+    # Pieces write the text that was given, but for a model that normalizes or lowercases it first.
+    in_text = [piece.lstrip(" ") for piece in before] if has_pieces else prompt.words
+    is_given = has_pieces and given.startswith("".join(before))
+    written = piece_offsets(before, 0) if is_given else word_offsets(given, in_text)
     end = len(given) if asked.echo else 0
     offsets = [*(written if asked.echo else []), *piece_offsets(pieces, end)]
     if len(of_tokens) > len(tokens):  # the end mark that ended the text, which is not in it
@@ -158,14 +163,15 @@ def usage(asked: CompletionRequest, texts: Sequence[Text]) -> dict[str, int]:
 
 def model_facts(bundle: Bundle) -> dict[str, Any]:
     """Return what a page shows of a model: its sizes, and the options of generation with their defaults and bounds."""
-    sizes = bundle.sizes
+    sizes, settings = bundle.sizes, bundle.tokenizer.settings
     return {
         "vocabulary_size": sizes.vocabulary_size,
         "embedding_size": sizes.embedding_size,
         "layer_sizes": list(sizes.layer_sizes),
         "precision": sizes.precision,
         "parameters": bundle.manifest.get("parameters"),
-        "tokenizer": bundle.tokenizer.settings.tokenizer,
+        "tokenizer": settings.tokenizer,
+        "tokens_have_spaces": settings.has_pieces or settings.tokenizer == "characters",
         "options": [option_facts(row, bundle) for row in PARAMS.values() if row.name != "cache_weight" or bundle.cache],
     }
 

@@ -47,7 +47,7 @@ class Service:
 
     def warm_up(self, timeout_seconds: float) -> None:
         """Generate a token, so that a server is ready when it says so."""
-        first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0, "seed": 0})
+        first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0})
         prompts = self.prompts([""])
         self.batcher.generate(self.request(prompts, self.resolve(prompts, first)), timeout_seconds)
 

@@ -16,9 +16,6 @@ const spelled = (token) => SPELLED[token] ?? token.replace(SPACE, " ");
 /** Return a token as people read it alone. */
 export const written = (token) => (spelled(token) === "\n" ? "↵" : spelled(token).trim() || token);
 
-/** Return whether tokens are pieces of words, which have their own spaces. */
-export const arePieces = (tokens) => tokens.some((token) => token.search(SPACE) >= 0);
-
 /** Return a text with a word after it, and the space between them that people write. */
 function join(text, word) {
   if (CLINGS.test(word)) return text.replace(/ $/, "") + spelled(word);

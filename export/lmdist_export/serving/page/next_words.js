@@ -3,7 +3,7 @@
    Tab inserts only while somebody types. After Escape, and whenever the text is entered anew, it moves on as everywhere. */
 
 import { element, inPercent } from "./dom.js";
-import { arePieces, written } from "./editor.js";
+import { written } from "./editor.js";
 
 const SHOWN = 6;
 const COMPLETIONS = 2; // of them at most, where what is typed is a word already
@@ -13,16 +13,23 @@ const END = "<eos>";
 const BYTE = /^<0x(?!0A)/; // a piece that is no character
 const UNFINISHED_WORD = /[\p{L}\p{N}'’-]+$/u;
 
+/** Return the end of a text that the candidates depend on; where it can be, it begins between two words. */
+export function contextOf(text) {
+  if (text.length <= CONTEXT) return text;
+  const end = text.slice(-CONTEXT).replace(/^[\uDC00-\uDFFF]/, ""); // half a character
+  return end.slice(Math.max(0, end.slice(0, CONTEXT / 2).search(/\s/))); // Chinese and the like have hardly a space
+}
+
 /** Return [{word, probability, isPiece, replaced}] for what may follow a text: `replaced` letters at its end begin the word. */
 export async function candidatesAfter(text, engine, signal) {
-  const context = text.length > CONTEXT ? text.slice(text.indexOf(" ", text.length - CONTEXT)) : text;
+  const context = contextOf(text);
   const unfinished = UNFINISHED_WORD.exec(context)?.[0] ?? "";
   const replaced = unfinished.length;
   const [following, others] = await Promise.all([
     engine.nextWords(context, LOOKED_AT, signal),
     unfinished ? engine.nextWords(context.slice(0, -replaced), LOOKED_AT, signal) : [],
   ]);
-  const isPiece = arePieces(following.map(({ word }) => word));
+  const isPiece = engine.model.tokens_have_spaces;
   const next = following
     .filter(({ word }) => word !== END && !BYTE.test(word))
     .map((candidate) => ({ ...candidate, isPiece, replaced: 0 }));

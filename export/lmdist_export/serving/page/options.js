@@ -63,7 +63,10 @@ function addOption(place, { name, default: initial, minimum, maximum, help }, sl
   };
 }
 
-/** Add the options of a model to the page; return `values()`, those that differ from the model's defaults, and `reset()`. */
+/**
+ * Add the options of a model to the page; return `values()`, those that differ from the model's defaults, `value(name)`, whether
+ * it differs or not, and `reset()`.
+ */
 export function addOptions(options, place, morePlace, onChange) {
   const byName = new Map(options.map((option) => [option.name, option]));
   const added = Object.entries(SLIDERS)
@@ -71,6 +74,7 @@ export function addOptions(options, place, morePlace, onChange) {
     .map(([name, slider]) => addOption(slider.more ? morePlace : place, byName.get(name), slider, onChange));
   return {
     values: () => Object.fromEntries(added.filter((one) => one.value() !== one.initial).map((one) => [one.name, one.value()])),
+    value: (name) => added.find((one) => one.name === name)?.value(),
     reset: () => added.forEach((one) => one.reset()),
   };
 }

@@ -53,9 +53,10 @@ function chosenSeed() {
   throw new Error(`The seed is “${text}”. It must be an integer from 0 to ${Number.MAX_SAFE_INTEGER}.`);
 }
 
+const isRandom = () => !(options.value("num_beams") > 1); // a beam search is not, and takes no seed
+
 function chosenOptions() {
-  const values = options.values();
-  return values.num_beams > 1 ? values : { ...values, seed: chosenSeed() }; // a beam search is not random
+  return { ...options.values(), ...(isRandom() && { seed: chosenSeed() }) };
 }
 
 function setRunning(controller) {
@@ -190,7 +191,7 @@ function setColours(shown) {
 
 function showSnippets() {
   if (!$("code").open) return;
-  const seed = $("seed").value && !$("new-seed").checked ? { seed: chosenSeed() } : {};
+  const seed = isRandom() && $("seed").value && !$("new-seed").checked ? { seed: chosenSeed() } : {};
   const snippets = engine.snippets({ prompt: editor.text, options: { ...options.values(), ...seed } });
   $("snippets").replaceChildren(...Object.entries(snippets).map(([name, text]) => snippet(LANGUAGES[name], text)));
 }

@@ -103,6 +103,7 @@ export async function open({ askKey } = {}) {
   const server = new Server(askKey);
   const { data } = await (await server.fetch("models")).json();
   const { id, lmdist } = data[0];
+  const defaultBeams = lmdist.options.find(({ name }) => name === "num_beams").default;
 
   const bodyOf = (prompt, options) => ({
     model: id,
@@ -115,7 +116,7 @@ export async function open({ askKey } = {}) {
 
     async *generate({ prompt, options, signal }) {
       const body = bodyOf(prompt, options);
-      if (options.num_beams > 1) {
+      if ((options.num_beams ?? defaultBeams) > 1) {
         yield await server.complete(body, signal); // a beam search has no text before its end
         return;
       }
@@ -126,7 +127,8 @@ export async function open({ askKey } = {}) {
 
     async nextWords(prompt, k, signal) {
       // With min_new_tokens there is a first token, and its alternatives, also where the end of the text is likeliest.
-      const body = { model: id, prompt, max_tokens: 1, min_new_tokens: 1, temperature: 0, logprobs: k + 1 };
+      const first = { max_tokens: 1, min_new_tokens: 1, temperature: 0, num_beams: 1 };
+      const body = { model: id, prompt, ...first, logprobs: k + 1 };
       const { logprobs } = await server.complete(body, signal);
       return Object.entries(logprobs.top_logprobs[0] ?? {})
         .filter(([word]) => word !== UNKNOWN)

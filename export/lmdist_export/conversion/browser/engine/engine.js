@@ -48,7 +48,8 @@ class Engine {
     this.about = about;
     this.vocabulary = vocabulary;
     this.tokenizer = tokenizer;
-    this.model = { name: about.name, ...about.sizes, options: about.options };
+    const tokens_have_spaces = tokenizer.settings.tokenizer === "characters";
+    this.model = { name: about.name, ...about.sizes, tokens_have_spaces, options: about.options };
     /** @type {{seen: number[], state: import("./model.js").State}[]} the last token of a state is to be read; the newest last */
     this.states = [];
   }
