@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lmdist_export.sampling.sampler import STEP_TOKENS, ModelState, Sampler, log_softmax
+from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler, log_softmax
+from lmdist_export.sampling.state import ModelState
 from lmdist_export.sampling.steps import Pace, Steps
 
 TokenScores = tuple[list[float], list[list[tuple[int, float]]]]

@@ -103,7 +103,11 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
             values["max_new_tokens"] = 1  # the table has no 0; none is generated
         stops, silent = spoken(values.pop("stop", []), service.bundle)
         options = Options.from_values({**values, "stop": stops})
-        resolved = service.resolve(prompts, options, limit_name="max_tokens" if renamed else "max_new_tokens")
+        limit_name = "max_tokens" if renamed else "max_new_tokens"
+        resolved = service.resolve(prompts, options, limit_name=limit_name, echo=echo)
+        if echo and logprobs is not None:
+            scored = n * sum(len(prompt.tokens) + resolved.config.max_new_tokens for prompt in prompts)
+            check_limit(f"the number of tokens in prompts and {limit_name}, scored for each text, together", scored, MAX_TOKENS)
     except UsageError as error:
         if not renamed or type(error) is not UsageError:
             raise
