@@ -69,7 +69,7 @@ async def scores_of(
     growth = Growth()
     ids = [[*text.prompt, *text.tokens, *end_of(asked, text)] for text in texts]
     job = Scoring(service.sampler, ids, asked.logprobs, growth.on_end)
-    await finish(service.batcher, job, growth, receive, deadline)
+    await finish(service.batcher, job, growth, receive, deadline, completes=not asked.scores)
     return job.scores
 
 

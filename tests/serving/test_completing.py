@@ -1,0 +1,87 @@
+"""What a request holds while it is answered, and that what was accepted is answered to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmdist_export.bundle import Bundle
+from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.serving import application
+from lmdist_export.serving.batching import Work
+from lmdist_export.serving.completing import complete, nobody
+from lmdist_export.serving.observing import Note
+from lmdist_export.serving.openai_request import read_request
+from lmdist_export.serving.service import Service
+
+
+@pytest.fixture(scope="module")
+def service(bundle: Path) -> Iterator[Service]:
+    found = Service(Sampler(Bundle.load(bundle), threads=1))
+    yield found
+    found.batcher.close()
+
+
+def test_what_was_accepted_is_scored_although_the_queue_is_full_by_then(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = read_request({"prompt": "the", "max_tokens": 5, "echo": True, "logprobs": 0, "seed": 1}, service, "news")
+    others = read_request(
+        {"prompt": "the", "max_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}, service, "news"
+    )
+    long = service.request(others.prompts, others.resolved)
+    service.batcher.submit(long)
+    submit = service.batcher.submit
+
+    def submit_the_last(work: Work, **how: Any) -> None:
+        submit(work, **how)
+        service.batcher.max_queued_tokens = 1
+
+    monkeypatch.setattr(service.batcher, "max_queued_tokens", 200_000)
+    monkeypatch.setattr(service.batcher, "submit", submit_the_last)
+
+    async def answer() -> dict[str, Any]:
+        return await complete(asked, service, nobody, Note("id"), asyncio.get_running_loop().time() + 60)
+
+    try:
+        (choice,) = asyncio.run(answer())["choices"]
+        assert len(choice["logprobs"]["tokens"]) >= 2
+        assert not long.finished.is_set()
+    finally:
+        long.cancel()
+
+
+def test_a_body_is_not_held_while_its_request_is_answered(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    async def complete_nothing(*_: object) -> dict[str, Any]:
+        await asyncio.sleep(0.1)  # the thread that has read it lets go
+        held.append(tracemalloc.get_traced_memory()[0])
+        return {}
+
+    async def receive() -> dict[str, Any]:
+        body = {"prompt": "the", "user": "x" * 1_000_000}
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        held.append(message.get("status", 200))
+
+    monkeypatch.setattr(application, "complete", complete_nothing)
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    asgi = application.Application(service, "news", access_log=False).asgi
+    asyncio.run(asgi(dict(scope), receive, send))  # what stays from the first request is not counted
+    held.clear()
+    tracemalloc.start()
+    try:
+        asyncio.run(asgi(dict(scope), receive, send))
+    finally:
+        tracemalloc.stop()
+    assert held[1:] == [200, 200]
+    assert held[0] < 500_000
