@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from lmdist.text import detokenizer
 from lmdist_export.bundle import Bundle
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving import application
 from lmdist_export.serving.batching import Work
-from lmdist_export.serving.completing import complete, nobody
+from lmdist_export.serving.completing import complete, nobody, stream
 from lmdist_export.serving.observing import Note
-from lmdist_export.serving.openai_request import read_request
+from lmdist_export.serving.openai_request import CompletionRequest, read_request
 from lmdist_export.serving.service import Service
 
 
@@ -55,6 +56,33 @@ def test_what_was_accepted_is_scored_although_the_queue_is_full_by_then(
         assert not long.finished.is_set()
     finally:
         long.cancel()
+
+
+def test_a_prompt_is_written_once_for_all_its_texts(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    spaced = detokenizer.spaced
+
+    def noted(word: str, *rest: Any, **others: Any) -> tuple[str, bool, bool]:
+        written.append(word)
+        return spaced(word, *rest, **others)
+
+    monkeypatch.setattr(detokenizer, "spaced", noted)
+    given = {"prompt": "the cat " * 100, "n": 5, "max_tokens": 4, "ignore_eos": True, "seed": 1}
+
+    async def events(asked: CompletionRequest) -> list[bytes]:
+        found, close = await stream(asked, service, nobody, Note("id"), asyncio.get_running_loop().time() + 60)
+        return [event async for event in found if close]
+
+    async def answer(asked: CompletionRequest) -> dict[str, Any]:
+        return await complete(asked, service, nobody, Note("id"), asyncio.get_running_loop().time() + 60)
+
+    streamed = b"".join(asyncio.run(events(read_request(given | {"stream": True}, service, "news")))).decode()
+    assert 200 < len(written) <= 200 + 5 * 4
+    choices = asyncio.run(answer(read_request(given, service, "news")))["choices"]
+    assert 2 * 200 < len(written) <= 2 * (200 + 5 * 4)
+    parts = [json.loads(line[6:])["choices"][0] for line in streamed.splitlines() if line.startswith("data: {")]
+    for choice in choices:
+        assert "".join(part["text"] for part in parts if part["index"] == choice["index"]) == choice["text"]
 
 
 def test_a_body_is_not_held_while_its_request_is_answered(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ class Streaming:
         written = ""
         if key not in self.writers:
             prompt, given = self.asked.prompts[text.prompt_number], self.asked.given[text.prompt_number]
-            self.writers[key] = Writer(self.asked.bundle, prompt, given)
+            self.writers[key] = Writer(self.asked.bundle, prompt, given, self.asked.written[text.prompt_number])
             written = given if self.asked.echo else ""
         written += "".join(self.writers[key].write(tokens))
         if reason:
