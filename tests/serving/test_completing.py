@@ -14,7 +14,7 @@ import pytest
 from lmdist.text import detokenizer
 from lmdist_export.bundle import Bundle
 from lmdist_export.sampling.sampler import Sampler
-from lmdist_export.serving import application
+from lmdist_export.serving import application, requests
 from lmdist_export.serving.batching import Work
 from lmdist_export.serving.completing import complete, nobody, stream
 from lmdist_export.serving.observing import Note
@@ -27,6 +27,16 @@ def service(bundle: Path) -> Iterator[Service]:
     found = Service(Sampler(Bundle.load(bundle), threads=1))
     yield found
     found.batcher.close()
+
+
+async def events(service: Service, seconds: float, given: dict[str, Any]) -> str:
+    """All that a stream sends."""
+    asked = read_request(given | {"stream": True}, service, "news")
+    found, close = await stream(asked, service, nobody, Note("id"), asyncio.get_running_loop().time() + seconds)
+    try:
+        return b"".join([event async for event in found]).decode()
+    finally:
+        close()
 
 
 def test_what_was_accepted_is_scored_although_the_queue_is_full_by_then(
@@ -69,20 +79,28 @@ def test_a_prompt_is_written_once_for_all_its_texts(service: Service, monkeypatc
     monkeypatch.setattr(detokenizer, "spaced", noted)
     given = {"prompt": "the cat " * 100, "n": 5, "max_tokens": 4, "ignore_eos": True, "seed": 1}
 
-    async def events(asked: CompletionRequest) -> list[bytes]:
-        found, close = await stream(asked, service, nobody, Note("id"), asyncio.get_running_loop().time() + 60)
-        return [event async for event in found if close]
-
     async def answer(asked: CompletionRequest) -> dict[str, Any]:
         return await complete(asked, service, nobody, Note("id"), asyncio.get_running_loop().time() + 60)
 
-    streamed = b"".join(asyncio.run(events(read_request(given | {"stream": True}, service, "news")))).decode()
+    streamed = asyncio.run(events(service, 60, given))
     assert 200 < len(written) <= 200 + 5 * 4
     choices = asyncio.run(answer(read_request(given, service, "news")))["choices"]
     assert 2 * 200 < len(written) <= 2 * (200 + 5 * 4)
     parts = [json.loads(line[6:])["choices"][0] for line in streamed.splitlines() if line.startswith("data: {")]
     for choice in choices:
         assert "".join(part["text"] for part in parts if part["index"] == choice["index"]) == choice["text"]
+
+
+def test_a_stream_that_is_not_scored_in_time_ends_with_an_error(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_end(*_: object) -> Iterator[None]:
+        while True:
+            yield
+
+    given = {"prompt": "the", "max_tokens": 3, "logprobs": 0, "seed": 1}
+    assert asyncio.run(events(service, 60, given)).endswith("data: [DONE]\n\n")
+    monkeypatch.setattr(requests, "start_steps", without_end)
+    *_, last = asyncio.run(events(service, 0.5, given)).split("\n\n")[:-1]
+    assert "took longer than this server gives a request" in json.loads(last.removeprefix("data: "))["error"]["message"]
 
 
 def test_a_body_is_not_held_while_its_request_is_answered(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
