@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from lmdist.text import detokenizer
 from lmdist_export.bundle import Bundle
 from lmdist_export.sampling.sampler import Sampler
-from lmdist_export.serving import application, requests
+from lmdist_export.serving import application, connections, requests
 from lmdist_export.serving.batching import Work
 from lmdist_export.serving.completing import complete, nobody, stream
 from lmdist_export.serving.observing import Note
@@ -135,3 +136,35 @@ def test_a_body_is_not_held_while_its_request_is_answered(service: Service, monk
         tracemalloc.stop()
     assert held[1:] == [200, 200]
     assert held[0] < 500_000
+
+
+def test_a_client_that_does_not_read_a_short_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 50_000})
+
+    async def seconds_connected() -> float:
+        server = connections.server_of(answer, 1)
+        serving = asyncio.ensure_future(server.serve([listening]))
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client, listening.getsockname())
+            await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            began = loop.time()
+            await asyncio.sleep(0.2)
+            assert len(server.server_state.connections) == 1
+            while server.server_state.connections and loop.time() < began + 10:
+                await asyncio.sleep(0.05)
+            seconds = loop.time() - began
+        server.should_exit = True
+        await serving
+        return seconds
+
+    monkeypatch.setattr(connections, "WRITE_SECONDS", 0.5)
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        assert asyncio.run(seconds_connected()) < 9
