@@ -38,6 +38,8 @@ BACKLOG = 2_048
 """Connections that wait to be accepted."""
 EVERY_SECONDS = 30
 """How often --watch looks, where it is not said."""
+MAX_WAIT_SECONDS = 3_600
+"""Until --watch tries again to load a bundle that could not be loaded."""
 
 PORTS = between(0, 65_535, "0 takes a free one")
 TIMEOUT_SECONDS = above(0)
@@ -108,9 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
     listening = bound(arguments.host, arguments.port)
     with listening:
         version = watched.version() if watched else ""
-        service = opened(watched.address(version) if watched else arguments.bundle, arguments)
-        application = Application(
-            service,
+        application = Application(  # which alone holds the service, so that another one takes its place in memory too
+            opened(watched.address(version) if watched else arguments.bundle, arguments),
             arguments.name or name_of(arguments.bundle),
             version,
             keys=keys,
@@ -186,11 +187,15 @@ def port_errors(host: str, port: int, used: socket.socket) -> Iterator[None]:
 
 def opened(address: str, arguments: argparse.Namespace) -> Service:
     """Load a bundle and generate a token by it."""
+    from lmdist_export.serving.batching import RequestTimeout
     from lmdist_export.serving.service import Service
 
     model = load(address, provider=arguments.provider, threads=arguments.threads)
     service = Service(model.sampler, arguments.batch_size)
-    service.warm_up(arguments.timeout)
+    try:
+        service.warm_up(arguments.timeout)
+    except RequestTimeout:
+        raise Stopped(f"the model generated no token within --timeout, {arguments.timeout:g} seconds") from None
     log(f"loaded {model!r}", COMMAND)
     return service
 
@@ -212,23 +217,36 @@ async def serve(
 
 
 async def watch(application: Application, arguments: argparse.Namespace, watched: Watched, version: str) -> None:
-    """Look for another bundle again and again, and serve it; what goes wrong is logged once, and tried again."""
-    reported = ""
+    """Look for another bundle again and again, and serve it; what goes wrong is logged once, and tried again.
+
+    One that could not be loaded is tried again ever more rarely: loading takes the CPUs and the network from requests.
+    """
+    reported, failed = "", None
+    wait = again = 0.0
+    now = asyncio.get_running_loop().time
     while True:
         await asyncio.sleep(arguments.watch)
+        found = None
         try:
             found = await asyncio.to_thread(watched.version)
+            if found == failed and now() < again:
+                continue
             if found != version:
                 service = await asyncio.to_thread(opened, watched.address(found), arguments)
                 application.replace(service, found)
                 version = found
                 log(f"{application.name}: from now on version {version} answers", COMMAND)
                 del service  # the one that answers is the application's alone, so that it can go
-            reported = ""
-        except (UsageError, DataError, MissingInputError, Stopped) as error:
-            if str(error) != reported:
-                log(f"warning: --watch: {error}; the model that was loaded goes on", COMMAND)
-            reported = str(error)
+            reported, failed = "", None
+        except Exception as error:  # whatever it is, the model that was loaded goes on, and so does the watch
+            if found:
+                wait = min(2 * wait if found == failed else 2 * arguments.watch, max(MAX_WAIT_SECONDS, arguments.watch))
+                failed, again = found, now() + wait
+            is_known = isinstance(error, UsageError | DataError | MissingInputError | Stopped)
+            sentence = str(error) if is_known else f"{type(error).__name__}: {error}"
+            if sentence != reported:
+                log(f"warning: --watch: {sentence}; the model that was loaded goes on", COMMAND)
+            reported = sentence
 
 
 if __name__ == "__main__":

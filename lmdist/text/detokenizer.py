@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from lmdist.text.vocabulary import END
@@ -46,27 +47,45 @@ BEFORE_APOSTROPHE = frozenset(
 )
 
 
-def pieces(words: Iterable[str], tokenizer: str) -> Iterator[str]:
-    """Yield each word as it is written in text; the space before it depends on earlier words, never on later ones."""
-    quotes: list[str] = []  # those that are open
-    before = ""  # the word before
-    glue = True  # whether the next word follows without a space
+@dataclass
+class Place:
+    """Where a text is that is being written: all that the next word depends on."""
+
+    quotes: list[str] = field(default_factory=list)
+    """Those that are open."""
+    before: str = ""
+    """The word before."""
+    glue: bool = True
+    """Whether the next word follows without a space."""
+    incomplete: bytes = b""
+    """The first bytes of a character, where there are pieces of words."""
+
+    def copy(self) -> Place:
+        """Return the same place, from which another text goes on."""
+        return replace(self, quotes=[*self.quotes])
+
+
+def pieces(words: Iterable[str], tokenizer: str, place: Place | None = None) -> Iterator[str]:
+    """Yield each word as it is written in text; the space before it depends on earlier words, never on later ones.
+
+    A text goes on from its `place`, which is kept up to date.
+    """
+    place = place or Place()
     for word in words:
         if word == END:
+            place.quotes.clear()
+            place.before, place.glue = "", True
             yield "\n" if tokenizer == "whitespace" else "\n\n"
-            quotes.clear()
-            before, glue = "", True
-            continue
-        if word == LINE_BREAK and tokenizer != "whitespace":
+        elif word == LINE_BREAK and tokenizer != "whitespace":
+            place.before, place.glue = "", True
             yield "\n"
-            before, glue = "", True
-            continue
-        if tokenizer == "characters":
+        elif tokenizer == "characters":
             yield " " if word == SPACE else word
-            continue
-        text, left, right = spaced(word, before, quotes, wordpunct=tokenizer == "wordpunct")
-        yield text if left or glue else f" {text}"
-        before, glue = word, right
+        else:
+            text, left, right = spaced(word, place.before, place.quotes, wordpunct=tokenizer == "wordpunct")
+            glue = left or place.glue
+            place.before, place.glue = word, right
+            yield text if glue else f" {text}"
 
 
 def spaced(word: str, before: str, quotes: list[str], *, wordpunct: bool) -> tuple[str, bool, bool]:

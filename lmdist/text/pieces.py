@@ -26,6 +26,7 @@ from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from lmdist.errors import DataError, one_line
+from lmdist.text.detokenizer import Place
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID
 from lmdist.text.words import Cache
 
@@ -93,22 +94,25 @@ class Pieces:
         with errors_of_library("a text"):
             return [self.words[token] for token in self.entries.encode(well_formed(text))]
 
-    def texts(self, words: Iterable[str]) -> Iterator[str]:
+    def texts(self, words: Iterable[str], place: Place | None = None) -> Iterator[str]:
         """Yield what each piece adds to the text, "" while a character is incomplete; at the end what is left, if anything.
 
-        Bytes that are no UTF-8, which a model may generate, are U+FFFD.
+        Bytes that are no UTF-8, which a model may generate, are U+FFFD. A text goes on from its `place`, which is kept up to
+        date.
         """
+        place = place or Place()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        at_start = self.adds_space
+        decoder.setstate((place.incomplete, 0))
         for word in words:
+            at_start, place.glue = place.glue, word == END
             if word == END:
-                yield decoder.decode(b"", final=True) + "\n\n"
+                text = decoder.decode(b"", final=True) + "\n\n"
                 decoder.reset()
-                at_start = self.adds_space
-                continue
-            content = self.content_of.get(word, word.encode())
-            yield decoder.decode(content.removeprefix(b" ") if at_start else content)
-            at_start = False
+            else:
+                content = self.content_of.get(word, word.encode())
+                text = decoder.decode(content.removeprefix(b" ") if at_start and self.adds_space else content)
+            place.incomplete = decoder.getstate()[0]
+            yield text
         if rest := decoder.decode(b"", final=True):
             yield rest
 

@@ -133,13 +133,14 @@ class WordTokenizer:
         """Return readable text; that of `words[:n]` is always a prefix of that of `words`, so text can be streamed."""
         return "".join(self.pieces(words))
 
-    def pieces(self, words: Iterable[str]) -> Iterator[str]:
+    def pieces(self, words: Iterable[str], place: detokenizer.Place | None = None) -> Iterator[str]:
         """Yield the readable text of each word, with the space before it, as soon as the word is known.
 
         A piece of a word may be a part of a character: then "" is yielded, and the text when it is complete, or at the end.
+        A text goes on from its `place`, which is kept up to date.
         """
         check_words(words)
-        return self.model.texts(words) if self.model else detokenizer.pieces(words, self.settings.tokenizer)
+        return self.model.texts(words, place) if self.model else detokenizer.pieces(words, self.settings.tokenizer, place)
 
     def as_json(self) -> str:
         """Return the content of text.json."""

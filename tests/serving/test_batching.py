@@ -402,8 +402,15 @@ def test_what_a_request_costs(sampler: Sampler) -> None:
     assert cost() == 4 + 2 * 10
     assert cost(n=3) == 4 + 6 * 10
     assert cost(num_beams=5, n=2) == 4 + 10 * 10
-    assert cost(n=3, logprobs=0) == 4 + 6 * 10 + 3 * (4 + 2 * 10)
+    assert cost(n=3, logprobs=0) == 4 + 6 * 10 + 4 + 6 * 10  # each prompt is read once more, however many texts are scored
     assert Scoring(sampler, [[3, 4], []], 1).cost == 4
+
+
+def test_the_scores_of_many_texts_read_their_prompt_once(sampler: Sampler, make_batcher: Callable[..., Batcher]) -> None:
+    asked = Request(sampler, [PROMPT, [3]], replace(CONFIG, max_new_tokens=5), 1, 8, ignore_end=True, logprobs=2)
+    for text in make_batcher().generate(asked, 300):
+        assert text.scores == log_probabilities(sampler, text, 2)
+    assert (asked.num_read, asked.num_written, asked.left) == (2 * (1 + len(PROMPT) + 2) + 16 * 5, 16 * 5, 0)
 
 
 def test_figures_and_the_end_of_a_batcher_that_is_closed(sampler: Sampler) -> None:

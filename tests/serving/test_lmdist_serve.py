@@ -248,6 +248,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "no token left": ({"logit_bias": [f"{word}=-inf" for word in [*PLAIN_WORDS, "<eos>"]]}, "no token is left", None),
     "characters": ({"prompt": "?!" * 150_000}, "the number of characters in prompts is 300,000; this server", None),
     "words": ({"prompt": "the " * 20_000}, "together is 20,200; this server accepts at most 20,000", None),
+    "echoed": ({"prompt": "a" * 100_000, "max_tokens": 1, "n": 19_999, "echo": True}, "is 4,000,", None),
+    "scored": (
+        {"prompt": "the " * 5_000, "max_tokens": 1, "n": 4, "echo": True, "logprobs": 0},
+        "the number of tokens in prompts and max_tokens, scored for each text, together is 20,004; this server",
+        None,
+    ),
     "stops": ({"stop": [" ".join(["the"] * 600)] * 400}, "characters in stop, bad_words together is 959,600", None),
 }
 

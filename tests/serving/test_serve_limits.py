@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import gzip
 import http.client
 import json
@@ -9,6 +11,7 @@ import re
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,7 +20,10 @@ from typing import Any
 import pytest
 
 from lmdist.errors import DataError, UsageError
+from lmdist_export import serve
 from lmdist_export.serving.access import ApiKeys
+from lmdist_export.serving.application import Application, reading_threads
+from lmdist_export.serving.service import Service
 from lmdist_export.serving.watching import Watched
 from support.serving import Serving
 from support.small_bundles import edit_json
@@ -315,6 +321,45 @@ def test_watched_folders_are_swapped_without_losing_a_request(bundle: Path, tmp_
     finally:
         code = server.stop()
     assert code == 0
+
+
+def test_a_watch_frees_what_was_served_and_outlives_what_cannot_be_loaded(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "news"))
+    arguments = serve.parser().parse_args([str(folder), "--watch", "0.1", "--port", "0"])
+    tries: list[str] = []
+    services: list[weakref.ref[Service]] = []
+    opened = serve.opened
+
+    def open_unless_it_is_too_large(address: str, given: argparse.Namespace) -> Service:
+        tries.append(address)
+        if len(tries) in (2, 3):
+            raise MemoryError("as of a model that is too large")
+        service = opened(address, given)
+        services.append(weakref.ref(service))
+        return service
+
+    async def serve_meanwhile(application: Application, _: object, given: argparse.Namespace, *watch: Any) -> None:
+        asyncio.get_running_loop().set_default_executor(reading_threads())
+        watching = asyncio.ensure_future(serve.watch(application, given, *watch))
+        edit_json(folder / "generation_config.json", do_sample=False)
+        for _ in range(400):
+            await asyncio.sleep(0.05)
+            if len(services) == 2 and services[0]() is None:
+                break
+        assert not watching.done()
+        assert [ref() for ref in services] == [None, application.service]
+        watching.cancel()
+
+    monkeypatch.setattr(serve, "opened", open_unless_it_is_too_large)
+    monkeypatch.setattr(serve, "serve", serve_meanwhile)
+    began = time.monotonic()
+    serve.run(arguments)
+    assert len(tries) == 4
+    assert time.monotonic() - began > 0.2 + 0.4
+    logged = capsys.readouterr().err
+    assert logged.count("warning: --watch: MemoryError: as of a model that is too large; the model that was loaded") == 1
 
 
 @pytest.mark.parametrize("address", ["models:/news/3", "runs:/abc/bundle"])

@@ -232,6 +232,10 @@ REFUSED = {
     "nothing in a list": (one(stop=[None]), "stop number 0 is null; a string is expected"),
     "too many words": (one(max_new_tokens=10**9), "together is 1,000,000,001; this server accepts at most 20,000"),
     "too many texts": (one(n=1_000), "this server accepts at most 20,000"),
+    "too many echoes": (
+        {"inputs": ["a" * 100_000], "params": {"n": 15, "max_new_tokens": 1, "echo": True}},
+        "in prompts and their warnings, repeated with each text, together is 3,000,630; this server accepts at most 2,000,000",
+    ),
     "too many beams": (one(num_beams=65, max_new_tokens=1), "num_beams is 65; this server accepts at most 64"),
     "too many likeliest": (one(logprobs=21), "logprobs is 21; this server accepts at most 20"),
     "no text at all": (one(n=0), "n is 0; it must be from 1 to 1,000,000"),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from lmdist.errors import CONTROLS, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.text import prepare as command
+from lmdist.text.detokenizer import Place
 from lmdist.text.from_pandas import prepare as prepare_frames
 from lmdist.text.learning import in_proportion, trained_model
 from lmdist.text.machines import merge_shards, prepare_shard
@@ -89,6 +91,8 @@ def test_a_text_comes_back_as_it_was(tokenizer: WordTokenizer, text: str) -> Non
     shown = list(tokenizer.pieces(words))
     assert "".join(shown) == text
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in shown)  # no part of a character is shown
+    place, half = Place(), len(words) // 2
+    assert [*islice(tokenizer.pieces(words, place), half), *tokenizer.pieces(words[half:], place.copy())] == shown
 
 
 def test_bytes_that_are_no_text_are_shown_as_such(tokenizer: WordTokenizer) -> None:

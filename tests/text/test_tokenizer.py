@@ -230,9 +230,13 @@ WORDS = """
 
 @given(st.lists(st.sampled_from(WORDS)), st.integers(0, 20), st.sampled_from(OF_WORDS))
 def test_the_text_of_the_first_words_begins_the_text_of_all(words, count, tokenizer):
-    from lmdist.text.detokenizer import pieces
+    from lmdist.text.detokenizer import Place, pieces
 
-    assert list(pieces(words, tokenizer))[:count] == list(pieces(words[:count], tokenizer))
+    place = Place()
+    begun = list(pieces(words[:count], tokenizer, place))
+    assert list(pieces(words, tokenizer))[:count] == begun
+    for _ in range(2):  # as often as one likes
+        assert [*begun, *pieces(words[count:], tokenizer, place.copy())] == list(pieces(words, tokenizer))
 
 
 def test_importing_text_is_light():

@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler, log_softmax
+from lmdist_export.sampling.state import ModelState
 from lmdist_export.sampling.steps import Pace, Steps
 
 TokenScores = tuple[list[float], list[list[tuple[int, float]]]]
 """The log-probability of each token, and the most likely tokens in its place, the best first, each with its own."""
+Start = tuple[NDArray[np.float32], ModelState]
+"""The logits of the token after a prompt, (1, V), and the state there."""
 
 
 def log_probability_steps(
@@ -34,8 +37,20 @@ def log_probability_steps(
     """
     if not tokens:
         return [], []
-    start = sampler.start([[sampler.bundle.generation.bos_token_id, *prompt]])
-    logits, state = yield from sampler.next_logits_steps(start, reading)  # (1, V)
+    start = yield from start_steps(sampler, prompt, reading)
+    return (yield from steps_after(sampler, start, tokens, top, scoring))
+
+
+def start_steps(sampler: Sampler, prompt: Sequence[int], reading: Pace | None = None) -> Steps[Start]:
+    """Return where the texts that continue a prompt begin: it is read once for all of them."""
+    return (yield from sampler.next_logits_steps(sampler.start([[sampler.bundle.generation.bos_token_id, *prompt]]), reading))
+
+
+def steps_after(
+    sampler: Sampler, start: Start, tokens: Sequence[int], top: int, scoring: Pace | None = None
+) -> Steps[TokenScores]:
+    """Return the scores of `tokens` after what was read, as `log_probability_steps`."""
+    logits, state = start
     scoring = None if sampler.rows_change_logits else scoring
     scores: list[float] = []
     tops: list[list[tuple[int, float]]] = []

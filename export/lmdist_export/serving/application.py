@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -31,8 +31,11 @@ from lmdist import __version__
 from lmdist.console import log
 from lmdist_export.options import Options
 from lmdist_export.sampling.completion import to_completion
+from lmdist_export.sampling.prompt import Prompt
+from lmdist_export.sampling.resolved_options import ResolvedOptions
 from lmdist_export.serving import invocations
 from lmdist_export.serving.access import ApiKeys
+from lmdist_export.serving.batching import Request as Job
 from lmdist_export.serving.completing import complete, stream
 from lmdist_export.serving.failures import ErrorResponse, mlflow_error, openai_error, status_and_message
 from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, parse, read_body
@@ -61,6 +64,7 @@ MAX_HELD_BYTES = 2**26
 
 TOO_MANY_BYTES = "the bodies of other requests fill this server's memory for them: ask again"
 
+T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -163,15 +167,18 @@ class Application:
         finally:
             self.held_bytes -= held
 
+    async def read_from(self, request: Request, read: Callable[[bytes], T]) -> T:
+        """Return what a thread has read from the body of a request, which goes with this call: it is counted no longer."""
+        with self.counted(request) as receive:
+            return await asyncio.to_thread(read, await body_of(request, receive))
+
     # --- OpenAI's API
 
     async def completions(self, request: Request) -> Response:
         """Answer with texts, or with a stream of them."""
         service, note = self.service, note_of(request.scope)
         deadline = asyncio.get_running_loop().time() + self.timeout_seconds
-        with self.counted(request) as receive:
-            body = await body_of(request, receive)
-            asked = await asyncio.to_thread(lambda: read_request(parse(body, EXAMPLE), service, self.name))
+        asked = await self.read_from(request, lambda body: read_request(parse(body, EXAMPLE), service, self.name))
         note.prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
         if not asked.stream:
             return JSONResponse(await complete(asked, service, request.receive, note, deadline))
@@ -203,7 +210,7 @@ class Application:
         as_text = request.scope["path"].startswith(invocations.TEXT_PATH)
         growth = Growth()
 
-        def read(body: bytes) -> Any:
+        def read(body: bytes) -> tuple[list[Prompt], ResolvedOptions, Job]:
             given = parse(body, invocations.EXAMPLE)
             texts, params = invocations.prompts_and_params(invocations.as_gateway(given) if as_text else given)
             prompts = service.prompts(texts)
@@ -211,9 +218,7 @@ class Application:
             logprobs = resolved.options.logprobs
             return prompts, resolved, service.request(prompts, resolved, logprobs=logprobs, on_end=growth.on_end)
 
-        with self.counted(request) as receive:
-            body = await body_of(request, receive)
-            prompts, resolved, job = await asyncio.to_thread(read, body)
+        prompts, resolved, job = await self.read_from(request, read)
         note.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         await finish(service.batcher, job, growth, request.receive, deadline)
         note.generated_tokens = sum(len(text.tokens) for text in job.texts)

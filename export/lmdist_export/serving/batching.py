@@ -118,12 +118,15 @@ class Batcher:
             raise RequestTimeout
         return request.texts
 
-    def submit(self, work: Work) -> None:
-        """Queue work and return at once; raises QueueFull where all that is queued would be more than is accepted."""
+    def submit(self, work: Work, *, completes: bool = False) -> None:
+        """Queue work and return at once; raises QueueFull where all that is queued would be more than is accepted.
+
+        Work that `completes` what was accepted is accepted too: else that was done in vain, and would be asked for again.
+        """
         with self.changed:
             queued = self.num_queued()
             excess = queued + work.cost - self.max_queued_tokens
-            if self.is_closing or (queued and excess > 0):
+            if self.is_closing or (queued and excess > 0 and not completes):
                 raise QueueFull(max(1.0, excess / self.tokens_per_second if self.tokens_per_second else 1.0))
             self.works[work] = work.steps(self.paces, self.offer)
             self.arrived.append(work)

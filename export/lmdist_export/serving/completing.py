@@ -34,7 +34,9 @@ async def complete(asked: CompletionRequest, service: Service, receive: Receive,
         texts = [Text(prompt.tokens, number, 0, finish_reason="length") for number, prompt in enumerate(asked.prompts)]
     else:
         growth = Growth()
-        job = service.request(asked.prompts, asked.resolved, logprobs=own_logprobs(asked), on_end=growth.on_end)
+        job = await asyncio.to_thread(
+            lambda: service.request(asked.prompts, asked.resolved, logprobs=own_logprobs(asked), on_end=growth.on_end)
+        )
         await finish(service.batcher, job, growth, receive, deadline)
         texts = in_order(job.texts)
     counted = usage(asked, texts)
@@ -69,7 +71,7 @@ async def scores_of(
     growth = Growth()
     ids = [[*text.prompt, *text.tokens, *end_of(asked, text)] for text in texts]
     job = Scoring(service.sampler, ids, asked.logprobs, growth.on_end)
-    await finish(service.batcher, job, growth, receive, deadline)
+    await finish(service.batcher, job, growth, receive, deadline, completes=not asked.scores)
     return job.scores
 
 
@@ -106,11 +108,15 @@ async def stream(
     if asked.scores:
         return once(asked, await complete(asked, service, receive, note, deadline)), lambda: None
     growth = Growth()
-    job = service.request(
-        asked.prompts, asked.resolved, logprobs=own_logprobs(asked), on_growth=growth.on_growth, on_end=growth.on_end
-    )
+    how = {"logprobs": own_logprobs(asked), "on_growth": growth.on_growth, "on_end": growth.on_end}
+    job = await asyncio.to_thread(lambda: service.request(asked.prompts, asked.resolved, **how))
     service.batcher.submit(job)
-    timer = growth.loop.call_at(deadline, growth.on_end)
+
+    def time_out() -> None:
+        job.cancel()
+        growth.on_end()
+
+    timer = growth.loop.call_at(deadline, time_out)
 
     def close() -> None:
         timer.cancel()
@@ -144,10 +150,9 @@ class Streaming:
                 yield b"".join(self.grown(*event) for event in grown)
             if job.error:
                 raise job.error
-            texts = in_order(job.texts)
-            if len(texts) < len(self.asked.prompts) * self.asked.n or not all(text.finish_reason for text in texts):
+            if job.cancelled:  # whatever its texts have by now: not all of it has been sent, nor scored
                 raise TimeoutError
-            yield await self.end(texts)
+            yield await self.end(in_order(job.texts))
         except Exception as error:
             yield event(error_object(error, *status_and_message(error)))
 
@@ -160,7 +165,7 @@ class Streaming:
         written = ""
         if key not in self.writers:
             prompt, given = self.asked.prompts[text.prompt_number], self.asked.given[text.prompt_number]
-            self.writers[key] = Writer(self.asked.bundle, prompt, given)
+            self.writers[key] = Writer(self.asked.bundle, prompt, given, self.asked.written[text.prompt_number])
             written = given if self.asked.echo else ""
         written += "".join(self.writers[key].write(tokens))
         if reason:

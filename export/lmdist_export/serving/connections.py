@@ -38,6 +38,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Accept a connection, or close it where there are too many."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # a client that does not read a short answer has to be seen too
         if len(self.connections) > MAX_CONNECTIONS:
             self.close_with(503, "this server has too many connections", unasked=True)
         else:

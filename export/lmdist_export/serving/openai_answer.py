@@ -22,7 +22,7 @@ from lmdist_export.sampling.completion import rest_of
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
 from lmdist_export.sampling.prompt import Prompt
-from lmdist_export.serving.openai_request import CompletionRequest
+from lmdist_export.serving.openai_request import CompletionRequest, WrittenPrompt
 from lmdist_export.serving.service import MAX_LOGPROBS, MAX_REQUEST_BEAMS, MAX_TOKENS
 
 FINISH_REASONS = {"exhausted": "stop"}
@@ -45,12 +45,13 @@ class Writer:
     The first piece has the space that separates it from the prompt, unless the prompt, as it was given, ends with one.
     """
 
-    def __init__(self, bundle: Bundle, prompt: Prompt, given: str) -> None:
-        self.words = deque(prompt.words)
+    def __init__(self, bundle: Bundle, prompt: Prompt, given: str, written: WrittenPrompt | None = None) -> None:
+        """Go on from a prompt as it was `given`; `written` it is shared by all its texts."""
+        written = written or WrittenPrompt(bundle, prompt)
+        self.words: deque[str] = deque()
         self.vocabulary = bundle.vocabulary.words
-        self.pieces = bundle.tokenizer.pieces(self.coming())
-        self.before = [next(self.pieces) for _ in prompt.words]
-        """The prompt, as it is written."""
+        self.pieces = bundle.tokenizer.pieces(self.coming(), written.place.copy())
+        self.before = written.pieces
         has_pieces = bundle.tokenizer.settings.has_pieces  # whose texts have the spaces that they need
         self.glued = prompt.space if has_pieces else not given or given[-1].isspace()
         self.prompt = prompt
@@ -78,7 +79,7 @@ class Writer:
 def choice(asked: CompletionRequest, text: Text, index: int, scores: TokenScores | None) -> dict[str, Any]:
     """Return a text that has ended; its `scores` are those of the prompt's tokens too where it is echoed."""
     prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
-    writer = Writer(asked.bundle, prompt, given)
+    writer = Writer(asked.bundle, prompt, given, asked.written[text.prompt_number])
     pieces = writer.write(text.tokens)
     written = "".join([given if asked.echo else "", *pieces, writer.end(text)])
     logprobs = logprobs_object(asked, text, writer.before, pieces, scores) if scores else None

@@ -16,10 +16,12 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from lmdist.command_line import did_you_mean
 from lmdist.errors import UsageError
+from lmdist.text.detokenizer import Place
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Options, string_of, typed
 from lmdist_export.sampling.prompt import Prompt, prompt_of_words
@@ -50,6 +52,15 @@ def no_model(asked: Any, model: str) -> ApiError:
 # --- a request -----------------------------------------------------------------------------------------------------
 
 
+class WrittenPrompt:
+    """A prompt as it is written, once for all the texts that go on from there."""
+
+    def __init__(self, bundle: Bundle, prompt: Prompt) -> None:
+        self.place = Place()
+        # Not to the end of the pieces, which would complete a character that the next token may complete.
+        self.pieces = list(islice(bundle.tokenizer.pieces(prompt.words, self.place), len(prompt.words)))
+
+
 @dataclass(frozen=True)
 class CompletionRequest:
     """What a request asks for."""
@@ -59,6 +70,7 @@ class CompletionRequest:
     prompts: list[Prompt]
     given: list[str]
     """The prompts as they were given; ids as they are written."""
+    written: list[WrittenPrompt]
     resolved: ResolvedOptions
     """Its `n` is the number of texts that are generated for a prompt, of which the best are returned."""
     n: int
@@ -103,7 +115,11 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
             values["max_new_tokens"] = 1  # the table has no 0; none is generated
         stops, silent = spoken(values.pop("stop", []), service.bundle)
         options = Options.from_values({**values, "stop": stops})
-        resolved = service.resolve(prompts, options, limit_name="max_tokens" if renamed else "max_new_tokens")
+        limit_name = "max_tokens" if renamed else "max_new_tokens"
+        resolved = service.resolve(prompts, options, limit_name=limit_name, echo=echo)
+        if echo and logprobs is not None:
+            scored = n * sum(len(prompt.tokens) + resolved.config.max_new_tokens for prompt in prompts)
+            check_limit(f"the number of tokens in prompts and {limit_name}, scored for each text, together", scored, MAX_TOKENS)
     except UsageError as error:
         if not renamed or type(error) is not UsageError:
             raise
@@ -112,8 +128,9 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     if stream and best_of > n:
         raise ApiError(f"best_of is {best_of}; the best texts are known at their end: without stream", param="best_of")
     unknown = [*filter(None, (warning_of_prompt(prompt, service.bundle) for prompt in prompts))]
+    written = [WrittenPrompt(service.bundle, prompt) for prompt in prompts]
     return CompletionRequest(
-        model, service.bundle, prompts, texts, resolved, n, scores, echo, logprobs, stream, include_usage,
+        model, service.bundle, prompts, texts, written, resolved, n, scores, echo, logprobs, stream, include_usage,
         [*unknown, *silent, *resolved.warnings],
     )  # fmt: skip
 

@@ -16,13 +16,14 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TypeAlias
 
 from lmdist.errors import UsageError
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search_steps
 from lmdist_export.sampling.generation import Generation, Text, forks
-from lmdist_export.sampling.log_probabilities import TokenScores, log_probability_steps
+from lmdist_export.sampling.log_probabilities import TokenScores, log_probability_steps, start_steps, steps_after
 from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, fixed_bias
 from lmdist_export.sampling.state import State
 from lmdist_export.sampling.steps import Pace
@@ -115,7 +116,7 @@ class Request(Work):
         check_phrases(sampler, config, stops)
         read = sum(1 + len(prompt) for prompt in prompts)
         written = len(prompts) * max(n, config.num_beams) * config.max_new_tokens
-        scored = 0 if logprobs is None else n * (read + len(prompts) * config.max_new_tokens)
+        scored = 0 if logprobs is None else read + len(prompts) * n * config.max_new_tokens
         super().__init__(read + written + scored, on_end)
         self.sampler, self.prompts, self.seed, self.n = sampler, prompts, seed, n
         self.logprobs, self.on_growth = logprobs, on_growth
@@ -171,16 +172,16 @@ class Request(Work):
                 self.grow(text, text.tokens)
 
     def score(self, paces: Paces, top: int) -> WorkSteps:
-        """Compute the scores of each text that has ended."""
-        for number in range(len(self.texts)):
-            while len(self.ended) <= number:
-                yield WAIT
-            text = self.ended[number]
-            text.scores = yield from log_probability_steps(
-                self.sampler, text.prompt, text.tokens, top, paces.reading, paces.scoring
-            )
-            read = 1 + len(text.prompt)
-            self.has_read(read + self.generation.config.max_new_tokens, read + len(text.tokens))
+        """Compute the scores of each text, prompt by prompt, so that one prompt's state is held; each prompt is read once."""
+        for number, texts in groupby(self.texts, key=lambda text: text.prompt_number):
+            prompt = self.prompts[number]
+            start = yield from start_steps(self.sampler, prompt, paces.reading)
+            self.has_read(1 + len(prompt), 1 + len(prompt))
+            for text in texts:
+                while not text.finish_reason:
+                    yield WAIT
+                text.scores = yield from steps_after(self.sampler, start, text.tokens, top, paces.scoring)
+                self.has_read(self.generation.config.max_new_tokens, len(text.tokens))
 
     def grow(self, text: Text, tokens: list[int]) -> None:
         """Count and report new tokens of a text, and its end."""

@@ -83,12 +83,14 @@ class Growth:
             yield event
 
 
-async def finish(batcher: Batcher, job: Request | Scoring, growth: Growth, receive: Receive, deadline: float) -> None:
+async def finish(
+    batcher: Batcher, job: Request | Scoring, growth: Growth, receive: Receive, deadline: float, *, completes: bool = False
+) -> None:
     """Run a request to its end; raises its error, QueueFull at once, TimeoutError at the loop's time `deadline`, or ClientLeft.
 
     Whatever ends the waiting, the request is cancelled then, which frees its rows within a step.
     """
-    batcher.submit(job)
+    batcher.submit(job, completes=completes)
     leaving, ending = asyncio.ensure_future(disconnect(receive)), asyncio.ensure_future(end_of(growth))
     try:
         async with asyncio.timeout_at(deadline):

@@ -19,7 +19,7 @@ from lmdist.errors import UsageError
 from lmdist_export.options import Options
 from lmdist_export.sampling.generation import BATCH_SIZE, Text
 from lmdist_export.sampling.prompt import Prompt, prompt_of, prompt_of_words
-from lmdist_export.sampling.resolved_options import ResolvedOptions, resolve
+from lmdist_export.sampling.resolved_options import ResolvedOptions, resolve, warning_of_prompt
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.batching import Batcher, Request
 from lmdist_export.serving.json_body import strings_of
@@ -28,6 +28,8 @@ MAX_TOKENS = 20_000
 """Read and generated for one request: no other waits long for its prompt, and it ends within the server's timeout."""
 MAX_CHARACTERS = 10 * MAX_TOKENS
 """Of the prompts together: a megabyte of punctuation is tokenized for six seconds before its tokens can be counted."""
+MAX_REPEATED_CHARACTERS = 10 * MAX_CHARACTERS
+"""Of the prompts and their warnings in all texts of an answer, which is in memory several times."""
 MAX_REQUEST_BEAMS = 64
 MAX_LOGPROBS = 20
 MAX_PHRASES = 1_000
@@ -62,10 +64,18 @@ class Service:
             return [prompt_of(self.bundle, text) for text in texts]
         return [prompt_of_words(self.bundle, self.bundle.tokenizer.tokenize(text) if text else []) for text in texts]
 
-    def resolve(self, prompts: Sequence[Prompt], options: Options, *, limit_name: str = "max_new_tokens") -> ResolvedOptions:
+    def resolve(
+        self,
+        prompts: Sequence[Prompt],
+        options: Options,
+        *,
+        limit_name: str = "max_new_tokens",
+        echo: bool | None = None,
+    ) -> ResolvedOptions:
         """Return its options, resolved; raises UsageError where a request is too large or its options exclude each other.
 
-        `limit_name` is what the caller calls max_new_tokens.
+        `limit_name` is what the caller calls max_new_tokens, and `echo` whether its texts begin with their prompts, where the
+        options do not say it.
         """
         if not prompts:
             raise UsageError("no prompt is given; an empty one is the beginning of a text")
@@ -80,7 +90,15 @@ class Service:
         texts = max(options.n, config.num_beams)
         tokens = sum(len(prompt.tokens) + texts * config.max_new_tokens for prompt in prompts)
         check_limit(f"the number of tokens in prompts, and {limit_name} for each text or beam, together", tokens, MAX_TOKENS)
+        self.check_repeated(prompts, options.n, echo=options.echo if echo is None else echo)
         return resolved
+
+    def check_repeated(self, prompts: Sequence[Prompt], n: int, *, echo: bool) -> None:
+        """Raise UsageError where `n` texts of each prompt repeat it, or what it is warned of, too often for an answer."""
+        warned = sum(len(warning_of_prompt(prompt, self.bundle)) for prompt in prompts)
+        echoed = sum(len(word) for prompt in prompts for word in prompt.words) if echo else 0
+        name = "the number of characters in prompts and their warnings, repeated with each text, together"
+        check_limit(name, n * (warned + echoed), MAX_REPEATED_CHARACTERS)
 
     def request(
         self,
