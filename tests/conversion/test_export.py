@@ -255,7 +255,7 @@ def test_a_wrong_graph_is_not_written(
     monkeypatch.setattr(cell, "onnx_gates", torchs_own_order)
     code, message = failure([run, "-o", tmp_path / "bundle"], capsys)
     assert code == 1
-    assert re.search(r"nothing was written: logits for 1 rows of 1 tokens: the max error .* allowed is", message)
+    assert re.search(r"nothing was written: logits for 1 row of 1 token: the max error .* allowed is", message)
     assert list(tmp_path.iterdir()) == []
 
 

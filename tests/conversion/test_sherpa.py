@@ -299,7 +299,7 @@ def test_a_wrong_graph_is_not_written(
     monkeypatch.setattr(cell, "onnx_gates", lambda parameter: parameter)
     code, message = failure([run, "-o", tmp_path / "out/sherpa"], capsys)
     assert code == 1
-    assert "nothing was written: log_softmax for 1 rows, token 1: the max error" in message
+    assert "nothing was written: log_softmax for 1 row, token 1: the max error" in message
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import time
@@ -220,6 +221,9 @@ def test_a_defect_ends_what_is_being_done_and_not_the_server(
     def fail(*_: Any) -> None:
         raise KeyError("a row")
 
+    monkeypatch.setattr(
+        logging.getLogger(batching.__name__), "disabled", False
+    )  # as the migrations of MLflow's store leave all loggers
     batcher = make_batcher(max_queued_tokens=10**9)
     asked = [Request(sampler, [[seed]], LONG, seed, ignore_end=True) for seed in (3, 4)]
     for request in asked:

@@ -224,7 +224,7 @@ def test_the_bytes_of_an_ordinary_csv_too(tmp_path):
         (frame_of(20), {"where": "print(1)"}, "--where 'print(1)'"),
         (frame_of(20), {"text_colum": "Text"}, "prepare has no text_colum; did you mean text_column?"),
         (frame_of(20), {"inputs": ["a.csv"]}, "inputs says how files are read"),
-        (frame_of(20), {"tokenizer": "bpe"}, "tokenizer is 'bpe'; 'word_tokenize' or 'wordpunct' or"),
+        (frame_of(20), {"tokenizer": "bert"}, "tokenizer is bert; word_tokenize, wordpunct"),
         (frame_of(20), {"text_column": 3}, "text_column is 3; a list is expected"),
         (frame_of(20), {"text_column": ("Text", 3)}, "text_column[1] is 3; a string is expected"),
         (frame_of(20), {"min_count": "3"}, "min_count is '3'; an integer is expected"),

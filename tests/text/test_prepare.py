@@ -317,7 +317,7 @@ def folder(tmp_path_factory) -> Path:
         (65, "nothing.csv -o out", ["nothing.csv"]),
         (65, "empty.csv -o out --tokenizer wordpunct", ["no text", "1 duplicate"][:1]),
         (65, "one.csv -o out --tokenizer wordpunct", ["1 document", "too few"]),
-        (65, "articles1.csv -o out --tokenizer wordpunct --min-count 9999", ["9999", "--min-count"]),
+        (65, "articles1.csv -o out --tokenizer wordpunct --min-count 9999", ["9,999", "--min-count"]),
         (65, "-o out --train plain.txt --tokenizer whitespace --unknown file", ["<unk>"]),
         (65, "-o out --train plain.txt --valid empty.csv --tokenizer whitespace --min-count 1", ["empty.csv", "valid"]),
         (66, "article1.csv -o out", ["article1.csv does not exist", "articles1.csv"]),

@@ -94,7 +94,7 @@ def test_permutation_mixes_well():
 
 def test_text_too_short_for_the_window_is_rejected(tmp_path):
     folder = DataFolder(write_data_folder(tmp_path / "data", {"train": chain(100, 20)}, 20))
-    with pytest.raises(DataError, match=r"100 tokens .* 20 sequence\(s\) of 35 need 700"):
+    with pytest.raises(DataError, match=r"100 tokens .* 20 sequences of 35 need 700"):
         training_batches(folder, DataSettings(), seed=1)
     with pytest.raises(DataError, match="101"):
         training_batches(folder, DataSettings(batching="windows", window=101), seed=1)

@@ -17,7 +17,8 @@ import { BLANK, split, withoutTrailingSpace } from "./characters.js";
 
 // --- words -----------------------------------------------------------------------------------------------------------
 
-const W = "[\\p{L}\\p{M}\\p{N}\\p{Pc}]";
+/** What \w is to NLTK's regular expressions, those of the package regex. */
+const W = "[\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}]";
 const START = `(?<!${W})`; // of a word
 const STOP = `(?!${W})`;
 const TEXT_END = "(?![^])";
@@ -88,7 +89,7 @@ const CANDIDATE = new RegExp(`[.?!](?=(?<after>${NOT_IN_WORDS}|${S}+(?<next>${NO
 const CLOSING = new RegExp(`["')\\]}‘’“”«»]+?(?:${S}+|(?=--)|(?=\\n|${TEXT_END}))`, "uy");
 
 const NUMBER = /^-?[.,]?\p{Nd}[\p{Nd},.-]*\.?$/u;
-const INITIAL = /^[\p{L}\p{M}\p{Nl}\p{No}\p{Pc}]\.$/u;
+const INITIAL = /^[\p{Alphabetic}\p{M}\p{Pc}\p{Join_Control}]\.$/u;
 // The bits of a word's contexts.
 const UPPER_INSIDE = 1 << 2;
 const LOWER_FIRST = 1 << 4;
