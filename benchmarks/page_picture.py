@@ -14,13 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from servers import free_port
+from servers import answers, free_port
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -44,14 +43,10 @@ def serving(bundle: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{(port := free_port())}/"
     process = subprocess.Popen([sys.executable, "-m", "lmdist_export.serve", str(bundle), "--port", str(port)])
     try:
-        while True:
-            try:
-                urllib.request.urlopen(url, timeout=5).close()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    raise SystemExit("lmdist-serve does not start") from None
-                time.sleep(0.1)
+        while not answers(url):
+            if process.poll() is not None:
+                raise SystemExit("lmdist-serve does not start")
+            time.sleep(0.1)
         yield url
     finally:
         process.terminate()

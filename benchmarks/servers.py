@@ -39,13 +39,9 @@ class Server:
             start_new_session=True,
         )
         deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=10).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline, "the MLflow server does not start"
-                time.sleep(0.2)
+        while not answers(f"{self.uri}/health"):
+            assert time.monotonic() < deadline, "the MLflow server does not start"
+            time.sleep(0.2)
 
     def signal(self, number: int) -> None:
         """Send a signal to all its processes."""
@@ -111,6 +107,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Print nothing."""
+
+
+def answers(url: str) -> bool:
+    """Return whether a server answers, and not by an error."""
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_port() -> int:

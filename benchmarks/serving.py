@@ -23,14 +23,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,6 +41,7 @@ from lmdist_export.sampling.prompt import prompt_of
 from lmdist_export.sampling.sampler import Sampler
 from origin import add_json_option, collect_rows
 from random_bundle import make_bundle
+from servers import answers, free_port
 from serving_client import Load, quantile, question
 from workers import Worker
 
@@ -127,9 +125,7 @@ class Server:
     """lmdist-serve over a bundle, and the process of its clients."""
 
     def __init__(self, bundle: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.bundle = bundle
 
     def __enter__(self) -> Server:
@@ -142,7 +138,7 @@ class Server:
             stderr=subprocess.DEVNULL,
             preexec_fn=lambda: die_with_parent(parent),
         )
-        while not self.answers():
+        while not answers(f"http://127.0.0.1:{self.port}/health"):
             assert self.process.poll() is None, "the server did not start"
             time.sleep(0.05)
         self.start_seconds = time.perf_counter() - began
@@ -153,14 +149,6 @@ class Server:
         self.clients.close()
         self.process.terminate()
         self.process.wait()
-
-    def answers(self) -> bool:
-        """Return whether the server answers."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as response:
-                return response.status == 200
-        except (OSError, urllib.error.URLError):
-            return False
 
     def mib(self, name: str) -> int:
         """Return a figure of its memory: VmHWM is the peak, VmRSS what it has now."""

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,18 +127,7 @@ def run_bundle_layout(arguments: argparse.Namespace) -> dict[str, str]:
     """Write and verify a bundle; return the rows of the table that describes it."""
     from lmdist_export.conversion import exporting
 
-    checkpoint = exporting.Checkpoint.load(arguments.checkpoint)
-    held_out = exporting.held_out_text(checkpoint, arguments.data)
-    log_start(checkpoint, arguments.output)
-    manifest = exporting.export_bundle(
-        checkpoint,
-        arguments.output,
-        held_out,
-        arguments.precision,
-        arguments.max_perplexity_loss,
-        replace=arguments.overwrite,
-    )
-    return rows_of(arguments.output, manifest)
+    return rows_of(arguments.output, written(arguments, exporting.export_bundle))
 
 
 def run_sherpa_layout(arguments: argparse.Namespace) -> dict[str, str]:
@@ -154,21 +144,21 @@ def run_sherpa_layout(arguments: argparse.Namespace) -> dict[str, str]:
 
 def run_web_layout(arguments: argparse.Namespace) -> dict[str, str]:
     """Write a page that runs the model, verified as a bundle is; return the rows of the table that describes it."""
-    from lmdist_export.conversion import exporting, web
+    from lmdist_export.conversion import web
+
+    write = partial(web.write, onnxruntime_web=arguments.onnxruntime_web)
+    return web.rows_of(arguments.output, written(arguments, write))
+
+
+def written(arguments: argparse.Namespace, write: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Write a layout that is compared with torch on held-out text; return the manifest of the bundle that it is, or was."""
+    from lmdist_export.conversion import exporting
 
     checkpoint = exporting.Checkpoint.load(arguments.checkpoint)
     held_out = exporting.held_out_text(checkpoint, arguments.data)
     log_start(checkpoint, arguments.output)
-    manifest = web.write(
-        checkpoint,
-        arguments.output,
-        held_out,
-        arguments.precision,
-        arguments.max_perplexity_loss,
-        arguments.onnxruntime_web,
-        replace=arguments.overwrite,
-    )
-    return web.rows_of(arguments.output, manifest)
+    how = arguments.precision, arguments.max_perplexity_loss
+    return write(checkpoint, arguments.output, held_out, *how, replace=arguments.overwrite)
 
 
 def write_embeddings(checkpoint: Path, file: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from servers import free_port
+from servers import answers, free_port
 
 
 class Serving:
@@ -37,14 +37,10 @@ class Serving:
     def wait(self) -> None:
         """Wait until it is up."""
         deadline = time.monotonic() + 200
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping", timeout=5).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, self.log.read_text()
-                assert time.monotonic() < deadline, self.log.read_text()
-                time.sleep(0.1)
+        while not answers(f"http://127.0.0.1:{self.port}/ping"):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
 
     def post(self, body: object, content_type: str = "application/json", path: str = "/invocations") -> tuple[int, Any]:
         """Return the status and the answer to a body."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from lmdist_export.serving.failures import CLIENT_LEFT
 from lmdist_export.serving.json_body import App, Message, Receive, Send
 from lmdist_export.serving.metrics import Metrics
 
@@ -62,7 +63,7 @@ class Observed:
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         note = Note(given.decode("ascii") if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
         scope["lmdist.note"] = note
-        status, sent = 499, 0  # nginx's, of a client that leaves before its answer begins
+        status, sent = CLIENT_LEFT, 0
 
         async def observed_send(message: Message) -> None:
             nonlocal status, sent
