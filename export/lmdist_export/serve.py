@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 COMMAND = "lmdist-serve"
 PACKAGES = ("onnxruntime", "starlette", "uvicorn", "prometheus_client")
-LOCAL = ("127.0.0.1", "::1", "localhost")
 ORIGIN = re.compile(r"\*|https?://[^/?#\s]+")
+HOST = re.compile(r"\*|[\w.-]+")
 BACKLOG = 2_048
 """Connections that wait to be accepted."""
 EVERY_SECONDS = 30
@@ -70,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
         "--cors-origin", action="append", default=[], metavar="ORIGIN",
         help="let pages of https://example.org, or of any (*), read the answers in a browser; may be given several times",
     )  # fmt: skip
+    where.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="answer requests whose Host is NAME, as behind a proxy, and else those for localhost and for addresses in numbers "
+        "only; * is any; may be given several times (default: none on this machine only and without keys, else any)",
+    )  # fmt: skip
     model = parser.add_argument_group("the model")
     model.add_argument("--name", help="what clients call the model (default: the name of the folder, or in MLflow)")
     model.add_argument(
@@ -101,13 +107,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Load the bundle, and answer requests until a signal comes."""
     check_arguments(arguments)
     require(*PACKAGES, purpose=f"{COMMAND} needs a package: ")
-    from lmdist_export.serving.access import ApiKeys
+    from lmdist_export.serving.access import ApiKeys, Hosts
     from lmdist_export.serving.application import Application
     from lmdist_export.serving.watching import Watched
 
     keys = None if arguments.api_key_file is None else ApiKeys.read(arguments.api_key_file)
     watched = None if arguments.watch is None else Watched(arguments.bundle)
     listening = bound(arguments.host, arguments.port)
+    host, port = listening.getsockname()[:2]
+    is_local = ip_address(host).is_loopback
+    is_open = is_local and keys is None  # to pages of other servers too, which a browser of this machine shows
     with listening:
         version = watched.version() if watched else ""
         application = Application(  # which alone holds the service, so that another one takes its place in memory too
@@ -115,13 +124,13 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.name or name_of(arguments.bundle),
             version,
             keys=keys,
+            hosts=Hosts(arguments.allowed_host) if is_open or arguments.allowed_host else None,
             timeout_seconds=arguments.timeout,
             cors_origins=arguments.cors_origin,
             access_log=not arguments.no_access_log,
         )
-        if arguments.host not in LOCAL and keys is None:
+        if not is_local and keys is None:
             log(f"warning: whoever reaches {arguments.host} can use the model: --api-key-file has keys for it", COMMAND)
-        host, port = listening.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         with port_errors(arguments.host, arguments.port, listening):
             listening.listen(BACKLOG)
@@ -146,6 +155,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for origin in arguments.cors_origin:
         if not ORIGIN.fullmatch(origin):
             raise UsageError(f"--cors-origin is {origin!r}; a scheme and a host, as https://example.org, or * is expected")
+    for name in arguments.allowed_host:
+        if not HOST.fullmatch(name):
+            raise UsageError(f"--allowed-host is {name!r}; a name alone, as news.example.org, or * is expected")
 
 
 def name_of(bundle: str) -> str:

@@ -22,9 +22,10 @@ from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
-from lmdist_export.sampling.completion import whole_words
-from lmdist_export.sampling.generation import Text
+from lmdist_export.sampling.completion import to_completion, whole_words
+from lmdist_export.sampling.generation import Generation, Text, append
 from lmdist_export.sampling.resolved_options import resolve
+from lmdist_export.sampling.stops import Stops
 from lmdist_export.serving.batching import Scoring
 from lmdist_export.serving.openai_answer import Writer, choice
 from lmdist_export.serving.openai_request import read_request
@@ -112,6 +113,23 @@ def test_stops_are_found_in_the_text(model: Model) -> None:
         assert "".join(stream) == expected
     found = model.generate("The", num_beams=3, max_new_tokens=12, stop=[" ", "e"], echo=False)
     assert not {" ", "e"} & set(found.text)
+
+
+def test_a_stop_inside_of_a_piece_keeps_the_character_before_it(model: Model) -> None:
+    """A piece may be the end of a character and more, where models do not split before punctuation."""
+    assert model.bundle.tokenizer.model
+    contents = [*model.bundle.tokenizer.model.entries.contents]
+    first, second, third = ("日".encode()[place : place + 1] for place in range(3))
+    tokens = [contents.index(first), contents.index(second), contents.index(third)]
+    contents[tokens[2]] = third + b"."
+    service = Service(model.sampler)
+    for prompt, generated, whole in (("", tokens, "日"), ("a ", tokens, "a 日"), (tokens[:1], tokens[1:], "日")):
+        asked = read_request({"prompt": prompt, "max_tokens": 9}, service, "pieces")
+        text = Text(asked.prompts[0].tokens, 0, 0)
+        append(text, generated, Generation(asked.resolved.config, Stops([b"."], contents)))
+        assert (text.tokens, text.rest, text.finish_reason) == (generated[:-1], third, "stop")
+        assert choice(asked, text, 0, None)["text"] == "日"
+        assert to_completion(model.sampler, text, asked.prompts[0], asked.resolved).text == whole
 
 
 def test_the_space_of_a_prompt_is_there_once(model: Model) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from lmdist.errors import DataError, UsageError
 from lmdist_export import serve
-from lmdist_export.serving.access import ApiKeys
+from lmdist_export.serving.access import ApiKeys, Hosts
 from lmdist_export.serving.application import Application, reading_threads
 from lmdist_export.serving.service import Service
 from lmdist_export.serving.watching import Watched
@@ -54,7 +54,7 @@ def folder(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def limited(folder: Path) -> Iterator[Serving]:
     keys = folder.parent / "keys.txt"
     keys.write_text(f"# of the tests\nsk-other\n\n{KEY}\n")
-    server = Serving(["-c", LIMITED, str(folder), "--api-key-file", str(keys)], folder.parent)
+    server = Serving(["-c", LIMITED, str(folder), "--api-key-file", str(keys), "--allowed-host", "news.example"], folder.parent)
     try:
         server.wait()
         yield server
@@ -84,7 +84,7 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 def head(length: int | str, *more: str) -> bytes:
     """The head of a request."""
-    lines = [f"POST {PATH} HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in HEADERS.items())]
+    lines = [f"POST {PATH} HTTP/1.1", "Host: localhost", *(f"{name}: {value}" for name, value in HEADERS.items())]
     return "\r\n".join([*lines, f"Content-Length: {length}", *more, "", ""]).encode()
 
 
@@ -127,6 +127,14 @@ def test_only_requests_with_a_key_are_answered(limited: Serving) -> None:
     assert (status, answer["error_code"]) == (401, "UNAUTHENTICATED")
     assert limited.request("GET", "/ping")[0] == limited.request("GET", "/health")[0] == 200
     assert "sk-" not in limited.log.read_text()
+
+
+@pytest.mark.slow
+def test_names_that_were_allowed_are_the_names_of_the_server(limited: Serving) -> None:
+    hosts = ("news.example", "NEWS.example:443", "localhost", "other.example")
+    found = [limited.request("GET", "/v1/models", headers=HEADERS | {"Host": host})[0] for host in hosts]
+    assert found == [200, 200, 200, 403]
+    assert Hosts(["*"]).allow("other.example")
 
 
 def test_a_file_of_keys(tmp_path: Path) -> None:
@@ -201,7 +209,7 @@ def test_silent_and_half_sent_connections_are_closed(limited: Serving) -> None:
         assert answer_to(limited, sent).startswith(b"HTTP/1.1 408 ")
     with connect(limited) as client:  # one that is between two requests stays
         for _ in range(2):
-            client.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = b""
             while not answer.endswith(b"\r\n\r\n\n"):  # the head and the body, a line break
                 more = client.recv(65_536)
@@ -216,7 +224,7 @@ def test_more_connections_than_there_are_places(limited: Serving) -> None:
     with ExitStack() as clients:
         for _ in range(60):
             clients.enter_context(connect(limited))
-        assert answer_to(limited, b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 503 ")
+        assert answer_to(limited, b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 503 ")
     until(lambda: complete(limited)[0] == 200)
 
 

@@ -34,11 +34,11 @@ from lmdist_export.sampling.completion import to_completion
 from lmdist_export.sampling.prompt import Prompt
 from lmdist_export.sampling.resolved_options import ResolvedOptions
 from lmdist_export.serving import invocations
-from lmdist_export.serving.access import ApiKeys
+from lmdist_export.serving.access import ApiKeys, Hosts
 from lmdist_export.serving.batching import Request as Job
 from lmdist_export.serving.completing import complete, stream
 from lmdist_export.serving.failures import ErrorResponse, mlflow_error, openai_error, status_and_message
-from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, parse, read_body
+from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, parse, quoted, read_body
 from lmdist_export.serving.metrics import CONTENT_TYPE, Metrics
 from lmdist_export.serving.observing import Observed, note_of
 from lmdist_export.serving.openai_answer import model_facts
@@ -78,14 +78,18 @@ class Application:
         version: str = "",
         *,
         keys: ApiKeys | None = None,
+        hosts: Hosts | None = None,
         timeout_seconds: float = 600,
         cors_origins: Sequence[str] = (),
         access_log: bool = True,
     ) -> None:
-        """Answer as the model `name`; with `keys` only requests that have one. A request has `timeout_seconds` to end."""
+        """Answer as the model `name`; with `keys` only requests that have one, with `hosts` only those that name one.
+
+        A request has `timeout_seconds` to end.
+        """
         self.service, self.name = service, name
         self.loaded = int(time.time())
-        self.keys, self.timeout_seconds = keys, timeout_seconds
+        self.keys, self.hosts, self.timeout_seconds = keys, hosts, timeout_seconds
         self.held_bytes = 0
         self.metrics = Metrics(lambda: self.service.batcher.figures())
         self.metrics.model.labels(name, version).set(1)
@@ -126,6 +130,9 @@ class Application:
         async def answered(request: Request) -> Response:
             note_of(request.scope).route = path
             try:
+                host = request.headers.get("host", "")
+                if self.hosts and not self.hosts.allow(host):
+                    raise ApiError(f"Host is {quoted(host)}, no name of this server: --allowed-host adds one", 403)
                 key = request.headers.get("authorization", "").encode("latin-1")
                 if self.keys and not is_open and not self.keys.allow(key):
                     raise ApiError("an API key is expected: Authorization: Bearer KEY", 401, code="invalid_api_key")

@@ -27,7 +27,7 @@ from lmdist_export.serving.running import ClientLeft
 ErrorResponse = Callable[[Exception, int, str], Response]
 CLIENT_LEFT = 499
 """The status in the log of a request whose client has disconnected before its answer began, as nginx has it."""
-MLFLOW_CODES = {401: "UNAUTHENTICATED", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL_ERROR"}
+MLFLOW_CODES = {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL_ERROR"}
 """MLflow's names of errors; others are the client's mistake below 500, and from there on a matter of time."""
 
 

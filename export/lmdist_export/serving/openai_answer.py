@@ -18,7 +18,7 @@ from typing import Any
 from lmdist.text.vocabulary import UNKNOWN_ID
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Row
-from lmdist_export.sampling.completion import rest_of
+from lmdist_export.sampling.completion import after_text, rest_of
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
 from lmdist_export.sampling.prompt import Prompt
@@ -48,15 +48,14 @@ class Writer:
     def __init__(self, bundle: Bundle, prompt: Prompt, given: str, written: WrittenPrompt | None = None) -> None:
         """Go on from a prompt as it was `given`; `written` it is shared by all its texts."""
         written = written or WrittenPrompt(bundle, prompt)
-        self.words: deque[str] = deque()
+        self.words: deque[str | bytes] = deque()
         self.vocabulary = bundle.vocabulary.words
-        self.pieces = bundle.tokenizer.pieces(self.coming(), written.place.copy())
         self.before = written.pieces
         has_pieces = bundle.tokenizer.settings.has_pieces  # whose texts have the spaces that they need
-        self.glued = prompt.space if has_pieces else not given or given[-1].isspace()
-        self.prompt = prompt
+        has_space = prompt.space if has_pieces else not given or given[-1].isspace()
+        self.pieces = after_text(bundle.tokenizer.pieces(self.coming(), written.place.copy()), has_space=has_space)
 
-    def coming(self) -> Iterator[str]:
+    def coming(self) -> Iterator[str | bytes]:
         """Yield the words that wait."""
         while self.words:
             yield self.words.popleft()
@@ -66,14 +65,13 @@ class Writer:
         pieces = []
         for token in tokens:
             self.words.append(self.vocabulary[token])
-            piece = next(self.pieces)
-            pieces.append(piece.removeprefix(" ") if self.glued else piece)
-            self.glued = False
+            pieces.append(next(self.pieces))
         return pieces
 
     def end(self, text: Text) -> str:
         """Return the end of a text that is no token: what is left of a character, or of a piece before a stop."""
-        return "".join(self.pieces) + rest_of(text, self.prompt)
+        self.words.extend(rest_of(text))
+        return "".join(self.pieces)
 
 
 def choice(asked: CompletionRequest, text: Text, index: int, scores: TokenScores | None) -> dict[str, Any]:

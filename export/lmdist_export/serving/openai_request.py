@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from lmdist.bounds import check
 from lmdist.command_line import did_you_mean
 from lmdist.errors import UsageError
 from lmdist.text.detokenizer import Place
@@ -142,7 +143,8 @@ def check_names(given: dict[str, Any], model: str) -> None:
             raise ApiError(f"{name} is given; {NO_CHAT}", param=name)
         if name not in OWN and name not in PARAMS:
             hint = did_you_mean(name, [*OWN, *PARAMS])
-            raise ApiError(f"the body has {quoted(name)}, which is not known{hint}", param=name[:40], code="unknown_parameter")
+            sentence = f"the body has {quoted(name)}, which is not known{hint}"
+            raise ApiError(sentence, param=quoted(name).strip('"'), code="unknown_parameter")
     if given.get("suffix"):
         raise ApiError("suffix is given; this model continues a text, and inserts nothing", param="suffix")
     if given.get("model", model) != model:
@@ -206,8 +208,12 @@ def bias_of_ids(given: dict[str, Any], bundle: Bundle) -> list[str]:
 
 def read_counts(given: dict[str, Any], values: dict[str, Any]) -> tuple[int, int]:
     """Return how many texts of a prompt are returned, and how many are generated."""
+    row = PARAMS["n"]
     n = values.pop("n", 1)
-    best_of = typed(dataclasses.replace(PARAMS["n"], name="best_of"), given.get("best_of", n), quoted)
+    best_of = typed(dataclasses.replace(row, name="best_of"), given.get("best_of", n), quoted)
+    assert row.bounds
+    check("n", n, row.bounds)
+    check("best_of", best_of, row.bounds)
     if best_of < n:
         raise ApiError(f"best_of is {best_of}, and n is {n}: the best n of so many texts are returned", param="best_of")
     return n, best_of
