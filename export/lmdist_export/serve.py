@@ -12,15 +12,19 @@ import asyncio
 import re
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lmdist.bounds import above, between, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
+from lmdist.counted import counted
 from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, require
 from lmdist_export import registered
 from lmdist_export.api import BUNDLE, load
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from lmdist_export.serving.application import Application
     from lmdist_export.serving.service import Service
     from lmdist_export.serving.watching import Watched
+
+T = TypeVar("T")
 
 COMMAND = "lmdist-serve"
 PACKAGES = ("onnxruntime", "starlette", "uvicorn", "prometheus_client")
@@ -138,9 +144,13 @@ def run(arguments: argparse.Namespace) -> None:
         # The thread that reads a long body gives way to that of the batches ten times as often as by default: a short request
         # beside it waits a third less (benchmarks/serving.py).
         sys.setswitchinterval(0.0005)
-        asyncio.run(serve(application, listening, arguments, watched, version))
+        num_cancelled = asyncio.run(serve(application, listening, arguments, watched, version))
         application.service.batcher.close()
-    log("all requests are answered", COMMAND)
+    if num_cancelled:
+        late = f"{counted(num_cancelled, 'request')} had not ended within --drain, {counted(arguments.drain, 'second')}"
+        log(f"warning: {late}, and were cancelled", COMMAND)
+    else:
+        log("all requests are answered", COMMAND)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -214,18 +224,35 @@ def opened(address: str, arguments: argparse.Namespace) -> Service:
 
 async def serve(
     application: Application, listening: socket.socket, arguments: argparse.Namespace, watched: Watched | None, version: str
-) -> None:
-    """Answer requests until a signal comes, and look for another bundle meanwhile."""
+) -> int:
+    """Answer requests until a signal comes, and look for another bundle meanwhile; return how many were cancelled then."""
     from lmdist_export.serving.application import reading_threads
     from lmdist_export.serving.connections import server_of
 
     asyncio.get_running_loop().set_default_executor(reading_threads())
     watching = asyncio.ensure_future(watch(application, arguments, watched, version)) if watched else None
+    server = server_of(application.asgi, arguments.drain)
     try:
-        await server_of(application.asgi, arguments.drain).serve([listening])
+        await server.serve([listening])
     finally:
         if watching:
             watching.cancel()
+    return server.num_cancelled
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """Return what a thread makes of `work`; it may take minutes, and neither the end of the loop nor of the process waits."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        done.set_running_or_notify_cancel()
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="watch", daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 async def watch(application: Application, arguments: argparse.Namespace, watched: Watched, version: str) -> None:
@@ -240,11 +267,11 @@ async def watch(application: Application, arguments: argparse.Namespace, watched
         await asyncio.sleep(arguments.watch)
         found = None
         try:
-            found = await asyncio.to_thread(watched.version)
+            found = await in_daemon_thread(watched.version)
             if found == failed and now() < again:
                 continue
             if found != version:
-                service = await asyncio.to_thread(opened, watched.address(found), arguments)
+                service = await in_daemon_thread(partial(opened, watched.address(found), arguments))
                 application.replace(service, found)
                 version = found
                 log(f"{application.name}: from now on version {version} answers", COMMAND)

@@ -40,8 +40,20 @@ connections.MAX_CONNECTIONS = 60
 from lmdist_export import serve
 serve.main(sys.argv[1:])
 """
+# A server whose next bundle does not load, as one that is far away.
+FAR_AWAY = """
+import sys, time
+from lmdist_export import serve
+opened = serve.opened
+def opened_once(*given):
+    serve.opened = lambda *_: print("loading", file=sys.stderr, flush=True) or time.sleep(300)
+    return opened(*given)
+serve.opened = opened_once
+serve.main(sys.argv[1:])
+"""
 LONG = {"prompt": "the", "max_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
 """No sequence may be repeated, so each call generates one token."""
+LONG_PARAMS = {"max_new_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +257,8 @@ def test_a_client_that_does_not_read_is_disconnected(limited: Serving) -> None:
 
 @pytest.mark.slow
 def test_what_clients_ask_for_together_is_bounded_and_ends_when_they_leave(limited: Serving) -> None:
+    names = "lmdist_prompt_tokens_total", "lmdist_generated_tokens_total"
+    before = [figure(limited, name) for name in names]
     clients = [streaming(limited, **LONG) for _ in range(16)]
     until(lambda: figure(limited, "lmdist_queued_tokens") > 180_000)
     status, headers, answer = limited.request("POST", PATH, LONG, HEADERS)
@@ -260,7 +274,10 @@ def test_what_clients_ask_for_together_is_bounded_and_ends_when_they_leave(limit
     plain.request("POST", PATH, json.dumps(LONG), HEADERS)
     until(lambda: figure(limited, "lmdist_running_requests") == 1)
     plain.close()
-    until(lambda: figure(limited, "lmdist_running_requests") == 0)
+    until(lambda: figure(limited, "lmdist_running_requests") == figure(limited, "lmdist_open_requests") - 1 == 0)
+    read, written = (figure(limited, name) - old for name, old in zip(names, before, strict=True))
+    assert read <= 10 + 2 + 1, "prompts that were refused were not read"
+    assert written > 50, "what was generated for clients that left is counted too"
 
 
 # --- one bundle ----------------------------------------------------------------------------------------------------
@@ -306,6 +323,38 @@ def test_at_sigterm_what_was_received_is_answered(limited: Serving) -> None:
     assert "Traceback" not in limited.log.read_text()
 
 
+@pytest.mark.slow
+def test_what_has_not_ended_within_drain_is_cancelled_and_no_loading_is_waited_for(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "news"))
+    server = Serving(["-c", FAR_AWAY, str(folder), "--drain", "1", "--watch", "0.1"], tmp_path)
+    try:
+        server.wait()
+        edit_json(folder / "generation_config.json", do_sample=False)
+        until(lambda: "loading" in server.log.read_text())
+        clients = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=60) for _ in range(3)]
+        bodies = (PATH, LONG), (PATH, LONG | {"stream": True}), ("/invocations", {"inputs": ["the"], "params": LONG_PARAMS})
+        for client, (path, body) in zip(clients, bodies, strict=True):
+            client.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        until(lambda: figure(server, "lmdist_running_requests") == 3)
+        server.process.terminate()
+        began = time.monotonic()
+        plain, streamed, invoked = (client.getresponse() for client in clients)
+        assert (plain.status, streamed.status, invoked.status) == (503, 200, 503)
+        *_, last = streamed.read().decode().split("\n\n")[:-1]
+        for error in (json.load(plain)["error"], json.loads(last.removeprefix("data: "))["error"], json.load(invoked)):
+            assert error["message"] == "this server is stopping, and the answer was not ready by then"
+        assert server.process.wait(timeout=60) == 0
+        assert time.monotonic() - began < 20
+        for client in clients:
+            client.close()
+    finally:
+        server.process.kill()
+    logged = server.log.read_text()
+    assert "warning: 3 requests had not ended within --drain, 1 second, and were cancelled\n" in logged
+    assert "all requests are answered" not in logged
+    assert "Traceback" not in logged
+
+
 # --- another bundle ------------------------------------------------------------------------------------------------
 
 
@@ -327,9 +376,12 @@ def test_watched_folders_are_swapped_without_losing_a_request(bundle: Path, tmp_
         assert "seed" in server.post({"prompt": "the", "ignore_eos": True}, path=PATH)[1]
         other.rename(folder)
         until(lambda: "mine: from now on version" in server.log.read_text())
+        generated = figure(server, "lmdist_tokens_written_total")
+        assert generated > 400, "those of the bundle before are still counted"
         assert "seed" not in server.post({"prompt": "the", "ignore_eos": True}, path=PATH)[1]
         assert began.read().endswith(b"data: [DONE]\n\n")
         client.close()
+        assert figure(server, "lmdist_tokens_written_total") >= 2_000 + 3 * 200
         assert server.log.read_text().count("warning: --watch") == 1
     finally:
         code = server.stop()

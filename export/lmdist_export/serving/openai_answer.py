@@ -9,7 +9,6 @@ This module knows no HTTP.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -17,7 +16,7 @@ from typing import Any
 
 from lmdist.text.vocabulary import UNKNOWN_ID
 from lmdist_export.bundle import Bundle
-from lmdist_export.options import PARAMS, Row
+from lmdist_export.options import PARAMS, Row, row_facts
 from lmdist_export.sampling.completion import after_text, rest_of
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
@@ -29,9 +28,9 @@ FINISH_REASONS = {"exhausted": "stop"}
 """What OpenAI calls the ends of a text that it has other names for."""
 LIMITS = {"max_new_tokens": MAX_TOKENS, "num_beams": MAX_REQUEST_BEAMS, "logprobs": MAX_LOGPROBS, "n": MAX_TOKENS}
 """What this server accepts at most, where it is less than the table's bounds."""
-OWN_DEFAULTS = {"echo": False}
+API_DEFAULTS = {"echo": False}
 """OpenAI's defaults, where they are not the table's."""
-JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+JSON_TYPES = {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}
 MAX_SKIPPED = 20
 """Characters between two words of a text that the tokenizer has left out."""
 
@@ -177,16 +176,10 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
 
 def option_facts(row: Row, bundle: Bundle) -> dict[str, Any]:
     """Return an option as this API takes it; a bound that is infinite is null."""
-    default: Any = OWN_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
+    facts = {"minimum": None, "maximum": None} | row_facts(row)
+    default: Any = API_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
     if row.name == "temperature" and bundle.generation.greedy:
         default = 0.0
-    low, high = (row.bounds.low, row.bounds.high) if row.bounds else (-math.inf, math.inf)
-    high = min(high, LIMITS.get(row.name, high))
-    return {
-        "name": row.name,
-        "type": "list" if row.is_list else JSON_TYPES[row.type],
-        "default": list(default) if row.is_list else default,
-        "minimum": low if math.isfinite(low) else None,
-        "maximum": high if math.isfinite(high) else None,
-        "help": row.option.help,
-    }
+    if limit := LIMITS.get(row.name):
+        facts["maximum"] = min(limit, facts["maximum"] or limit)
+    return facts | {"type": JSON_TYPES.get(facts["type"], facts["type"]), "default": list(default) if row.is_list else default}

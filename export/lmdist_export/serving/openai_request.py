@@ -31,7 +31,7 @@ from lmdist_export.serving.json_body import BadRequest, quoted
 from lmdist_export.serving.service import MAX_LOGPROBS, MAX_TOKENS, Service, check_limit
 
 EXAMPLE = '{"prompt": "We must", "max_tokens": 20}'
-OWN = ("model", "prompt", "max_tokens", "best_of", "stream", "stream_options", "suffix", "user")
+OPENAI_NAMES = ("model", "prompt", "max_tokens", "best_of", "stream", "stream_options", "suffix", "user")
 """OpenAI's names that are none of the table of options."""
 CHAT = "messages tools tool_choice functions function_call response_format input".split()
 NO_CHAT = "a word-level language model continues a text, and has neither chat nor tools: POST /v1/completions takes a `prompt`"
@@ -75,7 +75,7 @@ class CompletionRequest:
     resolved: ResolvedOptions
     """Its `n` is the number of texts that are generated for a prompt, of which the best are returned."""
     n: int
-    scores: bool
+    only_scores: bool
     """Whether nothing is generated: the answer is the prompt and its log-probabilities."""
     echo: bool
     logprobs: int | None
@@ -88,11 +88,11 @@ class CompletionRequest:
     @property
     def ranks(self) -> bool:
         """Return whether more texts are generated than are returned."""
-        return not self.scores and self.resolved.options.n > self.n
+        return not self.only_scores and self.resolved.options.n > self.n
 
     def envelope(self) -> dict[str, Any]:
         """Return what each answer, and each event of a stream, has beside its choices."""
-        seed = {} if self.resolved.seed is None or self.scores else {"seed": self.resolved.seed}
+        seed = {} if self.resolved.seed is None or self.only_scores else {"seed": self.resolved.seed}
         warnings = {"warnings": self.warnings} if self.warnings else {}
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model} | seed | warnings
 
@@ -141,8 +141,8 @@ def check_names(given: dict[str, Any], model: str) -> None:
     for name in given:
         if name in CHAT:
             raise ApiError(f"{name} is given; {NO_CHAT}", param=name)
-        if name not in OWN and name not in PARAMS:
-            hint = did_you_mean(name, [*OWN, *PARAMS])
+        if name not in OPENAI_NAMES and name not in PARAMS:
+            hint = did_you_mean(name, [*OPENAI_NAMES, *PARAMS])
             sentence = f"the body has {quoted(name)}, which is not known{hint}"
             raise ApiError(sentence, param=quoted(name).strip('"'), code="unknown_parameter")
     if given.get("suffix"):
