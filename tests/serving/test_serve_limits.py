@@ -7,6 +7,7 @@ import asyncio
 import gzip
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -114,6 +115,15 @@ def answer_to(server: Serving, sent: bytes) -> bytes:
             while piece := client.recv(65_536):
                 received += piece
         return received
+
+
+def sockets(files: Path) -> set[str]:
+    """The sockets of a process, by the folder of its files."""
+    found = set()
+    for file in files.iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            found.add(os.readlink(file))
+    return {name for name in found if name.startswith("socket:")}
 
 
 def streaming(server: Serving, **asked: object) -> http.client.HTTPConnection:
@@ -250,6 +260,42 @@ def test_a_client_that_does_not_read_is_disconnected(limited: Serving) -> None:
         until(lambda: figure(limited, "lmdist_open_requests") == 2)
         until(lambda: figure(limited, "lmdist_open_requests") == 1, seconds=30)
     assert complete(limited)[0] == 200
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_clients_that_were_silent_slow_broken_or_gone(limited: Serving) -> None:
+    files = Path(f"/proc/{limited.process.pid}/fd")
+
+    def trouble() -> None:
+        with ExitStack() as clients:
+            for sent in [b""] * 20 + [head(500) + b'{"prompt": '] * 10:
+                clients.enter_context(connect(limited, sent))
+            for stream in [streaming(limited, **LONG) for _ in range(5)]:
+                clients.callback(stream.close)
+                assert stream.getresponse().readline().startswith(b"data: ")
+            slow = clients.enter_context(connect(limited))
+            with suppress(BrokenPipeError, ConnectionResetError):
+                for byte in head(500)[:25]:
+                    slow.send(bytes([byte]))
+                    time.sleep(0.05)
+            assert slow.recv(65_536).startswith(b"HTTP/1.1 408 "), "bytes that trickle in are no request in time"
+            clients.enter_context(connect(limited, head(2**26) + b"x" * 2**22))
+            assert limited.request("POST", PATH, b"\xff" * 2**26, HEADERS)[0] == 413
+            assert limited.request("POST", PATH, b'{"prompt": "\xff\xfe"}', HEADERS)[0] == 400
+        assert complete(limited)[0] == 200
+
+    def left() -> tuple[int, float]:
+        until(lambda: figure(limited, "lmdist_running_requests") == figure(limited, "lmdist_open_requests") - 1 == 0)
+        until(lambda: not sockets(files) - listening, seconds=5)
+        return len([*files.iterdir()]), figure(limited, "process_resident_memory_bytes")
+
+    listening = sockets(files)
+    trouble()
+    num_files, memory = left()
+    for _ in range(3):
+        trouble()
+    assert left()[0] == num_files
+    assert left()[1] < memory + 2**25
 
 
 # --- work ----------------------------------------------------------------------------------------------------------
