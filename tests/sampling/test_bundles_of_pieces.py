@@ -18,7 +18,6 @@ from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum
 from lmdist.text.pieces import Pieces, Saved
 from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import WordTokenizer
-from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
@@ -30,23 +29,15 @@ from lmdist_export.serving.batching import Scoring
 from lmdist_export.serving.openai_answer import Writer, choice
 from lmdist_export.serving.openai_request import read_request
 from lmdist_export.serving.service import Service
-from support.small_bundles import UNTIED, edit_json, in_fresh_process, run_of_data
+from support.small_bundles import TEXTS_OF_PIECES, UNTIED, in_fresh_process, make_pieces
 
 tokenizers = pytest.importorskip("tokenizers")
-
-TEXTS = [f"The president said that the people aren't here.\nNaïve 日本語 🙂 number {number}." for number in range(80)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A data folder, a run and a bundle of pieces."""
-    place = tmp_path_factory.mktemp("pieces")
-    (place / "a.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS))
-    prepare(PrepareSettings(inputs=[str(place / "a.jsonl")], tokenizer="bpe", vocabulary_size=320), place / "data")
-    run = run_of_data(place, place / "data", UNTIED)
-    export.main([str(run), "-o", str(place / "bundle")])
-    edit_json(place / "bundle/generation_config.json", temperature=1.0, top_p=1.0)
-    return place
+    return make_pieces(tmp_path_factory.mktemp("pieces"), TEXTS_OF_PIECES).parent
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +212,7 @@ def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
 
 def test_the_bundle_has_the_files_of_its_pieces(folder: Path, model: Model) -> None:
     theirs = tokenizers.Tokenizer.from_file(str(folder / "bundle/tokenizer.json"))
-    assert theirs.encode(TEXTS[0]).ids == model.prompt(TEXTS[0]).tokens
+    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).tokens
     assert "lmdist[cpu,serve,subword]" in (folder / "bundle/requirements.txt").read_text()
     assert (folder / "bundle/text.json").read_bytes() == (folder / "data/text.json").read_bytes()
 
