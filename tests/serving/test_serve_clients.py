@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import lmdist
+from lmdist_export import export
 from support.serving import Serving
-from support.small_bundles import TEXTS_OF_PIECES, make_pieces
+from support.small_bundles import make_run_of_pieces, neutral
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +97,8 @@ def of_pieces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, l
     openai = pytest.importorskip("openai")
     pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("pieces")
-    bundle = make_pieces(folder, TEXTS_OF_PIECES)
+    export.main([str(make_run_of_pieces(folder)), "-o", str(folder / "bundle")])
+    bundle = neutral(folder / "bundle")
     server = Serving(["-m", "lmdist_export.serve", str(bundle), "--name", "pieces"], folder)
     try:
         server.wait()
@@ -236,3 +238,27 @@ def test_what_lm_evaluation_harness_sends(served: Serving, model: lmdist.Model) 
         best = [model.next_words(f"{before} {' '.join(rest.split()[:place])}", 1)[0][0] for place in range(len(found))]
         assert greedy == [word == most_likely for word, most_likely in zip(rest.split(), best, strict=True)]
     assert "<eos>" in [choice["logprobs"]["tokens"][-1] for choice in answer["choices"]], "none has ended by the mark"
+
+
+def test_ids_behind_the_mark_that_a_text_begins_after(served: Serving, model: lmdist.Model) -> None:
+    """lm-evaluation-harness puts the mark of the tokenizer in front of a whole text, as a context of one token."""
+    status, answer = served.post({"prompt": "that the cat is so", "add_special_tokens": False}, path="/tokenize")
+    assert (status, answer["count"]) == (200, 5)
+    assert answer["tokens"] == model.bundle.vocabulary.encode("that the cat is so".split())
+    mark = json.loads(served.request("GET", "/tokenizer_info")[2])["eos_token"]
+    assert served.post({"prompt": mark}, path="/tokenize")[1]["tokens"] == [1]
+    assert served.post({"tokens": answer["tokens"]}, path="/detokenize") == (200, {"prompt": "that the cat is so"})
+    prompts = [[1, *answer["tokens"]], answer["tokens"]]
+    asked = {"prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "ignore_eos": True}
+    with_mark, without = (choice["logprobs"] for choice in served.post(asked, path="/v1/completions")[1]["choices"])
+    assert {name: values[1:] for name, values in with_mark.items()} == without
+    assert [values[0] for values in with_mark.values()] == [mark, None, None, 0, False]
+    assert sum(without["token_logprobs"][:-1]) == pytest.approx(model.score("that the cat is so", end=False).log_probability)
+    for path, body, sentence in (
+        ("/tokenize", {}, "no prompt is given; expected is"),
+        ("/tokenize", {"prompt": ["the"]}, 'prompt is ["the"]; a string is expected'),
+        ("/detokenize", {"tokens": [99_999]}, "tokens has the token id 99999; the vocabulary has the ids 0 to"),
+        ("/detokenize", {}, "tokens is null; a list of token ids is expected"),
+    ):
+        status, answer = served.post(body, path=path)
+        assert (status, sentence in answer["error"]["message"]) == (400, True), answer

@@ -33,7 +33,7 @@ from lmdist_export.options import Options
 from lmdist_export.sampling.completion import to_completion
 from lmdist_export.sampling.prompt import Prompt
 from lmdist_export.sampling.resolved_options import ResolvedOptions
-from lmdist_export.serving import invocations
+from lmdist_export.serving import invocations, tokenize_api
 from lmdist_export.serving.access import ApiKeys, Hosts
 from lmdist_export.serving.batching import Request
 from lmdist_export.serving.completing import complete, error_event, stream
@@ -43,17 +43,11 @@ from lmdist_export.serving.metrics import CONTENT_TYPE, Metrics
 from lmdist_export.serving.observing import Note, Observed, note_of
 from lmdist_export.serving.openai_answer import model_facts
 from lmdist_export.serving.openai_request import EXAMPLE, NO_CHAT, ApiError, no_model, read_request
-from lmdist_export.serving.page_files import MEDIA_TYPES, SERVER_ENGINE, page_files
+from lmdist_export.serving.page_files import MEDIA_TYPES, PAGE_HEADERS, SERVER_ENGINE, page_files
 from lmdist_export.serving.running import ClientLeft, Growth, finish
 from lmdist_export.serving.service import Service
 
 ANSWERED_AS = {"index.html": "", SERVER_ENGINE: "engine.js"}
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 READERS = 4
 """Threads that read requests: tokenizing the longest takes a second, and short ones go by it."""
 MAX_HELD_BYTES = 2**26
@@ -114,6 +108,8 @@ class Application:
             self.route("/v1/{other:path}", self.no_chat, openai_error, "POST"),
             self.route(invocations.PATH, self.invocations, mlflow_error, "POST"),
             self.route(text_invocations, self.invocations, mlflow_error, "POST"),
+            *(self.route(path, self.tokenizer(*how), openai_error, "POST") for path, how in tokenize_api.ROUTES.items()),
+            self.route("/tokenizer_info", self.tokenizer_info, openai_error, "GET"),
             self.route("/metrics", self.figures, openai_error, "GET"),
         ]
         is_open: dict[str, Endpoint] = {"/ping": self.ping, "/health": self.ping, "/version": self.version}
@@ -209,6 +205,20 @@ class Application:
     async def no_chat(self, request: HttpRequest) -> Response:
         """Answer what OpenAI has and a word-level model has not."""
         raise ApiError(NO_CHAT, 404)
+
+    # --- the tokenizer
+
+    def tokenizer(self, example: str, answer: Callable[[dict[str, Any], Service], dict[str, Any]]) -> Endpoint:
+        """Return what answers with a function of tokenize_api.py."""
+
+        async def answered(request: HttpRequest) -> Response:
+            return JSONResponse(await self.read_from(request, lambda body: answer(parse(body, example), self.service)))
+
+        return answered
+
+    async def tokenizer_info(self, request: HttpRequest) -> Response:
+        """Answer with the marks of the vocabulary."""
+        return JSONResponse(tokenize_api.INFO)
 
     # --- MLflow's protocol
 
