@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -155,11 +156,11 @@ def test_stops_across_pieces_by_the_openai_package(of_pieces: tuple[Any, lmdist.
 
 
 def test_a_stream_has_whole_characters(of_pieces: tuple[Any, lmdist.Model]) -> None:
-    """An emoji that no text had is four pieces, and comes with the last of them, also where the prompt has the others."""
+    """An emoji that no text had is several pieces, and comes with the last of them, also where the prompt has the others."""
     client, model = of_pieces
     ids = model.bundle.vocabulary.encode(model.bundle.tokenizer.tokenize("🚀"))
-    assert len(ids) == 4
-    asked: dict[str, Any] = {"prompt": ids[:3], "max_tokens": 1, "logit_bias": {str(ids[3]): 100}}
+    assert len(ids) > 2
+    asked: dict[str, Any] = {"prompt": ids[:-1], "max_tokens": 1, "logit_bias": {str(ids[-1]): 100}}
     assert streamed(client, **asked) == client.completions.create(model="pieces", **asked).choices[0].text == "🚀"
     bias = {str(token): 6 for token in {*ids, *model.prompt(" 🙂 日本語").tokens}}
     for seed in range(4):
@@ -214,6 +215,52 @@ def test_the_providers_of_mlflows_gateway(served: Serving, model: lmdist.Model, 
 
 
 # --- lm-evaluation-harness -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    shutil.which("lm_eval") is None, reason="lm_eval is not installed: pip install lm_eval[api], where you like"
+)
+def test_lm_evaluation_harness_sums_what_lmdist_score_sums(served: Serving, model: lmdist.Model, tmp_path: Path) -> None:
+    """The command, with a task of continuations and one of whole texts; it finds the tokenizer at the server."""
+    documents = [
+        {"context": "the cat", "target": "is not here"},
+        {"context": "we", "target": "said that it is so"},
+        {"context": "that it is", "target": "an unheardof dog"},
+    ]
+    (tmp_path / "documents.jsonl").write_text("".join(f"{json.dumps(document)}\n" for document in documents))
+    for name, kind, text, target, metric in (
+        ("pairs", "loglikelihood", "{{context}}", "{{target}}", "acc"),
+        ("texts", "loglikelihood_rolling", "", "{{context}} {{target}}", "word_perplexity"),
+    ):
+        task = {
+            "task": name, "output_type": kind, "doc_to_text": text, "doc_to_target": target, "num_fewshot": 0,
+            "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}},
+            "test_split": "test", "metric_list": [{"metric": metric}],
+        }  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))  # which YAML reads
+    address = f"base_url=http://127.0.0.1:{served.port}/v1/completions"
+    command = ["lm_eval", "run", "--model", "local-completions", "--model_args", f"{address},model=news"]
+    command += [
+        "--tasks",
+        "pairs,texts",
+        "--include_path",
+        str(tmp_path),
+        "--output_path",
+        str(tmp_path / "found"),
+        "--log_samples",
+    ]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("pairs", "texts"):
+        (file,) = (tmp_path / "found").rglob(f"samples_{name}_*.jsonl")
+        found = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        for document, sample in zip(documents, found, strict=True):
+            score = model.score(f"{document['context']} {document['target']}", end=False)
+            first = len(document["context"].split()) if name == "pairs" else 0
+            (answer,) = sample["filtered_resps"]
+            total = float(answer[0] if isinstance(answer, list) else answer)
+            assert total == pytest.approx(float(score.log_probabilities[first:].sum()), abs=1e-4)
 
 
 def test_what_lm_evaluation_harness_sends(served: Serving, model: lmdist.Model) -> None:
