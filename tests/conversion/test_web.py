@@ -231,7 +231,7 @@ def test_scores_are_those_of_python(opened: tuple[Engine, Model]) -> None:
         ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens is 9; it must be from 0 to max_new_tokens, 3"),
         ({"seed": str(2**64)}, "seed is 18446744073709551616; it must be from 0 to 18446744073709551615"),
         ({"logit_bias": ["dog"]}, 'logit_bias is "dog"; WORD=X is expected'),
-        ({"stop": [" "]}, 'stop " " has no words'),
+        ({"stop": [""]}, 'stop "" has no words'),
     ],
 )
 def test_a_mistake_is_a_sentence(opened: tuple[Engine, Model], options: dict[str, Any], message: str) -> None:

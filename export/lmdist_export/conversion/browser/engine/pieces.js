@@ -39,10 +39,10 @@ function signs() {
 /** Splits texts into pieces, and writes pieces as texts. */
 export class Pieces {
   /**
-   * @param {{model: Bpe | Unigram}} saved the content of a tokenizer.json
+   * @param {{model: {model: Bpe | Unigram}}} saved of text.json, whose model is the content of a tokenizer.json
    * @param {string[]} words of vocab.txt, which spells the pieces
    */
-  constructor({ model }, words) {
+  constructor({ model: { model } }, words) {
     const isBpe = model.type === "BPE";
     this.split = isBpe ? bpe(model) : unigram(model);
     const names = isBpe ? Object.entries(model.vocab).sort(([, one], [, other]) => one - other) : model.vocab;
