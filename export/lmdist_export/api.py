@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from lmdist.bounds import at_least, check
 from lmdist.errors import UsageError
-from lmdist_export import registered
 from lmdist_export.options import BATCH_SIZES, Options, check_count, items_of, string_of, strings_of
+from lmdist_export.registered import load_bundle
 from lmdist_export.sampling.completion import Completion, Stream, completions
 from lmdist_export.sampling.resolved_options import resolve
 
@@ -89,16 +89,10 @@ def load(bundle: str | os.PathLike[str], *, provider: Literal["cpu", "cuda"] = "
     not run here or a package that is not installed, and Stopped where MLflow cannot be reached. (All are in lmdist.errors; the
     first is a FileNotFoundError too, the next two are ValueErrors.)
     """
-    from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.sampler import Sampler
 
     name = os.fspath(bundle)
-    if not registered.is_registered(name):
-        return Model(name, Sampler(Bundle.load(name), provider, threads))
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
-        return Model(name, Sampler(Bundle.load(registered.download_bundle(name, Path(folder)), name), provider, threads))
+    return Model(name, Sampler(load_bundle(name), provider, threads))
 
 
 class Model:

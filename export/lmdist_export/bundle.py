@@ -118,9 +118,9 @@ class Bundle:
 
         Raises DataError where its pieces are not the vocabulary.
         """
-        tokenizer = WordTokenizer.parse(self.files.read(TEXT, MAX_JSON_BYTES), self.folder / TEXT)
+        tokenizer = WordTokenizer.parse(self.files.read(TEXT, MAX_JSON_BYTES), Path(self.name) / TEXT)
         if tokenizer.model and tokenizer.model.words != self.vocabulary.words:
-            raise DataError(f"{self.folder}: the pieces of {TEXT} are not the words of {VOCABULARY}; {EXPECTED}")
+            raise DataError(f"{self.name}: the pieces of {TEXT} are not the words of {VOCABULARY}; {EXPECTED}")
         return tokenizer
 
 

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings, PrepareSettings
 from lmdist.text.prepare import prepare
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist_export import export
 from lmdist_export.conversion import sherpa
 from lmdist_export.graph import cell
@@ -41,7 +41,7 @@ def export_sherpa(folder: Path, settings: ModelSettings) -> tuple[Path, Language
     """The folder, exported as a user exports it, and the model it came from."""
     run = make_run(folder, settings)
     export.main([str(run), "-o", str(folder / "sherpa"), "--layout", "sherpa-onnx"])
-    return folder / "sherpa", load_model(run / STEP)[0]
+    return folder / "sherpa", open_checkpoint(run / STEP).model()
 
 
 def log_probabilities(model: LanguageModel, words: list[int]) -> NDArray[np.float32]:
@@ -188,7 +188,9 @@ def test_a_recognizers_own_pieces(tmp_path: Path) -> None:
     spoken = [token for token in processor.encode("THE WORDS OF A MODEL ARE READ FROM A FILE") if token > 2]
     others = np.random.default_rng(5).permutation(np.setdiff1d(np.arange(3, 500), spoken))
     shown = [name.replace("▁", " ") for name in names]  # as sherpa-onnx shows them
-    recognized(tmp_path / "sherpa", load_model(run / STEP)[0], shown, tokens, np.stack([spoken[:6], others[:6]], axis=1))
+    recognized(
+        tmp_path / "sherpa", open_checkpoint(run / STEP).model(), shown, tokens, np.stack([spoken[:6], others[:6]], axis=1)
+    )
 
 
 @NEEDS_SHERPA

@@ -21,7 +21,7 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ReadSettings, TextSettings
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.training.checkpoints.read import load_model, open_checkpoint
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
 from lmdist.training.evaluate import evaluate, read_file
@@ -67,7 +67,7 @@ def sampler(bundle: Path) -> Sampler:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> LanguageModel:
-    return load_model(find_checkpoint(folder / "runs" / "small"))[0]
+    return open_checkpoint(find_checkpoint(folder / "runs" / "small")).model()
 
 
 @pytest.fixture

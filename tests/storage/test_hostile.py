@@ -42,7 +42,7 @@ from lmdist.text.sources import ReadOptions
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.training import evaluate
 from lmdist.training.checkpoints.format import Progress
-from lmdist.training.checkpoints.read import load_model, open_checkpoint
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import best_checkpoint, find_checkpoint, newest_checkpoint
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder, training_batches
@@ -132,7 +132,7 @@ def bundle_of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def use_checkpoint(folder: Path) -> None:
     """Load for evaluation and for export, and continue the training."""
-    model, _ = load_model(folder)
+    model = open_checkpoint(folder).model()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     hidden, _ = model(torch.zeros(2, 3, dtype=torch.int64), model.initial_state(2))
     assert hidden.shape == (2, 3, SETTINGS.embedding_size)

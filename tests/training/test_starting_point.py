@@ -15,7 +15,7 @@ import torch
 from lmdist import config
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import InitSettings, ModelSettings, Recipe
+from lmdist.settings import MODEL_SIZES, InitSettings, ModelSettings, Recipe
 from lmdist.storage.held import HeldFolder
 from lmdist.text.vectors import read_vectors
 from lmdist.text.vocabulary import Vocabulary
@@ -34,8 +34,7 @@ NEW_WORDS = ["lion", *PLAIN_WORDS[::-2], "tiger", "Bear", *PLAIN_WORDS[1::4]]
 
 def model_flags(settings: ModelSettings) -> list[str]:
     """Return the flags of a recipe with this model."""
-    sizes = {name: getattr(settings, name) for name in ("embedding_size", "hidden_size", "num_layers", "tied", "head")}
-    return [f"--model.{name}={str(value).lower()}" for name, value in sizes.items()]
+    return [f"--model.{name}={str(getattr(settings, name)).lower()}" for name in MODEL_SIZES]
 
 
 def started(base: Path, data: Path, settings: ModelSettings, seed: int = 1, embeddings: str = "") -> LanguageModel:
