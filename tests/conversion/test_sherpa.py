@@ -62,7 +62,7 @@ def failure(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tupl
 @EVERY_SHAPE
 def test_log_probabilities_token_by_token_are_torchs(settings: ModelSettings, tmp_path: Path) -> None:
     folder, model = export_sherpa(tmp_path, settings)
-    session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
+    session = open_session(folder / "with-state-rnnlm.onnx", "cpu", 1)
     metadata = session.get_modelmeta().custom_metadata_map
     words = [int(word) for word in np.random.default_rng(3).integers(0, model.vocabulary_size, 30)]
     # What sherpa-onnx does: zeros by the metadata's sizes, the word of sos_id, then token by token with the state fed back.
@@ -77,7 +77,7 @@ def test_log_probabilities_token_by_token_are_torchs(settings: ModelSettings, tm
 
 def test_names_types_axes_and_metadata_are_icefalls(tmp_path: Path) -> None:
     folder, _ = export_sherpa(tmp_path, TIED)
-    session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
+    session = open_session(folder / "with-state-rnnlm.onnx", "cpu", 1)
     state, size = ["N", 12], len(WORDS) + 2
     assert [(value.name, value.type, value.shape) for value in session.get_inputs()] == [
         ("x", "tensor(int64)", ["N", 1]),
@@ -106,7 +106,7 @@ def test_names_types_axes_and_metadata_are_icefalls(tmp_path: Path) -> None:
 
 def test_rows_do_not_mix(tmp_path: Path) -> None:
     folder, _ = export_sherpa(tmp_path, TIED)
-    session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
+    session = open_session(folder / "with-state-rnnlm.onnx", "cpu", 1)
     h, c = np.random.default_rng(4).normal(size=(2, 3, 5, 12)).astype(np.float32)
     words = np.array([[3], [1], [4], [1], [5]])
     together = session.run(None, {"x": words, "h0": h, "c0": c})

@@ -189,7 +189,7 @@ def test_graphs_are_what_onnx_expects(precision: str, tmp_path: Path) -> None:
             graphs += [generation_graph(sizes, features, target, "small") for features in SOME_FEATURES]
             graphs += [token_graph(sizes, features, target) for features in SOME_FEATURES]
             for graph in graphs:
-                path.write_bytes(graph)
+                path.write_bytes(graph.content)
                 onnx.checker.check_model(path, full_check=True)
 
 

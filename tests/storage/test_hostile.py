@@ -48,7 +48,7 @@ from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder, training_batches
 from lmdist_export import export, generate
 from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
-from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
+from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_of
 from lmdist_export.graph.sizes import weights
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
@@ -666,14 +666,14 @@ def other_words() -> bytes:
     g.output(g.constant(np.full((5, 2), 3)), "words", INT64, ["made_words", "batch"])
     for name in ("mass", "next_h", "next_c"):
         g.output(g.constant(np.zeros((2, 7), np.float32)), name, FLOAT, ["batch", 7])
-    return model_bytes(g, {})
+    return model_of(g, {}).content
 
 
 def bomb() -> bytes:
     """A graph that asks for a terabyte."""
     g = Graph("bomb")
     g.output(g("ConstantOfShape", g.constant(np.array([10**6, 10**6]))), "logits", FLOAT, ["huge", "huger"])
-    return model_bytes(g, {})
+    return model_of(g, {}).content
 
 
 @pytest.mark.parametrize("content", [other_words(), bomb(), b"", b"\x3a\x00" * 5_000_000, b"no graph"], ids=range(5))

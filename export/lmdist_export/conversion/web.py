@@ -133,7 +133,7 @@ def write(
                 file.unlink()
         sizes = Sizes(**manifest["sizes"])
         for name, features in feature_sets():
-            graph = generation_graph(sizes, features, Target(WEIGHTS), checkpoint.run)
+            graph = generation_graph(sizes, features, Target(WEIGHTS), checkpoint.run).content
             (model / f"{name}.onnx").write_bytes(graph)
         runtime = ON_CDN if package is None else Runtime(*(described_file(file, f"{RUNTIME_FOLDER}/") for file in package))
         about = {

@@ -39,8 +39,8 @@ def write_graphs(model: LanguageModel, folder: Path, run: str, precision: str = 
     sizes = sizes_of(model, precision)
     write_weights(model, folder / WEIGHTS, sizes)
     target = Target(WEIGHTS)
-    (folder / MODEL).write_bytes(step_graph(sizes, target, run))
-    (folder / GENERATION).write_bytes(generation_graph(sizes, EVERY_FEATURE, target, run))
+    (folder / MODEL).write_bytes(step_graph(sizes, target, run).content)
+    (folder / GENERATION).write_bytes(generation_graph(sizes, EVERY_FEATURE, target, run).content)
     for name in (MODEL, GENERATION):
         onnx.checker.check_model(folder / name, full_check=True)
     return sizes
