@@ -7,8 +7,9 @@
     model.score("we said it.").log_probability
     model.next_words("the people of the united", k=5)
 
-Options, defaults, seeds and texts are those of lmdist-generate, lmdist-score and the server. docs/python.md has more. Below it,
-for those who need ids and states of many texts, are `model.bundle` and `model.sampler`. Neither numpy nor onnxruntime is
+Options, defaults, seeds and texts are those of lmdist-generate, lmdist-score and the server. docs/python.md has more. All
+`tokens` are strings here, and numbers are `ids`. Below it, for those who need ids and states of many texts, are `model.bundle`
+and `model.sampler`, which knows ids alone. Neither numpy nor onnxruntime is
 imported before a model is loaded, and torch never.
 """
 
@@ -192,7 +193,7 @@ class Model:
     # --- prompts
 
     def prompt(self, text: str | Prompt) -> Prompt:
-        """Return a text as a prompt of which nothing was read: its `words`, and of these the `unknown_words`."""
+        """Return a text as a prompt of which nothing was read: its `tokens`, their `ids`, and which are the `unknown_words`."""
         from lmdist_export.sampling.prompt import Prompt, model_id, prompt_of
 
         if isinstance(text, Prompt):

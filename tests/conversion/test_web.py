@@ -187,7 +187,7 @@ def test_the_same_seed_gives_the_text_of_python(opened: tuple[Engine, Model], op
     for seed, prompt in ((7, PROMPT), (2**64 - 1, ""), (3, "  (the unheardof “dog's ")):
         expected = model.generate(prompt, seed=seed, **options)
         text, reasons = engine.call("generate", prompt, {"seed": str(seed), **options})
-        before = model.bundle.tokenizer.detokenize(model.prompt(prompt).words)
+        before = model.bundle.tokenizer.detokenize(model.prompt(prompt).tokens)
         assert before + text == expected.text
         assert reasons == [None] * (len(reasons) - 1) + [expected.finish_reason]
 

@@ -179,7 +179,7 @@ class Application:
         service, note = self.service, note_of(request.scope)
         deadline = asyncio.get_running_loop().time() + self.timeout_seconds
         asked = await self.read_from(request, lambda body: read_request(parse(body, EXAMPLE), service, self.name))
-        note.prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
+        note.prompt_tokens = sum(len(prompt.ids) for prompt in asked.prompts)
         if not asked.stream:
             return JSONResponse(await complete(asked, service, request.receive, note, deadline))
         return EventStream(*await stream(asked, service, request.receive, note, deadline))
@@ -219,7 +219,7 @@ class Application:
             return prompts, resolved, service.request(prompts, resolved, logprobs=logprobs, on_end=growth.on_end)
 
         prompts, resolved, job = await self.read_from(request, read)
-        note.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        note.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         await finish(service.batcher, job, growth, request.receive, deadline)
         note.generated_tokens = sum(len(text.tokens) for text in job.texts)
 
