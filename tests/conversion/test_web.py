@@ -22,7 +22,7 @@ from lmdist.text.tokenizer import WordTokenizer
 from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.conversion import web
-from lmdist_export.conversion.exporting import Checkpoint
+from lmdist_export.conversion.exporting import TrainedModel
 from lmdist_export.options import PARAMS
 from support import failures
 from support.javascript import MODULES, NODE, ROOT, Engine, needs_package
@@ -131,9 +131,9 @@ def test_flags_that_mean_nothing_are_refused(
 
 
 def test_a_tokenizer_that_javascript_does_not_have_is_refused(run: Path, tmp_path: Path) -> None:
-    checkpoint = dataclasses.replace(Checkpoint.load(run), tokenizer=WordTokenizer(TextSettings("bpe")))
+    trained = dataclasses.replace(TrainedModel.load(run), tokenizer=WordTokenizer(TextSettings("bpe")))
     with pytest.raises(UsageError, match="was split by bpe, and the page knows word_tokenize, wordpunct, "):
-        web.write(checkpoint, tmp_path / "page", None, "fp32", None, None)
+        web.write(trained, tmp_path / "page", None, "fp32", None, None)
 
 
 @needs_package("onnxruntime-web")
