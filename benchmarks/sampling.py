@@ -51,7 +51,7 @@ from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, Vocabulary
-from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MODEL, VERSION, Bundle
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, STEP_GRAPH, VERSION, Bundle
 from lmdist_export.graph.network import Network, Target
 from lmdist_export.graph.onnx_file import FLOAT, Graph, OnnxModel, model_of
 from lmdist_export.graph.sampling_nodes import column
@@ -520,7 +520,7 @@ def start_up(device: str, place: Path, rounds: int) -> list[dict[str, Any]]:
     }
     for precision in PRECISIONS[device]:
         bundle = place / f"S-{precision}"
-        commands[f"floor of S, {precision}"] = [sys.executable, "-c", session, str(bundle / MODEL), provider]
+        commands[f"floor of S, {precision}"] = [sys.executable, "-c", session, str(bundle / STEP_GRAPH), provider]
         commands[f"first token of S, {precision}"] = [*generate, str(bundle), *FIRST_TOKEN, "--provider", device]
     taken: dict[str, list[float]] = {variant: [] for variant in commands}
     for number in range(rounds + 1):

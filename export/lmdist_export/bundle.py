@@ -39,12 +39,12 @@ FORMAT = "lmdist bundle"
 VERSION = 2
 PROVIDERS = ("cpu", "cuda")
 
-MODEL = "model.onnx"
-GENERATION = "generate.onnx"
+STEP_GRAPH = "model.onnx"
+GENERATION_GRAPH = "generate.onnx"
 WEIGHTS = "weights.bin"
 GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
-CHECKED = (MODEL, GENERATION, WEIGHTS, VOCABULARY, TEXT)  # a bundle needs these files, and users do not edit them
+CHECKED = (STEP_GRAPH, GENERATION_GRAPH, WEIGHTS, VOCABULARY, TEXT)  # a bundle needs these files, and users do not edit them
 FIRST_KEYS = set(
     "format version parameters sizes cache run run_id step started_from tolerance differences held_out versions files".split()
 )

@@ -62,7 +62,7 @@ def open_logger(run: Run) -> MetricsLogger:
     logger = RunLogger(
         run.path,
         run.recipe.tracking,
-        config.flat(run.recipe),
+        config.named_settings(run.recipe),
         run.folder.path.name,
         run.folder.meta,
         run.progress.step,

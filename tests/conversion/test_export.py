@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lmdist.storage.checksums import verify_checksums
 from lmdist.storage.held import HeldFolder
 from lmdist_export import PRECISIONS, export
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
+from lmdist_export.bundle import GENERATION_GRAPH, STEP_GRAPH, WEIGHTS, Bundle
 from lmdist_export.conversion import exporting
 from lmdist_export.conversion.weights import quantize_int8
 from lmdist_export.graph import cell
@@ -36,7 +36,7 @@ from support.small_bundles import (
 )
 
 OF_MLFLOW = {"MLmodel", "served_model.py", "requirements.txt", "python_env.yaml"}
-FILES = {MODEL, GENERATION, WEIGHTS, "vocab.txt", "text.json", "generation_config.json", "manifest.json", *OF_MLFLOW}
+FILES = {STEP_GRAPH, GENERATION_GRAPH, WEIGHTS, "vocab.txt", "text.json", "generation_config.json", "manifest.json", *OF_MLFLOW}
 
 
 @pytest.fixture(scope="module")

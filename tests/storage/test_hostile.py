@@ -47,7 +47,7 @@ from lmdist.training.checkpoints.retain import best_checkpoint, find_checkpoint,
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder, training_batches
 from lmdist_export import export, generate
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
+from lmdist_export.bundle import GENERATION_GRAPH, STEP_GRAPH, WEIGHTS, Bundle
 from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_of
 from lmdist_export.graph.sizes import weights
 from lmdist_export.options import GenerationConfig
@@ -679,7 +679,7 @@ def bomb() -> bytes:
 @pytest.mark.parametrize("content", [other_words(), bomb(), b"", b"\x3a\x00" * 5_000_000, b"no graph"], ids=range(5))
 def test_a_foreign_graph_never_runs(bundle: Path, broken: Path, content: bytes) -> None:
     """The generated tokens do not depend on the files of the graphs, if their checksums are valid."""
-    for name in (MODEL, GENERATION):
+    for name in (STEP_GRAPH, GENERATION_GRAPH):
         (broken / name).write_bytes(content)
     with_correct_checksums(broken, "manifest.json")
     found = []

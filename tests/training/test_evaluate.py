@@ -162,7 +162,9 @@ def test_no_credentials_are_shown_or_kept(trained, command):
     files = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
     assert any(b"https://host/a.csv?..." in data for data in files)
     assert not any(secret in data for data in files for secret in (b"reader", b"geheim", b"abcdef"))
-    assert config.flat(Recipe(prepare=PrepareSettings(train="s3://k:geheim@b/*.csv")))["prepare.train"] == "s3://b/*.csv"
+    assert (
+        config.named_settings(Recipe(prepare=PrepareSettings(train="s3://k:geheim@b/*.csv")))["prepare.train"] == "s3://b/*.csv"
+    )
     pytest.importorskip("fsspec").filesystem("memory").pipe("/reader:geheim@texts/a.txt", b"w3 w4\n")
     output = command(run, "--file=memory://reader:geheim@texts/a.txt", "--json")
     assert json.loads(output.out)["text"] == "memory://texts/a.txt"

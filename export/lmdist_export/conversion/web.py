@@ -29,7 +29,7 @@ from lmdist.errors import MissingInputError, UsageError
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.reading import as_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
-from lmdist_export.bundle import MODEL, WEIGHTS
+from lmdist_export.bundle import STEP_GRAPH, WEIGHTS
 from lmdist_export.conversion.exporting import HeldOutText, TrainedModel, check_held_out, write_bundle
 from lmdist_export.graph.graphs import generation_graph
 from lmdist_export.graph.network import Target
@@ -127,7 +127,7 @@ def write(
         model = folder / MODEL_FOLDER
         model.mkdir()
         manifest = write_bundle(trained, model, held_out, precision, max_loss_percent)
-        (model / MODEL).rename(model / STEP)
+        (model / STEP_GRAPH).rename(model / STEP)
         for file in model.iterdir():
             if file.name not in (STEP, WEIGHTS, VOCABULARY, TEXT):
                 file.unlink()

@@ -47,7 +47,7 @@ from lmdist_export.graph.network import Network, StateNames, Target
 from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, OnnxModel, Shape, model_of
 from lmdist_export.graph.sampling_nodes import SamplingNodes, any_of, option_inputs
 from lmdist_export.graph.sizes import Sizes
-from lmdist_export.graph.value_docs import DOCS, GENERATION_GRAPH, STEP_GRAPH
+from lmdist_export.graph.value_docs import DOCS, GENERATION_DOC, STEP_DOC
 from lmdist_export.options import Features
 
 VERSION = 2
@@ -55,7 +55,7 @@ VERSION = 2
 
 def step_graph(sizes: Sizes, target: Target, run: str = "") -> OnnxModel:
     """Return the graph that reads tokens and outputs the logits after each."""
-    g = Graph("lmdist_step", doc=STEP_GRAPH, docs=DOCS)
+    g = Graph("lmdist_step", doc=STEP_DOC, docs=DOCS)
     network = Network(sizes, g, target)
     tokens = g.input("tokens", INT64, ["batch", "time"])
     hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), state_inputs(g, sizes))
@@ -120,7 +120,7 @@ def next_graph(sizes: Sizes, target: Target) -> OnnxModel:
 
 def generation_graph(sizes: Sizes, features: Features, target: Target, run: str = "") -> OnnxModel:
     """Return the graph that reads prompts and generates N tokens after each, or fewer where all have stopped."""
-    g = Graph("lmdist_generation", doc=GENERATION_GRAPH, docs=DOCS)
+    g = Graph("lmdist_generation", doc=GENERATION_DOC, docs=DOCS)
     network = Network(sizes, g, target)
     prompt = g.input("prompt", INT64, ["batch", "prompt_words"])
     lengths = g.input("lengths", INT64, ["batch"])
