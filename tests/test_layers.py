@@ -84,7 +84,7 @@ WINGS = {
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),
     "lmdist.training": (
         "distributed metrics data agreement optimizer schedule sample checkpoints budget starting_point averaging neural_cache "
-        "evaluate step run report loop"
+        "measuring ensemble evaluate step run report loop"
     ),
     "lmdist.training.checkpoints": "format read retain write",
     "lmdist.job": "agent launcher __main__",

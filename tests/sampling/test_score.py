@@ -24,7 +24,8 @@ from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
-from lmdist.training.evaluate import evaluate, read_file
+from lmdist.training.evaluate import read_file
+from lmdist.training.measuring import evaluate
 from lmdist_export import score
 from lmdist_export.bundle import Bundle
 from lmdist_export.sampling import sampler as sampler_module

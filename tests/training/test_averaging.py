@@ -21,7 +21,7 @@ from corpora import chain, write_data_folder
 from lmdist.errors import DataError, UsageError
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import read_json, write_json
-from lmdist.training import evaluate, loop
+from lmdist.training import evaluate, loop, measuring
 from lmdist.training.averaging import is_nonmonotone
 from lmdist.training.checkpoints.read import open_checkpoint, read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
@@ -272,7 +272,7 @@ def test_no_time_is_estimated_of_no_steps_nor_of_validations(data, tmp_path, cap
 
     def slow_validation(*arguments):
         time.sleep(next(seconds_more, 0))
-        return evaluate.evaluate(*arguments)
+        return measuring.evaluate(*arguments)
 
     monkeypatch.setattr(loop, "evaluate", slow_validation)
     train_here(*plain, f"--run_folder={tmp_path / 'run'}", "--training.steps=21")

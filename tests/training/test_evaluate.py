@@ -29,7 +29,8 @@ from lmdist.tracking.store import Store
 from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
-from lmdist.training.evaluate import evaluate, main, unigram_nats
+from lmdist.training.evaluate import main
+from lmdist.training.measuring import evaluate, unigram_nats
 from servers import free_port
 from support.jobs import losses, train_here
 
