@@ -59,8 +59,9 @@ def measure_members(
     world: World,
     command: str,
 ) -> Iterator[Member]:
-    """Yield what each model predicts of each of `tokens` (N), a model at a time; with a `valid` text a cache is tuned and saved.
+    """Yield what each model predicts of each of `tokens` (N), one model after the other.
 
+    With a `valid` text each has a cache of `cache_size` tokens, which is tuned on it and saved.
     The models are given with the checkpoints that they are of; `command` is named in the log.
     """
     for checkpoint, model in models:
