@@ -25,7 +25,7 @@ from lmdist.errors import (
     UsageError,
     exit_code_of,
     one_line,
-    reason,
+    reason_of,
     require,
 )
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
@@ -94,7 +94,7 @@ def stopped_by_full_disk() -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        raise Stopped(f"{reason(error)}: make room and run again with --resume auto") from None
+        raise Stopped(f"{reason_of(error)}: make room and run again with --resume auto") from None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lmdist import config
-from lmdist.console import unused
+from lmdist.console import unused_path
 from lmdist.errors import OwnDataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.precision import Precision, choose, configure_precision
@@ -180,7 +180,7 @@ def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint 
     if own_checksum(newest.manifest) != checksum:
         raise OwnDataError(f"{path} is another checkpoint on rank {world.rank} than on rank 0: give all ranks one run folder")
     differences = differences_from(newest.manifest, recipe, folder, is_main=world.is_main)
-    another = f"--run_folder {shlex.quote(str(unused(Path(recipe.run_folder))))} starts another"
+    another = f"--run_folder {shlex.quote(str(unused_path(Path(recipe.run_folder))))} starts another"
     if differences:
         raise UsageError(f"{recipe.run_folder} holds a run of another recipe: {'; '.join(differences)}; {another}")
     if resume == "never":
