@@ -160,9 +160,9 @@ def import_onnxruntime() -> Any:
         )
     try:
         onnxruntime = importlib.import_module("onnxruntime")
-        # If one of two wheels was uninstalled, an empty module is left.
-        assert onnxruntime.InferenceSession
-    except (ImportError, AttributeError) as error:
+        if not hasattr(onnxruntime, "InferenceSession"):  # as where one of two wheels was uninstalled
+            raise ImportError("the module is empty")
+    except ImportError as error:
         from lmdist.extras import remedy
 
         again = f"pip install --force-reinstall {wheels[0]}" if wheels else remedy("onnxruntime")
