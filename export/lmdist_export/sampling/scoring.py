@@ -151,10 +151,10 @@ class Scorer:
 
         Raises UsageError for a single string.
         """
-        return self.scores(items_of("the sentences", sentences))
+        return self.score_in_batches(items_of("the sentences", sentences))
 
-    def scores(self, coming: Iterator[str]) -> Iterator[Score]:
-        """Yield the score of each sentence."""
+    def score_in_batches(self, coming: Iterator[str]) -> Iterator[Score]:
+        """Do so; being a generator, it begins with the first score."""
         state = self.sampler.initial_state(1, cached=self.cache is not None)
         for batch in batches(coming, self.batch_size):
             encoded = [self.encode(sentence) for sentence in batch]
