@@ -48,7 +48,7 @@ from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder, training_batches
 from lmdist_export import export, generate
 from lmdist_export.bundle import GENERATION_GRAPH, STEP_GRAPH, WEIGHTS, Bundle
-from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_of
+from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, OnnxModel, model_of
 from lmdist_export.graph.sizes import weights
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
@@ -287,7 +287,7 @@ def remembered_sessions(monkeypatch: pytest.MonkeyPatch) -> dict[object, Any]:
     sessions: dict[object, Any] = {}
     open_new = Runtime.open
 
-    def open_once(runtime: Runtime, graph: Callable[..., bytes]) -> Any:
+    def open_once(runtime: Runtime, graph: Callable[..., OnnxModel]) -> Any:
         key = repr((graph, runtime.sizes, runtime.target)), sha256(runtime.bundle.folder / WEIGHTS)
         if key not in sessions:
             sessions[key] = open_new(runtime, graph)
