@@ -261,8 +261,8 @@ OF_AN_OUTPUT = (
 def test_a_flag_that_changes_nothing_is_not_ignored(
     asked: tuple[str, str], flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, message = failure([tmp_path / "run", *asked, *f"--{flag}".split()], capsys)
-    assert (code, f"--{flag}: without -o nothing is written that it could change" in message) == (64, True), message
+    code, message = failure([tmp_path / "run", *asked, *flag.split()], capsys)
+    assert (code, f"{flag}: without -o nothing is written that it could change" in message) == (64, True), message
 
 
 def test_vectors_beside_a_bundle_are_of_the_checkpoint_that_was_read_once(
