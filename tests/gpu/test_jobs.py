@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from corpora import chain, write_data_folder
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import full_memory
 from support.jobs import DROPOUT, SMALL, environment, fingerprint, losses, start, train, wait_for_steps
@@ -98,7 +98,7 @@ def test_one_rank_with_a_process_group_trains_the_same(folder, compression):
 def test_evaluation_is_that_of_fp64_on_a_cpu(folder):
     evaluate = [sys.executable, "-m", "lmdist.training.evaluate", "alone", "--json", "--data=data"]
     done = subprocess.run(evaluate, cwd=folder, env=environment(), capture_output=True, text=True, check=True)
-    model = load_model(find_checkpoint(folder / "alone"))[0].double()
+    model = open_checkpoint(find_checkpoint(folder / "alone")).model().double()
     tokens = torch.from_numpy(np.fromfile(folder / "data" / "test.bin", "<u2").astype(np.int64))
     with torch.no_grad():
         state = tuple(part.double() for part in model.initial_state(1))

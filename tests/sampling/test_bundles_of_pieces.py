@@ -77,10 +77,10 @@ def test_a_server_writes_the_same_text(model: Model, prompt: str) -> None:
         writer = Writer(model.bundle, asked.prompts[0], prompt)
         assert "".join([*(piece for token in text.tokens for piece in writer.write([token])), writer.end(text)]) == expected
     asked = read_request({"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    scoring = Scoring(model.sampler, [asked.prompts[0].tokens], 0)
+    scoring = Scoring(model.sampler, [asked.prompts[0].ids], 0)
     service.batcher.submit(scoring)
     assert scoring.finished.wait(60)
-    found = choice(asked, Text(asked.prompts[0].tokens, 0, 0, finish_reason="length"), 0, scoring.scores[0])
+    found = choice(asked, Text(asked.prompts[0].ids, 0, 0, finish_reason="length"), 0, scoring.scores[0])
     offsets = [*found["logprobs"]["text_offset"], len(prompt)]
     assert found["text"] == prompt
     assert offsets == sorted(offsets)
@@ -120,7 +120,7 @@ def test_a_stop_inside_of_a_piece_keeps_the_character_before_it(model: Model) ->
     service = Service(model.sampler)
     for prompt, generated, whole in (("", tokens, "日"), ("a ", tokens, "a 日"), (tokens[:1], tokens[1:], "日")):
         asked = read_request({"prompt": prompt, "max_tokens": 9}, service, "pieces")
-        text = Text(asked.prompts[0].tokens, 0, 0)
+        text = Text(asked.prompts[0].ids, 0, 0)
         append(text, generated, Generation(asked.resolved.config, Stops([b"."], contents)))
         assert (text.tokens, text.rest, text.finish_reason) == (generated[:-1], third, "stop")
         assert choice(asked, text, 0, None)["text"] == "日"
@@ -171,7 +171,7 @@ def test_offsets_lie_in_the_text_that_was_given(model: Model, changes: dict[str,
     service.bundle = rewriting(model, **changes)
     given = "İİİİİİİİ the… ﬁﬁﬁ… people"
     asked = read_request({"prompt": given, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    tokens = asked.prompts[0].tokens
+    tokens = asked.prompts[0].ids
     scores = [0.0] * len(tokens), [[] for _ in tokens]
     offsets = choice(asked, Text(tokens, 0, 0, finish_reason="length"), 0, scores)["logprobs"]["text_offset"]
     assert offsets == sorted(offsets)
@@ -191,8 +191,8 @@ def test_bad_words_and_biases_are_with_and_without_a_space(model: Model) -> None
 def test_scores_vectors_and_next_words(model: Model) -> None:
     score = model.score("The president said\nthat.")
     assert not score.unknown.any()
-    assert score.words[-1] == "<eos>"
-    assert model.bundle.tokenizer.detokenize(score.words[:-1]) == "The president said\nthat."
+    assert score.tokens[-1] == "<eos>"
+    assert model.bundle.tokenizer.detokenize(score.tokens[:-1]) == "The president said\nthat."
     assert model.vector("the").shape == (6,)
     assert len(model.next_words("The president", k=3)) == 3
     assert [*model.generate(["The", "We"], max_new_tokens=3)]
@@ -203,8 +203,8 @@ def test_a_prompt_that_was_read_continues_with_its_space(model: Model, tmp_path:
     state.save(tmp_path / "said.npz")
     for before in (state, model.load_prompt(tmp_path / "said.npz")):
         both = model.read("said", after=before)
-        assert model.bundle.tokenizer.detokenize(both.words) == "The president said"
-        assert both.tokens == model.prompt("The president said").tokens
+        assert model.bundle.tokenizer.detokenize(both.tokens) == "The president said"
+        assert both.ids == model.prompt("The president said").ids
 
 
 def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
@@ -216,7 +216,7 @@ def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
 
 def test_the_bundle_has_the_files_of_its_pieces(folder: Path, model: Model) -> None:
     theirs = tokenizers.Tokenizer.from_file(str(folder / "bundle/tokenizer.json"))
-    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).tokens
+    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).ids
     assert "lmdist[cpu,serve,subword]" in (folder / "bundle/requirements.txt").read_text()
     assert (folder / "bundle/text.json").read_bytes() == (folder / "data/text.json").read_bytes()
 

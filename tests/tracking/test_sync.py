@@ -5,7 +5,6 @@ The servers are real. Most jobs here are a logger without a training: the upload
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import resource
@@ -140,7 +139,6 @@ def sync_here(*runs: str, code: int = 0) -> str:
     printed = StringIO()
     with patch.dict(os.environ), redirect_stdout(printed), redirect_stderr(printed), pytest.raises(SystemExit) as ended:
         command.main(runs)
-    logging.disable(logging.NOTSET)
     assert ended.value.code == code, printed.getvalue()
     assert time.monotonic() - start < 100
     return printed.getvalue()

@@ -21,7 +21,7 @@ from corpora import chain, write_data_folder
 from lmdist.errors import DataError, Stopped
 from lmdist.settings import ModelSettings
 from lmdist.training.checkpoints.format import Progress
-from lmdist.training.checkpoints.read import load_model, open_checkpoint
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import newest_checkpoint, remove_old, remove_unfinished
 from lmdist.training.checkpoints.write import NICENESS, Saver, take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
@@ -72,7 +72,8 @@ def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_pat
         in_the_middle += any(path.name.startswith(".") for path in checkpoints.glob(".*"))
         found = newest_checkpoint(checkpoints)
         assert found is not None, f"kill {kill}: nothing is left of step {step}"
-        loaded, manifest = load_model(found)  # checks the sums of all its files
+        opened = open_checkpoint(found)  # checks the sums of all its files
+        loaded, manifest = opened.model(), opened.manifest
         assert manifest["progress"]["step"] >= step, f"kill {kill}: an earlier checkpoint than before"
         step = manifest["progress"]["step"]
         assert loaded.get_parameter("projection.bias").unique().tolist() == [step], f"kill {kill}: half of another step"

@@ -107,8 +107,8 @@ def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str | bytes],
     Alone, what they add begins without the space that separates two words. Pieces have one only if the text has, and no other:
     where the prompt ends with it, it stays there, also before a piece that has none.
     """
-    pieces = bundle.tokenizer.pieces(chain(prompt.words, words))
-    before = list(islice(pieces, len(prompt.words)))
+    pieces = bundle.tokenizer.pieces(chain(prompt.tokens, words))
+    before = list(islice(pieces, len(prompt.tokens)))
     if echo:
         yield from [*before, " "] if prompt.space else before
     has_pieces = bundle.tokenizer.settings.has_pieces
@@ -181,14 +181,14 @@ def grow_texts(
 
     if config.num_beams > 1:
         for number, prompt, state in states():
-            for text in beam_search(sampler, prompt.tokens, config, n, resolved.stops, options.ignore_eos, state):
+            for text in beam_search(sampler, prompt.ids, config, n, resolved.stops, options.ignore_eos, state):
                 yield prompt, dataclasses.replace(text, prompt_number=number), text.tokens
             del growing[number]
         return
     texts = (
         text
         for number, prompt, state in states()
-        for text in forks(sampler, state, prompt.tokens, number, config, resolved.seed or 0, prompt.numbers(n))
+        for text in forks(sampler, state, prompt.ids, number, config, resolved.seed or 0, prompt.numbers(n))
     )
     generation = Generation(config, resolved.stops, options.ignore_eos)
     for text, tokens in grow(sampler, texts, generation, batch_size, stream=stream):
