@@ -385,11 +385,12 @@ def test_invalid_requests_are_not_logged_as_errors(serving: Serving) -> None:
 
 
 @pytest.mark.slow
-def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> None:
     """From a run to a server in production: a version of the run's model, served from the registry by uvicorn alone."""
     import mlflow
 
     tracking = Server(tmp_path)
+    shutil.copy(empty_store, tmp_path / "server.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
     tracking.start()
     try:
@@ -451,7 +452,8 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: Path, empty_store: Path) -> None:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     done = command("lmdist_export.export", bundle, "--register", "small", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "version 1, alias champion  (sqlite:///mlflow.db)" in done.stdout
@@ -459,12 +461,12 @@ def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: 
 
 
 def test_only_what_the_manifest_names_is_registered_and_what_runs_is_the_installed_package(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
 ) -> None:
     import mlflow
     from mlflow.artifacts import download_artifacts
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_store, tmp_path / 'store.db')}")
     monkeypatch.chdir(tmp_path)
     copy, secret = tmp_path / "copy", tmp_path / "secret"
     shutil.copytree(bundle, copy)
