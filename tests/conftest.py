@@ -26,13 +26,15 @@ settings.register_profile("lmdist", deadline=None)
 settings.load_profile("lmdist")
 
 PACKAGES = {
+    "cluster/test_dask.py": ("distributed",),
     "cluster/test_manifests.py": ("yaml", "yamllint", "kubernetes_validate", "kubeflow_trainer_api"),
     "cluster/test_pods.py": ("yaml",),
     "cluster/test_sky.py": ("yaml",),
     "cluster/test_waiting.py": ("yaml",),
     "conversion/test_tokenizer_json.py": ("tokenizers",),
+    "job/test_sweep.py": ("optuna",),
 }
-"""Test files, and the packages of the extras dev-runtimes and dev-cluster that they import."""
+"""Test files, and the packages of extras that they need."""
 
 # Without these extras, pytest runs all other tests.
 collect_ignore = [file for file, names in PACKAGES.items() if not all(importlib.util.find_spec(name) for name in names)]

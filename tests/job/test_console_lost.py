@@ -16,7 +16,7 @@ import pytest
 
 from lmdist.signals import STOP_SIGNALS
 from lmdist.training.checkpoints.read import open_checkpoint
-from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, start, wait_for_steps
+from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, start, train, wait_for_steps
 
 JOB = [sys.executable, "-m", "lmdist.job.launcher", "--nproc-per-node=1", "--data.folder=data", "--run_folder=run", *SMALL]
 SHORT = ["--training.steps=30", "--checkpoint.every_steps=10"]
@@ -97,8 +97,8 @@ def test_slurms_signal_stops_the_last_sample_and_the_next_start_takes_it_anew(tm
     assert job.returncode == 75, stderr
     assert "in the last sample" in stderr
     assert not (tmp_path / "run/finished.toml").exists()
-    flags = ["--training.steps=3", "--sample.final_words=20", "--resume=auto"]
-    subprocess.run([*JOB, *flags], cwd=tmp_path, env=environment(), check=True, capture_output=True)
+    places = ["--data.folder=data", "--run_folder=run"]
+    train(1, *SMALL, *places, "--training.steps=3", "--sample.final_words=20", "--resume=auto", cwd=tmp_path)
     assert (tmp_path / "run/sample.txt").read_text().split()
     assert (tmp_path / "run/finished.toml").exists()
 

@@ -17,7 +17,6 @@ import pytest
 from corpora import chain, write_data_folder
 from support.jobs import environment, installed
 
-optuna = pytest.importorskip("optuna")
 ROOT = Path(__file__).parents[2]
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py"), "sweeps/small"]
 FAKE = """#!{python}
@@ -50,6 +49,8 @@ def fake(folder: Path, body: str) -> Path:
 
 def trials(folder: Path) -> list[Any]:
     """The trials that Optuna knows of."""
+    import optuna
+
     storage = f"sqlite:///{folder / 'sweeps' / 'small' / 'optuna.db'}"
     return optuna.load_study(study_name="small", storage=storage).get_trials()
 

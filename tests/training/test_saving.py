@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lmdist.training.checkpoints.read import load_model, open_checkpoint
 from lmdist.training.checkpoints.retain import newest_checkpoint, remove_old, remove_unfinished
 from lmdist.training.checkpoints.write import NICENESS, Saver, take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
-from support.jobs import SMALL, after_one_step, environment, losses, rows, small_data, train_here
+from support.jobs import SMALL, after_one_step, losses, rows, small_data, train, train_here
 
 
 @pytest.fixture
@@ -277,8 +278,28 @@ def can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(inside, capture_output=True).returncode == 0
 
 
+@contextlib.contextmanager
+def disk(place: Path, size: str) -> Iterator[int]:
+    """Mount a disk of a size in a namespace of its own, and yield the process that is there."""
+    place.mkdir()
+    script = f"mount -t tmpfs -o size={size} none {place} && echo mounted && exec cat"
+    command = ["unshare", "--mount", "sh", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as there:
+        assert there.stdout
+        assert there.stdout.readline() == "mounted\n"
+        yield there.pid
+
+
+def run_beside(process: int, *command: str | Path) -> None:
+    """Run a command that sees the file systems of a process."""
+    subprocess.run(["nsenter", f"--target={process}", "--mount", *command], check=True)
+
+
+needs_disk = pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+@needs_disk
 def test_a_full_disk_costs_warnings_and_the_last_checkpoint_and_nothing_before(tmp_path):
     """A disk of its own for the run, full after a few checkpoints; then a larger one, to the same end."""
     data = write_data_folder(tmp_path / "data", {"train": chain(4510, 30), "valid": chain(103, 30, seed=1)}, 30)
@@ -290,19 +311,14 @@ def test_a_full_disk_costs_warnings_and_the_last_checkpoint_and_nothing_before(t
         "--training.validate_every=20",
     ]
     train_here(*flags, f"--run_folder={tmp_path / 'whole'}")
-    (tmp_path / "disk").mkdir()
-    command = f"{sys.executable} -m lmdist.train {' '.join(flags)} --run_folder=disk/run"
-    script = (
-        f"mount -t tmpfs -o size=420k none disk; {command}; echo code $?; "
-        f"mount -o remount,size=4m disk; {command} --resume=auto; echo code $?; cp -r disk/run kept"
-    )
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["code", "75", "code", "0"], done.stderr
-    assert "could not be written" in done.stderr
-    assert "Traceback" not in done.stderr
-    kept = tmp_path / "kept"
+    place, kept = tmp_path / "disk", tmp_path / "kept"
+    with disk(place, "420k") as there:
+        full = train(1, *flags, "--run_folder=disk/run", cwd=tmp_path, code=75, beside=there)
+        run_beside(there, "mount", "-o", "remount,size=4m", place)
+        more = train(1, *flags, "--run_folder=disk/run", "--resume=auto", cwd=tmp_path, beside=there)
+        run_beside(there, "cp", "-r", place / "run", kept)
+    assert "could not be written" in full.stderr
+    assert "Traceback" not in full.stderr + more.stderr
     assert losses(kept) == losses(tmp_path / "whole")
     assert len({row["step"] for row in rows(kept)}) == 60
     for name in ("model.safetensors", "training.safetensors"):
@@ -310,22 +326,18 @@ def test_a_full_disk_costs_warnings_and_the_last_checkpoint_and_nothing_before(t
         assert one.read_bytes() == two.read_bytes()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+@needs_disk
 def test_a_disk_that_is_full_from_the_start_is_a_stop(tmp_path):
     small_data(tmp_path / "data")
-    (tmp_path / "disk").mkdir()
-    job = f"{sys.executable} -m lmdist.train {' '.join(SMALL)} --data.folder=data --run_folder=disk/run --training.steps=1"
-    script = f"mount -t tmpfs -o size=4k none disk; head -c 4096 /dev/zero > disk/filler; {job}; echo code $?"
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["code", "75"], done.stderr
+    with disk(tmp_path / "disk", "4k") as there:
+        run_beside(there, "dd", "if=/dev/zero", f"of={tmp_path / 'disk' / 'filler'}", "bs=4096", "count=1", "status=none")
+        flags = ["--data.folder=data", "--run_folder=disk/run", "--training.steps=1"]
+        done = train(1, *SMALL, *flags, cwd=tmp_path, code=75, beside=there)
     assert "No space left on device: make room" in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+@needs_disk
 def test_a_full_disk_while_preparing_leaves_no_half_folder(tmp_path):
     words = " ".join(f"word{number % 5000}" for number in range(60_000))
     (tmp_path / "text.txt").write_text("\n\n".join([words] * 20))
