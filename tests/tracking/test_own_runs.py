@@ -25,9 +25,9 @@ PARAMETERS = {"seed": 1}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory):
+def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path):
     """A store in SQLite, by an address of its own: MLflow keeps it open for the process."""
-    return Store(f"sqlite:///{tmp_path_factory.mktemp('store')}/store.db")
+    return Store(f"sqlite:///{shutil.copy(empty_store, tmp_path_factory.mktemp('store') / 'store.db')}")
 
 
 @pytest.fixture

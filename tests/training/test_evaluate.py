@@ -64,8 +64,8 @@ def command(capsys):
 
 
 @pytest.mark.slow
-def test_the_test_perplexity_is_added_to_the_run_and_to_mlflow(trained, command, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+def test_the_test_perplexity_is_added_to_the_run_and_to_mlflow(trained, command, tmp_path, monkeypatch, empty_store):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_store, tmp_path / 'store.db')}")
     run, _ = trained
     sync.upload(run)
     step = read_json(find_checkpoint(run) / "manifest.json")["progress"]["step"]
