@@ -238,6 +238,28 @@ def finetuning(machine: str) -> str:
     return markdown(head, lines)
 
 
+def pieces(machine: str) -> str:
+    """Return what words and pieces of words lead to at equal time."""
+    lines = [
+        [
+            "words" if row["variant"] == "baseline" else f"{row['variant']} pieces",
+            *(f"{row['vocabulary']:,}", f"{row['minutes']:.1f}", f"{row['steps']:,}", f"{row['trained_tokens'] / 1e6:.2f} M"),
+            *(f"**{row['value']:,.1f}**", f"{row['bits_per_byte']:.3f}", f"{row['unknown_rate']:.1%}"),
+            *(f"{row['perplexity']:,.1f}", f"{row['tokens_per_word']:.2f}", f"{row['bundle_bytes'] / 1e6:.1f} MB"),
+        ]
+        for run in results(machine, "pieces")
+        for row in run
+    ]
+    head = ["tokens", "vocabulary", "minutes", "steps", "tokens read", "perplexity per word", "bits per byte", "unknown tokens"]
+    return PIECES + markdown([*head, "perplexity per token", "tokens a word", "bundle"], lines) if lines else ""
+
+
+PIECES = """**Words or pieces?** The same text, settings and time, one core and one seed (`benchmarks/pieces.py`), on test.
+Perplexity per word counts an unknown word of the words' model as the `<unk>` that it predicts, which is easier than the word:
+
+"""
+
+
 def training(machine: str) -> str:
     """Return speed and memory of all cases on a CPU."""
     rows = []
@@ -604,6 +626,7 @@ MEASURED = (
     outages,
     preparing,
     finetuning,
+    pieces,
     training,
     speed,
     parts,
