@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from lmdist.errors import DataError, one_line
 from lmdist.text.detokenizer import Place
-from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID
+from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID, well_formed
 from lmdist.text.words import Cache
 
 SPACE = "\u2581"
@@ -126,13 +126,6 @@ def spelled(content: bytes) -> str:
 def byte_by_byte(match: re.Match[str]) -> str:
     """Return the bytes of a match as SentencePiece spells them."""
     return "".join(f"<0x{byte:02X}>" for byte in match[0].encode("utf-8", "surrogateescape"))
-
-
-def well_formed(text: str) -> str:
-    """Return a text without lone surrogates, which JSON and some encodings can write, and no file can hold."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @contextmanager
