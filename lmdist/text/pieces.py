@@ -20,9 +20,11 @@ import binascii
 import codecs
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
+from itertools import islice, takewhile
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from lmdist.errors import DataError, one_line
@@ -93,6 +95,17 @@ class Pieces:
         """Return the pieces of a text, as vocab.txt spells them; `<unk>` only by a model without bytes."""
         with errors_of_library("a text"):
             return [self.words[token] for token in self.entries.encode(well_formed(text))]
+
+    @cached_property
+    def sorted_ids(self) -> list[int]:
+        """Return the ids of the pieces in the order of their bytes."""
+        return sorted(range(len(self.entries.contents)), key=self.entries.contents.__getitem__)
+
+    def beginning_with(self, content: bytes) -> tuple[int, ...]:
+        """Return the ids of the pieces whose bytes begin with these, one at least."""
+        ids, contents = self.sorted_ids, self.entries.contents
+        first = bisect_left(ids, content, key=contents.__getitem__)
+        return tuple(takewhile(lambda token: contents[token].startswith(content), islice(ids, first, None)))
 
     def texts(self, words: Iterable[str], place: Place | None = None) -> Iterator[str]:
         """Yield what each piece adds to the text, "" while a character is incomplete; at the end what is left, if anything.

@@ -41,20 +41,24 @@ SPELLING = [b"", b"", b"a", b"b\n", b"\nc", b"ab"]
 @given(
     tokens=st.lists(st.integers(0, 5), max_size=20),
     stops=st.lists(st.text("abc\n", min_size=1, max_size=4).map(str.encode), min_size=1, max_size=4),
+    of_prompt=st.integers(0, 2),
 )
-def test_stops_of_bytes_are_found_wherever_the_tokens_cut_the_text(tokens: list[int], stops: list[bytes]) -> None:
+def test_stops_of_bytes_are_found_wherever_the_tokens_cut_the_text(
+    tokens: list[int], stops: list[bytes], of_prompt: int
+) -> None:
     automaton, place = Stops(stops, SPELLING), 0
-    text = b"".join(SPELLING[token] for token in tokens)
+    overlap = min(of_prompt, len(SPELLING[tokens[0]])) if tokens else 0
+    text = b"".join(SPELLING[token] for token in tokens)[overlap:]
     ends = [(text.index(stop) + len(stop), number) for number, stop in enumerate(stops) if stop in text]
     for count, token in enumerate(tokens, 1):
-        place, read = automaton.next(place, token), tokens[:count]
-        found = automaton.ending(place, read)
+        place, read = automaton.next(place, token, overlap if count == 1 else 0), tokens[:count]
+        found = automaton.ending(place, read, overlap)
         if found:
             end, number = min(ends)
-            before = b"".join(SPELLING[token] for token in tokens[: count - found.num_tokens])
+            before = b"".join(SPELLING[token] for token in tokens[: count - found.num_tokens])[overlap:]
             assert before + found.rest.encode() == text[: end - len(stops[number])]
             return
-        written = b"".join(SPELLING[token] for token in read)
+        written = b"".join(SPELLING[token] for token in read)[overlap:]
         begun = max((size for stop in stops for size in range(len(stop)) if written.endswith(stop[:size])), default=0)
         held_back = automaton.held_back(place, read)
         assert held_back == next(n for n in range(count + 1) if sum(len(SPELLING[t]) for t in read[count - n :]) >= begun)

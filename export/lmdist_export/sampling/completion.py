@@ -55,6 +55,8 @@ class Completion:
     """The number of the prompt among those of the request."""
     index: int = field(default=0, repr=False)
     """The number of the text among those of its prompt."""
+    follows_all: bool = field(default=True, repr=False)
+    """Whether its tokens follow all of those of the prompt; otherwise the first one is in the place of the prompt's last."""
 
     @property
     def unknown_words(self) -> list[str]:
@@ -79,8 +81,10 @@ class Completion:
 def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: ResolvedOptions) -> Completion:
     """Return a text of ids that has ended as people read it."""
     bundle, options = sampler.bundle, resolved.options
-    words = bundle.vocabulary.decode(text.tokens)
-    written = "".join(written_pieces(bundle, prompt, words, echo=options.echo)) + rest_of(text, prompt)
+    prompt = prompt.as_asked(options.logprobs, resolved.config.num_beams)
+    words, again = bundle.vocabulary.decode(text.tokens), taken_again(text, prompt)
+    pieces = written_pieces(bundle, prompt, chain(bundle.vocabulary.decode(again), words), echo=options.echo)
+    written = "".join(pieces) + rest_of(text, prompt)
     token_logprobs = top_logprobs = None
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
@@ -98,28 +102,36 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
         [*filter(None, [warning_of_prompt(prompt, bundle)]), *resolved.warnings],
         text.prompt_number,
         text.number,
+        follows_all=len(text.prompt) == len(prompt.tokens),
     )
+
+
+def taken_again(text: Text, prompt: Prompt) -> list[int]:
+    """Return the token that the prompt's seam has taken back and that has come again, or none."""
+    return text.prompt[len(prompt.open().tokens) :]
 
 
 def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str], *, echo: bool) -> Iterator[str]:
     """Yield the text of a prompt if it is an `echo`, then what `words` add to it, each as soon as it is known.
 
+    They follow the prompt as far as its seam leaves it.
+
     Alone, what they add begins without the space that separates two words. Pieces have one only if the text has, and no other:
     where the prompt ends with it, it stays there, also before a piece that has none.
     """
-    pieces = bundle.tokenizer.pieces(chain(prompt.words, words))
-    before = list(islice(pieces, len(prompt.words)))
+    opened, has_pieces = prompt.open(), bundle.tokenizer.settings.has_pieces
+    given = prompt.seam.given if prompt.seam else " " if prompt.space or not (echo or has_pieces) else ""
+    pieces = bundle.tokenizer.pieces(chain(opened.words, words))
+    before = list(islice(pieces, len(opened.words)))
     if echo:
-        yield from [*before, " "] if prompt.space else before
-    added = whole_words(pieces) if bundle.tokenizer.settings.has_pieces else pieces
-    if prompt.space or not (echo or bundle.tokenizer.settings.has_pieces):
-        yield from (piece.removeprefix(" ") for piece in islice(added, 1))
-    yield from added
+        yield from [*before, given]
+    added = chain((piece.removeprefix(given) for piece in islice(pieces, 1)), pieces)
+    yield from whole_words(added) if has_pieces else added
 
 
 def rest_of(text: Text, prompt: Prompt) -> str:
     """Return what the piece in which a stop begins has before it, without the space that the prompt has already."""
-    return text.rest.removeprefix(" ") if prompt.space and not text.tokens else text.rest
+    return text.rest.removeprefix(" ") if prompt.space and not (prompt.seam or text.tokens) else text.rest
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
@@ -164,6 +176,7 @@ def grow_texts(
     from lmdist_export.sampling.generation import Generation, forks, grow
 
     options, config, n = resolved.options, resolved.config, resolved.options.n
+    prompts = (prompt.as_asked(options.logprobs, config.num_beams) for prompt in prompts)
     cached = config.cache_weight > 0 and config.num_beams == 1
     growing: dict[int, Prompt] = {}
     """The prompts, by number, whose texts have not all ended."""
@@ -172,7 +185,8 @@ def grow_texts(
     def states() -> Iterator[tuple[int, Prompt, State]]:
         for number, prompt in enumerate(prompts):
             growing[number] = prompt
-            yield number, prompt, prompt.start(sampler, config.bos_token_id, cached=cached)
+            opened = prompt.open()
+            yield number, opened, opened.start(sampler, config.bos_token_id, cached=cached)
 
     if config.num_beams > 1:
         for number, prompt, state in states():
@@ -182,8 +196,10 @@ def grow_texts(
         return
     texts = (
         text
-        for number, prompt, state in states()
-        for text in forks(sampler, state, prompt.tokens, number, config, resolved.seed or 0, prompt.numbers(n))
+        for number, opened, state in states()
+        for text in forks(
+            sampler, state, opened.tokens, number, config, resolved.seed or 0, opened.numbers(n), growing[number].begin
+        )
     )
     generation = Generation(config, resolved.stops, options.ignore_eos)
     for text, tokens in grow(sampler, texts, generation, batch_size, stream=stream):
@@ -229,6 +245,8 @@ class Stream(Iterator[str]):
         growth = grow_texts(sampler, [prompt], resolved, 1, stream=True)
         first = _, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
         words = (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
+        prompt = prompt.as_asked(resolved.options.logprobs, 1)
+        words = chain(bundle.vocabulary.decode(taken_again(text, prompt)), words)
         yield from written_pieces(bundle, prompt, words, echo=resolved.options.echo)
         if rest := rest_of(text, prompt):
             yield rest

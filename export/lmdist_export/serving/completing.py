@@ -14,6 +14,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from lmdist_export.sampling.completion import taken_again
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
 from lmdist_export.serving.batching import Request, Scoring
@@ -165,7 +166,8 @@ class Streaming:
         written = ""
         if key not in self.writers:
             prompt, given = self.asked.prompts[text.prompt_number], self.asked.given[text.prompt_number]
-            self.writers[key] = Writer(self.asked.bundle, prompt, given, self.asked.written[text.prompt_number])
+            written_prompt, again = self.asked.written[text.prompt_number], taken_again(text, prompt)
+            self.writers[key] = Writer(self.asked.bundle, prompt, given, written_prompt, again)
             written = given if self.asked.echo else ""
         written += "".join(self.writers[key].write(tokens))
         if reason:

@@ -57,8 +57,9 @@ class WrittenPrompt:
 
     def __init__(self, bundle: Bundle, prompt: Prompt) -> None:
         self.place = Place()
+        words = prompt.open().words
         # Not to the end of the pieces, which would complete a character that the next token may complete.
-        self.pieces = list(islice(bundle.tokenizer.pieces(prompt.words, self.place), len(prompt.words)))
+        self.pieces = list(islice(bundle.tokenizer.pieces(words, self.place), len(words)))
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     stream, include_usage = read_stream(given)
     if stream and best_of > n:
         raise ApiError(f"best_of is {best_of}; the best texts are known at their end: without stream", param="best_of")
+    prompts = [prompt.as_asked(logprobs, resolved.config.num_beams) for prompt in prompts]
     unknown = [*filter(None, (warning_of_prompt(prompt, service.bundle) for prompt in prompts))]
     written = [WrittenPrompt(service.bundle, prompt) for prompt in prompts]
     return CompletionRequest(

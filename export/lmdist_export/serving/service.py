@@ -110,10 +110,11 @@ class Service:
         on_end: Callable[[], None] | None = None,
     ) -> Request:
         """Return a request in ids, with the rest as batching.Request takes it."""
-        ids = [prompt.tokens for prompt in prompts]
         how = resolved.options
+        prompts = [prompt.as_asked(how.logprobs, resolved.config.num_beams) for prompt in prompts]
+        ids, begins = [prompt.open().tokens for prompt in prompts], [prompt.begin for prompt in prompts]
         settings = resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos
-        return Request(self.sampler, ids, *settings, logprobs, on_growth, on_end)
+        return Request(self.sampler, ids, *settings, logprobs, on_growth, on_end, begins)
 
 
 def close(batcher: Batcher) -> None:
