@@ -18,34 +18,26 @@ from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum
 from lmdist.text.pieces import Pieces, Saved
 from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import WordTokenizer
-from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
-from lmdist_export.sampling.completion import whole_words
-from lmdist_export.sampling.generation import Text
+from lmdist_export.sampling.completion import taken_again, to_completion, whole_words
+from lmdist_export.sampling.generation import Generation, Text, append
 from lmdist_export.sampling.resolved_options import resolve
+from lmdist_export.sampling.stops import Stops
 from lmdist_export.serving.batching import Scoring
 from lmdist_export.serving.openai_answer import Writer, choice
 from lmdist_export.serving.openai_request import read_request
 from lmdist_export.serving.service import Service
-from support.small_bundles import UNTIED, edit_json, in_fresh_process, run_of_data
+from support.small_bundles import TEXTS_OF_PIECES, UNTIED, in_fresh_process, make_pieces
 
 tokenizers = pytest.importorskip("tokenizers")
-
-TEXTS = [f"The president said that the people aren't here.\nNaïve 日本語 🙂 number {number}." for number in range(80)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A data folder, a run and a bundle of pieces."""
-    place = tmp_path_factory.mktemp("pieces")
-    (place / "a.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS))
-    prepare(PrepareSettings(inputs=[str(place / "a.jsonl")], tokenizer="bpe", vocabulary_size=320), place / "data")
-    run = run_of_data(place, place / "data", UNTIED)
-    export.main([str(run), "-o", str(place / "bundle")])
-    edit_json(place / "bundle/generation_config.json", temperature=1.0, top_p=1.0)
-    return place
+    return make_pieces(tmp_path_factory.mktemp("pieces"), TEXTS_OF_PIECES).parent
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +70,7 @@ def test_a_server_writes_the_same_text(model: Model, prompt: str) -> None:
         (text,) = service.batcher.generate(service.request(asked.prompts, asked.resolved), 60)
         expected = model.generate(prompt, seed=3, max_new_tokens=30, ignore_eos=True, stop=stop, echo=False).text
         assert choice(asked, text, 0, None)["text"] == expected
-        writer = Writer(model.bundle, asked.prompts[0], prompt)
+        writer = Writer(model.bundle, asked.prompts[0], prompt, again=taken_again(text, asked.prompts[0]))
         assert "".join([*(piece for token in text.tokens for piece in writer.write([token])), writer.end(text)]) == expected
     asked = read_request({"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
     scoring = Scoring(model.sampler, [asked.prompts[0].tokens], 0)
@@ -114,6 +106,23 @@ def test_stops_are_found_in_the_text(model: Model) -> None:
     assert not {" ", "e"} & set(found.text)
 
 
+def test_a_stop_inside_of_a_piece_keeps_the_character_before_it(model: Model) -> None:
+    """A piece may be the end of a character and more, where models do not split before punctuation."""
+    assert model.bundle.tokenizer.model
+    contents = [*model.bundle.tokenizer.model.entries.contents]
+    first, second, third = ("日".encode()[place : place + 1] for place in range(3))
+    tokens = [contents.index(first), contents.index(second), contents.index(third)]
+    contents[tokens[2]] = third + b"."
+    service = Service(model.sampler)
+    for prompt, generated, whole in (("", tokens, "日"), ("a ", tokens, "a 日"), (tokens[:1], tokens[1:], "日")):
+        asked = read_request({"prompt": prompt, "max_tokens": 9}, service, "pieces")
+        text = Text(asked.prompts[0].tokens, 0, 0)
+        append(text, generated, Generation(asked.resolved.config, Stops([b"."], contents)))
+        assert (text.tokens, text.rest, text.finish_reason) == (generated[:-1], third, "stop")
+        assert choice(asked, text, 0, None)["text"] == "日"
+        assert to_completion(model.sampler, text, asked.prompts[0], asked.resolved).text == whole
+
+
 def test_the_space_of_a_prompt_is_there_once(model: Model) -> None:
     """Also before a piece that has none, and before a stop inside of a piece that has one."""
     cases = (("'t", "x", "'t"), ("▁the", "x", "the"), ("▁the", "he", "t"), ("▁the", "the", ""), ("▁the", " ", "the"))
@@ -134,7 +143,7 @@ def test_the_space_of_a_prompt_is_there_once(model: Model) -> None:
 
 def healed(model: Model) -> list[str]:
     """Beginnings of a text whose last piece is also the beginning of others."""
-    prompts = [TEXTS[0][:length] for length in range(3, 60)]
+    prompts = [TEXTS_OF_PIECES[0][:length] for length in range(3, 60)]
     found = [prompt for prompt in prompts if (seam := model.prompt(prompt).seam) and seam.removed]
     assert 5 < len(found) < len(prompts)
     return found
@@ -286,7 +295,7 @@ def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
 
 def test_the_bundle_has_the_files_of_its_pieces(folder: Path, model: Model) -> None:
     theirs = tokenizers.Tokenizer.from_file(str(folder / "bundle/tokenizer.json"))
-    assert theirs.encode(TEXTS[0]).ids == model.prompt(TEXTS[0]).tokens
+    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).tokens
     assert "lmdist[cpu,serve,subword]" in (folder / "bundle/requirements.txt").read_text()
     assert (folder / "bundle/text.json").read_bytes() == (folder / "data/text.json").read_bytes()
 

@@ -82,9 +82,9 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
     """Return a text of ids that has ended as people read it."""
     bundle, options = sampler.bundle, resolved.options
     prompt = prompt.as_asked(options.logprobs, resolved.config.num_beams)
-    words, again = bundle.vocabulary.decode(text.tokens), taken_again(text, prompt)
-    pieces = written_pieces(bundle, prompt, chain(bundle.vocabulary.decode(again), words), echo=options.echo)
-    written = "".join(pieces) + rest_of(text, prompt)
+    words = bundle.vocabulary.decode(text.tokens)
+    again = bundle.vocabulary.decode(taken_again(text, prompt))
+    written = "".join(written_pieces(bundle, prompt, [*again, *words, *rest_of(text)], echo=options.echo))
     token_logprobs = top_logprobs = None
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
@@ -111,7 +111,7 @@ def taken_again(text: Text, prompt: Prompt) -> list[int]:
     return text.prompt[len(prompt.open().tokens) :]
 
 
-def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str], *, echo: bool) -> Iterator[str]:
+def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str | bytes], *, echo: bool) -> Iterator[str]:
     """Yield the text of a prompt if it is an `echo`, then what `words` add to it, each as soon as it is known.
 
     They follow the prompt as far as its seam leaves it.
@@ -125,13 +125,19 @@ def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str], *, echo
     before = list(islice(pieces, len(opened.words)))
     if echo:
         yield from [*before, given]
-    added = chain((piece.removeprefix(given) for piece in islice(pieces, 1)), pieces)
+    added = after_text(pieces, given)
     yield from whole_words(added) if has_pieces else added
 
 
-def rest_of(text: Text, prompt: Prompt) -> str:
-    """Return what the piece in which a stop begins has before it, without the space that the prompt has already."""
-    return text.rest.removeprefix(" ") if prompt.space and not (prompt.seam or text.tokens) else text.rest
+def after_text(pieces: Iterator[str], given: str) -> Iterator[str]:
+    """Yield pieces that go on from a text; the first one without what the text was `given` of it already."""
+    yield from (piece.removeprefix(given) for piece in islice(pieces, 1))
+    yield from pieces
+
+
+def rest_of(text: Text) -> list[bytes]:
+    """Return what is written after the tokens of a text that has ended: of the piece in which a stop began, what is before."""
+    return [text.rest] if text.rest else []
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
@@ -244,10 +250,12 @@ class Stream(Iterator[str]):
         bundle = sampler.bundle
         growth = grow_texts(sampler, [prompt], resolved, 1, stream=True)
         first = _, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
-        words = (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
         prompt = prompt.as_asked(resolved.options.logprobs, 1)
-        words = chain(bundle.vocabulary.decode(taken_again(text, prompt)), words)
-        yield from written_pieces(bundle, prompt, words, echo=resolved.options.echo)
-        if rest := rest_of(text, prompt):
-            yield rest
+
+        def words() -> Iterator[str | bytes]:
+            yield from bundle.vocabulary.decode(taken_again(text, prompt))
+            yield from (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
+            yield from rest_of(text)
+
+        yield from written_pieces(bundle, prompt, words(), echo=resolved.options.echo)
         self.completion = to_completion(sampler, text, prompt, resolved)

@@ -48,8 +48,8 @@ class Text:
     """The tokens after the prompt, without the end mark or the stop that ended the text."""
     finish_reason: str = ""
     """stop: its end or a stop came; length: it has max_new_tokens tokens; exhausted: no token is allowed; empty: not ended."""
-    rest: str = ""
-    """What the text has of a piece in which a stop began."""
+    rest: bytes = b""
+    """What the text has of a piece in which a stop began; the piece before may have the beginning of a character of it."""
     begin: Begin = field(default=ANYTHING, repr=False, compare=False)
     """What it begins with, beside its tokens."""
     scores: TokenScores | None = field(default=None, repr=False, compare=False)

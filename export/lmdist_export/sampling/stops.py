@@ -25,7 +25,7 @@ class Ending(NamedTuple):
 
     num_tokens: int
     """The last tokens, which are no part of it."""
-    rest: str = ""
+    rest: bytes = b""
     """What the first of them has before the stop."""
 
 
@@ -86,7 +86,7 @@ class Stops:
     def next(self, place: int, token: int, overlap: int = 0) -> int:
         """Return the place after one more token, or where the first stop ends inside of it.
 
-        The first `overlap` bytes of it are no part of the text.
+        A stop is not looked for in the first `overlap` bytes of it.
         """
         if self.spelling is None:
             return self.after(place, token)
@@ -99,22 +99,19 @@ class Stops:
     def ending(self, place: int, tokens: Sequence[int], overlap: int = 0) -> Ending | None:
         """Return how a text of these tokens, which has led to a place, ends with a stop; None where it ends with none.
 
-        The first `overlap` bytes of the first token are no part of it.
+        A stop is not looked for in the first `overlap` bytes of the first token.
         """
         length, spelling = self.lengths[place], self.spelling
         if not length or spelling is None:
             return Ending(length) if length else None
 
-        def spell(number: int) -> bytes:
-            return spelling[tokens[-number]][overlap if number == len(tokens) else 0 :]
-
-        spelled = deque([spell(1)])  # and the tokens before the last one in which the stop may have begun
+        spelled = deque([spelling[tokens[-1]]])  # and the tokens before the last one in which the stop may have begun
         while len(spelled) < len(tokens) and sum(map(len, spelled)) - len(spelled[-1]) < length - 1:
-            spelled.appendleft(spell(len(spelled) + 1))
-        begin = b"".join(spelled).index(bytes(self.stops[self.first[place]]))
+            spelled.appendleft(spelling[tokens[-len(spelled) - 1]])
+        begin = b"".join(spelled).index(bytes(self.stops[self.first[place]]), overlap if len(spelled) == len(tokens) else 0)
         while len(spelled[0]) <= begin:
             begin -= len(spelled.popleft())
-        return Ending(len(spelled), spelled[0][:begin].decode("utf-8", "replace"))
+        return Ending(len(spelled), spelled[0][:begin])
 
     def held_back(self, place: int, tokens: Sequence[int]) -> int:
         """Return how many of the last tokens are the beginning of a stop, where no stop has ended."""
