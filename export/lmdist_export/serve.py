@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lmdist_export.serving.watching import Watched
 
 COMMAND = "lmdist-serve"
-PACKAGES = ("onnxruntime", "starlette", "uvicorn", "prometheus_client")
+PACKAGES = ("onnxruntime", "starlette", "uvicorn", "httptools", "prometheus_client")
 LOCAL = ("127.0.0.1", "::1", "localhost")
 ORIGIN = re.compile(r"\*|https?://[^/?#\s]+")
 BACKLOG = 2_048

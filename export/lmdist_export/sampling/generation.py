@@ -212,6 +212,7 @@ class Batch:
             bias=self.bias,
             row_bias=added,
             in_prompt=prompt_mask(texts, len(self.bias)) if config.repetition_penalty != 1 else None,
+            moves_on=True,
         )  # (N, B)
         if self.learns:
             self.pace.learn(len(sampled), time.perf_counter() - began)
@@ -267,7 +268,16 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
 
     Tokens that may turn out to be the beginning of a stop are held back until that is known.
     """
-    stops, end = generation.stops, generation.end
+    stops, end, most = generation.stops, generation.end, generation.config.max_new_tokens
+    if not stops:  # as in most requests: there is nothing to look for token by token
+        added = tokens[: most - len(text.tokens)]
+        for mark in end:
+            if mark in added:
+                added, text.finish_reason = added[: added.index(mark)], "stop"
+        text.tokens += added
+        if not text.finish_reason and len(text.tokens) == most:
+            text.finish_reason = "length"
+        return added
     shown = len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
     for token in tokens:
         if token in end:
@@ -280,7 +290,7 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
             text.rest = found.rest
             text.finish_reason = "stop"
             break
-        if len(text.tokens) == generation.config.max_new_tokens:
+        if len(text.tokens) == most:
             text.finish_reason = "length"
             break
     until = len(text.tokens) if text.finish_reason else len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
