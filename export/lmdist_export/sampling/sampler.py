@@ -329,7 +329,7 @@ class Sampler:
         session = self.generation_session(features)
         parts = PARTS if features.cached else STATE
         names = ["words", "mass", *(f"next_{name}" for name in parts), *(["next_counts"] if features.adjusted else [])]
-        tokens, mass, *state = session.run(names, {value.name: np.asarray(feed[value.name]) for value in session.get_inputs()})
+        tokens, mass, *state = session.run(names, {name: np.asarray(feed[name]) for name in session.input_names})
         counts = state.pop() if features.adjusted else None
         # Without new tokens onnxruntime forgets the batch size.
         return Generated(tokens.reshape(-1, len(feed["lengths"])), mass, tuple(state), counts)
@@ -373,8 +373,9 @@ class Sampler:
 
     def padded(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return (..., V) as (..., V')."""
-        beyond = self.sizes.padded - self.sizes.vocabulary_size
-        return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, beyond)])
+        found = np.zeros((*values.shape[:-1], self.sizes.padded), values.dtype)
+        found[..., : self.sizes.vocabulary_size] = values
+        return found
 
     def finite(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the values; raises DataError if they are not finite.
