@@ -94,7 +94,7 @@ WINGS = {
     ),
     "lmdist_export.serving": (
         "requests shared_batch batching json_body invocations service middleware mlflow_model registry access running "
-        "openai_request openai_answer failures metrics observing completing application connections watching"
+        "openai_request openai_answer failures metrics observing completing page_files application connections watching"
     ),
     "lmdist_export.conversion": "tokenizer_json weights unpacking verify sherpa exporting web",
 }

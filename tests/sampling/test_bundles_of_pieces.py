@@ -18,34 +18,26 @@ from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum
 from lmdist.text.pieces import Pieces, Saved
 from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import WordTokenizer
-from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
-from lmdist_export.sampling.completion import whole_words
-from lmdist_export.sampling.generation import Text
+from lmdist_export.sampling.completion import to_completion, whole_words
+from lmdist_export.sampling.generation import Generation, Text, append
 from lmdist_export.sampling.resolved_options import resolve
+from lmdist_export.sampling.stops import Stops
 from lmdist_export.serving.batching import Scoring
 from lmdist_export.serving.openai_answer import Writer, choice
 from lmdist_export.serving.openai_request import read_request
 from lmdist_export.serving.service import Service
-from support.small_bundles import UNTIED, edit_json, in_fresh_process, run_of_data
+from support.small_bundles import TEXTS_OF_PIECES, UNTIED, in_fresh_process, make_pieces
 
 tokenizers = pytest.importorskip("tokenizers")
-
-TEXTS = [f"The president said that the people aren't here.\nNaïve 日本語 🙂 number {number}." for number in range(80)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A data folder, a run and a bundle of pieces."""
-    place = tmp_path_factory.mktemp("pieces")
-    (place / "a.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS))
-    prepare(PrepareSettings(inputs=[str(place / "a.jsonl")], tokenizer="bpe", vocabulary_size=320), place / "data")
-    run = run_of_data(place, place / "data", UNTIED)
-    export.main([str(run), "-o", str(place / "bundle")])
-    edit_json(place / "bundle/generation_config.json", temperature=1.0, top_p=1.0)
-    return place
+    return make_pieces(tmp_path_factory.mktemp("pieces"), TEXTS_OF_PIECES).parent
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +104,23 @@ def test_stops_are_found_in_the_text(model: Model) -> None:
         assert "".join(stream) == expected
     found = model.generate("The", num_beams=3, max_new_tokens=12, stop=[" ", "e"], echo=False)
     assert not {" ", "e"} & set(found.text)
+
+
+def test_a_stop_inside_of_a_piece_keeps_the_character_before_it(model: Model) -> None:
+    """A piece may be the end of a character and more, where models do not split before punctuation."""
+    assert model.bundle.tokenizer.model
+    contents = [*model.bundle.tokenizer.model.entries.contents]
+    first, second, third = ("日".encode()[place : place + 1] for place in range(3))
+    tokens = [contents.index(first), contents.index(second), contents.index(third)]
+    contents[tokens[2]] = third + b"."
+    service = Service(model.sampler)
+    for prompt, generated, whole in (("", tokens, "日"), ("a ", tokens, "a 日"), (tokens[:1], tokens[1:], "日")):
+        asked = read_request({"prompt": prompt, "max_tokens": 9}, service, "pieces")
+        text = Text(asked.prompts[0].tokens, 0, 0)
+        append(text, generated, Generation(asked.resolved.config, Stops([b"."], contents)))
+        assert (text.tokens, text.rest, text.finish_reason) == (generated[:-1], third, "stop")
+        assert choice(asked, text, 0, None)["text"] == "日"
+        assert to_completion(model.sampler, text, asked.prompts[0], asked.resolved).text == whole
 
 
 def test_the_space_of_a_prompt_is_there_once(model: Model) -> None:
@@ -203,7 +212,7 @@ def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
 
 def test_the_bundle_has_the_files_of_its_pieces(folder: Path, model: Model) -> None:
     theirs = tokenizers.Tokenizer.from_file(str(folder / "bundle/tokenizer.json"))
-    assert theirs.encode(TEXTS[0]).ids == model.prompt(TEXTS[0]).tokens
+    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).tokens
     assert "lmdist[cpu,serve,subword]" in (folder / "bundle/requirements.txt").read_text()
     assert (folder / "bundle/text.json").read_bytes() == (folder / "data/text.json").read_bytes()
 

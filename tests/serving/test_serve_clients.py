@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 import lmdist
 from support.serving import Serving
+from support.small_bundles import TEXTS_OF_PIECES, make_pieces
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +85,84 @@ def test_errors_by_the_openai_package(client: Any) -> None:
         client.completions.create(model="gpt", prompt="the")
     with pytest.raises(openai.NotFoundError, match="has neither chat nor tools"):
         client.chat.completions.create(model="news", messages=[{"role": "user", "content": "the"}])
+
+
+# --- the openai package, and pieces of words -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_pieces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, lmdist.Model]]:
+    """The client of a server of pieces of words, and the model in this process."""
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("pieces")
+    bundle = make_pieces(folder, TEXTS_OF_PIECES)
+    server = Serving(["-m", "lmdist_export.serve", str(bundle), "--name", "pieces"], folder)
+    try:
+        server.wait()
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as client:
+            yield client, lmdist.load(bundle)
+    finally:
+        server.stop()
+
+
+def streamed(client: Any, **asked: Any) -> str:
+    """The text of a stream, whose every event but the last one has some."""
+    pieces = [event.choices[0].text for event in client.completions.create(model="pieces", stream=True, **asked)]
+    assert all(pieces[:-1])
+    return "".join(pieces)
+
+
+def test_offsets_of_pieces_lead_into_the_text(of_pieces: tuple[Any, lmdist.Model]) -> None:
+    client, model = of_pieces
+    assert model.bundle.tokenizer.model
+    content_of, prompt = model.bundle.tokenizer.model.content_of, "The president said 日本語 🙂 🚀. Naïve"
+    parts = {str(token): -100 for token, content in enumerate(content_of.values()) if content.decode(errors="ignore") == ""}
+    answer = client.completions.create(
+        model="pieces", prompt=prompt, max_tokens=40, seed=2, echo=True, logprobs=1, logit_bias=parts,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    (choice,) = answer.choices
+    assert choice.text.startswith(prompt)
+    found = choice.logprobs
+    assert len(found.tokens) == answer.usage.total_tokens
+    assert found.text_offset == sorted(found.text_offset)
+    whole = 0
+    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        with suppress(UnicodeDecodeError):
+            written = content_of[token].decode().lstrip(" ")
+            assert choice.text[offset:].startswith(written), (token, offset)
+            whole += 1
+    assert whole > 40
+    assert "".join(model.bundle.tokenizer.pieces(found.tokens)) == choice.text
+
+
+def test_stops_across_pieces_by_the_openai_package(of_pieces: tuple[Any, lmdist.Model]) -> None:
+    client, model = of_pieces
+    asked = {"prompt": "The president said", "max_tokens": 120, "seed": 5, "extra_body": {"ignore_eos": True}}
+    text = client.completions.create(model="pieces", **asked).choices[0].text
+    assert streamed(client, **asked) == text
+    words = model.generate("The president said", max_new_tokens=120, seed=5, ignore_eos=True, echo=False).tokens
+    borders = list(accumulate(len(piece) for piece in model.bundle.tokenizer.pieces(words)))
+    stops = [text[border - 1 : border + 2] for border in borders[20:100:9] if "\ufffd" not in text[border - 1 : border + 2]]
+    assert len(stops) > 2
+    for stop in stops:
+        (choice,) = client.completions.create(model="pieces", stop=[stop, "never found"], **asked).choices
+        assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
+        assert streamed(client, stop=stop, **asked) == choice.text
+
+
+def test_a_stream_has_whole_characters(of_pieces: tuple[Any, lmdist.Model]) -> None:
+    """An emoji that no text had is four pieces, and comes with the last of them, also where the prompt has the others."""
+    client, model = of_pieces
+    ids = model.bundle.vocabulary.encode(model.bundle.tokenizer.tokenize("🚀"))
+    assert len(ids) == 4
+    asked: dict[str, Any] = {"prompt": ids[:3], "max_tokens": 1, "logit_bias": {str(ids[3]): 100}}
+    assert streamed(client, **asked) == client.completions.create(model="pieces", **asked).choices[0].text == "🚀"
+    bias = {str(token): 6 for token in {*ids, *model.prompt(" 🙂 日本語").tokens}}
+    for seed in range(4):
+        asked = {"prompt": "🚀 ", "max_tokens": 100, "seed": seed, "logit_bias": bias}
+        assert streamed(client, **asked) == client.completions.create(model="pieces", **asked).choices[0].text
 
 
 # --- curl ----------------------------------------------------------------------------------------------------------

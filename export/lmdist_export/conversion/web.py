@@ -16,7 +16,6 @@ import base64
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-import lmdist_export
 from lmdist.errors import MissingInputError, UsageError
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.reading import as_json
@@ -34,13 +32,12 @@ from lmdist_export.conversion.exporting import Checkpoint, HeldOutText, check_he
 from lmdist_export.graph.graphs import generation_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.sizes import Sizes
-from lmdist_export.options import ATTEMPTS, EXPORTED, FILTERS, PARAMS, Features, Row
+from lmdist_export.options import ATTEMPTS, EXPORTED, FILTERS, PARAMS, Features, Row, row_facts
+from lmdist_export.serving.page_files import SERVER_ENGINE, page_files
 
 FORMAT = "lmdist web"
 VERSION = 1
-PAGE = Path(lmdist_export.__file__).parent / "serving" / "page"
 ENGINE = Path(__file__).parent / "browser"
-OF_SERVER = "server_engine.js"
 """The file of the page that another takes the place of here: engine.js."""
 MODEL_FOLDER, RUNTIME_FOLDER = "model", "onnxruntime-web"
 ABOUT = "model.json"
@@ -92,7 +89,7 @@ def is_layout(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     is_ours = isinstance(about, dict) and about.get("format") == FORMAT
-    return is_ours and names <= {*of_page(), *os.listdir(ENGINE), MODEL_FOLDER, RUNTIME_FOLDER}
+    return is_ours and names <= {*(file.name for file in copied()), *os.listdir(ENGINE), MODEL_FOLDER, RUNTIME_FOLDER}
 
 
 def write(
@@ -117,8 +114,8 @@ def write(
     check_held_out(held_out, precision)
     package = None if onnxruntime_web is None else package_files(onnxruntime_web)
     with atomic_folder(output, replace=replace) as folder:
-        for name in of_page():
-            shutil.copyfile(PAGE / name, folder / name)
+        for file in copied():
+            shutil.copyfile(file, folder / file.name)
         shutil.copytree(ENGINE, folder, dirs_exist_ok=True)
         if package is not None:
             (folder / RUNTIME_FOLDER).mkdir()
@@ -153,9 +150,9 @@ def write(
         return manifest
 
 
-def of_page() -> list[str]:
-    """Return the names of the page's files."""
-    return sorted(path.name for path in PAGE.iterdir() if path.is_file() and path.name != OF_SERVER)
+def copied() -> list[Path]:
+    """Return the files of the page that it has without a server too."""
+    return [file for file in page_files() if file.name != SERVER_ENGINE]
 
 
 def feature_sets() -> Iterator[tuple[str, Features]]:
@@ -167,18 +164,14 @@ def feature_sets() -> Iterator[tuple[str, Features]]:
 
 
 def described(row: Row) -> dict[str, Any]:
-    """Return a row of the table of options as JSON; null is a bound that is not finite."""
-    facts: dict[str, Any] = {
-        "name": row.name,
-        "type": "list" if row.is_list else row.type.__name__,
-        "default": row.default,
-        "help": row.option.help,
+    """Return a row of the table of options as JSON, and what its bounds are in words."""
+    if row.bounds is None:
+        return row_facts(row)
+    return row_facts(row) | {
+        "bounds": str(row.bounds),
+        "includes_minimum": row.bounds.includes_low,
+        "includes_maximum": row.bounds.includes_high,
     }
-    if row.bounds is not None:
-        low, high = (value if math.isfinite(value) else None for value in (row.bounds.low, row.bounds.high))
-        facts |= {"minimum": low, "maximum": high, "bounds": str(row.bounds)}
-        facts |= {"includes_minimum": row.bounds.includes_low, "includes_maximum": row.bounds.includes_high}
-    return facts
 
 
 def described_file(path: Path, folder: str = "") -> RuntimeFile:

@@ -47,8 +47,8 @@ class Text:
     """The tokens after the prompt, without the end mark or the stop that ended the text."""
     finish_reason: str = ""
     """stop: its end or a stop came; length: it has max_new_tokens tokens; exhausted: no token is allowed; empty: not ended."""
-    rest: str = ""
-    """What the text has of a piece in which a stop began."""
+    rest: bytes = b""
+    """What the text has of a piece in which a stop began; the piece before may have the beginning of a character of it."""
     scores: TokenScores | None = field(default=None, repr=False, compare=False)
     """What `log_probabilities` returns, where it was computed with the text."""
     stop_place: int = field(default=0, repr=False, compare=False)

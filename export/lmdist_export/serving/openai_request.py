@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from lmdist.bounds import check
 from lmdist.command_line import did_you_mean
 from lmdist.errors import UsageError
 from lmdist.text.detokenizer import Place
@@ -30,7 +31,7 @@ from lmdist_export.serving.json_body import BadRequest, quoted
 from lmdist_export.serving.service import MAX_LOGPROBS, MAX_TOKENS, Service, check_limit
 
 EXAMPLE = '{"prompt": "We must", "max_tokens": 20}'
-OWN = ("model", "prompt", "max_tokens", "best_of", "stream", "stream_options", "suffix", "user")
+OPENAI_NAMES = ("model", "prompt", "max_tokens", "best_of", "stream", "stream_options", "suffix", "user")
 """OpenAI's names that are none of the table of options."""
 CHAT = "messages tools tool_choice functions function_call response_format input".split()
 NO_CHAT = "a word-level language model continues a text, and has neither chat nor tools: POST /v1/completions takes a `prompt`"
@@ -74,7 +75,7 @@ class CompletionRequest:
     resolved: ResolvedOptions
     """Its `n` is the number of texts that are generated for a prompt, of which the best are returned."""
     n: int
-    scores: bool
+    only_scores: bool
     """Whether nothing is generated: the answer is the prompt and its log-probabilities."""
     echo: bool
     logprobs: int | None
@@ -87,11 +88,11 @@ class CompletionRequest:
     @property
     def ranks(self) -> bool:
         """Return whether more texts are generated than are returned."""
-        return not self.scores and self.resolved.options.n > self.n
+        return not self.only_scores and self.resolved.options.n > self.n
 
     def envelope(self) -> dict[str, Any]:
         """Return what each answer, and each event of a stream, has beside its choices."""
-        seed = {} if self.resolved.seed is None or self.scores else {"seed": self.resolved.seed}
+        seed = {} if self.resolved.seed is None or self.only_scores else {"seed": self.resolved.seed}
         warnings = {"warnings": self.warnings} if self.warnings else {}
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model} | seed | warnings
 
@@ -140,9 +141,10 @@ def check_names(given: dict[str, Any], model: str) -> None:
     for name in given:
         if name in CHAT:
             raise ApiError(f"{name} is given; {NO_CHAT}", param=name)
-        if name not in OWN and name not in PARAMS:
-            hint = did_you_mean(name, [*OWN, *PARAMS])
-            raise ApiError(f"the body has {quoted(name)}, which is not known{hint}", param=name[:40], code="unknown_parameter")
+        if name not in OPENAI_NAMES and name not in PARAMS:
+            hint = did_you_mean(name, [*OPENAI_NAMES, *PARAMS])
+            sentence = f"the body has {quoted(name)}, which is not known{hint}"
+            raise ApiError(sentence, param=quoted(name).strip('"'), code="unknown_parameter")
     if given.get("suffix"):
         raise ApiError("suffix is given; this model continues a text, and inserts nothing", param="suffix")
     if given.get("model", model) != model:
@@ -206,8 +208,12 @@ def bias_of_ids(given: dict[str, Any], bundle: Bundle) -> list[str]:
 
 def read_counts(given: dict[str, Any], values: dict[str, Any]) -> tuple[int, int]:
     """Return how many texts of a prompt are returned, and how many are generated."""
+    row = PARAMS["n"]
     n = values.pop("n", 1)
-    best_of = typed(dataclasses.replace(PARAMS["n"], name="best_of"), given.get("best_of", n), quoted)
+    best_of = typed(dataclasses.replace(row, name="best_of"), given.get("best_of", n), quoted)
+    assert row.bounds
+    check("n", n, row.bounds)
+    check("best_of", best_of, row.bounds)
     if best_of < n:
         raise ApiError(f"best_of is {best_of}, and n is {n}: the best n of so many texts are returned", param="best_of")
     return n, best_of
