@@ -156,7 +156,6 @@ class Streaming:
         self.writers: dict[tuple[int, int], Writer] = {}
         self.pieces: dict[tuple[int, int], list[str]] = {}
         """Those of each text, where its log-probabilities come with its end."""
-        self.ended: set[tuple[int, int]] = set()
 
     async def events(self, job: Request, growth: Growth) -> AsyncIterator[bytes]:
         """Yield the events of a request; those that come together at once. An error is the last of them."""
@@ -189,7 +188,7 @@ class Streaming:
             self.pieces.setdefault(key, []).extend(pieces)
         ends = bool(reason) and self.asked.logprobs is None  # log-probabilities come with the end
         if ends:
-            self.ended.add(key)
+            del self.writers[key]
         return self.chunk(key, written, reason if ends else "") if written or ends else b""
 
     def chunk(self, key: tuple[int, int], written: str, reason: str, logprobs: bytes = b"null") -> bytes:
