@@ -177,7 +177,7 @@ class Application:
         """Return what was read from the body of a request, which goes with this call: it is counted no longer."""
         with self.counted(request) as receive:
             body = await body_of(request, receive)
-            return await done_by(len(body) > SHORT_BYTES, lambda: read(body))
+            return await done_by(len(body) > SHORT_BYTES or not self.service.reads_at_once, lambda: read(body))
 
     def begun(self, request: HttpRequest) -> tuple[Service, Note, float]:
         """Return what answers a request to its end, what is noted of it, and when its time is over, by the loop's clock."""
@@ -237,9 +237,8 @@ class Application:
             found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in job.texts]
             return encoded({"predictions": [text.text if as_text else invocations.answer(text) for text in found]})
 
-        return Response(
-            await done_by(note.prompt_tokens + job.num_written > SHORT_TOKENS, predictions), media_type="application/json"
-        )
+        is_long = note.prompt_tokens + job.num_written > SHORT_TOKENS
+        return Response(await done_by(is_long, predictions), media_type="application/json")
 
     async def ping(self, request: HttpRequest) -> Response:
         """Answer that the model is loaded."""
