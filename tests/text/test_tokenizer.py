@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import Cleaning, TextSettings, Tokenizer
+from lmdist.text import detokenizer
 from lmdist.text.tokenizer import WordTokenizer
 
 NEWS = [
@@ -122,7 +123,8 @@ def test_a_saved_tokenizer_finds_the_same_words(tmp_path, english, tokenizer):
 def test_training_writes_the_same_bytes_in_every_process(tmp_path):
     program = (
         "import json, sys; from pathlib import Path; from lmdist.settings import TextSettings; "
-        "from lmdist.text.tokenizer import WordTokenizer; "
+        "from lmdist.text import detokenizer
+from lmdist.text.tokenizer import WordTokenizer; "
         "WordTokenizer.train(TextSettings(), json.load(sys.stdin)).save(Path(sys.argv[1]))"
     )
     for seed in ("1", "2"):
@@ -239,10 +241,21 @@ def test_the_text_of_the_first_words_begins_the_text_of_all(words, count, tokeni
         assert [*begun, *pieces(words[count:], tokenizer, place.copy())] == list(pieces(words, tokenizer))
 
 
+@pytest.mark.parametrize("wordpunct", [True, False])
+def test_a_plain_word_is_written_as_any_other(wordpunct, monkeypatch):
+    """What is remembered of a word is what the rules find, after whatever word."""
+    words = ["it", "'", "s", "S", "’", "n't", "'T", "'tis", "'t", "not", "can", "@-@", "@a@", "@", "``", "don", "5", "é", "x" * 50]
+    words += [second for _, second in detokenizer.PAIRS]
+    found = [detokenizer.spaced(word, before, [], wordpunct=wordpunct) for word in words for before in ["", *words]]
+    monkeypatch.setattr(detokenizer, "is_plain", lambda _: False)
+    assert found == [detokenizer.spaced(word, before, [], wordpunct=wordpunct) for word in words for before in ["", *words]]
+
+
 def test_importing_text_is_light():
     program = (
         "import sys; from lmdist.settings import TextSettings; "
-        "from lmdist.text.tokenizer import WordTokenizer; "
+        "from lmdist.text import detokenizer
+from lmdist.text.tokenizer import WordTokenizer; "
         "WordTokenizer(TextSettings('wordpunct')).tokenize('a.'); "
         "assert not {'nltk', 'torch', 'pandas', 'numpy'} & set(sys.modules)"
     )
