@@ -123,8 +123,7 @@ def test_a_saved_tokenizer_finds_the_same_words(tmp_path, english, tokenizer):
 def test_training_writes_the_same_bytes_in_every_process(tmp_path):
     program = (
         "import json, sys; from pathlib import Path; from lmdist.settings import TextSettings; "
-        "from lmdist.text import detokenizer
-from lmdist.text.tokenizer import WordTokenizer; "
+        "from lmdist.text.tokenizer import WordTokenizer; "
         "WordTokenizer.train(TextSettings(), json.load(sys.stdin)).save(Path(sys.argv[1]))"
     )
     for seed in ("1", "2"):
@@ -244,7 +243,7 @@ def test_the_text_of_the_first_words_begins_the_text_of_all(words, count, tokeni
 @pytest.mark.parametrize("wordpunct", [True, False])
 def test_a_plain_word_is_written_as_any_other(wordpunct, monkeypatch):
     """What is remembered of a word is what the rules find, after whatever word."""
-    words = ["it", "'", "s", "S", "’", "n't", "'T", "'tis", "'t", "not", "can", "@-@", "@a@", "@", "``", "don", "5", "é", "x" * 50]
+    words = ["it", "'", "s", "S", "’", "n't", "'T", "'t", "not", "can", "@-@", "@a@", "@", "``", "don", "5", "é", "x" * 50]
     words += [second for _, second in detokenizer.PAIRS]
     found = [detokenizer.spaced(word, before, [], wordpunct=wordpunct) for word in words for before in ["", *words]]
     monkeypatch.setattr(detokenizer, "is_plain", lambda _: False)
@@ -254,8 +253,7 @@ def test_a_plain_word_is_written_as_any_other(wordpunct, monkeypatch):
 def test_importing_text_is_light():
     program = (
         "import sys; from lmdist.settings import TextSettings; "
-        "from lmdist.text import detokenizer
-from lmdist.text.tokenizer import WordTokenizer; "
+        "from lmdist.text.tokenizer import WordTokenizer; "
         "WordTokenizer(TextSettings('wordpunct')).tokenize('a.'); "
         "assert not {'nltk', 'torch', 'pandas', 'numpy'} & set(sys.modules)"
     )
