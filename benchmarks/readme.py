@@ -414,23 +414,27 @@ def scoring(machine: str) -> str:
 
 
 LATENCIES = {"p50_ms": "p50", "p99_ms": "p99", "first_p50_ms": "first words, p50", "first_p99_ms": "p99"}
+SERVING_CPU = {"cpu_ms_per_1000_tokens": "CPU of 1,000 tokens", "client_cpu_ms_per_1000_tokens": "of the clients beside"}
 
 
 def serving(machine: str) -> str:
     """Return throughput and latency of a server by its number of clients; that of first words where they were measured."""
     found = [row for run in results(machine, "serving") for row in run if row["unit"] == "tokens/s"]
     times = [name for name in LATENCIES if any(name in row for row in found)]
+    cpu = [name for name in SERVING_CPU if any(name in row for row in found)]
     rows = [
         [
             *row["case"].rsplit(", clients ", 1),
             row.get("how") or {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
             f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
             *("" if row.get(name) is None else f"{row[name]:,.0f} ms" for name in times),
+            *(f"{row[name]:,.0f} ms" if row.get(name) else "" for name in cpu),
             f"{row['peak_mib']:,} MiB",
         ]
         for row in found
     ]
-    return markdown(["model", "clients", "how", "tokens/s", *(LATENCIES[name] for name in times), "peak memory"], rows)
+    names = [*(LATENCIES[name] for name in times), *(SERVING_CPU[name] for name in cpu)]
+    return markdown(["model", "clients", "how", "tokens/s", *names, "peak memory"], rows)
 
 
 def serving_limits(machine: str) -> str:

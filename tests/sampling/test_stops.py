@@ -85,3 +85,20 @@ def test_a_text_of_many_tokens_ends_before_the_stop_that_came_first() -> None:
     assert append(text, [6], generation) == []
     assert append(text, [7, 8], generation) == []
     assert (text.tokens, text.finish_reason) == ([4], "stop")
+
+
+@given(
+    tokens=st.lists(st.lists(TOKENS, max_size=8), max_size=5),
+    most=st.integers(1, 20),
+    ignore_end=st.booleans(),
+)
+def test_a_text_without_stops_grows_as_one_whose_stop_never_comes(tokens: list[list[int]], most: int, ignore_end: bool) -> None:
+    config = GenerationConfig(max_new_tokens=most, eos_token_id=3)
+    texts = [Text([], 0, 0), Text([], 0, 0)]
+    kinds = [Generation(config, stops, ignore_end) for stops in (Stops(), Stops([[9]]))]
+    for call in tokens:
+        grown = [append(text, [*call], generation) for text, generation in zip(texts, kinds, strict=True)]
+        assert grown[0] == grown[1]
+        assert texts[0] == texts[1]
+        if texts[0].finish_reason:
+            break

@@ -236,6 +236,7 @@ class Batch:
             bias=bias,
             row_bias=added,
             in_prompt=prompt_mask(texts, len(bias)) if config.repetition_penalty != 1 else None,
+            moves_on=True,
         )  # (N, B)
         if self.learns:
             self.pace.learn(len(sampled), time.perf_counter() - began)
@@ -292,12 +293,20 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
 
     Tokens that may turn out to be the beginning of a stop are held back until that is known.
     """
-    stops, end = generation.stops, generation.end
+    stops, end, most = generation.stops, generation.end, generation.config.max_new_tokens
+    if not text.tokens and tokens[:1] == [text.begin.again]:
+        text.prompt, text.begin, tokens = [*text.prompt, *tokens[:1]], ANYTHING, tokens[1:]
+    if not stops:  # as in most requests: there is nothing to look for token by token
+        added = tokens[: most - len(text.tokens)]
+        for mark in end:
+            if mark in added:
+                added, text.finish_reason = added[: added.index(mark)], "stop"
+        text.tokens += added
+        if not text.finish_reason and len(text.tokens) == most:
+            text.finish_reason = "length"
+        return added
     shown = len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
     for token in tokens:
-        if not text.tokens and token == text.begin.again:
-            text.prompt, text.begin = [*text.prompt, token], ANYTHING
-            continue
         if token in end:
             text.finish_reason = "stop"
             break
@@ -308,7 +317,7 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
             text.rest = found.rest
             text.finish_reason = "stop"
             break
-        if len(text.tokens) == generation.config.max_new_tokens:
+        if len(text.tokens) == most:
             text.finish_reason = "length"
             break
     until = len(text.tokens) if text.finish_reason else len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
