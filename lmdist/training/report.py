@@ -78,7 +78,7 @@ def write_recipe(run: Run) -> None:
     """Write the resolved recipe; with training.minutes, which steps it became is a comment at its end."""
     plan = [
         f"# {planned['minutes']:g} minutes: decided after step {planned['step']:,}, to step {planned['total_steps']:,}\n"
-        for planned in run.progress.plan
+        for planned in (run.progress.plan if run.budget else ())
     ]
     write_atomic(run.path / RECIPE, config.as_toml(run.recipe) + "".join(plan))
 
