@@ -198,7 +198,7 @@ def test_the_same_seed_gives_the_same_text_after_a_seam_everywhere(model: Model,
 
 
 def test_a_stop_lies_behind_what_the_prompt_has(model: Model) -> None:
-    words = model.bundle.vocabulary.words
+    words, tried = model.bundle.vocabulary.words, 0
     for prompt in healed(model):
         seam, tokenizer = model.prompt(prompt).seam, model.bundle.tokenizer
         assert seam
@@ -207,6 +207,7 @@ def test_a_stop_lies_behind_what_the_prompt_has(model: Model) -> None:
         longer = next((token for token in seam.begin.tokens if len(contents[token]) > seam.begin.overlap + 1), None)
         if longer is None:
             continue
+        tried += 1
         added = contents[longer][seam.begin.overlap :].decode()
         options = {"logit_bias": [f"{words[longer]}=1000"], "max_new_tokens": 1, "seed": 1}
         assert model.generate(prompt, **options).text == prompt + added
@@ -217,6 +218,7 @@ def test_a_stop_lies_behind_what_the_prompt_has(model: Model) -> None:
         banned = [words[token] for token in seam.begin.tokens]
         none = model.generate(prompt, logit_bias=[f"{word}=-inf" for word in banned], seed=1)
         assert (none.text, none.finish_reason) == (prompt, "exhausted")
+    assert tried > 3
 
 
 def rewriting(model: Model, **changes: object) -> Bundle:
