@@ -20,7 +20,7 @@ Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace", "characters", "b
 LEARNED = ("bpe", "unigram")
 """Tokenizers whose pieces of words are learned from the text to train on."""
 FILES = {".json": "tokenizers", ".model": "sentencepiece"}
-"""Tokenizers whose pieces come with a file, by its suffix."""
+"""Tokenizers whose pieces come with a file, by its suffix: a user names the file, and not the tokenizer."""
 FEWEST_PIECES = 258
 """`<unk>`, `<eos>` and a piece for each byte."""
 Cleaning = Literal["none", "tutorial", "html"]
@@ -60,7 +60,7 @@ class TextSettings:
 
     def stored(self) -> dict[str, Any]:
         """Return the settings as files keep them."""
-        return without_defaults(self)
+        return without_newer(self)
 
     @property
     def has_pieces(self) -> bool:
@@ -78,9 +78,13 @@ class TextSettings:
         return self.tokenizer == "whitespace"
 
 
-def without_defaults(settings: TextSettings | PrepareSettings) -> dict[str, Any]:
-    """Return settings without `line_breaks` where there are none: files that are older than it stay as they are."""
-    return {name: value for name, value in asdict(settings).items() if value or name != "line_breaks"}
+NEWER = {"line_breaks": False}
+"""Settings that there were none of when the first files were written, and what those files mean by it."""
+
+
+def without_newer(settings: TextSettings | PrepareSettings) -> dict[str, Any]:
+    """Return settings without the NEWER ones that change nothing: what files hold of older settings stays as it is."""
+    return {name: value for name, value in asdict(settings).items() if name not in NEWER or value != NEWER[name]}
 
 
 @dataclass(frozen=True)
@@ -204,10 +208,10 @@ class PrepareSettings(ReadSettings):
 
     def check_tokenizer(self) -> None:
         """Raise UsageError for a tokenizer that there is not, and for settings that it has no use for."""
-        names = get_args(Tokenizer)
-        if self.tokenizer not in names and not self.tokenizer_file:
+        names = [name for name in get_args(Tokenizer) if name not in FILES.values()]
+        if self.tokenizer not in get_args(Tokenizer) and not self.tokenizer_file:
             raise UsageError(
-                f"tokenizer is {self.tokenizer}; {', '.join(names[:-2])}, or a file that ends in .json or .model is expected"
+                f"tokenizer is {self.tokenizer}; {', '.join(names)}, or a file that ends in .json or .model is expected"
             )
         if self.tokenizer in FILES.values() and not self.vocabulary:
             raise UsageError(f"tokenizer is {self.tokenizer}: name its file, such as tokenizer.json or bpe.model")
@@ -229,7 +233,7 @@ class PrepareSettings(ReadSettings):
 
     def stored(self) -> dict[str, Any]:
         """Return the settings as files keep them: the addresses of the text without passwords, signatures and tokens."""
-        values = without_defaults(self)
+        values = without_newer(self)
         for name in ("inputs", *SPLITS):
             given = values[name]
             values[name] = [*map(without_credentials, given)] if isinstance(given, list) else without_credentials(given)

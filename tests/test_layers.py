@@ -91,7 +91,7 @@ WINGS = {
     "lmdist.job": "agent launcher __main__",
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": (
-        "state steps stops runtime token_session sampler prompt log_probabilities generation beam_search scoring "
+        "state steps stops seams runtime token_session sampler prompt log_probabilities generation beam_search scoring "
         "resolved_options completion"
     ),
     "lmdist_export.serving": (

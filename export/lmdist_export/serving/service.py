@@ -30,6 +30,7 @@ MAX_CHARACTERS = 10 * MAX_TOKENS
 """Of the prompts together: a megabyte of punctuation is tokenized for six seconds before its tokens can be counted."""
 MAX_REPEATED_CHARACTERS = 10 * MAX_CHARACTERS
 """Of the prompts and their warnings in all texts of an answer, which is in memory several times."""
+FIRST_PROMPT = "Mr. Smith (No. 7) said: ``It's A.M. -- isn't it?'' Yes. No"
 MAX_REQUEST_BEAMS = 64
 MAX_LOGPROBS = 20
 MAX_PHRASES = 1_000
@@ -45,13 +46,21 @@ class Service:
         self.sampler = sampler
         self.bundle = sampler.bundle
         self.batcher = Batcher(sampler, batch_size)
+        self.reads_at_once = False
+        """Whether a short prompt is read in no time: the first one may have NLTK imported, which takes seconds."""
         weakref.finalize(self, close, self.batcher).atexit = False
 
     def warm_up(self, timeout_seconds: float) -> None:
-        """Generate a token, so that a server is ready when it says so."""
+        """Generate a token, so that a server is ready when it says so, and have a thread read a first prompt."""
         first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0})
         prompts = self.prompts([""])
         self.batcher.generate(self.request(prompts, self.resolve(prompts, first)), timeout_seconds)
+        threading.Thread(target=self.read_first, name="first reader", daemon=True).start()
+
+    def read_first(self) -> None:
+        """Read a prompt with words as NLTK alone finds them."""
+        self.prompts([FIRST_PROMPT])
+        self.reads_at_once = True
 
     def prompts(self, texts: Sequence[str], *, continues: bool = True) -> list[Prompt]:
         """Return texts as prompts, of which nothing was read; raises UsageError for more than one request may have.
@@ -110,10 +119,11 @@ class Service:
         on_end: Callable[[], None] | None = None,
     ) -> Request:
         """Return a request in ids, with the rest as batching.Request takes it."""
-        ids = [prompt.ids for prompt in prompts]
         how = resolved.options
+        prompts = [prompt.as_asked(how.logprobs, resolved.config.num_beams) for prompt in prompts]
+        ids, begins = [prompt.open().ids for prompt in prompts], [prompt.begin for prompt in prompts]
         settings = resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos
-        return Request(self.sampler, ids, *settings, logprobs, on_growth, on_end)
+        return Request(self.sampler, ids, *settings, logprobs, on_growth, on_end, begins)
 
 
 def close(batcher: Batcher) -> None:
