@@ -179,9 +179,9 @@ def test_a_text_goes_on_in_the_piece_at_the_end_of_its_prompt(model: Model) -> N
         if found.follows_all:
             assert found.tokens == whole.tokens
         after = model.read(found)
-        text = model.bundle.tokenizer.detokenize(after.words)
+        text = model.bundle.tokenizer.detokenize(after.tokens)
         assert text == prompt + found.text
-        assert model.bundle.tokenizer.detokenize(model.read("'s", after=model.read(prompt)).words) == f"{prompt}'s"
+        assert model.bundle.tokenizer.detokenize(model.read("'s", after=model.read(prompt)).tokens) == f"{prompt}'s"
 
 
 def test_the_same_seed_gives_the_same_text_after_a_seam_everywhere(model: Model, tmp_path: Path) -> None:
