@@ -192,8 +192,9 @@ class Application:
         note.prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
         if not asked.stream:
             answer = await complete(asked, service, request.receive, note, deadline)
-            is_long = answer["usage"]["total_tokens"] > SHORT_TOKENS
-            return Response(await done_by(is_long, lambda: encoded(answer)), media_type="application/json")
+            is_long = sum(note.tokens()) > SHORT_TOKENS
+            body = await done_by(is_long, lambda: encoded(answer, is_long=is_long))
+            return Response(body, media_type="application/json")
         return EventStream(*await stream(asked, service, request.receive, note, deadline))
 
     async def models(self, request: HttpRequest) -> Response:
@@ -235,7 +236,8 @@ class Application:
 
         def predictions() -> bytes:
             found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in job.texts]
-            return encoded({"predictions": [text.text if as_text else invocations.answer(text) for text in found]})
+            predicted = [text.text if as_text else invocations.answer(text) for text in found]
+            return encoded({"predictions": predicted}, is_long=is_long)
 
         is_long = note.prompt_tokens + job.num_written > SHORT_TOKENS
         return Response(await done_by(is_long, predictions), media_type="application/json")
