@@ -242,16 +242,18 @@ async def serve(
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:
     """Return what a thread makes of `work`; it may take minutes, and neither the end of the loop nor of the process waits."""
-    done: Future[T] = Future()
 
-    def run() -> None:
+    def run(done: Future[T]) -> None:
         done.set_running_or_notify_cancel()
         try:
             done.set_result(work())
         except BaseException as error:
             done.set_exception(error)
+        finally:
+            del done  # else an error, which knows this frame, would keep itself and what was loaded
 
-    threading.Thread(target=run, name="watch", daemon=True).start()
+    done: Future[T] = Future()
+    threading.Thread(target=run, args=(done,), name="watch", daemon=True).start()
     return await asyncio.wrap_future(done)
 
 

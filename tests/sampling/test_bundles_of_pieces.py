@@ -18,6 +18,7 @@ from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum
 from lmdist.text.pieces import Pieces, Saved
 from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import WordTokenizer
+from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
@@ -29,7 +30,7 @@ from lmdist_export.serving.batching import Scoring
 from lmdist_export.serving.openai_answer import Writer, choice
 from lmdist_export.serving.openai_request import read_request
 from lmdist_export.serving.service import Service
-from support.small_bundles import TEXTS_OF_PIECES, UNTIED, in_fresh_process, make_pieces
+from support.small_bundles import TEXTS_OF_PIECES, UNTIED, in_fresh_process, make_run_of_pieces, neutral
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -37,7 +38,10 @@ tokenizers = pytest.importorskip("tokenizers")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A data folder, a run and a bundle of pieces."""
-    return make_pieces(tmp_path_factory.mktemp("pieces"), TEXTS_OF_PIECES).parent
+    place = tmp_path_factory.mktemp("pieces")
+    export.main([str(make_run_of_pieces(place)), "-o", str(place / "bundle")])
+    neutral(place / "bundle")
+    return place
 
 
 @pytest.fixture(scope="module")

@@ -104,12 +104,11 @@ def make_bundle(
     return folder / "bundle"
 
 
-def make_pieces(folder: Path, texts: Sequence[str]) -> Path:
-    """Learn pieces from texts, and write a data folder of them, a run, and a bundle, which is `neutral`; return the bundle."""
-    (folder / "a.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
-    prepare(PrepareSettings(inputs=[str(folder / "a.jsonl")], tokenizer="bpe", vocabulary_size=320), folder / "data")
-    export.main([str(run_of_data(folder, folder / "data", UNTIED)), "-o", str(folder / "bundle")])
-    return neutral(folder / "bundle")
+def make_run_of_pieces(folder: Path, tokenizer: str = "bpe") -> Path:
+    """Write a run with one checkpoint, beside its data folder, whose pieces are learned from TEXTS_OF_PIECES."""
+    (folder / "a.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS_OF_PIECES))
+    prepare(PrepareSettings(inputs=[str(folder / "a.jsonl")], tokenizer=tokenizer, vocabulary_size=320), folder / "data")
+    return run_of_data(folder, folder / "data", UNTIED)
 
 
 def neutral(bundle: Path) -> Path:

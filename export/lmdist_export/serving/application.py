@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -25,7 +25,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from lmdist import __version__
 from lmdist.console import log
@@ -33,27 +32,22 @@ from lmdist_export.options import Options
 from lmdist_export.sampling.completion import to_completion
 from lmdist_export.sampling.prompt import Prompt
 from lmdist_export.sampling.resolved_options import ResolvedOptions
-from lmdist_export.serving import invocations
+from lmdist_export.serving import invocations, tokenize_api
 from lmdist_export.serving.access import ApiKeys, Hosts
 from lmdist_export.serving.batching import Request
-from lmdist_export.serving.completing import complete, error_event, stream
+from lmdist_export.serving.completing import complete, stream
+from lmdist_export.serving.event_stream import EventStream
 from lmdist_export.serving.failures import ErrorResponse, mlflow_error, openai_error, status_and_message
-from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, disconnect, encoded, parse, quoted, read_body
+from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, encoded, parse, quoted, read_body
 from lmdist_export.serving.metrics import CONTENT_TYPE, Metrics
 from lmdist_export.serving.observing import Note, Observed, note_of
 from lmdist_export.serving.openai_answer import model_facts
 from lmdist_export.serving.openai_request import EXAMPLE, NO_CHAT, ApiError, no_model, read_request
-from lmdist_export.serving.page_files import MEDIA_TYPES, SERVER_ENGINE, page_files
+from lmdist_export.serving.page_files import MEDIA_TYPES, PAGE_HEADERS, SERVER_ENGINE, page_files
 from lmdist_export.serving.running import SHORT_BYTES, SHORT_TOKENS, ClientLeft, Growth, done_by, finish
 from lmdist_export.serving.service import Service
 
 ANSWERED_AS = {"index.html": "", SERVER_ENGINE: "engine.js"}
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 READERS = 4
 """Threads that read requests: tokenizing the longest takes a second, and short ones go by it."""
 MAX_HELD_BYTES = 2**26
@@ -114,6 +108,8 @@ class Application:
             self.route("/v1/{other:path}", self.no_chat, openai_error, "POST"),
             self.route(invocations.PATH, self.invocations, mlflow_error, "POST"),
             self.route(text_invocations, self.invocations, mlflow_error, "POST"),
+            *(self.route(path, self.tokenizer(*how), openai_error, "POST") for path, how in tokenize_api.ROUTES.items()),
+            self.route("/tokenizer_info", self.tokenizer_info, openai_error, "GET"),
             self.route("/metrics", self.figures, openai_error, "GET"),
         ]
         is_open: dict[str, Endpoint] = {"/ping": self.ping, "/health": self.ping, "/version": self.version}
@@ -192,8 +188,9 @@ class Application:
         note.prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
         if not asked.stream:
             answer = await complete(asked, service, request.receive, note, deadline)
-            is_long = answer["usage"]["total_tokens"] > SHORT_TOKENS
-            return Response(await done_by(is_long, lambda: encoded(answer)), media_type="application/json")
+            is_long = sum(note.tokens()) > SHORT_TOKENS
+            body = await done_by(is_long, lambda: encoded(answer, is_long=is_long))
+            return Response(body, media_type="application/json")
         return EventStream(*await stream(asked, service, request.receive, note, deadline))
 
     async def models(self, request: HttpRequest) -> Response:
@@ -212,6 +209,20 @@ class Application:
     async def no_chat(self, request: HttpRequest) -> Response:
         """Answer what OpenAI has and a word-level model has not."""
         raise ApiError(NO_CHAT, 404)
+
+    # --- the tokenizer
+
+    def tokenizer(self, example: str, answer: Callable[[dict[str, Any], Service], dict[str, Any]]) -> Endpoint:
+        """Return what answers with a function of tokenize_api.py."""
+
+        async def answered(request: HttpRequest) -> Response:
+            return JSONResponse(await self.read_from(request, lambda body: answer(parse(body, example), self.service)))
+
+        return answered
+
+    async def tokenizer_info(self, request: HttpRequest) -> Response:
+        """Answer with the marks of the vocabulary."""
+        return JSONResponse(tokenize_api.INFO)
 
     # --- MLflow's protocol
 
@@ -235,7 +246,8 @@ class Application:
 
         def predictions() -> bytes:
             found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in job.texts]
-            return encoded({"predictions": [text.text if as_text else invocations.answer(text) for text in found]})
+            predicted = [text.text if as_text else invocations.answer(text) for text in found]
+            return encoded({"predictions": predicted}, is_long=is_long)
 
         is_long = note.prompt_tokens + job.num_written > SHORT_TOKENS
         return Response(await done_by(is_long, predictions), media_type="application/json")
@@ -259,39 +271,6 @@ async def body_of(request: HttpRequest, receive: Callable[[], Awaitable[Any]]) -
     if body is None:
         raise ClientLeft
     return body
-
-
-class EventStream(Response):
-    """Server-sent events."""
-
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        """Send `events`; `close` is called when they end, or their client leaves."""
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies hand on each event
-        super().__init__(media_type="text/event-stream", headers=headers)
-        del self.headers["content-length"]
-        self.events, self.close = events, close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events. Starlette's own response has a group of tasks for that, which takes longer than the events."""
-        sending = asyncio.current_task()
-        assert sending
-
-        def stop(_: object) -> None:
-            sending.cancel()
-
-        leaving = asyncio.ensure_future(disconnect(receive))
-        leaving.add_done_callback(stop)
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for events in self.events:
-                await send({"type": "http.response.body", "body": events, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except asyncio.CancelledError as error:  # the server is stopping, or nobody is there
-            await send({"type": "http.response.body", "body": error_event(error)})
-        finally:
-            leaving.remove_done_callback(stop)
-            leaving.cancel()
-            self.close()
 
 
 # --- the page ------------------------------------------------------------------------------------------------------

@@ -114,13 +114,18 @@ def logprobs_object(
     if len(of_tokens) > len(tokens):  # the end mark that ended the text, which is not in it
         mark = asked.resolved.config.eos_token_id
         tokens, names, offsets = [*tokens, mark], [*names, words[mark]], [*offsets, end + sum(map(len, pieces))]
-    top_logprobs = [
+    top_logprobs: list[dict[str, float] | None] = [
         {words[other]: value for other, value in top} | {words[token]: of_token}
         for token, of_token, top in zip(tokens, of_tokens, tops, strict=True)
     ]
+    token_logprobs: list[float | None] = [*of_tokens]
+    if asked.echo and asked.marked[text.prompt_number]:  # nothing is before it, so it has no log-probability
+        mark = asked.resolved.config.bos_token_id
+        tokens, names, offsets = [mark, *tokens], [words[mark], *names], [0, *offsets]
+        token_logprobs, top_logprobs = [None, *token_logprobs], [None, *top_logprobs]
     return {
         "tokens": names,
-        "token_logprobs": list(of_tokens),
+        "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
         "text_offset": offsets,
         "unknown": [token == UNKNOWN_ID for token in tokens],

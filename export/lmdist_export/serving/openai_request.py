@@ -73,6 +73,8 @@ class CompletionRequest:
     given: list[str]
     """The prompts as they were given; ids as they are written."""
     written: list[WrittenPrompt]
+    marked: list[bool]
+    """Whether the ids of each prompt had the mark in front that a text begins after: it is read once."""
     resolved: ResolvedOptions
     """Its `n` is the number of texts that are generated for a prompt, of which the best are returned."""
     n: int
@@ -102,7 +104,7 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     """Return what a request asks for; raises UsageError where it cannot be answered."""
     given = {name: value for name, value in given.items() if value is not None}
     check_names(given, model)
-    prompts, texts = read_prompts(given.get("prompt", ""), service, scores=given.get("max_tokens") == 0)
+    prompts, texts, marked = read_prompts(given.get("prompt", ""), service, scores=given.get("max_tokens") == 0)
     renamed = "max_tokens" in given
     try:
         values = table_values(given, service.bundle)
@@ -133,7 +135,7 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     unknown = [*filter(None, (warning_of_prompt(prompt, service.bundle) for prompt in prompts))]
     written = [WrittenPrompt(service.bundle, prompt) for prompt in prompts]
     return CompletionRequest(
-        model, service.bundle, prompts, texts, written, resolved, n, scores, echo, logprobs, stream, include_usage,
+        model, service.bundle, prompts, texts, written, marked, resolved, n, scores, echo, logprobs, stream, include_usage,
         [*unknown, *silent, *resolved.warnings],
     )  # fmt: skip
 
@@ -153,27 +155,35 @@ def check_names(given: dict[str, Any], model: str) -> None:
         raise no_model(given["model"], model)
 
 
-def read_prompts(given: Any, service: Service, *, scores: bool) -> tuple[list[Prompt], list[str]]:
-    """Return prompts, and each as a text, of a string, a list of strings, a list of ids, or a list of these."""
+def read_prompts(given: Any, service: Service, *, scores: bool) -> tuple[list[Prompt], list[str], list[bool]]:
+    """Return prompts, each as a text, and whether it had the mark in front that a text begins after.
+
+    They are a string, a list of strings, a list of ids, or a list of these.
+    """
     several = given if isinstance(given, list) and not (given and all(map(is_id, given))) else [given]
     if all(isinstance(prompt, str) for prompt in several):
         texts = [string_of("prompt", text, quoted=quoted) for text in several]
-        return service.prompts(texts, continues=not scores), texts
+        return service.prompts(texts, continues=not scores), texts, [False] * len(texts)
+    if not all(isinstance(ids, list) and all(map(is_id, ids)) for ids in several):
+        raise ApiError(
+            f"prompt is {quoted(given)}; a string, a list of strings, a list of token ids, or a list of these is expected",
+            param="prompt",
+        )
+    marked = [ids[:1] == [service.bundle.generation.bos_token_id] for ids in several]
+    prompts = [prompt_of_ids(ids[has_mark:], service, "prompt") for ids, has_mark in zip(several, marked, strict=True)]
+    return prompts, [service.bundle.tokenizer.detokenize(prompt.words) for prompt in prompts], marked
+
+
+def prompt_of_ids(ids: Any, service: Service, name: str) -> Prompt:
+    """Return the words of ids as a prompt; raises UsageError, with the `name` of the field that has them, for others."""
+    if not isinstance(ids, list) or not all(map(is_id, ids)):
+        raise ApiError(f"{name} is {quoted(ids)}; a list of token ids is expected", param=name)
     size = service.bundle.sizes.vocabulary_size
-    prompts = []
-    for ids in several:
-        if not isinstance(ids, list) or not all(map(is_id, ids)):
-            raise ApiError(
-                f"prompt is {quoted(given)}; a string, a list of strings, a list of token ids, or a list of these is expected",
-                param="prompt",
-            )
-        if wrong := [token for token in ids if not 0 <= token < size]:
-            raise ApiError(
-                f"prompt has the token id {quoted(wrong[0])}; the vocabulary has the ids 0 to {size - 1:,}", param="prompt"
-            )
-        check_limit("the number of tokens in prompts", len(ids), MAX_TOKENS)
-        prompts.append(prompt_of_words(service.bundle, service.bundle.vocabulary.decode(ids)))
-    return prompts, [service.bundle.tokenizer.detokenize(prompt.words) for prompt in prompts]
+    if wrong := [token for token in ids if not 0 <= token < size]:
+        sentence = f"{name} has the token id {quoted(wrong[0])}; the vocabulary has the ids 0 to {size - 1:,}"
+        raise ApiError(sentence, param=name)
+    check_limit(f"the number of tokens in {name}s" if name == "prompt" else "the number of tokens", len(ids), MAX_TOKENS)
+    return prompt_of_words(service.bundle, service.bundle.vocabulary.decode(ids))
 
 
 def is_id(value: Any) -> bool:
