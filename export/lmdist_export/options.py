@@ -512,7 +512,7 @@ class Features:
 
     @property
     def filters(self) -> list[GraphInput]:
-        """The filters that it applies."""
+        """Return the filters that it applies."""
         return [graph for name, graph in FILTERS.items() if getattr(self, name)]
 
     @property
@@ -522,7 +522,7 @@ class Features:
 
     @property
     def attempts(self) -> int:
-        """A: uniform numbers a token."""
+        """Return A: uniform numbers a token."""
         return ATTEMPTS if self.filters and not (self.sorted or self.greedy) else 1
 
 

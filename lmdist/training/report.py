@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lmdist import config
-from lmdist.console import ProgressBar, duration, next_line, shown, unused
+from lmdist.console import ProgressBar, duration, next_line, shown, unused_path
 from lmdist.counted import counted
 from lmdist.errors import DataError
 from lmdist.perplexity import COMPARED, per_word_and_byte, perplexity
@@ -62,7 +62,7 @@ def open_logger(run: Run) -> MetricsLogger:
     logger = RunLogger(
         run.path,
         run.recipe.tracking,
-        config.flat(run.recipe),
+        config.named_settings(run.recipe),
         run.folder.path.name,
         run.folder.meta,
         run.progress.step,
@@ -108,11 +108,12 @@ def announcement(run: Run) -> list[str]:
     end = f"to step {total_steps:,}" if total_steps != UNDECIDED else "to a step that the speed decides"
     if run.budget:
         end += f", in the {duration(max(0, run.budget.seconds_left))} left of {duration(60 * run.budget.minutes)}"
+    spread = f" +- {recipe.data.window_spread}" if recipe.data.window_spread else ""
     lines = [
         f"{run.path}: {start}, {end} ({run.batches.steps_per_epoch:,} per epoch)",
         f"  data   {data_line(run)}",
         f"  model  {model_line(run)}",
-        f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} tokens "
+        f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window}{spread} tokens "
         f"on {counted(world.size, 'rank')}, {world.device.type}",
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
     ]
@@ -287,7 +288,7 @@ class Report:
         path, folder = self.run.path, self.run.folder
         split = next((name for name in ("test", "valid") if folder.has(name)), None)
         evaluate = ["lmdist-evaluate", path, *([] if split == "test" else ["--split", split])]
-        export = ["lmdist-export", path, "-o", unused(Path("bundles") / path.resolve().name)]
+        export = ["lmdist-export", path, "-o", unused_path(Path("bundles") / path.resolve().name)]
         return next_line(*([evaluate] if split else []), export)
 
     def write_picture_and_sample(self, name: str, num_tokens: int) -> None:

@@ -77,10 +77,10 @@ def test_a_server_writes_the_same_text(model: Model, prompt: str) -> None:
         writer = Writer(model.bundle, asked.prompts[0], prompt, again=taken_again(text, asked.prompts[0]))
         assert "".join([*(piece for token in text.tokens for piece in writer.write([token])), writer.end(text)]) == expected
     asked = read_request({"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    scoring = Scoring(model.sampler, [asked.prompts[0].tokens], 0)
+    scoring = Scoring(model.sampler, [asked.prompts[0].ids], 0)
     service.batcher.submit(scoring)
     assert scoring.finished.wait(60)
-    found = choice(asked, Text(asked.prompts[0].tokens, 0, 0, finish_reason="length"), 0, scoring.scores[0])
+    found = choice(asked, Text(asked.prompts[0].ids, 0, 0, finish_reason="length"), 0, scoring.scores[0])
     offsets = [*found["logprobs"]["text_offset"], len(prompt)]
     assert found["text"] == prompt
     assert offsets == sorted(offsets)
@@ -120,7 +120,7 @@ def test_a_stop_inside_of_a_piece_keeps_the_character_before_it(model: Model) ->
     service = Service(model.sampler)
     for prompt, generated, whole in (("", tokens, "日"), ("a ", tokens, "a 日"), (tokens[:1], tokens[1:], "日")):
         asked = read_request({"prompt": prompt, "max_tokens": 9}, service, "pieces")
-        text = Text(asked.prompts[0].tokens, 0, 0)
+        text = Text(asked.prompts[0].ids, 0, 0)
         append(text, generated, Generation(asked.resolved.config, Stops([b"."], contents)))
         assert (text.tokens, text.rest, text.finish_reason) == (generated[:-1], third, "stop")
         assert choice(asked, text, 0, None)["text"] == "日"
@@ -162,26 +162,26 @@ def test_a_text_goes_on_in_the_piece_at_the_end_of_its_prompt(model: Model) -> N
         opened, begins = asked.open(), asked.seam.begin.tokens
         assert opened.tokens == asked.tokens[:-1]
         assert {contents[token] for token in begins} == {
-            content for content in contents if content.startswith(contents[asked.tokens[-1]])
+            content for content in contents if content.startswith(contents[asked.ids[-1]])
         }
-        state = model.sampler.start([[1, *opened.tokens]])
+        state = model.sampler.start([[1, *opened.ids]])
         logits, _ = model.sampler.next_logits(state)
         best = max(begins, key=lambda token: logits[0, token])
         options = {"temperature": 0, "max_new_tokens": 3, "ignore_eos": True, "echo": False}
         found = model.generate(prompt, **options)
-        expected = model.bundle.tokenizer.detokenize([*opened.words, model.bundle.vocabulary.words[best]])
+        expected = model.bundle.tokenizer.detokenize([*opened.tokens, model.bundle.vocabulary.words[best]])
         assert (prompt + found.text).startswith(expected)
         assert len(found.tokens) == 3
-        assert found.follows_all == (best == asked.tokens[-1])
+        assert found.follows_all == (best == asked.ids[-1])
         whole = model.generate(prompt, logprobs=2, **options)  # not healed
         assert whole.top_logprobs
         assert {*whole.top_logprobs[0]} == {word for word, _ in model.next_words(prompt, k=2)}
         if found.follows_all:
             assert found.tokens == whole.tokens
         after = model.read(found)
-        text = model.bundle.tokenizer.detokenize(after.words)
+        text = model.bundle.tokenizer.detokenize(after.tokens)
         assert text == prompt + found.text
-        assert model.bundle.tokenizer.detokenize(model.read("'s", after=model.read(prompt)).words) == f"{prompt}'s"
+        assert model.bundle.tokenizer.detokenize(model.read("'s", after=model.read(prompt)).tokens) == f"{prompt}'s"
 
 
 def test_the_same_seed_gives_the_same_text_after_a_seam_everywhere(model: Model, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_offsets_lie_in_the_text_that_was_given(model: Model, changes: dict[str,
     service.bundle = rewriting(model, **changes)
     given = "İİİİİİİİ the… ﬁﬁﬁ… people"
     asked = read_request({"prompt": given, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    tokens = asked.prompts[0].tokens
+    tokens = asked.prompts[0].ids
     scores = [0.0] * len(tokens), [[] for _ in tokens]
     offsets = choice(asked, Text(tokens, 0, 0, finish_reason="length"), 0, scores)["logprobs"]["text_offset"]
     assert offsets == sorted(offsets)
@@ -276,8 +276,8 @@ def test_bad_words_and_biases_are_with_and_without_a_space(model: Model) -> None
 def test_scores_vectors_and_next_words(model: Model) -> None:
     score = model.score("The president said\nthat.")
     assert not score.unknown.any()
-    assert score.words[-1] == "<eos>"
-    assert model.bundle.tokenizer.detokenize(score.words[:-1]) == "The president said\nthat."
+    assert score.tokens[-1] == "<eos>"
+    assert model.bundle.tokenizer.detokenize(score.tokens[:-1]) == "The president said\nthat."
     assert model.vector("the").shape == (6,)
     assert len(model.next_words("The president", k=3)) == 3
     assert [*model.generate(["The", "We"], max_new_tokens=3)]
@@ -288,8 +288,8 @@ def test_a_prompt_that_was_read_continues_with_its_space(model: Model, tmp_path:
     state.save(tmp_path / "said.npz")
     for before in (state, model.load_prompt(tmp_path / "said.npz")):
         both = model.read("said", after=before)
-        assert model.bundle.tokenizer.detokenize(both.words) == "The president said"
-        assert both.tokens == model.prompt("The president said").tokens
+        assert model.bundle.tokenizer.detokenize(both.tokens) == "The president said"
+        assert both.ids == model.prompt("The president said").ids
 
 
 def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
@@ -301,7 +301,7 @@ def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
 
 def test_the_bundle_has_the_files_of_its_pieces(folder: Path, model: Model) -> None:
     theirs = tokenizers.Tokenizer.from_file(str(folder / "bundle/tokenizer.json"))
-    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).tokens
+    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).ids
     assert "lmdist[cpu,serve,subword]" in (folder / "bundle/requirements.txt").read_text()
     assert (folder / "bundle/text.json").read_bytes() == (folder / "data/text.json").read_bytes()
 

@@ -121,8 +121,8 @@ def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str | bytes],
     """
     opened, has_pieces = prompt.open(), bundle.tokenizer.settings.has_pieces
     given = prompt.seam.given if prompt.seam else " " if prompt.space or not (echo or has_pieces) else ""
-    pieces = bundle.tokenizer.pieces(chain(opened.words, words))
-    before = list(islice(pieces, len(opened.words)))
+    pieces = bundle.tokenizer.pieces(chain(opened.tokens, words))
+    before = list(islice(pieces, len(opened.tokens)))
     if echo:
         yield from [*before, given]
     added = after_text(pieces, given)
@@ -196,7 +196,7 @@ def grow_texts(
 
     if config.num_beams > 1:
         for number, prompt, state in states():
-            for text in beam_search(sampler, prompt.tokens, config, n, resolved.stops, options.ignore_eos, state):
+            for text in beam_search(sampler, prompt.ids, config, n, resolved.stops, options.ignore_eos, state):
                 yield prompt, dataclasses.replace(text, prompt_number=number), text.tokens
             del growing[number]
         return
@@ -204,7 +204,7 @@ def grow_texts(
         text
         for number, opened, state in states()
         for text in forks(
-            sampler, state, opened.tokens, number, config, resolved.seed or 0, opened.numbers(n), growing[number].begin
+            sampler, state, opened.ids, number, config, resolved.seed or 0, opened.numbers(n), growing[number].begin
         )
     )
     generation = Generation(config, resolved.stops, options.ignore_eos)

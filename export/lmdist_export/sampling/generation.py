@@ -123,35 +123,16 @@ def grow(
     stream: bool = False,
     custom_bias: CustomBias | None = None,
 ) -> Iterator[tuple[Text, list[int]]]:
-    """Yield (text, new tokens) as `texts` grow from their states, `batch_size` at a time; see `continuations`."""
+    """Yield (text, new tokens) as `texts` grow from their states, `batch_size` at a time; see `continuations`.
 
-    def admit(free: int) -> list[tuple[Text, State]]:
-        return list(islice(texts, free))
-
-    for growth in generation_steps(sampler, admit, generation, batch_size, stream=stream, custom_bias=custom_bias):
-        yield from growth
-
-
-def generation_steps(
-    sampler: Sampler,
-    admit: Callable[[int], list[tuple[Text, State]]],
-    generation: Generation,
-    batch_size: int = BATCH_SIZE,
-    *,
-    stream: bool = False,
-    custom_bias: CustomBias | None = None,
-) -> Iterator[list[tuple[Text, list[int]]]]:
-    """Yield what each call of the graph has appended to its texts, (text, new tokens), until no text is left.
-
-    Before each call `admit` returns new texts, at most as many as there are free places. A text leaves the batch when it has
-    a finish_reason.
+    A text leaves the batch when it has a finish_reason, and the next one takes its place before the next call of the graph.
     """
     batch = Batch(sampler, generation, stream=stream, custom_bias=custom_bias)
     while True:
-        batch.join(admit(batch_size - len(batch)))
+        batch.join(list(islice(texts, batch_size - len(batch))))
         if not batch.texts:
             return
-        yield batch.step()
+        yield from batch.step()
 
 
 class Batch:

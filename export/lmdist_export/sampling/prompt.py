@@ -1,6 +1,6 @@
-"""A prompt: the words of a text that is to be continued, their ids, and the state of a model that has read them.
+"""A prompt: the tokens of a text that is to be continued, their ids, and the state of a model that has read them.
 
-    prompt = prompt_of(bundle, "The president said")        # words and ids
+    prompt = prompt_of(bundle, "The president said")        # tokens and ids
     prompt = read(sampler, prompt)                          # read once,
     first, second = prompt.fork(2)                          # continued as often as one likes,
     prompt.save("said.npz")                                 # in another process too
@@ -33,10 +33,10 @@ from lmdist_export.sampling.state import PARTS, State
 class Prompt:
     """A text that is to be continued."""
 
-    words: list[str]
+    tokens: list[str]
     """As tokenized, those that the vocabulary does not have included."""
-    tokens: list[int] = field(repr=False)
-    """The ids of the words."""
+    ids: list[int] = field(repr=False)
+    """Of the tokens."""
     model: str = field(repr=False)
     """The sha256 of the weights of the model whose ids, and whose state, these are."""
     state: State | None = field(default=None, repr=False)
@@ -51,8 +51,8 @@ class Prompt:
     @cached_property
     def unknown_words(self) -> list[str]:
         """Return the words that are not in the vocabulary and are read as `<unk>`, each once."""
-        pairs = zip(self.words, self.tokens, strict=True)
-        return list(dict.fromkeys(word for word, token in pairs if token == UNKNOWN_ID and word != UNKNOWN))
+        pairs = zip(self.tokens, self.ids, strict=True)
+        return list(dict.fromkeys(token for token, token_id in pairs if token_id == UNKNOWN_ID and token != UNKNOWN))
 
     def numbers(self, n: int) -> range:
         """Return the numbers of `n` texts that continue this one; those of other forks are others."""
@@ -80,7 +80,7 @@ class Prompt:
         if state is not None:
             left = state.tokens[:, : -self.seam.removed]
             state = replace(state, tokens=left, lengths=np.array([left.size], np.int64))
-        return replace(self, words=self.words[:kept], tokens=self.tokens[:kept], state=state, seam=None)
+        return replace(self, tokens=self.tokens[:kept], ids=self.ids[:kept], state=state, seam=None)
 
     def start(self, sampler: Sampler, first: int, *, cached: bool) -> State:
         """Return the state to continue from, where nothing was read that of a text before its `first` token.
@@ -88,7 +88,7 @@ class Prompt:
         A `cached` one has the memory that a neural cache needs: a prompt that was read without it is read again.
         """
         if self.state is None or (cached and len(self.state.model) < len(PARTS)):
-            return sampler.start([[first, *self.tokens]], cached=cached)
+            return sampler.start([[first, *self.ids]], cached=cached)
         return self.state if cached else replace(self.state, model=self.state.model[: len(STATE)])
 
     def save(self, path: str | Path) -> None:
@@ -99,7 +99,7 @@ class Prompt:
         if self.state is None:
             raise UsageError("nothing of this prompt was read, so it has no state to save: model.read(prompt) reads it")
         space = {"space": True} if self.space else {}
-        self.state.save(path, {"words": self.words, "number": self.number, "model": self.model, **space})
+        self.state.save(path, {"words": self.tokens, "number": self.number, "model": self.model, **space})
 
 
 def prompt_of(bundle: Bundle, text: str, after: Prompt | None = None) -> Prompt:
@@ -115,7 +115,7 @@ def prompt_of(bundle: Bundle, text: str, after: Prompt | None = None) -> Prompt:
 
 def with_seam(bundle: Bundle, prompt: Prompt) -> Prompt:
     """Return a prompt that is continued where a piece of a word may go on."""
-    return replace(prompt, seam=seam_of(bundle.tokenizer, prompt.words, prompt.tokens, space=prompt.space))
+    return replace(prompt, seam=seam_of(bundle.tokenizer, prompt.tokens, prompt.ids, space=prompt.space))
 
 
 def prompt_of_words(bundle: Bundle, words: Sequence[str]) -> Prompt:
@@ -133,12 +133,12 @@ def read(sampler: Sampler, prompt: Prompt, after: Prompt | None = None) -> Promp
     cached = config.cache_weight > 0
     if after is not None:
         before = after.start(sampler, config.bos_token_id, cached=cached)
-        words, tokens = [*after.words, *prompt.words], [*after.tokens, *prompt.tokens]
-        state = appended(before, prompt.tokens)
-        prompt = replace(after, words=words, tokens=tokens, state=state, space=prompt.space, seam=prompt.seam)
+        tokens, ids = [*after.tokens, *prompt.tokens], [*after.ids, *prompt.ids]
+        state = appended(before, prompt.ids)
+        prompt = replace(after, tokens=tokens, ids=ids, state=state, space=prompt.space, seam=prompt.seam)
     opened = prompt.open()
     state = sampler.prefill(opened.start(sampler, config.bos_token_id, cached=cached), config)
-    return replace(prompt, state=appended(state, prompt.tokens[len(opened.tokens) :]))
+    return replace(prompt, state=appended(state, prompt.ids[len(opened.ids) :]))
 
 
 def appended(state: State, tokens: Sequence[int]) -> State:

@@ -28,12 +28,21 @@ from numpy.typing import NDArray
 from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, UsageError
 from lmdist_export.bundle import WEIGHTS, Bundle
-from lmdist_export.graph.cache import CACHE, EMPTY
+from lmdist_export.graph.cache import CACHE, EMPTY, NEW
 from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.graphs import embedding_graph, generation_graph, next_graph, score_graph, step_graph
 from lmdist_export.options import MAX_WEIGHT, NO_CACHE, ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
-from lmdist_export.sampling.state import PARTS, ModelState, State, by_part, copy_generator, joined, uniform_numbers
+from lmdist_export.sampling.state import (
+    PARTS,
+    ModelState,
+    State,
+    by_part,
+    copy_generator,
+    joined,
+    remembered,
+    uniform_numbers,
+)
 from lmdist_export.sampling.steps import Pace, Steps, result_of
 from lmdist_export.sampling.token_session import Generated, TokenSession
 
@@ -327,10 +336,13 @@ class Sampler:
     def run_loop(self, features: Features, feed: dict[str, Any]) -> Generated:
         """Return what the generation graph generates in one call."""
         session = self.generation_session(features)
-        parts = PARTS if features.cached else STATE
-        names = ["words", "mass", *(f"next_{name}" for name in parts), *(["next_counts"] if features.adjusted else [])]
+        names = ["words", "mass", *(f"next_{name}" for name in STATE), *(NEW if features.cached else ())]
+        names += ["next_counts"] if features.adjusted else []
         tokens, mass, *state = session.run(names, {name: np.asarray(feed[name]) for name in session.input_names})
         counts = state.pop() if features.adjusted else None
+        if features.cached:
+            before = tuple(feed[name] for name in PARTS)
+            state[len(STATE) :] = remembered(before, state[len(STATE) :], int(feed["cache_size"][0]))
         # Without new tokens onnxruntime forgets the batch size.
         return Generated(tokens.reshape(-1, len(feed["lengths"])), mass, tuple(state), counts)
 

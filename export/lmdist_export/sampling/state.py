@@ -146,6 +146,22 @@ def joined(states: Sequence[ModelState]) -> ModelState:
     return tuple(np.concatenate(values) for values in parts.values())
 
 
+def remembered(state: ModelState, pairs: Sequence[NDArray[Any]], size: int) -> ModelState:
+    """Return the memory of a state with new `pairs` added, parts as those of graph.cache.NEW; the last `size` are kept."""
+    hidden, tokens = state[len(STATE) :]
+    is_new = pairs[1] != EMPTY  # (B, T)
+    counts = is_new.sum(axis=1)
+    places = max(1, min(size, int((np.count_nonzero(tokens != EMPTY, axis=1) + counts).max())))
+    after = np.zeros((len(tokens), places, hidden.shape[2]), np.float32), np.full((len(tokens), places), EMPTY)
+    for row, count in enumerate(counts.tolist()):
+        recent = min(count, places)
+        kept = min(places - recent, tokens.shape[1])
+        for part, old, new in zip(after, (hidden, tokens), pairs, strict=True):
+            part[row, places - recent - kept : places - recent] = old[row, tokens.shape[1] - kept :]
+            part[row, places - recent :] = new[row, is_new[row]][count - recent :]
+    return after
+
+
 def select(state: ModelState, rows: Sequence[int] | NDArray[np.integer]) -> ModelState:
     """Return these rows of a model's state."""
     return tuple(part[rows] for part in state)

@@ -185,7 +185,7 @@ class Application:
         """Answer with texts, or with a stream of them."""
         service, note, deadline = self.begun(request)
         asked = await self.read_from(request, lambda body: read_request(parse(body, EXAMPLE), service, self.name))
-        note.prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
+        note.prompt_tokens = sum(len(prompt.ids) for prompt in asked.prompts)
         if not asked.stream:
             answer = await complete(asked, service, request.receive, note, deadline)
             is_long = sum(note.tokens()) > SHORT_TOKENS
@@ -241,7 +241,7 @@ class Application:
             return prompts, resolved, service.request(prompts, resolved, logprobs=logprobs, on_end=growth.on_end)
 
         prompts, resolved, job = await self.read_from(request, read)
-        note.prompt_tokens, note.work = sum(len(prompt.tokens) for prompt in prompts), job
+        note.prompt_tokens, note.work = sum(len(prompt.ids) for prompt in prompts), job
         await finish(service.batcher, job, growth, request.receive, deadline)
 
         def predictions() -> bytes:

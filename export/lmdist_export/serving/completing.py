@@ -32,7 +32,7 @@ DONE = b"data: [DONE]\n\n"
 async def complete(asked: CompletionRequest, service: Service, receive: Receive, note: Note, deadline: float) -> dict[str, Any]:
     """Return the answer to a request; raises as `finish`."""
     if asked.only_scores:
-        texts = [Text(prompt.tokens, number, 0, finish_reason="length") for number, prompt in enumerate(asked.prompts)]
+        texts = [Text(prompt.ids, number, 0, finish_reason="length") for number, prompt in enumerate(asked.prompts)]
     else:
         growth = Growth()
         job = await job_of(asked, service, on_end=growth.on_end)

@@ -102,11 +102,11 @@ def logprobs_object(
     words = asked.bundle.vocabulary.words
     prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
     of_tokens, tops = scores
-    tokens = [*(prompt.tokens if asked.echo else []), *text.tokens]
-    names = [*(prompt.words if asked.echo else []), *(words[token] for token in text.tokens)]
+    tokens = [*(prompt.ids if asked.echo else []), *text.tokens]
+    names = [*(prompt.tokens if asked.echo else []), *(words[token] for token in text.tokens)]
     has_pieces = asked.bundle.tokenizer.settings.has_pieces
     # Pieces write the text that was given, but for a model that normalizes or lowercases it first.
-    in_text = [piece.lstrip(" ") for piece in before] if has_pieces else prompt.words
+    in_text = [piece.lstrip(" ") for piece in before] if has_pieces else prompt.tokens
     is_given = has_pieces and given.startswith("".join(before))
     written = piece_offsets(before, 0) if is_given else word_offsets(given, in_text)
     end = len(given) if asked.echo else 0
@@ -155,7 +155,7 @@ def piece_offsets(pieces: Sequence[str], start: int) -> list[int]:
 def usage(asked: CompletionRequest, texts: Sequence[Text]) -> dict[str, int]:
     """Return how many tokens were read, and generated."""
     prompt_tokens, completion_tokens = (
-        sum(len(prompt.tokens) for prompt in asked.prompts),
+        sum(len(prompt.ids) for prompt in asked.prompts),
         sum(len(text.tokens) for text in texts),
     )
     return {
@@ -185,7 +185,7 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
 
 def option_facts(row: Row, bundle: Bundle) -> dict[str, Any]:
     """Return an option as this API takes it; a bound that is infinite is null."""
-    facts = {"minimum": None, "maximum": None} | row_facts(row)
+    facts: dict[str, Any] = {"minimum": None, "maximum": None} | row_facts(row)
     default: Any = API_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
     if row.name == "temperature" and bundle.generation.greedy:
         default = 0.0
