@@ -40,6 +40,7 @@ HOMES = {
         "export/lmdist_export/serving/middleware.py",
         "export/lmdist_export/serving/failures.py",
         "export/lmdist_export/serving/application.py",
+        "export/lmdist_export/serving/event_stream.py",
     },
     "uvicorn": {"export/lmdist_export/serving/connections.py"},
     "prometheus_client": {"export/lmdist_export/serving/metrics.py"},
@@ -96,8 +97,8 @@ WINGS = {
     ),
     "lmdist_export.serving": (
         "requests shared_batch batching json_body invocations service middleware mlflow_model registry access running "
-        "openai_request openai_answer failures metrics observing completing tokenize_api page_files application connections "
-        "watching"
+        "openai_request openai_answer failures metrics observing completing event_stream tokenize_api page_files application "
+        "connections watching"
     ),
     "lmdist_export.conversion": "tokenizer_json weights unpacking base verify sherpa exporting web",
 }

@@ -44,10 +44,9 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     tokens = tokens_per_word(rows)
-    if tokens is None or abs(tokens - 1) <= NO_DIFFERENCE:
-        add_perplexity(axes, "perplexity", 1.0)
-    else:
-        add_perplexity(axes, "perplexity per token", 1.0)
+    compares = abs(tokens - 1) > NO_DIFFERENCE
+    add_perplexity(axes, "perplexity per token" if compares else "perplexity", 1.0)
+    if compares:
         add_perplexity(axes, "perplexity per word (validation)", tokens, BESIDE)
     try:
         with atomic_path(picture) as temporary:  # which replaces a link and does not follow it
@@ -56,13 +55,13 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         pyplot.close(figure)  # also where the disk is full, or each try would leave one in memory
 
 
-def tokens_per_word(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Return how many tokens the validation's text has for each word, as its figures tell it; None where they do not."""
+def tokens_per_word(rows: Sequence[dict[str, Any]]) -> float:
+    """Return how many tokens the validation's text has for each word, as its figures tell it; 1 where they do not."""
     for row in reversed(rows):
         loss, per_word = row.get("valid/loss", 0), row.get("valid/perplexity_per_word", 0)
         if loss > 0 and per_word > 1:
             return math.log(per_word) / loss
-    return None
+    return 1.0
 
 
 def add_perplexity(axes: Axes, label: str, tokens: float, place: float = 1.0) -> None:

@@ -185,7 +185,8 @@ def test_a_client_that_does_not_read_a_short_answer_is_disconnected(monkeypatch:
     ],
 )
 def test_json_in_pieces_is_json(value: Any) -> None:
-    assert encoded(value).decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for is_long in (False, True):
+        assert encoded(value, is_long=is_long).decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def test_what_a_text_grows_while_nobody_takes_it_is_one_event() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -25,7 +25,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from lmdist import __version__
 from lmdist.console import log
@@ -36,9 +35,10 @@ from lmdist_export.sampling.resolved_options import ResolvedOptions
 from lmdist_export.serving import invocations, tokenize_api
 from lmdist_export.serving.access import ApiKeys, Hosts
 from lmdist_export.serving.batching import Request
-from lmdist_export.serving.completing import complete, error_event, stream
+from lmdist_export.serving.completing import complete, stream
+from lmdist_export.serving.event_stream import EventStream
 from lmdist_export.serving.failures import ErrorResponse, mlflow_error, openai_error, status_and_message
-from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, disconnect, encoded, parse, quoted, read_body
+from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, encoded, parse, quoted, read_body
 from lmdist_export.serving.metrics import CONTENT_TYPE, Metrics
 from lmdist_export.serving.observing import Note, Observed, note_of
 from lmdist_export.serving.openai_answer import model_facts
@@ -188,8 +188,9 @@ class Application:
         note.prompt_tokens = sum(len(prompt.ids) for prompt in asked.prompts)
         if not asked.stream:
             answer = await complete(asked, service, request.receive, note, deadline)
-            is_long = answer["usage"]["total_tokens"] > SHORT_TOKENS
-            return Response(await done_by(is_long, lambda: encoded(answer)), media_type="application/json")
+            is_long = sum(note.tokens()) > SHORT_TOKENS
+            body = await done_by(is_long, lambda: encoded(answer, is_long=is_long))
+            return Response(body, media_type="application/json")
         return EventStream(*await stream(asked, service, request.receive, note, deadline))
 
     async def models(self, request: HttpRequest) -> Response:
@@ -245,7 +246,8 @@ class Application:
 
         def predictions() -> bytes:
             found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in job.texts]
-            return encoded({"predictions": [text.text if as_text else invocations.answer(text) for text in found]})
+            predicted = [text.text if as_text else invocations.answer(text) for text in found]
+            return encoded({"predictions": predicted}, is_long=is_long)
 
         is_long = note.prompt_tokens + job.num_written > SHORT_TOKENS
         return Response(await done_by(is_long, predictions), media_type="application/json")
@@ -269,39 +271,6 @@ async def body_of(request: HttpRequest, receive: Callable[[], Awaitable[Any]]) -
     if body is None:
         raise ClientLeft
     return body
-
-
-class EventStream(Response):
-    """Server-sent events."""
-
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        """Send `events`; `close` is called when they end, or their client leaves."""
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies hand on each event
-        super().__init__(media_type="text/event-stream", headers=headers)
-        del self.headers["content-length"]
-        self.events, self.close = events, close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events. Starlette's own response has a group of tasks for that, which takes longer than the events."""
-        sending = asyncio.current_task()
-        assert sending
-
-        def stop(_: object) -> None:
-            sending.cancel()
-
-        leaving = asyncio.ensure_future(disconnect(receive))
-        leaving.add_done_callback(stop)
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for events in self.events:
-                await send({"type": "http.response.body", "body": events, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except asyncio.CancelledError as error:  # the server is stopping, or nobody is there
-            await send({"type": "http.response.body", "body": error_event(error)})
-        finally:
-            leaving.remove_done_callback(stop)
-            leaving.cancel()
-            self.close()
 
 
 # --- the page ------------------------------------------------------------------------------------------------------

@@ -140,7 +140,8 @@ async def once(asked: CompletionRequest, answer: dict[str, Any]) -> AsyncIterato
     """Yield an answer that has ended as a stream."""
     counted = answer.pop("usage")
     whole = answer | ({"usage": None} if asked.include_usage else {})
-    yield event(await done_by(counted["total_tokens"] > SHORT_TOKENS, lambda: encoded(whole)))
+    is_long = counted["total_tokens"] > SHORT_TOKENS
+    yield event(await done_by(is_long, lambda: encoded(whole, is_long=is_long)))
     if asked.include_usage:
         yield event(encoded(asked.envelope() | {"choices": [], "usage": counted}))
     yield DONE
@@ -216,7 +217,7 @@ class Streaming:
         key = (text.prompt_number, text.number)
         assert scores, "they were asked for"
         logprobs = logprobs_object(self.asked, text, self.writers[key].before, self.pieces[key], scores)
-        return self.chunk(key, "", text.finish_reason, encoded(logprobs))
+        return self.chunk(key, "", text.finish_reason, encoded(logprobs, is_long=len(text.tokens) > SHORT_TOKENS))
 
 
 def event(data: bytes) -> bytes:

@@ -119,9 +119,9 @@ def parse(body: bytes, example: str) -> dict[str, Any]:
     return given
 
 
-def encoded(value: Any) -> bytes:
-    """Return a value as JSON. What has many items is encoded a few at a time: meanwhile no other thread goes on."""
-    return "".join(json_pieces(value)).encode()
+def encoded(value: Any, *, is_long: bool = False) -> bytes:
+    """Return a value as JSON. What `is_long` is encoded a few items at a time, for meanwhile no other thread goes on."""
+    return ("".join(json_pieces(value)) if is_long else TO_JSON(value)).encode()
 
 
 def json_pieces(value: Any, depth: int = 4) -> Iterator[str]:
