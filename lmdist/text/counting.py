@@ -16,6 +16,7 @@ know file formats, nor how text is tokenized, nor who else counts.
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
@@ -57,6 +58,8 @@ DOCUMENT = np.dtype(
 """What a shard has of a document: the hash of its text; that of its group; its tokens, or GAVE_UP; its TextSize; the split that
 it is given for, an index in SPLITS, or TO_CHOOSE; whether it is new whatever was read before it, since its format keeps
 duplicates."""
+PACK_DOCUMENT = struct.Struct("<QQqQQB?").pack
+"""Returns the bytes of a DOCUMENT, ten times as fast as numpy."""
 TO_CHOOSE = 255
 
 CHUNK_CHARACTERS = 200_000
@@ -91,28 +94,28 @@ def count(
     tokenizer = None
     ids: defaultdict[str, int] = defaultdict(count_from().__next__)  # a new word gets the next id
     salt = seed.to_bytes(16, "little", signed=True)
-    buffered: list[int] = []
+    buffered = array("I")
     num_documents = num_tokens = characters = bytes_before = 0
     read = {}
     with (folder / TOKENS).open("wb") as tokens, (folder / DOCUMENTS).open("wb") as table:
         for split, documents in sources.items():
             start = max(0, documents.part.start)
-            for document in documents:
+            for document, digest in documents.with_digests():
                 tokenizer = tokenizer or learned()
                 words = words_of(document.text, tokenizer)
                 buffered.extend(map(ids.__getitem__, words or ()))
                 if len(buffered) >= BUFFERED_TOKENS:
                     tokens.write(np.array(buffered, "<u4").tobytes())
-                    buffered.clear()
-                row = (
-                    documents.digest or 0,
+                    buffered = array("I")
+                row = PACK_DOCUMENT(
+                    digest or 0,
                     key_of(document, salt),
                     GAVE_UP if words is None else len(words),
                     *TextSize.of(document.text),
                     SPLITS.index(split) if split else TO_CHOOSE,
-                    documents.digest is None,
+                    digest is None,
                 )
-                table.write(np.array(row, DOCUMENT).tobytes())
+                table.write(row)
                 num_documents += 1
                 num_tokens += len(words or ())
                 characters += len(document.text) + 1

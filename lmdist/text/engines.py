@@ -1,23 +1,28 @@
 """Who runs the steps of lmdist-prepare: this process, worker processes of this machine, or the workers of a Dask cluster.
 
-    with Workers(2) as workers:
-        workers.count(tasks, settings.text, learn, folder / "text.json", progress.show)     # counting.count(*task, ...)
-        workers.run(corpus.encode, tasks)                                                   # [corpus.encode(*task), ...]
+    with Workers(2, preload=["pandas"]) as workers:
+        workers.count(tasks, learn, folder / "text.json", progress.show)        # counting.count(*task, ...)
+        for found in workers.run(corpus.encode, tasks):                         # corpus.encode(*task), ...
+            ...
 
 The functions are those of counting.py and corpus.py, whoever runs them.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -26,29 +31,38 @@ from typing import Any
 from lmdist.console import log
 from lmdist.counted import counted
 from lmdist.errors import DataError, Stopped, UsageError, one_line, require
-from lmdist.settings import TextSettings
 from lmdist.storage.atomic import atomic_path
 from lmdist.text.counting import Report, Sources, count
-from lmdist.text.tokenizer import WordTokenizer, import_early
+from lmdist.text.tokenizer import WordTokenizer
 
 Task = tuple[Any, ...]
 """The arguments of a call."""
 CountTask = tuple[Path, Sources, int]
 """Those of `counting.count` that no engine knows: folder, sources and seed."""
+Learn = Callable[[], WordTokenizer]
+"""Returns the tokenizer of all shards; it goes to another process."""
 
 SECONDS_BETWEEN_REPORTS = 0.5
 SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_TO_CONNECT = 60
+CALLS_AHEAD = 2
+"""For each process: so many calls wait for it, or have returned what nobody has asked for yet."""
 
 
 class Workers:
     """Worker processes of this machine, or this process alone; on any error they end with the context."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, preload: Sequence[str] = ()) -> None:
+        """The modules to `preload` are imported at once, in a process of which the workers are copies where that can be."""
+        self.number = number
         self.pool: ProcessPoolExecutor | None = None
         if number > 1:
-            # Not fork: the caller may be a training process with torch's threads in it.
-            context = multiprocessing.get_context("spawn")
+            # Not fork: the caller may be a training process with torch's threads in it. The server of forks has none, but for
+            # those that macOS's libraries start.
+            context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+            if sys.platform == "linux":
+                context.set_forkserver_preload([__name__, *preload])
+                forkserver.ensure_running()
             self.progress = context.Array("q", 3 * number, lock=False)
             """Bytes, documents and tokens of each shard."""
             ours, self.lifeline = context.Pipe(duplex=False)
@@ -64,29 +78,20 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
             self.lifeline.close()
 
-    def count(
-        self,
-        tasks: Sequence[CountTask],
-        text: TextSettings,
-        learn: Callable[[], WordTokenizer],
-        text_json: Path,
-        show: Report,
-    ) -> None:
+    def count(self, tasks: Sequence[CountTask], learn: Learn, text_json: Path, show: Report) -> None:
         """Count a shard for each of as many tasks as there are processes; tell `show` how far they are together.
 
-        `learn` returns the tokenizer for `text`. It runs here, while the processes start and read up to the first row of their
-        shards, and they find it in `text_json`.
+        The first process learns the tokenizer, from the text of its own shard, while the others read up to theirs, and they
+        find it in `text_json`.
         """
         if self.pool is None:
             tokenizer = learn()
             for task in tasks:
                 count(*task, lambda: tokenizer, show)
             return
-        with worker_errors():
-            pending = {self.pool.submit(count_in_worker, index, text, text_json, task) for index, task in enumerate(tasks)}
-            tokenizer = learn()
-            with atomic_path(text_json) as path:
-                tokenizer.save(path)
+        with worker_errors(self.number):
+            calls = [(index, learn if index == 0 else None, text_json, task) for index, task in enumerate(tasks)]
+            pending = {self.pool.submit(count_in_worker, *call) for call in calls}
             while pending:
                 done, pending = wait(pending, SECONDS_BETWEEN_REPORTS, FIRST_EXCEPTION)
                 for future in done:
@@ -95,21 +100,31 @@ class Workers:
                 if any(values):
                     show(sum(values[0::3]), sum(values[1::3]), sum(values[2::3]))
 
-    def run(self, function: Callable[..., Any], tasks: Sequence[Task]) -> list[Any]:
-        """Return the results of a function for several tuples of arguments, in order."""
+    def run(self, function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[Any]:
+        """Yield the results of a function for several tuples of arguments, in order; few of either are held at a time."""
         if self.pool is None:
-            return [function(*task) for task in tasks]
-        with worker_errors():
-            return [future.result() for future in [self.pool.submit(function, *task) for task in tasks]]
+            yield from (function(*task) for task in tasks)
+            return
+        with worker_errors(self.number):
+            futures: deque[Future[Any]] = deque()
+            for task in tasks:
+                futures.append(self.pool.submit(function, *task))
+                if len(futures) == CALLS_AHEAD * self.number:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
 
 
 @contextmanager
-def worker_errors() -> Iterator[None]:
-    """Raise DataError for a worker process that was killed."""
+def worker_errors(number: int) -> Iterator[None]:
+    """Raise DataError where one of `number` worker processes was killed."""
     try:
         yield
     except BrokenProcessPool:
-        raise DataError("a worker process was killed, most likely out of memory: lower --workers") from None
+        raise DataError(
+            f"one of {number} worker processes was killed, most likely because the memory was full: "
+            f"take fewer (--workers {max(1, number // 2)}), or more memory"
+        ) from None
 
 
 shared_progress: Any
@@ -120,6 +135,7 @@ def start_worker(lifeline: Connection, progress: Any) -> None:
     global shared_progress
     shared_progress = progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # what was imported stays; looking through it for garbage would also copy it from the server of forks
 
     def end_with_parent() -> None:
         try:
@@ -130,11 +146,13 @@ def start_worker(lifeline: Connection, progress: Any) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def count_in_worker(index: int, text: TextSettings, text_json: Path, task: CountTask) -> None:
-    """Count a shard, and tell the parent how far it is."""
+def count_in_worker(index: int, learn: Learn | None, text_json: Path, task: CountTask) -> None:
+    """Count a shard, and tell the parent how far it is; first learn the tokenizer, or wait until another process has."""
+    if learn is not None:
+        with atomic_path(text_json) as path:
+            learn().save(path)
 
     def learned() -> WordTokenizer:
-        import_early(text)
         while not text_json.exists():
             time.sleep(SECONDS_BETWEEN_LOOKS)
         return WordTokenizer.load(text_json)

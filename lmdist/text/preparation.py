@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lmdist.console import ProgressBar, duration, log
@@ -20,7 +21,7 @@ from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, write_meta
 from lmdist.text.given_vocabulary import GivenVocabulary
 from lmdist.text.rows import FILTERED
-from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.tokenizer import WordTokenizer, imported_late
 
 if TYPE_CHECKING:
     from lmdist.text.counting import Sources
@@ -110,10 +111,16 @@ def num_processes(settings: PrepareSettings, sources: Sources) -> int:
     return settings.workers or min(available_cpus(), 2 * size // alone)
 
 
-def with_given_words(settings: PrepareSettings) -> tuple[PrepareSettings, GivenVocabulary | None]:
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def with_given_words(
+    settings: PrepareSettings, given: Mapping[str, Any] = NOTHING
+) -> tuple[PrepareSettings, GivenVocabulary | None]:
     """Return the settings with those of the vocabulary that they name, and this vocabulary, if there is one.
 
-    The pieces of a file are a vocabulary too.
+    The pieces of a file are a vocabulary too. `given` are the settings that were given by hand, by which no text may be
+    tokenized otherwise.
     """
     if settings.tokenizer in LEARNED:
         require("tokenizers", purpose=f"--tokenizer {settings.tokenizer} learns pieces by it: ")
@@ -122,19 +129,28 @@ def with_given_words(settings: PrepareSettings) -> tuple[PrepareSettings, GivenV
     if not settings.vocabulary:
         return settings, None
     base = GivenVocabulary.load(Path(settings.vocabulary))
-    return base.settings(settings), base
+    return base.settings(settings, given), base
 
 
-def learn_tokenizer(settings: PrepareSettings, sources: Sources, base: GivenVocabulary | None) -> WordTokenizer:
-    """Return the tokenizer of the base, or one that learns where sentences end from the beginning of the first source.
+def learn_tokenizer(settings: TextSettings, sources: Sources, given: WordTokenizer | None) -> WordTokenizer:
+    """Return the tokenizer of a base, or one that learns where sentences end from the beginning of the first source.
 
     It is the same whoever reads the rest.
     """
-    if base and base.tokenizer:
-        return base.tokenizer
-    if settings.text.needs_sentences:
+    if given:
+        return given
+    if settings.needs_sentences:
         log("learning where sentences end")
-    return WordTokenizer.train(settings.text, (document.text for document in next(iter(sources.values()))))
+    return WordTokenizer.train(settings, (document.text for document in next(iter(sources.values()))))
+
+
+def imports_of(settings: PrepareSettings, sources: Sources) -> list[str]:
+    """Return the modules that counting imports when it needs them, which takes a second or two."""
+    from lmdist.text.readers import PLAIN_TEXT, format_by_name
+
+    names = [PurePath(file.name) for documents in sources.values() for file in documents.files]
+    has_columns = any(format_by_name(name) is not PLAIN_TEXT for name in names)
+    return [*imported_late(settings.text), *(["pandas"] if has_columns else [])]
 
 
 def finish(folder: Path, merged: Merged, settings: PrepareSettings, sources: Sources) -> dict[str, Any]:

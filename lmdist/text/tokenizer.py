@@ -213,11 +213,9 @@ def installed_nltk() -> str:
     return version("nltk")
 
 
-def import_early(settings: TextSettings) -> None:
-    """Import NLTK where words may need it, in a process that waits for something else; it takes a second."""
-    if settings.tokenizer == "word_tokenize":
-        import nltk.tokenize.destructive
-        import nltk.tokenize.punkt  # noqa: F401
+def imported_late(settings: TextSettings) -> list[str]:
+    """Return the modules that are imported when words need them, which takes a second."""
+    return ["nltk.tokenize.destructive", "nltk.tokenize.punkt"] if settings.tokenizer == "word_tokenize" else []
 
 
 def cleaned(document: str, settings: TextSettings) -> str:
