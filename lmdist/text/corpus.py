@@ -1,8 +1,8 @@
-"""`merge` and `encode`, the last two of three steps: shards become one corpus, and its token files.
+"""The documents of all shards as one corpus: what comes twice is left out, and each document gets its split.
 
-    count    a shard, 1 of N ---> temporary ids, a hash of each text        (counting.py)
-    merge    all shards --------> what comes twice is left out, the splits, the words of the train split by falling frequency
-    encode   a shard, 1 of N ---> its part of train.bin, valid.bin and test.bin
+    corpus = Corpus(shards, keep_empty=False)
+    splits = corpus.split(0.05, 0.05)
+    vocabulary = vocabulary_of(corpus.counts(splits, run), min_count=2)     # the words of the train split
 
 Shards lie in the order of the input, so the first of two equal texts is the one that one process would have met first. What is
 decided here depends on the documents and on their order alone: neither on the number of shards nor on who has counted them,
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from itertools import accumulate, repeat
 from operator import add
 from pathlib import Path
@@ -25,14 +24,10 @@ import numpy as np
 
 from lmdist.counted import counted
 from lmdist.errors import CONTROLS, DataError
-from lmdist.settings import SPLITS
-from lmdist.text.counting import DOCUMENT, DOCUMENTS, GAVE_UP, TO_CHOOSE, TOKENS, UNTOKENIZABLE, WORDS
-from lmdist.text.data_folder import VOCABULARY, Dtype, SplitFacts, dtype_of, token_file
+from lmdist.text.counting import UNTOKENIZABLE
 from lmdist.text.documents import DUPLICATE, EMPTY
-from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID, Vocabulary
-
-BLOCK_TOKENS = 1 << 20
-"""What is counted and given its ids at a time: some 20 MB."""
+from lmdist.text.shard_files import DOCUMENT, DOCUMENTS, GAVE_UP, TO_CHOOSE, WORDS, blocks, words_of
+from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
 NO_SPLIT = 255
 """In place of an index in SPLITS: the document is left out."""
@@ -99,44 +94,6 @@ class Corpus:
         """Return the sum of a field of DOCUMENT over the documents of a `mask` (documents,)."""
         return int(self.documents[name][mask].sum(dtype=np.int64))
 
-    def write(self, folder: Path, splits: np.ndarray, vocabulary: Vocabulary, run: Run) -> dict[str, SplitFacts]:
-        """Write the token file of each split that has documents, <eos> after each; return the facts of each.
-
-        The vocabulary lies in the folder.
-        """
-        name = dtype_of(len(vocabulary))
-        sizes = {}
-        facts: dict[str, SplitFacts] = {}
-        for index, split in enumerate(SPLITS):
-            in_split = splits == index
-            tokens, documents = int((self.documents["length"] + 1)[in_split].sum()), int(np.count_nonzero(in_split))
-            if documents:
-                sizes[split] = 0
-                facts[split] = {
-                    "tokens": tokens,
-                    "documents": documents,
-                    "original_words": self.sum("original_words", in_split),
-                    "bytes": self.sum("bytes", in_split),
-                    "unknown_tokens": 0,
-                    "unknown_rate": 0.0,
-                }
-                with (folder / token_file(split)).open("wb") as file:
-                    file.truncate(tokens * np.dtype(name).itemsize)
-
-        def tasks() -> Iterator[tuple[Path, Path, Dtype, np.ndarray, dict[str, int]]]:
-            for shard, of_shard in zip(self.shards, self.slices, strict=True):
-                yield shard, folder, name, splits[of_shard], dict(sizes)
-                for split in sizes:
-                    in_split = splits[of_shard] == SPLITS.index(split)
-                    sizes[split] += int((self.documents["length"][of_shard] + 1)[in_split].sum())
-
-        for unknown in run(encode, tasks()):
-            for split, number in unknown.items():
-                facts[split]["unknown_tokens"] += number
-        for found in facts.values():
-            found["unknown_rate"] = found["unknown_tokens"] / max(1, found["tokens"])
-        return facts
-
 
 def vocabulary_of(counts: Mapping[str, int], min_count: int, size: int = 0, *, own_unknown: bool = False) -> Vocabulary:
     """Return the words of the train split by falling frequency, those of the same frequency in alphabetical order.
@@ -162,60 +119,9 @@ def first_ones(documents: np.ndarray) -> np.ndarray:
     return is_first
 
 
-# --- what is done shard by shard -----------------------------------------------------------------------------------
-
-
-def words_of(shard: Path) -> list[str]:
-    """Return the words of a shard, by their temporary ids."""
-    return (shard / WORDS).read_bytes().decode().split("\n")[:-1]
-
-
-def blocks(shard: Path) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yield some documents of a shard at a time: which, their lengths, and their temporary ids."""
-    lengths = np.maximum(np.fromfile(shard / DOCUMENTS, DOCUMENT)["length"], 0)
-    ends = np.cumsum(lengths)
-    first = 0
-    with (shard / TOKENS).open("rb") as file:
-        while first < len(lengths):
-            before = int(ends[first - 1]) if first else 0
-            last = max(first + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
-            # The number of documents is limited too: blank lines have no tokens.
-            last = min(last, first + BLOCK_TOKENS)
-            yield slice(first, last), lengths[first:last], np.fromfile(file, "<u4", int(ends[last - 1]) - before)
-            first = last
-
-
 def count_words(shard: Path, is_counted: np.ndarray) -> np.ndarray:
     """Return how often each word of a shard stands in the documents of a mask, (words,) int64."""
     counts = np.zeros((shard / WORDS).read_bytes().count(b"\n"), dtype=np.int64)
     for documents, lengths, tokens in blocks(shard):
         counts += np.bincount(tokens[np.repeat(is_counted[documents], lengths)], minlength=len(counts))
     return counts
-
-
-def encode(shard: Path, folder: Path, dtype: Dtype, splits: np.ndarray, begins: dict[str, int]) -> dict[str, int]:
-    """Write a shard's part of each token file, which begins at a token; return the number of unknown words in each.
-
-    `splits` are those of its documents, (documents,). The files and the vocabulary must be in the folder.
-    """
-    stored = np.dtype(dtype).newbyteorder("<")
-    words = words_of(shard)
-    known = Vocabulary.load(folder / VOCABULARY).ids
-    final_ids = np.fromiter(map(known.get, words, repeat(UNKNOWN_ID)), stored, len(words))
-    unknown = dict.fromkeys(begins, 0)
-    with ExitStack() as stack:
-        files = {split: stack.enter_context((folder / token_file(split)).open("r+b")) for split in begins}
-        for split, begin in begins.items():
-            files[split].seek(begin * stored.itemsize)
-        for documents, lengths, tokens in blocks(shard):
-            for split, file in files.items():
-                wanted = splits[documents] == SPLITS.index(split)
-                ends = np.cumsum(lengths[wanted] + 1) - 1
-                block = np.empty(int(ends[-1]) + 1 if len(ends) else 0, dtype=stored)
-                is_word = np.ones(len(block), dtype=bool)
-                is_word[ends] = False
-                block[is_word] = final_ids[tokens[np.repeat(wanted, lengths)]]
-                block[ends] = END_ID
-                file.write(block.tobytes())
-                unknown[split] += int(np.count_nonzero(block == UNKNOWN_ID))
-    return unknown

@@ -2,12 +2,6 @@
 
     count(folder, cut(sources, 3, 16), seed, lambda: tokenizer)     # the fourth of sixteen shards, into an empty folder
 
-    tokens.bin      the words of its documents as temporary ids, little-endian uint32
-    words.txt       its words, one a line; the line number, from 0, is the temporary id: the order of first occurrence
-    documents.bin   a DOCUMENT for each: how long it is, by what it is split, and how a duplicate in another shard is recognized
-    text.json       the tokenizer
-    read.json       of each split: lines, notes, losses, rows that were skipped and why
-
 The text is read once. What grows with it lies on the disk; memory holds the distinct words and the hash of each text. A text
 that comes twice in a shard is counted once; corpus.py merges the shards and finds those that come in two. This module does not
 know file formats, nor how text is tokenized, nor who else counts.
@@ -16,7 +10,6 @@ know file formats, nor how text is tokenized, nor who else counts.
 from __future__ import annotations
 
 import hashlib
-import struct
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
@@ -33,6 +26,7 @@ from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT
 from lmdist.text.documents import EMPTY, Documents
 from lmdist.text.rows import Document
+from lmdist.text.shard_files import DOCUMENTS, GAVE_UP, PACK_DOCUMENT, READ, TO_CHOOSE, TOKENS, WORDS
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END_ID, Vocabulary
 
@@ -40,28 +34,7 @@ Sources = Mapping[str, Documents]
 """The documents of each given split, or of the inputs under the name ""."""
 
 UNTOKENIZABLE = "untokenizable"
-GAVE_UP = -1
-"""In place of the length of such a document."""
-
-TOKENS, WORDS, DOCUMENTS, READ = "tokens.bin", "words.txt", "documents.bin", "read.json"
-DOCUMENT = np.dtype(
-    [
-        ("digest", "<u8"),
-        ("key", "<u8"),
-        ("length", "<i8"),
-        ("original_words", "<u8"),
-        ("bytes", "<u8"),
-        ("split", "u1"),
-        ("is_new", "?"),
-    ]
-)
-"""What a shard has of a document: the hash of its text; that of its group; its tokens, or GAVE_UP; its TextSize; the split that
-it is given for, an index in SPLITS, or TO_CHOOSE; whether it is new whatever was read before it, since its format keeps
-duplicates."""
-PACK_DOCUMENT = struct.Struct("<QQqQQB?").pack
-"""Returns the bytes of a DOCUMENT, ten times as fast as numpy."""
-TO_CHOOSE = 255
-
+"""Why a document is left out that the tokenizer gives up."""
 CHUNK_CHARACTERS = 200_000
 """Characters between two reports: a tenth of a second."""
 BUFFERED_TOKENS = 1 << 17

@@ -23,9 +23,8 @@ from zlib import crc32
 import numpy as np
 
 from lmdist.errors import DataError
-from lmdist.text.corpus import blocks, words_of
-from lmdist.text.counting import DOCUMENT, DOCUMENTS, TOKENS, WORDS
 from lmdist.text.pieces import BYTE_OF, Pieces, Saved, byte_level_tokenizer
+from lmdist.text.shard_files import DOCUMENT, DOCUMENTS, TOKENS, WORDS, blocks, words_of
 from lmdist.text.vocabulary import END, UNKNOWN
 
 MAX_CHARACTERS = 200_000_000

@@ -22,7 +22,7 @@ from lmdist.errors import UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.storage.atomic import atomic_folder, check_output_folder, recover, refuse_to_replace_link
 from lmdist.text.counting import Sources, cut
-from lmdist.text.engines import Workers, count_on_cluster, dask_cluster
+from lmdist.text.dask_cluster import count_on_cluster, dask_cluster
 from lmdist.text.given_vocabulary import GivenVocabulary
 from lmdist.text.merging import merge
 from lmdist.text.preparation import (
@@ -50,6 +50,7 @@ from lmdist.text.shards import (
     write_shard,
 )
 from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.workers import Workers
 
 SHARDS_PER_THREAD = 2
 """Of a cluster: a worker that is done early takes another one."""

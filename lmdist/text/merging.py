@@ -1,4 +1,4 @@
-"""What lmdist-prepare does with shards that are counted: it merges them, decides, says what it found, and writes the files.
+"""`merge`, the second of three steps, and what leads to the third: shards that are counted become the files of a data folder.
 
     merged = merge(folder, shards, settings, sources, run)      # text.json, vocab.txt, train.bin, valid.bin, test.bin
 
@@ -19,11 +19,13 @@ from lmdist.errors import DataError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.reading import read_json
 from lmdist.text.corpus import Corpus, Run, vocabulary_of
-from lmdist.text.counting import READ, Sources
+from lmdist.text.counting import Sources
 from lmdist.text.data_folder import TEXT, VOCABULARY, SplitFacts
 from lmdist.text.given_vocabulary import GivenVocabulary
 from lmdist.text.learning import learn, respell
 from lmdist.text.pieces import Pieces
+from lmdist.text.shard_files import READ
+from lmdist.text.token_writer import write_token_files
 from lmdist.text.tokenizer import WordTokenizer, lacks_spaces
 from lmdist.text.vocabulary import Vocabulary
 
@@ -85,7 +87,7 @@ def merge(
         if split and not (splits == SPLITS.index(split)).any():
             raise DataError(f"{', '.join(settings.files(split))} has no text for {split}")
     vocabulary.save(folder / VOCABULARY)
-    facts = corpus.write(folder, splits, vocabulary, run)
+    facts = write_token_files(folder, corpus, splits, len(vocabulary), run)
     shutil.rmtree(folder / RESPELLED, ignore_errors=True)
     return Merged(len(vocabulary), facts, skipped, more)
 

@@ -1,9 +1,9 @@
 """From text to a data folder: `lmdist-prepare articles1.csv [MORE ...] -o data/news`.
 
-    documents.py           counting.py            corpus.py, merging.py          corpus.py
+    documents.py           counting.py            merging.py, corpus.py          token_writer.py
     the text, in parts --> count: a shard each -> merge: splits, vocabulary ---> encode: token files
 
-One process has one shard, worker processes one each (engines.py), and on several machines they lie in a folder that is shared
+One process has one shard, worker processes one each (workers.py), and on several machines they lie in a folder that is shared
 (machines.py). The data folder is the same, byte for byte. Here are the command, and the order of the work on one machine. This
 module does not know about models. Its imports are light, for worker processes import it.
 """
@@ -42,8 +42,8 @@ from lmdist.text.preparation import (
 
 if TYPE_CHECKING:
     from lmdist.text.counting import Sources
-    from lmdist.text.engines import Workers
     from lmdist.text.given_vocabulary import GivenVocabulary
+    from lmdist.text.workers import Workers
 
 COMMAND = "lmdist-prepare"
 
@@ -72,7 +72,7 @@ def write(
     given: Mapping[str, Any] = NOTHING,
 ) -> dict[str, Any]:
     """Write a data folder of the sources, by default those that the settings name; return the content of meta.json."""
-    from lmdist.text.engines import Workers
+    from lmdist.text.workers import Workers
 
     settings, base = with_given_words(settings, given)
     with errors_of_writing(output):

@@ -1,6 +1,6 @@
 """Shards that several machines count: the folder `data/news.shards`, which they share, beside the data folder to be.
 
-    data/news.shards/00003-of-00016/     a shard of counting.py, and shard.json: of what it is
+    data/news.shards/00003-of-00016/     a shard (shard_files.py), and shard.json: of what it is
     data/news.shards/text-SHA256.json    what all of them learned from the beginning of the text
 
 A shard is atomic. It knows its inputs (names, order, sizes, times of their last change) and the settings that it depends on:

@@ -215,7 +215,11 @@ def installed_nltk() -> str:
 
 def imported_late(settings: TextSettings) -> list[str]:
     """Return the modules that are imported when words need them, which takes a second."""
-    return ["nltk.tokenize.destructive", "nltk.tokenize.punkt"] if settings.tokenizer == "word_tokenize" else []
+    return (
+        ["nltk.tokenize.destructive", "nltk.tokenize.punkt", "lmdist.text.words"]
+        if settings.tokenizer == "word_tokenize"
+        else []
+    )
 
 
 def cleaned(document: str, settings: TextSettings) -> str:
@@ -309,18 +313,21 @@ def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
     from nltk.tokenize.punkt import PunktToken, PunktTrainer
 
     matches_ellipsis, matches_initial = cache(PunktToken._RE_ELLIPSIS.match), cache(PunktToken._RE_INITIAL.match)
+    type_of = cache(lambda word: PunktToken._RE_NUMERIC.sub("##number##", word.lower()))
+    case_of = cache(lambda letter: "lower" if letter.islower() else "upper" if letter.isupper() else "none")
 
     class Token(PunktToken):
-        """A token for which NLTK's regular expressions are asked once for each spelling; they would take most of the time."""
+        """A token for which NLTK's properties are found once for each spelling; they would take most of the time."""
 
         __slots__ = ()
         is_ellipsis = property(lambda self: matches_ellipsis(self.tok))  # pyright: ignore[reportIncompatibleMethodOverride]
         is_initial = property(lambda self: matches_initial(self.tok))  # pyright: ignore[reportIncompatibleMethodOverride]
+        first_case = property(lambda self: case_of(self.tok[0]))  # pyright: ignore[reportIncompatibleMethodOverride]
 
-        @staticmethod
-        @cache
-        def _get_type(tok: str) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return PunktToken._RE_NUMERIC.sub("##number##", tok.lower())
+        def __init__(self, tok: str, parastart: Any = None, linestart: Any = None) -> None:
+            self.tok, self.type, self.period_final = tok, type_of(tok), tok.endswith(".")
+            self.parastart, self.linestart = parastart, linestart
+            self.sentbreak = self.abbr = self.ellipsis = None
 
     class Trainer(PunktTrainer):
         def _unique_types(self, tokens: Any) -> Any:

@@ -21,8 +21,8 @@ from lmdist.errors import DataError, UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist.storage.held import HeldFolder
-from lmdist.text.counting import DOCUMENT
 from lmdist.text.prepare import parser, prepare, resolve
+from lmdist.text.shard_files import DOCUMENT
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
@@ -437,7 +437,7 @@ def test_importing_prepare_is_light():
 def test_a_killed_worker_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {"wordpunct": 0})
     path = news(tmp_path / "a.csv", ARTICLES)
-    monkeypatch.setattr("lmdist.text.engines.start_worker", os._exit)
+    monkeypatch.setattr("lmdist.text.workers.start_worker", os._exit)
     with pytest.raises(DataError, match="worker process"):
         quietly(tmp_path / "out", inputs=[str(path)], workers=2)
     assert not (tmp_path / "out").exists()

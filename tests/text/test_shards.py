@@ -56,7 +56,7 @@ def small_steps() -> Iterator[None]:
         patch.setattr("lmdist.text.sources.SAMPLE_BYTES", 512)
         patch.setattr("lmdist.text.decoding.PROGRESS_CHARACTERS", 100)
         patch.setattr("lmdist.text.chunks.CHUNK_CHARACTERS", 500)
-        patch.setattr("lmdist.text.corpus.BLOCK_TOKENS", 50)
+        patch.setattr("lmdist.text.shard_files.BLOCK_TOKENS", 50)
         patch.setattr("lmdist.text.counting.BUFFERED_TOKENS", 100)
         yield
 

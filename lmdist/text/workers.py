@@ -1,11 +1,11 @@
-"""Who runs the steps of lmdist-prepare: this process, worker processes of this machine, or the workers of a Dask cluster.
+"""Who runs the steps of lmdist-prepare on one machine: this process, or worker processes.
 
     with Workers(2, preload=["pandas"]) as workers:
         workers.count(tasks, learn, folder / "text.json", progress.show)        # counting.count(*task, ...)
-        for found in workers.run(corpus.encode, tasks):                         # corpus.encode(*task), ...
+        for found in workers.run(encode, tasks):                                # encode(*task), ...
             ...
 
-The functions are those of counting.py and corpus.py, whoever runs them.
+This module does not know what the steps do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -28,9 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lmdist.console import log
-from lmdist.counted import counted
-from lmdist.errors import DataError, Stopped, UsageError, one_line, require
+from lmdist.errors import DataError
 from lmdist.storage.atomic import atomic_path
 from lmdist.text.counting import Report, Sources, count
 from lmdist.text.tokenizer import WordTokenizer
@@ -38,13 +36,12 @@ from lmdist.text.tokenizer import WordTokenizer
 Task = tuple[Any, ...]
 """The arguments of a call."""
 CountTask = tuple[Path, Sources, int]
-"""Those of `counting.count` that no engine knows: folder, sources and seed."""
+"""Those of `count`: folder, sources and seed."""
 Learn = Callable[[], WordTokenizer]
 """Returns the tokenizer of all shards; it goes to another process."""
 
 SECONDS_BETWEEN_REPORTS = 0.5
 SECONDS_BETWEEN_LOOKS = 0.02
-SECONDS_TO_CONNECT = 60
 CALLS_AHEAD = 2
 """For each process: so many calls wait for it, or have returned what nobody has asked for yet."""
 
@@ -161,47 +158,3 @@ def count_in_worker(index: int, learn: Learn | None, text_json: Path, task: Coun
         shared_progress[3 * index : 3 * index + 3] = done
 
     count(*task, learned, report)
-
-
-# --- a Dask cluster ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def dask_cluster(address: str) -> Iterator[tuple[Any, int]]:
-    """Yield the client of a Dask cluster, and how many threads its workers have; raise UsageError where there are none."""
-    require("distributed", purpose="--scheduler needs Dask: ")
-    from distributed import Client
-
-    try:
-        client: Any = Client(address, timeout=SECONDS_TO_CONNECT)
-    except (OSError, ValueError) as error:  # nobody answers; no address
-        raise UsageError(f"--scheduler {address}: {one_line(error)}; `dask scheduler` prints its address") from None
-    with client:
-        try:
-            client.wait_for_workers(1, timeout=SECONDS_TO_CONNECT)
-        except TimeoutError:
-            raise UsageError(f"--scheduler {address} has no workers: `dask worker {address}` starts one") from None
-        yield client, sum(client.nthreads().values())
-
-
-def count_on_cluster(client: Any, function: Callable[..., Any], tasks: Sequence[Task]) -> None:
-    """Call a function for each of several tuples of arguments on the workers of a cluster, again where a worker is lost.
-
-    Raises Stopped where the cluster is lost: its errors are OSErrors, or mean that somebody has cancelled the calls.
-    """
-    from distributed import as_completed
-    from distributed.comm.core import CommClosedError
-    from distributed.scheduler import KilledWorker
-
-    try:
-        futures = [client.submit(function, *task, pure=False) for task in tasks]
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                log(f"{done} of {counted(len(futures), 'shard is', 'shards are')} counted")
-        finally:
-            client.cancel(futures)
-    except KilledWorker as error:
-        raise DataError(f"workers were killed, most likely out of memory: {one_line(error)}") from None
-    except (CancelledError, CommClosedError, TimeoutError) as error:
-        raise Stopped(f"the Dask cluster was lost ({one_line(error)}): run it again, the shards that are done stay") from None
