@@ -77,7 +77,7 @@ WINGS = {
     "lmdist.text": (
         "vocabulary remote data_folder token_files words markup detokenizer pieces piece_files tokenizer given_vocabulary "
         "where rows sources vectors decoding tables columns chunks arrow_files readers documents demo shard_files counting "
-        "corpus learning token_writer merging workers dask_cluster preparation shards machines prepare from_pandas"
+        "corpus learning token_writer merging workers dask_cluster inputs reports outputs shards machines prepare from_pandas"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),

@@ -24,19 +24,10 @@ from lmdist.storage.atomic import atomic_folder, check_output_folder, recover, r
 from lmdist.text.counting import Sources, cut
 from lmdist.text.dask_cluster import count_on_cluster, dask_cluster
 from lmdist.text.given_vocabulary import GivenVocabulary
+from lmdist.text.inputs import NOTHING, find_sources, learn_tokenizer, num_processes, with_given_words
 from lmdist.text.merging import merge
-from lmdist.text.preparation import (
-    NOTHING,
-    announce,
-    errors_of_writing,
-    find_sources,
-    finish,
-    learn_tokenizer,
-    num_processes,
-    reading_progress,
-    summary,
-    with_given_words,
-)
+from lmdist.text.outputs import errors_of_writing, finish
+from lmdist.text.reports import announce, reading_progress, summary
 from lmdist.text.shards import (
     NAME,
     begun,

@@ -25,20 +25,9 @@ from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.text.data_folder import TEXT
-from lmdist.text.preparation import (
-    NOTHING,
-    announce,
-    check_output,
-    errors_of_writing,
-    find_sources,
-    finish,
-    imports_of,
-    learn_tokenizer,
-    num_processes,
-    reading_progress,
-    summary,
-    with_given_words,
-)
+from lmdist.text.inputs import NOTHING, find_sources, imports_of, learn_tokenizer, num_processes, with_given_words
+from lmdist.text.outputs import check_output, errors_of_writing, finish
+from lmdist.text.reports import announce, reading_progress, summary
 
 if TYPE_CHECKING:
     from lmdist.text.counting import Sources

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdist.config import descriptions, read_section
-from lmdist.errors import DataError, UsageError
+from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist.storage.held import HeldFolder
@@ -372,7 +372,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
 
 
-SMALL_IS_MUCH = "from lmdist.text import preparation, prepare; preparation.ONE_PROCESS_BYTES = {'wordpunct': 0}; prepare.main()"
+SMALL_IS_MUCH = "from lmdist.text import inputs, prepare; inputs.ONE_PROCESS_BYTES = {'wordpunct': 0}; prepare.main()"
 TWO_WORKERS = [sys.executable, "-c", SMALL_IS_MUCH, "--tokenizer", "wordpunct", "--workers", "2"]
 
 
@@ -454,6 +454,8 @@ def test_a_process_that_is_killed_takes_the_others_along(tmp_path, killed):
     assert not psutil.wait_procs(others, timeout=60)[1]
     if killed == "a worker":
         assert process.returncode == 65
-        last = "one of 2 worker processes was killed, most likely because the memory was full: take fewer (--workers 1), or more memory"
-        assert stderr.splitlines()[-1] == f"lmdist-prepare: error: {last}"
+        assert stderr.splitlines()[-1] == (
+            "lmdist-prepare: error: one of 2 worker processes was killed, most likely because the memory was full: "
+            "take fewer (--workers 1), or more memory"
+        )
         assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]

@@ -28,7 +28,7 @@ from lmdist.settings import PrepareSettings
 from lmdist.text import prepare as command
 from lmdist.text.documents import Documents
 from lmdist.text.machines import merge_shards, prepare_shard
-from lmdist.text.preparation import errors_of_writing
+from lmdist.text.outputs import errors_of_writing
 from lmdist.text.prepare import prepare
 from lmdist.text.shards import stamp
 
@@ -167,7 +167,7 @@ def test_worker_processes_give_the_same_folder_and_notes(tmp_path, monkeypatch, 
     for workers in (1, 2, 3):
         prepare(PrepareSettings(**values, workers=workers), tmp_path / str(workers))
         notes.append([line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")])
-        monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {"wordpunct": 0})
+        monkeypatch.setattr("lmdist.text.inputs.ONE_PROCESS_BYTES", {"wordpunct": 0})
     assert any("were read as Windows-1252" in note for note in notes[0])
     assert any("a quote is opened" in note for note in notes[0])
     assert notes[0] == notes[1] == notes[2]
@@ -334,7 +334,7 @@ def test_bad_input_in_one_shard_names_file_and_line_and_leaves_nothing(tmp_path,
     lines[3000:3100] = ["no object"] * 100
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {"wordpunct": 0})
+    monkeypatch.setattr("lmdist.text.inputs.ONE_PROCESS_BYTES", {"wordpunct": 0})
     arguments = ["a.jsonl", "-o", "data", "--tokenizer", "wordpunct", "--workers", "2"]
     with pytest.raises(SystemExit) as wrong:
         command.main(arguments)
@@ -357,7 +357,7 @@ def test_a_file_that_ends_too_early_in_one_shard_leaves_no_shard(tmp_path, monke
     data = gzip.compress(f"id,content\n{rows}\n".encode())
     (tmp_path / "a.csv.gz").write_bytes(data[:-1000])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {"wordpunct": 0})
+    monkeypatch.setattr("lmdist.text.inputs.ONE_PROCESS_BYTES", {"wordpunct": 0})
     arguments = ["a.csv.gz", "-o", "data", "--tokenizer", "wordpunct"]
     for more in (["--workers", "2"], ["--shard", "1/2"]):
         with pytest.raises(SystemExit) as wrong:
