@@ -59,16 +59,21 @@ def write(
     *,
     overwrite: bool,
     given: Mapping[str, Any] = NOTHING,
+    is_own: bool = True,
 ) -> dict[str, Any]:
-    """Write a data folder of the sources, by default those that the settings name; return the content of meta.json."""
+    """Write a data folder of the sources, by default those that the settings name; return the content of meta.json.
+
+    `is_own`: the process runs nothing else, so that light_nltk.py may be imported.
+    """
     from lmdist.text.workers import Workers
 
     settings, base = with_given_words(settings, given)
     with errors_of_writing(output):
         sources = sources or find_sources(settings, output)
         announce(sources, output)
-        with Workers(num_processes(settings, sources), imports_of(settings, sources)) as workers:
-            for documents in sources.values():  # while the modules are imported
+        number = num_processes(settings, sources)
+        with Workers(number, imports_of(settings, sources) if is_own or number > 1 else ()) as workers:
+            for documents in sources.values():  # while the workers' modules are imported
                 documents.check()
             with atomic_folder(output, replace=overwrite) as folder:
                 return write_data_folder(folder, settings, sources, base, workers)

@@ -21,7 +21,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,10 +51,14 @@ class Workers:
     """Worker processes of this machine, or this process alone; on any error they end with the context."""
 
     def __init__(self, number: int, preload: Sequence[str] = ()) -> None:
-        """The modules to `preload` are imported at once, in a process of which the workers are copies where that can be."""
+        """The modules to `preload` are imported at once, here or in a process of which the workers are copies."""
         self.number = number
         self.pool: ProcessPoolExecutor | None = None
-        if number > 1:
+        if number == 1:
+            for name in preload:
+                with suppress(ImportError):  # what needs it will say so
+                    import_module(name)
+        else:
             # Not fork: the caller may be a training process with torch's threads in it. The server of forks has none, but for
             # those that macOS's libraries start.
             context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
