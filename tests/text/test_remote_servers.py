@@ -45,6 +45,12 @@ def local(tmp_path: Path) -> Path:
 # --- s3:// ---------------------------------------------------------------------------------------------------------
 
 
+def post(address: str, data: bytes) -> None:
+    """Send data to an address."""
+    with urllib.request.urlopen(urllib.request.Request(address, data, {"Content-Type": "text/plain"})) as answer:
+        assert answer.status == 200
+
+
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a server of S3 with a bucket; nobody is asked for a key yet."""
@@ -64,9 +70,11 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     files = s3fs.S3FileSystem()
-    files.mkdir("bucket")
+    if not files.exists("bucket"):  # of the test before
+        files.mkdir("bucket")
     files.pipe("bucket/news/a.csv", CSV.encode())
     yield address
+    post(f"{address}/moto-api/reset-auth", b"inf")
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -97,7 +105,7 @@ def test_what_fails_at_s3_is_one_line(
     assert failure("s3://nowhere/a.csv") == (66, "lmdist-prepare: error: s3://nowhere/a.csv does not exist")
     code, line = failure("s3://bucket/news")
     assert (code, "is a folder; name files in it, like s3://bucket/news/*.csv" in line) == (64, True), line
-    urllib.request.urlopen(urllib.request.Request(f"{s3}/moto-api/reset-auth", b"0"))  # from now on the key is looked at
+    post(f"{s3}/moto-api/reset-auth", b"0")  # from now on the key is looked at
     code, line = failure("s3://bucket/news/a.csv")
     assert code == 65
     assert line.startswith("lmdist-prepare: error: s3://bucket/news/a.csv cannot be read: ")
