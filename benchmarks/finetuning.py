@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmdist.settings import MODEL_SIZES
 from lmdist.storage.reading import read_json
 from origin import Row, add_json_option, collect_rows
 from quality import PACKAGES, QUIET, run, text_facts, trial_seconds
@@ -90,8 +91,7 @@ def measure(arguments: argparse.Namespace, scratch: Path, rows: list[Row]) -> No
     if base is None:
         base = train_base(arguments, scratch, common)
     settings = tomllib.loads((base / "recipe.toml").read_text(encoding="utf-8"))
-    sizes = ("embedding_size", "hidden_size", "num_layers", "tied", "head")
-    common += [f"--model.{name}={str(settings['model'][name]).lower()}" for name in sizes]
+    common += [f"--model.{name}={str(settings['model'][name]).lower()}" for name in MODEL_SIZES]
     tuned: Path | None = None
     for folders in prepared(text, base, arguments.words, scratch, common):
         seconds = 1.0 if arguments.quick else trial_seconds(launch(folders.flags), scratch / "trial", quick=False)

@@ -354,7 +354,7 @@ def tokens_of(data: Path, split: str) -> np.ndarray:
 
 def floor_rows(case: str, data: Path, split: str) -> list[Row]:
     """Return the rows of the unigram model and of the 5-gram model, which know little or nothing of what was said before."""
-    from lmdist.training.evaluate import unigram_nats
+    from lmdist.training.measuring import unigram_nats
 
     train, tokens = tokens_of(data, "train"), tokens_of(data, split)
     vocabulary_size = read_json(data / "meta.json")["vocabulary_size"]

@@ -51,9 +51,9 @@ from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, Vocabulary
-from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MODEL, VERSION, Bundle
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, STEP_GRAPH, VERSION, Bundle
 from lmdist_export.graph.network import Network, Target
-from lmdist_export.graph.onnx_file import FLOAT, Graph, model_bytes
+from lmdist_export.graph.onnx_file import FLOAT, Graph, OnnxModel, model_of
 from lmdist_export.graph.sampling_nodes import column
 from lmdist_export.graph.sizes import Sizes, length_of, parameter_shapes, weights
 from lmdist_export.options import GenerationConfig
@@ -349,14 +349,14 @@ def multiplication_rate(folder: Path, device: str, only: str = "") -> float:
     return 64 * sum(counts.values()) / min(seconds_of(lambda: session.run(None, rows)) for _ in range(10))
 
 
-def matmuls_graph(sizes: Sizes, target: Target, names: list[str]) -> bytes:
+def matmuls_graph(sizes: Sizes, target: Target, names: list[str]) -> OnnxModel:
     """Return the graph of the matmuls with these matrices alone; its outputs are one column of each result."""
     g = Graph("matmuls")
     network = Network(sizes, g, target)
     for name in names:
         rows = g.input(f"{name}.rows", FLOAT, ["batch", parameter_shapes(sizes)[name][1]])
         g.output(column(g, network.matmul(g, name, rows), 0), f"{name}.first", FLOAT, ["batch", 1])
-    return model_bytes(g, {})
+    return model_of(g, {})
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -520,7 +520,7 @@ def start_up(device: str, place: Path, rounds: int) -> list[dict[str, Any]]:
     }
     for precision in PRECISIONS[device]:
         bundle = place / f"S-{precision}"
-        commands[f"floor of S, {precision}"] = [sys.executable, "-c", session, str(bundle / MODEL), provider]
+        commands[f"floor of S, {precision}"] = [sys.executable, "-c", session, str(bundle / STEP_GRAPH), provider]
         commands[f"first token of S, {precision}"] = [*generate, str(bundle), *FIRST_TOKEN, "--provider", device]
     taken: dict[str, list[float]] = {variant: [] for variant in commands}
     for number in range(rounds + 1):

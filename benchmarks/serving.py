@@ -109,7 +109,7 @@ def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def sample(bundle: str, num_tokens: int) -> None:
     """Answer each line on stdin, a batch size and a number of texts, by the seconds that the sampler takes for them."""
     sampler = Sampler(Bundle.load(bundle))
-    prompts = [prompt_of(sampler.bundle, prompt).tokens for prompt in PROMPTS]
+    prompts = [prompt_of(sampler.bundle, prompt).ids for prompt in PROMPTS]
     config = GenerationConfig(max_new_tokens=num_tokens, suppress_tokens=sampler.bundle.generation.suppress_tokens)
     for line in sys.stdin:
         batch_size, count = map(int, line.split())

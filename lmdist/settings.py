@@ -284,6 +284,10 @@ class DataSettings:
         return self.window if self.batching == "streams" else self.window - 1
 
 
+MODEL_SIZES = ("embedding_size", "hidden_size", "num_layers", "tied", "head")
+"""The settings of a model that decide the shapes of its parameters."""
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """The architecture of the model."""

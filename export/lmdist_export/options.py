@@ -416,6 +416,20 @@ APPLIED = sorted((row for row in PARAMS.values() if row.option.order), key=lambd
 """The options of PARAMS that change which token is sampled, in the order in which they are applied."""
 
 
+def row_facts(row: Row) -> dict[str, Any]:
+    """Return a row of the table as JSON, as a page has it: its name, type, default, help and bounds; one not finite is null."""
+    facts: dict[str, Any] = {
+        "name": row.name,
+        "type": "list" if row.is_list else row.type.__name__,
+        "default": row.default,
+        "help": row.option.help,
+    }
+    if row.bounds is None:
+        return facts
+    low, high = (value if math.isfinite(value) else None for value in (row.bounds.low, row.bounds.high))
+    return facts | {"minimum": low, "maximum": high}
+
+
 # --- types of values -----------------------------------------------------------------------------------------------
 
 TYPES: dict[type, tuple[type, str]] = {
@@ -498,7 +512,7 @@ class Features:
 
     @property
     def filters(self) -> list[GraphInput]:
-        """The filters that it applies."""
+        """Return the filters that it applies."""
         return [graph for name, graph in FILTERS.items() if getattr(self, name)]
 
     @property
@@ -508,7 +522,7 @@ class Features:
 
     @property
     def attempts(self) -> int:
-        """A: uniform numbers a token."""
+        """Return A: uniform numbers a token."""
         return ATTEMPTS if self.filters and not (self.sorted or self.greedy) else 1
 
 

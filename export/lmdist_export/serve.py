@@ -12,14 +12,19 @@ import asyncio
 import re
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lmdist.bounds import above, between, check
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
+from lmdist.counted import counted
 from lmdist.errors import DataError, MissingInputError, Stopped, UsageError, require
 from lmdist_export import registered
 from lmdist_export.api import BUNDLE, load
@@ -30,10 +35,12 @@ if TYPE_CHECKING:
     from lmdist_export.serving.service import Service
     from lmdist_export.serving.watching import Watched
 
+T = TypeVar("T")
+
 COMMAND = "lmdist-serve"
 PACKAGES = ("onnxruntime", "starlette", "uvicorn", "prometheus_client")
-LOCAL = ("127.0.0.1", "::1", "localhost")
 ORIGIN = re.compile(r"\*|https?://[^/?#\s]+")
+HOST = re.compile(r"\*|[\w.-]+")
 BACKLOG = 2_048
 """Connections that wait to be accepted."""
 EVERY_SECONDS = 30
@@ -70,6 +77,11 @@ def parser() -> argparse.ArgumentParser:
         "--cors-origin", action="append", default=[], metavar="ORIGIN",
         help="let pages of https://example.org, or of any (*), read the answers in a browser; may be given several times",
     )  # fmt: skip
+    where.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="answer requests whose Host is NAME, as behind a proxy, and else those for localhost and for addresses in numbers "
+        "only; * is any; may be given several times (default: none on this machine only and without keys, else any)",
+    )  # fmt: skip
     model = parser.add_argument_group("the model")
     model.add_argument("--name", help="what clients call the model (default: the name of the folder, or in MLflow)")
     model.add_argument(
@@ -101,13 +113,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Load the bundle, and answer requests until a signal comes."""
     check_arguments(arguments)
     require(*PACKAGES, purpose=f"{COMMAND} needs a package: ")
-    from lmdist_export.serving.access import ApiKeys
+    from lmdist_export.serving.access import ApiKeys, Hosts
     from lmdist_export.serving.application import Application
     from lmdist_export.serving.watching import Watched
 
     keys = None if arguments.api_key_file is None else ApiKeys.read(arguments.api_key_file)
     watched = None if arguments.watch is None else Watched(arguments.bundle)
     listening = bound(arguments.host, arguments.port)
+    host, port = listening.getsockname()[:2]
+    is_local = ip_address(host).is_loopback
+    is_open = is_local and keys is None  # to pages of other servers too, which a browser of this machine shows
     with listening:
         version = watched.version() if watched else ""
         application = Application(  # which alone holds the service, so that another one takes its place in memory too
@@ -115,13 +130,13 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.name or name_of(arguments.bundle),
             version,
             keys=keys,
+            hosts=Hosts(arguments.allowed_host) if is_open or arguments.allowed_host else None,
             timeout_seconds=arguments.timeout,
             cors_origins=arguments.cors_origin,
             access_log=not arguments.no_access_log,
         )
-        if arguments.host not in LOCAL and keys is None:
+        if not is_local and keys is None:
             log(f"warning: whoever reaches {arguments.host} can use the model: --api-key-file has keys for it", COMMAND)
-        host, port = listening.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         with port_errors(arguments.host, arguments.port, listening):
             listening.listen(BACKLOG)
@@ -129,9 +144,13 @@ def run(arguments: argparse.Namespace) -> None:
         # The thread that reads a long body gives way to that of the batches ten times as often as by default: a short request
         # beside it waits a third less (benchmarks/serving.py).
         sys.setswitchinterval(0.0005)
-        asyncio.run(serve(application, listening, arguments, watched, version))
+        num_cancelled = asyncio.run(serve(application, listening, arguments, watched, version))
         application.service.batcher.close()
-    log("all requests are answered", COMMAND)
+    if num_cancelled:
+        late = f"{counted(num_cancelled, 'request')} had not ended within --drain, {counted(arguments.drain, 'second')}"
+        log(f"warning: {late}, and were cancelled", COMMAND)
+    else:
+        log("all requests are answered", COMMAND)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -146,6 +165,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for origin in arguments.cors_origin:
         if not ORIGIN.fullmatch(origin):
             raise UsageError(f"--cors-origin is {origin!r}; a scheme and a host, as https://example.org, or * is expected")
+    for name in arguments.allowed_host:
+        if not HOST.fullmatch(name):
+            raise UsageError(f"--allowed-host is {name!r}; a name alone, as news.example.org, or * is expected")
 
 
 def name_of(bundle: str) -> str:
@@ -202,18 +224,37 @@ def opened(address: str, arguments: argparse.Namespace) -> Service:
 
 async def serve(
     application: Application, listening: socket.socket, arguments: argparse.Namespace, watched: Watched | None, version: str
-) -> None:
-    """Answer requests until a signal comes, and look for another bundle meanwhile."""
+) -> int:
+    """Answer requests until a signal comes, and look for another bundle meanwhile; return how many were cancelled then."""
     from lmdist_export.serving.application import reading_threads
     from lmdist_export.serving.connections import server_of
 
     asyncio.get_running_loop().set_default_executor(reading_threads())
     watching = asyncio.ensure_future(watch(application, arguments, watched, version)) if watched else None
+    server = server_of(application.asgi, arguments.drain)
     try:
-        await server_of(application.asgi, arguments.drain).serve([listening])
+        await server.serve([listening])
     finally:
         if watching:
             watching.cancel()
+    return server.num_cancelled
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """Return what a thread makes of `work`; it may take minutes, and neither the end of the loop nor of the process waits."""
+
+    def run(done: Future[T]) -> None:
+        done.set_running_or_notify_cancel()
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+        finally:
+            del done  # else an error, which knows this frame, would keep itself and what was loaded
+
+    done: Future[T] = Future()
+    threading.Thread(target=run, args=(done,), name="watch", daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 async def watch(application: Application, arguments: argparse.Namespace, watched: Watched, version: str) -> None:
@@ -228,11 +269,11 @@ async def watch(application: Application, arguments: argparse.Namespace, watched
         await asyncio.sleep(arguments.watch)
         found = None
         try:
-            found = await asyncio.to_thread(watched.version)
+            found = await in_daemon_thread(watched.version)
             if found == failed and now() < again:
                 continue
             if found != version:
-                service = await asyncio.to_thread(opened, watched.address(found), arguments)
+                service = await in_daemon_thread(partial(opened, watched.address(found), arguments))
                 application.replace(service, found)
                 version = found
                 log(f"{application.name}: from now on version {version} answers", COMMAND)

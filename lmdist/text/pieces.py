@@ -94,11 +94,11 @@ class Pieces:
         with errors_of_library("a text"):
             return [self.words[token] for token in self.entries.encode(well_formed(text))]
 
-    def texts(self, words: Iterable[str], place: Place | None = None) -> Iterator[str]:
+    def texts(self, words: Iterable[str | bytes], place: Place | None = None) -> Iterator[str]:
         """Yield what each piece adds to the text, "" while a character is incomplete; at the end what is left, if anything.
 
-        Bytes that are no UTF-8, which a model may generate, are U+FFFD. A text goes on from its `place`, which is kept up to
-        date.
+        A word that is bytes is a part of a piece. Bytes that are no UTF-8, which a model may generate, are U+FFFD. A text goes
+        on from its `place`, which is kept up to date.
         """
         place = place or Place()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -109,7 +109,7 @@ class Pieces:
                 text = decoder.decode(b"", final=True) + "\n\n"
                 decoder.reset()
             else:
-                content = self.content_of.get(word, word.encode())
+                content = word if isinstance(word, bytes) else self.content_of.get(word, word.encode())
                 text = decoder.decode(content.removeprefix(b" ") if at_start and self.adds_space else content)
             place.incomplete = decoder.getstate()[0]
             yield text

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmdist.command_line import CommandParser, exit_on_error
-from lmdist.console import next_line, unused
+from lmdist.console import next_line, unused_path
 from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare(settings, output, overwrite=overwrite, given=given)
         name = output.resolve().name
         train = ["lmdist-train", *(["--config", recipe] if recipe else []), "--data.folder", output]
-        sys.stdout.write(f"{next_line([*train, '--run_folder', unused(Path('runs') / name)])}\n")
+        sys.stdout.write(f"{next_line([*train, '--run_folder', unused_path(Path('runs') / name)])}\n")
 
 
 if __name__ == "__main__":

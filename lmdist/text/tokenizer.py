@@ -23,7 +23,7 @@ from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from lmdist.console import log
 from lmdist.errors import DataError
@@ -133,14 +133,16 @@ class WordTokenizer:
         """Return readable text; that of `words[:n]` is always a prefix of that of `words`, so text can be streamed."""
         return "".join(self.pieces(words))
 
-    def pieces(self, words: Iterable[str], place: detokenizer.Place | None = None) -> Iterator[str]:
+    def pieces(self, words: Iterable[str | bytes], place: detokenizer.Place | None = None) -> Iterator[str]:
         """Yield the readable text of each word, with the space before it, as soon as the word is known.
 
-        A piece of a word may be a part of a character: then "" is yielded, and the text when it is complete, or at the end.
-        A text goes on from its `place`, which is kept up to date.
+        A piece of a word may be a part of a character: then "" is yielded, and the text when it is complete, or at the end. A
+        word that is bytes is a part of a piece. A text goes on from its `place`, which is kept up to date.
         """
         check_words(words)
-        return self.model.texts(words, place) if self.model else detokenizer.pieces(words, self.settings.tokenizer, place)
+        if self.model:
+            return self.model.texts(words, place)
+        return detokenizer.pieces(cast("Iterable[str]", words), self.settings.tokenizer, place)
 
     def as_json(self) -> str:
         """Return the content of text.json."""

@@ -23,7 +23,7 @@ UNKNOWN_ID = 0
 END_ID = 1
 
 
-def check_words(words: Iterable[str]) -> None:
+def check_words(words: Iterable[str | bytes]) -> None:
     """Raise TypeError for a text in place of its words: its letters would be taken for them."""
     if isinstance(words, str):
         raise TypeError(f"a list of words is expected, not the text {reprlib.repr(words)}: tokenize(text) returns its words")

@@ -173,12 +173,16 @@ def create_sqlite(path: Path) -> None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Discard all output of MLflow and the libraries below it, now and when the process ends."""
+    """Discard all output of MLflow and the libraries below it, inside; afterwards a program logs as before."""
+    level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    devnull = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - loggers keep it
-    with redirect_stdout(devnull), redirect_stderr(devnull):
-        yield
+    devnull = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - loggers that are made inside keep it
+    try:
+        with warnings.catch_warnings(), redirect_stdout(devnull), redirect_stderr(devnull):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def download_artifacts(uri: str, folder: Path) -> Path:

@@ -21,7 +21,7 @@ from lmdist.signals import StopRequest
 from lmdist.tracking.run_folder import CHECKPOINTS
 from lmdist.training.checkpoints.write import Saver, take_snapshot
 from lmdist.training.distributed import World
-from lmdist.training.evaluate import evaluate
+from lmdist.training.measuring import evaluate
 from lmdist.training.metrics import NatsTotal
 from lmdist.training.optimizer import optimizer_state, set_momentum
 from lmdist.training.report import mark_finished, report_on

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lmdist import config
-from lmdist.console import ProgressBar, duration, next_line, shown, unused
+from lmdist.console import ProgressBar, duration, next_line, shown, unused_path
 from lmdist.counted import counted
 from lmdist.errors import DataError
 from lmdist.perplexity import COMPARED, per_word_and_byte, perplexity
@@ -62,7 +62,7 @@ def open_logger(run: Run) -> MetricsLogger:
     logger = RunLogger(
         run.path,
         run.recipe.tracking,
-        config.flat(run.recipe),
+        config.named_settings(run.recipe),
         run.folder.path.name,
         run.folder.meta,
         run.progress.step,
@@ -286,7 +286,7 @@ class Report:
         path, folder = self.run.path, self.run.folder
         split = next((name for name in ("test", "valid") if folder.has(name)), None)
         evaluate = ["lmdist-evaluate", path, *([] if split == "test" else ["--split", split])]
-        export = ["lmdist-export", path, "-o", unused(Path("bundles") / path.resolve().name)]
+        export = ["lmdist-export", path, "-o", unused_path(Path("bundles") / path.resolve().name)]
         return next_line(*([evaluate] if split else []), export)
 
     def write_picture_and_sample(self, name: str, num_tokens: int) -> None:

@@ -20,8 +20,6 @@ from lmdist.text.machines import prepare_on_cluster
 from lmdist.text.prepare import prepare
 from support.jobs import installed
 
-pytest.importorskip("distributed", reason="Dask is not installed")
-
 SHARDS = 6
 
 

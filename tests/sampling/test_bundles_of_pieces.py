@@ -22,29 +22,25 @@ from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
-from lmdist_export.sampling.completion import whole_words
-from lmdist_export.sampling.generation import Text
+from lmdist_export.sampling.completion import to_completion, whole_words
+from lmdist_export.sampling.generation import Generation, Text, append
 from lmdist_export.sampling.resolved_options import resolve
+from lmdist_export.sampling.stops import Stops
 from lmdist_export.serving.batching import Scoring
 from lmdist_export.serving.openai_answer import Writer, choice
 from lmdist_export.serving.openai_request import read_request
 from lmdist_export.serving.service import Service
-from support.small_bundles import UNTIED, edit_json, in_fresh_process, run_of_data
+from support.small_bundles import TEXTS_OF_PIECES, UNTIED, in_fresh_process, make_run_of_pieces, neutral
 
 tokenizers = pytest.importorskip("tokenizers")
-
-TEXTS = [f"The president said that the people aren't here.\nNaïve 日本語 🙂 number {number}." for number in range(80)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A data folder, a run and a bundle of pieces."""
     place = tmp_path_factory.mktemp("pieces")
-    (place / "a.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS))
-    prepare(PrepareSettings(inputs=[str(place / "a.jsonl")], tokenizer="bpe", vocabulary_size=320), place / "data")
-    run = run_of_data(place, place / "data", UNTIED)
-    export.main([str(run), "-o", str(place / "bundle")])
-    edit_json(place / "bundle/generation_config.json", temperature=1.0, top_p=1.0)
+    export.main([str(make_run_of_pieces(place)), "-o", str(place / "bundle")])
+    neutral(place / "bundle")
     return place
 
 
@@ -81,10 +77,10 @@ def test_a_server_writes_the_same_text(model: Model, prompt: str) -> None:
         writer = Writer(model.bundle, asked.prompts[0], prompt)
         assert "".join([*(piece for token in text.tokens for piece in writer.write([token])), writer.end(text)]) == expected
     asked = read_request({"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    scoring = Scoring(model.sampler, [asked.prompts[0].tokens], 0)
+    scoring = Scoring(model.sampler, [asked.prompts[0].ids], 0)
     service.batcher.submit(scoring)
     assert scoring.finished.wait(60)
-    found = choice(asked, Text(asked.prompts[0].tokens, 0, 0, finish_reason="length"), 0, scoring.scores[0])
+    found = choice(asked, Text(asked.prompts[0].ids, 0, 0, finish_reason="length"), 0, scoring.scores[0])
     offsets = [*found["logprobs"]["text_offset"], len(prompt)]
     assert found["text"] == prompt
     assert offsets == sorted(offsets)
@@ -112,6 +108,23 @@ def test_stops_are_found_in_the_text(model: Model) -> None:
         assert "".join(stream) == expected
     found = model.generate("The", num_beams=3, max_new_tokens=12, stop=[" ", "e"], echo=False)
     assert not {" ", "e"} & set(found.text)
+
+
+def test_a_stop_inside_of_a_piece_keeps_the_character_before_it(model: Model) -> None:
+    """A piece may be the end of a character and more, where models do not split before punctuation."""
+    assert model.bundle.tokenizer.model
+    contents = [*model.bundle.tokenizer.model.entries.contents]
+    first, second, third = ("日".encode()[place : place + 1] for place in range(3))
+    tokens = [contents.index(first), contents.index(second), contents.index(third)]
+    contents[tokens[2]] = third + b"."
+    service = Service(model.sampler)
+    for prompt, generated, whole in (("", tokens, "日"), ("a ", tokens, "a 日"), (tokens[:1], tokens[1:], "日")):
+        asked = read_request({"prompt": prompt, "max_tokens": 9}, service, "pieces")
+        text = Text(asked.prompts[0].ids, 0, 0)
+        append(text, generated, Generation(asked.resolved.config, Stops([b"."], contents)))
+        assert (text.tokens, text.rest, text.finish_reason) == (generated[:-1], third, "stop")
+        assert choice(asked, text, 0, None)["text"] == "日"
+        assert to_completion(model.sampler, text, asked.prompts[0], asked.resolved).text == whole
 
 
 def test_the_space_of_a_prompt_is_there_once(model: Model) -> None:
@@ -158,7 +171,7 @@ def test_offsets_lie_in_the_text_that_was_given(model: Model, changes: dict[str,
     service.bundle = rewriting(model, **changes)
     given = "İİİİİİİİ the… ﬁﬁﬁ… people"
     asked = read_request({"prompt": given, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    tokens = asked.prompts[0].tokens
+    tokens = asked.prompts[0].ids
     scores = [0.0] * len(tokens), [[] for _ in tokens]
     offsets = choice(asked, Text(tokens, 0, 0, finish_reason="length"), 0, scores)["logprobs"]["text_offset"]
     assert offsets == sorted(offsets)
@@ -178,8 +191,8 @@ def test_bad_words_and_biases_are_with_and_without_a_space(model: Model) -> None
 def test_scores_vectors_and_next_words(model: Model) -> None:
     score = model.score("The president said\nthat.")
     assert not score.unknown.any()
-    assert score.words[-1] == "<eos>"
-    assert model.bundle.tokenizer.detokenize(score.words[:-1]) == "The president said\nthat."
+    assert score.tokens[-1] == "<eos>"
+    assert model.bundle.tokenizer.detokenize(score.tokens[:-1]) == "The president said\nthat."
     assert model.vector("the").shape == (6,)
     assert len(model.next_words("The president", k=3)) == 3
     assert [*model.generate(["The", "We"], max_new_tokens=3)]
@@ -190,8 +203,8 @@ def test_a_prompt_that_was_read_continues_with_its_space(model: Model, tmp_path:
     state.save(tmp_path / "said.npz")
     for before in (state, model.load_prompt(tmp_path / "said.npz")):
         both = model.read("said", after=before)
-        assert model.bundle.tokenizer.detokenize(both.words) == "The president said"
-        assert both.tokens == model.prompt("The president said").tokens
+        assert model.bundle.tokenizer.detokenize(both.tokens) == "The president said"
+        assert both.ids == model.prompt("The president said").ids
 
 
 def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
@@ -203,7 +216,7 @@ def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
 
 def test_the_bundle_has_the_files_of_its_pieces(folder: Path, model: Model) -> None:
     theirs = tokenizers.Tokenizer.from_file(str(folder / "bundle/tokenizer.json"))
-    assert theirs.encode(TEXTS[0]).ids == model.prompt(TEXTS[0]).tokens
+    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).ids
     assert "lmdist[cpu,serve,subword]" in (folder / "bundle/requirements.txt").read_text()
     assert (folder / "bundle/text.json").read_bytes() == (folder / "data/text.json").read_bytes()
 

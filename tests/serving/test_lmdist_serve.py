@@ -238,6 +238,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "a bias of a word": ({"logit_bias": {"the": 1}}, 'logit_bias has "the"; the id of a token', "logit_bias"),
     "a bias of a string": ({"logit_bias": {"3": "x"}}, 'logit_bias of 3 is "x"; a number', "logit_bias"),
     "an infinite bias": ({"logit_bias": {"3": 1e300}}, "logit_bias is 'cat=1e+300'; WORD=X is expected", "logit_bias"),
+    "no texts": ({"n": 0, "best_of": 1}, "n is 0; it must be from 1 to 1,000,000", "n"),
+    "fewer than none": ({"n": -1, "best_of": 3}, "n is -1; it must be from 1 to 1,000,000", "n"),
+    "best of none": ({"best_of": 0}, "best_of is 0; it must be from 1 to 1,000,000", "best_of"),
+    "half a character": ({"\ud800": 1}, 'the body has "\\ud800", which is not known', "\\ud800"),
+    "half a character to write": ({"prompt": ["\ud83d"]}, "prompt has a lone surrogate", "prompt"),
+    "half a character in a value": ({"stream": "\ude42"}, 'stream is "\\ude42"; true or false', "stream"),
     "best_of below n": ({"n": 3, "best_of": 2}, "best_of is 2, and n is 3", "best_of"),
     "best_of in a stream": ({"best_of": 2, "stream": True}, "without stream", "best_of"),
     "stream": ({"stream": "yes"}, 'stream is "yes"; true or false', "stream"),
@@ -273,6 +279,8 @@ def test_a_mistake_is_a_400_in_openais_form(served: Serving, asked: dict[str, An
 def test_what_is_not_here_is_a_404(served: Serving) -> None:
     status, answer = served.post({"prompt": "the", "model": "gpt"}, path=PATH)
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (404, "model_not_found", "model")
+    status, answer = served.post({"prompt": "the", "model": "\ud800"}, path=PATH)
+    assert (status, answer["error"]["message"]) == (404, r'the model "\ud800" is not here; this server has "bundle"')
     for path in ("/v1/chat/completions", "/v1/embeddings", "/v1/responses"):
         status, answer = served.post({"messages": []}, path=path)
         assert status == 404
@@ -284,6 +292,21 @@ def test_what_is_not_here_is_a_404(served: Serving) -> None:
     status, _, body = served.request("GET", "/secret%20prompt")
     assert status == 404
     assert b"secret" not in body
+
+
+@pytest.mark.slow
+def test_a_page_whose_name_leads_here_is_refused(served: Serving) -> None:
+    """DNS rebinding: its requests are of the same origin, and so no browser asks whether it may read their answers."""
+    json_type = {"Content-Type": "application/json"}
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "a@localhost"):
+        for method, path, body in (("POST", PATH, {"prompt": ""}), ("GET", "/v1/models", None), ("GET", "/ping", None)):
+            status, _, answer = served.request(method, path, body, json_type | {"Host": host})
+            assert (status, json.loads(answer)["error"]["type"]) == (403, "invalid_request_error"), host
+        assert f'Host is "{host}", no name of this server: --allowed-host adds one' in json.loads(answer)["error"]["message"]
+    status, _, answer = served.request("POST", "/invocations", {"inputs": ["the"]}, json_type | {"Host": "evil.example"})
+    assert (status, json.loads(answer)["error_code"]) == (403, "PERMISSION_DENIED")
+    for host in ("localhost:1", "LocalHost.", "news.localhost:8000", "127.0.0.1", "[::1]:8000", "192.168.1.7:80"):
+        assert served.request("GET", "/ping", headers={"Host": host})[0] == 200, host
 
 
 # --- what is beside ------------------------------------------------------------------------------------------------
@@ -388,6 +411,7 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path, served: Serving, bund
             f"port {served.port} of 127.0.0.1 cannot be used: Address already in use",
         ),
         ([str(bundle), "--host", "no.such.host.invalid"], 64, "--host is 'no.such.host.invalid'"),
+        ([str(bundle), "--allowed-host", "http://a.example"], 64, "--allowed-host is 'http://a.example'; a name alone"),
     ):
         found, line = last_line(serve.main, capsys, *words)
         assert (found, sentence in line) == (code, True), line

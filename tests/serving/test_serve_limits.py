@@ -7,6 +7,7 @@ import asyncio
 import gzip
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -21,7 +22,7 @@ import pytest
 
 from lmdist.errors import DataError, UsageError
 from lmdist_export import serve
-from lmdist_export.serving.access import ApiKeys
+from lmdist_export.serving.access import ApiKeys, Hosts
 from lmdist_export.serving.application import Application, reading_threads
 from lmdist_export.serving.service import Service
 from lmdist_export.serving.watching import Watched
@@ -40,8 +41,20 @@ connections.MAX_CONNECTIONS = 60
 from lmdist_export import serve
 serve.main(sys.argv[1:])
 """
+# A server whose next bundle does not load, as one that is far away.
+FAR_AWAY = """
+import sys, time
+from lmdist_export import serve
+opened = serve.opened
+def opened_once(*given):
+    serve.opened = lambda *_: print("loading", file=sys.stderr, flush=True) or time.sleep(300)
+    return opened(*given)
+serve.opened = opened_once
+serve.main(sys.argv[1:])
+"""
 LONG = {"prompt": "the", "max_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
 """No sequence may be repeated, so each call generates one token."""
+LONG_PARAMS = {"max_new_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +67,7 @@ def folder(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def limited(folder: Path) -> Iterator[Serving]:
     keys = folder.parent / "keys.txt"
     keys.write_text(f"# of the tests\nsk-other\n\n{KEY}\n")
-    server = Serving(["-c", LIMITED, str(folder), "--api-key-file", str(keys)], folder.parent)
+    server = Serving(["-c", LIMITED, str(folder), "--api-key-file", str(keys), "--allowed-host", "news.example"], folder.parent)
     try:
         server.wait()
         yield server
@@ -84,7 +97,7 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 def head(length: int | str, *more: str) -> bytes:
     """The head of a request."""
-    lines = [f"POST {PATH} HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in HEADERS.items())]
+    lines = [f"POST {PATH} HTTP/1.1", "Host: localhost", *(f"{name}: {value}" for name, value in HEADERS.items())]
     return "\r\n".join([*lines, f"Content-Length: {length}", *more, "", ""]).encode()
 
 
@@ -102,6 +115,15 @@ def answer_to(server: Serving, sent: bytes) -> bytes:
             while piece := client.recv(65_536):
                 received += piece
         return received
+
+
+def sockets(files: Path) -> set[str]:
+    """The sockets of a process, by the folder of its files."""
+    found = set()
+    for file in files.iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            found.add(os.readlink(file))
+    return {name for name in found if name.startswith("socket:")}
 
 
 def streaming(server: Serving, **asked: object) -> http.client.HTTPConnection:
@@ -127,6 +149,14 @@ def test_only_requests_with_a_key_are_answered(limited: Serving) -> None:
     assert (status, answer["error_code"]) == (401, "UNAUTHENTICATED")
     assert limited.request("GET", "/ping")[0] == limited.request("GET", "/health")[0] == 200
     assert "sk-" not in limited.log.read_text()
+
+
+@pytest.mark.slow
+def test_names_that_were_allowed_are_the_names_of_the_server(limited: Serving) -> None:
+    hosts = ("news.example", "NEWS.example:443", "localhost", "other.example")
+    found = [limited.request("GET", "/v1/models", headers=HEADERS | {"Host": host})[0] for host in hosts]
+    assert found == [200, 200, 200, 403]
+    assert Hosts(["*"]).allow("other.example")
 
 
 def test_a_file_of_keys(tmp_path: Path) -> None:
@@ -201,7 +231,7 @@ def test_silent_and_half_sent_connections_are_closed(limited: Serving) -> None:
         assert answer_to(limited, sent).startswith(b"HTTP/1.1 408 ")
     with connect(limited) as client:  # one that is between two requests stays
         for _ in range(2):
-            client.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = b""
             while not answer.endswith(b"\r\n\r\n\n"):  # the head and the body, a line break
                 more = client.recv(65_536)
@@ -216,7 +246,7 @@ def test_more_connections_than_there_are_places(limited: Serving) -> None:
     with ExitStack() as clients:
         for _ in range(60):
             clients.enter_context(connect(limited))
-        assert answer_to(limited, b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 503 ")
+        assert answer_to(limited, b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 503 ")
     until(lambda: complete(limited)[0] == 200)
 
 
@@ -232,11 +262,49 @@ def test_a_client_that_does_not_read_is_disconnected(limited: Serving) -> None:
     assert complete(limited)[0] == 200
 
 
+@pytest.mark.slow
+def test_nothing_is_left_of_clients_that_were_silent_slow_broken_or_gone(limited: Serving) -> None:
+    files = Path(f"/proc/{limited.process.pid}/fd")
+
+    def trouble() -> None:
+        with ExitStack() as clients:
+            for sent in [b""] * 20 + [head(500) + b'{"prompt": '] * 10:
+                clients.enter_context(connect(limited, sent))
+            for stream in [streaming(limited, **LONG) for _ in range(5)]:
+                clients.callback(stream.close)
+                assert stream.getresponse().readline().startswith(b"data: ")
+            slow = clients.enter_context(connect(limited))
+            with suppress(BrokenPipeError, ConnectionResetError):
+                for byte in head(500)[:25]:
+                    slow.send(bytes([byte]))
+                    time.sleep(0.05)
+            assert slow.recv(65_536).startswith(b"HTTP/1.1 408 "), "bytes that trickle in are no request in time"
+            clients.enter_context(connect(limited, head(2**26) + b"x" * 2**22))
+            assert limited.request("POST", PATH, b"\xff" * 2**26, HEADERS)[0] == 413
+            assert limited.request("POST", PATH, b'{"prompt": "\xff\xfe"}', HEADERS)[0] == 400
+        assert complete(limited)[0] == 200
+
+    def left() -> tuple[int, float]:
+        until(lambda: figure(limited, "lmdist_running_requests") == figure(limited, "lmdist_open_requests") - 1 == 0)
+        until(lambda: not sockets(files) - listening, seconds=5)
+        return len([*files.iterdir()]), figure(limited, "process_resident_memory_bytes")
+
+    listening = sockets(files)
+    trouble()
+    num_files, memory = left()
+    for _ in range(3):
+        trouble()
+    assert left()[0] == num_files
+    assert left()[1] < memory + 2**25
+
+
 # --- work ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_what_clients_ask_for_together_is_bounded_and_ends_when_they_leave(limited: Serving) -> None:
+    names = "lmdist_prompt_tokens_total", "lmdist_generated_tokens_total"
+    before = [figure(limited, name) for name in names]
     clients = [streaming(limited, **LONG) for _ in range(16)]
     until(lambda: figure(limited, "lmdist_queued_tokens") > 180_000)
     status, headers, answer = limited.request("POST", PATH, LONG, HEADERS)
@@ -252,7 +320,10 @@ def test_what_clients_ask_for_together_is_bounded_and_ends_when_they_leave(limit
     plain.request("POST", PATH, json.dumps(LONG), HEADERS)
     until(lambda: figure(limited, "lmdist_running_requests") == 1)
     plain.close()
-    until(lambda: figure(limited, "lmdist_running_requests") == 0)
+    until(lambda: figure(limited, "lmdist_running_requests") == figure(limited, "lmdist_open_requests") - 1 == 0)
+    read, written = (figure(limited, name) - old for name, old in zip(names, before, strict=True))
+    assert read <= 10 + 2 + 1, "prompts that were refused were not read"
+    assert written > 50, "what was generated for clients that left is counted too"
 
 
 # --- one bundle ----------------------------------------------------------------------------------------------------
@@ -298,6 +369,38 @@ def test_at_sigterm_what_was_received_is_answered(limited: Serving) -> None:
     assert "Traceback" not in limited.log.read_text()
 
 
+@pytest.mark.slow
+def test_what_has_not_ended_within_drain_is_cancelled_and_no_loading_is_waited_for(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "news"))
+    server = Serving(["-c", FAR_AWAY, str(folder), "--drain", "1", "--watch", "0.1"], tmp_path)
+    try:
+        server.wait()
+        edit_json(folder / "generation_config.json", do_sample=False)
+        until(lambda: "loading" in server.log.read_text())
+        clients = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=60) for _ in range(3)]
+        bodies = (PATH, LONG), (PATH, LONG | {"stream": True}), ("/invocations", {"inputs": ["the"], "params": LONG_PARAMS})
+        for client, (path, body) in zip(clients, bodies, strict=True):
+            client.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        until(lambda: figure(server, "lmdist_running_requests") == 3)
+        server.process.terminate()
+        began = time.monotonic()
+        plain, streamed, invoked = (client.getresponse() for client in clients)
+        assert (plain.status, streamed.status, invoked.status) == (503, 200, 503)
+        *_, last = streamed.read().decode().split("\n\n")[:-1]
+        for error in (json.load(plain)["error"], json.loads(last.removeprefix("data: "))["error"], json.load(invoked)):
+            assert error["message"] == "this server is stopping, and the answer was not ready by then"
+        assert server.process.wait(timeout=60) == 0
+        assert time.monotonic() - began < 20
+        for client in clients:
+            client.close()
+    finally:
+        server.process.kill()
+    logged = server.log.read_text()
+    assert "warning: 3 requests had not ended within --drain, 1 second, and were cancelled\n" in logged
+    assert "all requests are answered" not in logged
+    assert "Traceback" not in logged
+
+
 # --- another bundle ------------------------------------------------------------------------------------------------
 
 
@@ -319,9 +422,12 @@ def test_watched_folders_are_swapped_without_losing_a_request(bundle: Path, tmp_
         assert "seed" in server.post({"prompt": "the", "ignore_eos": True}, path=PATH)[1]
         other.rename(folder)
         until(lambda: "mine: from now on version" in server.log.read_text())
+        generated = figure(server, "lmdist_tokens_written_total")
+        assert generated > 400, "those of the bundle before are still counted"
         assert "seed" not in server.post({"prompt": "the", "ignore_eos": True}, path=PATH)[1]
         assert began.read().endswith(b"data: [DONE]\n\n")
         client.close()
+        assert figure(server, "lmdist_tokens_written_total") >= 2_000 + 3 * 200
         assert server.log.read_text().count("warning: --watch") == 1
     finally:
         code = server.stop()

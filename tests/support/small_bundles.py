@@ -14,10 +14,11 @@ import torch
 
 from lmdist import config
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import DataSettings, ModelSettings, Recipe, TextSettings, Tokenizer
+from lmdist.settings import DataSettings, ModelSettings, PrepareSettings, Recipe, TextSettings, Tokenizer
 from lmdist.storage.checksums import OWN_CHECKSUM, checksums, own_checksum
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import write_json
+from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.training.checkpoints.format import Progress
@@ -32,6 +33,7 @@ from lmdist_export.sampling.completion import Completion
 WORDS = ["the", "cat", "dog", "president", "said", "that", "it", "is", "n't", "'s", ".", ",", "``", "''", "(", ")", "we"]
 PLAIN_WORDS = "the cat dog president said that it is not so here we old too and of in".split()
 DOCUMENTS = ["The president said that the cat is here. It isn't a dog.", "We said it. The dog's (old) cat said so too."]
+TEXTS_OF_PIECES = [f"The president said that the people aren't here.\nNaïve 日本語 🙂 number {number}." for number in range(80)]
 TIED = ModelSettings(embedding_size=8, hidden_size=12, num_layers=3, dropout=0.0, tied=True)
 UNTIED = ModelSettings(embedding_size=6, hidden_size=10, num_layers=2, dropout=0.0, tied=False)
 ADAPTIVE = ModelSettings(embedding_size=6, hidden_size=20, num_layers=2, dropout=0.0, tied=False, head="adaptive")
@@ -100,6 +102,13 @@ def make_bundle(
     """Export a bundle by the command."""
     export.main([str(make_run(folder, settings, tokenizer, words)), "-o", str(folder / "bundle"), "--precision", precision])
     return folder / "bundle"
+
+
+def make_run_of_pieces(folder: Path, tokenizer: str = "bpe") -> Path:
+    """Write a run with one checkpoint, beside its data folder, whose pieces are learned from TEXTS_OF_PIECES."""
+    (folder / "a.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS_OF_PIECES))
+    prepare(PrepareSettings(inputs=[str(folder / "a.jsonl")], tokenizer=tokenizer, vocabulary_size=320), folder / "data")
+    return run_of_data(folder, folder / "data", UNTIED)
 
 
 def neutral(bundle: Path) -> Path:

@@ -22,7 +22,7 @@ from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist.storage.held import HeldFolder
-from lmdist.text.prepare import parser, prepare, resolve
+from lmdist.text.prepare import main, parser, prepare, resolve
 from lmdist.text.shard_files import DOCUMENT
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
@@ -327,9 +327,13 @@ def folder(tmp_path_factory) -> Path:
         (66, "articles1.csv -o out --recipe nowhere.toml", ["nowhere.toml"]),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(folder, code, command, texts):
+def test_a_mistake_is_one_line_and_leaves_nothing(folder, monkeypatch, capsys, code, command, texts):
     before = sorted(folder.iterdir())
-    check_failure(run(*command.split(), cwd=folder), code, *texts)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    assert isinstance(ended.value.code, int)
+    check_failure(subprocess.CompletedProcess(command, ended.value.code, *capsys.readouterr()), code, *texts)
     assert sorted(folder.iterdir()) == before
 
 

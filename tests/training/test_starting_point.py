@@ -15,7 +15,7 @@ import torch
 from lmdist import config
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import InitSettings, ModelSettings, Recipe
+from lmdist.settings import MODEL_SIZES, InitSettings, ModelSettings, Recipe
 from lmdist.storage.held import HeldFolder
 from lmdist.text.vectors import read_vectors
 from lmdist.text.vocabulary import Vocabulary
@@ -34,8 +34,7 @@ NEW_WORDS = ["lion", *PLAIN_WORDS[::-2], "tiger", "Bear", *PLAIN_WORDS[1::4]]
 
 def model_flags(settings: ModelSettings) -> list[str]:
     """Return the flags of a recipe with this model."""
-    sizes = {name: getattr(settings, name) for name in ("embedding_size", "hidden_size", "num_layers", "tied", "head")}
-    return [f"--model.{name}={str(value).lower()}" for name, value in sizes.items()]
+    return [f"--model.{name}={str(getattr(settings, name)).lower()}" for name in MODEL_SIZES]
 
 
 def started(base: Path, data: Path, settings: ModelSettings, seed: int = 1, embeddings: str = "") -> LanguageModel:
@@ -193,7 +192,7 @@ def test_the_number_of_ranks_changes_nothing(base, tmp_path):
         (["--init_from=data"], MissingInputError, "holds no checkpoint"),
         (["--data.folder=lowercase"], UsageError, "read text with lowercase False, and lowercase was prepared with True"),
         (["--data.folder=foreign"], UsageError, "has none of the words of foreign"),
-        (["--init_from=cut"], DataError, "no checkpoint that can be read|is damaged|not a file of safetensors"),
+        (["--init_from=cut"], DataError, "cut.model.safetensors is damaged: it has"),
         (["--init_from=cut-bundle"], DataError, "weights.bin is damaged"),
         (["--init.embeddings=none.vec"], MissingInputError, "none.vec does not exist"),
         (["--init.freeze=layers.2"], UsageError, "init.freeze has layers.2; the parts of this model are embedding, layers.0"),

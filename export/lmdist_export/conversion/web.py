@@ -16,7 +16,6 @@ import base64
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,30 +23,29 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-import lmdist_export
 from lmdist.errors import MissingInputError, UsageError
+from lmdist.settings import LEARNED
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.reading import as_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
-from lmdist_export.bundle import MODEL, WEIGHTS
-from lmdist_export.conversion.exporting import Checkpoint, HeldOutText, check_held_out, write_bundle
+from lmdist_export.bundle import STEP_GRAPH, WEIGHTS
+from lmdist_export.conversion.exporting import HeldOutText, TrainedModel, check_held_out, write_bundle
 from lmdist_export.graph.graphs import generation_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.sizes import Sizes
-from lmdist_export.options import ATTEMPTS, EXPORTED, FILTERS, PARAMS, Features, Row
+from lmdist_export.options import ATTEMPTS, EXPORTED, FILTERS, PARAMS, Features, Row, row_facts
+from lmdist_export.serving.page_files import SERVER_ENGINE, page_files
 
 FORMAT = "lmdist web"
 VERSION = 1
-PAGE = Path(lmdist_export.__file__).parent / "serving" / "page"
 ENGINE = Path(__file__).parent / "browser"
-OF_SERVER = "server_engine.js"
 """The file of the page that another takes the place of here: engine.js."""
 MODEL_FOLDER, RUNTIME_FOLDER = "model", "onnxruntime-web"
 ABOUT = "model.json"
 STEP = "step.onnx"
 
-TOKENIZERS = ("word_tokenize", "wordpunct", "whitespace", "characters")
-"""Those that engine/tokenizer.js knows."""
+TOKENIZERS = ("word_tokenize", "wordpunct", "whitespace", "characters", *LEARNED)
+"""Those that engine/tokenizer.js and engine/pieces.js know: no pieces of a file, which may have any form."""
 LEFT_OUT = {"cache_weight", "num_beams", "length_penalty", "n", "logprobs", "echo"}
 """Options that the engine does not have: the cache, beam search, and what shapes a list of results."""
 
@@ -92,11 +90,11 @@ def is_layout(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     is_ours = isinstance(about, dict) and about.get("format") == FORMAT
-    return is_ours and names <= {*of_page(), *os.listdir(ENGINE), MODEL_FOLDER, RUNTIME_FOLDER}
+    return is_ours and names <= {*(file.name for file in copied()), *os.listdir(ENGINE), MODEL_FOLDER, RUNTIME_FOLDER}
 
 
 def write(
-    checkpoint: Checkpoint,
+    trained: TrainedModel,
     output: Path,
     held_out: HeldOutText | None,
     precision: str,
@@ -109,16 +107,16 @@ def write(
 
     Raises UsageError for a tokenizer that JavaScript does not have, and for a folder that is not onnxruntime-web's package.
     """
-    if checkpoint.tokenizer.settings.tokenizer not in TOKENIZERS:
+    if trained.tokenizer.settings.tokenizer not in TOKENIZERS:
         raise UsageError(
-            f"--layout web: the text of this model was split by {checkpoint.tokenizer.settings.tokenizer}, and the page knows "
+            f"--layout web: the text of this model was split by {trained.tokenizer.settings.tokenizer}, and the page knows "
             f"{', '.join(TOKENIZERS)} only"
         )
     check_held_out(held_out, precision)
     package = None if onnxruntime_web is None else package_files(onnxruntime_web)
     with atomic_folder(output, replace=replace) as folder:
-        for name in of_page():
-            shutil.copyfile(PAGE / name, folder / name)
+        for file in copied():
+            shutil.copyfile(file, folder / file.name)
         shutil.copytree(ENGINE, folder, dirs_exist_ok=True)
         if package is not None:
             (folder / RUNTIME_FOLDER).mkdir()
@@ -126,21 +124,21 @@ def write(
                 shutil.copyfile(file, folder / RUNTIME_FOLDER / file.name)
         model = folder / MODEL_FOLDER
         model.mkdir()
-        manifest = write_bundle(checkpoint, model, held_out, precision, max_loss_percent)
-        (model / MODEL).rename(model / STEP)
+        manifest = write_bundle(trained, model, held_out, precision, max_loss_percent)
+        (model / STEP_GRAPH).rename(model / STEP)
         for file in model.iterdir():
             if file.name not in (STEP, WEIGHTS, VOCABULARY, TEXT):
                 file.unlink()
         sizes = Sizes(**manifest["sizes"])
         for name, features in feature_sets():
-            graph = generation_graph(sizes, features, Target(WEIGHTS), checkpoint.run)
+            graph = generation_graph(sizes, features, Target(WEIGHTS), trained.run).content
             (model / f"{name}.onnx").write_bytes(graph)
         runtime = ON_CDN if package is None else Runtime(*(described_file(file, f"{RUNTIME_FOLDER}/") for file in package))
         about = {
             "format": FORMAT,
             "version": VERSION,
-            "name": checkpoint.run,
-            "step": checkpoint.step,
+            "name": trained.run,
+            "step": trained.step,
             "sizes": manifest["sizes"],
             "padded": sizes.padded,
             "attempts": ATTEMPTS,
@@ -153,9 +151,9 @@ def write(
         return manifest
 
 
-def of_page() -> list[str]:
-    """Return the names of the page's files."""
-    return sorted(path.name for path in PAGE.iterdir() if path.is_file() and path.name != OF_SERVER)
+def copied() -> list[Path]:
+    """Return the files of the page that it has without a server too."""
+    return [file for file in page_files() if file.name != SERVER_ENGINE]
 
 
 def feature_sets() -> Iterator[tuple[str, Features]]:
@@ -167,18 +165,14 @@ def feature_sets() -> Iterator[tuple[str, Features]]:
 
 
 def described(row: Row) -> dict[str, Any]:
-    """Return a row of the table of options as JSON; null is a bound that is not finite."""
-    facts: dict[str, Any] = {
-        "name": row.name,
-        "type": "list" if row.is_list else row.type.__name__,
-        "default": row.default,
-        "help": row.option.help,
+    """Return a row of the table of options as JSON, and what its bounds are in words."""
+    if row.bounds is None:
+        return row_facts(row)
+    return row_facts(row) | {
+        "bounds": str(row.bounds),
+        "includes_minimum": row.bounds.includes_low,
+        "includes_maximum": row.bounds.includes_high,
     }
-    if row.bounds is not None:
-        low, high = (value if math.isfinite(value) else None for value in (row.bounds.low, row.bounds.high))
-        facts |= {"minimum": low, "maximum": high, "bounds": str(row.bounds)}
-        facts |= {"includes_minimum": row.bounds.includes_low, "includes_maximum": row.bounds.includes_high}
-    return facts
 
 
 def described_file(path: Path, folder: str = "") -> RuntimeFile:

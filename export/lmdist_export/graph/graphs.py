@@ -44,18 +44,18 @@ from lmdist_export.graph.cache import (
 )
 from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.network import Network, StateNames, Target
-from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, Shape, model_bytes
+from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, OnnxModel, Shape, model_of
 from lmdist_export.graph.sampling_nodes import SamplingNodes, any_of, option_inputs
 from lmdist_export.graph.sizes import Sizes
-from lmdist_export.graph.value_docs import DOCS, GENERATION_GRAPH, STEP_GRAPH
+from lmdist_export.graph.value_docs import DOCS, GENERATION_DOC, STEP_DOC
 from lmdist_export.options import Features
 
 VERSION = 2
 
 
-def step_graph(sizes: Sizes, target: Target, run: str = "") -> bytes:
+def step_graph(sizes: Sizes, target: Target, run: str = "") -> OnnxModel:
     """Return the graph that reads tokens and outputs the logits after each."""
-    g = Graph("lmdist_step", doc=STEP_GRAPH, docs=DOCS)
+    g = Graph("lmdist_step", doc=STEP_DOC, docs=DOCS)
     network = Network(sizes, g, target)
     tokens = g.input("tokens", INT64, ["batch", "time"])
     hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), state_inputs(g, sizes))
@@ -64,18 +64,18 @@ def step_graph(sizes: Sizes, target: Target, run: str = "") -> bytes:
     logits = g("Transpose", g("Reshape", rows, shape), perm=[1, 0, 2])
     g.output(logits, "logits", FLOAT, ["batch", "time", sizes.vocabulary_size])
     state_outputs(g, sizes, state)
-    return model_bytes(g, metadata("lmdist step graph", sizes, run))
+    return model_of(g, metadata("lmdist step graph", sizes, run))
 
 
-def embedding_graph(sizes: Sizes, target: Target) -> bytes:
+def embedding_graph(sizes: Sizes, target: Target) -> OnnxModel:
     """Return the graph that outputs the embeddings of tokens."""
     g = Graph("lmdist_embedding")
     tokens = g.input("tokens", INT64, ["batch"])
     g.output(Network(sizes, g, target).embeddings(g, tokens), "embeddings", FLOAT, ["batch", sizes.embedding_size])
-    return model_bytes(g, metadata("lmdist embedding graph", sizes, ""))
+    return model_of(g, metadata("lmdist embedding graph", sizes, ""))
 
 
-def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> bytes:
+def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> OnnxModel:
     """Return the graph that reads tokens and outputs the log-probability of the target after each, `cached` or without."""
     g = Graph("lmdist_score")
     network = Network(sizes, g, target)
@@ -97,10 +97,10 @@ def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> bytes:
         cache_outputs(g, sizes, cache.remember(g, memory, pairs))
     g.output(scores, "log_probabilities", FLOAT, ["batch", "time"])
     state_outputs(g, sizes, state)
-    return model_bytes(g, metadata("lmdist score graph", sizes, ""))
+    return model_of(g, metadata("lmdist score graph", sizes, ""))
 
 
-def next_graph(sizes: Sizes, target: Target) -> bytes:
+def next_graph(sizes: Sizes, target: Target) -> OnnxModel:
     """Return the graph that reads tokens and outputs the log-probabilities after the last one, with the cache."""
     g = Graph("lmdist_next")
     network = Network(sizes, g, target)
@@ -115,12 +115,12 @@ def next_graph(sizes: Sizes, target: Target) -> bytes:
     g.output(slice_of(g, scores, 0, sizes.vocabulary_size), "log_probabilities", FLOAT, ["batch", sizes.vocabulary_size])
     state_outputs(g, sizes, state)
     cache_outputs(g, sizes, memory)
-    return model_bytes(g, metadata("lmdist next graph", sizes, ""))
+    return model_of(g, metadata("lmdist next graph", sizes, ""))
 
 
-def generation_graph(sizes: Sizes, features: Features, target: Target, run: str = "") -> bytes:
+def generation_graph(sizes: Sizes, features: Features, target: Target, run: str = "") -> OnnxModel:
     """Return the graph that reads prompts and generates N tokens after each, or fewer where all have stopped."""
-    g = Graph("lmdist_generation", doc=GENERATION_GRAPH, docs=DOCS)
+    g = Graph("lmdist_generation", doc=GENERATION_DOC, docs=DOCS)
     network = Network(sizes, g, target)
     prompt = g.input("prompt", INT64, ["batch", "prompt_words"])
     lengths = g.input("lengths", INT64, ["batch"])
@@ -166,7 +166,7 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     if decoder.cache and decoder.memory:
         added = Memory(*(result[name] for name in ADDED))
         cache_outputs(g, sizes, decoder.cache.remember(g, decoder.memory, added))
-    return model_bytes(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
+    return model_of(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
 
 
 def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]], uniform: str, stops: str) -> Graph:
@@ -191,7 +191,7 @@ def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]
     return body
 
 
-def token_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
+def token_graph(sizes: Sizes, features: Features, target: Target) -> OnnxModel:
     """Return the graph that generates one token of each row, for a device where a Loop returns to the host for each node.
 
     What is carried from token to token has an input NAME and an output next_NAME of the same shape, each layer's state apart:
@@ -217,7 +217,7 @@ def token_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
     g.output(g("Add", mass, of_token), "next_mass", FLOAT, ["batch", 1])
     if features.adjusted:
         g.output(after["counts"], "next_counts", FLOAT, ["batch", sizes.padded])
-    return model_bytes(g, metadata("lmdist word graph", sizes, ""))
+    return model_of(g, metadata("lmdist word graph", sizes, ""))
 
 
 def capturable(sizes: Sizes, features: Features) -> bool:

@@ -81,7 +81,7 @@ def beam_search_steps(
             stop = stops.ending(place, tokens)
             if token in end or stop:
                 before = tokens[: -(stop.num_tokens if stop else 1)]
-                text = Text(list(prompt), 0, 0, before, "stop", stop.rest if stop else "")
+                text = Text(list(prompt), 0, 0, before, "stop", stop.rest if stop else b"")
                 ended.append((score / length**config.length_penalty, text))
             else:
                 kept.append((row, token, place, score))

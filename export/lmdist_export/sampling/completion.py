@@ -80,7 +80,7 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
     """Return a text of ids that has ended as people read it."""
     bundle, options = sampler.bundle, resolved.options
     words = bundle.vocabulary.decode(text.tokens)
-    written = "".join(written_pieces(bundle, prompt, words, echo=options.echo)) + rest_of(text, prompt)
+    written = "".join(written_pieces(bundle, prompt, [*words, *rest_of(text)], echo=options.echo))
     token_logprobs = top_logprobs = None
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
@@ -101,25 +101,30 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
     )
 
 
-def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str], *, echo: bool) -> Iterator[str]:
+def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str | bytes], *, echo: bool) -> Iterator[str]:
     """Yield the text of a prompt if it is an `echo`, then what `words` add to it, each as soon as it is known.
 
     Alone, what they add begins without the space that separates two words. Pieces have one only if the text has, and no other:
     where the prompt ends with it, it stays there, also before a piece that has none.
     """
-    pieces = bundle.tokenizer.pieces(chain(prompt.words, words))
-    before = list(islice(pieces, len(prompt.words)))
+    pieces = bundle.tokenizer.pieces(chain(prompt.tokens, words))
+    before = list(islice(pieces, len(prompt.tokens)))
     if echo:
         yield from [*before, " "] if prompt.space else before
-    added = whole_words(pieces) if bundle.tokenizer.settings.has_pieces else pieces
-    if prompt.space or not (echo or bundle.tokenizer.settings.has_pieces):
-        yield from (piece.removeprefix(" ") for piece in islice(added, 1))
-    yield from added
+    has_pieces = bundle.tokenizer.settings.has_pieces
+    yield from after_text(whole_words(pieces) if has_pieces else pieces, has_space=prompt.space if has_pieces else not echo)
 
 
-def rest_of(text: Text, prompt: Prompt) -> str:
-    """Return what the piece in which a stop begins has before it, without the space that the prompt has already."""
-    return text.rest.removeprefix(" ") if prompt.space and not text.tokens else text.rest
+def after_text(pieces: Iterator[str], *, has_space: bool) -> Iterator[str]:
+    """Yield pieces that go on from a text; where that `has_space` already, the first one comes without its own."""
+    if has_space:
+        yield from (piece.removeprefix(" ") for piece in islice(pieces, 1))
+    yield from pieces
+
+
+def rest_of(text: Text) -> list[bytes]:
+    """Return what is written after the tokens of a text that has ended: of the piece in which a stop began, what is before."""
+    return [text.rest] if text.rest else []
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:
@@ -176,14 +181,14 @@ def grow_texts(
 
     if config.num_beams > 1:
         for number, prompt, state in states():
-            for text in beam_search(sampler, prompt.tokens, config, n, resolved.stops, options.ignore_eos, state):
+            for text in beam_search(sampler, prompt.ids, config, n, resolved.stops, options.ignore_eos, state):
                 yield prompt, dataclasses.replace(text, prompt_number=number), text.tokens
             del growing[number]
         return
     texts = (
         text
         for number, prompt, state in states()
-        for text in forks(sampler, state, prompt.tokens, number, config, resolved.seed or 0, prompt.numbers(n))
+        for text in forks(sampler, state, prompt.ids, number, config, resolved.seed or 0, prompt.numbers(n))
     )
     generation = Generation(config, resolved.stops, options.ignore_eos)
     for text, tokens in grow(sampler, texts, generation, batch_size, stream=stream):
@@ -228,8 +233,10 @@ class Stream(Iterator[str]):
         bundle = sampler.bundle
         growth = grow_texts(sampler, [prompt], resolved, 1, stream=True)
         first = _, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
-        words = (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
-        yield from written_pieces(bundle, prompt, words, echo=resolved.options.echo)
-        if rest := rest_of(text, prompt):
-            yield rest
+
+        def words() -> Iterator[str | bytes]:
+            yield from (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
+            yield from rest_of(text)
+
+        yield from written_pieces(bundle, prompt, words(), echo=resolved.options.echo)
         self.completion = to_completion(sampler, text, prompt, resolved)

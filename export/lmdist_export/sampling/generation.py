@@ -47,8 +47,8 @@ class Text:
     """The tokens after the prompt, without the end mark or the stop that ended the text."""
     finish_reason: str = ""
     """stop: its end or a stop came; length: it has max_new_tokens tokens; exhausted: no token is allowed; empty: not ended."""
-    rest: str = ""
-    """What the text has of a piece in which a stop began."""
+    rest: bytes = b""
+    """What the text has of a piece in which a stop began; the piece before may have the beginning of a character of it."""
     scores: TokenScores | None = field(default=None, repr=False, compare=False)
     """What `log_probabilities` returns, where it was computed with the text."""
     stop_place: int = field(default=0, repr=False, compare=False)
@@ -115,35 +115,16 @@ def grow(
     stream: bool = False,
     custom_bias: CustomBias | None = None,
 ) -> Iterator[tuple[Text, list[int]]]:
-    """Yield (text, new tokens) as `texts` grow from their states, `batch_size` at a time; see `continuations`."""
+    """Yield (text, new tokens) as `texts` grow from their states, `batch_size` at a time; see `continuations`.
 
-    def admit(free: int) -> list[tuple[Text, State]]:
-        return list(islice(texts, free))
-
-    for growth in generation_steps(sampler, admit, generation, batch_size, stream=stream, custom_bias=custom_bias):
-        yield from growth
-
-
-def generation_steps(
-    sampler: Sampler,
-    admit: Callable[[int], list[tuple[Text, State]]],
-    generation: Generation,
-    batch_size: int = BATCH_SIZE,
-    *,
-    stream: bool = False,
-    custom_bias: CustomBias | None = None,
-) -> Iterator[list[tuple[Text, list[int]]]]:
-    """Yield what each call of the graph has appended to its texts, (text, new tokens), until no text is left.
-
-    Before each call `admit` returns new texts, at most as many as there are free places. A text leaves the batch when it has
-    a finish_reason.
+    A text leaves the batch when it has a finish_reason, and the next one takes its place before the next call of the graph.
     """
     batch = Batch(sampler, generation, stream=stream, custom_bias=custom_bias)
     while True:
-        batch.join(admit(batch_size - len(batch)))
+        batch.join(list(islice(texts, batch_size - len(batch))))
         if not batch.texts:
             return
-        yield batch.step()
+        yield from batch.step()
 
 
 class Batch:

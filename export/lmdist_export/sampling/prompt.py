@@ -1,6 +1,6 @@
-"""A prompt: the words of a text that is to be continued, their ids, and the state of a model that has read them.
+"""A prompt: the tokens of a text that is to be continued, their ids, and the state of a model that has read them.
 
-    prompt = prompt_of(bundle, "The president said")        # words and ids
+    prompt = prompt_of(bundle, "The president said")        # tokens and ids
     prompt = read(sampler, prompt)                          # read once,
     first, second = prompt.fork(2)                          # continued as often as one likes,
     prompt.save("said.npz")                                 # in another process too
@@ -32,10 +32,10 @@ from lmdist_export.sampling.state import PARTS, State
 class Prompt:
     """A text that is to be continued."""
 
-    words: list[str]
+    tokens: list[str]
     """As tokenized, those that the vocabulary does not have included."""
-    tokens: list[int] = field(repr=False)
-    """The ids of the words."""
+    ids: list[int] = field(repr=False)
+    """Of the tokens."""
     model: str = field(repr=False)
     """The sha256 of the weights of the model whose ids, and whose state, these are."""
     state: State | None = field(default=None, repr=False)
@@ -48,8 +48,8 @@ class Prompt:
     @cached_property
     def unknown_words(self) -> list[str]:
         """Return the words that are not in the vocabulary and are read as `<unk>`, each once."""
-        pairs = zip(self.words, self.tokens, strict=True)
-        return list(dict.fromkeys(word for word, token in pairs if token == UNKNOWN_ID and word != UNKNOWN))
+        pairs = zip(self.tokens, self.ids, strict=True)
+        return list(dict.fromkeys(token for token, token_id in pairs if token_id == UNKNOWN_ID and token != UNKNOWN))
 
     def numbers(self, n: int) -> range:
         """Return the numbers of `n` texts that continue this one; those of other forks are others."""
@@ -66,7 +66,7 @@ class Prompt:
         A `cached` one has the memory that a neural cache needs: a prompt that was read without it is read again.
         """
         if self.state is None or (cached and len(self.state.model) < len(PARTS)):
-            return sampler.start([[first, *self.tokens]], cached=cached)
+            return sampler.start([[first, *self.ids]], cached=cached)
         return self.state if cached else replace(self.state, model=self.state.model[: len(STATE)])
 
     def save(self, path: str | Path) -> None:
@@ -77,7 +77,7 @@ class Prompt:
         if self.state is None:
             raise UsageError("nothing of this prompt was read, so it has no state to save: model.read(prompt) reads it")
         space = {"space": True} if self.space else {}
-        self.state.save(path, {"words": self.words, "number": self.number, "model": self.model, **space})
+        self.state.save(path, {"words": self.tokens, "number": self.number, "model": self.model, **space})
 
 
 def prompt_of(bundle: Bundle, text: str, after: Prompt | None = None) -> Prompt:
@@ -104,11 +104,10 @@ def read(sampler: Sampler, prompt: Prompt, after: Prompt | None = None) -> Promp
     if after is None:
         return replace(prompt, state=sampler.prefill(prompt.start(sampler, config.bos_token_id, cached=cached), config))
     before = after.start(sampler, config.bos_token_id, cached=cached)
-    tokens = np.array([[*before.tokens[0].tolist(), *prompt.tokens]], np.int64)  # (1, P)
+    tokens = np.array([[*before.tokens[0].tolist(), *prompt.ids]], np.int64)  # (1, P)
     state = replace(before, tokens=tokens, lengths=np.array([tokens.size], np.int64))
-    words = [*after.words, *prompt.words]
-    tokens_of_both = [*after.tokens, *prompt.tokens]
-    return replace(after, words=words, tokens=tokens_of_both, state=sampler.prefill(state, config), space=prompt.space)
+    tokens, ids = [*after.tokens, *prompt.tokens], [*after.ids, *prompt.ids]
+    return replace(after, tokens=tokens, ids=ids, state=sampler.prefill(state, config), space=prompt.space)
 
 
 def load(sampler: Sampler, path: str | Path) -> Prompt:

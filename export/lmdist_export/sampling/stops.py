@@ -25,7 +25,7 @@ class Ending(NamedTuple):
 
     num_tokens: int
     """The last tokens, which are no part of it."""
-    rest: str = ""
+    rest: bytes = b""
     """What the first of them has before the stop."""
 
 
@@ -104,7 +104,7 @@ class Stops:
         begin = b"".join(spelled).index(bytes(self.stops[self.first[place]]))
         while len(spelled[0]) <= begin:
             begin -= len(spelled.popleft())
-        return Ending(len(spelled), spelled[0][:begin].decode("utf-8", "replace"))
+        return Ending(len(spelled), spelled[0][:begin])
 
     def held_back(self, place: int, tokens: Sequence[int]) -> int:
         """Return how many of the last tokens are the beginning of a stop, where no stop has ended."""

@@ -1,7 +1,9 @@
-"""API keys: which requests lmdist-serve answers where it was given keys.
+"""Which requests lmdist-serve answers: those that have an API key, and those that ask for it by a name of its own.
 
     keys = ApiKeys.read(Path("keys.txt"))       # a key a line
     keys.allow(b"Bearer sk-...")                # of the header Authorization
+    hosts = Hosts(["news.example.org"])
+    hosts.allow("localhost:8000")               # of the header Host
 
 Keys are kept as their sha256 and compared in constant time; no message has one in it.
 """
@@ -9,7 +11,11 @@ Keys are kept as their sha256 and compared in constant time; no message has one 
 from __future__ import annotations
 
 import hmac
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from hashlib import sha256
+from ipaddress import ip_address
 from pathlib import Path
 
 from lmdist.errors import DataError
@@ -44,3 +50,24 @@ class ApiKeys:
         digest = sha256(key.strip()).digest()
         found = [hmac.compare_digest(digest, known) for known in self.digests]
         return scheme.lower() == b"bearer" and any(found)
+
+
+class Hosts:
+    """The names by which a server may be asked: `localhost`, those that it was given, and addresses in numbers.
+
+    A web page may have its own name lead to this machine, and then reads what a server here answers, past the rules of browsers
+    (DNS rebinding). The name stays in the header Host.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Allow the names of this machine and `names`; `*` is any."""
+        self.names = {"", "localhost", *(name.lower() for name in names)}  # none is in a request of HTTP/1.0
+
+    def allow(self, host: str) -> bool:
+        """Return whether the value of a Host header, with a port or without, is one of the names."""
+        name = re.sub(r":\d*\Z", "", host.strip()).strip("[]").removesuffix(".").lower()
+        if name in self.names or name.endswith(".localhost") or "*" in self.names:
+            return True
+        with suppress(ValueError):
+            return bool(ip_address(name))
+        return False

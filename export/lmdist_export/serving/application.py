@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -33,30 +33,21 @@ from lmdist_export.options import Options
 from lmdist_export.sampling.completion import to_completion
 from lmdist_export.sampling.prompt import Prompt
 from lmdist_export.sampling.resolved_options import ResolvedOptions
-from lmdist_export.serving import invocations
-from lmdist_export.serving.access import ApiKeys
-from lmdist_export.serving.batching import Request as Job
-from lmdist_export.serving.completing import complete, stream
+from lmdist_export.serving import invocations, tokenize_api
+from lmdist_export.serving.access import ApiKeys, Hosts
+from lmdist_export.serving.batching import Request
+from lmdist_export.serving.completing import complete, error_event, stream
 from lmdist_export.serving.failures import ErrorResponse, mlflow_error, openai_error, status_and_message
-from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, parse, read_body
+from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, parse, quoted, read_body
 from lmdist_export.serving.metrics import CONTENT_TYPE, Metrics
-from lmdist_export.serving.observing import Observed, note_of
+from lmdist_export.serving.observing import Note, Observed, note_of
 from lmdist_export.serving.openai_answer import model_facts
 from lmdist_export.serving.openai_request import EXAMPLE, NO_CHAT, ApiError, no_model, read_request
+from lmdist_export.serving.page_files import MEDIA_TYPES, PAGE_HEADERS, SERVER_ENGINE, page_files
 from lmdist_export.serving.running import ClientLeft, Growth, finish
 from lmdist_export.serving.service import Service
 
-PAGE = Path(__file__).with_name("page")
-MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-ANSWERED_AS = {"index.html": "", "server_engine.js": "engine.js"}
-PAGE_FILES = {ANSWERED_AS.get(file.name, file.name): file for file in sorted(PAGE.iterdir())}
-"""The paths of the page, and the file that each answers with: nothing else of the disk is served."""
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
+ANSWERED_AS = {"index.html": "", SERVER_ENGINE: "engine.js"}
 READERS = 4
 """Threads that read requests: tokenizing the longest takes a second, and short ones go by it."""
 MAX_HELD_BYTES = 2**26
@@ -65,7 +56,7 @@ MAX_HELD_BYTES = 2**26
 TOO_MANY_BYTES = "the bodies of other requests fill this server's memory for them: ask again"
 
 T = TypeVar("T")
-Endpoint = Callable[[Request], Awaitable[Response]]
+Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 
 
 class Application:
@@ -78,16 +69,21 @@ class Application:
         version: str = "",
         *,
         keys: ApiKeys | None = None,
+        hosts: Hosts | None = None,
         timeout_seconds: float = 600,
         cors_origins: Sequence[str] = (),
         access_log: bool = True,
     ) -> None:
-        """Answer as the model `name`; with `keys` only requests that have one. A request has `timeout_seconds` to end."""
+        """Answer as the model `name`; with `keys` only requests that have one, with `hosts` only those that name one.
+
+        A request has `timeout_seconds` to end.
+        """
         self.service, self.name = service, name
         self.loaded = int(time.time())
-        self.keys, self.timeout_seconds = keys, timeout_seconds
+        self.keys, self.hosts, self.timeout_seconds = keys, hosts, timeout_seconds
         self.held_bytes = 0
-        self.metrics = Metrics(lambda: self.service.batcher.figures())
+        self.metrics = Metrics()
+        self.metrics.follow(service)
         self.metrics.model.labels(name, version).set(1)
         app: App = Starlette(routes=self.routes(), exception_handlers={HTTPException: self.no_route})
         if cors_origins:
@@ -98,6 +94,7 @@ class Application:
         """Answer with another service from the next request on; those that began go on with the one before."""
         self.service = service
         self.loaded = int(time.time())
+        self.metrics.follow(service)
         self.metrics.model.clear()
         self.metrics.model.labels(self.name, version).set(1)
 
@@ -111,11 +108,13 @@ class Application:
             self.route("/v1/{other:path}", self.no_chat, openai_error, "POST"),
             self.route(invocations.PATH, self.invocations, mlflow_error, "POST"),
             self.route(text_invocations, self.invocations, mlflow_error, "POST"),
+            *(self.route(path, self.tokenizer(*how), openai_error, "POST") for path, how in tokenize_api.ROUTES.items()),
+            self.route("/tokenizer_info", self.tokenizer_info, openai_error, "GET"),
             self.route("/metrics", self.figures, openai_error, "GET"),
         ]
         is_open: dict[str, Endpoint] = {"/ping": self.ping, "/health": self.ping, "/version": self.version}
-        for path, file in PAGE_FILES.items():
-            is_open[f"/{path}"] = page_file(file)
+        for file in page_files():
+            is_open[f"/{ANSWERED_AS.get(file.name, file.name)}"] = page_file(file)
         return found + [self.route(path, answer, openai_error, "GET", is_open=True) for path, answer in is_open.items()]
 
     def route(
@@ -123,19 +122,22 @@ class Application:
     ) -> Route:
         """Return a route whose errors are answered in the form of its protocol."""
 
-        async def answered(request: Request) -> Response:
+        async def answered(request: HttpRequest) -> Response:
             note_of(request.scope).route = path
             try:
+                host = request.headers.get("host", "")
+                if self.hosts and not self.hosts.allow(host):
+                    raise ApiError(f"Host is {quoted(host)}, no name of this server: --allowed-host adds one", 403)
                 key = request.headers.get("authorization", "").encode("latin-1")
                 if self.keys and not is_open and not self.keys.allow(key):
                     raise ApiError("an API key is expected: Authorization: Bearer KEY", 401, code="invalid_api_key")
                 return await endpoint(request)
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
                 return error_response(error, *status_and_message(error))
 
         return Route(path, answered, methods=[method])
 
-    async def no_route(self, request: Request, error: Exception) -> Response:
+    async def no_route(self, request: HttpRequest, error: Exception) -> Response:
         """Answer what is not served."""
         assert isinstance(error, HTTPException)
         sentence = "this path is not served; POST /v1/completions generates text, and GET /v1/models has the model"
@@ -148,7 +150,7 @@ class Application:
     # --- bodies
 
     @contextmanager
-    def counted(self, request: Request) -> Iterator[Callable[[], Awaitable[Any]]]:
+    def counted(self, request: HttpRequest) -> Iterator[Callable[[], Awaitable[Any]]]:
         """Yield a `receive` of the request; raises BadRequest where it brings more bytes than this server holds at a time."""
         held = 0
 
@@ -167,24 +169,27 @@ class Application:
         finally:
             self.held_bytes -= held
 
-    async def read_from(self, request: Request, read: Callable[[bytes], T]) -> T:
+    async def read_from(self, request: HttpRequest, read: Callable[[bytes], T]) -> T:
         """Return what a thread has read from the body of a request, which goes with this call: it is counted no longer."""
         with self.counted(request) as receive:
             return await asyncio.to_thread(read, await body_of(request, receive))
 
+    def begun(self, request: HttpRequest) -> tuple[Service, Note, float]:
+        """Return what answers a request to its end, what is noted of it, and when its time is over, by the loop's clock."""
+        return self.service, note_of(request.scope), asyncio.get_running_loop().time() + self.timeout_seconds
+
     # --- OpenAI's API
 
-    async def completions(self, request: Request) -> Response:
+    async def completions(self, request: HttpRequest) -> Response:
         """Answer with texts, or with a stream of them."""
-        service, note = self.service, note_of(request.scope)
-        deadline = asyncio.get_running_loop().time() + self.timeout_seconds
+        service, note, deadline = self.begun(request)
         asked = await self.read_from(request, lambda body: read_request(parse(body, EXAMPLE), service, self.name))
-        note.prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
+        note.prompt_tokens = sum(len(prompt.ids) for prompt in asked.prompts)
         if not asked.stream:
             return JSONResponse(await complete(asked, service, request.receive, note, deadline))
         return EventStream(*await stream(asked, service, request.receive, note, deadline))
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, request: HttpRequest) -> Response:
         """Answer with the one model."""
         model = {
             "id": self.name,
@@ -197,20 +202,33 @@ class Application:
             raise no_model(asked, self.name)
         return JSONResponse(model if request.path_params else {"object": "list", "data": [model]})
 
-    async def no_chat(self, request: Request) -> Response:
+    async def no_chat(self, request: HttpRequest) -> Response:
         """Answer what OpenAI has and a word-level model has not."""
         raise ApiError(NO_CHAT, 404)
 
+    # --- the tokenizer
+
+    def tokenizer(self, example: str, answer: Callable[[dict[str, Any], Service], dict[str, Any]]) -> Endpoint:
+        """Return what answers with a function of tokenize_api.py."""
+
+        async def answered(request: HttpRequest) -> Response:
+            return JSONResponse(await self.read_from(request, lambda body: answer(parse(body, example), self.service)))
+
+        return answered
+
+    async def tokenizer_info(self, request: HttpRequest) -> Response:
+        """Answer with the marks of the vocabulary."""
+        return JSONResponse(tokenize_api.INFO)
+
     # --- MLflow's protocol
 
-    async def invocations(self, request: Request) -> Response:
+    async def invocations(self, request: HttpRequest) -> Response:
         """Answer as MLflow's scoring server."""
-        service, note = self.service, note_of(request.scope)
-        deadline = asyncio.get_running_loop().time() + self.timeout_seconds
+        service, note, deadline = self.begun(request)
         as_text = request.scope["path"].startswith(invocations.TEXT_PATH)
         growth = Growth()
 
-        def read(body: bytes) -> tuple[list[Prompt], ResolvedOptions, Job]:
+        def read(body: bytes) -> tuple[list[Prompt], ResolvedOptions, Request]:
             given = parse(body, invocations.EXAMPLE)
             texts, params = invocations.prompts_and_params(invocations.as_gateway(given) if as_text else given)
             prompts = service.prompts(texts)
@@ -219,9 +237,8 @@ class Application:
             return prompts, resolved, service.request(prompts, resolved, logprobs=logprobs, on_end=growth.on_end)
 
         prompts, resolved, job = await self.read_from(request, read)
-        note.prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        note.prompt_tokens, note.work = sum(len(prompt.ids) for prompt in prompts), job
         await finish(service.batcher, job, growth, request.receive, deadline)
-        note.generated_tokens = sum(len(text.tokens) for text in job.texts)
 
         def predictions() -> list[Any]:
             found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in job.texts]
@@ -229,20 +246,20 @@ class Application:
 
         return JSONResponse({"predictions": await asyncio.to_thread(predictions)})
 
-    async def ping(self, request: Request) -> Response:
+    async def ping(self, request: HttpRequest) -> Response:
         """Answer that the model is loaded."""
         return PlainTextResponse("\n", media_type="application/json")
 
-    async def version(self, request: Request) -> Response:
+    async def version(self, request: HttpRequest) -> Response:
         """Answer with the version of lmdist."""
         return PlainTextResponse(__version__)
 
-    async def figures(self, request: Request) -> Response:
+    async def figures(self, request: HttpRequest) -> Response:
         """Answer Prometheus."""
         return Response(self.metrics.page(), media_type=CONTENT_TYPE)
 
 
-async def body_of(request: Request, receive: Callable[[], Awaitable[Any]]) -> bytes:
+async def body_of(request: HttpRequest, receive: Callable[[], Awaitable[Any]]) -> bytes:
     """Return the body of a request; raises BadRequest, or ClientLeft."""
     body = await read_body(dict(request.scope["headers"]), receive)
     if body is None:
@@ -263,6 +280,8 @@ class EventStream(StreamingResponse):
         """Send the events."""
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError as error:
+            await send({"type": "http.response.body", "body": error_event(error)})
         finally:
             self.close()
 
@@ -274,7 +293,7 @@ def page_file(file: Path) -> Endpoint:
     """Return what answers with a file of the page, which is read once."""
     content = file.read_bytes()
 
-    async def answer(request: Request) -> Response:
+    async def answer(request: HttpRequest) -> Response:
         return Response(content, media_type=MEDIA_TYPES[file.suffix], headers=PAGE_HEADERS)
 
     return answer

@@ -30,20 +30,20 @@ DONE = b"data: [DONE]\n\n"
 
 async def complete(asked: CompletionRequest, service: Service, receive: Receive, note: Note, deadline: float) -> dict[str, Any]:
     """Return the answer to a request; raises as `finish`."""
-    if asked.scores:
-        texts = [Text(prompt.tokens, number, 0, finish_reason="length") for number, prompt in enumerate(asked.prompts)]
+    if asked.only_scores:
+        texts = [Text(prompt.ids, number, 0, finish_reason="length") for number, prompt in enumerate(asked.prompts)]
     else:
         growth = Growth()
         job = await asyncio.to_thread(
             lambda: service.request(asked.prompts, asked.resolved, logprobs=own_logprobs(asked), on_end=growth.on_end)
         )
+        note.work = job
         await finish(service.batcher, job, growth, receive, deadline)
         texts = in_order(job.texts)
     counted = usage(asked, texts)
-    note.generated_tokens = counted["completion_tokens"]
     if asked.ranks:
         texts = best(asked, texts)
-    scores = await scores_of(asked, service, texts, receive, deadline)
+    scores = await scores_of(asked, service, texts, receive, note, deadline)
 
     def choices() -> list[dict[str, Any]]:
         return [choice(asked, text, index, of_text) for index, (text, of_text) in enumerate(zip(texts, scores, strict=True))]
@@ -57,7 +57,7 @@ def own_logprobs(asked: CompletionRequest) -> int | None:
 
 
 async def scores_of(
-    asked: CompletionRequest, service: Service, texts: Sequence[Text], receive: Receive, deadline: float
+    asked: CompletionRequest, service: Service, texts: Sequence[Text], receive: Receive, note: Note, deadline: float
 ) -> Sequence[TokenScores | None]:
     """Return the scores that are asked for; raises as `finish`.
 
@@ -71,13 +71,14 @@ async def scores_of(
     growth = Growth()
     ids = [[*text.prompt, *text.tokens, *end_of(asked, text)] for text in texts]
     job = Scoring(service.sampler, ids, asked.logprobs, growth.on_end)
-    await finish(service.batcher, job, growth, receive, deadline, completes=not asked.scores)
+    note.work = note.work or job
+    await finish(service.batcher, job, growth, receive, deadline, completes=not asked.only_scores)
     return job.scores
 
 
 def end_of(asked: CompletionRequest, text: Text) -> list[int]:
     """Return the end mark where it has ended a text."""
-    by_mark = text.finish_reason == "stop" and not asked.resolved.stops and not asked.scores
+    by_mark = text.finish_reason == "stop" and not asked.resolved.stops and not asked.only_scores
     return [asked.resolved.config.eos_token_id] if by_mark else []
 
 
@@ -105,12 +106,13 @@ async def stream(
     asked: CompletionRequest, service: Service, receive: Receive, note: Note, deadline: float
 ) -> tuple[AsyncIterator[bytes], Callable[[], None]]:
     """Return the events of an answer, and what ends its request, to be called when they end. Raise as `finish`."""
-    if asked.scores:
+    if asked.only_scores:
         return once(asked, await complete(asked, service, receive, note, deadline)), lambda: None
     growth = Growth()
     how = {"logprobs": own_logprobs(asked), "on_growth": growth.on_growth, "on_end": growth.on_end}
     job = await asyncio.to_thread(lambda: service.request(asked.prompts, asked.resolved, **how))
     service.batcher.submit(job)
+    note.work = job
 
     def time_out() -> None:
         job.cancel()
@@ -154,13 +156,12 @@ class Streaming:
                 raise TimeoutError
             yield await self.end(in_order(job.texts))
         except Exception as error:
-            yield event(error_object(error, *status_and_message(error)))
+            yield error_event(error)
 
     def grown(self, text: Text, tokens: Sequence[int], reason: str) -> bytes:
         """Return the event of tokens that were appended to a text."""
         if tokens and self.note.first_token_seconds is None:
             self.note.first_token_seconds = self.note.seconds
-        self.note.generated_tokens += len(tokens)
         key = (text.prompt_number, text.number)
         written = ""
         if key not in self.writers:
@@ -184,18 +185,17 @@ class Streaming:
     async def end(self, texts: Sequence[Text]) -> bytes:
         """Return the last events: of each text what was not sent before, the usage, and the mark of the end."""
         asked, events = self.asked, []
-        found = await scores_of(asked, self.service, texts, nobody, self.deadline)
-        for text, given in zip(texts, found, strict=True):
+        found = await scores_of(asked, self.service, texts, nobody, self.note, self.deadline)
+        for text, of_text in zip(texts, found, strict=True):
             key = (text.prompt_number, text.number)
             if key in self.ended:
                 continue
-            whole = choice(asked, text, 0, given)
+            whole = choice(asked, text, 0, of_text)
             # A text of a beam search has no piece before its end.
             written = "" if key in self.writers else whole["text"]
             events.append(self.chunk(key, written, text.finish_reason, whole["logprobs"]))
         if asked.include_usage:
             events.append(event(self.envelope | {"choices": [], "usage": usage(asked, texts)}))
-        self.note.generated_tokens = sum(len(text.tokens) for text in texts)
         return b"".join([*events, DONE])
 
 
@@ -215,6 +215,11 @@ async def gathered(growth: Growth) -> AsyncIterator[list[Event]]:
 def event(data: dict[str, Any]) -> bytes:
     """Return an event of a stream."""
     return b"data: %b\n\n" % json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def error_event(error: BaseException) -> bytes:
+    """Return the event of an error, the last of a stream."""
+    return event(error_object(error, *status_and_message(error)))
 
 
 async def nobody() -> Message:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 from collections.abc import Generator
 from http import HTTPStatus
 from typing import Any
@@ -19,6 +20,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+CANCEL_SECONDS = 2
+"""For cancelled requests to say so to their clients."""
 MAX_CONNECTIONS = 1_000
 """Another one is answered with 503 and closed. Each takes some 20 kB, and a descriptor."""
 READ_SECONDS = 30
@@ -110,7 +113,17 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which returns once it has answered all requests after a SIGTERM or Ctrl-C."""
+    """uvicorn's server, which returns once it has answered all requests after a SIGTERM or Ctrl-C, or has cancelled them."""
+
+    num_cancelled = 0
+    """Requests that had not ended in the time that they had after the signal."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Have open requests end, then cancel them; these are answered that the server is stopping."""
+        await super().shutdown(sockets)
+        if late := self.server_state.tasks.copy():
+            self.num_cancelled = len(late)
+            await asyncio.wait(late, timeout=CANCEL_SECONDS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -116,11 +116,14 @@ def parse(body: bytes, example: str) -> dict[str, Any]:
 
 
 def quoted(value: Any) -> str:
-    """Return a value as JSON, cut off after MAX_QUOTED characters; nothing behind them is looked at, however deep it is."""
+    """Return a value as JSON, cut off after MAX_QUOTED characters; nothing behind them is looked at, however deep it is.
+
+    A lone surrogate, which JSON can have and no answer in UTF-8, is written as JSON writes it, \\ud800.
+    """
     text = ""
     # Not json.dumps: it descends into all of the value, which may be nested as deeply as the parser allows.
     for piece in json.JSONEncoder(ensure_ascii=False, default=repr).iterencode(value):
-        text += piece
+        text += piece.encode("utf-8", "backslashreplace").decode("utf-8")
         if len(text) > MAX_QUOTED:
             return f"{text[:MAX_QUOTED]}..."
     return text

@@ -1,7 +1,7 @@
 """What lmdist-serve reports about each request: its id, a line in the access log, and its figures in the metrics.
 
     app = Observed(app, metrics, write=print)       # an ASGI application around another
-    note_of(scope).prompt_tokens = 7                # inside
+    note_of(scope).work = request                   # inside
 
 A line is JSON: time, request_id, client, method, route, status, seconds, bytes, and what was noted. It has no text of a request
 or an answer, no address but that of the route, and no header but a request id of plain letters.
@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from lmdist_export.serving.failures import CLIENT_LEFT
 from lmdist_export.serving.json_body import App, Message, Receive, Send
 from lmdist_export.serving.metrics import Metrics
+from lmdist_export.serving.requests import Work
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
 
@@ -32,7 +33,9 @@ class Note:
     route: str = "other"
     """The path as it is served; those that are not may have anything in them."""
     prompt_tokens: int = 0
-    generated_tokens: int = 0
+    """Of its prompts."""
+    work: Work | None = None
+    """What it asks of the batching thread."""
     first_token_seconds: float | None = None
     """Of a stream."""
     began: float = field(default_factory=time.perf_counter)
@@ -41,6 +44,10 @@ class Note:
     def seconds(self) -> float:
         """Return the time since the request began."""
         return time.perf_counter() - self.began
+
+    def tokens(self) -> tuple[int, int]:
+        """Return how many tokens of its prompts were read, and how many were generated, however it has ended."""
+        return (min(self.prompt_tokens, self.work.num_read), self.work.num_written) if self.work else (0, 0)
 
 
 def note_of(scope: Message) -> Note:
@@ -82,11 +89,11 @@ class Observed:
 
     def report(self, scope: Message, note: Note, status: int, sent: int) -> None:
         """Count a request that was answered, and log it."""
-        seconds = note.seconds
+        seconds, (prompt_tokens, generated_tokens) = note.seconds, note.tokens()
         self.metrics.requests.labels(note.route, str(status)).inc()
         self.metrics.seconds.labels(note.route).observe(seconds)
-        self.metrics.prompt_tokens.inc(note.prompt_tokens)
-        self.metrics.generated_tokens.inc(note.generated_tokens)
+        self.metrics.prompt_tokens.inc(prompt_tokens)
+        self.metrics.generated_tokens.inc(generated_tokens)
         if note.first_token_seconds is not None:
             self.metrics.first_token_seconds.observe(note.first_token_seconds)
         if self.write is None:
@@ -101,8 +108,8 @@ class Observed:
             "seconds": round(seconds, 4),
             "bytes": sent,
         }
-        if note.prompt_tokens or note.generated_tokens:
-            line |= {"prompt_tokens": note.prompt_tokens, "generated_tokens": note.generated_tokens}
+        if prompt_tokens or generated_tokens:
+            line |= {"prompt_tokens": prompt_tokens, "generated_tokens": generated_tokens}
         if note.first_token_seconds is not None:
             line["first_token_seconds"] = round(note.first_token_seconds, 4)
         self.write(json.dumps(line))

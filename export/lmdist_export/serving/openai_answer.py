@@ -9,7 +9,6 @@ This module knows no HTTP.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -17,8 +16,8 @@ from typing import Any
 
 from lmdist.text.vocabulary import UNKNOWN_ID
 from lmdist_export.bundle import Bundle
-from lmdist_export.options import PARAMS, Row
-from lmdist_export.sampling.completion import rest_of
+from lmdist_export.options import PARAMS, Row, row_facts
+from lmdist_export.sampling.completion import after_text, rest_of
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
 from lmdist_export.sampling.prompt import Prompt
@@ -29,9 +28,9 @@ FINISH_REASONS = {"exhausted": "stop"}
 """What OpenAI calls the ends of a text that it has other names for."""
 LIMITS = {"max_new_tokens": MAX_TOKENS, "num_beams": MAX_REQUEST_BEAMS, "logprobs": MAX_LOGPROBS, "n": MAX_TOKENS}
 """What this server accepts at most, where it is less than the table's bounds."""
-OWN_DEFAULTS = {"echo": False}
+API_DEFAULTS = {"echo": False}
 """OpenAI's defaults, where they are not the table's."""
-JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+JSON_TYPES = {"bool": "boolean", "int": "integer", "float": "number", "str": "string"}
 MAX_SKIPPED = 20
 """Characters between two words of a text that the tokenizer has left out."""
 
@@ -48,15 +47,14 @@ class Writer:
     def __init__(self, bundle: Bundle, prompt: Prompt, given: str, written: WrittenPrompt | None = None) -> None:
         """Go on from a prompt as it was `given`; `written` it is shared by all its texts."""
         written = written or WrittenPrompt(bundle, prompt)
-        self.words: deque[str] = deque()
+        self.words: deque[str | bytes] = deque()
         self.vocabulary = bundle.vocabulary.words
-        self.pieces = bundle.tokenizer.pieces(self.coming(), written.place.copy())
         self.before = written.pieces
         has_pieces = bundle.tokenizer.settings.has_pieces  # whose texts have the spaces that they need
-        self.glued = prompt.space if has_pieces else not given or given[-1].isspace()
-        self.prompt = prompt
+        has_space = prompt.space if has_pieces else not given or given[-1].isspace()
+        self.pieces = after_text(bundle.tokenizer.pieces(self.coming(), written.place.copy()), has_space=has_space)
 
-    def coming(self) -> Iterator[str]:
+    def coming(self) -> Iterator[str | bytes]:
         """Yield the words that wait."""
         while self.words:
             yield self.words.popleft()
@@ -66,14 +64,13 @@ class Writer:
         pieces = []
         for token in tokens:
             self.words.append(self.vocabulary[token])
-            piece = next(self.pieces)
-            pieces.append(piece.removeprefix(" ") if self.glued else piece)
-            self.glued = False
+            pieces.append(next(self.pieces))
         return pieces
 
     def end(self, text: Text) -> str:
         """Return the end of a text that is no token: what is left of a character, or of a piece before a stop."""
-        return "".join(self.pieces) + rest_of(text, self.prompt)
+        self.words.extend(rest_of(text))
+        return "".join(self.pieces)
 
 
 def choice(asked: CompletionRequest, text: Text, index: int, scores: TokenScores | None) -> dict[str, Any]:
@@ -101,11 +98,11 @@ def logprobs_object(
     words = asked.bundle.vocabulary.words
     prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
     of_tokens, tops = scores
-    tokens = [*(prompt.tokens if asked.echo else []), *text.tokens]
-    names = [*(prompt.words if asked.echo else []), *(words[token] for token in text.tokens)]
+    tokens = [*(prompt.ids if asked.echo else []), *text.tokens]
+    names = [*(prompt.tokens if asked.echo else []), *(words[token] for token in text.tokens)]
     has_pieces = asked.bundle.tokenizer.settings.has_pieces
     # Pieces write the text that was given, but for a model that normalizes or lowercases it first.
-    in_text = [piece.lstrip(" ") for piece in before] if has_pieces else prompt.words
+    in_text = [piece.lstrip(" ") for piece in before] if has_pieces else prompt.tokens
     is_given = has_pieces and given.startswith("".join(before))
     written = piece_offsets(before, 0) if is_given else word_offsets(given, in_text)
     end = len(given) if asked.echo else 0
@@ -113,13 +110,18 @@ def logprobs_object(
     if len(of_tokens) > len(tokens):  # the end mark that ended the text, which is not in it
         mark = asked.resolved.config.eos_token_id
         tokens, names, offsets = [*tokens, mark], [*names, words[mark]], [*offsets, end + sum(map(len, pieces))]
-    top_logprobs = [
+    top_logprobs: list[dict[str, float] | None] = [
         {words[other]: value for other, value in top} | {words[token]: of_token}
         for token, of_token, top in zip(tokens, of_tokens, tops, strict=True)
     ]
+    token_logprobs: list[float | None] = [*of_tokens]
+    if asked.echo and asked.marked[text.prompt_number]:  # nothing is before it, so it has no log-probability
+        mark = asked.resolved.config.bos_token_id
+        tokens, names, offsets = [mark, *tokens], [words[mark], *names], [0, *offsets]
+        token_logprobs, top_logprobs = [None, *token_logprobs], [None, *top_logprobs]
     return {
         "tokens": names,
-        "token_logprobs": list(of_tokens),
+        "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
         "text_offset": offsets,
         "unknown": [token == UNKNOWN_ID for token in tokens],
@@ -149,7 +151,7 @@ def piece_offsets(pieces: Sequence[str], start: int) -> list[int]:
 def usage(asked: CompletionRequest, texts: Sequence[Text]) -> dict[str, int]:
     """Return how many tokens were read, and generated."""
     prompt_tokens, completion_tokens = (
-        sum(len(prompt.tokens) for prompt in asked.prompts),
+        sum(len(prompt.ids) for prompt in asked.prompts),
         sum(len(text.tokens) for text in texts),
     )
     return {
@@ -179,16 +181,10 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
 
 def option_facts(row: Row, bundle: Bundle) -> dict[str, Any]:
     """Return an option as this API takes it; a bound that is infinite is null."""
-    default: Any = OWN_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
+    facts: dict[str, Any] = {"minimum": None, "maximum": None} | row_facts(row)
+    default: Any = API_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
     if row.name == "temperature" and bundle.generation.greedy:
         default = 0.0
-    low, high = (row.bounds.low, row.bounds.high) if row.bounds else (-math.inf, math.inf)
-    high = min(high, LIMITS.get(row.name, high))
-    return {
-        "name": row.name,
-        "type": "list" if row.is_list else JSON_TYPES[row.type],
-        "default": list(default) if row.is_list else default,
-        "minimum": low if math.isfinite(low) else None,
-        "maximum": high if math.isfinite(high) else None,
-        "help": row.option.help,
-    }
+    if limit := LIMITS.get(row.name):
+        facts["maximum"] = min(limit, facts["maximum"] or limit)
+    return facts | {"type": JSON_TYPES.get(facts["type"], facts["type"]), "default": list(default) if row.is_list else default}

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from lmdist.bounds import check
 from lmdist.command_line import did_you_mean
 from lmdist.errors import UsageError
 from lmdist.text.detokenizer import Place
@@ -30,7 +31,7 @@ from lmdist_export.serving.json_body import BadRequest, quoted
 from lmdist_export.serving.service import MAX_LOGPROBS, MAX_TOKENS, Service, check_limit
 
 EXAMPLE = '{"prompt": "We must", "max_tokens": 20}'
-OWN = ("model", "prompt", "max_tokens", "best_of", "stream", "stream_options", "suffix", "user")
+OPENAI_NAMES = ("model", "prompt", "max_tokens", "best_of", "stream", "stream_options", "suffix", "user")
 """OpenAI's names that are none of the table of options."""
 CHAT = "messages tools tool_choice functions function_call response_format input".split()
 NO_CHAT = "a word-level language model continues a text, and has neither chat nor tools: POST /v1/completions takes a `prompt`"
@@ -58,7 +59,7 @@ class WrittenPrompt:
     def __init__(self, bundle: Bundle, prompt: Prompt) -> None:
         self.place = Place()
         # Not to the end of the pieces, which would complete a character that the next token may complete.
-        self.pieces = list(islice(bundle.tokenizer.pieces(prompt.words, self.place), len(prompt.words)))
+        self.pieces = list(islice(bundle.tokenizer.pieces(prompt.tokens, self.place), len(prompt.tokens)))
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,12 @@ class CompletionRequest:
     given: list[str]
     """The prompts as they were given; ids as they are written."""
     written: list[WrittenPrompt]
+    marked: list[bool]
+    """Whether the ids of each prompt had the mark in front that a text begins after: it is read once."""
     resolved: ResolvedOptions
     """Its `n` is the number of texts that are generated for a prompt, of which the best are returned."""
     n: int
-    scores: bool
+    only_scores: bool
     """Whether nothing is generated: the answer is the prompt and its log-probabilities."""
     echo: bool
     logprobs: int | None
@@ -87,11 +90,11 @@ class CompletionRequest:
     @property
     def ranks(self) -> bool:
         """Return whether more texts are generated than are returned."""
-        return not self.scores and self.resolved.options.n > self.n
+        return not self.only_scores and self.resolved.options.n > self.n
 
     def envelope(self) -> dict[str, Any]:
         """Return what each answer, and each event of a stream, has beside its choices."""
-        seed = {} if self.resolved.seed is None or self.scores else {"seed": self.resolved.seed}
+        seed = {} if self.resolved.seed is None or self.only_scores else {"seed": self.resolved.seed}
         warnings = {"warnings": self.warnings} if self.warnings else {}
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model} | seed | warnings
 
@@ -100,7 +103,7 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     """Return what a request asks for; raises UsageError where it cannot be answered."""
     given = {name: value for name, value in given.items() if value is not None}
     check_names(given, model)
-    prompts, texts = read_prompts(given.get("prompt", ""), service, scores=given.get("max_tokens") == 0)
+    prompts, texts, marked = read_prompts(given.get("prompt", ""), service, scores=given.get("max_tokens") == 0)
     renamed = "max_tokens" in given
     try:
         values = table_values(given, service.bundle)
@@ -118,7 +121,7 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
         limit_name = "max_tokens" if renamed else "max_new_tokens"
         resolved = service.resolve(prompts, options, limit_name=limit_name, echo=echo)
         if echo and logprobs is not None:
-            scored = n * sum(len(prompt.tokens) + resolved.config.max_new_tokens for prompt in prompts)
+            scored = n * sum(len(prompt.ids) + resolved.config.max_new_tokens for prompt in prompts)
             check_limit(f"the number of tokens in prompts and {limit_name}, scored for each text, together", scored, MAX_TOKENS)
     except UsageError as error:
         if not renamed or type(error) is not UsageError:
@@ -130,7 +133,7 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     unknown = [*filter(None, (warning_of_prompt(prompt, service.bundle) for prompt in prompts))]
     written = [WrittenPrompt(service.bundle, prompt) for prompt in prompts]
     return CompletionRequest(
-        model, service.bundle, prompts, texts, written, resolved, n, scores, echo, logprobs, stream, include_usage,
+        model, service.bundle, prompts, texts, written, marked, resolved, n, scores, echo, logprobs, stream, include_usage,
         [*unknown, *silent, *resolved.warnings],
     )  # fmt: skip
 
@@ -140,36 +143,45 @@ def check_names(given: dict[str, Any], model: str) -> None:
     for name in given:
         if name in CHAT:
             raise ApiError(f"{name} is given; {NO_CHAT}", param=name)
-        if name not in OWN and name not in PARAMS:
-            hint = did_you_mean(name, [*OWN, *PARAMS])
-            raise ApiError(f"the body has {quoted(name)}, which is not known{hint}", param=name[:40], code="unknown_parameter")
+        if name not in OPENAI_NAMES and name not in PARAMS:
+            hint = did_you_mean(name, [*OPENAI_NAMES, *PARAMS])
+            sentence = f"the body has {quoted(name)}, which is not known{hint}"
+            raise ApiError(sentence, param=quoted(name).strip('"'), code="unknown_parameter")
     if given.get("suffix"):
         raise ApiError("suffix is given; this model continues a text, and inserts nothing", param="suffix")
     if given.get("model", model) != model:
         raise no_model(given["model"], model)
 
 
-def read_prompts(given: Any, service: Service, *, scores: bool) -> tuple[list[Prompt], list[str]]:
-    """Return prompts, and each as a text, of a string, a list of strings, a list of ids, or a list of these."""
+def read_prompts(given: Any, service: Service, *, scores: bool) -> tuple[list[Prompt], list[str], list[bool]]:
+    """Return prompts, each as a text, and whether it had the mark in front that a text begins after.
+
+    They are a string, a list of strings, a list of ids, or a list of these.
+    """
     several = given if isinstance(given, list) and not (given and all(map(is_id, given))) else [given]
     if all(isinstance(prompt, str) for prompt in several):
         texts = [string_of("prompt", text, quoted=quoted) for text in several]
-        return service.prompts(texts, continues=not scores), texts
+        return service.prompts(texts, continues=not scores), texts, [False] * len(texts)
+    if not all(isinstance(ids, list) and all(map(is_id, ids)) for ids in several):
+        raise ApiError(
+            f"prompt is {quoted(given)}; a string, a list of strings, a list of token ids, or a list of these is expected",
+            param="prompt",
+        )
+    marked = [ids[:1] == [service.bundle.generation.bos_token_id] for ids in several]
+    prompts = [prompt_of_ids(ids[has_mark:], service, "prompt") for ids, has_mark in zip(several, marked, strict=True)]
+    return prompts, [service.bundle.tokenizer.detokenize(prompt.tokens) for prompt in prompts], marked
+
+
+def prompt_of_ids(ids: Any, service: Service, name: str) -> Prompt:
+    """Return the words of ids as a prompt; raises UsageError, with the `name` of the field that has them, for others."""
+    if not isinstance(ids, list) or not all(map(is_id, ids)):
+        raise ApiError(f"{name} is {quoted(ids)}; a list of token ids is expected", param=name)
     size = service.bundle.sizes.vocabulary_size
-    prompts = []
-    for ids in several:
-        if not isinstance(ids, list) or not all(map(is_id, ids)):
-            raise ApiError(
-                f"prompt is {quoted(given)}; a string, a list of strings, a list of token ids, or a list of these is expected",
-                param="prompt",
-            )
-        if wrong := [token for token in ids if not 0 <= token < size]:
-            raise ApiError(
-                f"prompt has the token id {quoted(wrong[0])}; the vocabulary has the ids 0 to {size - 1:,}", param="prompt"
-            )
-        check_limit("the number of tokens in prompts", len(ids), MAX_TOKENS)
-        prompts.append(prompt_of_words(service.bundle, service.bundle.vocabulary.decode(ids)))
-    return prompts, [service.bundle.tokenizer.detokenize(prompt.words) for prompt in prompts]
+    if wrong := [token for token in ids if not 0 <= token < size]:
+        sentence = f"{name} has the token id {quoted(wrong[0])}; the vocabulary has the ids 0 to {size - 1:,}"
+        raise ApiError(sentence, param=name)
+    check_limit(f"the number of tokens in {name}s" if name == "prompt" else "the number of tokens", len(ids), MAX_TOKENS)
+    return prompt_of_words(service.bundle, service.bundle.vocabulary.decode(ids))
 
 
 def is_id(value: Any) -> bool:
@@ -206,8 +218,12 @@ def bias_of_ids(given: dict[str, Any], bundle: Bundle) -> list[str]:
 
 def read_counts(given: dict[str, Any], values: dict[str, Any]) -> tuple[int, int]:
     """Return how many texts of a prompt are returned, and how many are generated."""
+    row = PARAMS["n"]
     n = values.pop("n", 1)
-    best_of = typed(dataclasses.replace(PARAMS["n"], name="best_of"), given.get("best_of", n), quoted)
+    best_of = typed(dataclasses.replace(row, name="best_of"), given.get("best_of", n), quoted)
+    assert row.bounds
+    check("n", n, row.bounds)
+    check("best_of", best_of, row.bounds)
     if best_of < n:
         raise ApiError(f"best_of is {best_of}, and n is {n}: the best n of so many texts are returned", param="best_of")
     return n, best_of

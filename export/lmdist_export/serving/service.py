@@ -88,7 +88,7 @@ class Service:
         config = resolved.config
         check_limit("num_beams", config.num_beams, MAX_REQUEST_BEAMS)
         texts = max(options.n, config.num_beams)
-        tokens = sum(len(prompt.tokens) + texts * config.max_new_tokens for prompt in prompts)
+        tokens = sum(len(prompt.ids) + texts * config.max_new_tokens for prompt in prompts)
         check_limit(f"the number of tokens in prompts, and {limit_name} for each text or beam, together", tokens, MAX_TOKENS)
         self.check_repeated(prompts, options.n, echo=options.echo if echo is None else echo)
         return resolved
@@ -96,7 +96,7 @@ class Service:
     def check_repeated(self, prompts: Sequence[Prompt], n: int, *, echo: bool) -> None:
         """Raise UsageError where `n` texts of each prompt repeat it, or what it is warned of, too often for an answer."""
         warned = sum(len(warning_of_prompt(prompt, self.bundle)) for prompt in prompts)
-        echoed = sum(len(word) for prompt in prompts for word in prompt.words) if echo else 0
+        echoed = sum(len(word) for prompt in prompts for word in prompt.tokens) if echo else 0
         name = "the number of characters in prompts and their warnings, repeated with each text, together"
         check_limit(name, n * (warned + echoed), MAX_REPEATED_CHARACTERS)
 
@@ -110,7 +110,7 @@ class Service:
         on_end: Callable[[], None] | None = None,
     ) -> Request:
         """Return a request in ids, with the rest as batching.Request takes it."""
-        ids = [prompt.tokens for prompt in prompts]
+        ids = [prompt.ids for prompt in prompts]
         how = resolved.options
         settings = resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos
         return Request(self.sampler, ids, *settings, logprobs, on_growth, on_end)
