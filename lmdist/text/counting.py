@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
 from itertools import count as count_from
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,7 @@ from lmdist.text.data_folder import TEXT
 from lmdist.text.documents import EMPTY, Documents
 from lmdist.text.rows import Document
 from lmdist.text.shard_files import DOCUMENTS, GAVE_UP, PACK_DOCUMENT, READ, TO_CHOOSE, TOKENS, WORDS
+from lmdist.text.sources import size_of
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END_ID, Vocabulary
 
@@ -35,6 +38,10 @@ Sources = Mapping[str, Documents]
 
 UNTOKENIZABLE = "untokenizable"
 """Why a document is left out that the tokenizer gives up."""
+SKIPPING = 0.1
+"""What it costs to skip a byte, beside counting it."""
+BYTES_OF_START = 5_000_000
+"""So many are counted while one process learns where sentences end, and the others skip what is not theirs."""
 CHUNK_CHARACTERS = 200_000
 """Characters between two reports: a tenth of a second."""
 BUFFERED_TOKENS = 1 << 17
@@ -48,7 +55,31 @@ def cut(sources: Sources, index: int, number: int) -> Sources:
     if number == 1:
         return sources
     total = sum(documents.bytes for documents in sources.values())
-    start, stop = total * index // number, total * (index + 1) // number if index + 1 < number else total + 1
+    return between(sources, total * index // number, total * (index + 1) // number if index + 1 < number else total + 1)
+
+
+def cut_evenly(sources: Sources, number: int) -> list[Sources]:
+    """Return what each of `number` processes reads that begin at the same time, so that they end at the same time."""
+    if number == 1:
+        return [sources]
+    sizes = [size_of(file) for documents in sources.values() for file in documents.files]
+    begins, total = [0, *accumulate(sizes)], sum(sizes)
+
+    def ends(time: int) -> list[int]:
+        """Return where each part ends if each process has so much time, in bytes that it would count in it."""
+        found = [0]
+        for _ in range(number):
+            skipped = found[-1] - begins[bisect_right(begins, found[-1]) - 1]
+            found.append(found[-1] + max(0, time - max(BYTES_OF_START, int(SKIPPING * skipped))))
+        return found
+
+    time = bisect_left(range(2 * total + BYTES_OF_START * number), total, key=lambda time: ends(time)[-1])
+    cuts = [*ends(time)[:-1], total + 1]
+    return [between(sources, start, stop) for start, stop in pairwise(cuts)]
+
+
+def between(sources: Sources, start: int, stop: int) -> Sources:
+    """Return the part of the sources between two bytes of all of them together."""
     before = 0
     parts = {}
     for split, documents in sources.items():

@@ -83,12 +83,12 @@ def write_data_folder(
     folder: Path, settings: PrepareSettings, sources: Sources, base: GivenVocabulary | None, workers: Workers
 ) -> dict[str, Any]:
     """Write the files of a data folder, its words those of the `base` if there is one; return the content of meta.json."""
-    from lmdist.text.counting import cut
+    from lmdist.text.counting import cut_evenly
     from lmdist.text.merging import merge
 
     place = folder / "shards"
-    number = workers.number
-    tasks = [(place / str(index), cut(sources, index, number), settings.seed) for index in range(number)]
+    parts = cut_evenly(sources, workers.number)
+    tasks = [(place / str(index), part, settings.seed) for index, part in enumerate(parts)]
     for shard, *_ in tasks:
         shard.mkdir(parents=True)
     size = sum(documents.bytes for documents in sources.values())

@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from pyarrow import parquet as pq
 from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.text import prepare as command
+from lmdist.text.counting import cut_evenly
 from lmdist.text.documents import Documents
 from lmdist.text.machines import merge_shards, prepare_shard
 from lmdist.text.outputs import errors_of_writing
 from lmdist.text.prepare import prepare
 from lmdist.text.shards import stamp
+from lmdist.text.sources import File
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,6 +145,26 @@ def test_any_number_of_shards_gives_the_same_folder(
 
     whole = outcome(lambda output: prepare(chosen, output), folder / "whole")
     assert outcome(in_shards, folder / "merged") == whole
+
+
+@given(sizes=st.lists(st.integers(0, 40_000), min_size=1, max_size=5), number=st.integers(1, 6), start=st.integers(0, 9_000))
+def test_the_parts_of_several_processes_are_all_of_the_text(tmp_path_factory, sizes, number, start):
+    folder = tmp_path_factory.mktemp("parts")
+    paths: list[File] = [folder / str(index) for index in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        with Path(str(path)).open("wb") as file:
+            file.truncate(size)
+    sources = {"train": Documents(paths[:2]), "valid": Documents(paths[2:])}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lmdist.text.counting.BYTES_OF_START", start)
+        parts = [part["train"].part for part in cut_evenly(sources, number)]
+    if number > 1:
+        assert (parts[0].start, parts[-1].stop) == (0, sum(sizes) + 1)
+        assert all(before.stop == after.start for before, after in pairwise(parts))
+        lengths = [part.stop - part.start for part in parts]
+        assert min(lengths) >= 0
+        if sum(sizes) > 10 * number * (start + 1):
+            assert max(lengths[1:]) <= lengths[0] + 1, "the first skips nothing"
 
 
 def articles(path: Path, size: int, seed: int = 1) -> Path:
