@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from lmdist.settings import MODEL_SIZES
 from lmdist.storage.reading import read_json
 from origin import Row, add_json_option, collect_rows
-from quality import PACKAGES, QUIET, run, text_facts, trial_seconds
+from quality import PACKAGES, QUIET, run, split_files, text_facts, trial_seconds
 
 SCRATCH, TUNED = "baseline", "fine-tuned"
 SPLITS = ("train", "valid", "test")
@@ -131,12 +131,8 @@ def train_base(arguments: argparse.Namespace, scratch: Path, common: list[str]) 
 
 def prepared(text: Path, base: Path, words: int, scratch: Path, common: Sequence[str]) -> Iterator[Folders]:
     """Yield the small text with the base's words, with new ones behind them, and with its own."""
-    files = {split: next(iter(sorted(text.glob(f"*{split[:3]}*"))), None) for split in SPLITS}
-    missing = [split for split, path in files.items() if path is None]
-    if missing:
-        sys.exit(f"{text} has no file for {' and '.join(missing)}")
+    files = split_files(text)
     train = files["train"]
-    assert train is not None
     files["train"] = cut(train, words, scratch / f"train-{words}{train.suffix}")
     splits = [f"--{split}={path}" for split, path in files.items()]
     base_words = [f"--vocabulary={base}"]

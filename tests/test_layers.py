@@ -40,6 +40,7 @@ HOMES = {
         "export/lmdist_export/serving/middleware.py",
         "export/lmdist_export/serving/failures.py",
         "export/lmdist_export/serving/application.py",
+        "export/lmdist_export/serving/event_stream.py",
     },
     "uvicorn": {"export/lmdist_export/serving/connections.py"},
     "prometheus_client": {"export/lmdist_export/serving/metrics.py"},
@@ -92,13 +93,13 @@ WINGS = {
     "lmdist.job": "agent launcher __main__",
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": (
-        "state steps stops runtime token_session sampler prompt log_probabilities generation beam_search scoring "
+        "state steps stops seams runtime token_session sampler prompt log_probabilities generation beam_search scoring "
         "resolved_options completion"
     ),
     "lmdist_export.serving": (
         "requests shared_batch batching json_body invocations service middleware mlflow_model registry access running "
-        "openai_request openai_answer failures metrics observing completing tokenize_api page_files application connections "
-        "watching"
+        "openai_request openai_answer failures metrics observing completing event_stream tokenize_api page_files application "
+        "connections watching"
     ),
     "lmdist_export.conversion": "tokenizer_json weights unpacking base verify sherpa exporting web",
 }

@@ -217,9 +217,12 @@ class Model:
         from lmdist_export.sampling.prompt import prompt_of, prompt_of_words, read
 
         if isinstance(text, Completion):
-            return read(self.sampler, prompt_of_words(self.bundle, text.tokens), self.prompt(after or text.prompt))
+            before = after or (text.prompt if text.follows_all else text.prompt.open())
+            return read(self.sampler, prompt_of_words(self.bundle, text.tokens), self.prompt(before))
         before = self.prompt(after) if after else None
-        return read(self.sampler, prompt_of(self.bundle, text, before) if isinstance(text, str) else self.prompt(text), before)
+        if isinstance(text, str):
+            return read(self.sampler, prompt_of(self.bundle, text, before), before and before.open())
+        return read(self.sampler, self.prompt(text), before)
 
     def load_prompt(self, path: str | os.PathLike[str]) -> Prompt:
         """Return what `Prompt.save` wrote; raises MissingInputError, DataError, or UsageError for that of another model."""

@@ -32,11 +32,11 @@ from typing import Any, NamedTuple
 
 from lmdist.counted import counted
 from lmdist.errors import DataError, MissingInputError, UsageError
-from lmdist.text.pieces import well_formed
 from lmdist.text.readers import ROWS_CHECKED, format_of, members_to_read, read
 from lmdist.text.remote import find_remote, is_remote
 from lmdist.text.rows import Document, Row, Skipped
 from lmdist.text.sources import File, ReadOptions, Source, is_pipe, open_sources, shortened, size_of
+from lmdist.text.vocabulary import well_formed
 
 # Why a row has no document, beside the reasons of the readers.
 EMPTY, DUPLICATE = "empty", "duplicate"

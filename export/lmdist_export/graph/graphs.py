@@ -11,7 +11,7 @@ All have the same two parts: `Network` computes the logits, in the precision of 
 A graph is built wherever it is needed: by lmdist-export into files for every runtime, by the sampler straight into onnxruntime.
 So no graph of a stranger ever runs: a bundle provides weights only, and the sizes decide where they lie and how long they are.
 A graph for generation has just the nodes that its options need. Only a graph that asks for the neural cache (cache.py) has its
-memory in the state; the graphs in files never do.
+memory in the state, of which generation_graph returns what is new; the graphs in files never do.
 
 Names with `word` in them (the output `words`, the axes `prompt_words`, `new_words` and `made_words`) and the names inside the
 Loop are bytes of generate.onnx. They stay as they are, so that equal checkpoints have equal files.
@@ -35,11 +35,13 @@ from lmdist_export.graph.cache import (
     LAST,
     CacheNodes,
     Memory,
+    Past,
     by_text,
     cache_inputs,
     cache_outputs,
     join,
     no_pairs,
+    pair_outputs,
     slice_of,
 )
 from lmdist_export.graph.cell import STATE
@@ -109,12 +111,12 @@ def next_graph(sizes: Sizes, target: Target) -> OnnxModel:
     cache, memory = cache_inputs(g, sizes)
     hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), before)
     hidden = by_text(g, hidden, tokens, sizes.layer_sizes[-1])  # (B, T, H)
-    memory = cache.remember(g, memory, cache.pairs(g, before[-1][0], hidden, tokens))
+    pairs = cache.pairs(g, before[-1][0], hidden, tokens)
     last = g("Squeeze", slice_of(g, hidden, -1, LAST), g.constant(np.array([1])))  # (B, H)
-    scores = cache.mixture(g, network.logits(g, last), last, [memory])
+    scores = cache.mixture(g, network.logits(g, last), last, cache.past(g, memory, pairs))
     g.output(slice_of(g, scores, 0, sizes.vocabulary_size), "log_probabilities", FLOAT, ["batch", sizes.vocabulary_size])
     state_outputs(g, sizes, state)
-    cache_outputs(g, sizes, memory)
+    cache_outputs(g, sizes, cache.remember(g, memory, pairs))
     return model_of(g, metadata("lmdist next graph", sizes, ""))
 
 
@@ -145,8 +147,8 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     if features.cached:
         cache, memory = cache_inputs(g, sizes, options["cache_weight"])
         hidden = by_text(g, hidden, prompt, sizes.layer_sizes[-1])  # (B, P, H)
-        memory = cache.remember(g, memory, cache.pairs(g, before, hidden, prompt), last)
-        decoder = Decoder(network, sampling, bias, cache, memory)
+        past = cache.past(g, memory, cache.pairs(g, before, hidden, prompt), last)
+        decoder = Decoder(network, sampling, bias, cache, past)
         # The Loop carries only the pairs that it has added: a value that it carries is copied for each token.
         starts |= dict(zip(ADDED, no_pairs(g, memory), strict=True))
         shapes |= added_shapes(sizes)
@@ -163,9 +165,8 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     state_outputs(g, sizes, by_layer(result, len(sizes.layer_sizes)))
     if features.adjusted:
         g.output(result["counts"], "next_counts", FLOAT, ["batch", sizes.padded])
-    if decoder.cache and decoder.memory:
-        added = Memory(*(result[name] for name in ADDED))
-        cache_outputs(g, sizes, decoder.cache.remember(g, decoder.memory, added))
+    if decoder.past:
+        pair_outputs(g, sizes, join(g, decoder.past.parts[-1], Memory(*(result[name] for name in ADDED))))
     return model_of(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
 
 
@@ -237,8 +238,8 @@ class Decoder:
     bias: str
     """What is added to logits after their scale, of `bias_after_scale`; with a cache before it, and (V')."""
     cache: CacheNodes | None = None
-    memory: Memory | None = None
-    """The memory before the first new token."""
+    past: Past | None = None
+    """What is remembered before the first new token."""
 
     def next_token(self, g: Graph, before: Mapping[str, str], uniform: str) -> tuple[str, str, dict[str, str]]:
         """Return the token after `before` (B, 1), its mass (B, 1) of `SamplingNodes.sample`, and the values carried on."""
@@ -246,12 +247,12 @@ class Decoder:
         state_before = by_layer(before, len(sizes.layer_sizes))
         state = self.network.step(g, before["word"], state_before)
         added = None
-        if self.cache and self.memory:
+        if self.cache and self.past:
             logits = self.network.logits(g, state[-1][0])
             with g.within("cache"):
                 pair = self.cache.pair(g, state_before[-1][0], g("Unsqueeze", before["word"], g.constant(np.array([1]))))
                 added = join(g, Memory(*(before[name] for name in ADDED)), pair)
-                logits = self.cache.mixture(g, logits, state[-1][0], [self.memory, added])
+                logits = self.cache.mixture(g, logits, state[-1][0], self.cache.with_added(g, self.past, added))
             logits = g("Add", logits, self.bias)
             logits = g("Mul", logits, options["inverse_temperature"]) if "inverse_temperature" in options else logits
         else:

@@ -132,6 +132,7 @@ def open_session(
         # get_available_providers() lists what was compiled in, get_providers() what runs.
         if session.get_providers()[0] == execution_provider:
             session.weights = weights  # which must live as long as the session
+            session.input_names = [value.name for value in session.get_inputs()]  # which takes longer than to look it up
             return session
     except Exception as error:  # onnxruntime's errors have no common base class
         if provider == "cpu":

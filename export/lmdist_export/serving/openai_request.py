@@ -58,8 +58,9 @@ class WrittenPrompt:
 
     def __init__(self, bundle: Bundle, prompt: Prompt) -> None:
         self.place = Place()
+        tokens = prompt.open().tokens
         # Not to the end of the pieces, which would complete a character that the next token may complete.
-        self.pieces = list(islice(bundle.tokenizer.pieces(prompt.tokens, self.place), len(prompt.tokens)))
+        self.pieces = list(islice(bundle.tokenizer.pieces(tokens, self.place), len(tokens)))
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     stream, include_usage = read_stream(given)
     if stream and best_of > n:
         raise ApiError(f"best_of is {best_of}; the best texts are known at their end: without stream", param="best_of")
+    prompts = [prompt.as_asked(logprobs, resolved.config.num_beams) for prompt in prompts]
     unknown = [*filter(None, (warning_of_prompt(prompt, service.bundle) for prompt in prompts))]
     written = [WrittenPrompt(service.bundle, prompt) for prompt in prompts]
     return CompletionRequest(
