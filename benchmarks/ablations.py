@@ -29,7 +29,7 @@ from statistics import mean
 from typing import Any
 
 from origin import Row, add_json_option, collect_rows
-from quality import PACKAGES, QUIET, SHARE_OF_STEPS, System, data_folder, progress, text_facts, trial_seconds
+from quality import PACKAGES, QUIET, SHARE_OF_STEPS, System, all_in_turns, data_folder, text_facts, trial_seconds
 
 BASE = "baseline"
 QUICK_VARIANTS = {"no dropout": {"model.dropout": 0.0}, "half the rate": {"optimizer.learning_rate": 0.0035}}
@@ -85,17 +85,10 @@ def measure(
         folder = scratch / str(number)
         command += [f"--training.steps={steps[variant]}", f"--run_folder={folder}"]
         systems[variant, seed] = System(variant, command, folder / "metrics.jsonl", scratch / f"{number}.log")
-    ended: set[tuple[str, int]] = set()
     try:
-        while len(ended) < len(systems):
-            for key, system in systems.items():
-                if key not in ended and system.take_turn(arguments.turn):
-                    ended.add(key)
-                    print(progress(system), file=sys.stderr)
+        all_in_turns([*systems.values()], arguments.turn)
     finally:
-        for system in systems.values():
-            system.end()
-        done = {key: system for key, system in systems.items() if key in ended}
+        done = {key: system for key, system in systems.items() if system.ended}
         rows += ablation_rows(f"{name} valid", done, steps, text_facts(data, "valid"))
 
 

@@ -30,9 +30,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmdist.settings import MODEL_SIZES
 from lmdist.storage.reading import read_json
 from origin import Row, add_json_option, collect_rows
-from quality import PACKAGES, QUIET, run, text_facts, trial_seconds
+from quality import PACKAGES, QUIET, run, split_files, text_facts, trial_seconds
 
 SCRATCH, TUNED = "baseline", "fine-tuned"
 SPLITS = ("train", "valid", "test")
@@ -90,8 +91,7 @@ def measure(arguments: argparse.Namespace, scratch: Path, rows: list[Row]) -> No
     if base is None:
         base = train_base(arguments, scratch, common)
     settings = tomllib.loads((base / "recipe.toml").read_text(encoding="utf-8"))
-    sizes = ("embedding_size", "hidden_size", "num_layers", "tied", "head")
-    common += [f"--model.{name}={str(settings['model'][name]).lower()}" for name in sizes]
+    common += [f"--model.{name}={str(settings['model'][name]).lower()}" for name in MODEL_SIZES]
     tuned: Path | None = None
     for folders in prepared(text, base, arguments.words, scratch, common):
         seconds = 1.0 if arguments.quick else trial_seconds(launch(folders.flags), scratch / "trial", quick=False)
@@ -131,12 +131,8 @@ def train_base(arguments: argparse.Namespace, scratch: Path, common: list[str]) 
 
 def prepared(text: Path, base: Path, words: int, scratch: Path, common: Sequence[str]) -> Iterator[Folders]:
     """Yield the small text with the base's words, with new ones behind them, and with its own."""
-    files = {split: next(iter(sorted(text.glob(f"*{split[:3]}*"))), None) for split in SPLITS}
-    missing = [split for split, path in files.items() if path is None]
-    if missing:
-        sys.exit(f"{text} has no file for {' and '.join(missing)}")
+    files = split_files(text)
     train = files["train"]
-    assert train is not None
     files["train"] = cut(train, words, scratch / f"train-{words}{train.suffix}")
     splits = [f"--{split}={path}" for split, path in files.items()]
     base_words = [f"--vocabulary={base}"]

@@ -174,7 +174,7 @@ def right(job: Job) -> Rows:
         if "::" in line and (outcome := OUTCOME.search(line)) and "gpu/" in line:
             outcomes.setdefault(test_name(line), outcome[1].lower())
             rows = [row(test, 1 if outcome in ("passed", "skipped") else 0, outcome) for test, outcome in outcomes.items()]
-            yield rows, counted(outcomes)
+            yield rows, summary_of(outcomes)
     if process.wait() or not outcomes:
         raise SystemExit(f"pytest ended with {process.returncode}")
 
@@ -185,7 +185,7 @@ def test_name(line: str) -> str:
     return re.split(r" (?:PASSED|FAILED|ERROR|SKIPPED)| - | +\[ *\d+%\]", name)[0]
 
 
-def counted(outcomes: dict[str, str]) -> str:
+def summary_of(outcomes: dict[str, str]) -> str:
     """Return how many tests had each outcome, and the names of those that failed."""
     counts = [f"{list(outcomes.values()).count(each)} {each}" for each in dict.fromkeys(outcomes.values())]
     bad = [test.rpartition("::")[2] for test, outcome in outcomes.items() if outcome in ("failed", "error")]

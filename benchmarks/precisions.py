@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from lmdist_export.conversion.exporting import Checkpoint, export_bundle, held_out_text
+from lmdist_export.conversion.exporting import TrainedModel, export_bundle, held_out_text
 from origin import Row, add_json_option, collect_rows
 
 NAMES = ("fp32", "fp16", "int8", "int4")
@@ -25,13 +25,13 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run with its data folder where the training had it")
     add_json_option(parser)
     arguments = parser.parse_args()
-    checkpoint = Checkpoint.load(arguments.run)
-    held_out_tokens = held_out_text(checkpoint, None)
+    trained = TrainedModel.load(arguments.run)
+    held_out_tokens = held_out_text(trained, None)
     packages, command = ("lmdist", "torch", "onnxruntime"), f"python benchmarks/precisions.py {arguments.run}"
     baseline: dict[str, float] = {}
     with collect_rows(arguments.json, packages, command) as rows, tempfile.TemporaryDirectory() as folder:
         for precision in NAMES:
-            manifest = export_bundle(checkpoint, Path(folder) / precision, held_out_tokens, precision, ANY_LOSS)
+            manifest = export_bundle(trained, Path(folder) / precision, held_out_tokens, precision, ANY_LOSS)
             held_out = manifest["held_out"]
             figures = {
                 "perplexity": held_out["onnxruntime"],

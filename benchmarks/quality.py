@@ -179,13 +179,18 @@ def data_folder(arguments: argparse.Namespace, scratch: Path) -> Path:
         return Path(tomllib.loads(arguments.recipe.read_text(encoding="utf-8"))["data"]["folder"]).absolute()
     if (arguments.data / "meta.json").exists():
         return arguments.data.absolute()
-    texts = {split: next(iter(sorted(arguments.data.glob(f"*{split[:3]}*"))), None) for split in ("train", "valid", "test")}
-    missing = [split for split, path in texts.items() if path is None]
-    if missing:
-        sys.exit(f"{arguments.data} is neither a data folder nor has it a file for {' and '.join(missing)}")
+    texts = split_files(arguments.data)
     prepare = [sys.executable, "-m", "lmdist.text.prepare", recipe, *(f"--{split}={path}" for split, path in texts.items())]
     run([*prepare, "-o", str(scratch / "data")])
     return scratch / "data"
+
+
+def split_files(folder: Path) -> dict[str, Path]:
+    """Return the file of each split in a folder of texts, by the beginning of its name; exit where one is missing."""
+    found = {split: next(iter(sorted(folder.glob(f"*{split[:3]}*"))), None) for split in ("train", "valid", "test")}
+    if missing := [split for split, path in found.items() if path is None]:
+        sys.exit(f"{folder} is neither a data folder nor has it a file for {' and '.join(missing)}")
+    return {split: path for split, path in found.items() if path}
 
 
 QUICK_TOKENS = {"train": 20_000, "valid": 2_000, "test": 2_000}
@@ -240,7 +245,7 @@ class System:
         self.spans.append((began, time.time()))
         if self.process.returncode:
             sys.exit(f"{self.log.read_text()[-4000:]}\n{self.name} failed")
-        return self.process.returncode == 0
+        return self.ended
 
     def signal(self, number: int) -> None:
         """Send a signal to all its processes, parents first."""
@@ -260,6 +265,11 @@ class System:
         self.signal(signal.SIGKILL)
         if self.process:
             self.process.wait()
+
+    @property
+    def ended(self) -> bool:
+        """Return whether it has run to its end."""
+        return self.process is not None and self.process.returncode == 0
 
     @property
     def minutes(self) -> float:
@@ -288,6 +298,18 @@ def take_turns(ours: System, baseline: System, turn: float) -> None:
     finally:
         ours.end()
         baseline.end()
+
+
+def all_in_turns(systems: Sequence[System], turn: float) -> None:
+    """Run each to its end in turns with the others; however this ends, none of them is left running."""
+    try:
+        while left := [system for system in systems if not system.ended]:
+            for system in left:
+                if system.take_turn(turn):
+                    print(progress(system), file=sys.stderr)
+    finally:
+        for system in systems:
+            system.end()
 
 
 def progress(system: System) -> str:
@@ -354,7 +376,7 @@ def tokens_of(data: Path, split: str) -> np.ndarray:
 
 def floor_rows(case: str, data: Path, split: str) -> list[Row]:
     """Return the rows of the unigram model and of the 5-gram model, which know little or nothing of what was said before."""
-    from lmdist.training.evaluate import unigram_nats
+    from lmdist.training.measuring import unigram_nats
 
     train, tokens = tokens_of(data, "train"), tokens_of(data, split)
     vocabulary_size = read_json(data / "meta.json")["vocabulary_size"]

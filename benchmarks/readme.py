@@ -238,6 +238,28 @@ def finetuning(machine: str) -> str:
     return markdown(head, lines)
 
 
+def pieces(machine: str) -> str:
+    """Return what words and pieces of words lead to at equal time."""
+    lines = [
+        [
+            "words" if row["variant"] == "baseline" else f"{row['variant']} pieces",
+            *(f"{row['vocabulary']:,}", f"{row['minutes']:.1f}", f"{row['steps']:,}", f"{row['trained_tokens'] / 1e6:.2f} M"),
+            *(f"**{row['value']:,.1f}**", f"{row['bits_per_byte']:.3f}", f"{row['unknown_rate']:.1%}"),
+            *(f"{row['perplexity']:,.1f}", f"{row['tokens_per_word']:.2f}", f"{row['bundle_bytes'] / 1e6:.1f} MB"),
+        ]
+        for run in results(machine, "pieces")
+        for row in run
+    ]
+    head = ["tokens", "vocabulary", "minutes", "steps", "tokens read", "perplexity per word", "bits per byte", "unknown tokens"]
+    return PIECES + markdown([*head, "perplexity per token", "tokens a word", "bundle"], lines) if lines else ""
+
+
+PIECES = """**Words or pieces?** The same text, settings and time, one core and one seed (`benchmarks/pieces.py`), on test.
+Perplexity per word counts an unknown word of the words' model as the `<unk>` that it predicts, which is easier than the word:
+
+"""
+
+
 def training(machine: str) -> str:
     """Return speed and memory of all cases on a CPU."""
     rows = []
@@ -392,23 +414,27 @@ def scoring(machine: str) -> str:
 
 
 LATENCIES = {"p50_ms": "p50", "p99_ms": "p99", "first_p50_ms": "first words, p50", "first_p99_ms": "p99"}
+SERVING_CPU = {"cpu_ms_per_1000_tokens": "CPU of 1,000 tokens", "client_cpu_ms_per_1000_tokens": "of the clients beside"}
 
 
 def serving(machine: str) -> str:
     """Return throughput and latency of a server by its number of clients; that of first words where they were measured."""
     found = [row for run in results(machine, "serving") for row in run if row["unit"] == "tokens/s"]
     times = [name for name in LATENCIES if any(name in row for row in found)]
+    cpu = [name for name in SERVING_CPU if any(name in row for row in found)]
     rows = [
         [
             *row["case"].rsplit(", clients ", 1),
             row.get("how") or {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
             f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
             *("" if row.get(name) is None else f"{row[name]:,.0f} ms" for name in times),
+            *(f"{row[name]:,.0f} ms" if row.get(name) else "" for name in cpu),
             f"{row['peak_mib']:,} MiB",
         ]
         for row in found
     ]
-    return markdown(["model", "clients", "how", "tokens/s", *(LATENCIES[name] for name in times), "peak memory"], rows)
+    names = [*(LATENCIES[name] for name in times), *(SERVING_CPU[name] for name in cpu)]
+    return markdown(["model", "clients", "how", "tokens/s", *names, "peak memory"], rows)
 
 
 def serving_limits(machine: str) -> str:
@@ -604,6 +630,7 @@ MEASURED = (
     outages,
     preparing,
     finetuning,
+    pieces,
     training,
     speed,
     parts,

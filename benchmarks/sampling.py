@@ -20,7 +20,7 @@ against the fastest of four ways to read 256 MiB of fp32 numbers by numpy, or to
 multiplications count, against onnxruntime's matmul of 64 x 1024 numbers with M's projection in the same precision, and against
 onnxruntime's matmuls of the model's own matrices, with nothing between them: where a matrix has few rows, writing the result
 takes longer than multiplying. They are measured before and after everything else, on the same core, and the best counts. Greedy
-decoding, top-k and top-p have a share too, that of the speed without them.
+decoding, top-k, top-p and a neural cache of 500 tokens have a share too, that of the speed without them.
 
 The time to the first token is that of a whole process: `lmdist-generate` with a prompt, against `import torch` alone, and
 beside its floor, the import of onnxruntime and a session of the same model. Python's bytecode is there, as in an installed
@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -46,14 +46,15 @@ from typing import Any
 
 import numpy as np
 
+from lmdist.cache_settings import NeuralCache
 from lmdist.settings import ModelSettings, TextSettings
 from lmdist.storage.checksums import checksums
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, END_ID, UNKNOWN, Vocabulary
-from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, MODEL, VERSION, Bundle
+from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, STEP_GRAPH, VERSION, Bundle
 from lmdist_export.graph.network import Network, Target
-from lmdist_export.graph.onnx_file import FLOAT, Graph, model_bytes
+from lmdist_export.graph.onnx_file import FLOAT, Graph, OnnxModel, model_of
 from lmdist_export.graph.sampling_nodes import column
 from lmdist_export.graph.sizes import Sizes, length_of, parameter_shapes, weights
 from lmdist_export.options import GenerationConfig
@@ -69,8 +70,14 @@ GRAPHED = "torch, CUDA graph"
 STEPS = "onnxruntime, token by token"
 LIMITS = "limits"
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp32", "fp16")}
-OPTIONS = {"greedy": {"do_sample": False}, "top-k 40": {"top_k": 40}, "top-p 0.9": {"top_p": 0.9}}
-OPTIONS_MODEL, OPTIONS_BATCHES, OPTIONS_PRECISION = "M", (1, 64), {"cpu": "int8", "cuda": "fp16"}
+CACHE = NeuralCache(500, 0.3, 0.15)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "top-k 40": {"top_k": 40},
+    "top-p 0.9": {"top_p": 0.9},
+    f"cache of {CACHE.size}": {"cache_weight": CACHE.weight},
+}
+OPTIONS_MODEL, OPTIONS_BATCHES, OPTIONS_PRECISION = "M", (1, 16, 64), {"cpu": "int8", "cuda": "fp16"}
 AGAIN_LENGTHS = (8, 23)  # as long in the mean as all from 1 to 30
 COMPILE_SECONDS = 240  # a step that takes longer to compile has no row
 BYTES_READ = 2**28  # far more than any cache holds
@@ -272,10 +279,14 @@ def onnxruntime_steps(folder: Path, device: str, batch: int) -> Run:
 
 
 def loop(folder: Path, device: str, batch: int, option: str) -> Run:
-    """Return lmdist's way: the loop in the graph."""
-    sampler = Sampler(Bundle.load(folder), device, threads=1)
-    config = GenerationConfig(**OPTIONS.get(option, {}))  # type: ignore[arg-type]
-    state = sampler.start([[END_ID]] * batch).seeded(0)
+    """Return lmdist's way: the loop in the graph. A cache is full from the start."""
+    sampler = Sampler(replace(Bundle.load(folder), cache=CACHE), device, threads=1)
+    config = GenerationConfig(**OPTIONS.get(option, {}))
+    if config.cache_weight:
+        read = np.random.default_rng(0).integers(2, sampler.sizes.vocabulary_size, (batch, CACHE.size + 1)).tolist()
+        state = sampler.prefill(sampler.start(read, cached=True), config).seeded(0)
+    else:
+        state = sampler.start([[END_ID]] * batch).seeded(0)
 
     def run(num_tokens: int) -> int:
         return len(sampler.generate(state, config, num_tokens)[0])
@@ -349,14 +360,14 @@ def multiplication_rate(folder: Path, device: str, only: str = "") -> float:
     return 64 * sum(counts.values()) / min(seconds_of(lambda: session.run(None, rows)) for _ in range(10))
 
 
-def matmuls_graph(sizes: Sizes, target: Target, names: list[str]) -> bytes:
+def matmuls_graph(sizes: Sizes, target: Target, names: list[str]) -> OnnxModel:
     """Return the graph of the matmuls with these matrices alone; its outputs are one column of each result."""
     g = Graph("matmuls")
     network = Network(sizes, g, target)
     for name in names:
         rows = g.input(f"{name}.rows", FLOAT, ["batch", parameter_shapes(sizes)[name][1]])
         g.output(column(g, network.matmul(g, name, rows), 0), f"{name}.first", FLOAT, ["batch", 1])
-    return model_bytes(g, {})
+    return model_of(g, {})
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -383,7 +394,7 @@ def variants_of(model: Model, batch: int, device: str, *, quick: bool) -> list[s
     else:
         variants = [AGAIN, BASELINE, *graphed, STEPS, *precisions] if model.name == "S" else [BASELINE, *graphed, few]
     if model.name == OPTIONS_MODEL and batch in OPTIONS_BATCHES:
-        variants += [f"{few}, {name}" for name in OPTIONS]
+        variants += [f"{few}, {name}" for name, values in OPTIONS.items() if device == "cpu" or "cache_weight" not in values]
     return variants
 
 
@@ -520,7 +531,7 @@ def start_up(device: str, place: Path, rounds: int) -> list[dict[str, Any]]:
     }
     for precision in PRECISIONS[device]:
         bundle = place / f"S-{precision}"
-        commands[f"floor of S, {precision}"] = [sys.executable, "-c", session, str(bundle / MODEL), provider]
+        commands[f"floor of S, {precision}"] = [sys.executable, "-c", session, str(bundle / STEP_GRAPH), provider]
         commands[f"first token of S, {precision}"] = [*generate, str(bundle), *FIRST_TOKEN, "--provider", device]
     taken: dict[str, list[float]] = {variant: [] for variant in commands}
     for number in range(rounds + 1):

@@ -162,12 +162,12 @@ def by_torch(folder: Path, batch_size: int) -> tuple[int, Callable[[list[list[in
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from lmdist.training.checkpoints.read import load_model
+    from lmdist.training.checkpoints.read import open_checkpoint
     from lmdist.training.checkpoints.retain import find_checkpoint
 
     torch.set_num_threads(1)
     before = peak()
-    model, _ = load_model(find_checkpoint(folder / "runs" / "random"))
+    model = open_checkpoint(find_checkpoint(folder / "runs" / "random")).model()
 
     @torch.inference_mode()
     def score(texts: list[list[int]]) -> list[float]:

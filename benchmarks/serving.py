@@ -7,7 +7,9 @@ Throughput: 1, 8, 32 and 128 clients, whose answers are streamed or not. Each se
 the next; all ask for 50 tokens by default, each with a seed of its own. The baseline is the sampler without a server: the same
 prompts, as many texts at a time as there are clients, or as the server has rows in a batch, on the same CPUs. They take turns;
 a first turn is not counted. Latency is measured by the clients, which are a process of their own on the server's CPUs: to the
-end of the answer, to the first piece of a stream, and between pieces.
+end of the answer, to the first piece of a stream, and between pieces. What the clients take of the CPUs the server does not
+have: each row has the CPU time of 1,000 tokens, that of the server (or of the sampler) and that of the clients beside it, which
+know nothing of HTTP but where an answer ends.
 
 Fairness: the latency of a short request alone (the baseline), and while another client reads a prompt of 10,000 tokens, has a
 text of 10,000 tokens written, has one scored, or searches, again and again. `ratio` is that of p99.
@@ -32,6 +34,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lmdist.signals import die_with_parent
 from lmdist_export.bundle import Bundle
@@ -100,6 +104,7 @@ def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         print(
             f"{row['case']:<66}{row['how']:<36}{row['value']:>8,.0f} {row['unit']:<9}{row['ratio']:>6.2f}x  "
             + "  ".join(f"{name} {value:,.1f} ms" for name, value in times.items() if value is not None)
+            + "".join(f"  {name} {row[name]:,.1f}" for name in CPU if row.get(name) is not None)
             + f"   peak {row['peak_mib']:,} MiB",
             flush=True,
         )
@@ -109,16 +114,16 @@ def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def sample(bundle: str, num_tokens: int) -> None:
     """Answer each line on stdin, a batch size and a number of texts, by the seconds that the sampler takes for them."""
     sampler = Sampler(Bundle.load(bundle))
-    prompts = [prompt_of(sampler.bundle, prompt).tokens for prompt in PROMPTS]
+    prompts = [prompt_of(sampler.bundle, prompt).ids for prompt in PROMPTS]
     config = GenerationConfig(max_new_tokens=num_tokens, suppress_tokens=sampler.bundle.generation.suppress_tokens)
     for line in sys.stdin:
         batch_size, count = map(int, line.split())
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         asked = (prompts[number % len(prompts)] for number in range(count))
         texts = [text for text, _ in continuations(sampler, asked, config, 1, ignore_end=True, batch_size=batch_size)]
-        seconds = time.perf_counter() - began
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
         assert all(len(text.tokens) == num_tokens for text in texts)
-        print(json.dumps({"seconds": seconds}), flush=True)
+        print(json.dumps({"seconds": seconds, "server_cpu_seconds": cpu_seconds, "cpu_seconds": 0}), flush=True)
 
 
 class Server:
@@ -155,10 +160,16 @@ class Server:
         return int(Path(f"/proc/{self.process.pid}/status").read_text().partition(f"{name}:")[2].split()[0]) // 1024
 
     def load(self, clients: int, bodies: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Return what the clients have measured."""
+        """Return what the clients have measured, and the seconds of CPU that the server took."""
+        cpu = self.cpu_seconds()
         found = self.clients.ask(question(Load(self.port, clients, list(bodies), **more)))
         assert not found["errors"], found["errors"]
-        return found
+        return found | {"server_cpu_seconds": self.cpu_seconds() - cpu}
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of all its threads so far."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
 
 
 def body(number: int, num_tokens: int, **more: Any) -> dict[str, Any]:
@@ -207,11 +218,19 @@ def throughput(
         measured = {
             name: [value for answer in turns for value in answer.get(name, ())] for name in ("latencies", "first", "gaps")
         }
-        value = statistics.median(rates)
-        rows.append(
-            row(case, variant, how[variant], value, "tokens/s", max(rates) - min(rates), baseline / seconds, server, measured)
-        )
+        spread = max(rates) - min(rates)
+        rate, share = statistics.median(rates), baseline / seconds
+        found_row = row(case, variant, how[variant], rate, "tokens/s", spread, share, server, measured)
+        rows.append(found_row | {name: cpu_of_tokens(turns, key, requests * num_tokens) for name, key in CPU.items()})
     return rows
+
+
+CPU = {"cpu_ms_per_1000_tokens": "server_cpu_seconds", "client_cpu_ms_per_1000_tokens": "cpu_seconds"}
+
+
+def cpu_of_tokens(turns: list[dict[str, Any]], key: str, num_tokens: int) -> float:
+    """Return the milliseconds of CPU that 1,000 tokens took."""
+    return round(1e6 * statistics.median(answer[key] for answer in turns) / num_tokens, 1)
 
 
 def fairness(case: str, server: Server, requests: int) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.errors import EXIT_USAGE, DataError
 from lmdist.storage.locks import exclusive_lock
 from lmdist.tracking.address import configure, store_address
-from lmdist.tracking.failures import reason
+from lmdist.tracking.failures import reason_without_secrets
 from lmdist.tracking.metadata import read_metadata
 from lmdist.tracking.run_folder import METRICS, read_metrics
 from lmdist.tracking.store import Store
@@ -137,7 +137,7 @@ def add_to_mlflow(study: optuna.Study, run: Path) -> None:
             client.set_tag(parent, "best trial", f"trial-{study.best_trial.number:03}")
         client.set_terminated(parent)
     except Exception as error:  # MLflow never ends a sweep
-        print(f"MLflow does not show {run} as part of the sweep: {reason(error)}", file=sys.stderr)
+        print(f"MLflow does not show {run} as part of the sweep: {reason_without_secrets(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmdist.text.from_pandas import prepare
     from lmdist_export.api import load
+    from lmdist_export.conversion.base import base_of_bundle as base_of_bundle
 
 __all__ = ["__version__", "load", "prepare"]
 
 __version__ = "0.1.0"
 
-ON_DEMAND = {"load": "lmdist_export.api", "prepare": "lmdist.text.from_pandas"}
-"""What programs call, and the module that has it: `import lmdist` imports nothing, and lmdist_export imports lmdist."""
+ON_DEMAND = {
+    "load": "lmdist_export.api",
+    "prepare": "lmdist.text.from_pandas",
+    "base_of_bundle": "lmdist_export.conversion.base",  # for a training that starts from a bundle, not for programs
+}
+"""What is imported when it is asked for, and the module that has it: `import lmdist` imports nothing.
+
+lmdist_export imports lmdist; the other way leads through this table alone.
+"""
 
 
 def __getattr__(name: str) -> Any:
@@ -35,4 +43,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *ON_DEMAND]
+    return [*globals(), *__all__]

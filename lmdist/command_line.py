@@ -27,7 +27,7 @@ from lmdist.errors import (
     UsageError,
     escaped,
     exit_code_of,
-    reason,
+    reason_of,
 )
 from lmdist.signals import STOP_SIGNALS, interrupted_by
 from lmdist.standard_streams import ResultsError, finish, guard
@@ -115,7 +115,7 @@ def exit_on_error(command: str, *, ends_with_reader: bool = False) -> Iterator[N
         except (ImportError, OSError) as error:
             if exit_code_of(error) == EXIT_DEFECT:
                 raise
-            leave(f"{command}: error: {reason(error)}", exit_code_of(error))
+            leave(f"{command}: error: {reason_of(error)}", exit_code_of(error))
 
 
 def run_as_process(main: Callable[[], None]) -> NoReturn:

@@ -40,7 +40,7 @@ class RecipeParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with code 64."""
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        known = [*(f"--{key}" for key in flat(Recipe())), *self.other_options]
+        known = [*(f"--{key}" for key in named_settings(Recipe())), *self.other_options]
         hint = did_you_mean(unknown[1], known) if unknown else ""
         sys.stderr.write(f"{self.prog}: error: {escaped(readable(message))}{hint} (see --help)\n")
         sys.exit(EXIT_USAGE)
@@ -118,7 +118,9 @@ def check_keys(file: Path) -> None:
     sections = get_type_hints(Recipe)
     for key, value in read_toml(file).items():
         if key not in sections:
-            raise UsageError(f"{file} has {key}, which is no setting{did_you_mean(key, [*sections, *flat(Recipe())])}")
+            raise UsageError(
+                f"{file} has {key}, which is no setting{did_you_mean(key, [*sections, *named_settings(Recipe())])}"
+            )
         if isinstance(value, dict) and dataclasses.is_dataclass(sections[key]):
             check_section(file, key, value, [field.name for field in dataclasses.fields(sections[key])])
 
@@ -204,12 +206,12 @@ def as_toml(recipe: Recipe) -> str:
     return toml.dumps(as_dict(recipe))
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
+def named_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe with its keys as the flags name them: `model.hidden_size`."""
-    return flat_values(as_dict(recipe))
+    return named_values(as_dict(recipe))
 
 
-def flat_values(values: dict[str, Any]) -> dict[str, Any]:
+def named_values(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a recipe's sections in the same way."""
     pairs: dict[str, Any] = {}
     for key, value in values.items():

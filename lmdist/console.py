@@ -33,7 +33,7 @@ def next_line(*commands: Sequence[object]) -> str:
     return f"next: {'; '.join(shlex.join(map(str, command)) for command in commands)}"
 
 
-def unused(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """Return a name that is free, for a command that a user may run next: this one, or NAME-2, NAME-3 and so on."""
     names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in count(1))
     return next(name for name in names if not os.path.lexists(name))

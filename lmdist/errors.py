@@ -77,7 +77,7 @@ def exit_code_of(error: Exception) -> int:
     return getattr(error, "exit_code", EXIT_DEFECT)
 
 
-def reason(error: ImportError | OSError) -> str:
+def reason_of(error: ImportError | OSError) -> str:
     """Return which package is missing, or which path cannot be used and why."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)

@@ -29,6 +29,7 @@ EXTRAS = {
     "pandas": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
+    "httptools": "serve",
     "prometheus_client": "serve",
     "openpyxl": "spreadsheets",
     "odf": "spreadsheets",

@@ -20,7 +20,7 @@ Tokenizer = Literal["word_tokenize", "wordpunct", "whitespace", "characters", "b
 LEARNED = ("bpe", "unigram")
 """Tokenizers whose pieces of words are learned from the text to train on."""
 FILES = {".json": "tokenizers", ".model": "sentencepiece"}
-"""Tokenizers whose pieces come with a file, by its suffix."""
+"""Tokenizers whose pieces come with a file, by its suffix: a user names the file, and not the tokenizer."""
 FEWEST_PIECES = 258
 """`<unk>`, `<eos>` and a piece for each byte."""
 Cleaning = Literal["none", "tutorial", "html"]
@@ -60,7 +60,7 @@ class TextSettings:
 
     def stored(self) -> dict[str, Any]:
         """Return the settings as files keep them."""
-        return without_defaults(self)
+        return without_newer(self)
 
     @property
     def has_pieces(self) -> bool:
@@ -78,9 +78,13 @@ class TextSettings:
         return self.tokenizer == "whitespace"
 
 
-def without_defaults(settings: TextSettings | PrepareSettings) -> dict[str, Any]:
-    """Return settings without `line_breaks` where there are none: files that are older than it stay as they are."""
-    return {name: value for name, value in asdict(settings).items() if value or name != "line_breaks"}
+NEWER = {"line_breaks": False}
+"""Settings that there were none of when the first files were written, and what those files mean by it."""
+
+
+def without_newer(settings: TextSettings | PrepareSettings) -> dict[str, Any]:
+    """Return settings without the NEWER ones that change nothing: what files hold of older settings stays as it is."""
+    return {name: value for name, value in asdict(settings).items() if name not in NEWER or value != NEWER[name]}
 
 
 @dataclass(frozen=True)
@@ -204,10 +208,10 @@ class PrepareSettings(ReadSettings):
 
     def check_tokenizer(self) -> None:
         """Raise UsageError for a tokenizer that there is not, and for settings that it has no use for."""
-        names = get_args(Tokenizer)
-        if self.tokenizer not in names and not self.tokenizer_file:
+        names = [name for name in get_args(Tokenizer) if name not in FILES.values()]
+        if self.tokenizer not in get_args(Tokenizer) and not self.tokenizer_file:
             raise UsageError(
-                f"tokenizer is {self.tokenizer}; {', '.join(names[:-2])}, or a file that ends in .json or .model is expected"
+                f"tokenizer is {self.tokenizer}; {', '.join(names)}, or a file that ends in .json or .model is expected"
             )
         if self.tokenizer in FILES.values() and not self.vocabulary:
             raise UsageError(f"tokenizer is {self.tokenizer}: name its file, such as tokenizer.json or bpe.model")
@@ -229,7 +233,7 @@ class PrepareSettings(ReadSettings):
 
     def stored(self) -> dict[str, Any]:
         """Return the settings as files keep them: the addresses of the text without passwords, signatures and tokens."""
-        values = without_defaults(self)
+        values = without_newer(self)
         for name in ("inputs", *SPLITS):
             given = values[name]
             values[name] = [*map(without_credentials, given)] if isinstance(given, list) else without_credentials(given)
@@ -267,6 +271,9 @@ class DataSettings:
     """Batch size of a step over all ranks; the number of ranks must divide it, and changes no result."""
     window: Annotated[int, between(1, 1_000_000)] = 35
     """Sequence length of a step in tokens. streams predicts all of them, windows all but the first."""
+    window_spread: Annotated[int, between(0, 1_000_000)] = 0
+    """streams: a third of the steps have window - window_spread tokens and a third window + window_spread, in an order that is
+    shuffled anew in each epoch, and the learning rate of a step is in proportion; 0: all have the same."""
     stride: Annotated[int, at_least(0)] = 0
     """windows: tokens from the start of one window to the next; 0 is window - 1, so that each token is predicted once."""
     valid_batch: Annotated[int, between(1, 1_000_000)] = 10
@@ -277,11 +284,19 @@ class DataSettings:
         check_name("data.folder", self.folder)
         if self.batching == "windows" and self.window < 2:
             raise UsageError("data.window is 1; windows need at least 2 tokens, of which the first is not predicted")
+        if self.window_spread and self.batching == "windows":
+            raise UsageError("data.window_spread is of streams, and data.batching is windows: leave one out")
+        if self.window_spread >= self.window:
+            raise UsageError(f"data.window_spread is {self.window_spread}; it must be below data.window, {self.window}")
 
     @property
     def sequence_length(self) -> int:
         """Return the number of tokens predicted in a sequence of a step."""
         return self.window if self.batching == "streams" else self.window - 1
+
+
+MODEL_SIZES = ("embedding_size", "hidden_size", "num_layers", "tied", "head")
+"""The settings of a model that decide the shapes of its parameters."""
 
 
 @dataclass(frozen=True)
@@ -343,6 +358,13 @@ class ModelSettings:
 class InitSettings:
     """What a run starts from beside init_from, and what of it is kept still."""
 
+    recurrent: Literal["uniform", "orthogonal"] = "uniform"
+    """Without init_from, the recurrent weights of the layers: uniform, as torch begins; orthogonal: of each gate a random
+    orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120)."""
+    forget_gate_bias: Annotated[float | None, between(-100, 100)] = None
+    """Without init_from, the bias of the layers' forget gates (Jozefowicz et al. 2015 take 1); by default random and near 0, as
+    torch begins."""
+
     embeddings: str = ""
     """A file of word vectors (word2vec's text format, GloVe's or fastText's .vec; also packed by gzip), which become the
     embeddings of its words; with init_from, of those that the base does not have."""
@@ -372,6 +394,8 @@ class OptimizerSettings:
     """sgd: momentum."""
     weight_decay: Annotated[float, at_least(0)] = 0.01
     """Weight decay; decoupled from the gradient with adamw and nadam."""
+    weight_decay_of: Literal["all", "matrices"] = "all"
+    """all: of all parameters; matrices: neither of biases nor of the embedding, which with tied weights is the projection."""
     clip: Annotated[float, at_least(0)] = 0.5
     """Largest norm of the gradient of a step; 0 does not clip."""
     activation_penalty: Annotated[float, at_least(0)] = 0.0

@@ -25,7 +25,7 @@ from lmdist.errors import (
     UsageError,
     exit_code_of,
     one_line,
-    reason,
+    reason_of,
     require,
 )
 from lmdist.settings import DEMO, DEMO_SETTINGS, DataSettings, PrepareSettings, Recipe
@@ -36,9 +36,9 @@ from lmdist.text.prepare import prepare
 from lmdist.tracking.address import packages_of, store_address
 from lmdist.tracking.run_folder import JOB_LOCK, check_run_folder
 
-LOCK_PATIENCE = 20.0
+LOCK_WAIT_SECONDS = 20.0
 """Seconds to wait for a job that is just exiting, such as the one before a restart."""
-PEERS_FIRST = 2.0
+PEERS_FIRST_SECONDS = 2.0
 """torchrun reports the first rank that exits. A rank that lost a peer waits so many seconds, so that it is not the first;
 so does one that fails as rank 0 does, where no launcher asks for the first failure."""
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from lmdist.training import distributed, loop
 
-        lock = exclusive_lock(Path(recipe.run_folder) / JOB_LOCK, LOCK_PATIENCE) if is_main else nullcontext()
+        lock = exclusive_lock(Path(recipe.run_folder) / JOB_LOCK, LOCK_WAIT_SECONDS) if is_main else nullcontext()
         with stopped_by_full_disk(), lock:
             settings = recipe.training
             try:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     ) from None
                 if not distributed.lost_peer(error):
                     raise
-                time.sleep(PEERS_FIRST)
+                time.sleep(PEERS_FIRST_SECONDS)
                 raise Stopped("another rank was lost; --resume auto continues from the last checkpoint") from None
 
 
@@ -94,7 +94,7 @@ def stopped_by_full_disk() -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        raise Stopped(f"{reason(error)}: make room and run again with --resume auto") from None
+        raise Stopped(f"{reason_of(error)}: make room and run again with --resume auto") from None
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def reported_once(*, is_main: bool) -> Iterator[None]:
         if code == EXIT_DEFECT or is_first:
             raise
         if FIRST_FAILURE not in os.environ:  # rank 0 has it too, and would be ended by torchrun if this rank exited first
-            time.sleep(PEERS_FIRST)
+            time.sleep(PEERS_FIRST_SECONDS)
         sys.exit(code)
 
 

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto
 
 from lmdist.errors import DataError, MissingInputError
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
+from lmdist_export.bundle import GENERATION_GRAPH, STEP_GRAPH, WEIGHTS, Bundle
 from support.onnx_models import described, metadata_of
 from support.small_bundles import (
     WORDS,
@@ -32,7 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_changed_file_is_rejected(bundle: Path, tmp_path: Path) -> None:
-    for name in (MODEL, GENERATION, WEIGHTS, "vocab.txt", "text.json"):
+    for name in (STEP_GRAPH, GENERATION_GRAPH, WEIGHTS, "vocab.txt", "text.json"):
         copy = shutil.copytree(bundle, tmp_path / name)
         with (copy / name).open("ab") as file:
             file.write(b" ")
@@ -150,14 +150,14 @@ def documents_tables(title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
-@pytest.mark.parametrize("file", [MODEL, GENERATION])
+@pytest.mark.parametrize("file", [STEP_GRAPH, GENERATION_GRAPH])
 def test_the_documents_tables_are_right(file: str, bundle: Path) -> None:
     """Each name, its type and its axes."""
     model = onnx.load(bundle / file, load_external_data=False)
     sizes = {"V": len(WORDS) + 2, "V'": PADDED, "S": 12 + 12 + 8, "1": 1}
     kinds = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
     documented: dict[str, dict[str, tuple[int, list[object]]]] = {"in": {}, "out": {}}
-    title = {MODEL: "The step graph", GENERATION: "The generation graph"}[file]
+    title = {STEP_GRAPH: "The step graph", GENERATION_GRAPH: "The generation graph"}[file]
     for place, names, kind, axes, *_ in documents_tables(title):
         cells = [cell.strip() for cell in axes.split(",") if cell.strip()]
         shape: list[object] = [cell.strip("`") if cell.startswith("`") else sizes[cell] for cell in cells]
@@ -167,9 +167,9 @@ def test_the_documents_tables_are_right(file: str, bundle: Path) -> None:
 
 
 def test_the_document_names_all_metadata_and_all_fields(bundle: Path) -> None:
-    for file in (MODEL, GENERATION):
+    for file in (STEP_GRAPH, GENERATION_GRAPH):
         keys = {key for row in documents_tables("Metadata") for key in re.findall(r"`(\w+)`", row[0])}
-        assert keys - ({"features"} if file == MODEL else set()) == set(metadata_of(onnx.load(bundle / file)))
+        assert keys - ({"features"} if file == STEP_GRAPH else set()) == set(metadata_of(onnx.load(bundle / file)))
     fields = [row for row in documents_tables("generation_config.json") for _ in re.findall(r"`(\w+)`", row[0])]
     names = [name for row in documents_tables("generation_config.json") for name in re.findall(r"`(\w+)`", row[0])]
     written = json.loads((bundle / "generation_config.json").read_text(encoding="utf-8"))

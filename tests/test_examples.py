@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,11 @@ def test_the_example_on_scoring_runs(folder: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_the_page_on_python_runs_from_top_to_bottom(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], empty_store: Path
 ) -> None:
     monkeypatch.chdir(folder)
     # MLflow remembers a store by its address, and `mlflow.db` is another one in another folder.
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_store, folder / 'mlflow.db')}")
     registry.register(folder / "bundle", "news", "champion")
     names: dict[str, object] = {}
     programs = examples("docs/python.md")

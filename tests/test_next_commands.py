@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import tomllib
@@ -12,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from lmdist import config
-from lmdist import train as training
 from lmdist.job import launcher
 from lmdist.text import prepare
 from lmdist.training import evaluate
 from lmdist_export import export, generate
-from support.jobs import FORKS
+from support.jobs import train
 
 RECIPES = config.recipe_names()
 TINY = (
@@ -27,41 +25,37 @@ TINY = (
 WORDS = "the a president said we must people of united states and in to government new year".split()
 
 
-def train(argv: list[str]) -> None:
-    """Train as the launcher does, in this process."""
-    arguments, flags = launcher.parser().parse_known_args(argv)
-    assert arguments == launcher.parser().parse_args([]), "the launcher's own options are the defaults"
-    training.main(flags)
-
-
 MAINS: dict[str, Callable[[list[str]], None]] = {
     "lmdist-prepare": prepare.main,
-    "lmdist-train": train,
     "lmdist-evaluate": evaluate.main,
     "lmdist-export": export.main,
     "lmdist-generate": generate.main,
 }
 
 
-def run_in_fork(line: str, cwd: Path, output: Path) -> None:
-    for number in (1, 2):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
-    os.chdir(cwd)
-    name, *arguments = shlex.split(line)
-    MAINS[name](arguments)
+Run = Callable[[str], list[str]]
+"""Runs a command; returns those that it names as the next ones."""
 
 
-def run(line: str, cwd: Path) -> list[str]:
-    """Run a command; return those that it names as the next ones."""
-    output = cwd / "output"
-    output.unlink(missing_ok=True)
-    process = FORKS.Process(target=run_in_fork, args=(line, cwd, output), daemon=True)
-    process.start()
-    process.join()
-    text = output.read_text()
-    assert process.exitcode == 0, f"{line}\n{text}"
-    found = re.search(r"^next:? +(.+)$", text, re.MULTILINE)
-    return found[1].split("; ") if found else []
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a training as the launcher does, and any other command in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(line: str) -> list[str]:
+        name, *words = shlex.split(line)
+        if name == "lmdist-train":
+            arguments, flags = launcher.parser().parse_known_args(words)
+            assert arguments == launcher.parser().parse_args([]), "the launcher's own options are the defaults"
+            done = train(1, *flags, cwd=tmp_path)
+            text = done.stdout + done.stderr
+        else:
+            MAINS[name](words)
+            text = "".join(capsys.readouterr())
+        found = re.search(r"^next:? +(.+)$", text, re.MULTILINE)
+        return found[1].split("; ") if found else []
+
+    return call
 
 
 def corpus(folder: Path, recipe: str) -> list[str]:
@@ -81,25 +75,23 @@ def corpus(folder: Path, recipe: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_next_command_of_a_recipe_runs(recipe: str, tmp_path: Path) -> None:
+def test_every_next_command_of_a_recipe_runs(recipe: str, tmp_path: Path, run: Run) -> None:
     if recipe == "finetune":  # its base
-        (line,) = run(shlex.join(["lmdist-prepare", *corpus(tmp_path, recipe), "-o", "data/demo"]), tmp_path)
-        run(f"{line} --run_folder runs/demo {TINY}", tmp_path)
-    (train_line,) = run(
-        shlex.join(["lmdist-prepare", *corpus(tmp_path, recipe), "--recipe", recipe, "-o", "data/my text"]), tmp_path
-    )
+        (line,) = run(shlex.join(["lmdist-prepare", *corpus(tmp_path, recipe), "-o", "data/demo"]))
+        run(f"{line} --run_folder runs/demo {TINY}")
+    (train_line,) = run(shlex.join(["lmdist-prepare", *corpus(tmp_path, recipe), "--recipe", recipe, "-o", "data/my text"]))
     assert train_line == f"lmdist-train --config {recipe} --data.folder 'data/my text' --run_folder 'runs/my text'"
-    *evaluations, export_line = run(f"{train_line} {TINY}", tmp_path)
+    *evaluations, export_line = run(f"{train_line} {TINY}")
     assert len(evaluations) == (recipe != "tutorial"), "the tutorial holds no text back"
     for line in evaluations:
-        assert run(line, tmp_path) == []
-    (generate_line,) = run(export_line, tmp_path)
+        assert run(line) == []
+    (generate_line,) = run(export_line)
     assert generate_line == "lmdist-generate 'bundles/my text'"
-    assert run(f"{generate_line} --max-new-tokens 5", tmp_path) == []
+    assert run(f"{generate_line} --max-new-tokens 5") == []
 
 
-def test_the_next_training_does_not_meet_a_run_that_is_there(tmp_path: Path) -> None:
+def test_the_next_training_does_not_meet_a_run_that_is_there(tmp_path: Path, run: Run) -> None:
     """After the quickstart, as it were: runs/news exists, and of other words."""
     (tmp_path / "runs/news").mkdir(parents=True)
-    (line,) = run(shlex.join(["lmdist-prepare", *corpus(tmp_path, "demo"), "-o", "data/news"]), tmp_path)
+    (line,) = run(shlex.join(["lmdist-prepare", *corpus(tmp_path, "demo"), "-o", "data/news"]))
     assert line == "lmdist-train --data.folder data/news --run_folder runs/news-2"

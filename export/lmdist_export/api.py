@@ -7,8 +7,9 @@
     model.score("we said it.").log_probability
     model.next_words("the people of the united", k=5)
 
-Options, defaults, seeds and texts are those of lmdist-generate, lmdist-score and the server. docs/python.md has more. Below it,
-for those who need ids and states of many texts, are `model.bundle` and `model.sampler`. Neither numpy nor onnxruntime is
+Options, defaults, seeds and texts are those of lmdist-generate, lmdist-score and the server. docs/python.md has more. All
+`tokens` are strings here, and numbers are `ids`. Below it, for those who need ids and states of many texts, are `model.bundle`
+and `model.sampler`, which knows ids alone. Neither numpy nor onnxruntime is
 imported before a model is loaded, and torch never.
 """
 
@@ -24,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from lmdist.bounds import at_least, check
 from lmdist.errors import UsageError
-from lmdist_export import registered
 from lmdist_export.options import BATCH_SIZES, Options, check_count, items_of, string_of, strings_of
+from lmdist_export.registered import load_bundle
 from lmdist_export.sampling.completion import Completion, Stream, completions
 from lmdist_export.sampling.resolved_options import resolve
 
@@ -89,16 +90,10 @@ def load(bundle: str | os.PathLike[str], *, provider: Literal["cpu", "cuda"] = "
     not run here or a package that is not installed, and Stopped where MLflow cannot be reached. (All are in lmdist.errors; the
     first is a FileNotFoundError too, the next two are ValueErrors.)
     """
-    from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.sampler import Sampler
 
     name = os.fspath(bundle)
-    if not registered.is_registered(name):
-        return Model(name, Sampler(Bundle.load(name), provider, threads))
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
-        return Model(name, Sampler(Bundle.load(registered.download_bundle(name, Path(folder)), name), provider, threads))
+    return Model(name, Sampler(load_bundle(name), provider, threads))
 
 
 class Model:
@@ -198,7 +193,7 @@ class Model:
     # --- prompts
 
     def prompt(self, text: str | Prompt) -> Prompt:
-        """Return a text as a prompt of which nothing was read: its `words`, and of these the `unknown_words`."""
+        """Return a text as a prompt of which nothing was read: its `tokens`, their `ids`, and which are the `unknown_words`."""
         from lmdist_export.sampling.prompt import Prompt, model_id, prompt_of
 
         if isinstance(text, Prompt):
@@ -222,9 +217,12 @@ class Model:
         from lmdist_export.sampling.prompt import prompt_of, prompt_of_words, read
 
         if isinstance(text, Completion):
-            return read(self.sampler, prompt_of_words(self.bundle, text.tokens), self.prompt(after or text.prompt))
+            before = after or (text.prompt if text.follows_all else text.prompt.open())
+            return read(self.sampler, prompt_of_words(self.bundle, text.tokens), self.prompt(before))
         before = self.prompt(after) if after else None
-        return read(self.sampler, prompt_of(self.bundle, text, before) if isinstance(text, str) else self.prompt(text), before)
+        if isinstance(text, str):
+            return read(self.sampler, prompt_of(self.bundle, text, before), before and before.open())
+        return read(self.sampler, self.prompt(text), before)
 
     def load_prompt(self, path: str | os.PathLike[str]) -> Prompt:
         """Return what `Prompt.save` wrote; raises MissingInputError, DataError, or UsageError for that of another model."""

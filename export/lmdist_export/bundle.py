@@ -39,12 +39,12 @@ FORMAT = "lmdist bundle"
 VERSION = 2
 PROVIDERS = ("cpu", "cuda")
 
-MODEL = "model.onnx"
-GENERATION = "generate.onnx"
+STEP_GRAPH = "model.onnx"
+GENERATION_GRAPH = "generate.onnx"
 WEIGHTS = "weights.bin"
 GENERATION_CONFIG = "generation_config.json"
 MANIFEST = "manifest.json"
-CHECKED = (MODEL, GENERATION, WEIGHTS, VOCABULARY, TEXT)  # a bundle needs these files, and users do not edit them
+CHECKED = (STEP_GRAPH, GENERATION_GRAPH, WEIGHTS, VOCABULARY, TEXT)  # a bundle needs these files, and users do not edit them
 FIRST_KEYS = set(
     "format version parameters sizes cache run run_id step started_from tolerance differences held_out versions files".split()
 )
@@ -118,9 +118,9 @@ class Bundle:
 
         Raises DataError where its pieces are not the vocabulary.
         """
-        tokenizer = WordTokenizer.parse(self.files.read(TEXT, MAX_JSON_BYTES), self.folder / TEXT)
+        tokenizer = WordTokenizer.parse(self.files.read(TEXT, MAX_JSON_BYTES), Path(self.name) / TEXT)
         if tokenizer.model and tokenizer.model.words != self.vocabulary.words:
-            raise DataError(f"{self.folder}: the pieces of {TEXT} are not the words of {VOCABULARY}; {EXPECTED}")
+            raise DataError(f"{self.name}: the pieces of {TEXT} are not the words of {VOCABULARY}; {EXPECTED}")
         return tokenizer
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmdist.bounds import at_least, check
 from lmdist.command_line import CommandParser, exit_on_error
@@ -23,6 +23,9 @@ from lmdist.errors import EXIT_DEFECT, DataError, MissingInputError, UsageError,
 from lmdist.perplexity import COMPARED
 from lmdist.storage.atomic import check_output_file, check_output_folder, refuse_to_replace_link
 from lmdist_export import EXPORT_COMMAND, PRECISIONS
+
+if TYPE_CHECKING:
+    from lmdist_export.conversion.exporting import TrainedModel
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,90 +96,87 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export, or report in one line why not."""
     with exit_on_error(EXPORT_COMMAND):
         arguments = parser().parse_args(argv)
-        check_flags(arguments)
-        if arguments.max_perplexity_loss is not None:
-            check("--max-perplexity-loss", arguments.max_perplexity_loss, at_least(-100, "below 0 an improvement is asked for"))
-        check_registration(arguments)
-        if arguments.vectors:
-            check_output_file(arguments.vectors, "--vectors")
-        if arguments.output:
-            check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
-        if arguments.vectors:
-            sys.stdout.write(table(write_embeddings(arguments.checkpoint, arguments.vectors), width=14))
-            sys.stdout.flush()
-            if not arguments.output:
-                return
-        if not arguments.output:
-            register(arguments.checkpoint, arguments)
-            return
-        limit_threads()
-        from lmdist_export.conversion.verify import MismatchError
-
-        try:
-            rows = LAYOUTS[arguments.layout].run(arguments)
-        except MismatchError as error:
-            log(f"the graph differs from torch, nothing was written: {error}", EXPORT_COMMAND)
-            sys.exit(EXIT_DEFECT)
-        sys.stdout.write(table(rows, width=14))
-        if arguments.register:
-            sys.stdout.flush()
-            register(arguments.output, arguments)
+        check_arguments(arguments)
+        if arguments.output or arguments.vectors:
+            export(arguments)
+        if arguments.register is not None:
+            register(arguments.output or arguments.checkpoint, arguments)
 
 
-def run_bundle_layout(arguments: argparse.Namespace) -> dict[str, str]:
+def export(arguments: argparse.Namespace) -> None:
+    """Write what is asked for of a trained model, and print a table of it."""
+    limit_threads()
+    from lmdist_export.conversion.exporting import TrainedModel
+    from lmdist_export.conversion.verify import MismatchError
+
+    trained = TrainedModel.load(arguments.checkpoint)
+    if arguments.vectors:
+        show(write_embeddings(trained, arguments.vectors))
+    if not arguments.output:
+        return
+    try:
+        show(LAYOUTS[arguments.layout].write(trained, arguments))
+    except MismatchError as error:
+        log(f"the graph differs from torch, nothing was written: {error}", EXPORT_COMMAND)
+        sys.exit(EXIT_DEFECT)
+
+
+def show(rows: dict[str, str]) -> None:
+    """Print a table of what was written, before anything that follows takes its time."""
+    sys.stdout.write(table(rows, width=14))
+    sys.stdout.flush()
+
+
+def write_bundle_layout(trained: TrainedModel, arguments: argparse.Namespace) -> dict[str, str]:
     """Write and verify a bundle; return the rows of the table that describes it."""
     from lmdist_export.conversion import exporting
 
-    return rows_of(arguments.output, written(arguments, exporting.export_bundle))
+    return rows_of(arguments.output, write_compared(trained, arguments, exporting.export_bundle))
 
 
-def run_sherpa_layout(arguments: argparse.Namespace) -> dict[str, str]:
+def write_sherpa_layout(trained: TrainedModel, arguments: argparse.Namespace) -> dict[str, str]:
     """Write and verify a folder for sherpa-onnx; return the rows of the table that describes it."""
-    from lmdist_export.conversion import exporting, sherpa
+    from lmdist_export.conversion import sherpa
 
-    checkpoint = exporting.Checkpoint.load(arguments.checkpoint)
-    log_start(checkpoint, arguments.output)
-    differences = sherpa.write(
-        checkpoint.model, checkpoint.vocabulary, arguments.output, checkpoint.origin, replace=arguments.overwrite
-    )
-    return sherpa.rows_of(arguments.output, differences, checkpoint.origin)
+    log_start(trained, arguments.output)
+    differences = sherpa.write(trained.model, trained.vocabulary, arguments.output, trained.origin, replace=arguments.overwrite)
+    return sherpa.rows_of(arguments.output, differences, trained.origin)
 
 
-def run_web_layout(arguments: argparse.Namespace) -> dict[str, str]:
+def write_web_layout(trained: TrainedModel, arguments: argparse.Namespace) -> dict[str, str]:
     """Write a page that runs the model, verified as a bundle is; return the rows of the table that describes it."""
     from lmdist_export.conversion import web
 
     write = partial(web.write, onnxruntime_web=arguments.onnxruntime_web)
-    return web.rows_of(arguments.output, written(arguments, write))
+    return web.rows_of(arguments.output, write_compared(trained, arguments, write))
 
 
-def written(arguments: argparse.Namespace, write: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def write_compared(
+    trained: TrainedModel, arguments: argparse.Namespace, write: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
     """Write a layout that is compared with torch on held-out text; return the manifest of the bundle that it is, or was."""
     from lmdist_export.conversion import exporting
 
-    checkpoint = exporting.Checkpoint.load(arguments.checkpoint)
-    held_out = exporting.held_out_text(checkpoint, arguments.data)
-    log_start(checkpoint, arguments.output)
+    held_out = exporting.held_out_text(trained, arguments.data)
+    log_start(trained, arguments.output)
     how = arguments.precision, arguments.max_perplexity_loss
-    return write(checkpoint, arguments.output, held_out, *how, replace=arguments.overwrite)
+    return write(trained, arguments.output, held_out, *how, replace=arguments.overwrite)
 
 
-def write_embeddings(checkpoint: Path, file: Path) -> dict[str, str]:
-    """Write the embeddings of a checkpoint in word2vec's text format; return the row of the table that describes them."""
+def write_embeddings(trained: TrainedModel, file: Path) -> dict[str, str]:
+    """Write the embeddings of a model in word2vec's text format; return the row of the table that describes them."""
     from lmdist.text.vectors import write_vectors
-    from lmdist_export.conversion.exporting import Checkpoint
 
-    loaded = Checkpoint.load(checkpoint)
-    rows = loaded.model.embedding.weight.detach().numpy()
-    write_vectors(file, loaded.vocabulary, rows)
-    return {"vectors": f"{file}  ({len(rows):,} words, {rows.shape[1]} numbers each, of {loaded.origin})"}
+    rows = trained.model.embedding.weight.detach().numpy()
+    write_vectors(file, trained.vocabulary, rows)
+    return {"vectors": f"{file}  ({len(rows):,} words, {rows.shape[1]} numbers each, of {trained.origin})"}
 
 
-def log_start(checkpoint: Any, output: Path) -> None:
+def log_start(trained: TrainedModel, output: Path) -> None:
     """Log what is exported, and where to."""
-    model = checkpoint.model
+    model = trained.model
     log(
-        f"{checkpoint.path}: {checkpoint.origin}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}",
+        f"{trained.path}: {trained.origin}, {model.vocabulary_size:,} words, layers {model.layer_sizes} -> {output}",
         EXPORT_COMMAND,
     )
 
@@ -189,37 +189,58 @@ def register(bundle: Path, arguments: argparse.Namespace) -> None:
     sys.stdout.write(registry.register(bundle, arguments.register, arguments.alias or registry.CHAMPION))
 
 
-def check_registration(arguments: argparse.Namespace) -> None:
-    """Raise UsageError for names that MLflow does not take, and where there is nothing to write and nothing to register."""
-    if arguments.register is None and arguments.alias is not None:
-        raise UsageError(f"--alias {arguments.alias} is for a registered model: give --register NAME as well")
-    if arguments.register is not None:
-        from lmdist.tracking.address import packages_of, store_address
-        from lmdist_export.serving import registry
+# --- mistakes that can be seen before anything is loaded -------------------------------------------------------------
 
-        registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
-        require(*packages_of(store_address()), purpose="--register: ")
-    if arguments.vectors and not arguments.output and arguments.register is not None:
-        raise UsageError("--vectors is of a checkpoint, and --register without -o of a bundle: give -o too, or one of the two")
-    if not arguments.output and not arguments.vectors:
-        from lmdist.storage.held import HeldFolder
-        from lmdist_export.bundle import EXPECTED, read_manifest
 
-        if arguments.register is None:
-            raise UsageError("-o is missing: give the folder to write, as in -o bundles/NAME")
-        try:
-            read_manifest(HeldFolder(arguments.checkpoint, EXPECTED))
-        except (DataError, MissingInputError) as error:
-            raise UsageError(f"without -o a bundle is registered as it is, and {error}") from None
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for flags that contradict each other or name what cannot be read, written or registered."""
+    check_flags(arguments)
+    if arguments.max_perplexity_loss is not None:
+        check("--max-perplexity-loss", arguments.max_perplexity_loss, at_least(-100, "below 0 an improvement is asked for"))
+    check_registration(arguments)
+    if arguments.vectors:
+        check_output_file(arguments.vectors, "--vectors")
+    if arguments.output:
+        check_output(arguments.output, arguments.layout, overwrite=arguments.overwrite)
+    elif not arguments.vectors:
+        check_is_bundle(arguments.checkpoint)
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Raise UsageError for a flag that means nothing to the layout."""
-    layout = LAYOUTS[arguments.layout]
-    for flag, taken in layout.taken.items():
+    """Raise UsageError where nothing is asked for, and for a flag that means nothing to what is."""
+    if not (arguments.output or arguments.vectors or arguments.register is not None):
+        raise UsageError("-o is missing: give the folder to write, as in -o bundles/NAME")
+    limits = LAYOUTS[arguments.layout].limits if arguments.output else WITHOUT_OUTPUT
+    for flag, taken in limits.taken.items():
         value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
         if value not in taken:
-            raise UsageError(f"{flag} {value}: --layout {arguments.layout} {layout.reason}; leave it out")
+            raise UsageError(f"{flag if value is True else f'{flag} {value}'}: {limits.reason}; leave it out")
+
+
+def check_registration(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for names that MLflow does not take, and where there is no bundle to register."""
+    if arguments.register is None:
+        if arguments.alias is not None:
+            raise UsageError(f"--alias {arguments.alias} is for a registered model: give --register NAME as well")
+        return
+    from lmdist.tracking.address import packages_of, store_address
+    from lmdist_export.serving import registry
+
+    registry.check_names(arguments.register, arguments.alias or registry.CHAMPION)
+    require(*packages_of(store_address()), purpose="--register: ")
+    if arguments.vectors and not arguments.output:
+        raise UsageError("--vectors is of a checkpoint, and --register without -o of a bundle: give -o too, or one of the two")
+
+
+def check_is_bundle(folder: Path) -> None:
+    """Raise UsageError for what cannot be registered as it is."""
+    from lmdist.storage.held import HeldFolder
+    from lmdist_export.bundle import EXPECTED, read_manifest
+
+    try:
+        read_manifest(HeldFolder(folder, EXPECTED))
+    except (DataError, MissingInputError) as error:
+        raise UsageError(f"without -o a bundle is registered as it is, and {error}") from None
 
 
 def check_output(output: Path, layout: str, *, overwrite: bool) -> None:
@@ -275,37 +296,62 @@ def rows_of(output: Path, manifest: dict[str, Any]) -> dict[str, str]:
     }
 
 
-class Layout(NamedTuple):
-    """What can be written."""
+class FlagLimits(NamedTuple):
+    """Which flags what is written has a meaning for."""
 
-    run: Callable[[argparse.Namespace], dict[str, str]]
-    """Writes it, and returns the rows of the table that describes it."""
-    taken: dict[str, tuple[str | None, ...]]
+    taken: dict[str, tuple[object, ...]]
     """The values that it takes of some flags, by the flag."""
     reason: str
     """Why it takes no others."""
 
 
+class Layout(NamedTuple):
+    """What can be written."""
+
+    write: Callable[[TrainedModel, argparse.Namespace], dict[str, str]]
+    """Writes it, and returns the rows of the table that describes it."""
+    limits: FlagLimits
+
+
 NOT_GIVEN = (None,)
 LAYOUTS = {
-    "bundle": Layout(run_bundle_layout, {"--onnxruntime-web": NOT_GIVEN}, "is no page"),
+    "bundle": Layout(
+        write_bundle_layout,
+        FlagLimits({"--onnxruntime-web": NOT_GIVEN}, "--layout bundle is no page"),
+    ),
     "sherpa-onnx": Layout(
-        run_sherpa_layout,
-        {
-            "--data": (None, "none"),
-            "--precision": ("fp32",),
-            "--max-perplexity-loss": NOT_GIVEN,
-            "--register": NOT_GIVEN,
-            "--onnxruntime-web": NOT_GIVEN,
-        },
-        "is written in fp32, reads no held-out text and is no model of MLflow",
+        write_sherpa_layout,
+        FlagLimits(
+            {
+                "--data": (None, "none"),
+                "--precision": ("fp32",),
+                "--max-perplexity-loss": NOT_GIVEN,
+                "--register": NOT_GIVEN,
+                "--onnxruntime-web": NOT_GIVEN,
+            },
+            "--layout sherpa-onnx is written in fp32, reads no held-out text and is no model of MLflow",
+        ),
     ),
     "web": Layout(
-        run_web_layout,
-        {"--precision": ("fp32", "int8"), "--register": NOT_GIVEN},
-        "is written in fp32 or int8 and is no model of MLflow",
+        write_web_layout,
+        FlagLimits(
+            {"--precision": ("fp32", "int8"), "--register": NOT_GIVEN},
+            "--layout web is written in fp32 or int8 and is no model of MLflow",
+        ),
     ),
 }
+WITHOUT_OUTPUT = FlagLimits(
+    {
+        "--layout": ("bundle",),
+        "--onnxruntime-web": NOT_GIVEN,
+        "--data": NOT_GIVEN,
+        "--precision": ("fp32",),
+        "--max-perplexity-loss": NOT_GIVEN,
+        "--overwrite": (False,),
+    },
+    "without -o nothing is written that it could change",
+)
+"""Of vectors alone, and of a bundle that is registered as it is."""
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -310,6 +311,11 @@ class GenerationConfig:
             f"tokens and numbers, at most {MAX_BIAS:,}",
         )
 
+    @cached_property
+    def key(self) -> str:
+        """Return a text that is equal for equal options."""
+        return repr(self)
+
     @property
     def greedy(self) -> bool:
         """Return whether the most likely token is always chosen."""
@@ -512,7 +518,7 @@ class Features:
 
     @property
     def filters(self) -> list[GraphInput]:
-        """The filters that it applies."""
+        """Return the filters that it applies."""
         return [graph for name, graph in FILTERS.items() if getattr(self, name)]
 
     @property
@@ -522,7 +528,7 @@ class Features:
 
     @property
     def attempts(self) -> int:
-        """A: uniform numbers a token."""
+        """Return A: uniform numbers a token."""
         return ATTEMPTS if self.filters and not (self.sorted or self.greedy) else 1
 
 

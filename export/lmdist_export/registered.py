@@ -7,9 +7,14 @@ does not know how a bundle got there (serving/registry.py), and imports mlflow o
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmdist_export.bundle import Bundle
 
 ADDRESS = re.compile(r"(models|runs):/+[^/]")
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -21,20 +26,26 @@ def is_registered(bundle: str) -> bool:
     return ADDRESS.match(bundle) is not None
 
 
-def download_bundle(bundle: str, folder: Path) -> Path:
-    """Download a bundle into a folder; return where it lies there.
+def load_bundle(bundle: str) -> Bundle:
+    """Load the bundle of a folder or of an address in MLflow into memory; what was downloaded is removed.
 
-    Raise UsageError where MLflow is not installed, MissingInputError where it has no such bundle, Stopped where it cannot be
-    reached now, DataError where it never can.
+    Raise MissingInputError where there is none, and DataError where it is damaged; for an address also UsageError where MLflow
+    is not installed, Stopped where it cannot be reached now, DataError where it never can.
     """
+    from lmdist_export.bundle import Bundle
+
+    if not is_registered(bundle):
+        return Bundle.load(bundle)
     from lmdist.tracking.store import download_artifacts
 
-    with mlflow_errors(bundle):
-        return download_artifacts(bundle, folder)
+    with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
+        with mlflow_errors(bundle):
+            path = download_artifacts(bundle, Path(folder))
+        return Bundle.load(path, called=bundle)
 
 
 def version_of(name: str, alias: str) -> str:
-    """Return the version of a registered model that has an alias now; raises as `download_bundle`."""
+    """Return the version of a registered model that has an alias now; raises as `load_bundle`."""
     from lmdist.tracking.address import configure, store_address
     from lmdist.tracking.store import Store
 
@@ -45,7 +56,7 @@ def version_of(name: str, alias: str) -> str:
 
 @contextmanager
 def mlflow_errors(bundle: str) -> Iterator[None]:
-    """Ask MLflow for a bundle inside; whatever goes wrong is an error of a user, as `download_bundle` says."""
+    """Ask MLflow for a bundle inside; whatever goes wrong is an error of a user, as `load_bundle` says."""
     from lmdist.errors import DataError, MissingInputError, Stopped, require
     from lmdist.tracking.address import packages_of, sqlite_file, store_address, without_password
     from lmdist.tracking.failures import FinalError, upload_error

@@ -225,7 +225,7 @@ def summary(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iter
 def words(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
     """Yield a line a word, those of a sentence at a time."""
     for number, score in enumerate(scorer.score(lines), start=1):
-        scored = zip(score.words, score.log_probabilities.tolist(), score.unknown.tolist(), strict=True)
+        scored = zip(score.tokens, score.log_probabilities.tolist(), score.unknown.tolist(), strict=True)
         yield "".join(
             record({"sentence": number, "word": word, "log_probability": log_probability, "unknown": unknown}, arguments.json)
             for word, log_probability, unknown in scored
@@ -235,7 +235,7 @@ def words(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterat
 def sentences(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterator[str]:
     """Yield a line a sentence; JSON has its sizes, and its log-probability without unknown words, too."""
     for score in scorer.score(lines):
-        values = {"log_probability": score.log_probability, "words": len(score.words), "unknown": int(score.unknown.sum())}
+        values = {"log_probability": score.log_probability, "words": len(score.tokens), "unknown": int(score.unknown.sum())}
         if arguments.json:
             values |= {"log_probability_without_unknown": score.known_log_probability, **score.size.as_figures()}
         if arguments.json or arguments.compare:
@@ -253,13 +253,13 @@ def nbest(scorer: Scorer, lines: Lines, arguments: argparse.Namespace) -> Iterat
         scores = scorer.score(hypothesis.fields[1] for hypothesis in hypotheses)
         for hypothesis, score in zip(again, scores, strict=True):
             name, text = hypothesis.fields[:2]
-            total = hypothesis.score + weight * score.log_probability + bonus * len(score.words)
+            total = hypothesis.score + weight * score.log_probability + bonus * len(score.tokens)
             values = {
                 "id": name,
                 "hypothesis": text,
                 "score": hypothesis.score,
                 "log_probability": score.log_probability,
-                "words": len(score.words),
+                "words": len(score.tokens),
                 "unknown": int(score.unknown.sum()),
                 "total": total,
             }

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COMMAND = "lmdist-serve"
-PACKAGES = ("onnxruntime", "starlette", "uvicorn", "prometheus_client")
+PACKAGES = ("onnxruntime", "starlette", "uvicorn", "httptools", "prometheus_client")
 ORIGIN = re.compile(r"\*|https?://[^/?#\s]+")
 HOST = re.compile(r"\*|[\w.-]+")
 BACKLOG = 2_048

@@ -36,7 +36,7 @@ repetition."""
 TOLERANCE = 0.05
 """The largest relative error of a gradient in bf16 against fp32, by norm. Correct ones have 0.005, incorrect ones 1."""
 
-LARGE_LAYER = 512
+LARGE_LAYER = 1000
 """The input or hidden size from which on bf16 on a CPU is faster by plain matrix multiplications than by oneDNN."""
 
 PERSISTENT_HIDDEN_SIZE = 1024

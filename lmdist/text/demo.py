@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lmdist.command_line import CommandParser, exit_on_error
-from lmdist.console import next_line, unused
+from lmdist.console import next_line, unused_path
 from lmdist.errors import require
 from lmdist.storage.atomic import write_atomic
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error("lmdist.text.demo"):
         arguments = parser().parse_args(argv)
         count = write_demo(arguments.output)
-        command = ["lmdist-prepare", arguments.output, "--group-by", "title", "-o", unused(Path("data/demo"))]
+        command = ["lmdist-prepare", arguments.output, "--group-by", "title", "-o", unused_path(Path("data/demo"))]
         sys.stdout.write(f"{count:,} articles in {arguments.output}\n{next_line(command)}\n")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 
 from lmdist.text.vocabulary import END
 
@@ -36,6 +36,7 @@ PAIRS = frozenset(
     {("can", "not"), ("d", "'ye"), ("gim", "me"), ("gon", "na"), ("got", "ta"), ("lem", "me"), ("more", "'n")}
     | {("wan", "na"), ("'t", "is"), ("'t", "was")}
 )
+SECONDS = frozenset(second for _, second in PAIRS)
 # What follows the apostrophe of a word that was split at it: it's, don't, we'll.
 AFTER_APOSTROPHE = frozenset({"s", "t", "m", "d", "ll", "re", "ve"})
 # What precedes the apostrophe of a word that was split at it: l'homme, c'est, dell'anno, O'Brien.
@@ -45,6 +46,10 @@ BEFORE_APOSTROPHE = frozenset(
     cos anch senz tutt mezz o
     """.split()
 )
+
+
+MAX_CACHED, MAX_CHARACTERS = 2**15, 40
+"""How many words are remembered, and the longest of them: some megabytes."""
 
 
 @dataclass
@@ -90,6 +95,8 @@ def pieces(words: Iterable[str], tokenizer: str, place: Place | None = None) -> 
 
 def spaced(word: str, before: str, quotes: list[str], *, wordpunct: bool) -> tuple[str, bool, bool]:
     """Return a word as it is written, and whether it needs no space on its left and on its right; update the open quotes."""
+    if len(word) <= MAX_CHARACTERS and is_plain(word):
+        return word, False, False
     if not wordpunct:  # which has the text's own signs
         if word == "``":
             return '"', False, True
@@ -111,6 +118,14 @@ def spaced(word: str, before: str, quotes: list[str], *, wordpunct: bool) -> tup
     if word in ("'", "’") and (sides := apostrophe(word, before, quotes, wordpunct=wordpunct)):
         return word, *sides
     return word, *punctuation(word, before, quotes)
+
+
+@lru_cache(MAX_CACHED)
+def is_plain(word: str) -> bool:
+    """Return whether a word has a space on both sides whatever is before it, by any tokenizer: most words."""
+    lower = word.lower()
+    joins = lower in CLITICS or lower in AFTER_APOSTROPHE or lower in SECONDS or lower == "'t"
+    return any(map(str.isalnum, word)) and not joins and not (word[0] == word[-1] == "@")
 
 
 def apostrophe(word: str, before: str, quotes: list[str], *, wordpunct: bool) -> tuple[bool, bool] | None:

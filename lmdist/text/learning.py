@@ -14,8 +14,9 @@ Pieces are ordered by falling frequency in the train split, as words are. This m
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -23,9 +24,8 @@ from zlib import crc32
 import numpy as np
 
 from lmdist.errors import DataError
-from lmdist.text.corpus import Corpus, blocks
-from lmdist.text.counting import DOCUMENT, DOCUMENTS, TOKENS, WORDS
 from lmdist.text.pieces import BYTE_OF, Pieces, Saved, byte_level_tokenizer
+from lmdist.text.shard_files import DOCUMENT, DOCUMENTS, TOKENS, WORDS, blocks, words_of
 from lmdist.text.vocabulary import END, UNKNOWN
 
 MAX_CHARACTERS = 200_000_000
@@ -39,75 +39,75 @@ BYTE_STEP = 0.0001
 """Between the scores of two bytes that no text has, by the trainer."""
 
 
-def learn(kind: str, corpus: Corpus, counts: np.ndarray, size: int) -> Saved:
+def learn(kind: str, counts: Mapping[str, int], size: int) -> Saved:
     """Return a model of `size` pieces, `<unk>` and `<eos>` included, fewer where the words have no more.
 
     `counts` are those of `Corpus.counts`. Raises DataError where no word is in the train split.
     """
-    counted = sorted((word, int(counts[number])) for word, number in corpus.ids.items() if counts[number])
-    if not counted:
+    frequencies = sorted((word, number) for word, number in counts.items() if number)
+    if not frequencies:
         raise DataError("there is no text to train on, so no pieces are learned from it: take more text")
-    model = trained_model(kind, counted, size - 2)
-    return {"library": "tokenizers", "model": byte_level_tokenizer(by_frequency(model, counted))}
+    model = trained_model(kind, frequencies, size - 2)
+    return {"library": "tokenizers", "model": byte_level_tokenizer(by_frequency(model, frequencies))}
 
 
-def trained_model(kind: str, counted: Sequence[tuple[str, int]], size: int) -> dict[str, Any]:
+def trained_model(kind: str, frequencies: Sequence[tuple[str, int]], size: int) -> dict[str, Any]:
     """Return what a tokenizer.json has of a model with `size` pieces at most, trained on words and their counts."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trainer: Any
-    counted = in_proportion(counted)
+    frequencies = in_proportion(frequencies)
     if kind == "bpe":
         tokenizer = Tokenizer(models.BPE())
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=[*BYTE_OF], show_progress=False)
     else:
         tokenizer = Tokenizer(models.Unigram())
-        counted += [*with_ends(counted)]
+        frequencies += [*with_ends(frequencies)]
         more = size // 10 + len(BYTE_OF)  # of which some have an END_SIGN
         trainer = trainers.UnigramTrainer(vocab_size=size + more, initial_alphabet=[*BYTE_OF], show_progress=False)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # GPT-2's alphabet has no whitespace
-    tokenizer.train_from_iterator(repeated(counted), trainer)
+    tokenizer.train_from_iterator(repeated(frequencies), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model if kind == "bpe" else finished_unigram(model, size)
 
 
-def with_ends(counted: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+def with_ends(frequencies: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     """Yield each word once with an END_SIGN behind it.
 
     The trainer's first candidates are what two different characters follow somewhere in its list of distinct words. The end of
     a word is no character to it, so "that" would be no piece unless other words begin with it.
     """
-    for word, _ in counted:
+    for word, _ in frequencies:
         yield word + END_SIGNS[len(word) % len(END_SIGNS)], 1
 
 
-def repeated(counted: Iterable[tuple[str, int]]) -> Iterator[str]:
+def repeated(frequencies: Iterable[tuple[str, int]]) -> Iterator[str]:
     """Yield texts with each word as often as it was counted: the trainers take texts only."""
-    for word, number in counted:
+    for word, number in frequencies:
         while number > 0:
             some = min(number, max(1, CHUNK_CHARACTERS // len(word)))
             yield f"{word} " * some
             number -= some
 
 
-def in_proportion(counted: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+def in_proportion(frequencies: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     """Return the words that are left, and their counts, of about MAX_CHARACTERS.
 
     A count's share is rounded up or down by a hash of the word, so that on the average it stays: of words that occur once,
     as most clauses of a script without spaces do, a part is left rather than none.
     """
-    total = sum((len(word) + 1) * number for word, number in counted)
+    total = sum((len(word) + 1) * number for word, number in frequencies)
     share = min(1.0, MAX_CHARACTERS / total)
     if share == 1:
-        return [*counted]
-    return [(word, left) for word, number in counted if (left := int(number * share + crc32(word.encode()) / 2**32))]
+        return [*frequencies]
+    return [(word, left) for word, number in frequencies if (left := int(number * share + crc32(word.encode()) / 2**32))]
 
 
-def by_frequency(model: dict[str, Any], counted: Iterable[tuple[str, int]]) -> dict[str, Any]:
+def by_frequency(model: dict[str, Any], frequencies: Iterable[tuple[str, int]]) -> dict[str, Any]:
     """Return a model with its pieces by falling frequency in the words, behind `<unk>` and `<eos>`."""
     split = splitter(byte_level_tokenizer(model))
     counts: Counter[str] = Counter()
-    for word, number in counted:
+    for word, number in frequencies:
         for piece in split(word):
             counts[piece] += number
     names = sorted(dict(model["vocab"]), key=lambda name: (-counts[name], name))
@@ -151,10 +151,13 @@ def respell(shard: Path, target: Path, saved: Saved) -> None:
     assert isinstance(saved["model"], dict)
     split = splitter(saved["model"])
     ids: dict[str, int] = {}
-    of_word = [[ids.setdefault(piece, len(ids)) for piece in split(word)] for word in words_of(shard)]
-    lengths = np.array([len(tokens) for tokens in of_word], np.int64)
+    num_pieces, of_words = array("q"), array("I")  # of each word, and the ids of all one after the other
+    for word in words_of(shard):
+        before = len(of_words)
+        of_words.extend(ids.setdefault(piece, len(ids)) for piece in split(word))
+        num_pieces.append(len(of_words) - before)
+    lengths, flat = np.array(num_pieces), np.array(of_words)
     starts = np.cumsum(lengths) - lengths
-    flat = np.array([token for tokens in of_word for token in tokens], np.uint32)
     documents = np.fromfile(shard / DOCUMENTS, DOCUMENT)
     with (target / TOKENS).open("wb") as file:
         for some, num_words, tokens in blocks(shard):
@@ -170,8 +173,3 @@ def respell(shard: Path, target: Path, saved: Saved) -> None:
             rows["length"] = np.where(rows["length"] > 0, found, rows["length"])
     documents.tofile(target / DOCUMENTS)
     (target / WORDS).write_text("".join(f"{spelling[piece]}\n" for piece in ids), encoding="utf-8", newline="\n")
-
-
-def words_of(shard: Path) -> list[str]:
-    """Return the words of a shard, by their temporary ids."""
-    return (shard / WORDS).read_bytes().decode().split("\n")[:-1]

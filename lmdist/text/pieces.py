@@ -20,14 +20,16 @@ import binascii
 import codecs
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
+from itertools import islice, takewhile
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from lmdist.errors import DataError, one_line
 from lmdist.text.detokenizer import Place
-from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID
+from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID, well_formed
 from lmdist.text.words import Cache
 
 SPACE = "\u2581"
@@ -94,6 +96,17 @@ class Pieces:
         with errors_of_library("a text"):
             return [self.words[token] for token in self.entries.encode(well_formed(text))]
 
+    @cached_property
+    def sorted_ids(self) -> list[int]:
+        """Return the ids of the pieces in the order of their bytes."""
+        return sorted(range(len(self.entries.contents)), key=self.entries.contents.__getitem__)
+
+    def beginning_with(self, content: bytes) -> tuple[int, ...]:
+        """Return the ids of the pieces whose bytes begin with these, one at least."""
+        ids, contents = self.sorted_ids, self.entries.contents
+        first = bisect_left(ids, content, key=contents.__getitem__)
+        return tuple(takewhile(lambda token: contents[token].startswith(content), islice(ids, first, None)))
+
     def texts(self, words: Iterable[str | bytes], place: Place | None = None) -> Iterator[str]:
         """Yield what each piece adds to the text, "" while a character is incomplete; at the end what is left, if anything.
 
@@ -126,13 +139,6 @@ def spelled(content: bytes) -> str:
 def byte_by_byte(match: re.Match[str]) -> str:
     """Return the bytes of a match as SentencePiece spells them."""
     return "".join(f"<0x{byte:02X}>" for byte in match[0].encode("utf-8", "surrogateescape"))
-
-
-def well_formed(text: str) -> str:
-    """Return a text without lone surrogates, which JSON and some encodings can write, and no file can hold."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @contextmanager

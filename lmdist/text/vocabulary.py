@@ -29,6 +29,13 @@ def check_words(words: Iterable[str | bytes]) -> None:
         raise TypeError(f"a list of words is expected, not the text {reprlib.repr(words)}: tokenize(text) returns its words")
 
 
+def well_formed(text: str) -> str:
+    """Return a text without lone surrogates, which JSON and some encodings can write, and no file can hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class Vocabulary:
     """The words of a model, in the order of their ids; raise DataError for words that cannot be a vocabulary."""
 

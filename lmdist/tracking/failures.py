@@ -50,7 +50,10 @@ class FinalError(UploadError):
 
 def upload_error(error: Exception) -> UploadError:
     """Return an error of MLflow as one whose message contains no secret."""
-    return error if isinstance(error, UploadError) else (FinalError if is_final(error) else UploadError)(reason(error))
+    if isinstance(error, UploadError):
+        return error
+    kind = FinalError if is_final(error) else UploadError
+    return kind(reason_without_secrets(error))
 
 
 def is_final(error: Exception) -> bool:
@@ -66,7 +69,7 @@ def is_final(error: Exception) -> bool:
     )
 
 
-def reason(error: Exception) -> str:
+def reason_without_secrets(error: Exception) -> str:
     """Return the type and the message of an error, without secrets, in one line."""
     if isinstance(error, UploadError):
         return str(error)

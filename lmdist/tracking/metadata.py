@@ -114,7 +114,7 @@ def read_metadata(run: Path) -> dict[str, Any]:
 
 def write_metadata(run: Path, metadata: dict[str, Any]) -> None:
     """Write the run metadata atomically, as those of this folder."""
-    write_atomic(run / RUN_METADATA, json.dumps({**metadata, "folder": place(run)}, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(run / RUN_METADATA, json.dumps({**metadata, "folder": identity_of(run)}, indent=1, ensure_ascii=False) + "\n")
 
 
 def update_metadata(run: Path, **changes: Any) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def update_metadata(run: Path, **changes: Any) -> dict[str, Any]:
 # --- whose folder --------------------------------------------------------------------------------------------------
 
 
-def place(run: Path) -> dict[str, Any]:
+def identity_of(run: Path) -> dict[str, Any]:
     """Return what a copy of a folder does not share with it: its path and its inode."""
     return {"path": str(run.resolve()), "inode": run.stat().st_ino}
 
@@ -138,7 +138,7 @@ def is_copy(run: Path, metadata: dict[str, Any]) -> bool:
     A folder that is renamed keeps its inode; one that is restored from a backup, or mounted anew, keeps its path; a copy keeps
     neither. On another volume a copy may have the same inode by chance: then the original is still in its place.
     """
-    before, now = metadata.get("folder"), place(run)
+    before, now = metadata.get("folder"), identity_of(run)
     if not before or before["path"] == now["path"]:
         return False
     original = Path(before["path"])
@@ -157,7 +157,7 @@ def own_metadata(run: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """
     if not is_copy(run, metadata):
         return metadata
-    here, original = place(run), metadata["folder"]["path"]
+    here, original = identity_of(run), metadata["folder"]["path"]
     log(f"{run} is a copy of {original}: it gets a run of its own in MLflow")
     key = hashlib.sha256(f"{metadata.get('run_key')} {here['path']} {here['inode']}".encode()).hexdigest()[:32]
     copied: dict[str, Any] = {"run_key": key, "name": Path(here["path"]).name}

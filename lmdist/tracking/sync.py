@@ -171,7 +171,7 @@ def load_metadata(run: Path) -> dict[str, Any]:
     inputs = dataset_inputs(data.name, read_json(data / "meta.json")) if (data / "meta.json").exists() else []
     rows = read_metrics(run / METRICS)
     start_time = int((rows[0]["time"] if rows else time.time()) * 1000)
-    new = new_metadata(run, experiment_name(experiment), config.flat_values(recipe), inputs, start_time, SOURCE)
+    new = new_metadata(run, experiment_name(experiment), config.named_values(recipe), inputs, start_time, SOURCE)
     return {**new, "status": "UNKNOWN", **metadata}
 
 

@@ -23,7 +23,7 @@ from lmdist.errors import EXIT_AGAIN, Stopped
 from lmdist.signals import STOP_SIGNALS
 from lmdist.storage.locks import exclusive_lock
 from lmdist.tracking.address import is_file, store_address
-from lmdist.tracking.failures import is_final, reason
+from lmdist.tracking.failures import is_final, reason_without_secrets
 from lmdist.tracking.machines import ONE_THREAD
 from lmdist.tracking.metadata import update_metadata
 from lmdist.tracking.replay import Replay
@@ -176,8 +176,9 @@ class Retry:
             self.failures += 1
             if not self.reported and (self.failures > 1 or self.is_final):
                 self.reported = True
+                reason = reason_without_secrets(error)
                 self.print(
-                    f"warning: MLflow does not accept this run's {self.what} ({reason(error)}); they are in {self.place}; "
+                    f"warning: MLflow does not accept this run's {self.what} ({reason}); they are in {self.place}; "
                     f"{sync_command(self.run)} uploads them later"
                 )
             return False

@@ -50,7 +50,7 @@ def check_agreement(recipe: Recipe, folder: DataFolder, world: World) -> None:
 
 def facts(recipe: Recipe, folder: DataFolder) -> dict[str, str]:
     """Return what decides the figures of a training, by name: settings, and digests of data and code."""
-    settings = {name: repr(value) for name, value in config.flat(recipe).items() if not name.startswith(NOT_COMPARED)}
+    settings = {name: repr(value) for name, value in config.named_settings(recipe).items() if not name.startswith(NOT_COMPARED)}
     sources = hashlib.sha256()
     package = Path(lmdist.__file__).parent
     for path in sorted(package.rglob("*.py")):

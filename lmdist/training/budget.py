@@ -33,6 +33,8 @@ The first step of all, which may take as long as hundreds of others, tells nothi
 before the next of these steps: the beginning of a schedule is where a wrong one does the most harm."""
 MOST_UNSEEN = 0.2
 """A validation that was not measured yet is not thought to take more than this share of all the time, and counts once."""
+MISSED = 0.05
+"""The share of its time by which a run may end earlier or later without a word about it."""
 TOLERANCE, DRIFT = 0.01, 0.05
 """A total whose end is not further from the end of the time stays: by this share of all the time, or of what is left of it. The
 speed of a shared machine goes up and down, and there is time to make up for it."""
@@ -123,6 +125,19 @@ class TimeBudget:
             return step
         error = pace.seconds_for(self.total_steps - step, step) - left
         return self.total_steps if abs(error) <= max(TOLERANCE * 60 * self.minutes, DRIFT * left) else found
+
+    def why_missed(self) -> str:
+        """Return why a run that is at its last step did not end with its time; "" where it did."""
+        progress, asked = self.progress, 60 * self.minutes
+        left, done = asked - progress.elapsed_seconds, progress.step - self.first_step
+        if abs(left) <= MISSED * asked:
+            return ""
+        if not done:
+            return "it was at its end before"
+        more = self.current_pace(done).seconds_for(1, progress.step)
+        if 0 < left < more:
+            return f"one more step and the validations with it take {more:.3g} s"
+        return f"the speed has changed since step {progress.plan[-1]['step']:,}, by which the end was decided"
 
     def measure(self, done: int) -> None:
         """Note the time after a step, the one number `done` of this process."""

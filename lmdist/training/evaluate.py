@@ -16,14 +16,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmdist.bounds import between, check
-from lmdist.cache_settings import MAX_SIZE, NeuralCache, write_tuned
+from lmdist.cache_settings import MAX_SIZE
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log, shown, table
 from lmdist.counted import counted
@@ -34,70 +34,15 @@ from lmdist.perplexity import TextSize, per_word_and_byte, perplexity
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
-    from lmdist.model.language_model import LanguageModel
     from lmdist.settings import ReadSettings
-    from lmdist.signals import StopRequest
     from lmdist.text.counting import FoundIds
     from lmdist.text.token_files import Tokens
     from lmdist.training.checkpoints.read import Checkpoint
-    from lmdist.training.distributed import World
-    from lmdist.training.metrics import NatsTotal
 
 COMMAND = "lmdist-evaluate"
 TUNING_TOKENS = 500_000
 """Of the valid split, at most, for the two numbers of a cache."""
-COUNTED_AT_ONCE = 1 << 20
-"""Tokens: a training text may be larger than the memory."""
-
-
-def evaluate(
-    model: LanguageModel, tokens: Tokens | np.ndarray, streams: int, window: int, world: World, stop: StopRequest | None = None
-) -> NatsTotal:
-    """Return the summed nats of `tokens`, read as `streams` streams divided over the ranks; a `stop` request cuts it short."""
-    import torch
-
-    from lmdist.model.loss import IGNORED, summed_nats
-    from lmdist.training.data import Streams
-    from lmdist.training.metrics import NatsTotal
-
-    was_training = model.training
-    model.eval()
-    nats = NatsTotal(world)
-    # A rank reads entire streams. If the ranks do not divide their number, some read one more; no rank waits for another.
-    part = slice(world.rank * streams // world.size, (world.rank + 1) * streams // world.size)
-    batches = Streams(tokens, streams, window)
-    with torch.no_grad():
-        state = model.initial_state(part.stop - part.start)
-        for step in range(batches.steps_per_epoch if part.stop > part.start else 0):
-            if stop and stop.requested:
-                break
-            batch = batches.batch(step, part)
-            inputs, targets = batch.tensors_on(world.device)
-            hidden, state = model(inputs, state)
-            nats.add(summed_nats(hidden, model.projection, targets), int((batch.targets != IGNORED).sum()))
-    model.train(was_training)
-    return nats
-
-
-def unigram_nats(train: Tokens | np.ndarray, tokens: Tokens | np.ndarray, vocabulary_size: int) -> float:
-    """Return nats per token of the unigram model of `train`, with add-one smoothing."""
-    import numpy as np
-
-    counts = counts_of(train, vocabulary_size) + 1
-    nats = -np.log(counts / counts.sum())
-    return float(nats @ counts_of(tokens, vocabulary_size) / len(tokens))
-
-
-def counts_of(tokens: Tokens | np.ndarray, vocabulary_size: int) -> np.ndarray:
-    """Return how often each token of the vocabulary occurs, (V) int64."""
-    import numpy as np
-
-    counts = np.zeros(vocabulary_size, np.int64)
-    for start in range(0, len(tokens), COUNTED_AT_ONCE):
-        counts += np.bincount(tokens[start : start + COUNTED_AT_ONCE], minlength=vocabulary_size)
-    return counts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -241,6 +186,8 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
     from lmdist.training.checkpoints.read import open_checkpoint
     from lmdist.training.checkpoints.retain import find_checkpoint
     from lmdist.training.distributed import World, choose_device
+    from lmdist.training.ensemble import check_same_vocabulary, combined, measure_members
+    from lmdist.training.measuring import evaluate
     from lmdist.training.neural_cache import WINDOW
 
     checkpoints = [open_checkpoint(find_checkpoint(path)) for path in arguments.checkpoints]
@@ -258,7 +205,8 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
         nats = evaluate(model.to(world.device), texts.tokens, arguments.streams, WINDOW, world).mean()
     else:
         models = chain([model], (checkpoint.model() for checkpoint in checkpoints[1:]))
-        nats, figures = combined(list(measure_members(zip(checkpoints, models, strict=True), texts, arguments, world)))
+        pairs, how = zip(checkpoints, models, strict=True), (arguments.streams, arguments.cache, world, COMMAND)
+        nats, figures = combined(list(measure_members(pairs, texts.tokens, texts.valid, *how)))
     seconds = time.perf_counter() - start_time
     if not math.isfinite(nats):
         raise DataError(
@@ -274,6 +222,7 @@ def result_of(
 ) -> dict[str, Any]:
     """Return all that is printed: of the models at `paths`, which have `nats` per token and the `figures` of `combined`."""
     from lmdist.text.vocabulary import UNKNOWN_ID
+    from lmdist.training.measuring import counts_of, unigram_nats
 
     num_unknown = counts_of(texts.tokens, vocabulary_size)[UNKNOWN_ID]
     num_read = len(texts.tokens) + (0 if texts.valid is None else len(texts.valid))
@@ -310,91 +259,6 @@ def add_to_run(arguments: argparse.Namespace, result: dict[str, Any], checkpoint
         figures = {"perplexity": static, "unknown_rate": result["unknown_rate"], "streams": arguments.streams, **cached}
         figures |= per_word_and_byte(math.log(static) * result["words"], size)
         add_figures(run, manifest["progress"]["step"], figures, COMMAND)
-
-
-# --- caches and ensembles ------------------------------------------------------------------------------------------
-
-
-class Member(NamedTuple):
-    """A model of an ensemble, or the only one: what it predicts of each token (N)."""
-
-    static_nats: float
-    """Per token, without a cache."""
-    log_probabilities: Tensor
-    """With the cache, if there is one."""
-    cache: NeuralCache | None
-
-
-def check_same_vocabulary(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise DataError unless all checkpoints have the words and ids of the first."""
-    from lmdist.text.data_folder import VOCABULARY
-
-    first, *others = checkpoints
-    for other in others:
-        if other.contents[VOCABULARY] != first.contents[VOCABULARY]:
-            raise DataError(
-                f"{other.path} has another vocabulary than {first.path}: the models of an ensemble need the same one"
-            )
-
-
-def measure_members(
-    models: Iterable[tuple[Checkpoint, LanguageModel]],
-    texts: Texts,
-    arguments: argparse.Namespace,
-    world: World,
-) -> Iterator[Member]:
-    """Yield what each model predicts of each token, a model at a time; with a `valid` text its cache is tuned and saved.
-
-    The models are given with the checkpoints that they are of.
-    """
-    from lmdist.training.neural_cache import mixed, token_log_probabilities, tune
-
-    tokens = texts.tokens
-    for checkpoint, model in models:
-        model.to(world.device)
-        if texts.valid is None:
-            static, _ = token_log_probabilities(model, tokens, arguments.streams, world.device)
-            yield Member(-float(static.mean()), static, None)
-            continue
-        log(f"{checkpoint.path}: tuning a cache of {arguments.cache:,} tokens on valid", COMMAND)
-        cache = tune(model, texts.valid, arguments.streams, world.device, arguments.cache)
-        save_tuned(checkpoint, cache)
-        static, cached = token_log_probabilities(model, tokens, arguments.streams, world.device, cache.size, [cache.theta])
-        yield Member(-float(static.mean()), mixed(static, cached[0], cache.weight), cache)
-
-
-def combined(members: Sequence[Member]) -> tuple[float, dict[str, Any]]:
-    """Return nats per token of the averaged probabilities, and figures of the models and their caches."""
-    from lmdist.training.neural_cache import log_mean
-
-    nats = -float(log_mean([member.log_probabilities for member in members]).mean())
-    figures: dict[str, list[Any]] = {}
-    if len(members) > 1:
-        figures["perplexities"] = [perplexity(-float(member.log_probabilities.mean())) for member in members]
-    caches = [member.cache for member in members if member.cache]
-    if caches:
-        figures |= {
-            "perplexity_without_cache": [perplexity(member.static_nats) for member in members],
-            "cache": [cache.size for cache in caches],
-            "cache_theta": [cache.theta for cache in caches],
-            "cache_weight": [cache.weight for cache in caches],
-        }
-    return nats, {name: values if len(members) > 1 else values[0] for name, values in figures.items()}
-
-
-def save_tuned(checkpoint: Checkpoint, cache: NeuralCache) -> None:
-    """Write the parameters of a cache into the run of a checkpoint; log where that is not possible."""
-    from lmdist.training.checkpoints.read import parameters_file
-    from lmdist.training.checkpoints.retain import run_of
-
-    run, manifest = run_of(checkpoint.path), checkpoint.manifest
-    if run is None:
-        log(f"{checkpoint.path} is not in the folder of a run, so theta and weight are not saved", COMMAND)
-        return
-    try:
-        write_tuned(run, manifest["files"][parameters_file(manifest)]["sha256"], cache)
-    except OSError as error:
-        log(f"warning: theta and weight are not saved: {error.strerror}", COMMAND)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from lmdist.signals import StopRequest
 from lmdist.tracking.run_folder import CHECKPOINTS
 from lmdist.training.checkpoints.write import Saver, take_snapshot
 from lmdist.training.distributed import World
-from lmdist.training.evaluate import evaluate
+from lmdist.training.measuring import evaluate
 from lmdist.training.metrics import NatsTotal
 from lmdist.training.optimizer import optimizer_state, set_momentum
 from lmdist.training.report import mark_finished, report_on
@@ -68,7 +68,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             start = time.perf_counter()
             batch = run.batches.batch(progress.step, world.part_of(recipe.data.global_batch))
             position = Position(progress.step, run.total_steps, progress.divisions)
-            rate = learning_rate(recipe.optimizer.learning_rate, recipe.schedule, position)
+            rate = batch.rate_share * learning_rate(recipe.optimizer.learning_rate, recipe.schedule, position)
             set_momentum(training_step.optimizer, momentum(recipe.schedule, position))
             training_step.forward_backward(batch, progress.step, nats)
             norm = training_step.clip_and_update(rate)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lmdist import config
-from lmdist.console import ProgressBar, duration, next_line, shown, unused
+from lmdist.console import ProgressBar, duration, next_line, shown, unused_path
 from lmdist.counted import counted
 from lmdist.errors import DataError
 from lmdist.perplexity import COMPARED, per_word_and_byte, perplexity
@@ -25,7 +25,7 @@ from lmdist.storage.atomic import write_atomic
 from lmdist.tracking.logger import MetricsLogger, RunLogger, logger_of_rank
 from lmdist.tracking.plot import plot_losses
 from lmdist.tracking.run_folder import FINISHED, METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES
-from lmdist.training.budget import UNDECIDED
+from lmdist.training.budget import UNDECIDED, TimeBudget
 from lmdist.training.run import Run
 from lmdist.training.sample import sample
 from lmdist.training.starting_point import lines_of
@@ -62,7 +62,7 @@ def open_logger(run: Run) -> MetricsLogger:
     logger = RunLogger(
         run.path,
         run.recipe.tracking,
-        config.flat(run.recipe),
+        config.named_settings(run.recipe),
         run.folder.path.name,
         run.folder.meta,
         run.progress.step,
@@ -78,7 +78,7 @@ def write_recipe(run: Run) -> None:
     """Write the resolved recipe; with training.minutes, which steps it became is a comment at its end."""
     plan = [
         f"# {planned['minutes']:g} minutes: decided after step {planned['step']:,}, to step {planned['total_steps']:,}\n"
-        for planned in run.progress.plan
+        for planned in (run.progress.plan if run.budget else ())
     ]
     write_atomic(run.path / RECIPE, config.as_toml(run.recipe) + "".join(plan))
 
@@ -108,11 +108,12 @@ def announcement(run: Run) -> list[str]:
     end = f"to step {total_steps:,}" if total_steps != UNDECIDED else "to a step that the speed decides"
     if run.budget:
         end += f", in the {duration(max(0, run.budget.seconds_left))} left of {duration(60 * run.budget.minutes)}"
+    spread = f" +- {recipe.data.window_spread}" if recipe.data.window_spread else ""
     lines = [
         f"{run.path}: {start}, {end} ({run.batches.steps_per_epoch:,} per epoch)",
         f"  data   {data_line(run)}",
         f"  model  {model_line(run)}",
-        f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} tokens "
+        f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window}{spread} tokens "
         f"on {counted(world.size, 'rank')}, {world.device.type}",
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
     ]
@@ -240,13 +241,14 @@ class Report:
         self.write_picture_and_sample(SAMPLE, num_tokens)
         if num_tokens and self.stop.requested:
             return True
-        training, elapsed = run.recipe.training, time.perf_counter() - run.began
+        training = run.recipe.training
+        is_early = run.progress.step < run.total_steps
         early = f"ended before step {run.total_steps:,}: {counted(training.patience, 'validation')} without a better one"
         lines = [
-            *([early] if run.progress.step < run.total_steps else []),
+            *([early] if is_early else []),
             f"done: {counted(run.progress.step, 'step')}, {counted(run.progress.tokens, 'token')} "
             f"in {duration(run.progress.seconds)}",
-            *([f"  time     {duration(elapsed)} of {duration(60 * training.minutes)}"] if training.minutes else []),
+            *([f"  time     {time_taken(run.budget, is_early=is_early)}"] if run.budget else []),
             f"  run      {path}",
             *([f"  sample   {path / SAMPLE}"] if num_tokens else []),
             f"  picture  {path / PICTURE}",
@@ -286,7 +288,7 @@ class Report:
         path, folder = self.run.path, self.run.folder
         split = next((name for name in ("test", "valid") if folder.has(name)), None)
         evaluate = ["lmdist-evaluate", path, *([] if split == "test" else ["--split", split])]
-        export = ["lmdist-export", path, "-o", unused(Path("bundles") / path.resolve().name)]
+        export = ["lmdist-export", path, "-o", unused_path(Path("bundles") / path.resolve().name)]
         return next_line(*([evaluate] if split else []), export)
 
     def write_picture_and_sample(self, name: str, num_tokens: int) -> None:
@@ -309,6 +311,13 @@ class Report:
         seed = run.recipe.seed + run.progress.step
         ids = sample(run.averaging.model, num_tokens, run.recipe.sample.temperature, seed, self.stop)
         return run.folder.tokenizer.detokenize(run.folder.vocabulary.decode(ids)) + "\n"
+
+
+def time_taken(budget: TimeBudget, *, is_early: bool) -> str:
+    """Return how much of its time a run has taken, and why it is not all of it, or more, unless the run has ended early."""
+    taken = f"{duration(budget.progress.elapsed_seconds)} of {duration(60 * budget.minutes)}"
+    reason = "" if is_early else budget.why_missed()
+    return f"{taken}: {reason}" if reason else taken
 
 
 def age(path: Path) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lmdist import config
-from lmdist.console import unused
+from lmdist.console import unused_path
 from lmdist.errors import OwnDataError, UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.precision import Precision, choose, configure_precision
@@ -120,7 +120,9 @@ def set_up(recipe: Recipe, world: World) -> Run:
         check_needs_no_validations(recipe, folder)
 
     torch.manual_seed(recipe.seed)
-    model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
+    model = LanguageModel(recipe.model, folder.vocabulary_size)
+    model.initialize_layers(recipe.init)
+    model = model.to(world.device)
     # Rank 0 alone reads what the run starts from: TrainingStep gives its parameters to the others.
     begun = Progress(started_from=None if newest or not world.is_main else start(model, recipe, folder))
     world.wait_for_all()
@@ -134,12 +136,32 @@ def set_up(recipe: Recipe, world: World) -> Run:
     averaging.start_if_due()
     training_step.warm_up_ddp()
     began = time.perf_counter() - progress.elapsed_seconds
-    validate_every, budget = recipe.training.validate_every or batches.steps_per_epoch, None
-    if recipe.training.minutes:
-        valid_tokens = 0 if validation is None else len(validation)
-        budget = TimeBudget(recipe.training.minutes, progress, began, validate_every, valid_tokens, world)
-    training = model, training_step, averaging, progress, began, budget
-    return Run(recipe, world, folder, batches, validation, *training, precision, hints)
+    return Run(
+        recipe=recipe,
+        world=world,
+        folder=folder,
+        batches=batches,
+        validation=validation,
+        model=model,
+        training_step=training_step,
+        averaging=averaging,
+        progress=progress,
+        began=began,
+        budget=time_budget(recipe, progress, began, batches.steps_per_epoch, validation, world),
+        precision=precision,
+        hints=hints,
+    )
+
+
+def time_budget(
+    recipe: Recipe, progress: Progress, began: float, steps_per_epoch: int, validation: Tokens | None, world: World
+) -> TimeBudget | None:
+    """Return what decides the number of steps where the recipe has training.minutes; None where it says how many they are."""
+    minutes = recipe.training.minutes
+    if not minutes:
+        return None
+    validate_every = recipe.training.validate_every or steps_per_epoch
+    return TimeBudget(minutes, progress, began, validate_every, 0 if validation is None else len(validation), world)
 
 
 def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint | None:
@@ -160,7 +182,7 @@ def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint 
     if own_checksum(newest.manifest) != checksum:
         raise OwnDataError(f"{path} is another checkpoint on rank {world.rank} than on rank 0: give all ranks one run folder")
     differences = differences_from(newest.manifest, recipe, folder, is_main=world.is_main)
-    another = f"--run_folder {shlex.quote(str(unused(Path(recipe.run_folder))))} starts another"
+    another = f"--run_folder {shlex.quote(str(unused_path(Path(recipe.run_folder))))} starts another"
     if differences:
         raise UsageError(f"{recipe.run_folder} holds a run of another recipe: {'; '.join(differences)}; {another}")
     if resume == "never":
@@ -228,7 +250,7 @@ def is_fixed(name: str) -> bool:
     """
     section, _, key = name.rpartition(".")
     return (
-        name in ("seed", "optimizer.name", "init_from", "init.embeddings")
+        name in ("seed", "optimizer.name", "init_from", "init.embeddings", "init.recurrent", "init.forget_gate_bias")
         or (section == "data" and key not in ("folder", "valid_batch"))
         or (section == "model" and "dropout" not in key)
     )
@@ -246,8 +268,8 @@ def changed_settings(newest: Checkpoint, recipe: Recipe) -> list[str]:
 
 def pairs_of(before: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the value of each setting in a checkpoint's recipe, the default of one that is younger, and in `recipe`."""
-    values = config.flat(Recipe()) | config.flat_values(before)
-    return {name: (values[name], now) for name, now in config.flat(recipe).items()}
+    values = config.named_settings(Recipe()) | config.named_values(before)
+    return {name: (values[name], now) for name, now in config.named_settings(recipe).items()}
 
 
 def restore_average(newest: Checkpoint, averaging: Averaging) -> None:

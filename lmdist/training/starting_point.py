@@ -11,7 +11,6 @@ Shapes: V vocabulary, R rows of a parameter.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,17 +20,16 @@ from typing import Any, cast, get_type_hints
 import torch
 from torch import Tensor, nn
 
+import lmdist
 from lmdist.errors import DataError, UsageError
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import ModelSettings, Recipe
-from lmdist.storage.reading import read_json
-from lmdist.storage.schema import check_schema
+from lmdist.settings import MODEL_SIZES, ModelSettings, Recipe
 from lmdist.text.given_vocabulary import CHOICES
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vectors import BY_LOWERCASE, read_vectors
 from lmdist.text.vocabulary import Vocabulary
 from lmdist.tracking.metadata import read_metadata, run_id_of
-from lmdist.training.checkpoints.format import FORMAT, MANIFEST, StartedFrom
+from lmdist.training.checkpoints.format import StartedFrom
 from lmdist.training.checkpoints.read import open_checkpoint, parameters_file
 from lmdist.training.checkpoints.retain import find_checkpoint, run_of
 from lmdist.training.data import DataFolder
@@ -101,19 +99,10 @@ def lines_of(facts: StartedFrom | None) -> list[str]:
 
 def load_base(name: str) -> Base:
     """Return the base that a recipe names: a run, a checkpoint, a bundle, or a registered model, models:/NAME@ALIAS."""
-    # Here alone training reaches up to the package of what is exported: a bundle is read by the code that writes it.
-    from lmdist_export import registered
-
-    path = Path(name)
-    if registered.is_registered(name):
-        with tempfile.TemporaryDirectory(prefix="lmdist-") as folder:
-            return of_bundle(name, registered.download_bundle(name, Path(folder)))
-    if (path / MANIFEST).is_file() and read_json(path / MANIFEST).get("format") != FORMAT:
-        return of_bundle(name, path)
-    return of_checkpoint(name, find_checkpoint(path))
+    return lmdist.base_of_bundle(name) or base_of_checkpoint(name, find_checkpoint(Path(name)))
 
 
-def of_checkpoint(name: str, path: Path) -> Base:
+def base_of_checkpoint(name: str, path: Path) -> Base:
     """Return a checkpoint as a base; its parameters are their average over the steps, where it holds one."""
     found, run = open_checkpoint(path), run_of(path)
     manifest = found.manifest
@@ -124,19 +113,6 @@ def of_checkpoint(name: str, path: Path) -> Base:
         "run_id": run_id_of(read_metadata(run)) if run else "",
     }
     return Base(name, found.model(), found.vocabulary, found.tokenizer, origin)
-
-
-def of_bundle(name: str, folder: Path) -> Base:
-    """Return a bundle as a base; quantized weights are what they stand for."""
-    from lmdist_export.bundle import WEIGHTS, Bundle
-    from lmdist_export.conversion.unpacking import load_model
-
-    bundle = Bundle.load(folder)
-    manifest = bundle.manifest
-    check_schema(manifest, {"run": str, "step": int, "run_id": str | None}, folder / MANIFEST)
-    origin = {"run": manifest["run"], "run_id": run_id_of(manifest), "step": manifest["step"]}
-    origin["sha256"] = manifest["files"][WEIGHTS]["sha256"]
-    return Base(name, load_model(bundle), bundle.vocabulary, bundle.tokenizer, origin)
 
 
 def check_base(base: Base, settings: ModelSettings, folder: DataFolder) -> None:
@@ -157,13 +133,14 @@ def check_base(base: Base, settings: ModelSettings, folder: DataFolder) -> None:
     theirs_saved, ours_saved = (model and model.saved for model in (base.tokenizer.model, folder.tokenizer.model))
     if theirs_saved != ours_saved:
         raise UsageError(
-            f"init_from {base.name} has other pieces of words than {folder.path}: prepare it with --vocabulary {base.name}"
+            f"init_from {base.name} has other pieces of words than {folder.path}: prepare it with --vocabulary and the "
+            "folder of the base"
         )
 
 
 def sizes_of(settings: ModelSettings) -> dict[str, Any]:
     """Return what decides the shapes of a model's parameters, its vocabulary aside, by the names of the settings."""
-    sizes = {name: getattr(settings, name) for name in ("embedding_size", "hidden_size", "num_layers", "tied", "head")}
+    sizes = {name: getattr(settings, name) for name in MODEL_SIZES}
     return sizes | {"hidden_size": settings.layer_sizes[0]}  # of a single tied layer the setting says nothing
 
 

@@ -116,10 +116,12 @@ def runs(database: Path) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Iterator[Trained]:
+def trained(tmp_path_factory, empty_store) -> Iterator[Trained]:
     """The overlays mlflow and cpu-smoke in one namespace; the Job trains 60 of 200 steps."""
     with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         write_text(cluster.claims)
+        (cluster.claims / "mlflow").mkdir()
+        shutil.copy(empty_store, cluster.claims / "mlflow" / "mlflow.db")
         for overlay in ("mlflow", "serve", "cpu-export"):
             cluster.apply(documents(overlay))
         cluster.apply(changed(documents("cpu-smoke"), *SMALL))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lmdist.storage.checksums import verify_checksums
 from lmdist.storage.held import HeldFolder
 from lmdist_export import PRECISIONS, export
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
+from lmdist_export.bundle import GENERATION_GRAPH, STEP_GRAPH, WEIGHTS, Bundle
 from lmdist_export.conversion import exporting
 from lmdist_export.conversion.weights import quantize_int8
 from lmdist_export.graph import cell
@@ -36,7 +36,7 @@ from support.small_bundles import (
 )
 
 OF_MLFLOW = {"MLmodel", "served_model.py", "requirements.txt", "python_env.yaml"}
-FILES = {MODEL, GENERATION, WEIGHTS, "vocab.txt", "text.json", "generation_config.json", "manifest.json", *OF_MLFLOW}
+FILES = {STEP_GRAPH, GENERATION_GRAPH, WEIGHTS, "vocab.txt", "text.json", "generation_config.json", "manifest.json", *OF_MLFLOW}
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,39 @@ def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert failure([tmp_path / "none", "-o", tmp_path / "bundle"], capsys)[0] == 66
     assert failure([tmp_path, "-o", tmp_path / "bundle"], capsys)[0] == 66
     assert failure(["-o", tmp_path / "bundle"], capsys)[0] == 64
+
+
+OF_AN_OUTPUT = (
+    "--precision int8",
+    "--data none",
+    "--layout web",
+    "--max-perplexity-loss 2.0",
+    "--onnxruntime-web .",
+    "--overwrite",
+)
+
+
+@pytest.mark.parametrize("flag", OF_AN_OUTPUT)
+@pytest.mark.parametrize("asked", [("--vectors", "a.vec"), ("--register", "a")])
+def test_a_flag_that_changes_nothing_is_not_ignored(
+    asked: tuple[str, str], flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = failure([tmp_path / "run", *asked, *flag.split()], capsys)
+    assert (code, f"{flag}: without -o nothing is written that it could change" in message) == (64, True), message
+
+
+def test_vectors_beside_a_bundle_are_of_the_checkpoint_that_was_read_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = []
+    load = exporting.TrainedModel.load
+    monkeypatch.setattr(exporting.TrainedModel, "load", lambda path: read.append(path) or load(path))
+    export.main([str(run), "--vectors", str(tmp_path / "a.vec"), "-o", str(tmp_path / "bundle"), "--data", "none"])
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines() if line][:2] == ["vectors", "bundle"]
+    assert (tmp_path / "a.vec").read_text().startswith(f"{len(WORDS) + 2} 8\n")
+    assert Bundle.load(tmp_path / "bundle")
+    assert read == [run]
 
 
 def test_a_wrong_graph_is_not_written(

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings, PrepareSettings
 from lmdist.text.prepare import prepare
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist_export import export
 from lmdist_export.conversion import sherpa
 from lmdist_export.graph import cell
@@ -41,7 +41,7 @@ def export_sherpa(folder: Path, settings: ModelSettings) -> tuple[Path, Language
     """The folder, exported as a user exports it, and the model it came from."""
     run = make_run(folder, settings)
     export.main([str(run), "-o", str(folder / "sherpa"), "--layout", "sherpa-onnx"])
-    return folder / "sherpa", load_model(run / STEP)[0]
+    return folder / "sherpa", open_checkpoint(run / STEP).model()
 
 
 def log_probabilities(model: LanguageModel, words: list[int]) -> NDArray[np.float32]:
@@ -62,7 +62,7 @@ def failure(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tupl
 @EVERY_SHAPE
 def test_log_probabilities_token_by_token_are_torchs(settings: ModelSettings, tmp_path: Path) -> None:
     folder, model = export_sherpa(tmp_path, settings)
-    session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
+    session = open_session(folder / "with-state-rnnlm.onnx", "cpu", 1)
     metadata = session.get_modelmeta().custom_metadata_map
     words = [int(word) for word in np.random.default_rng(3).integers(0, model.vocabulary_size, 30)]
     # What sherpa-onnx does: zeros by the metadata's sizes, the word of sos_id, then token by token with the state fed back.
@@ -77,7 +77,7 @@ def test_log_probabilities_token_by_token_are_torchs(settings: ModelSettings, tm
 
 def test_names_types_axes_and_metadata_are_icefalls(tmp_path: Path) -> None:
     folder, _ = export_sherpa(tmp_path, TIED)
-    session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
+    session = open_session(folder / "with-state-rnnlm.onnx", "cpu", 1)
     state, size = ["N", 12], len(WORDS) + 2
     assert [(value.name, value.type, value.shape) for value in session.get_inputs()] == [
         ("x", "tensor(int64)", ["N", 1]),
@@ -106,7 +106,7 @@ def test_names_types_axes_and_metadata_are_icefalls(tmp_path: Path) -> None:
 
 def test_rows_do_not_mix(tmp_path: Path) -> None:
     folder, _ = export_sherpa(tmp_path, TIED)
-    session = open_session((folder / "with-state-rnnlm.onnx").read_bytes(), folder, "cpu", 1)
+    session = open_session(folder / "with-state-rnnlm.onnx", "cpu", 1)
     h, c = np.random.default_rng(4).normal(size=(2, 3, 5, 12)).astype(np.float32)
     words = np.array([[3], [1], [4], [1], [5]])
     together = session.run(None, {"x": words, "h0": h, "c0": c})
@@ -188,7 +188,9 @@ def test_a_recognizers_own_pieces(tmp_path: Path) -> None:
     spoken = [token for token in processor.encode("THE WORDS OF A MODEL ARE READ FROM A FILE") if token > 2]
     others = np.random.default_rng(5).permutation(np.setdiff1d(np.arange(3, 500), spoken))
     shown = [name.replace("▁", " ") for name in names]  # as sherpa-onnx shows them
-    recognized(tmp_path / "sherpa", load_model(run / STEP)[0], shown, tokens, np.stack([spoken[:6], others[:6]], axis=1))
+    recognized(
+        tmp_path / "sherpa", open_checkpoint(run / STEP).model(), shown, tokens, np.stack([spoken[:6], others[:6]], axis=1)
+    )
 
 
 @NEEDS_SHERPA

@@ -94,7 +94,7 @@ def case(request: pytest.FixtureRequest) -> tuple[TextSettings, Vocabulary, Toke
     return request.param, vocabulary, reader(request.param, vocabulary)
 
 
-@effort(max_examples=200, deadline=None)
+@effort(max_examples=100, deadline=None)
 @given(text=st.lists(st.sampled_from(TRAPS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)).map("".join))
 def test_any_text_has_the_same_ids(case: tuple[TextSettings, Vocabulary, Tokenizer], text: str) -> None:
     settings, vocabulary, tokenizer = case

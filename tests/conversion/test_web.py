@@ -22,7 +22,7 @@ from lmdist.text.tokenizer import WordTokenizer
 from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.conversion import web
-from lmdist_export.conversion.exporting import Checkpoint
+from lmdist_export.conversion.exporting import TrainedModel
 from lmdist_export.options import PARAMS
 from support import failures
 from support.javascript import MODULES, NODE, ROOT, Engine, needs_package
@@ -131,9 +131,9 @@ def test_flags_that_mean_nothing_are_refused(
 
 
 def test_a_tokenizer_that_javascript_does_not_have_is_refused(run: Path, tmp_path: Path) -> None:
-    checkpoint = dataclasses.replace(Checkpoint.load(run), tokenizer=WordTokenizer(TextSettings("sentencepiece")))
+    trained = dataclasses.replace(TrainedModel.load(run), tokenizer=WordTokenizer(TextSettings("sentencepiece")))
     with pytest.raises(UsageError, match="was split by sentencepiece, and the page knows word_tokenize, wordpunct, "):
-        web.write(checkpoint, tmp_path / "page", None, "fp32", None, None)
+        web.write(trained, tmp_path / "page", None, "fp32", None, None)
 
 
 @needs_package("onnxruntime-web")
@@ -191,7 +191,7 @@ def test_the_same_seed_gives_the_text_of_python(opened: tuple[Engine, Model], op
     for seed, prompt in ((7, PROMPT), (2**64 - 1, ""), (3, "  (the unheardof “dog's ")):
         expected = model.generate(prompt, seed=seed, **options)
         text, reasons = engine.call("generate", prompt, {"seed": str(seed), **options})
-        before = model.bundle.tokenizer.detokenize(model.prompt(prompt).words)
+        before = model.bundle.tokenizer.detokenize(model.prompt(prompt).tokens)
         assert before + " " * model.prompt(prompt).space + text == expected.text
         assert reasons == [None] * (len(reasons) - 1) + [expected.finish_reason]
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from corpora import chain, write_data_folder
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training import evaluate
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import full_memory
 from support.jobs import DROPOUT, SMALL, environment, fingerprint, losses, start, train, wait_for_steps
@@ -95,16 +96,17 @@ def test_one_rank_with_a_process_group_trains_the_same(folder, compression):
     np.testing.assert_allclose(losses(folder / run), losses(folder / "alone"), rtol=tolerance)
 
 
-def test_evaluation_is_that_of_fp64_on_a_cpu(folder):
-    evaluate = [sys.executable, "-m", "lmdist.training.evaluate", "alone", "--json", "--data=data"]
-    done = subprocess.run(evaluate, cwd=folder, env=environment(), capture_output=True, text=True, check=True)
-    model = load_model(find_checkpoint(folder / "alone"))[0].double()
+def test_evaluation_is_that_of_fp64_on_a_cpu(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    evaluate.main(["alone", "--json", "--data=data"])
+    figures = json.loads(capsys.readouterr().out)
+    model = open_checkpoint(find_checkpoint(folder / "alone")).model().double()
     tokens = torch.from_numpy(np.fromfile(folder / "data" / "test.bin", "<u2").astype(np.int64))
     with torch.no_grad():
         state = tuple(part.double() for part in model.initial_state(1))
         hidden, _ = model(torch.cat([torch.tensor([1]), tokens[:-1]])[None], state)
         nats = -model.logits(hidden)[0].log_softmax(1).gather(1, tokens[:, None]).mean()
-    assert json.loads(done.stdout)["perplexity"] == pytest.approx(nats.exp().item(), rel=1e-4)
+    assert figures["perplexity"] == pytest.approx(nats.exp().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ train.run_as_process(train.main)
 """
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU's memory; tests/job/test_launcher.py fills the machine's")
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU's memory; tests/training/test_train.py fills the machine's")
 def test_a_gpu_without_memory_is_one_line(folder):
     command = [sys.executable, "-c", LITTLE_MEMORY, *FLAGS, "--model.hidden_size=1024", "--run_folder=large"]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)

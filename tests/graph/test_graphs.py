@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from lmdist import __version__
 from lmdist_export import PRECISIONS
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS
+from lmdist_export.bundle import GENERATION_GRAPH, STEP_GRAPH, WEIGHTS
 from lmdist_export.graph import onnx_file
 from lmdist_export.graph.graphs import generation_graph, score_graph, step_graph, token_graph
 from lmdist_export.graph.network import Target
@@ -51,7 +51,7 @@ METADATA = {
 
 
 def test_names_types_axes_and_metadata_of_the_step_graph(folder: Path) -> None:
-    model = onnx.load(folder / MODEL, load_external_data=False)
+    model = onnx.load(folder / STEP_GRAPH, load_external_data=False)
     assert described(model.graph.input) == {"tokens": (TensorProto.INT64, ["batch", "time"]), "h": STATE, "c": STATE}
     assert described(model.graph.output) == {
         "logits": (TensorProto.FLOAT, ["batch", "time", VOCABULARY_SIZE]),
@@ -64,7 +64,7 @@ def test_names_types_axes_and_metadata_of_the_step_graph(folder: Path) -> None:
 
 
 def test_names_types_axes_and_metadata_of_the_generation_graph(folder: Path) -> None:
-    model = onnx.load(folder / GENERATION, load_external_data=False)
+    model = onnx.load(folder / GENERATION_GRAPH, load_external_data=False)
     number, of_words = (TensorProto.FLOAT, []), (TensorProto.FLOAT, ["batch", PADDED])
     assert described(model.graph.input) == {
         "prompt": (TensorProto.INT64, ["batch", "prompt_words"]),
@@ -96,7 +96,7 @@ def test_names_types_axes_and_metadata_of_the_generation_graph(folder: Path) -> 
 
 
 def test_a_tied_matrix_is_stored_once(folder: Path) -> None:
-    model = onnx.load(folder / MODEL, load_external_data=False)
+    model = onnx.load(folder / STEP_GRAPH, load_external_data=False)
     places = {
         value.name: {entry.key: entry.value for entry in value.external_data}
         for value in model.graph.initializer
@@ -116,7 +116,7 @@ def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return nodes + [inner for node in nodes for entry in node.attribute if entry.HasField("g") for inner in all_nodes(entry.g)]
 
 
-@pytest.mark.parametrize("name", [MODEL, GENERATION])
+@pytest.mark.parametrize("name", [STEP_GRAPH, GENERATION_GRAPH])
 def test_a_graph_says_what_its_parts_are(folder: Path, name: str) -> None:
     model = onnx.load(folder / name, load_external_data=False)
     assert (model.producer_name, model.producer_version) == ("lmdist", __version__)
@@ -128,19 +128,19 @@ def test_a_graph_says_what_its_parts_are(folder: Path, name: str) -> None:
     inside = {"embedding", *(f"layer_{layer}" for layer in range(3))}
     loop = {f"token/{part}" for part in (*inside, "projection", "penalties", "sampling")}
     assert parts - {"", "token", "prefill"} == (
-        {*inside, "projection"} if name == MODEL else {f"prefill/{part}" for part in inside} | loop
+        {*inside, "projection"} if name == STEP_GRAPH else {f"prefill/{part}" for part in inside} | loop
     )
 
 
 def test_each_value_of_the_two_graphs_is_described_there_and_on_the_page(folder: Path) -> None:
-    graphs = [onnx.load(folder / name, load_external_data=False).graph for name in (MODEL, GENERATION)]
+    graphs = [onnx.load(folder / name, load_external_data=False).graph for name in (STEP_GRAPH, GENERATION_GRAPH)]
     names = {value.name for graph in graphs for value in (*graph.input, *graph.output)}
     assert set(DOCS) == names | {"cache_weight"}, "the cache has nodes in no file"
     rows = re.findall(r"^\| (?:in|out) \| (.+?) \|", PAGE.read_text().partition("## Metadata")[0], re.MULTILINE)
     assert {name for row in rows for name in re.findall("`(.+?)`", row)} == names
 
 
-@pytest.mark.parametrize("name", [MODEL, GENERATION])
+@pytest.mark.parametrize("name", [STEP_GRAPH, GENERATION_GRAPH])
 def test_what_openvino_asks_of_a_graph(folder: Path, name: str) -> None:
     """No node has a last input that is left out, and no Scan refers to values outside but weights and constants."""
     graph = onnx.load(folder / name, load_external_data=False).graph
@@ -189,7 +189,7 @@ def test_graphs_are_what_onnx_expects(precision: str, tmp_path: Path) -> None:
             graphs += [generation_graph(sizes, features, target, "small") for features in SOME_FEATURES]
             graphs += [token_graph(sizes, features, target) for features in SOME_FEATURES]
             for graph in graphs:
-                path.write_bytes(graph)
+                path.write_bytes(graph.content)
                 onnx.checker.check_model(path, full_check=True)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, helper, numpy_helper
 
 from lmdist_export.graph import onnx_file
-from lmdist_export.graph.onnx_file import Graph, attribute, message, model_bytes
+from lmdist_export.graph.onnx_file import Graph, attribute, message, model_of
 from support.onnx_models import described
 
 
@@ -43,7 +43,7 @@ def test_what_is_written_is_what_onnx_reads(shape: list[int], kind: int, texts: 
     body = g.subgraph("inside")
     body.output(body("Add", outer, body.constant(values)), "inner", kind, [])
     g.output(g("If", x, then_branch=body, else_branch=body), "y", kind, ["rows", 3])
-    model = onnx.load_model_from_string(model_bytes(g, texts))
+    model = onnx.load_model_from_string(model_of(g, texts).content)
     [stored] = model.graph.initializer
     found = numpy_helper.to_array(stored)
     assert (found.dtype, found.shape) == (values.dtype, values.shape)

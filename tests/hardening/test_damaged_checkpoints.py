@@ -16,7 +16,7 @@ from lmdist.storage.checksums import OWN_CHECKSUM
 from lmdist.storage.reading import read_json, write_json
 from lmdist.tracking.run_folder import read_metrics
 from lmdist.training.checkpoints.format import FIRST_KEYS, MODEL
-from lmdist.training.checkpoints.read import load_model, open_checkpoint, read_manifest
+from lmdist.training.checkpoints.read import open_checkpoint, read_manifest
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist_export.bundle import WEIGHTS, Bundle
 from support.jobs import SMALL, small_data, train
@@ -106,13 +106,13 @@ def test_sizes_come_before_sums(checkpoint: Path, tmp_path: Path) -> None:
     huge = 40 << 30
     os.truncate(checkpoint / MODEL, huge)
     with pytest.raises(DataError, match=r"it has 42,949,672,960 bytes, and [\d,]+ were written"):
-        load_model(checkpoint)
+        open_checkpoint(checkpoint).model()
     with (checkpoint / MODEL).open("r+b") as file:
         file.write(bytes(8))
     files = read_json(checkpoint / "manifest.json")["files"]
     edit_json(checkpoint / "manifest.json", files={**files, MODEL: {**files[MODEL], "bytes": huge}})
     with pytest.raises(DataError, match="is not a file of safetensors"):
-        load_model(checkpoint)
+        open_checkpoint(checkpoint).model()
 
     bundle = make_bundle(tmp_path / "other")
     os.truncate(bundle / WEIGHTS, huge)

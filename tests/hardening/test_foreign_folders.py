@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -149,6 +151,14 @@ def test_only_machine_0_needs_to_write_the_run(tmp_path: Path) -> None:
     check_run_folder(tmp_path / "run", writes=False)
     with pytest.raises(UsageError, match="not a folder"):
         check_run_folder(tmp_path / "run", writes=True)
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo])
+@pytest.mark.parametrize("name", ["checkpoints", "samples"])
+def test_what_cannot_hold_a_run_is_found_before_it_is_trained(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / name)
+    with pytest.raises(UsageError, match=f"--run_folder: .*{name} is not a folder, and is to be one"):
+        check_run_folder(tmp_path, writes=True)
 
 
 def test_names_in_meta_json_lie_in_the_folder(tmp_path: Path) -> None:

@@ -63,15 +63,15 @@ def rank_of(process: psutil.Process) -> str:
 
 @pytest.mark.slow
 def test_a_killed_rank_and_two_clean_stops_give_the_result_of_an_undisturbed_run(data, tmp_path):
-    train(2, *LONG, "--data.folder=data", "--run_folder=whole", cwd=tmp_path)
+    flags = [*LONG, "--training.epochs=15"]
+    train(2, *flags, "--data.folder=data", "--run_folder=whole", cwd=tmp_path)
     run = tmp_path / "disturbed"
-    flags = [*LONG, "--run_folder=disturbed", "--resume=auto", "--restarts=1"]
-    job = start(tmp_path, *flags)
-    wait_for_steps(run, 20)
+    job = start(tmp_path, *flags, "--run_folder=disturbed", "--resume=auto", "--restarts=1")
+    wait_for_steps(run, 15)
     ranks_of(job)[1].kill()
-    wait_for_steps(run, 40)  # the launcher has restarted the ranks
+    wait_for_steps(run, 30)  # the launcher has restarted the ranks
     ranks_of(job)[1].send_signal(signal.SIGTERM)  # one rank alone, as on a node that is drained
-    wait_for_steps(run, 60)  # a stop that the launcher did not request is a failure to it
+    wait_for_steps(run, 45)  # a stop that the launcher did not request is a failure to it
     job.send_signal(signal.SIGINT)  # Ctrl-C is a stop like any other
     assert job.wait(timeout=60) == 75
     assert "rank 1 was killed by SIGKILL" in printed(tmp_path)
@@ -79,7 +79,7 @@ def test_a_killed_rank_and_two_clean_stops_give_the_result_of_an_undisturbed_run
     assert f"stopped on request after step {rows(run)[-1]['step']}" in printed(tmp_path)
     assert fingerprint(run)[0] == f"step-{rows(run)[-1]['step']:09d}", "the last step is saved"
 
-    train(2, *LONG, "--data.folder=data", f"--run_folder={run}", "--resume=auto", cwd=tmp_path)
+    train(2, *flags, "--data.folder=data", f"--run_folder={run}", "--resume=auto", cwd=tmp_path)
     assert losses(run) == losses(tmp_path / "whole")
     assert losses(run, "valid/loss") == losses(tmp_path / "whole", "valid/loss")
     assert fingerprint(run) == fingerprint(tmp_path / "whole")
@@ -87,10 +87,10 @@ def test_a_killed_rank_and_two_clean_stops_give_the_result_of_an_undisturbed_run
 
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_no_orphan_and_one_that_gives_up_exits_with_75(data, tmp_path):
-    job = start(tmp_path, *LONG, "--run_folder=run")
+    job = start(tmp_path, *LONG, "--run_folder=run", ranks=1)
     wait_for_steps(tmp_path / "run", 5)
     processes = descendants(job)
-    assert len(processes) >= 3
+    assert len(processes) >= 2
     job.kill()
     job.wait()
     _, alive = psutil.wait_procs(processes, timeout=60)
@@ -108,14 +108,12 @@ MISTAKES = {
     "a flag of nobody's": (["--nproc=2", "--model.nhid=3"], 64, "nhid"),
     "ranks that do not divide": (["--data.global_batch=9"], 64, "a number of ranks out of [1, 3, 9]"),
     "a machine in words": (["--node-rank=first"], 64, "invalid int value: 'first'"),
-    "a text too short": (["--nproc-per-node=1", "--data.window=70"], 65, "451 tokens to train on"),
     "a block that rank 1 alone reads": (
         ["--nproc-per-node=2", "--data.folder=damaged"],
         65,
         "train.bin is damaged in its block 3 of 3",
     ),
     "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere does not exist"),
-    "more than any memory": (["--nproc-per-node=2", "--model.hidden_size=1000000"], 64, "this machine's memory is full"),
     "a file for a folder": (["--run_folder=data/vocab.txt"], 64, "data/vocab.txt is not a folder"),
     "a folder for a file": (["--run_folder=odd"], 64, "odd/checkpoints/newest is no file"),
     "restarts in words": (["--restarts=many"], 64, "invalid int value: 'many'"),
@@ -128,8 +126,9 @@ MISTAKES = {
 def test_a_mistake_is_reported_once_and_its_exit_code_is_returned(data, tmp_path, mistake):
     flags, code, message = MISTAKES[mistake]
     (tmp_path / "odd/checkpoints/newest").mkdir(parents=True)
-    damaged = write_data_folder(tmp_path / "damaged", {"train": chain(5 * BLOCK_BYTES // 4, 30)}, 30) / "train.bin"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
+    if "--data.folder=damaged" in flags:
+        damaged = write_data_folder(tmp_path / "damaged", {"train": chain(5 * BLOCK_BYTES // 4, 30)}, 30) / "train.bin"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
     job = start(tmp_path, *SMALL, "--restarts=3", *flags)
     assert job.wait(timeout=60) == code
     assert printed(tmp_path).count(message) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import pytest
 from corpora import chain, write_data_folder
 from support.jobs import environment, installed
 
-optuna = pytest.importorskip("optuna")
 ROOT = Path(__file__).parents[2]
 SWEEP = [sys.executable, str(ROOT / "launch" / "sweep.py"), "sweeps/small"]
 FAKE = """#!{python}
@@ -49,13 +49,16 @@ def fake(folder: Path, body: str) -> Path:
 
 def trials(folder: Path) -> list[Any]:
     """The trials that Optuna knows of."""
+    import optuna
+
     storage = f"sqlite:///{folder / 'sweeps' / 'small' / 'optuna.db'}"
     return optuna.load_study(study_name="small", storage=storage).get_trials()
 
 
-def test_trials_are_runs_and_children_of_one_run_in_mlflow(tmp_path):
+def test_trials_are_runs_and_children_of_one_run_in_mlflow(tmp_path, empty_store):
     from mlflow import MlflowClient
 
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     write_data_folder(tmp_path / "data", {"train": chain(900, 20), "valid": chain(200, 20, 1)}, 20)
     flags = (
         "--nproc-per-node=1 --data.folder data --model.embedding_size=8 --model.num_layers=1 --data.global_batch=8 "

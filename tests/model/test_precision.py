@@ -14,7 +14,7 @@ from lmdist.model.language_model import LanguageModel, cutoffs
 from lmdist.model.lstm import KERNELS, Layer
 from lmdist.model.precision import Precision, choose, choose_kernels, gradient_error, unmet_persistent_conditions
 from lmdist.settings import ModelSettings
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.evaluate import main as evaluate
 from support.jobs import losses, train_here
@@ -217,7 +217,7 @@ def test_an_adaptive_model_trains_resumes_and_is_evaluated_exactly(data, capsys)
     capsys.readouterr()
     evaluate([str(run), "--device=cpu"])
     found = capsys.readouterr().out
-    model, _ = load_model(find_checkpoint(run))
+    model = open_checkpoint(find_checkpoint(run)).model()
     tokens = torch.from_numpy(np.fromfile(data / "test.bin", "<u2").astype(np.int64))
     inputs = torch.cat([torch.tensor([1]), tokens[:-1]])
     with torch.no_grad():

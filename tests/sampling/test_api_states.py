@@ -39,7 +39,7 @@ def model(folder: Path) -> Model:
 def test_a_prompt_that_was_read_gives_the_texts_of_its_string(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True}
     state = model.read("the zebra said")
-    assert state.words == ["the", "zebra", "said"]
+    assert state.tokens == ["the", "zebra", "said"]
     assert state.unknown_words == ["zebra"]
     four = model.generate("the zebra said", n=4, seed=7, **asked)
     monkeypatch.setattr(model.sampler, "start", None)  # nothing is read again
@@ -61,14 +61,14 @@ def test_a_prompt_that_was_read_gives_the_texts_of_its_string(model: Model, monk
 def test_reading_goes_on(model: Model) -> None:
     whole = model.read("the zebra said that it is")
     parts = model.read("that it is", after=model.read("the zebra said"))
-    assert (parts.words, parts.tokens) == (whole.words, whole.tokens)
+    assert (parts.tokens, parts.ids) == (whole.tokens, whole.ids)
     assert same_text(model.generate(parts, seed=2, max_new_tokens=20), model.generate(whole, seed=2, max_new_tokens=20))
     text = model.generate(whole, seed=2, max_new_tokens=5, ignore_eos=True)
     after = model.read(text)
     again = model.read(text.text)
-    assert after.words == [*whole.words, *text.tokens]
+    assert after.tokens == [*whole.tokens, *text.tokens]
     assert same_text(model.generate(after, seed=3, max_new_tokens=9), model.generate(again, seed=3, max_new_tokens=9))
-    assert model.read("").words == []
+    assert model.read("").tokens == []
     assert same_text(model.generate(model.read(""), seed=4), model.generate("", seed=4))
 
 
@@ -87,7 +87,7 @@ def test_a_state_in_a_file(model: Model, folder: Path, tmp_path: Path) -> None:
     state.save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["said.npz"]
     loaded = lmdist.load(folder).load_prompt(path)
-    assert (loaded.words, loaded.tokens, loaded.number) == (state.words, state.tokens, 2)
+    assert (loaded.tokens, loaded.ids, loaded.number) == (state.tokens, state.ids, 2)
     assert same_text(model.generate(loaded, seed=7), model.generate("the zebra said", n=3, seed=7)[2])
     with pytest.raises(MissingInputError, match="none does not exist"):
         model.load_prompt(tmp_path / "none")

@@ -22,7 +22,7 @@ from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
-from lmdist_export.sampling.completion import to_completion, whole_words
+from lmdist_export.sampling.completion import taken_again, to_completion, whole_words
 from lmdist_export.sampling.generation import Generation, Text, append
 from lmdist_export.sampling.resolved_options import resolve
 from lmdist_export.sampling.stops import Stops
@@ -74,13 +74,13 @@ def test_a_server_writes_the_same_text(model: Model, prompt: str) -> None:
         (text,) = service.batcher.generate(service.request(asked.prompts, asked.resolved), 60)
         expected = model.generate(prompt, seed=3, max_new_tokens=30, ignore_eos=True, stop=stop, echo=False).text
         assert choice(asked, text, 0, None)["text"] == expected
-        writer = Writer(model.bundle, asked.prompts[0], prompt)
+        writer = Writer(model.bundle, asked.prompts[0], prompt, again=taken_again(text, asked.prompts[0]))
         assert "".join([*(piece for token in text.tokens for piece in writer.write([token])), writer.end(text)]) == expected
     asked = read_request({"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    scoring = Scoring(model.sampler, [asked.prompts[0].tokens], 0)
+    scoring = Scoring(model.sampler, [asked.prompts[0].ids], 0)
     service.batcher.submit(scoring)
     assert scoring.finished.wait(60)
-    found = choice(asked, Text(asked.prompts[0].tokens, 0, 0, finish_reason="length"), 0, scoring.scores[0])
+    found = choice(asked, Text(asked.prompts[0].ids, 0, 0, finish_reason="length"), 0, scoring.scores[0])
     offsets = [*found["logprobs"]["text_offset"], len(prompt)]
     assert found["text"] == prompt
     assert offsets == sorted(offsets)
@@ -120,7 +120,7 @@ def test_a_stop_inside_of_a_piece_keeps_the_character_before_it(model: Model) ->
     service = Service(model.sampler)
     for prompt, generated, whole in (("", tokens, "日"), ("a ", tokens, "a 日"), (tokens[:1], tokens[1:], "日")):
         asked = read_request({"prompt": prompt, "max_tokens": 9}, service, "pieces")
-        text = Text(asked.prompts[0].tokens, 0, 0)
+        text = Text(asked.prompts[0].ids, 0, 0)
         append(text, generated, Generation(asked.resolved.config, Stops([b"."], contents)))
         assert (text.tokens, text.rest, text.finish_reason) == (generated[:-1], third, "stop")
         assert choice(asked, text, 0, None)["text"] == "日"
@@ -129,15 +129,100 @@ def test_a_stop_inside_of_a_piece_keeps_the_character_before_it(model: Model) ->
 
 def test_the_space_of_a_prompt_is_there_once(model: Model) -> None:
     """Also before a piece that has none, and before a stop inside of a piece that has one."""
-    for piece, stop, expected in (("'t", "x", "'t"), ("▁the", "x", "the"), ("▁the", "he", "t"), ("▁the", "the", "")):
+    cases = (("'t", "x", "'t"), ("▁the", "x", "the"), ("▁the", "he", "t"), ("▁the", "the", ""), ("▁the", " ", "the"))
+    for piece, stop, expected in cases:
         assert piece in model.bundle.vocabulary.ids
         options = {"logit_bias": [f"{piece}=100"], "max_new_tokens": 1, "stop": stop, "seed": 1}
+        options |= {"logprobs": 0} if piece == "'t" else {}  # otherwise it begins with the space
         assert model.generate("The president ", **options).text == f"The president {expected}"
         assert "".join(model.stream("The president ", echo=False, **options)) == expected
         service = Service(model.sampler)
         asked = read_request({**options, "prompt": "The president "}, service, "pieces")
         (text,) = service.batcher.generate(service.request(asked.prompts, asked.resolved), 60)
         assert choice(asked, text, 0, None)["text"] == expected
+
+
+# --- token healing -------------------------------------------------------------------------------------------------
+
+
+def healed(model: Model) -> list[str]:
+    """Beginnings of a text whose last piece is also the beginning of others."""
+    prompts = [TEXTS_OF_PIECES[0][:length] for length in range(3, 60)]
+    found = [prompt for prompt in prompts if (seam := model.prompt(prompt).seam) and seam.removed]
+    assert 5 < len(found) < len(prompts)
+    return found
+
+
+def test_a_text_goes_on_in_the_piece_at_the_end_of_its_prompt(model: Model) -> None:
+    assert model.bundle.tokenizer.model
+    contents = model.bundle.tokenizer.model.entries.contents
+    for prompt in healed(model):
+        asked = model.prompt(prompt)
+        assert asked.seam
+        opened, begins = asked.open(), asked.seam.begin.tokens
+        assert opened.tokens == asked.tokens[:-1]
+        assert {contents[token] for token in begins} == {
+            content for content in contents if content.startswith(contents[asked.ids[-1]])
+        }
+        state = model.sampler.start([[1, *opened.ids]])
+        logits, _ = model.sampler.next_logits(state)
+        best = max(begins, key=lambda token: logits[0, token])
+        options = {"temperature": 0, "max_new_tokens": 3, "ignore_eos": True, "echo": False}
+        found = model.generate(prompt, **options)
+        expected = model.bundle.tokenizer.detokenize([*opened.tokens, model.bundle.vocabulary.words[best]])
+        assert (prompt + found.text).startswith(expected)
+        assert len(found.tokens) == 3
+        assert found.follows_all == (best == asked.ids[-1])
+        whole = model.generate(prompt, logprobs=2, **options)  # not healed
+        assert whole.top_logprobs
+        assert {*whole.top_logprobs[0]} == {word for word, _ in model.next_words(prompt, k=2)}
+        if found.follows_all:
+            assert found.tokens == whole.tokens
+        after = model.read(found)
+        text = model.bundle.tokenizer.detokenize(after.tokens)
+        assert text == prompt + found.text
+        assert model.bundle.tokenizer.detokenize(model.read("'s", after=model.read(prompt)).tokens) == f"{prompt}'s"
+
+
+def test_the_same_seed_gives_the_same_text_after_a_seam_everywhere(model: Model, tmp_path: Path) -> None:
+    prompts, options = healed(model)[:6], {"seed": 11, "max_new_tokens": 12, "ignore_eos": True, "presence_penalty": 0.5}
+    service = Service(model.sampler)
+    asked = read_request({"prompt": prompts, "n": 3, "echo": True, **options}, service, "pieces")
+    served = service.batcher.generate(service.request(asked.prompts, asked.resolved), 60)
+    written = {(text.prompt_number, text.number): choice(asked, text, 0, None)["text"] for text in served}
+    assert len({*written.values()}) > 10
+    for number, prompt in enumerate(prompts):
+        texts = [text.text for text in model.generate(prompt, n=3, **options)]
+        assert texts == [written[number, index] for index in range(3)]
+        state = model.read(prompt)
+        state.save(tmp_path / "state.npz")
+        for read in (state, model.load_prompt(tmp_path / "state.npz")):
+            assert [text.text for text in model.generate(read.fork(3), **options)] == texts
+            assert [model.generate(fork, **options).text for fork in read.fork(3)] == texts
+
+
+def test_a_stop_lies_behind_what_the_prompt_has(model: Model) -> None:
+    words, tried = model.bundle.vocabulary.words, 0
+    for prompt in healed(model):
+        seam, tokenizer = model.prompt(prompt).seam, model.bundle.tokenizer
+        assert seam
+        assert tokenizer.model
+        contents = tokenizer.model.entries.contents
+        longer = next((token for token in seam.begin.tokens if len(contents[token]) > seam.begin.overlap + 1), None)
+        if longer is None:
+            continue
+        tried += 1
+        added = contents[longer][seam.begin.overlap :].decode()
+        options = {"logit_bias": [f"{words[longer]}=1000"], "max_new_tokens": 1, "seed": 1}
+        assert model.generate(prompt, **options).text == prompt + added
+        assert model.generate(prompt, stop=prompt[-1] + added, **options).text == prompt + added
+        cut = model.generate(prompt, stop=added[1:], **options)
+        assert (cut.text, cut.tokens, cut.finish_reason) == (prompt + added[0], [], "stop")
+        assert "".join(model.stream(prompt, stop=added[1:], **options)) == cut.text
+        banned = [words[token] for token in seam.begin.tokens]
+        none = model.generate(prompt, logit_bias=[f"{word}=-inf" for word in banned], seed=1)
+        assert (none.text, none.finish_reason) == (prompt, "exhausted")
+    assert tried > 3
 
 
 def rewriting(model: Model, **changes: object) -> Bundle:
@@ -171,7 +256,7 @@ def test_offsets_lie_in_the_text_that_was_given(model: Model, changes: dict[str,
     service.bundle = rewriting(model, **changes)
     given = "İİİİİİİİ the… ﬁﬁﬁ… people"
     asked = read_request({"prompt": given, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    tokens = asked.prompts[0].tokens
+    tokens = asked.prompts[0].ids
     scores = [0.0] * len(tokens), [[] for _ in tokens]
     offsets = choice(asked, Text(tokens, 0, 0, finish_reason="length"), 0, scores)["logprobs"]["text_offset"]
     assert offsets == sorted(offsets)
@@ -182,17 +267,17 @@ def test_bad_words_and_biases_are_with_and_without_a_space(model: Model) -> None
     words = model.bundle.vocabulary.words
     assert {"▁the", "the"} <= set(words) or "▁the" in words
     options = {"seed": 1, "max_new_tokens": 200, "ignore_eos": True}
-    found = model.generate("The", logit_bias=["the=50"], **options).tokens
+    found = model.generate("The.", logit_bias=["the=50"], **options).tokens
     assert set(found) <= {"▁the", "the"}
     assert "▁the" not in model.generate("The", bad_words=["the"], **options).tokens
-    assert model.generate("The", logit_bias=["▁the=50"], **options).tokens[0] == "▁the"
+    assert model.generate("The.", logit_bias=["▁the=50"], **options).tokens[0] == "▁the"
 
 
 def test_scores_vectors_and_next_words(model: Model) -> None:
     score = model.score("The president said\nthat.")
     assert not score.unknown.any()
-    assert score.words[-1] == "<eos>"
-    assert model.bundle.tokenizer.detokenize(score.words[:-1]) == "The president said\nthat."
+    assert score.tokens[-1] == "<eos>"
+    assert model.bundle.tokenizer.detokenize(score.tokens[:-1]) == "The president said\nthat."
     assert model.vector("the").shape == (6,)
     assert len(model.next_words("The president", k=3)) == 3
     assert [*model.generate(["The", "We"], max_new_tokens=3)]
@@ -203,8 +288,8 @@ def test_a_prompt_that_was_read_continues_with_its_space(model: Model, tmp_path:
     state.save(tmp_path / "said.npz")
     for before in (state, model.load_prompt(tmp_path / "said.npz")):
         both = model.read("said", after=before)
-        assert model.bundle.tokenizer.detokenize(both.words) == "The president said"
-        assert both.tokens == model.prompt("The president said").tokens
+        assert model.bundle.tokenizer.detokenize(both.tokens) == "The president said"
+        assert both.ids == model.prompt("The president said").ids
 
 
 def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
@@ -216,7 +301,7 @@ def test_it_needs_no_torch_and_the_command_streams(folder: Path) -> None:
 
 def test_the_bundle_has_the_files_of_its_pieces(folder: Path, model: Model) -> None:
     theirs = tokenizers.Tokenizer.from_file(str(folder / "bundle/tokenizer.json"))
-    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).tokens
+    assert theirs.encode(TEXTS_OF_PIECES[0]).ids == model.prompt(TEXTS_OF_PIECES[0]).ids
     assert "lmdist[cpu,serve,subword]" in (folder / "bundle/requirements.txt").read_text()
     assert (folder / "bundle/text.json").read_bytes() == (folder / "data/text.json").read_bytes()
 

@@ -19,7 +19,7 @@ import pytest
 from lmdist.cache_settings import NeuralCache, write_tuned
 from lmdist.errors import DataError, UsageError
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist_export import export, generate, score
 from lmdist_export.bundle import Bundle
@@ -310,7 +310,7 @@ def test_the_bundle_remembers_what_was_tuned(exported: tuple[Path, Path], comman
 
 def test_scores_of_the_command(exported: tuple[Path, Path], command: Callable[..., Any], tmp_path: Path) -> None:
     run, bundle = exported
-    model, _ = load_model(find_checkpoint(run))
+    model = open_checkpoint(find_checkpoint(run)).model()
     vocabulary = Bundle.load(bundle).vocabulary
     lines = ["the cat said that the cat said it", "the dog said that the cat", "the cat"]
     ids = [[*vocabulary.encode(line.split()), END_ID] for line in lines]

@@ -20,7 +20,7 @@ from lmdist_export.bundle import Bundle
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling import generation
 from lmdist_export.sampling.beam_search import beam_search
-from lmdist_export.sampling.generation import Generation, Text, append, banned_tokens, continuations, log_probabilities
+from lmdist_export.sampling.generation import Generation, Text, append, banned_tokens, continuations, forks, log_probabilities
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.stops import Stops
 from support.small_bundles import PLAIN_WORDS, UNTIED, make_bundle, make_model, neutral
@@ -194,6 +194,15 @@ def test_banned_sequences(sampler: Sampler) -> None:
         words = [*PROMPTS[prompt], *text]
         triples = [tuple(words[at : at + 3]) for at in range(len(words) - 2)]
         assert len(set(triples)) == len(triples)
+
+
+def test_a_prompt_with_unknown_words_at_its_end_has_random_numbers_of_its_own(sampler: Sampler) -> None:
+    """The id of <unk> is 0, and NumPy takes numbers that are padded with zeros for the same seed."""
+    prompts, drawn = ([5], [5, UNKNOWN_ID], [5, UNKNOWN_ID, UNKNOWN_ID]), set()
+    for prompt in prompts:
+        ((_, state),) = forks(sampler, sampler.start([[END_ID, *prompt]]), prompt, 0, GenerationConfig(), 1, [0])
+        drawn.add(state.generators[0].random())
+    assert len(drawn) == len(prompts)
 
 
 def test_a_rule_of_the_caller(sampler: Sampler) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import ModelSettings
-from lmdist_export.bundle import GENERATION, Bundle
+from lmdist_export.bundle import GENERATION_GRAPH, Bundle
 from lmdist_export.graph.graphs import step_graph
 from lmdist_export.graph.sizes import Sizes, file_length
 from lmdist_export.options import EVERY_FEATURE, GenerationConfig, features_of
@@ -453,7 +453,7 @@ NEUTRAL = GenerationConfig(
 def test_the_exported_graph_alone_generates_the_same_tokens(kind: str, opened: Opened) -> None:
     """The file, its inputs by name and onnxruntime, without code of lmdist."""
     sampler = opened(kind)
-    session = onnxruntime.InferenceSession(sampler.bundle.folder / GENERATION, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(sampler.bundle.folder / GENERATION_GRAPH, providers=["CPUExecutionProvider"])
     for config in (ALL_OPTIONS, NEUTRAL):
         assert features_of(config, False) == EVERY_FEATURE
         start = sampler.start(PROMPTS).seeded(3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
+from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_of
 from lmdist_export.graph.sampling_nodes import SamplingNodes, option_inputs
 from lmdist_export.graph.sizes import BLOCK, Sizes
 from lmdist_export.options import Features, GenerationConfig, features_of
@@ -39,7 +38,7 @@ def session(padded: int, features: Features, cuda: bool) -> Any:
     token, mass = sampling.sample(g, logits, uniform)
     g.output(token, "token", INT64, ["batch", 1])
     g.output(mass, "mass", FLOAT, ["batch", 1])
-    return open_session(model_bytes(g, {}), Path(), "cpu", 1)
+    return open_session(model_of(g, {}).content, "cpu", 1)
 
 
 def sample(

@@ -21,10 +21,11 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ReadSettings, TextSettings
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import Vocabulary
-from lmdist.training.checkpoints.read import load_model, open_checkpoint
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
-from lmdist.training.evaluate import evaluate, read_file
+from lmdist.training.evaluate import read_file
+from lmdist.training.measuring import evaluate
 from lmdist_export import score
 from lmdist_export.bundle import Bundle
 from lmdist_export.sampling import sampler as sampler_module
@@ -67,7 +68,7 @@ def sampler(bundle: Path) -> Sampler:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> LanguageModel:
-    return load_model(find_checkpoint(folder / "runs" / "small"))[0]
+    return open_checkpoint(find_checkpoint(folder / "runs" / "small")).model()
 
 
 @pytest.fixture
@@ -126,19 +127,19 @@ def test_scores_are_those_of_torch_in_the_order_of_the_sentences(sampler, model,
     scores = list(Scorer(sampler, batch_size=batch_size).score(iter(SENTENCES)))
     assert [one.text for one in scores] == SENTENCES
     for one in scores:
-        assert one.words == [*one.text.split(), "<eos>"]
-        assert one.unknown.tolist() == [word == "zebra" for word in one.words]
+        assert one.tokens == [*one.text.split(), "<eos>"]
+        assert one.unknown.tolist() == [word == "zebra" for word in one.tokens]
         expected = expected_scores(model, sampler.bundle.vocabulary, one.text)
         np.testing.assert_allclose(one.log_probabilities, expected, atol=2e-5)
         assert one.log_probability == pytest.approx(sum(expected), abs=1e-4)
-        known = [value for value, word in zip(expected, one.words, strict=True) if word != "zebra"]
+        known = [value for value, word in zip(expected, one.tokens, strict=True) if word != "zebra"]
         assert one.known_log_probability == pytest.approx(sum(known), abs=1e-4)
 
 
 def test_the_end_can_be_left_out(sampler) -> None:
     with_end = list(Scorer(sampler).score(SENTENCES))
     for one, other in zip(Scorer(sampler, end=False).score(SENTENCES), with_end, strict=True):
-        assert [*one.words, "<eos>"] == other.words
+        assert [*one.tokens, "<eos>"] == other.tokens
         np.testing.assert_allclose(one.log_probabilities, other.log_probabilities[:-1], atol=2e-5)
         assert one.bytes == other.bytes - 1 == len(one.text)
 
@@ -246,7 +247,7 @@ def test_words_and_sentences(bundle, sampler, text, written) -> None:
     expected = [
         (number, word, log_probability, bool(unknown))
         for number, one in enumerate(scores, start=1)
-        for word, log_probability, unknown in zip(one.words, one.log_probabilities, one.unknown, strict=True)
+        for word, log_probability, unknown in zip(one.tokens, one.log_probabilities, one.unknown, strict=True)
     ]
     assert len(words) == len(as_json) == len(expected)
     for row, fields, (number, word, log_probability, unknown) in zip(words, as_json, expected, strict=True):
@@ -255,7 +256,7 @@ def test_words_and_sentences(bundle, sampler, text, written) -> None:
         assert (fields["sentence"], fields["word"], fields["unknown"]) == (number, word, unknown)
     sentences = rows(written(bundle, text, "--sentences"))
     assert [row[3] for row in sentences] == SENTENCES
-    assert [int(row[1]) for row in sentences] == [len(one.words) for one in scores]
+    assert [int(row[1]) for row in sentences] == [len(one.tokens) for one in scores]
     assert [int(row[2]) for row in sentences] == [sentence.count("zebra") for sentence in SENTENCES]
     assert [float(row[0]) for row in sentences] == pytest.approx([one.log_probability for one in scores], abs=1e-4)
     first = json.loads(written(bundle, text, "--sentences", "--json").splitlines()[4])
@@ -266,7 +267,7 @@ def test_words_and_sentences(bundle, sampler, text, written) -> None:
     compared = rows(written(bundle, text, "--sentences", "--compare"))
     assert [[*row[:3], *row[5:]] for row in compared] == sentences
     for row, one in zip(compared, scores, strict=True):
-        assert float(row[3]) == pytest.approx(math.exp(-one.log_probability / len(one.words)), rel=1e-4)
+        assert float(row[3]) == pytest.approx(math.exp(-one.log_probability / len(one.tokens)), rel=1e-4)
         assert float(row[4]) == pytest.approx(-one.log_probability / math.log(2) / (len(one.text.encode()) + 1), rel=1e-4)
     assert [float(value) for value in compared[4][3:5]] == pytest.approx(
         [first["perplexity_per_word"], first["bits_per_byte"]], abs=1e-5
@@ -321,7 +322,7 @@ def test_nbest_picks_the_best(bundle, sampler, written, weight, bonus) -> None:
     expected = []
     for texts in lists:
         totals = [
-            value + (1 if weight is None else weight) * one.log_probability + (bonus or 0) * len(one.words)
+            value + (1 if weight is None else weight) * one.log_probability + (bonus or 0) * len(one.tokens)
             for (_, value), one in zip(texts, Scorer(sampler).score(text for text, _ in texts), strict=True)
         ]
         expected.append(texts[int(np.argmax(totals))][0])

@@ -41,20 +41,24 @@ SPELLING = [b"", b"", b"a", b"b\n", b"\nc", b"ab"]
 @given(
     tokens=st.lists(st.integers(0, 5), max_size=20),
     stops=st.lists(st.text("abc\n", min_size=1, max_size=4).map(str.encode), min_size=1, max_size=4),
+    of_prompt=st.integers(0, 2),
 )
-def test_stops_of_bytes_are_found_wherever_the_tokens_cut_the_text(tokens: list[int], stops: list[bytes]) -> None:
+def test_stops_of_bytes_are_found_wherever_the_tokens_cut_the_text(
+    tokens: list[int], stops: list[bytes], of_prompt: int
+) -> None:
     automaton, place = Stops(stops, SPELLING), 0
-    text = b"".join(SPELLING[token] for token in tokens)
+    overlap = min(of_prompt, len(SPELLING[tokens[0]])) if tokens else 0
+    text = b"".join(SPELLING[token] for token in tokens)[overlap:]
     ends = [(text.index(stop) + len(stop), number) for number, stop in enumerate(stops) if stop in text]
     for count, token in enumerate(tokens, 1):
-        place, read = automaton.next(place, token), tokens[:count]
-        found = automaton.ending(place, read)
+        place, read = automaton.next(place, token, overlap if count == 1 else 0), tokens[:count]
+        found = automaton.ending(place, read, overlap)
         if found:
             end, number = min(ends)
             before = b"".join(SPELLING[token] for token in tokens[: count - found.num_tokens])
-            assert before + found.rest == text[: end - len(stops[number])]
+            assert (before + found.rest)[overlap:] == text[: end - len(stops[number])]
             return
-        written = b"".join(SPELLING[token] for token in read)
+        written = b"".join(SPELLING[token] for token in read)[overlap:]
         begun = max((size for stop in stops for size in range(len(stop)) if written.endswith(stop[:size])), default=0)
         held_back = automaton.held_back(place, read)
         assert held_back == next(n for n in range(count + 1) if sum(len(SPELLING[t]) for t in read[count - n :]) >= begun)
@@ -81,3 +85,20 @@ def test_a_text_of_many_tokens_ends_before_the_stop_that_came_first() -> None:
     assert append(text, [6], generation) == []
     assert append(text, [7, 8], generation) == []
     assert (text.tokens, text.finish_reason) == ([4], "stop")
+
+
+@given(
+    tokens=st.lists(st.lists(TOKENS, max_size=8), max_size=5),
+    most=st.integers(1, 20),
+    ignore_end=st.booleans(),
+)
+def test_a_text_without_stops_grows_as_one_whose_stop_never_comes(tokens: list[list[int]], most: int, ignore_end: bool) -> None:
+    config = GenerationConfig(max_new_tokens=most, eos_token_id=3)
+    texts = [Text([], 0, 0), Text([], 0, 0)]
+    kinds = [Generation(config, stops, ignore_end) for stops in (Stops(), Stops([[9]]))]
+    for call in tokens:
+        grown = [append(text, [*call], generation) for text, generation in zip(texts, kinds, strict=True)]
+        assert grown[0] == grown[1]
+        assert texts[0] == texts[1]
+        if texts[0].finish_reason:
+            break

@@ -175,13 +175,13 @@ def test_graphs_for_cuda_are_valid(precision: str, cutoffs: list[int], features:
     (tmp_path / "weights.bin").write_bytes(bytes(file_length(sizes)))
     for make in (step_graph, partial(generation_graph, features=features), partial(token_graph, features=features)):
         path = tmp_path / "graph.onnx"
-        path.write_bytes(make(sizes, target=Target("weights.bin", cuda=True)))
+        path.write_bytes(make(sizes, target=Target("weights.bin", cuda=True)).content)
         onnx.checker.check_model(str(path), full_check=True)
 
 
 @pytest.mark.parametrize("features", ALL_FEATURES.values(), ids=ALL_FEATURES)
 def test_what_is_captured_has_nothing_that_a_cuda_graph_cannot_replay(features: Features) -> None:
-    graph = onnx.load_from_string(token_graph(sizes_of("fp16", []), features, Target("weights.bin", cuda=True))).graph
+    graph = onnx.load_from_string(token_graph(sizes_of("fp16", []), features, Target("weights.bin", cuda=True)).content).graph
     operators = {node.op_type for node in graph.node}
     # Control flow; a shape, which lies on the host; kernels that copy tables from the host.
     unfit = operators & {"Loop", "Scan", "If", "Shape", "GatherND", "ScatterND", "Concat"}
@@ -256,5 +256,5 @@ def test_the_options_of_a_captured_session(monkeypatch: pytest.MonkeyPatch) -> N
     fake = SimpleNamespace(SessionOptions=Options, InferenceSession=make_session)
     monkeypatch.setattr(runtime, "import_onnxruntime", lambda: fake)
     for captured in (True, False):
-        runtime.open_session(b"", Path(), "cuda", 1, captured)
+        runtime.open_session(b"", "cuda", 1, captured=captured)
     assert given == [[("CUDAExecutionProvider", {"enable_cuda_graph": "1"})], ["CUDAExecutionProvider"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,9 +45,10 @@ def test_what_is_no_bundle(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def store(folder: Path, tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
     """A folder whose mlflow.db has the bundle as `news`, version 1, alias `champion`."""
     place = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, place / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

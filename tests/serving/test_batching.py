@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 import time
@@ -221,7 +220,6 @@ def test_a_defect_ends_what_is_being_done_and_not_the_server(
     def fail(*_: Any) -> None:
         raise KeyError("a row")
 
-    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # other tests call what silences MLflow for good
     batcher = make_batcher(max_queued_tokens=10**9)
     asked = [Request(sampler, [[seed]], LONG, seed, ignore_end=True) for seed in (3, 4)]
     for request in asked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,15 @@ import pytest
 
 from lmdist.text import detokenizer
 from lmdist_export.bundle import Bundle
+from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving import application, connections, requests
 from lmdist_export.serving.batching import Work
 from lmdist_export.serving.completing import complete, nobody, stream
+from lmdist_export.serving.json_body import encoded
 from lmdist_export.serving.observing import Note
 from lmdist_export.serving.openai_request import CompletionRequest, read_request
+from lmdist_export.serving.running import Growth
 from lmdist_export.serving.service import Service
 
 
@@ -168,3 +172,34 @@ def test_a_client_that_does_not_read_a_short_answer_is_disconnected(monkeypatch:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         assert asyncio.run(seconds_connected()) < 9
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"choices": [{"text": "ä", "logprobs": {"tokens": ["a"] * 300, "top": [{"a": -1.5}] * 65}}], "n": 1},
+        {"a": [], "b": {}, "c": [[1, [2, [3, [4, list(range(200))]]]]], "ü": None},
+        list(range(128)),
+        [{"a": True}],
+        "a",
+    ],
+)
+def test_json_in_pieces_is_json(value: Any) -> None:
+    for is_long in (False, True):
+        assert encoded(value, is_long=is_long).decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def test_what_a_text_grows_while_nobody_takes_it_is_one_event() -> None:
+    async def grow() -> None:
+        growth, texts = Growth(), [Text([], 0, number) for number in range(2)]
+        taken = aiter(growth)
+        threading.Thread(target=lambda: growth.on_growth(texts[0], [1])).start()
+        assert await anext(taken) == [(texts[0], [1], "")]
+        for number, tokens in ((0, [2, 3]), (1, [7]), (0, [4]), (1, [])):
+            texts[number].finish_reason = "length" if not tokens else ""
+            growth.on_growth(texts[number], tokens)
+        growth.on_end()
+        assert await anext(taken) == [(texts[0], [2, 3, 4], ""), (texts[1], [7], "length")]
+        assert [event async for event in taken] == []
+
+    asyncio.run(grow())

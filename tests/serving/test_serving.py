@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import re
 import select
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -27,6 +29,7 @@ from lmdist.errors import DataError, UsageError
 from lmdist.storage.checksums import sha256
 from lmdist.storage.reading import write_json
 from lmdist.text.tokenizer import WordTokenizer
+from lmdist_export import export
 from lmdist_export.bundle import Bundle
 from lmdist_export.serving import registry
 from lmdist_export.serving.mlflow_model import column
@@ -385,11 +388,14 @@ def test_invalid_requests_are_not_logged_as_errors(serving: Serving) -> None:
 
 
 @pytest.mark.slow
-def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_served_by_its_alias_and_drained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], empty_store: Path
+) -> None:
     """From a run to a server in production: a version of the run's model, served from the registry by uvicorn alone."""
     import mlflow
 
     tracking = Server(tmp_path)
+    shutil.copy(empty_store, tmp_path / "server.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
     tracking.start()
     try:
@@ -397,13 +403,15 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
         run_id = client.create_run("0").info.run_id
         run = make_run(tmp_path, UNTIED, "whitespace", PLAIN_WORDS)
         write_json(run / "mlflow.json", {"run_id": run_id})
-        done = command("lmdist_export.export", run, "-o", "bundle", "--register", "news.en", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"registered   news.en, version 1, alias champion  ({tracking.uri})\nof run       {run_id}\n" in done.stdout
-        assert "mlflow models serve -m models:/news.en@champion --env-manager local\n" in done.stdout
-        again = command("lmdist_export.export", "bundle", "--register", "news.en", "--alias", "second", cwd=tmp_path)
-        assert again.returncode == 0, again.stderr
-        assert "version 2, alias second" in again.stdout
+        monkeypatch.chdir(tmp_path)
+        with patch.dict(os.environ):  # which the command sets for MLflow
+            export.main([str(run), "-o", "bundle", "--register", "news.en"])
+            printed = capsys.readouterr().out
+            export.main(["bundle", "--register", "news.en", "--alias", "second"])
+        logging.disable(logging.NOTSET)
+        assert f"registered   news.en, version 1, alias champion  ({tracking.uri})\nof run       {run_id}\n" in printed
+        assert "mlflow models serve -m models:/news.en@champion --env-manager local\n" in printed
+        assert "version 2, alias second" in capsys.readouterr().out
         watching = Serving(["-m", "lmdist_export.serve", "models:/news.en@champion", "--watch", "0.2"], tmp_path)
         watching.wait()
         assert watching.post(one(max_tokens=5))[0] == 400
@@ -451,7 +459,8 @@ def test_registered_served_by_its_alias_and_drained(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: Path, empty_store: Path) -> None:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     done = command("lmdist_export.export", bundle, "--register", "small", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "version 1, alias champion  (sqlite:///mlflow.db)" in done.stdout
@@ -459,12 +468,12 @@ def test_a_bundle_of_a_run_that_the_store_does_not_know(bundle: Path, tmp_path: 
 
 
 def test_only_what_the_manifest_names_is_registered_and_what_runs_is_the_installed_package(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path
 ) -> None:
     import mlflow
     from mlflow.artifacts import download_artifacts
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_store, tmp_path / 'store.db')}")
     monkeypatch.chdir(tmp_path)
     copy, secret = tmp_path / "copy", tmp_path / "secret"
     shutil.copytree(bundle, copy)
@@ -528,8 +537,6 @@ def test_an_unreachable_mlflow_is_reported_without_the_password(
 def test_mistakes_are_seen_before_any_work(
     arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lmdist_export import export
-
     with pytest.raises(SystemExit) as stop:
         export.main([str(tmp_path), *arguments])
     assert stop.value.code == 64

@@ -42,13 +42,13 @@ from lmdist.text.sources import ReadOptions
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.training import evaluate
 from lmdist.training.checkpoints.format import Progress
-from lmdist.training.checkpoints.read import load_model, open_checkpoint
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import best_checkpoint, find_checkpoint, newest_checkpoint
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder, training_batches
 from lmdist_export import export, generate
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS, Bundle
-from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, model_bytes
+from lmdist_export.bundle import GENERATION_GRAPH, STEP_GRAPH, WEIGHTS, Bundle
+from lmdist_export.graph.onnx_file import FLOAT, INT64, Graph, OnnxModel, model_of
 from lmdist_export.graph.sizes import weights
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.beam_search import beam_search
@@ -132,7 +132,7 @@ def bundle_of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def use_checkpoint(folder: Path) -> None:
     """Load for evaluation and for export, and continue the training."""
-    model, _ = load_model(folder)
+    model = open_checkpoint(folder).model()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     hidden, _ = model(torch.zeros(2, 3, dtype=torch.int64), model.initial_state(2))
     assert hidden.shape == (2, 3, SETTINGS.embedding_size)
@@ -287,7 +287,7 @@ def remembered_sessions(monkeypatch: pytest.MonkeyPatch) -> dict[object, Any]:
     sessions: dict[object, Any] = {}
     open_new = Runtime.open
 
-    def open_once(runtime: Runtime, graph: Callable[..., bytes]) -> Any:
+    def open_once(runtime: Runtime, graph: Callable[..., OnnxModel]) -> Any:
         key = repr((graph, runtime.sizes, runtime.target)), sha256(runtime.bundle.folder / WEIGHTS)
         if key not in sessions:
             sessions[key] = open_new(runtime, graph)
@@ -666,20 +666,20 @@ def other_words() -> bytes:
     g.output(g.constant(np.full((5, 2), 3)), "words", INT64, ["made_words", "batch"])
     for name in ("mass", "next_h", "next_c"):
         g.output(g.constant(np.zeros((2, 7), np.float32)), name, FLOAT, ["batch", 7])
-    return model_bytes(g, {})
+    return model_of(g, {}).content
 
 
 def bomb() -> bytes:
     """A graph that asks for a terabyte."""
     g = Graph("bomb")
     g.output(g("ConstantOfShape", g.constant(np.array([10**6, 10**6]))), "logits", FLOAT, ["huge", "huger"])
-    return model_bytes(g, {})
+    return model_of(g, {}).content
 
 
 @pytest.mark.parametrize("content", [other_words(), bomb(), b"", b"\x3a\x00" * 5_000_000, b"no graph"], ids=range(5))
 def test_a_foreign_graph_never_runs(bundle: Path, broken: Path, content: bytes) -> None:
     """The generated tokens do not depend on the files of the graphs, if their checksums are valid."""
-    for name in (MODEL, GENERATION):
+    for name in (STEP_GRAPH, GENERATION_GRAPH):
         (broken / name).write_bytes(content)
     with_correct_checksums(broken, "manifest.json")
     found = []

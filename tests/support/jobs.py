@@ -7,6 +7,7 @@ train_here("--run_folder=run")                          # the loop alone, on one
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from lmdist.storage.reading import read_json
 from lmdist.training import loop
 from lmdist.training.distributed import World
 from servers import free_port
+from support import shortcuts as shortcuts  # for the jobs in this process
 
 DROPOUT = (
     "--model.dropout_input=0.4 --model.dropout_hidden=0.2 --model.dropout_output=0.3 --model.dropout_embedding=0.1 "
@@ -38,8 +40,7 @@ DROPOUT = (
 ).split()
 
 FORKS = multiprocessing.get_context("forkserver")
-# The first optimizer of a process and its loss curve import the last two.
-FORKS.set_forkserver_preload(["lmdist.training.loop", "torch._dynamo", "matplotlib.pyplot"])
+FORKS.set_forkserver_preload(["support.shortcuts"])
 
 SMALL = (
     "--model.embedding_size=16 --model.hidden_size=24 --optimizer.learning_rate=0.02 --data.global_batch=8 --data.window=7 "
@@ -69,11 +70,13 @@ def torchrun(ranks: int, *flags: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def train(ranks: int, *flags: str, cwd: Path, code: int = 0, codes: Sequence[int] = ()) -> subprocess.CompletedProcess[str]:
+def train(
+    ranks: int, *flags: str, cwd: Path, code: int = 0, codes: Sequence[int] = (), beside: int | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a job to its end by forks, and check the exit code of each rank: `code`, or each its own of `codes`."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        started = start(ranks, *flags, cwd=cwd, outputs=outputs)
+        started = start(ranks, *flags, cwd=cwd, outputs=outputs, beside=beside)
         for process in started:
             process.join()
         stdout, stderr = (path.read_text() for path in outputs)
@@ -81,8 +84,11 @@ def train(ranks: int, *flags: str, cwd: Path, code: int = 0, codes: Sequence[int
     return subprocess.CompletedProcess(flags, code, stdout, stderr)
 
 
-def start(ranks: int, *flags: str, cwd: Path, outputs: list[Path]) -> list[ForkServerProcess]:
-    """Start the ranks of a job, which write stdout and stderr to two files; `{rank}` in a flag becomes each rank's number."""
+def start(ranks: int, *flags: str, cwd: Path, outputs: list[Path], beside: int | None = None) -> list[ForkServerProcess]:
+    """Start the ranks of a job, which write stdout and stderr to two files; `{rank}` in a flag becomes each rank's number.
+
+    `beside` is a process whose file systems they see.
+    """
     variables = environment()
     if ranks > 1:  # as torchrun sets them
         variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -90,15 +96,18 @@ def start(ranks: int, *flags: str, cwd: Path, outputs: list[Path]) -> list[ForkS
     for number in range(ranks):
         own = variables | ({"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {})
         own_flags = tuple(flag.replace("{rank}", str(number)) for flag in flags)
-        started.append(FORKS.Process(target=run_rank, args=(own_flags, cwd, outputs, own), daemon=True))
+        started.append(FORKS.Process(target=run_rank, args=(own_flags, cwd, outputs, own, beside), daemon=True))
         started[-1].start()
     return started
 
 
-def run_rank(flags: tuple[str, ...], cwd: Path, outputs: list[Path], variables: Mapping[str, str]) -> None:
+def run_rank(flags: tuple[str, ...], cwd: Path, outputs: list[Path], variables: Mapping[str, str], beside: int | None) -> None:
     """Run a rank in its own process."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    if beside is not None:
+        namespace = os.open(f"/proc/{beside}/ns/mnt", os.O_RDONLY)
+        assert ctypes.CDLL(None).setns(namespace, 0) == 0, "no right to enter the namespace"
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import Cleaning, TextSettings, Tokenizer
+from lmdist.text import detokenizer
 from lmdist.text.tokenizer import WordTokenizer
 
 NEWS = [
@@ -237,6 +238,16 @@ def test_the_text_of_the_first_words_begins_the_text_of_all(words, count, tokeni
     assert list(pieces(words, tokenizer))[:count] == begun
     for _ in range(2):  # as often as one likes
         assert [*begun, *pieces(words[count:], tokenizer, place.copy())] == list(pieces(words, tokenizer))
+
+
+@pytest.mark.parametrize("wordpunct", [True, False])
+def test_a_plain_word_is_written_as_any_other(wordpunct, monkeypatch):
+    """What is remembered of a word is what the rules find, after whatever word."""
+    words = ["it", "'", "s", "S", "’", "n't", "'T", "'t", "not", "can", "@-@", "@a@", "@", "``", "don", "5", "é", "x" * 50]
+    words += [second for _, second in detokenizer.PAIRS]
+    found = [detokenizer.spaced(word, before, [], wordpunct=wordpunct) for word in words for before in ["", *words]]
+    monkeypatch.setattr(detokenizer, "is_plain", lambda _: False)
+    assert found == [detokenizer.spaced(word, before, [], wordpunct=wordpunct) for word in words for before in ["", *words]]
 
 
 def test_importing_text_is_light():

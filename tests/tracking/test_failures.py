@@ -15,7 +15,7 @@ from threading import Thread
 import pytest
 
 from lmdist.tracking import address, failures, store, uploader
-from lmdist.tracking.failures import FinalError, UploadError, is_final, reason, upload_error, without_secrets
+from lmdist.tracking.failures import FinalError, UploadError, is_final, reason_without_secrets, upload_error, without_secrets
 from servers import free_port
 
 
@@ -32,7 +32,7 @@ def test_a_server_that_is_away_may_come_back_and_is_named_without_its_password(m
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     error = failure(uri)
     assert "pass" in str(error), "the test needs an error that quotes the address"
-    assert reason(error) == "ConnectionRefusedError: Connection refused"
+    assert reason_without_secrets(error) == "ConnectionRefusedError: Connection refused"
     assert not is_final(error)
 
 
@@ -70,14 +70,14 @@ def test_what_a_server_answers_is_shown_and_a_refusal_is_final(monkeypatch, stat
         error = failure(os.environ["MLFLOW_TRACKING_URI"])
         server.shutdown()
     assert is_final(error) == final
-    assert re.search(expected, reason(error))
-    assert "pass-word" not in reason(error)
+    assert re.search(expected, reason_without_secrets(error))
+    assert "pass-word" not in reason_without_secrets(error)
 
 
 def test_an_address_of_no_store_is_final():
     error = failure("foo://bar")
     assert is_final(error)
-    assert "foo://bar" in reason(error)
+    assert "foo://bar" in reason_without_secrets(error)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_secrets_are_removed(monkeypatch, text, expected):
 
 def test_a_database_that_is_damaged_is_named_with_its_reason(tmp_path):
     (tmp_path / "text.db").write_text("this is no database")
-    assert reason(failure(f"sqlite:///{tmp_path}/text.db")).endswith("text.db is not a database of SQLite")
+    assert reason_without_secrets(failure(f"sqlite:///{tmp_path}/text.db")).endswith("text.db is not a database of SQLite")
     with sqlite3.connect(tmp_path / "half.db") as half:  # as MLflow leaves it on a full disk
         half.execute("CREATE TABLE experiments (experiment_id INTEGER)")
     error = failure(f"sqlite:///{tmp_path}/half.db")
     assert is_final(error)
-    assert "the database is damaged, or of another version of MLflow: move it away" in reason(error)
+    assert "the database is damaged, or of another version of MLflow: move it away" in reason_without_secrets(error)
 
 
 def test_a_database_is_created_at_once_or_not_at_all(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_errors_of_an_upload_keep_their_kind():
     assert type(upload_error(TimeoutError("slow"))) is UploadError
     assert type(upload_error(PermissionError(13, "Permission denied"))) is FinalError
     assert str(upload_error(PermissionError(13, "Permission denied"))) == "PermissionError: Permission denied"
-    assert failures.reason(RuntimeError()) == "RuntimeError"
+    assert failures.reason_without_secrets(RuntimeError()) == "RuntimeError"
 
 
 @pytest.mark.parametrize(

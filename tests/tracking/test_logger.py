@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -116,3 +118,25 @@ def test_a_picture_that_cannot_be_written_does_not_stay_in_memory(tmp_path):
     with pytest.raises(FileNotFoundError):
         plot_losses(tmp_path / "metrics.jsonl", tmp_path / "nowhere" / "loss.png")
     assert not pyplot.get_fignums()
+
+
+@pytest.mark.parametrize("tokens", [1.0, 1.5])
+def test_the_picture_has_the_perplexity_that_compares_between_tokenizers(tmp_path, monkeypatch, tokens):
+    from matplotlib import pyplot
+
+    points = [{"step": step, "train/loss": 6.0 - step} for step in (1, 2)]
+    for step, loss in ((1, 4.0), (2, 3.0)):
+        points.append({"step": step, "valid/loss": loss, "valid/perplexity_per_word": math.exp(tokens * loss)})
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps({'time': 1.0, **point})}\n" for point in points))
+    shown = []
+    monkeypatch.setattr(pyplot, "close", shown.append)
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    monkeypatch.undo()
+    losses, *perplexities = shown[0].axes
+    labels = ["perplexity"] if tokens == 1 else ["perplexity per token", "perplexity per word (validation)"]
+    assert [axes.get_ylabel() for axes in (losses, *perplexities)] == ["nats per token", *labels]
+    for axes, factor in zip(perplexities, (1.0, tokens), strict=False):
+        places = dict(zip((label.get_text() for label in axes.get_yticklabels()), axes.get_yticks(), strict=True))
+        assert places["100"] == pytest.approx(math.log(100) / factor)
+        assert axes.get_ylim() == losses.get_ylim()
+    pyplot.close(shown[0])

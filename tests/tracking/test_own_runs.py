@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import shutil
 import subprocess
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,9 @@ PARAMETERS = {"seed": 1}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory):
+def store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path):
     """A store in SQLite, by an address of its own: MLflow keeps it open for the process."""
-    return Store(f"sqlite:///{tmp_path_factory.mktemp('store')}/store.db")
+    return Store(f"sqlite:///{shutil.copy(empty_store, tmp_path_factory.mktemp('store') / 'store.db')}")
 
 
 @pytest.fixture
@@ -52,6 +54,15 @@ def log(run: Path, first: int, last: int, **parameters: object) -> None:
 def losses(store: Store, run: Path) -> list[tuple[int, float]]:
     run_id = read_metadata(run)["run_id"]
     return [(point.step, point.value) for point in store.logged_points(run_id, "train/loss")]
+
+
+def test_a_program_that_uploads_a_run_logs_as_before(run, caplog):
+    filters = list(warnings.filters)
+    log(run, 4, 5)
+    assert sync.upload(run) != "nothing was missing, FINISHED"
+    logging.getLogger("a program").warning("it goes on")
+    assert "it goes on" in caplog.text
+    assert warnings.filters == filters
 
 
 @pytest.mark.slow

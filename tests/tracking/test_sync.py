@@ -5,7 +5,6 @@ The servers are real. Most jobs here are a logger without a training: the upload
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import resource
@@ -41,8 +40,9 @@ SECRETS = {"MLFLOW_TRACKING_PASSWORD": "planted-1", "AWS_SECRET_ACCESS_KEY": "pl
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, empty_store):
     running = Server(tmp_path_factory.mktemp("server"))
+    shutil.copy(empty_store, running.folder / "server.db")
     running.start()
     yield running
     running.kill()
@@ -140,7 +140,6 @@ def sync_here(*runs: str, code: int = 0) -> str:
     printed = StringIO()
     with patch.dict(os.environ), redirect_stdout(printed), redirect_stderr(printed), pytest.raises(SystemExit) as ended:
         command.main(runs)
-    logging.disable(logging.NOTSET)
     assert ended.value.code == code, printed.getvalue()
     assert time.monotonic() - start < 100
     return printed.getvalue()
@@ -380,8 +379,9 @@ def test_two_jobs_create_the_default_store_at_once(here, capfd):
 
 
 @pytest.mark.slow
-def test_a_run_without_mlflow_is_uploaded_by_its_recipe(here, monkeypatch):
+def test_a_run_without_mlflow_is_uploaded_by_its_recipe(here, monkeypatch, empty_store):
     data = small_data(here / "data")
+    shutil.copy(empty_store, here / "mlflow.db")
     with Job("one", mlflow=False) as job:
         job.log(1, 5)
     recipe = Recipe(data=DataSettings(folder=str(data)), model=ModelSettings(hidden_size=24))

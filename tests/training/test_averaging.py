@@ -21,9 +21,9 @@ from corpora import chain, write_data_folder
 from lmdist.errors import DataError, UsageError
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import read_json, write_json
-from lmdist.training import evaluate, loop
+from lmdist.training import evaluate, loop, measuring
 from lmdist.training.averaging import is_nonmonotone
-from lmdist.training.checkpoints.read import load_model, open_checkpoint, read_tensors
+from lmdist.training.checkpoints.read import open_checkpoint, read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist_export import export
 from lmdist_export.bundle import Bundle
@@ -104,7 +104,7 @@ def test_resumed_is_the_same_bit_for_bit(data, tmp_path, name):
 def test_resumed_is_the_same_with_a_cycle_an_average_and_patience_at_once(data, tmp_path):
     """The run ends where validation has stalled, a part of which was before the stop."""
     more = ["--schedule.name=one-cycle", "--optimizer.learning_rate=0.5", "--training.patience=2"]
-    more += ["--model.dropout=0.3", "--checkpoint.every_steps=1", "--checkpoint.keep=99"]
+    more += ["--model.dropout=0.3", "--data.window_spread=3", "--checkpoint.every_steps=1", "--checkpoint.keep=99"]
     train_here(*flags(data, tmp_path / "whole", "ema", *more, steps=60))
     validations = losses(tmp_path / "whole", "valid/loss")
     best, last = int(np.argmin(validations)), 2 * len(validations)
@@ -144,7 +144,7 @@ def test_what_is_validated_is_what_is_evaluated_and_exported(data, tmp_path, cap
     figures = json.loads(output.out.splitlines()[-1])
     assert figures["nats_per_token"] == pytest.approx(losses(run, "valid/loss")[-1], abs=1e-5)
 
-    model, _ = load_model(newest)
+    model = open_checkpoint(newest).model()
     parts = tensors(run)
     assert torch.equal(model.embedding.weight, parts["averaged.safetensors"]["embedding.weight"])
     assert not torch.allclose(model.embedding.weight, parts["model.safetensors"]["embedding.weight"], atol=1e-4)
@@ -209,7 +209,7 @@ def test_damaged_averages_are_rejected(data, tmp_path, from_step, removed, messa
     if removed:
         (folder / "averaged.safetensors").unlink()
     with pytest.raises(DataError, match=message):
-        load_model(folder)
+        open_checkpoint(folder).model()
 
 
 @given(validations=st.lists(st.integers(0, 9), max_size=12), interval=st.integers(1, 6))
@@ -272,7 +272,7 @@ def test_no_time_is_estimated_of_no_steps_nor_of_validations(data, tmp_path, cap
 
     def slow_validation(*arguments):
         time.sleep(next(seconds_more, 0))
-        return evaluate.evaluate(*arguments)
+        return measuring.evaluate(*arguments)
 
     monkeypatch.setattr(loop, "evaluate", slow_validation)
     train_here(*plain, f"--run_folder={tmp_path / 'run'}", "--training.steps=21")

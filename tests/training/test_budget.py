@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -21,7 +24,7 @@ from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.retain import newest_checkpoint
 from lmdist.training.distributed import World
 from lmdist.training.schedule import SCHEDULES, Position, learning_rate
-from support.jobs import SMALL, losses, rows, start, train, train_here
+from support.jobs import SMALL, environment, losses, rows, start, train, train_here, wait_for_steps
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -116,9 +119,10 @@ def test_a_run_of_a_few_steps_is_known_before_its_end(
     monkeypatch: pytest.MonkeyPatch, minutes: float, slow: float, steps: int, known: int
 ) -> None:
     progress = Progress()
-    Clock(monkeypatch).run(progress, minutes, slow=slow)
+    found = Clock(monkeypatch).run(progress, minutes, slow=slow)
     assert progress.plan == ({"step": known, "total_steps": steps, "minutes": minutes},)
     assert progress.step == steps
+    assert re.fullmatch(r"|one more step and .* take 0.5 s|the speed has changed since step \d, .*", found.why_missed())
 
 
 def test_steps_beyond_an_old_plan_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +146,10 @@ def test_after_a_stop_the_rest_of_the_time_is_left(monkeypatch: pytest.MonkeyPat
     longer = Clock(monkeypatch).run(progress, 10)
     assert progress.elapsed_seconds == pytest.approx(600, rel=0.03)
     assert [planned["minutes"] for planned in longer.progress.plan[-1:]] == [10]
-    assert Clock(monkeypatch).run(progress, 1).total_steps == progress.step, "less time than was used leaves nothing"
+    less = Clock(monkeypatch).run(progress, 1)
+    assert less.total_steps == progress.step, "less time than was used leaves nothing"
+    assert less.why_missed() == "it was at its end before"
+    assert longer.why_missed() == ""
 
 
 def test_the_time_of_a_run_by_epochs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,12 +183,28 @@ def check_rates(run: Path, peak: float, schedule: ScheduleSettings) -> None:
     assert logged[-1]["train/total_steps"] == progress["step"] == plan[-1]["total_steps"]
 
 
+def check_time(run: Path, seconds: int, printed: str) -> None:
+    """Check that a run has taken its time, give or take 5 %, or says why not."""
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    taken = read_json(newest / "manifest.json")["progress"]["elapsed_seconds"]
+    said = re.search(rf"  time     \d+s of {seconds}s(: .+)?\n", printed)
+    assert said
+    assert bool(said[1]) == (abs(taken - seconds) > 0.05 * seconds), (taken, said[0])
+
+
+def is_decided(run: Path, stderr: Path) -> bool:
+    """Return whether a checkpoint has how many steps there are."""
+    said = re.search(r"by the speed up to step (\d+)", stderr.read_text()) if stderr.exists() else None
+    return said is not None and any(int(path.name[5:]) >= int(said[1]) for path in run.glob("checkpoints/step-[0-9]*"))
+
+
 def test_killed_and_resumed_on_two_ranks_it_ends_in_time(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = [*SMALL, f"--data.folder={data}", f"--run_folder={run}", "--training.minutes=0.1", "--checkpoint.every_steps=1"]
     rank_0, rank_1 = start(2, *flags, cwd=tmp_path, outputs=[tmp_path / "stdout", tmp_path / "stderr"])
     deadline = time.monotonic() + 120
-    while not list((run / "checkpoints").glob("step-*[2-9]?")):  # behind the first decision
+    while not is_decided(run, tmp_path / "stderr"):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     rank_1.kill()
@@ -195,7 +218,7 @@ def test_killed_and_resumed_on_two_ranks_it_ends_in_time(data: Path, tmp_path: P
     done = train(2, *flags, "--resume=auto", cwd=tmp_path)
     total = before["plan"][-1]["total_steps"]
     assert re.search(rf"resuming after step {before['step']:,}, to step {total:,}, in the \ds left of 6s", done.stderr)
-    assert re.search(r"  time     \d+s of 6s", done.stderr)
+    check_time(run, 6, done.stderr)
     check_rates(run, 0.02, ScheduleSettings())
     newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
@@ -207,6 +230,22 @@ def test_killed_and_resumed_on_two_ranks_it_ends_in_time(data: Path, tmp_path: P
     trained = losses(run)
     train_here(*flags[len(SMALL) :], "--resume=auto")
     assert losses(run) == trained, "it was over"
+
+
+@pytest.mark.slow
+def test_a_job_of_the_launcher_that_is_killed_ends_in_its_time(data: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--data.folder=data", "--run_folder=run", "--training.minutes=0.2", "--checkpoint.every_steps=5"]
+    command = [sys.executable, "-m", "lmdist.job.launcher", "--nproc-per-node=2", "--restarts=1", *flags]
+    with (tmp_path / "stderr").open("w") as stderr:
+        job = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=stderr)
+    wait_for_steps(tmp_path / "run", 60)
+    ranks = psutil.Process(job.pid).children(recursive=True)
+    next(process for process in ranks if process.environ().get("RANK") == "1").kill()
+    assert job.wait(120) == 0
+    printed = (tmp_path / "stderr").read_text()
+    assert "rank 1 was killed by SIGKILL" in printed
+    check_time(tmp_path / "run", 12, printed)
+    check_rates(tmp_path / "run", 0.02, ScheduleSettings())
 
 
 def test_without_a_valid_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

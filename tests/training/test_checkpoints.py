@@ -18,7 +18,7 @@ from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import read_json
 from lmdist.training.checkpoints.format import Progress
-from lmdist.training.checkpoints.read import load_model, open_checkpoint, read_tensors
+from lmdist.training.checkpoints.read import open_checkpoint, read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint, remove_old
 from lmdist.training.checkpoints.write import take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
@@ -43,7 +43,8 @@ def saved(tmp_path):
 
 def test_what_was_saved_is_what_is_loaded(saved):
     run, model, optimizer, streams = saved
-    loaded, manifest = load_model(run / "checkpoints" / "step-000000030")
+    opened = open_checkpoint(run / "checkpoints" / "step-000000030")
+    loaded, manifest = opened.model(), opened.manifest
     for name, value in model.named_parameters():
         assert torch.equal(dict(loaded.named_parameters())[name], value)
     assert loaded.projection.weight is loaded.embedding.weight

@@ -26,10 +26,11 @@ from lmdist.tracking import sync
 from lmdist.tracking.metadata import read_metadata
 from lmdist.tracking.run_folder import read_metrics
 from lmdist.tracking.store import Store
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
-from lmdist.training.evaluate import evaluate, main, unigram_nats
+from lmdist.training.evaluate import main
+from lmdist.training.measuring import evaluate, unigram_nats
 from servers import free_port
 from support.jobs import losses, train_here
 
@@ -63,8 +64,8 @@ def command(capsys):
 
 
 @pytest.mark.slow
-def test_the_test_perplexity_is_added_to_the_run_and_to_mlflow(trained, command, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+def test_the_test_perplexity_is_added_to_the_run_and_to_mlflow(trained, command, tmp_path, monkeypatch, empty_store):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_store, tmp_path / 'store.db')}")
     run, _ = trained
     sync.upload(run)
     step = read_json(find_checkpoint(run) / "manifest.json")["progress"]["step"]
@@ -93,7 +94,7 @@ def test_the_test_perplexity_is_added_to_the_run_and_to_mlflow(trained, command,
 
 def test_perplexity_is_that_of_one_pass_over_all_tokens(trained):
     run, data = trained
-    model, _ = load_model(find_checkpoint(run))
+    model = open_checkpoint(find_checkpoint(run)).model()
     tokens = torch.from_numpy(np.fromfile(data / "test.bin", "<u2").astype(np.int64))
     inputs = torch.cat([torch.tensor([1]), tokens[:-1]])
     with torch.no_grad():
@@ -114,7 +115,7 @@ def test_perplexity_is_that_of_one_pass_over_all_tokens(trained):
 @pytest.mark.parametrize("window", [1, 7, 200])
 def test_the_window_changes_nothing(trained, window):
     run, data = trained
-    model, _ = load_model(find_checkpoint(run))
+    model = open_checkpoint(find_checkpoint(run)).model()
     tokens = np.fromfile(data / "test.bin", "<u2")
     nats = evaluate(model, tokens, 1, window, ONE)
     assert nats.count == 99
@@ -125,7 +126,7 @@ def test_the_window_changes_nothing(trained, window):
 def test_ranks_share_the_streams_out(trained, size):
     """What the ranks measure adds up to what one rank measures, also where they have unequal shares."""
     run, data = trained
-    model, _ = load_model(find_checkpoint(run))
+    model = open_checkpoint(find_checkpoint(run)).model()
     tokens = np.fromfile(data / "valid.bin", "<u2")
     parts = [evaluate(model, tokens, 10, 7, World(rank, size, torch.device("cpu"))) for rank in range(size)]
     whole = evaluate(model, tokens, 10, 7, ONE)
@@ -162,7 +163,9 @@ def test_no_credentials_are_shown_or_kept(trained, command):
     files = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
     assert any(b"https://host/a.csv?..." in data for data in files)
     assert not any(secret in data for data in files for secret in (b"reader", b"geheim", b"abcdef"))
-    assert config.flat(Recipe(prepare=PrepareSettings(train="s3://k:geheim@b/*.csv")))["prepare.train"] == "s3://b/*.csv"
+    assert (
+        config.named_settings(Recipe(prepare=PrepareSettings(train="s3://k:geheim@b/*.csv")))["prepare.train"] == "s3://b/*.csv"
+    )
     pytest.importorskip("fsspec").filesystem("memory").pipe("/reader:geheim@texts/a.txt", b"w3 w4\n")
     output = command(run, "--file=memory://reader:geheim@texts/a.txt", "--json")
     assert json.loads(output.out)["text"] == "memory://texts/a.txt"

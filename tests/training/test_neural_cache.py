@@ -18,7 +18,7 @@ from corpora import chain, write_data_folder
 from lmdist.cache_settings import NeuralCache, read_tuned, write_tuned
 from lmdist.errors import DataError
 from lmdist.training import neural_cache
-from lmdist.training.checkpoints.read import load_model
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.evaluate import main
 from lmdist.training.neural_cache import best_weight, log_mean, mixed, token_log_probabilities, tune
@@ -141,7 +141,8 @@ def test_the_cache_of_the_command(runs: tuple[Path, Path], command: Callable[...
 
     # It was tuned on valid, and applied once to test.
     checkpoint = find_checkpoint(run)
-    model, manifest = load_model(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    model, manifest = opened.model(), opened.manifest
     data = Path(manifest["recipe"]["data"]["folder"])
     assert cache == tune(model, np.fromfile(data / "valid.bin", "<u2"), 1, CPU, 60)
     tokens = np.fromfile(data / "test.bin", "<u2")
@@ -150,7 +151,7 @@ def test_the_cache_of_the_command(runs: tuple[Path, Path], command: Callable[...
 
     # The run remembers it, for these parameters: those of the other run are of the same step.
     assert read_tuned(run, manifest["files"]["model.safetensors"]["sha256"]) == cache
-    _, other = load_model(find_checkpoint(runs[1]))
+    other = open_checkpoint(find_checkpoint(runs[1])).manifest
     assert other["progress"]["step"] == manifest["progress"]["step"]
     assert read_tuned(run, other["files"]["model.safetensors"]["sha256"]) is None
     alone = tmp_path / "alone"
@@ -173,7 +174,7 @@ def test_ensembles_of_the_command(runs: tuple[Path, Path], command: Callable[...
     both = json.loads(command(one, other, "--json").out)
     assert both["perplexities"] == pytest.approx([first["perplexity"], second["perplexity"]], rel=1e-5)
     assert len(both["checkpoints"]) == 2
-    models = [load_model(find_checkpoint(run))[0] for run in runs]
+    models = [open_checkpoint(find_checkpoint(run)).model() for run in runs]
     tokens = np.fromfile(one.parent / "data" / "test.bin", "<u2")
     probabilities = [token_log_probabilities(model, tokens, 1, CPU)[0].exp() for model in models]
     assert both["nats_per_token"] == pytest.approx(-float(((probabilities[0] + probabilities[1]) / 2).log().mean()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import resource
@@ -12,6 +13,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +25,11 @@ from corpora import chain, write_data_folder
 from lmdist.errors import DataError, Stopped
 from lmdist.settings import ModelSettings
 from lmdist.training.checkpoints.format import Progress
-from lmdist.training.checkpoints.read import load_model, open_checkpoint
+from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import newest_checkpoint, remove_old, remove_unfinished
 from lmdist.training.checkpoints.write import NICENESS, Saver, take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
-from support.jobs import SMALL, after_one_step, environment, losses, rows, small_data, train_here
+from support.jobs import SMALL, after_one_step, losses, rows, small_data, train, train_here
 
 
 @pytest.fixture
@@ -35,53 +39,99 @@ def state(tmp_path):
     return data, *after_one_step(ModelSettings(embedding_size=32, hidden_size=64), 50, rows=4)
 
 
-@pytest.mark.slow
-def test_200_kills_while_saving_leave_nothing_that_cannot_be_read(state, tmp_path):
-    """A child saves step after step, each with the step's number in its parameters, and is killed at a random moment."""
-    data, model, optimizer, streams, recipe = state
-    checkpoints = tmp_path / "checkpoints"
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+"""The audit events of changes to files, beside those that open one to write."""
 
-    def save(step: int) -> None:
+
+def kill_before_change(number: int) -> None:
+    """Have this process killed before a change to files, the next of which is number 0."""
+    left = itertools.count(number, -1)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if (event in CHANGES or (event == "open" and arguments[2] & os.O_ACCMODE != os.O_RDONLY)) and not next(left):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+class Saving:
+    """Children that save step after step, each with the step's number in its parameters, and are killed."""
+
+    def __init__(self, state: Any, checkpoints: Path) -> None:
+        self.data, self.model, self.optimizer, self.streams, self.recipe = state
+        self.checkpoints = checkpoints
+        began = time.monotonic()
+        for step in range(1, 6):
+            self.save(step)
+        self.step, self.seconds = 5, (time.monotonic() - began) / 5
+
+    def save(self, step: int) -> None:
         with torch.no_grad():
-            model.projection.bias.fill_(step)
-        taken = take_snapshot(Progress(step), model, optimizer, streams)
-        write_checkpoint(checkpoints, taken, recipe, DataFolder(data))
-        remove_old(checkpoints, keep=2)
+            self.model.projection.bias.fill_(step)
+        taken = take_snapshot(Progress(step), self.model, self.optimizer, self.streams)
+        write_checkpoint(self.checkpoints, taken, self.recipe, DataFolder(self.data))
+        remove_old(self.checkpoints, keep=2)
 
-    began = time.monotonic()
-    for step in range(1, 6):
-        save(step)
-    longest_wait = 3 * (time.monotonic() - began) / 5  # a third of the kills comes before the first save is done
-    generator = random.Random(5)
-    step, in_the_middle = 5, 0
-    for kill in range(200):
+    def fork(self, saves: int, change: int | None = None) -> int:
+        """Return the process id of a child that makes so many saves, and is killed before a change."""
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(writing, b"!")  # to copy a process that has run many tests takes longer than some of these waits
-            remove_unfinished(checkpoints)
-            while True:
-                step += 1
-                save(step)
+            try:
+                os.write(writing, b"!")  # to copy a process that has run many tests takes longer than some of the waits below
+                remove_unfinished(self.checkpoints)
+                if change is not None:
+                    kill_before_change(change)
+                for number in range(saves):
+                    self.save(self.step + 1 + number)
+                os._exit(0)
+            finally:
+                os._exit(1)
         os.read(reading, 1)
-        time.sleep(generator.uniform(0, longest_wait))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         os.close(reading)
         os.close(writing)
-        in_the_middle += any(path.name.startswith(".") for path in checkpoints.glob(".*"))
-        found = newest_checkpoint(checkpoints)
-        assert found is not None, f"kill {kill}: nothing is left of step {step}"
-        loaded, manifest = load_model(found)  # checks the sums of all its files
-        assert manifest["progress"]["step"] >= step, f"kill {kill}: an earlier checkpoint than before"
+        return child
+
+    def check(self, kill: str) -> None:
+        """Check that what a killed child has left can be read, and is not older than what there was before."""
+        found = newest_checkpoint(self.checkpoints)
+        assert found is not None, f"{kill}: nothing is left of step {self.step}"
+        opened = open_checkpoint(found)  # checks the sums of all its files
+        loaded, manifest = opened.model(), opened.manifest
         step = manifest["progress"]["step"]
-        assert loaded.get_parameter("projection.bias").unique().tolist() == [step], f"kill {kill}: half of another step"
+        assert step >= self.step, f"{kill}: an earlier checkpoint than before"
+        assert loaded.get_parameter("projection.bias").unique().tolist() == [step], f"{kill}: half of another step"
         fresh = torch.optim.AdamW(loaded.parameters())
         assert open_checkpoint(found).load_training(fresh)[0].step == step
-    for folder in checkpoints.glob("step-*"):
+        self.step = step
+
+
+def test_a_kill_before_any_change_to_files_while_saving_leaves_nothing_that_cannot_be_read(state, tmp_path):
+    saving = Saving(state, tmp_path / "checkpoints")
+    change, status = -1, 1
+    while status != 0:
+        change += 1
+        _, status = os.waitpid(saving.fork(1, change), 0)
+        saving.check(f"killed before change {change}")
+        assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+    assert change > 15, "a save makes more changes than these"
+    for folder in saving.checkpoints.glob("step-*"):
         open_checkpoint(folder)
-    assert step > 25, "hardly anything was saved"
-    assert in_the_middle > 20, "hardly any kill came while something was being written"
+
+
+def test_a_kill_at_any_moment_while_saving_leaves_nothing_that_cannot_be_read(state, tmp_path):
+    """In the middle of a change as well."""
+    saving = Saving(state, tmp_path / "checkpoints")
+    generator, in_the_middle = random.Random(5), 0
+    for kill in range(30):
+        child = saving.fork(1_000_000)
+        time.sleep(generator.uniform(0, 3 * saving.seconds))  # a third of the kills comes before the first save is done
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        in_the_middle += any(path.name.startswith(".") for path in saving.checkpoints.glob(".*"))
+        saving.check(f"kill {kill}")
+    assert saving.step > 8, "hardly anything was saved"
+    assert in_the_middle > 2, "hardly any kill came while something was being written"
 
 
 def test_a_write_that_fails_is_a_warning_and_the_last_one_a_stop(state, tmp_path, capsys):
@@ -229,8 +279,28 @@ def can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(inside, capture_output=True).returncode == 0
 
 
+@contextlib.contextmanager
+def disk(place: Path, size: str) -> Iterator[int]:
+    """Mount a disk of a size in a namespace of its own, and yield the process that is there."""
+    place.mkdir()
+    script = f"mount -t tmpfs -o size={size} none {place} && echo mounted && exec cat"
+    command = ["unshare", "--mount", "sh", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as there:
+        assert there.stdout
+        assert there.stdout.readline() == "mounted\n"
+        yield there.pid
+
+
+def run_beside(process: int, *command: str | Path) -> None:
+    """Run a command that sees the file systems of a process."""
+    subprocess.run(["nsenter", f"--target={process}", "--mount", *command], check=True)
+
+
+needs_disk = pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+@needs_disk
 def test_a_full_disk_costs_warnings_and_the_last_checkpoint_and_nothing_before(tmp_path):
     """A disk of its own for the run, full after a few checkpoints; then a larger one, to the same end."""
     data = write_data_folder(tmp_path / "data", {"train": chain(4510, 30), "valid": chain(103, 30, seed=1)}, 30)
@@ -242,19 +312,14 @@ def test_a_full_disk_costs_warnings_and_the_last_checkpoint_and_nothing_before(t
         "--training.validate_every=20",
     ]
     train_here(*flags, f"--run_folder={tmp_path / 'whole'}")
-    (tmp_path / "disk").mkdir()
-    command = f"{sys.executable} -m lmdist.train {' '.join(flags)} --run_folder=disk/run"
-    script = (
-        f"mount -t tmpfs -o size=420k none disk; {command}; echo code $?; "
-        f"mount -o remount,size=4m disk; {command} --resume=auto; echo code $?; cp -r disk/run kept"
-    )
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["code", "75", "code", "0"], done.stderr
-    assert "could not be written" in done.stderr
-    assert "Traceback" not in done.stderr
-    kept = tmp_path / "kept"
+    place, kept = tmp_path / "disk", tmp_path / "kept"
+    with disk(place, "420k") as there:
+        full = train(1, *flags, "--run_folder=disk/run", cwd=tmp_path, code=75, beside=there)
+        run_beside(there, "mount", "-o", "remount,size=4m", place)
+        more = train(1, *flags, "--run_folder=disk/run", "--resume=auto", cwd=tmp_path, beside=there)
+        run_beside(there, "cp", "-r", place / "run", kept)
+    assert "could not be written" in full.stderr
+    assert "Traceback" not in full.stderr + more.stderr
     assert losses(kept) == losses(tmp_path / "whole")
     assert len({row["step"] for row in rows(kept)}) == 60
     for name in ("model.safetensors", "training.safetensors"):
@@ -262,22 +327,18 @@ def test_a_full_disk_costs_warnings_and_the_last_checkpoint_and_nothing_before(t
         assert one.read_bytes() == two.read_bytes()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+@needs_disk
 def test_a_disk_that_is_full_from_the_start_is_a_stop(tmp_path):
     small_data(tmp_path / "data")
-    (tmp_path / "disk").mkdir()
-    job = f"{sys.executable} -m lmdist.train {' '.join(SMALL)} --data.folder=data --run_folder=disk/run --training.steps=1"
-    script = f"mount -t tmpfs -o size=4k none disk; head -c 4096 /dev/zero > disk/filler; {job}; echo code $?"
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["code", "75"], done.stderr
+    with disk(tmp_path / "disk", "4k") as there:
+        run_beside(there, "dd", "if=/dev/zero", f"of={tmp_path / 'disk' / 'filler'}", "bs=4096", "count=1", "status=none")
+        flags = ["--data.folder=data", "--run_folder=disk/run", "--training.steps=1"]
+        done = train(1, *SMALL, *flags, cwd=tmp_path, code=75, beside=there)
     assert "No space left on device: make room" in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="no right to mount a small disk")
+@needs_disk
 def test_a_full_disk_while_preparing_leaves_no_half_folder(tmp_path):
     words = " ".join(f"word{number % 5000}" for number in range(60_000))
     (tmp_path / "text.txt").write_text("\n\n".join([words] * 20))

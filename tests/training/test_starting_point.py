@@ -15,7 +15,7 @@ import torch
 from lmdist import config
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.model.language_model import LanguageModel
-from lmdist.settings import InitSettings, ModelSettings, Recipe
+from lmdist.settings import MODEL_SIZES, InitSettings, ModelSettings, Recipe
 from lmdist.storage.held import HeldFolder
 from lmdist.text.vectors import read_vectors
 from lmdist.text.vocabulary import Vocabulary
@@ -34,8 +34,7 @@ NEW_WORDS = ["lion", *PLAIN_WORDS[::-2], "tiger", "Bear", *PLAIN_WORDS[1::4]]
 
 def model_flags(settings: ModelSettings) -> list[str]:
     """Return the flags of a recipe with this model."""
-    sizes = {name: getattr(settings, name) for name in ("embedding_size", "hidden_size", "num_layers", "tied", "head")}
-    return [f"--model.{name}={str(value).lower()}" for name, value in sizes.items()]
+    return [f"--model.{name}={str(getattr(settings, name)).lower()}" for name in MODEL_SIZES]
 
 
 def started(base: Path, data: Path, settings: ModelSettings, seed: int = 1, embeddings: str = "") -> LanguageModel:
@@ -44,7 +43,7 @@ def started(base: Path, data: Path, settings: ModelSettings, seed: int = 1, embe
     torch.manual_seed(seed)
     model = LanguageModel(settings, folder.vocabulary_size)
     init_from = str(base) if base.name else ""
-    start(model, Recipe(init_from=init_from, model=settings, seed=seed, init=InitSettings(embeddings)), folder)
+    start(model, Recipe(init_from=init_from, model=settings, seed=seed, init=InitSettings(embeddings=embeddings)), folder)
     return model
 
 
@@ -193,7 +192,7 @@ def test_the_number_of_ranks_changes_nothing(base, tmp_path):
         (["--init_from=data"], MissingInputError, "holds no checkpoint"),
         (["--data.folder=lowercase"], UsageError, "read text with lowercase False, and lowercase was prepared with True"),
         (["--data.folder=foreign"], UsageError, "has none of the words of foreign"),
-        (["--init_from=cut"], DataError, "no checkpoint that can be read|is damaged|not a file of safetensors"),
+        (["--init_from=cut"], DataError, "cut.model.safetensors is damaged: it has"),
         (["--init_from=cut-bundle"], DataError, "weights.bin is damaged"),
         (["--init.embeddings=none.vec"], MissingInputError, "none.vec does not exist"),
         (["--init.freeze=layers.2"], UsageError, "init.freeze has layers.2; the parts of this model are embedding, layers.0"),
@@ -272,6 +271,44 @@ def test_a_layer_decay_scales_the_steps_of_lower_layers(tmp_path, name):
         share = next(value for part, value in shares.items() if key.startswith(part))
         torch.testing.assert_close(moved[1][key], share * whole, rtol=1e-3, atol=1e-6, msg=key)
         assert whole.any(), key
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_weight_decay_may_leave_out_biases_and_the_embedding(tmp_path, name):
+    data = make_data(tmp_path / "data", "whitespace", PLAIN_WORDS)
+    plain = f"--data.folder={data} --optimizer.name=sgd --optimizer.clip=0 --optimizer.weight_decay=0.25 --training.steps=1 "
+    plain += "--schedule.name=constant --optimizer.learning_rate=1 --sample.words=0 --model.dropout=0"
+    after = {}
+    for of in ("all", "matrices"):
+        run = tmp_path / of
+        train_here(*plain.split(), *model_flags(MODELS[name]), f"--run_folder={run}", f"--optimizer.weight_decay_of={of}")
+        after[of] = parameters(run)
+    torch.manual_seed(1)
+    before = dict(LanguageModel(MODELS[name], len(PLAIN_WORDS) + 2).named_parameters())
+    for key, value in after["all"].items():
+        share = 0.25 if value.ndim == 1 or key == "embedding.weight" else 0
+        torch.testing.assert_close(after["matrices"][key], value + share * before[key].detach(), rtol=1e-3, atol=1e-6, msg=key)
+
+
+# --- the layers' first parameters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_begins_with_the_parameters_that_init_names(tmp_path, ranks):
+    data = make_data(tmp_path / "data", "whitespace", PLAIN_WORDS)
+    flags = f"--data.folder={data} --optimizer.name=sgd --optimizer.learning_rate=1e-12 --training.steps=1 --sample.words=0 "
+    flags += "--data.global_batch=8 --data.window=7 --training.precision=fp32 --tracking.mlflow=false"
+    for run, more in {"plain": "", "own": " --init.recurrent=orthogonal --init.forget_gate_bias=1.5"}.items():
+        train(ranks, *f"{flags}{more}".split(), *model_flags(TIED), f"--run_folder={tmp_path / run}", cwd=tmp_path)
+    plain, own = parameters(tmp_path / "plain"), parameters(tmp_path / "own")
+    for key, value in own.items():
+        expected = plain[key].clone()
+        if key.endswith("weight_hh_l0"):
+            value = torch.stack([gate @ gate.t() for gate in value.chunk(4)])
+            expected = torch.eye(value.shape[1]).expand_as(value)
+        elif "bias" in key and key.startswith("layers."):
+            expected.chunk(4)[1].fill_(1.5 if "_ih_" in key else 0.0)
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-5, msg=key)
 
 
 # --- word vectors ----------------------------------------------------------------------------------------------------

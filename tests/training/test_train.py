@@ -28,7 +28,9 @@ from lmdist.model.loss import IGNORED
 from lmdist.settings import DEMO_SETTINGS, OptimizerSettings, PrepareSettings, Recipe
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import read_json
+from lmdist.tracking.plot import plot_losses
 from lmdist.train import prepare_if_absent
+from lmdist.training import report
 from lmdist.training.checkpoints.read import read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist.training.data import DataFolder, training_batches
@@ -65,13 +67,13 @@ ADAPTIVE = "--model.head=adaptive --model.tied=false --optimizer.activation_pena
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("batching", "more", "run_four"),
+    ("batching", "more", "run_two"),
     [("streams", [], torchrun), ("windows", ADAPTIVE, train)],
     ids=["streams", "windows, adaptive"],
 )
-def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching, more, run_four):
+def test_the_number_of_ranks_changes_nothing(data, tmp_path, batching, more, run_two):
     flags = [*SMALL, *DROPOUT, f"--data.folder={data}", f"--data.batching={batching}", "--training.epochs=2", *more]
-    for ranks, run in ((1, train), (2, train), (4, run_four)):
+    for ranks, run in ((1, train), (2, run_two), (4, train)):
         run(ranks, *flags, f"--run_folder={ranks}", cwd=tmp_path)
     one = tmp_path / "1"
     assert len(losses(one)) >= 18
@@ -222,7 +224,8 @@ def test_last_checkpoints_and_the_best_are_kept(data):
     assert find_checkpoint(data.parent / "run").name == best
 
 
-def test_the_run_folder_has_the_files_that_the_readme_names(data):
+def test_the_run_folder_has_the_files_that_the_readme_names(data, monkeypatch):
+    monkeypatch.setattr(report, "plot_losses", plot_losses)
     train_here(*into_run(data, "--training.steps=3", "--sample.final_words=12"))
     run = data.parent / "run"
     assert {path.name for path in run.iterdir()} == {
@@ -267,6 +270,11 @@ MISTAKES = {
     "no such data": (["--data.folder=nowhere"], 66, "lmdist-prepare"),
     "text too short": (["--data.window=70"], 65, "451 tokens to train on; 8 sequences of 70 need 560"),
     "batch not divisible": (["--training.accumulation=3"], 64, "data.global_batch 8 cannot be divided evenly"),
+    "more than any memory": (
+        ["--model.embedding_size=100000", "--model.hidden_size=1000000"],
+        64,
+        "this machine's memory is full",
+    ),
     "half precision on a CPU": (["--training.precision=fp16"], 64, "needs a GPU"),
     "diverging": ([*DIVERGING, "--training.steps=9", "--training.log_every=9"], 64, "diverged"),
 }

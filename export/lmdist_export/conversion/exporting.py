@@ -1,7 +1,7 @@
 """Export a checkpoint: write its bundle, compare it with torch, and move it into place.
 
-    checkpoint = Checkpoint.load(Path("runs/news"))
-    manifest = export_bundle(checkpoint, Path("bundles/news"), held_out_text(checkpoint, None), "int8")
+    trained = TrainedModel.load(Path("runs/news"))
+    manifest = export_bundle(trained, Path("bundles/news"), held_out_text(trained, None), "int8")
 
 The graphs are written, opened by onnxruntime and compared with torch (verify.py) before the bundle appears under its name. A
 bundle that differs leaves nothing behind, nor does a precision that costs too much. bundle.py and docs/bundle.md describe the
@@ -52,10 +52,11 @@ SPEED_TOKENS = 30
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint in memory: all that an export takes from it."""
+class TrainedModel:
+    """A trained model in memory: all that an export takes from its checkpoint."""
 
     path: Path
+    """Of its checkpoint."""
     model: LanguageModel
     manifest: dict[str, Any]
     vocabulary: Vocabulary
@@ -65,7 +66,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, run_or_checkpoint: str | Path) -> Self:
-        """Load a checkpoint, of a run the best one; raises MissingInputError or DataError."""
+        """Load it from a checkpoint, of a run from the best one; raises MissingInputError or DataError."""
         found = open_checkpoint(find_checkpoint(Path(run_or_checkpoint)))
         return cls(found.path, found.model(), found.manifest, found.vocabulary, found.tokenizer, found.contents)
 
@@ -82,7 +83,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Return the step at which it was written."""
+        """Return the step at which its checkpoint was written."""
         return self.manifest["progress"]["step"]
 
     @property
@@ -111,7 +112,7 @@ class HeldOutText(NamedTuple):
     """Of the original text, where it was counted."""
 
 
-def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | None:
+def held_out_text(trained: TrainedModel, data: str | None) -> HeldOutText | None:
     """Return a split of the folder `data`, or of the one that the model was trained on; None if `data` is "none".
 
     It is the valid split, or another if there is none: two runtimes are compared, not two models.
@@ -119,7 +120,7 @@ def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | Non
     if data == "none":
         return None
     otherwise = ", or export without held-out text by --data none"
-    folder = folder_of_model(checkpoint.manifest, Path(data) if data else None, otherwise)
+    folder = folder_of_model(trained.manifest, Path(data) if data else None, otherwise)
     split = next(name for name in ("valid", "test", "train") if folder.has(name))
     tokens = folder.tokens(split)
     if len(tokens) == 0:
@@ -128,7 +129,7 @@ def held_out_text(checkpoint: Checkpoint, data: str | None) -> HeldOutText | Non
 
 
 def export_bundle(
-    checkpoint: Checkpoint,
+    trained: TrainedModel,
     output: str | Path,
     held_out: HeldOutText | None,
     precision: str = "fp32",
@@ -141,12 +142,12 @@ def export_bundle(
     Raises MismatchError for a graph that differs from torch, UsageError for a precision that is impossible or costs too much.
     """
     check_held_out(held_out, precision)
-    if reason := obstacle(checkpoint.tokenizer.settings, checkpoint.vocabulary):
+    if reason := obstacle(trained.tokenizer.settings, trained.vocabulary):
         log(f"without {TOKENIZER}: {reason}", EXPORT_COMMAND)
     with atomic_folder(Path(output), replace=replace) as folder:
         if precision == "auto":
-            return write_fastest(checkpoint, folder, held_out, max_loss_percent)
-        return write_bundle(checkpoint, folder, held_out, precision, max_loss_percent)
+            return write_fastest(trained, folder, held_out, max_loss_percent)
+        return write_bundle(trained, folder, held_out, precision, max_loss_percent)
 
 
 def check_held_out(held_out: HeldOutText | None, precision: str) -> None:
@@ -156,7 +157,7 @@ def check_held_out(held_out: HeldOutText | None, precision: str) -> None:
 
 
 def write_fastest(
-    checkpoint: Checkpoint, folder: Path, held_out: HeldOutText | None, max_loss_percent: float | None
+    trained: TrainedModel, folder: Path, held_out: HeldOutText | None, max_loss_percent: float | None
 ) -> dict[str, Any]:
     """Write bundles of several precisions and keep the one that generates one text fastest here; return its manifest."""
     speeds: dict[str, float] = {}
@@ -165,7 +166,7 @@ def write_fastest(
         trial = folder / precision
         trial.mkdir()
         try:
-            manifests[precision] = write_bundle(checkpoint, trial, held_out, precision, max_loss_percent)
+            manifests[precision] = write_bundle(trained, trial, held_out, precision, max_loss_percent)
         except UsageError as error:
             log(f"without {precision}: {error}", EXPORT_COMMAND)
             continue
@@ -180,34 +181,34 @@ def write_fastest(
 
 
 def write_bundle(
-    checkpoint: Checkpoint, folder: Path, held_out: HeldOutText | None, precision: str, max_loss_percent: float | None
+    trained: TrainedModel, folder: Path, held_out: HeldOutText | None, precision: str, max_loss_percent: float | None
 ) -> dict[str, Any]:
     """Write the bundle of one precision into an empty folder and verify it; return its manifest."""
-    model = checkpoint.model
+    model = trained.model
     if precision == "int4" and model.settings.head == "adaptive":
         raise UsageError(
             "--precision int4 stores a projection of one row a word, and this model has an adaptive head: use int8"
         )
-    sizes = write_graphs(model, folder, checkpoint.run, precision)
-    for name, content in checkpoint.contents.items():
+    sizes = write_graphs(model, folder, trained.run, precision)
+    for name, content in trained.contents.items():
         (folder / name).write_bytes(content)
-    if not obstacle(checkpoint.tokenizer.settings, checkpoint.vocabulary):
-        write_tokenizer(folder, checkpoint.tokenizer, checkpoint.vocabulary)
+    if not obstacle(trained.tokenizer.settings, trained.vocabulary):
+        write_tokenizer(folder, trained.tokenizer, trained.vocabulary)
     files = checksums(folder)
     log(f"comparing {precision} with torch" + ("" if held_out is None else ", also on held-out text"), EXPORT_COMMAND)
     generation = EXPORTED
-    sampler = Sampler(Bundle(HeldFolder(folder), {}, sizes, checkpoint.vocabulary, generation))
+    sampler = Sampler(Bundle(HeldFolder(folder), {}, sizes, trained.vocabulary, generation))
     max_loss = MAX_LOSS_PERCENT.get(precision, 0.0) if max_loss_percent is None else max_loss_percent
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sizes": dataclasses.asdict(sizes),
-        "cache": None if (cache := checkpoint.cache) is None else dataclasses.asdict(cache),
-        "run": checkpoint.run,
-        "run_id": checkpoint.run_id,
-        "step": checkpoint.step,
-        "started_from": checkpoint.manifest["progress"]["started_from"],
+        "cache": None if (cache := trained.cache) is None else dataclasses.asdict(cache),
+        "run": trained.run,
+        "run_id": trained.run_id,
+        "step": trained.step,
+        "started_from": trained.manifest["progress"]["started_from"],
         "tolerance": TOLERANCES.get(precision),
         "differences": check_values(sampler, model),
         "held_out": held_out and check_perplexity(sampler, model, held_out.split, held_out.tokens, max_loss, held_out.size),
@@ -223,7 +224,7 @@ def write_bundle(
     manifest[OWN_CHECKSUM] = own_checksum(manifest)
     write_json(folder / GENERATION_CONFIG, dataclasses.asdict(generation))
     write_json(folder / MANIFEST, manifest)
-    write_model(folder, checkpoint.run_id, has_pieces=checkpoint.tokenizer.settings.has_pieces)
+    write_model(folder, trained.run_id, has_pieces=trained.tokenizer.settings.has_pieces)
     return manifest
 
 

@@ -236,7 +236,7 @@ def constants(model: LanguageModel) -> dict[str, NDArray[np.int64]]:
 
 def verify(path: Path, model: LanguageModel) -> dict[str, float]:
     """Return the max errors against torch, token by token with the state fed back, or raise MismatchError."""
-    session = open_session(path.read_bytes(), path.parent, "cpu", 0)
+    session = open_session(path, "cpu", 0)
     random = np.random.default_rng(0)
     inputs, outputs = [f"{part}0" for part in STATE], [f"next_{part}0" for part in STATE]
     largest = dict.fromkeys(["log_softmax", *outputs], 0.0)

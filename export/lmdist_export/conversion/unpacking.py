@@ -8,6 +8,7 @@ Shapes: V vocabulary (V' rounded up to whole blocks), H a layer's size, N rows, 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,15 +40,15 @@ def load_model(bundle: Bundle) -> LanguageModel:
         head="adaptive" if sizes.cutoffs else "full",
     )
     if settings.layer_sizes != sizes.layer_sizes:
-        raise DataError(f"{bundle.folder} is a model with layers of {sizes.layer_sizes}, which lmdist does not train")
+        raise DataError(f"{bundle.name} is a model with layers of {sizes.layer_sizes}, which lmdist does not train")
     model = LanguageModel(settings, sizes.vocabulary_size)
     if isinstance(model.projection, nn.AdaptiveLogSoftmaxWithLoss) and model.projection.cutoffs[:-1] != sizes.cutoffs:
-        raise DataError(f"{bundle.folder} has an adaptive head with clusters from {sizes.cutoffs}, which lmdist does not train")
+        raise DataError(f"{bundle.name} has an adaptive head with clusters from {sizes.cutoffs}, which lmdist does not train")
     found = torch_weights(float_weights(bundle), sizes)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if not found[name].isfinite().all():
-                raise DataError(f"{bundle.folder / WEIGHTS} holds numbers that are not finite")
+                raise DataError(f"{Path(bundle.name) / WEIGHTS} holds numbers that are not finite")
             value.copy_(found[name])
     return model.eval()
 

@@ -28,8 +28,8 @@ from lmdist.settings import LEARNED
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.reading import as_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
-from lmdist_export.bundle import MODEL, WEIGHTS
-from lmdist_export.conversion.exporting import Checkpoint, HeldOutText, check_held_out, write_bundle
+from lmdist_export.bundle import STEP_GRAPH, WEIGHTS
+from lmdist_export.conversion.exporting import HeldOutText, TrainedModel, check_held_out, write_bundle
 from lmdist_export.graph.graphs import generation_graph
 from lmdist_export.graph.network import Target
 from lmdist_export.graph.sizes import Sizes
@@ -94,7 +94,7 @@ def is_layout(folder: Path) -> bool:
 
 
 def write(
-    checkpoint: Checkpoint,
+    trained: TrainedModel,
     output: Path,
     held_out: HeldOutText | None,
     precision: str,
@@ -107,9 +107,9 @@ def write(
 
     Raises UsageError for a tokenizer that JavaScript does not have, and for a folder that is not onnxruntime-web's package.
     """
-    if checkpoint.tokenizer.settings.tokenizer not in TOKENIZERS:
+    if trained.tokenizer.settings.tokenizer not in TOKENIZERS:
         raise UsageError(
-            f"--layout web: the text of this model was split by {checkpoint.tokenizer.settings.tokenizer}, and the page knows "
+            f"--layout web: the text of this model was split by {trained.tokenizer.settings.tokenizer}, and the page knows "
             f"{', '.join(TOKENIZERS)} only"
         )
     check_held_out(held_out, precision)
@@ -124,21 +124,21 @@ def write(
                 shutil.copyfile(file, folder / RUNTIME_FOLDER / file.name)
         model = folder / MODEL_FOLDER
         model.mkdir()
-        manifest = write_bundle(checkpoint, model, held_out, precision, max_loss_percent)
-        (model / MODEL).rename(model / STEP)
+        manifest = write_bundle(trained, model, held_out, precision, max_loss_percent)
+        (model / STEP_GRAPH).rename(model / STEP)
         for file in model.iterdir():
             if file.name not in (STEP, WEIGHTS, VOCABULARY, TEXT):
                 file.unlink()
         sizes = Sizes(**manifest["sizes"])
         for name, features in feature_sets():
-            graph = generation_graph(sizes, features, Target(WEIGHTS), checkpoint.run)
+            graph = generation_graph(sizes, features, Target(WEIGHTS), trained.run).content
             (model / f"{name}.onnx").write_bytes(graph)
         runtime = ON_CDN if package is None else Runtime(*(described_file(file, f"{RUNTIME_FOLDER}/") for file in package))
         about = {
             "format": FORMAT,
             "version": VERSION,
-            "name": checkpoint.run,
-            "step": checkpoint.step,
+            "name": trained.run,
+            "step": trained.step,
             "sizes": manifest["sizes"],
             "padded": sizes.padded,
             "attempts": ATTEMPTS,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lmdist.model.language_model import LanguageModel
-from lmdist_export.bundle import GENERATION, MODEL, WEIGHTS
+from lmdist_export.bundle import GENERATION_GRAPH, STEP_GRAPH, WEIGHTS
 from lmdist_export.graph.cell import layer_weights
 from lmdist_export.graph.graphs import generation_graph, step_graph
 from lmdist_export.graph.network import Target
@@ -39,9 +39,9 @@ def write_graphs(model: LanguageModel, folder: Path, run: str, precision: str = 
     sizes = sizes_of(model, precision)
     write_weights(model, folder / WEIGHTS, sizes)
     target = Target(WEIGHTS)
-    (folder / MODEL).write_bytes(step_graph(sizes, target, run))
-    (folder / GENERATION).write_bytes(generation_graph(sizes, EVERY_FEATURE, target, run))
-    for name in (MODEL, GENERATION):
+    (folder / STEP_GRAPH).write_bytes(step_graph(sizes, target, run).content)
+    (folder / GENERATION_GRAPH).write_bytes(generation_graph(sizes, EVERY_FEATURE, target, run).content)
+    for name in (STEP_GRAPH, GENERATION_GRAPH):
         onnx.checker.check_model(folder / name, full_check=True)
     return sizes
 

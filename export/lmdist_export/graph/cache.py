@@ -1,13 +1,16 @@
 """The nodes of the neural cache: a memory of hidden states and the tokens that were read after them, and the mixture with it.
 
     cache, memory = cache_inputs(g, sizes)
-    memory = cache.remember(g, memory, cache.pairs(g, before, hidden, tokens))
-    log_probabilities = cache.mixture(g, logits, hidden, [memory])
+    past = cache.past(g, memory, cache.pairs(g, before, hidden, tokens), lengths)
+    log_probabilities = cache.mixture(g, logits, hidden, past)
 
 lmdist/cache_settings.py has the formulas; lmdist/training/neural_cache.py is the counterpart in torch. A pair is remembered
 when its token is read, so the memory is a function of the tokens that were read, as the state is. It is a part of the state:
 (B, M, H) and (B, M), the newest pair last, M at most the size of the cache. Rows that have read less than others have the token
 EMPTY in their first places. A new memory has one such place; it has no weight in the mixture.
+
+A memory is the largest value that a graph has, and copying it takes as long as a token with it does. So a graph that generates
+reads it where it lies, returns the pairs that are new, and leaves it to its caller to add them (`remembered` in state.py).
 
 This module knows no sampling and no layers.
 
@@ -32,6 +35,10 @@ LAST = np.iinfo(np.int64).max
 """The end of a slice that ends where the axis does."""
 FAR = -1e30
 """The score of an empty place, far below all others: its exponential is 0."""
+NEVER = 2**40
+"""The age of an EMPTY place."""
+NEW = ("added_cache_hidden", "added_cache_tokens")
+"""The outputs that are new pairs."""
 
 
 class Memory(NamedTuple):
@@ -39,6 +46,17 @@ class Memory(NamedTuple):
 
     hidden: str
     tokens: str
+
+
+class Past(NamedTuple):
+    """All that a text remembers, as parts that are not copied together."""
+
+    parts: Sequence[Memory]
+    """The oldest first."""
+    tokens: str
+    """The tokens of all parts, (B, M); any one where a place is EMPTY."""
+    age: str
+    """How many tokens ago a pair was read, (B, M): 1 for the newest, NEVER where a place is EMPTY."""
 
 
 def cache_inputs(g: Graph, sizes: Sizes, weight: str = "") -> tuple[CacheNodes, Memory]:
@@ -55,6 +73,12 @@ def cache_outputs(g: Graph, sizes: Sizes, memory: Memory) -> None:
     """Declare the memory's outputs."""
     g.output(memory.hidden, f"next_{CACHE[0]}", FLOAT, ["batch", "next_remembered", sizes.layer_sizes[-1]])
     g.output(memory.tokens, f"next_{CACHE[1]}", INT64, ["batch", "next_remembered"])
+
+
+def pair_outputs(g: Graph, sizes: Sizes, pairs: Memory) -> None:
+    """Declare the outputs of new pairs, EMPTY where a row has fewer than others."""
+    g.output(pairs.hidden, NEW[0], FLOAT, ["batch", "new", sizes.layer_sizes[-1]])
+    g.output(pairs.tokens, NEW[1], INT64, ["batch", "new"])
 
 
 def by_text(g: Graph, hidden: str, tokens: str, size: int) -> str:
@@ -86,52 +110,48 @@ class CacheNodes:
         others = Memory(slice_of(g, hidden, 0, -1), slice_of(g, tokens, 1, LAST))
         return join(g, first, others)
 
-    def remember(self, g: Graph, memory: Memory, pairs: Memory, lengths: str = "") -> Memory:
-        """Return the memory with the pairs added, of row b its first `lengths` (B), and the oldest ones forgotten."""
-        together = join(g, memory, pairs)  # (B, M + T, ...)
-        if not lengths:
-            first = g("Neg", self.size)
-            parts = (g("Slice", part, first, g.constant(np.array([LAST])), g.constant(np.array([1]))) for part in together)
-            return Memory(*parts)
-        # The last places of each row, up to its length; a row that has fewer begins with EMPTY ones.
-        shape = g("Shape", together.tokens)
-        batch, total = (g("Gather", shape, g.constant(np.int64(axis))) for axis in (0, 1))
-        old = g("Gather", g("Shape", memory.tokens), g.constant(np.int64(1)))
-        num_kept = g("Min", g("Squeeze", self.size), total)
-        zero, one, axis = (g.constant(np.int64(0)), g.constant(np.int64(1)), g.constant(np.array([1])))
-        from_end = g("Range", g("Neg", num_kept), zero, one)  # (M')
-        place = g("Add", g("Unsqueeze", g("Add", lengths, old), axis), from_end)  # (B, M')
-        exists = g("GreaterOrEqual", place, zero)
-        rows = g("Unsqueeze", g("Mul", g("Range", zero, batch, one), total), axis)  # (B, 1)
-        place = g("Add", g("Max", place, zero), rows)
-        flat = g("Reshape", together.tokens, g.constant(np.array([-1])))
-        tokens = g("Where", exists, g("Gather", flat, place), g.constant(np.int64(EMPTY)))
-        flat = g("Reshape", together.hidden, g("Concat", g.constant(np.array([-1])), size_of(g, together.hidden, 2), axis=0))
-        return Memory(g("Gather", flat, place), tokens)
+    def remember(self, g: Graph, memory: Memory, pairs: Memory) -> Memory:
+        """Return the memory with the pairs added and the oldest ones forgotten."""
+        first, last, step = g("Neg", self.size), g.constant(np.array([LAST])), g.constant(np.array([1]))
+        return Memory(*(g("Slice", part, first, last, step) for part in join(g, memory, pairs)))
 
-    def mixture(self, g: Graph, logits: str, hidden: str, memories: Sequence[Memory]) -> str:
+    def past(self, g: Graph, memory: Memory, pairs: Memory, lengths: str = "") -> Past:
+        """Return a memory and the pairs after it, of row b its first `lengths` (B), or all."""
+        zero, one = g.constant(np.int64(0)), g.constant(np.int64(1))
+        old, new = (g("Squeeze", size_of(g, part.tokens, 1)) for part in (memory, pairs))
+        count = g("Unsqueeze", lengths, g.constant(np.array([1]))) if lengths else new
+        place = g("Range", zero, new, one)  # (T)
+        read = g("Where", g("Less", place, count), pairs.tokens, g.constant(np.int64(EMPTY)))
+        since = g("Sub", count, g("Range", g("Neg", old), new, one))  # (B, M + T), or (M + T)
+        parts = [memory, Memory(pairs.hidden, read)]
+        return Past(parts, *places(g, g("Concat", memory.tokens, read, axis=1), since))
+
+    def with_added(self, g: Graph, past: Past, added: Memory) -> Past:
+        """Return a past with pairs after it."""
+        new = g("Squeeze", size_of(g, added.tokens, 1))
+        since = g("Range", new, g.constant(np.int64(0)), g.constant(np.int64(-1)))  # (T)
+        tokens, age = places(g, added.tokens, since)
+        joined = (past.tokens, tokens), (g("Add", past.age, new), age)
+        return Past([*past.parts, added], *(g("Concat", *pair, axis=1) for pair in joined))
+
+    def mixture(self, g: Graph, logits: str, hidden: str, past: Past) -> str:
         """Return the log-probabilities (B, V') of the mixture after `hidden` (B, H), from the model's `logits` (B, V').
 
-        The memory is given in parts, the oldest first; of all of them the last `size` pairs count. Only the log-probabilities
-        of tokens in memory differ from the model's, but for a constant: there are fewer of them than tokens in the vocabulary.
+        Only the log-probabilities of tokens in memory differ from the model's, but for a constant: there are fewer of them than
+        tokens in the vocabulary, and a logarithm takes several times as long as an exponential.
         """
-        query = g("Unsqueeze", hidden, g.constant(np.array([2])))  # (B, H, 1)
-        scores = [g("Squeeze", g("MatMul", memory.hidden, query), g.constant(np.array([2]))) for memory in memories]
-        score = g("Mul", g("Concat", *scores, axis=1), self.theta)  # (B, M)
-        tokens = g("Concat", *(memory.tokens for memory in memories), axis=1)
-        zero, zero_float = g.constant(np.int64(0)), g.constant(np.float32(0))
-        position = g("Range", zero, g("Squeeze", size_of(g, tokens, 1)), g.constant(np.int64(1)))  # (M)
-        first = g("Sub", size_of(g, tokens, 1), self.size)
-        counts = g("And", g("GreaterOrEqual", position, first), g("GreaterOrEqual", tokens, zero))
+        query = g("Unsqueeze", g("Mul", hidden, self.theta), g.constant(np.array([2])))  # (B, H, 1)
+        scores = [g("MatMul", part.hidden, query) for part in past.parts]  # (B, M, 1)
+        score = g("Squeeze", g("Concat", *scores, axis=1), g.constant(np.array([2])))  # (B, M)
+        counts = g("LessOrEqual", past.age, self.size)
         share = g("Softmax", g("Where", counts, score, g.constant(np.float32(FAR))), axis=1)
-        weight = self.weight_of(g, slice_of(g, tokens, -1, LAST))  # (B, 1)
+        weight = self.weight_of(g, slice_of(g, past.parts[-1].tokens, -1, LAST))  # (B, 1)
         by_model = g("Add", g("LogSoftmax", logits, axis=1), log_of_rest(g, weight))  # (B, V')
-        token = g("Max", tokens, zero)
         zeros = g("ConstantOfShape", g("Shape", logits))
-        mass = g("ScatterElements", zeros, token, g("Mul", share, weight), axis=1, reduction="add")
-        mass, rest = (g("GatherElements", values, token, axis=1) for values in (mass, by_model))  # (B, M)
-        added = g("Where", g("Greater", mass, zero_float), g("Log", g("Add", g("Exp", rest), mass)), rest)
-        return g("ScatterElements", by_model, token, added, axis=1)
+        mass = g("ScatterElements", zeros, past.tokens, g("Mul", share, weight), axis=1, reduction="add")
+        mass, rest = (g("GatherElements", values, past.tokens, axis=1) for values in (mass, by_model))  # (B, M)
+        added = g("Where", g("Greater", mass, g.constant(np.float32(0))), g("Log", g("Add", g("Exp", rest), mass)), rest)
+        return g("ScatterElements", by_model, past.tokens, added, axis=1)
 
     def mixed_scores(self, g: Graph, scores: str, hidden: str, targets: str, memory: Memory, pairs: Memory) -> str:
         """Return the log-probabilities (B, T) of `targets` (B, T) by the mixture, from the model's `scores` (B, T).
@@ -166,6 +186,13 @@ class CacheNodes:
 def join(g: Graph, old: Memory, new: Memory) -> Memory:
     """Return the pairs of both."""
     return Memory(*(g("Concat", *parts, axis=1) for parts in zip(old, new, strict=True)))
+
+
+def places(g: Graph, tokens: str, since: str) -> tuple[str, str]:
+    """Return tokens and age, as Past has them, of `tokens` (B, M) that were read `since` (B, M) or (M)."""
+    zero = g.constant(np.int64(0))
+    age = g("Where", g("GreaterOrEqual", tokens, zero), since, g.constant(np.int64(NEVER)))
+    return g("Max", tokens, zero), age
 
 
 def no_pairs(g: Graph, memory: Memory) -> Memory:

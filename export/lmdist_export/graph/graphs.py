@@ -11,7 +11,7 @@ All have the same two parts: `Network` computes the logits, in the precision of 
 A graph is built wherever it is needed: by lmdist-export into files for every runtime, by the sampler straight into onnxruntime.
 So no graph of a stranger ever runs: a bundle provides weights only, and the sizes decide where they lie and how long they are.
 A graph for generation has just the nodes that its options need. Only a graph that asks for the neural cache (cache.py) has its
-memory in the state; the graphs in files never do.
+memory in the state, of which generation_graph returns what is new; the graphs in files never do.
 
 Names with `word` in them (the output `words`, the axes `prompt_words`, `new_words` and `made_words`) and the names inside the
 Loop are bytes of generate.onnx. They stay as they are, so that equal checkpoints have equal files.
@@ -35,27 +35,29 @@ from lmdist_export.graph.cache import (
     LAST,
     CacheNodes,
     Memory,
+    Past,
     by_text,
     cache_inputs,
     cache_outputs,
     join,
     no_pairs,
+    pair_outputs,
     slice_of,
 )
 from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.network import Network, StateNames, Target
-from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, Shape, model_bytes
+from lmdist_export.graph.onnx_file import BOOL, FLOAT, INT32, INT64, Graph, OnnxModel, Shape, model_of
 from lmdist_export.graph.sampling_nodes import SamplingNodes, any_of, option_inputs
 from lmdist_export.graph.sizes import Sizes
-from lmdist_export.graph.value_docs import DOCS, GENERATION_GRAPH, STEP_GRAPH
+from lmdist_export.graph.value_docs import DOCS, GENERATION_DOC, STEP_DOC
 from lmdist_export.options import Features
 
 VERSION = 2
 
 
-def step_graph(sizes: Sizes, target: Target, run: str = "") -> bytes:
+def step_graph(sizes: Sizes, target: Target, run: str = "") -> OnnxModel:
     """Return the graph that reads tokens and outputs the logits after each."""
-    g = Graph("lmdist_step", doc=STEP_GRAPH, docs=DOCS)
+    g = Graph("lmdist_step", doc=STEP_DOC, docs=DOCS)
     network = Network(sizes, g, target)
     tokens = g.input("tokens", INT64, ["batch", "time"])
     hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), state_inputs(g, sizes))
@@ -64,18 +66,18 @@ def step_graph(sizes: Sizes, target: Target, run: str = "") -> bytes:
     logits = g("Transpose", g("Reshape", rows, shape), perm=[1, 0, 2])
     g.output(logits, "logits", FLOAT, ["batch", "time", sizes.vocabulary_size])
     state_outputs(g, sizes, state)
-    return model_bytes(g, metadata("lmdist step graph", sizes, run))
+    return model_of(g, metadata("lmdist step graph", sizes, run))
 
 
-def embedding_graph(sizes: Sizes, target: Target) -> bytes:
+def embedding_graph(sizes: Sizes, target: Target) -> OnnxModel:
     """Return the graph that outputs the embeddings of tokens."""
     g = Graph("lmdist_embedding")
     tokens = g.input("tokens", INT64, ["batch"])
     g.output(Network(sizes, g, target).embeddings(g, tokens), "embeddings", FLOAT, ["batch", sizes.embedding_size])
-    return model_bytes(g, metadata("lmdist embedding graph", sizes, ""))
+    return model_of(g, metadata("lmdist embedding graph", sizes, ""))
 
 
-def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> bytes:
+def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> OnnxModel:
     """Return the graph that reads tokens and outputs the log-probability of the target after each, `cached` or without."""
     g = Graph("lmdist_score")
     network = Network(sizes, g, target)
@@ -97,10 +99,10 @@ def score_graph(sizes: Sizes, target: Target, cached: bool = False) -> bytes:
         cache_outputs(g, sizes, cache.remember(g, memory, pairs))
     g.output(scores, "log_probabilities", FLOAT, ["batch", "time"])
     state_outputs(g, sizes, state)
-    return model_bytes(g, metadata("lmdist score graph", sizes, ""))
+    return model_of(g, metadata("lmdist score graph", sizes, ""))
 
 
-def next_graph(sizes: Sizes, target: Target) -> bytes:
+def next_graph(sizes: Sizes, target: Target) -> OnnxModel:
     """Return the graph that reads tokens and outputs the log-probabilities after the last one, with the cache."""
     g = Graph("lmdist_next")
     network = Network(sizes, g, target)
@@ -109,18 +111,18 @@ def next_graph(sizes: Sizes, target: Target) -> bytes:
     cache, memory = cache_inputs(g, sizes)
     hidden, state = network.prefill(g, g("Transpose", tokens, perm=[1, 0]), before)
     hidden = by_text(g, hidden, tokens, sizes.layer_sizes[-1])  # (B, T, H)
-    memory = cache.remember(g, memory, cache.pairs(g, before[-1][0], hidden, tokens))
+    pairs = cache.pairs(g, before[-1][0], hidden, tokens)
     last = g("Squeeze", slice_of(g, hidden, -1, LAST), g.constant(np.array([1])))  # (B, H)
-    scores = cache.mixture(g, network.logits(g, last), last, [memory])
+    scores = cache.mixture(g, network.logits(g, last), last, cache.past(g, memory, pairs))
     g.output(slice_of(g, scores, 0, sizes.vocabulary_size), "log_probabilities", FLOAT, ["batch", sizes.vocabulary_size])
     state_outputs(g, sizes, state)
-    cache_outputs(g, sizes, memory)
-    return model_bytes(g, metadata("lmdist next graph", sizes, ""))
+    cache_outputs(g, sizes, cache.remember(g, memory, pairs))
+    return model_of(g, metadata("lmdist next graph", sizes, ""))
 
 
-def generation_graph(sizes: Sizes, features: Features, target: Target, run: str = "") -> bytes:
+def generation_graph(sizes: Sizes, features: Features, target: Target, run: str = "") -> OnnxModel:
     """Return the graph that reads prompts and generates N tokens after each, or fewer where all have stopped."""
-    g = Graph("lmdist_generation", doc=GENERATION_GRAPH, docs=DOCS)
+    g = Graph("lmdist_generation", doc=GENERATION_DOC, docs=DOCS)
     network = Network(sizes, g, target)
     prompt = g.input("prompt", INT64, ["batch", "prompt_words"])
     lengths = g.input("lengths", INT64, ["batch"])
@@ -145,8 +147,8 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     if features.cached:
         cache, memory = cache_inputs(g, sizes, options["cache_weight"])
         hidden = by_text(g, hidden, prompt, sizes.layer_sizes[-1])  # (B, P, H)
-        memory = cache.remember(g, memory, cache.pairs(g, before, hidden, prompt), last)
-        decoder = Decoder(network, sampling, bias, cache, memory)
+        past = cache.past(g, memory, cache.pairs(g, before, hidden, prompt), last)
+        decoder = Decoder(network, sampling, bias, cache, past)
         # The Loop carries only the pairs that it has added: a value that it carries is copied for each token.
         starts |= dict(zip(ADDED, no_pairs(g, memory), strict=True))
         shapes |= added_shapes(sizes)
@@ -163,10 +165,9 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     state_outputs(g, sizes, by_layer(result, len(sizes.layer_sizes)))
     if features.adjusted:
         g.output(result["counts"], "next_counts", FLOAT, ["batch", sizes.padded])
-    if decoder.cache and decoder.memory:
-        added = Memory(*(result[name] for name in ADDED))
-        cache_outputs(g, sizes, decoder.cache.remember(g, decoder.memory, added))
-    return model_bytes(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
+    if decoder.past:
+        pair_outputs(g, sizes, join(g, decoder.past.parts[-1], Memory(*(result[name] for name in ADDED))))
+    return model_of(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
 
 
 def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]], uniform: str, stops: str) -> Graph:
@@ -191,7 +192,7 @@ def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]
     return body
 
 
-def token_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
+def token_graph(sizes: Sizes, features: Features, target: Target) -> OnnxModel:
     """Return the graph that generates one token of each row, for a device where a Loop returns to the host for each node.
 
     What is carried from token to token has an input NAME and an output next_NAME of the same shape, each layer's state apart:
@@ -217,7 +218,7 @@ def token_graph(sizes: Sizes, features: Features, target: Target) -> bytes:
     g.output(g("Add", mass, of_token), "next_mass", FLOAT, ["batch", 1])
     if features.adjusted:
         g.output(after["counts"], "next_counts", FLOAT, ["batch", sizes.padded])
-    return model_bytes(g, metadata("lmdist word graph", sizes, ""))
+    return model_of(g, metadata("lmdist word graph", sizes, ""))
 
 
 def capturable(sizes: Sizes, features: Features) -> bool:
@@ -237,8 +238,8 @@ class Decoder:
     bias: str
     """What is added to logits after their scale, of `bias_after_scale`; with a cache before it, and (V')."""
     cache: CacheNodes | None = None
-    memory: Memory | None = None
-    """The memory before the first new token."""
+    past: Past | None = None
+    """What is remembered before the first new token."""
 
     def next_token(self, g: Graph, before: Mapping[str, str], uniform: str) -> tuple[str, str, dict[str, str]]:
         """Return the token after `before` (B, 1), its mass (B, 1) of `SamplingNodes.sample`, and the values carried on."""
@@ -246,12 +247,12 @@ class Decoder:
         state_before = by_layer(before, len(sizes.layer_sizes))
         state = self.network.step(g, before["word"], state_before)
         added = None
-        if self.cache and self.memory:
+        if self.cache and self.past:
             logits = self.network.logits(g, state[-1][0])
             with g.within("cache"):
                 pair = self.cache.pair(g, state_before[-1][0], g("Unsqueeze", before["word"], g.constant(np.array([1]))))
                 added = join(g, Memory(*(before[name] for name in ADDED)), pair)
-                logits = self.cache.mixture(g, logits, state[-1][0], [self.memory, added])
+                logits = self.cache.mixture(g, logits, state[-1][0], self.cache.with_added(g, self.past, added))
             logits = g("Add", logits, self.bias)
             logits = g("Mul", logits, options["inverse_temperature"]) if "inverse_temperature" in options else logits
         else:

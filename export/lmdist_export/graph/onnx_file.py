@@ -3,7 +3,7 @@
     graph = Graph("double")
     graph.input("x", FLOAT, ["batch", 3])
     graph.output(graph("Mul", "x", graph.constant(np.float32(2))), "y", FLOAT, ["batch", 3])
-    model_bytes(graph, {"format": "an example"})
+    model_of(graph, {"format": "an example"}).content
 
 In the modules of this folder `g` is the graph in construction.
 
@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,8 @@ class Graph:
         self.inputs: list[bytes] = []
         self.outputs: list[bytes] = []
         self.tensors: list[bytes] = outer.tensors if outer else []
+        self.weights: list[str] = outer.weights if outer else []
+        """The names of the tensors that lie in a file beside the graph."""
         self.constants: dict[tuple[Any, ...], str] = outer.constants if outer else {}
         self.numbers: count[int] = outer.numbers if outer else count()
         self.renamed: dict[str, str] = outer.renamed if outer else {}
@@ -102,6 +104,7 @@ class Graph:
         where = {"location": location, "offset": str(offset), "length": str(length)}
         outside = [(13, pair(key, value)) for key, value in where.items()]
         self.tensors.append(message([*((1, size) for size in shape), (2, kind), (8, name), *outside, (14, 1)]))
+        self.weights.append(name)
         return name
 
     def constant(self, value: Any) -> str:
@@ -151,9 +154,18 @@ class Graph:
         return self.renamed.get(value, value)
 
 
-def model_bytes(graph: Graph, metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes of a graph's file, with metadata that a runtime can read."""
-    return message(
+class OnnxModel(NamedTuple):
+    """A graph as a runtime takes it."""
+
+    content: bytes
+    """Of its file."""
+    weights: Sequence[str]
+    """The names of the tensors that lie in a file beside it."""
+
+
+def model_of(graph: Graph, metadata: Mapping[str, str]) -> OnnxModel:
+    """Return a graph with metadata that a runtime can read."""
+    content = message(
         [
             (1, IR_VERSION),
             (2, "lmdist"),
@@ -165,11 +177,7 @@ def model_bytes(graph: Graph, metadata: Mapping[str, str]) -> bytes:
             *((14, pair(key, value)) for key, value in metadata.items()),
         ]
     )
-
-
-def has_weight(model: bytes, name: str) -> bool:
-    """Return whether the file of a graph declares a weight of a name, by the bytes that `Graph.weight` wrote."""
-    return message([(8, name)]) + varint(13 << 3 | 2) in model
+    return OnnxModel(content, graph.weights)
 
 
 def node(part: str, operator: str, inputs: Iterable[str], outputs: Iterable[str], attributes: Mapping[str, Any]) -> bytes:

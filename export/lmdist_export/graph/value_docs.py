@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from lmdist_export.options import GENERATION, GRAPH
 
-STEP_GRAPH = "One step of a language model: tokens and a state in, the logits of the token after each and the next state out."
-GENERATION_GRAPH = "Generates text: prompts, a state and random numbers in, new tokens and the next state out."
+STEP_DOC = "One step of a language model: tokens and a state in, the logits of the token after each and the next state out."
+GENERATION_DOC = "Generates text: prompts, a state and random numbers in, new tokens and the next state out."
 
 DOCS = {
     "tokens": "ids of the tokens to read, a text a row; a text begins with eos_id of the metadata and a state of zeros",

@@ -55,6 +55,8 @@ class Completion:
     """The number of the prompt among those of the request."""
     index: int = field(default=0, repr=False)
     """The number of the text among those of its prompt."""
+    follows_all: bool = field(default=True, repr=False)
+    """Whether its tokens follow all of those of the prompt; otherwise the first one is in the place of the prompt's last."""
 
     @property
     def unknown_words(self) -> list[str]:
@@ -79,8 +81,10 @@ class Completion:
 def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: ResolvedOptions) -> Completion:
     """Return a text of ids that has ended as people read it."""
     bundle, options = sampler.bundle, resolved.options
+    prompt = prompt.as_asked(options.logprobs, resolved.config.num_beams)
     words = bundle.vocabulary.decode(text.tokens)
-    written = "".join(written_pieces(bundle, prompt, [*words, *rest_of(text)], echo=options.echo))
+    again = bundle.vocabulary.decode(taken_again(text, prompt))
+    written = "".join(written_pieces(bundle, prompt, [*again, *words, *rest_of(text)], echo=options.echo))
     token_logprobs = top_logprobs = None
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
@@ -98,27 +102,36 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
         [*filter(None, [warning_of_prompt(prompt, bundle)]), *resolved.warnings],
         text.prompt_number,
         text.number,
+        follows_all=len(text.prompt) == len(prompt.tokens),
     )
+
+
+def taken_again(text: Text, prompt: Prompt) -> list[int]:
+    """Return the token that the prompt's seam has taken back and that has come again, or none."""
+    return text.prompt[len(prompt.open().tokens) :]
 
 
 def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str | bytes], *, echo: bool) -> Iterator[str]:
     """Yield the text of a prompt if it is an `echo`, then what `words` add to it, each as soon as it is known.
 
+    They follow the prompt as far as its seam leaves it.
+
     Alone, what they add begins without the space that separates two words. Pieces have one only if the text has, and no other:
     where the prompt ends with it, it stays there, also before a piece that has none.
     """
-    pieces = bundle.tokenizer.pieces(chain(prompt.words, words))
-    before = list(islice(pieces, len(prompt.words)))
+    opened, has_pieces = prompt.open(), bundle.tokenizer.settings.has_pieces
+    given = prompt.seam.given if prompt.seam else " " if prompt.space or not (echo or has_pieces) else ""
+    pieces = bundle.tokenizer.pieces(chain(opened.tokens, words))
+    before = list(islice(pieces, len(opened.tokens)))
     if echo:
-        yield from [*before, " "] if prompt.space else before
-    has_pieces = bundle.tokenizer.settings.has_pieces
-    yield from after_text(whole_words(pieces) if has_pieces else pieces, has_space=prompt.space if has_pieces else not echo)
+        yield from [*before, given]
+    added = after_text(pieces, given)
+    yield from whole_words(added) if has_pieces else added
 
 
-def after_text(pieces: Iterator[str], *, has_space: bool) -> Iterator[str]:
-    """Yield pieces that go on from a text; where that `has_space` already, the first one comes without its own."""
-    if has_space:
-        yield from (piece.removeprefix(" ") for piece in islice(pieces, 1))
+def after_text(pieces: Iterator[str], given: str) -> Iterator[str]:
+    """Yield pieces that go on from a text; the first one without what the text was `given` of it already."""
+    yield from (piece.removeprefix(given) for piece in islice(pieces, 1))
     yield from pieces
 
 
@@ -169,6 +182,7 @@ def grow_texts(
     from lmdist_export.sampling.generation import Generation, forks, grow
 
     options, config, n = resolved.options, resolved.config, resolved.options.n
+    prompts = (prompt.as_asked(options.logprobs, config.num_beams) for prompt in prompts)
     cached = config.cache_weight > 0 and config.num_beams == 1
     growing: dict[int, Prompt] = {}
     """The prompts, by number, whose texts have not all ended."""
@@ -177,18 +191,21 @@ def grow_texts(
     def states() -> Iterator[tuple[int, Prompt, State]]:
         for number, prompt in enumerate(prompts):
             growing[number] = prompt
-            yield number, prompt, prompt.start(sampler, config.bos_token_id, cached=cached)
+            opened = prompt.open()
+            yield number, opened, opened.start(sampler, config.bos_token_id, cached=cached)
 
     if config.num_beams > 1:
         for number, prompt, state in states():
-            for text in beam_search(sampler, prompt.tokens, config, n, resolved.stops, options.ignore_eos, state):
+            for text in beam_search(sampler, prompt.ids, config, n, resolved.stops, options.ignore_eos, state):
                 yield prompt, dataclasses.replace(text, prompt_number=number), text.tokens
             del growing[number]
         return
     texts = (
         text
-        for number, prompt, state in states()
-        for text in forks(sampler, state, prompt.tokens, number, config, resolved.seed or 0, prompt.numbers(n))
+        for number, opened, state in states()
+        for text in forks(
+            sampler, state, opened.ids, number, config, resolved.seed or 0, opened.numbers(n), growing[number].begin
+        )
     )
     generation = Generation(config, resolved.stops, options.ignore_eos)
     for text, tokens in grow(sampler, texts, generation, batch_size, stream=stream):
@@ -233,8 +250,10 @@ class Stream(Iterator[str]):
         bundle = sampler.bundle
         growth = grow_texts(sampler, [prompt], resolved, 1, stream=True)
         first = _, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
+        prompt = prompt.as_asked(resolved.options.logprobs, 1)
 
         def words() -> Iterator[str | bytes]:
+            yield from bundle.vocabulary.decode(taken_again(text, prompt))
             yield from (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
             yield from rest_of(text)
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from lmdist_export.options import GenerationConfig, features_of
 from lmdist_export.sampling.log_probabilities import TokenScores, log_probability_steps
 from lmdist_export.sampling.sampler import PREFILL_TOKENS, Sampler, all_masked, fixed_bias
+from lmdist_export.sampling.seams import ANYTHING, Begin
 from lmdist_export.sampling.state import State, concatenate
 from lmdist_export.sampling.steps import Pace, result_of
 from lmdist_export.sampling.stops import NO_STOPS, Stops
@@ -49,6 +50,8 @@ class Text:
     """stop: its end or a stop came; length: it has max_new_tokens tokens; exhausted: no token is allowed; empty: not ended."""
     rest: bytes = b""
     """What the text has of a piece in which a stop began; the piece before may have the beginning of a character of it."""
+    begin: Begin = field(default=ANYTHING, repr=False, compare=False)
+    """What it begins with, beside its tokens."""
     scores: TokenScores | None = field(default=None, repr=False, compare=False)
     """What `log_probabilities` returns, where it was computed with the text."""
     stop_place: int = field(default=0, repr=False, compare=False)
@@ -62,6 +65,11 @@ class Text:
         """Return the last `count` tokens, those of the prompt included, or all."""
         tokens = self.tokens[max(0, len(self.tokens) - count) :]
         return [*self.prompt[max(0, len(self.prompt) - (count - len(tokens))) :], *tokens]
+
+    @property
+    def overlap(self) -> int:
+        """Return how many bytes of the next token are no part of the text, for the prompt has them."""
+        return 0 if self.tokens else self.begin.overlap
 
     def extended(self, token: int, stop_place: int) -> Text:
         """Return a copy with one token more; this one can be extended by another."""
@@ -115,35 +123,16 @@ def grow(
     stream: bool = False,
     custom_bias: CustomBias | None = None,
 ) -> Iterator[tuple[Text, list[int]]]:
-    """Yield (text, new tokens) as `texts` grow from their states, `batch_size` at a time; see `continuations`."""
+    """Yield (text, new tokens) as `texts` grow from their states, `batch_size` at a time; see `continuations`.
 
-    def admit(free: int) -> list[tuple[Text, State]]:
-        return list(islice(texts, free))
-
-    for growth in generation_steps(sampler, admit, generation, batch_size, stream=stream, custom_bias=custom_bias):
-        yield from growth
-
-
-def generation_steps(
-    sampler: Sampler,
-    admit: Callable[[int], list[tuple[Text, State]]],
-    generation: Generation,
-    batch_size: int = BATCH_SIZE,
-    *,
-    stream: bool = False,
-    custom_bias: CustomBias | None = None,
-) -> Iterator[list[tuple[Text, list[int]]]]:
-    """Yield what each call of the graph has appended to its texts, (text, new tokens), until no text is left.
-
-    Before each call `admit` returns new texts, at most as many as there are free places. A text leaves the batch when it has
-    a finish_reason.
+    A text leaves the batch when it has a finish_reason, and the next one takes its place before the next call of the graph.
     """
     batch = Batch(sampler, generation, stream=stream, custom_bias=custom_bias)
     while True:
-        batch.join(admit(batch_size - len(batch)))
+        batch.join(list(islice(texts, batch_size - len(batch))))
         if not batch.texts:
             return
-        yield batch.step()
+        yield from batch.step()
 
 
 class Batch:
@@ -191,14 +180,30 @@ class Batch:
         self.state = self.state.rows(rows) if rows and self.state else None
 
     def step(self) -> list[tuple[Text, list[int]]]:
-        """Call the graph once; return its texts with what it has appended to each. Those that have ended leave."""
+        """Call the graph once; return its texts with what it has appended to each. Those that have ended leave.
+
+        Texts that begin with certain tokens have a first call of their own, in which the others wait.
+        """
+        begins = next((found for text in self.texts if (found := first_tokens(text))), ())
+        if not begins:
+            return self.call(self.bias, self.pace.tokens)
+        waiting = self.leave([row for row, text in enumerate(self.texts) if first_tokens(text) != begins])
+        growth = self.call(only(begins, self.bias), 1)
+        if self.state and self.state.counts is not None:  # what came again was in the prompt
+            has_tokens = np.array([[bool(text.tokens)] for text in self.texts])
+            self.state = replace(self.state, counts=self.state.counts * has_tokens)
+        self.join(waiting)
+        return growth
+
+    def call(self, bias: NDArray[np.float32], most: int) -> list[tuple[Text, list[int]]]:
+        """Do so for all texts with a bias of all (V), by `most` tokens at most."""
         assert self.state, "a batch without texts"
         texts, config, generation = self.texts, self.generation.config, self.generation
         began = time.perf_counter()
-        added = None
-        if self.has_row_bias:
-            added = row_bias(texts, config, len(self.bias), generation.end, self.custom_bias)
-            exhausted = [text for text, row in zip(texts, added + self.bias, strict=True) if all_masked(row)]
+        added = row_bias(texts, config, len(bias), generation.end, self.custom_bias) if self.has_row_bias else None
+        if added is not None or bias is not self.bias:
+            together = bias + (np.zeros((len(texts), 1), np.float32) if added is None else added)
+            exhausted = [text for text, row in zip(texts, together, strict=True) if all_masked(row)]
             if exhausted:  # they end; the others continue with the next call
                 for text in exhausted:
                     text.finish_reason = "exhausted"
@@ -207,11 +212,12 @@ class Batch:
         sampled, self.state = self.sampler.generate(
             self.state,
             config,
-            tokens_of_call(texts, config, self.pace.tokens),
+            tokens_of_call(texts, config, most),
             stops=self.stops,
-            bias=self.bias,
+            bias=bias,
             row_bias=added,
-            in_prompt=prompt_mask(texts, len(self.bias)) if config.repetition_penalty != 1 else None,
+            in_prompt=prompt_mask(texts, len(bias)) if config.repetition_penalty != 1 else None,
+            moves_on=True,
         )  # (N, B)
         if self.learns:
             self.pace.learn(len(sampled), time.perf_counter() - began)
@@ -250,6 +256,7 @@ def forks(
     config: GenerationConfig,
     seed: int,
     numbers: Sequence[int],
+    begin: Begin = ANYTHING,
 ) -> Iterator[tuple[Text, State]]:
     """Yield a text for each of `numbers`, a part of its seed, and the state from which it starts, that of a prompt."""
     if len(numbers) > 1 or state.tokens.size > PREFILL_TOKENS + 1:
@@ -259,7 +266,7 @@ def forks(
         # The prompt is part of the seed, so that texts of different prompts have different random numbers. A spawn key is
         # mixed in word by word, whereas entropy is padded with zeros: [w] and [w, 0] would be the same.
         entropy = np.random.SeedSequence(seed, spawn_key=(number, *prompt))
-        yield Text(tokens, prompt_number, place), replace(state, generators=(np.random.default_rng(entropy),))
+        yield Text(tokens, prompt_number, place, begin=begin), replace(state, generators=(np.random.default_rng(entropy),))
 
 
 def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
@@ -267,20 +274,31 @@ def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
 
     Tokens that may turn out to be the beginning of a stop are held back until that is known.
     """
-    stops, end = generation.stops, generation.end
+    stops, end, most = generation.stops, generation.end, generation.config.max_new_tokens
+    if not text.tokens and tokens[:1] == [text.begin.again]:
+        text.prompt, text.begin, tokens = [*text.prompt, *tokens[:1]], ANYTHING, tokens[1:]
+    if not stops:  # as in most requests: there is nothing to look for token by token
+        added = tokens[: most - len(text.tokens)]
+        for mark in end:
+            if mark in added:
+                added, text.finish_reason = added[: added.index(mark)], "stop"
+        text.tokens += added
+        if not text.finish_reason and len(text.tokens) == most:
+            text.finish_reason = "length"
+        return added
     shown = len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
     for token in tokens:
         if token in end:
             text.finish_reason = "stop"
             break
+        text.stop_place = stops.next(text.stop_place, token, text.overlap)
         text.tokens.append(token)
-        text.stop_place = stops.next(text.stop_place, token)
-        if found := stops.ending(text.stop_place, text.tokens):
+        if found := stops.ending(text.stop_place, text.tokens, text.begin.overlap):
             del text.tokens[-found.num_tokens :]
             text.rest = found.rest
             text.finish_reason = "stop"
             break
-        if len(text.tokens) == generation.config.max_new_tokens:
+        if len(text.tokens) == most:
             text.finish_reason = "length"
             break
     until = len(text.tokens) if text.finish_reason else len(text.tokens) - stops.held_back(text.stop_place, text.tokens)
@@ -317,6 +335,18 @@ def row_bias(
             row += np.asarray(custom_bias([*text.prompt, *text.tokens]), np.float32)
         row[banned_tokens(text, config, end)] = -np.inf
     return bias
+
+
+def first_tokens(text: Text) -> tuple[int, ...]:
+    """Return the tokens one of which must come next; none where it may be any."""
+    return () if text.tokens else text.begin.tokens
+
+
+def only(tokens: Collection[int], bias: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a bias (V) with which no other tokens can be sampled."""
+    found = np.full_like(bias, -np.inf)
+    found[list(tokens)] = bias[list(tokens)]
+    return found
 
 
 def banned_tokens(text: Text, config: GenerationConfig, end: Collection[int]) -> list[int]:

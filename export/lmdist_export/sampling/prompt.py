@@ -1,6 +1,6 @@
-"""A prompt: the words of a text that is to be continued, their ids, and the state of a model that has read them.
+"""A prompt: the tokens of a text that is to be continued, their ids, and the state of a model that has read them.
 
-    prompt = prompt_of(bundle, "The president said")        # words and ids
+    prompt = prompt_of(bundle, "The president said")        # tokens and ids
     prompt = read(sampler, prompt)                          # read once,
     first, second = prompt.fork(2)                          # continued as often as one likes,
     prompt.save("said.npz")                                 # in another process too
@@ -25,6 +25,7 @@ from lmdist_export.bundle import WEIGHTS, Bundle
 from lmdist_export.graph.cell import STATE
 from lmdist_export.options import check_count
 from lmdist_export.sampling.sampler import Sampler
+from lmdist_export.sampling.seams import ANYTHING, Begin, Seam, seam_of
 from lmdist_export.sampling.state import PARTS, State
 
 
@@ -32,10 +33,10 @@ from lmdist_export.sampling.state import PARTS, State
 class Prompt:
     """A text that is to be continued."""
 
-    words: list[str]
+    tokens: list[str]
     """As tokenized, those that the vocabulary does not have included."""
-    tokens: list[int] = field(repr=False)
-    """The ids of the words."""
+    ids: list[int] = field(repr=False)
+    """Of the tokens."""
     model: str = field(repr=False)
     """The sha256 of the weights of the model whose ids, and whose state, these are."""
     state: State | None = field(default=None, repr=False)
@@ -44,12 +45,14 @@ class Prompt:
     """The number of the text among those that were forked: a part of the seed of its random numbers."""
     space: bool = False
     """Whether the text ended with a space that no token has yet: the first piece of the next word brings it along."""
+    seam: Seam | None = field(default=None, repr=False)
+    """How a text goes on that has pieces of words; None where it follows the tokens as they are."""
 
     @cached_property
     def unknown_words(self) -> list[str]:
         """Return the words that are not in the vocabulary and are read as `<unk>`, each once."""
-        pairs = zip(self.words, self.tokens, strict=True)
-        return list(dict.fromkeys(word for word, token in pairs if token == UNKNOWN_ID and word != UNKNOWN))
+        pairs = zip(self.tokens, self.ids, strict=True)
+        return list(dict.fromkeys(token for token, token_id in pairs if token_id == UNKNOWN_ID and token != UNKNOWN))
 
     def numbers(self, n: int) -> range:
         """Return the numbers of `n` texts that continue this one; those of other forks are others."""
@@ -60,13 +63,32 @@ class Prompt:
         check_count("n", n, at_least(1))
         return [replace(self, number=number) for number in self.numbers(n)]
 
+    def as_asked(self, logprobs: int | None, num_beams: int) -> Prompt:
+        """Return the prompt, without its seam where a search or log-probabilities want what follows its own tokens."""
+        return self if logprobs is None and num_beams == 1 else replace(self, seam=None)
+
+    @property
+    def begin(self) -> Begin:
+        """Return what its texts begin with."""
+        return self.seam.begin if self.seam else ANYTHING
+
+    def open(self) -> Prompt:
+        """Return the prompt without the tokens that its seam takes back."""
+        if self.seam is None or not self.seam.removed:
+            return self
+        kept, state = len(self.tokens) - self.seam.removed, self.state
+        if state is not None:
+            left = state.tokens[:, : -self.seam.removed]
+            state = replace(state, tokens=left, lengths=np.array([left.size], np.int64))
+        return replace(self, tokens=self.tokens[:kept], ids=self.ids[:kept], state=state, seam=None)
+
     def start(self, sampler: Sampler, first: int, *, cached: bool) -> State:
         """Return the state to continue from, where nothing was read that of a text before its `first` token.
 
         A `cached` one has the memory that a neural cache needs: a prompt that was read without it is read again.
         """
         if self.state is None or (cached and len(self.state.model) < len(PARTS)):
-            return sampler.start([[first, *self.tokens]], cached=cached)
+            return sampler.start([[first, *self.ids]], cached=cached)
         return self.state if cached else replace(self.state, model=self.state.model[: len(STATE)])
 
     def save(self, path: str | Path) -> None:
@@ -77,16 +99,23 @@ class Prompt:
         if self.state is None:
             raise UsageError("nothing of this prompt was read, so it has no state to save: model.read(prompt) reads it")
         space = {"space": True} if self.space else {}
-        self.state.save(path, {"words": self.words, "number": self.number, "model": self.model, **space})
+        self.state.save(path, {"words": self.tokens, "number": self.number, "model": self.model, **space})
 
 
 def prompt_of(bundle: Bundle, text: str, after: Prompt | None = None) -> Prompt:
     """Return a text as a prompt, of which nothing was read; it may be one that comes `after` another one."""
-    if after is not None and after.space:
-        text = f" {text}"
+    if after is not None and after.seam:
+        model = bundle.tokenizer.model
+        text = after.seam.given + text
+        text = text.removeprefix(" ") if model and model.adds_space else text
     words = bundle.tokenizer.tokenize(text, continues=True) if text else []  # NLTK is slow to import
     space = text.endswith(" ") and bundle.tokenizer.settings.has_pieces
-    return replace(prompt_of_words(bundle, words), space=space)
+    return with_seam(bundle, replace(prompt_of_words(bundle, words), space=space))
+
+
+def with_seam(bundle: Bundle, prompt: Prompt) -> Prompt:
+    """Return a prompt that is continued where a piece of a word may go on."""
+    return replace(prompt, seam=seam_of(bundle.tokenizer, prompt.tokens, prompt.ids, space=prompt.space))
 
 
 def prompt_of_words(bundle: Bundle, words: Sequence[str]) -> Prompt:
@@ -97,18 +126,25 @@ def prompt_of_words(bundle: Bundle, words: Sequence[str]) -> Prompt:
 def read(sampler: Sampler, prompt: Prompt, after: Prompt | None = None) -> Prompt:
     """Return a prompt that was read, up to its last token; one that was read before is continued where it stands `after` it.
 
-    It has the memory of a neural cache where the options of the bundle use one.
+    The token that a seam takes back is not read either. It has the memory of a neural cache where the options of the bundle use
+    one.
     """
     config = sampler.bundle.generation
     cached = config.cache_weight > 0
-    if after is None:
-        return replace(prompt, state=sampler.prefill(prompt.start(sampler, config.bos_token_id, cached=cached), config))
-    before = after.start(sampler, config.bos_token_id, cached=cached)
-    tokens = np.array([[*before.tokens[0].tolist(), *prompt.tokens]], np.int64)  # (1, P)
-    state = replace(before, tokens=tokens, lengths=np.array([tokens.size], np.int64))
-    words = [*after.words, *prompt.words]
-    tokens_of_both = [*after.tokens, *prompt.tokens]
-    return replace(after, words=words, tokens=tokens_of_both, state=sampler.prefill(state, config), space=prompt.space)
+    if after is not None:
+        before = after.start(sampler, config.bos_token_id, cached=cached)
+        tokens, ids = [*after.tokens, *prompt.tokens], [*after.ids, *prompt.ids]
+        state = appended(before, prompt.ids)
+        prompt = replace(after, tokens=tokens, ids=ids, state=state, space=prompt.space, seam=prompt.seam)
+    opened = prompt.open()
+    state = sampler.prefill(opened.start(sampler, config.bos_token_id, cached=cached), config)
+    return replace(prompt, state=appended(state, prompt.ids[len(opened.ids) :]))
+
+
+def appended(state: State, tokens: Sequence[int]) -> State:
+    """Return the state of one text with more tokens to read."""
+    ids = np.array([[*state.tokens[0].tolist(), *tokens]], np.int64)  # (1, P)
+    return replace(state, tokens=ids, lengths=np.array([ids.size], np.int64))
 
 
 def load(sampler: Sampler, path: str | Path) -> Prompt:
@@ -121,7 +157,8 @@ def load(sampler: Sampler, path: str | Path) -> Prompt:
     if len(state) != 1 or notes["number"] < 0 or CONTROLS.search("".join(notes["words"])):  # a terminal would act on them
         raise DataError(f"{path} is not the state of one text written by Prompt.save, or its words have control characters")
     prompt = prompt_of_words(sampler.bundle, notes["words"])
-    return replace(prompt, state=state, number=notes["number"], space=notes.get("space") is True)
+    prompt = replace(prompt, state=state, number=notes["number"], space=notes.get("space") is True)
+    return with_seam(sampler.bundle, prompt) if prompt.space or state.tokens.size > 1 else prompt
 
 
 def model_id(bundle: Bundle) -> str:

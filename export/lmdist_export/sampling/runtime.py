@@ -22,7 +22,7 @@ from lmdist.cpus import available_cpus
 from lmdist.errors import DataError, UsageError, one_line
 from lmdist_export.bundle import PROVIDERS, WEIGHTS, Bundle
 from lmdist_export.graph.network import Target
-from lmdist_export.graph.onnx_file import FLOAT, TYPES, UINT8, Graph, has_weight, model_bytes
+from lmdist_export.graph.onnx_file import FLOAT, TYPES, UINT8, Graph, OnnxModel, model_of
 from lmdist_export.graph.sizes import length_of, weights
 from lmdist_export.options import THREADS, check_count
 
@@ -53,11 +53,19 @@ class Runtime:
         derives_weights = sizes.precision == "fp16" or self.target.int8_saturates  # Network.derive
         self.as_is = provider == "cpu" and not derives_weights
 
-    def open(self, graph: Callable[..., bytes], captured: bool = False) -> Any:
-        """Return a session of the graph that `graph` builds from the sizes, `captured` as a CUDA graph at its first call."""
-        built = graph(self.sizes, target=self.target)
-        used = {name: value for name, value in self.weights.items() if has_weight(built, name)}
-        return open_session(built, self.bundle.folder, self.provider, self.threads, captured, self.as_is, used)
+    def open(self, build: Callable[..., OnnxModel], captured: bool = False) -> Any:
+        """Return a session of the graph that `build` makes from the sizes, `captured` as a CUDA graph at its first call."""
+        model = build(self.sizes, target=self.target)
+        weights = {name: self.weights[name] for name in model.weights}
+        return open_session(
+            model.content,
+            self.provider,
+            self.threads,
+            weights,
+            name=self.bundle.name,
+            captured=captured,
+            as_is=self.as_is,
+        )
 
     @cached_property
     def weights(self) -> dict[str, Any]:
@@ -79,20 +87,23 @@ def int8_saturates(threads: int) -> bool:
     right = g.constant(np.full((64, 64), 127, np.int8))
     scale, zero = g.constant(np.float32(1)), g.constant(np.uint8(0))
     g.output(g("MatMulIntegerToFloat", left, right, scale, scale, zero, ""), "product", FLOAT, ["rows", 64])
-    session = open_session(model_bytes(g, {}), Path(), "cpu", threads, as_is=True)
+    session = open_session(model_of(g, {}).content, "cpu", threads, as_is=True)
     return session.run(None, {"left": np.full((1, 64), 255, np.uint8)})[0][0, 0] != 64 * 255 * 127
 
 
 def open_session(
-    graph: bytes,
-    folder: Path,
+    graph: bytes | Path,
     provider: str,
     threads: int,
+    weights: Mapping[str, Any] | None = None,
+    *,
+    name: str = "",
     captured: bool = False,
     as_is: bool = False,
-    used: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Return a session of `graph` on `provider` and no other, or raise UsageError; its weights are `used`, or in `folder`.
+    """Return a session of `graph` on `provider` and no other, or raise UsageError; a DataError names the graph by `name`.
+
+    Tensors that are not in the graph are `weights`, as onnxruntime's values, or in a file beside the graph's own.
 
     `as_is` leaves out onnxruntime's optimizations: they find nothing in graphs of this package that is faster afterwards, once
     nothing is to compute from weights, and searching takes a third of the time to open a small model.
@@ -105,27 +116,29 @@ def open_session(
     options.intra_op_num_threads = threads or default_threads()
     # Between two steps the threads wait: spinning would take the cores from other processes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if used:
+    if weights:
         # The second for what is computed from weights when the session is opened, or copied to a GPU; the first keeps
         # onnxruntime from copying the others as well.
-        for name, value in used.items():
-            options.add_initializer(name, value)
-        options.add_external_initializers([*used], [*used.values()])
-    else:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    name = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[provider]
+        for weight, value in weights.items():
+            options.add_initializer(weight, value)
+        options.add_external_initializers([*weights], [*weights.values()])
+    execution_provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[provider]
     reason = "onnxruntime fell back to the CPU"
     try:
         # Without enable_fallback=0 onnxruntime replaces a provider that fails, and prints it to stdout, amid the text.
-        providers = [(name, {"enable_cuda_graph": "1"})] if captured else [name]
-        session = onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+        providers = [(execution_provider, {"enable_cuda_graph": "1"})] if captured else [execution_provider]
+        content = str(graph) if isinstance(graph, Path) else graph
+        session = onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
         # get_available_providers() lists what was compiled in, get_providers() what runs.
-        if session.get_providers()[0] == name:
-            session.used = used  # which must live as long as the session
+        if session.get_providers()[0] == execution_provider:
+            session.weights = weights  # which must live as long as the session
+            session.input_names = [value.name for value in session.get_inputs()]  # which takes longer than to look it up
             return session
     except Exception as error:  # onnxruntime's errors have no common base class
         if provider == "cpu":
-            raise DataError(f"{folder} cannot be opened by onnxruntime {onnxruntime.__version__}: {one_line(error)}") from None
+            raise DataError(
+                f"{name or graph} cannot be opened by onnxruntime {onnxruntime.__version__}: {one_line(error)}"
+            ) from None
         reason = one_line(error)
     from lmdist.extras import install_command
 
@@ -148,9 +161,9 @@ def import_onnxruntime() -> Any:
         )
     try:
         onnxruntime = importlib.import_module("onnxruntime")
-        # If one of two wheels was uninstalled, an empty module is left.
-        assert onnxruntime.InferenceSession
-    except (ImportError, AttributeError) as error:
+        if not hasattr(onnxruntime, "InferenceSession"):  # as where one of two wheels was uninstalled
+            raise ImportError("the module is empty")
+    except ImportError as error:
         from lmdist.extras import remedy
 
         again = f"pip install --force-reinstall {wheels[0]}" if wheels else remedy("onnxruntime")

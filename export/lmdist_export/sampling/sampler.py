@@ -28,12 +28,21 @@ from numpy.typing import NDArray
 from lmdist.cache_settings import NeuralCache
 from lmdist.errors import DataError, UsageError
 from lmdist_export.bundle import WEIGHTS, Bundle
-from lmdist_export.graph.cache import CACHE, EMPTY
+from lmdist_export.graph.cache import CACHE, EMPTY, NEW
 from lmdist_export.graph.cell import STATE
 from lmdist_export.graph.graphs import embedding_graph, generation_graph, next_graph, score_graph, step_graph
 from lmdist_export.options import MAX_WEIGHT, NO_CACHE, ROLES, Features, GenerationConfig, features_of, graph_inputs
 from lmdist_export.sampling.runtime import Runtime
-from lmdist_export.sampling.state import PARTS, ModelState, State, by_part, copy_generator, joined, uniform_numbers
+from lmdist_export.sampling.state import (
+    PARTS,
+    ModelState,
+    State,
+    by_part,
+    copy_generator,
+    joined,
+    remembered,
+    uniform_numbers,
+)
 from lmdist_export.sampling.steps import Pace, Steps, result_of
 from lmdist_export.sampling.token_session import Generated, TokenSession
 
@@ -156,7 +165,7 @@ class Sampler:
             most = pace.tokens + 1 if pace else PREFILL_TOKENS
             rest = state.tokens[:, most:]
             began = time.perf_counter()
-            read = replace(state.seeded(0), tokens=state.tokens[:, :most], lengths=np.minimum(state.lengths, most))
+            read = replace(state, tokens=state.tokens[:, :most], lengths=np.minimum(state.lengths, most))
             num_read = read.tokens.shape[1] - 1
             read = self.generate(read, config, 0)[1]
             if pace:
@@ -261,6 +270,8 @@ class Sampler:
         bias: NDArray[np.float32] | None = None,
         row_bias: NDArray[np.float32] | None = None,
         in_prompt: NDArray[np.bool_] | None = None,
+        *,
+        moves_on: bool = False,
     ) -> tuple[NDArray[np.int64], State]:
         """Generate N = `num_tokens` tokens of each text, (N, B), fewer once all have one of `stops`; return them and the state.
 
@@ -268,20 +279,24 @@ class Sampler:
         that of the tokens that `config` names, `row_bias` (B, V) to each row's; `in_prompt` (B, V) says which tokens a
         repetition penalty finds in the prompts. What depends on the tokens before (no_repeat_ngram_size, min_new_tokens, bad
         words of several tokens) is not applied here: generation.py does. Without a cache_weight the state that is returned has
-        no memory. Raises UsageError for a state of another model.
+        no memory. With `moves_on` nobody continues `state` again, nor a text with a stop, so no generator is copied. Raises
+        UsageError for a state of another model.
         """
         self.check_state(state)
         features = features_of(config, row_bias is not None)
         rows = len(state)
-        assert len(state.generators) == rows, "a state must be seeded before its texts are continued"
+        assert len(state.generators) == rows or not num_tokens, "a state must be seeded before its texts are continued"
         options = option_feed(config, features, self.sizes.vocabulary_size)
+        if bias is None:  # without new tokens it does nothing
+            size = self.sizes.vocabulary_size
+            bias = fixed_bias(config, size) if num_tokens else np.zeros(size, np.float32)
         feed: dict[str, Any] = options | {
             "prompt": state.tokens,
             "lengths": state.lengths,
             **by_part(state.model),
             "stops": np.array([*stops, -1], np.int64),  # no token is -1
             "going": np.ones(rows, np.bool_),
-            "bias": self.padded(fixed_bias(config, self.sizes.vocabulary_size) if bias is None else bias),
+            "bias": self.padded(bias),
         }
         if features.cached:
             if len(state.model) < len(PARTS):
@@ -297,11 +312,12 @@ class Sampler:
                 "in_prompt": self.padded(no_tokens if in_prompt is None else in_prompt),
                 "row_bias": empty[:1] if row_bias is None else self.padded(row_bias) * inverse,
             }
-        generators = tuple(map(copy_generator, state.generators))
-        feed["uniform"] = uniform_numbers(generators, num_tokens, features.attempts)
+        generators = tuple(map(copy_generator, state.generators)) if num_tokens and not moves_on else state.generators
+        no_numbers = np.empty((0, rows, features.attempts), np.float32)
+        feed["uniform"] = uniform_numbers(generators, num_tokens, features.attempts) if num_tokens else no_numbers
         found = self.run(features, feed)
         num_found = len(found.tokens)
-        if num_found < num_tokens:  # the numbers that were not used come next
+        if num_found < num_tokens and not moves_on:  # the numbers that were not used come next
             generators = tuple(map(copy_generator, state.generators))
             uniform_numbers(generators, num_found, features.attempts)
         last = found.tokens[-1] if num_found else np.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)[:, 0]
@@ -323,10 +339,13 @@ class Sampler:
     def run_loop(self, features: Features, feed: dict[str, Any]) -> Generated:
         """Return what the generation graph generates in one call."""
         session = self.generation_session(features)
-        parts = PARTS if features.cached else STATE
-        names = ["words", "mass", *(f"next_{name}" for name in parts), *(["next_counts"] if features.adjusted else [])]
-        tokens, mass, *state = session.run(names, {value.name: np.asarray(feed[value.name]) for value in session.get_inputs()})
+        names = ["words", "mass", *(f"next_{name}" for name in STATE), *(NEW if features.cached else ())]
+        names += ["next_counts"] if features.adjusted else []
+        tokens, mass, *state = session.run(names, {name: np.asarray(feed[name]) for name in session.input_names})
         counts = state.pop() if features.adjusted else None
+        if features.cached:
+            before = tuple(feed[name] for name in PARTS)
+            state[len(STATE) :] = remembered(before, state[len(STATE) :], int(feed["cache_size"][0]))
         # Without new tokens onnxruntime forgets the batch size.
         return Generated(tokens.reshape(-1, len(feed["lengths"])), mass, tuple(state), counts)
 
@@ -362,15 +381,17 @@ class Sampler:
                     raise UsageError(
                         f"the state is not this model's: {name} is {number}; one from {lowest} to {highest} is expected"
                     )
-        with np.errstate(all="ignore"):
-            finite = not memory or np.isfinite(memory[0].sum())  # a sum is fast: a call may generate but one token
-        if not finite:
-            raise UsageError(f"the state is not this model's: {hidden} holds numbers that are not finite")
+        if memory:
+            with np.errstate(all="ignore"):
+                finite = np.isfinite(memory[0].sum())  # a sum is fast: a call may generate but one token
+            if not finite:
+                raise UsageError(f"the state is not this model's: {hidden} holds numbers that are not finite")
 
     def padded(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return (..., V) as (..., V')."""
-        beyond = self.sizes.padded - self.sizes.vocabulary_size
-        return np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, beyond)])
+        found = np.zeros((*values.shape[:-1], self.sizes.padded), values.dtype)
+        found[..., : self.sizes.vocabulary_size] = values
+        return found
 
     def finite(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the values; raises DataError if they are not finite.

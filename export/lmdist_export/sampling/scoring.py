@@ -2,7 +2,7 @@
 
     scorer = Scorer(Sampler(Bundle.load("bundle")))
     for score in scorer.score(["the cat is here .", "we said it ."]):
-        score.log_probability, score.words, score.unknown
+        score.log_probability, score.tokens, score.unknown
 
 Sentences are scored in batches, a column of tokens at a time, and a prefix that several of them have is read once. The n-best
 lists of speech recognizers and translators consist mostly of such prefixes. Sorted by their tokens:
@@ -58,10 +58,10 @@ class Score:
     """A text and the log-probability of each of its tokens."""
 
     text: str
-    words: list[str]
+    tokens: list[str]
     """As tokenized; the last is the `<eos>` that ends the sentence, where it is scored."""
     unknown: NDArray[np.bool_]
-    """(T,): whether a word is not in the vocabulary, and scored as `<unk>`."""
+    """(T,): whether a token is not in the vocabulary, and scored as `<unk>`."""
     log_probabilities: NDArray[np.float32]
     """(T,), in nats."""
     bytes: int
@@ -72,23 +72,18 @@ class Score:
     def __repr__(self) -> str:
         return (
             f"Score({reprlib.repr(self.text)}, log_probability={self.log_probability:.4f}, perplexity={self.perplexity:.2f}, "
-            f"tokens={len(self.words)}, unknown={int(self.unknown.sum())})"
+            f"tokens={len(self.tokens)}, unknown={int(self.unknown.sum())})"
         )
-
-    @property
-    def tokens(self) -> list[str]:
-        """Return the words, as the options of generation call them."""
-        return self.words
 
     @property
     def per_token(self) -> list[TokenScore]:
         """Return each token with its log-probability in nats and whether it is unknown, as KenLM's `full_scores` does."""
-        return list(map(TokenScore, self.words, self.log_probabilities.tolist(), self.unknown.tolist()))
+        return list(map(TokenScore, self.tokens, self.log_probabilities.tolist(), self.unknown.tolist()))
 
     @property
     def perplexity(self) -> float:
         """Return the perplexity per token; NaN where there is none to score."""
-        return perplexity(-self.log_probability / len(self.words)) if self.words else math.nan
+        return perplexity(-self.log_probability / len(self.tokens)) if self.tokens else math.nan
 
     @property
     def size(self) -> TextSize:
@@ -156,10 +151,10 @@ class Scorer:
 
         Raises UsageError for a single string.
         """
-        return self.scores(items_of("the sentences", sentences))
+        return self.score_in_batches(items_of("the sentences", sentences))
 
-    def scores(self, coming: Iterator[str]) -> Iterator[Score]:
-        """Yield the score of each sentence."""
+    def score_in_batches(self, coming: Iterator[str]) -> Iterator[Score]:
+        """Do so; being a generator, it begins with the first score."""
         state = self.sampler.initial_state(1, cached=self.cache is not None)
         for batch in batches(coming, self.batch_size):
             encoded = [self.encode(sentence) for sentence in batch]
@@ -306,9 +301,9 @@ class Totals:
 
     def add(self, score: Score) -> None:
         """Add a sentence."""
-        unknown = [word for word, is_unknown in zip(score.words, score.unknown, strict=True) if is_unknown]
+        unknown = [word for word, is_unknown in zip(score.tokens, score.unknown, strict=True) if is_unknown]
         self.sentences += 1
-        self.words += len(score.words)
+        self.words += len(score.tokens)
         self.unknown += len(unknown)
         self.bytes += score.bytes
         self.original_words += score.original_words

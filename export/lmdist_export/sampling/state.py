@@ -115,10 +115,14 @@ def concatenate(states: Sequence[State]) -> State:
     if len(states) == 1:
         return states[0]
     longest = max(state.tokens.shape[1] for state in states)
-    padded = [np.pad(state.tokens, ((0, 0), (0, longest - state.tokens.shape[1]))) for state in states]
+    tokens = np.zeros((sum(map(len, states)), longest), np.int64)
+    row = 0
+    for state in states:
+        tokens[row : row + len(state), : state.tokens.shape[1]] = state.tokens
+        row += len(state)
     counted = next((state.counts for state in states if state.counts is not None), None)
     return State(
-        np.concatenate(padded),
+        tokens,
         np.concatenate([state.lengths for state in states]),
         joined([state.model for state in states]),
         tuple(generator for state in states for generator in state.generators),
@@ -144,6 +148,22 @@ def joined(states: Sequence[ModelState]) -> ModelState:
             width = [(0, 0), (most - part.shape[1], 0), *[(0, 0)] * (part.ndim - 2)]
             parts[name][place] = np.pad(part, width, constant_values=empty) if part.shape[1] < most else part
     return tuple(np.concatenate(values) for values in parts.values())
+
+
+def remembered(state: ModelState, pairs: Sequence[NDArray[Any]], size: int) -> ModelState:
+    """Return the memory of a state with new `pairs` added, parts as those of graph.cache.NEW; the last `size` are kept."""
+    hidden, tokens = state[len(STATE) :]
+    is_new = pairs[1] != EMPTY  # (B, T)
+    counts = is_new.sum(axis=1)
+    places = max(1, min(size, int((np.count_nonzero(tokens != EMPTY, axis=1) + counts).max())))
+    after = np.zeros((len(tokens), places, hidden.shape[2]), np.float32), np.full((len(tokens), places), EMPTY)
+    for row, count in enumerate(counts.tolist()):
+        recent = min(count, places)
+        kept = min(places - recent, tokens.shape[1])
+        for part, old, new in zip(after, (hidden, tokens), pairs, strict=True):
+            part[row, places - recent - kept : places - recent] = old[row, tokens.shape[1] - kept :]
+            part[row, places - recent :] = new[row, is_new[row]][count - recent :]
+    return after
 
 
 def select(state: ModelState, rows: Sequence[int] | NDArray[np.integer]) -> ModelState:

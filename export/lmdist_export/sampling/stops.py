@@ -83,25 +83,32 @@ class Stops:
             place = self.links[place]
         return self.children[place].get(symbol, 0)
 
-    def next(self, place: int, token: int) -> int:
-        """Return the place after one more token, or where the first stop ends inside of it."""
+    def next(self, place: int, token: int, overlap: int = 0) -> int:
+        """Return the place after one more token, or where the first stop ends inside of it.
+
+        A stop is not looked for in the first `overlap` bytes of it.
+        """
         if self.spelling is None:
             return self.after(place, token)
-        for byte in self.spelling[token]:
+        for byte in self.spelling[token][overlap:]:
             place = self.after(place, byte)
             if self.lengths[place]:
                 break
         return place
 
-    def ending(self, place: int, tokens: Sequence[int]) -> Ending | None:
-        """Return how a text of these tokens, which has led to a place, ends with a stop; None where it ends with none."""
-        length = self.lengths[place]
-        if not length or self.spelling is None:
+    def ending(self, place: int, tokens: Sequence[int], overlap: int = 0) -> Ending | None:
+        """Return how a text of these tokens, which has led to a place, ends with a stop; None where it ends with none.
+
+        A stop is not looked for in the first `overlap` bytes of the first token.
+        """
+        length, spelling = self.lengths[place], self.spelling
+        if not length or spelling is None:
             return Ending(length) if length else None
-        spelled = deque([self.spelling[tokens[-1]]])  # and the tokens before the last one in which the stop may have begun
+
+        spelled = deque([spelling[tokens[-1]]])  # and the tokens before the last one in which the stop may have begun
         while len(spelled) < len(tokens) and sum(map(len, spelled)) - len(spelled[-1]) < length - 1:
-            spelled.appendleft(self.spelling[tokens[-len(spelled) - 1]])
-        begin = b"".join(spelled).index(bytes(self.stops[self.first[place]]))
+            spelled.appendleft(spelling[tokens[-len(spelled) - 1]])
+        begin = b"".join(spelled).index(bytes(self.stops[self.first[place]]), overlap if len(spelled) == len(tokens) else 0)
         while len(spelled[0]) <= begin:
             begin -= len(spelled.popleft())
         return Ending(len(spelled), spelled[0][:begin])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -23,9 +23,8 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from lmdist import __version__
 from lmdist.console import log
@@ -36,15 +35,16 @@ from lmdist_export.sampling.resolved_options import ResolvedOptions
 from lmdist_export.serving import invocations, tokenize_api
 from lmdist_export.serving.access import ApiKeys, Hosts
 from lmdist_export.serving.batching import Request
-from lmdist_export.serving.completing import complete, error_event, stream
+from lmdist_export.serving.completing import complete, stream
+from lmdist_export.serving.event_stream import EventStream
 from lmdist_export.serving.failures import ErrorResponse, mlflow_error, openai_error, status_and_message
-from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, parse, quoted, read_body
+from lmdist_export.serving.json_body import MAX_BODY_BYTES, App, BadRequest, encoded, parse, quoted, read_body
 from lmdist_export.serving.metrics import CONTENT_TYPE, Metrics
 from lmdist_export.serving.observing import Note, Observed, note_of
 from lmdist_export.serving.openai_answer import model_facts
 from lmdist_export.serving.openai_request import EXAMPLE, NO_CHAT, ApiError, no_model, read_request
 from lmdist_export.serving.page_files import MEDIA_TYPES, PAGE_HEADERS, SERVER_ENGINE, page_files
-from lmdist_export.serving.running import ClientLeft, Growth, finish
+from lmdist_export.serving.running import SHORT_BYTES, SHORT_TOKENS, ClientLeft, Growth, done_by, finish
 from lmdist_export.serving.service import Service
 
 ANSWERED_AS = {"index.html": "", SERVER_ENGINE: "engine.js"}
@@ -170,9 +170,10 @@ class Application:
             self.held_bytes -= held
 
     async def read_from(self, request: HttpRequest, read: Callable[[bytes], T]) -> T:
-        """Return what a thread has read from the body of a request, which goes with this call: it is counted no longer."""
+        """Return what was read from the body of a request, which goes with this call: it is counted no longer."""
         with self.counted(request) as receive:
-            return await asyncio.to_thread(read, await body_of(request, receive))
+            body = await body_of(request, receive)
+            return await done_by(len(body) > SHORT_BYTES or not self.service.reads_at_once, lambda: read(body))
 
     def begun(self, request: HttpRequest) -> tuple[Service, Note, float]:
         """Return what answers a request to its end, what is noted of it, and when its time is over, by the loop's clock."""
@@ -184,9 +185,12 @@ class Application:
         """Answer with texts, or with a stream of them."""
         service, note, deadline = self.begun(request)
         asked = await self.read_from(request, lambda body: read_request(parse(body, EXAMPLE), service, self.name))
-        note.prompt_tokens = sum(len(prompt.tokens) for prompt in asked.prompts)
+        note.prompt_tokens = sum(len(prompt.ids) for prompt in asked.prompts)
         if not asked.stream:
-            return JSONResponse(await complete(asked, service, request.receive, note, deadline))
+            answer = await complete(asked, service, request.receive, note, deadline)
+            is_long = sum(note.tokens()) > SHORT_TOKENS
+            body = await done_by(is_long, lambda: encoded(answer, is_long=is_long))
+            return Response(body, media_type="application/json")
         return EventStream(*await stream(asked, service, request.receive, note, deadline))
 
     async def models(self, request: HttpRequest) -> Response:
@@ -237,14 +241,16 @@ class Application:
             return prompts, resolved, service.request(prompts, resolved, logprobs=logprobs, on_end=growth.on_end)
 
         prompts, resolved, job = await self.read_from(request, read)
-        note.prompt_tokens, note.work = sum(len(prompt.tokens) for prompt in prompts), job
+        note.prompt_tokens, note.work = sum(len(prompt.ids) for prompt in prompts), job
         await finish(service.batcher, job, growth, request.receive, deadline)
 
-        def predictions() -> list[Any]:
+        def predictions() -> bytes:
             found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in job.texts]
-            return [text.text for text in found] if as_text else list(map(invocations.answer, found))
+            predicted = [text.text if as_text else invocations.answer(text) for text in found]
+            return encoded({"predictions": predicted}, is_long=is_long)
 
-        return JSONResponse({"predictions": await asyncio.to_thread(predictions)})
+        is_long = note.prompt_tokens + job.num_written > SHORT_TOKENS
+        return Response(await done_by(is_long, predictions), media_type="application/json")
 
     async def ping(self, request: HttpRequest) -> Response:
         """Answer that the model is loaded."""
@@ -265,25 +271,6 @@ async def body_of(request: HttpRequest, receive: Callable[[], Awaitable[Any]]) -
     if body is None:
         raise ClientLeft
     return body
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events."""
-
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        """Send `events`; `close` is called when they end, or their client leaves."""
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies hand on each event
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self.close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        try:
-            await super().__call__(scope, receive, send)
-        except asyncio.CancelledError as error:
-            await send({"type": "http.response.body", "body": error_event(error)})
-        finally:
-            self.close()
 
 
 # --- the page ------------------------------------------------------------------------------------------------------

@@ -9,20 +9,21 @@ What is asked is known by openai_request.py, the form of an answer by openai_ans
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
+from json.encoder import encode_basestring
 from typing import Any
 
+from lmdist_export.sampling.completion import taken_again
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
 from lmdist_export.serving.batching import Request, Scoring
 from lmdist_export.serving.failures import error_object, status_and_message
-from lmdist_export.serving.json_body import Message, Receive
+from lmdist_export.serving.json_body import Message, Receive, encoded
 from lmdist_export.serving.observing import Note
-from lmdist_export.serving.openai_answer import Writer, choice, finish_reason, usage
+from lmdist_export.serving.openai_answer import Writer, choice, finish_reason, logprobs_object, usage
 from lmdist_export.serving.openai_request import CompletionRequest
-from lmdist_export.serving.running import Event, Growth, finish
+from lmdist_export.serving.running import SHORT_TOKENS, Growth, done_by, finish
 from lmdist_export.serving.service import Service
 
 DONE = b"data: [DONE]\n\n"
@@ -31,12 +32,10 @@ DONE = b"data: [DONE]\n\n"
 async def complete(asked: CompletionRequest, service: Service, receive: Receive, note: Note, deadline: float) -> dict[str, Any]:
     """Return the answer to a request; raises as `finish`."""
     if asked.only_scores:
-        texts = [Text(prompt.tokens, number, 0, finish_reason="length") for number, prompt in enumerate(asked.prompts)]
+        texts = [Text(prompt.ids, number, 0, finish_reason="length") for number, prompt in enumerate(asked.prompts)]
     else:
         growth = Growth()
-        job = await asyncio.to_thread(
-            lambda: service.request(asked.prompts, asked.resolved, logprobs=own_logprobs(asked), on_end=growth.on_end)
-        )
+        job = await job_of(asked, service, on_end=growth.on_end)
         note.work = job
         await finish(service.batcher, job, growth, receive, deadline)
         texts = in_order(job.texts)
@@ -48,7 +47,18 @@ async def complete(asked: CompletionRequest, service: Service, receive: Receive,
     def choices() -> list[dict[str, Any]]:
         return [choice(asked, text, index, of_text) for index, (text, of_text) in enumerate(zip(texts, scores, strict=True))]
 
-    return asked.envelope() | {"choices": await asyncio.to_thread(choices), "usage": counted}
+    has_prompts = asked.echo or asked.logprobs is not None
+    is_long = sum(len(text.tokens) + len(text.prompt) * has_prompts for text in texts) > SHORT_TOKENS
+    return asked.envelope() | {"choices": await done_by(is_long, choices), "usage": counted}
+
+
+async def job_of(asked: CompletionRequest, service: Service, **callbacks: Any) -> Request:
+    """Return what the batching thread does for a request that generates."""
+
+    def make() -> Request:
+        return service.request(asked.prompts, asked.resolved, logprobs=own_logprobs(asked), **callbacks)
+
+    return await done_by(sum(len(prompt.tokens) for prompt in asked.prompts) > SHORT_TOKENS, make)
 
 
 def own_logprobs(asked: CompletionRequest) -> int | None:
@@ -109,8 +119,7 @@ async def stream(
     if asked.only_scores:
         return once(asked, await complete(asked, service, receive, note, deadline)), lambda: None
     growth = Growth()
-    how = {"logprobs": own_logprobs(asked), "on_growth": growth.on_growth, "on_end": growth.on_end}
-    job = await asyncio.to_thread(lambda: service.request(asked.prompts, asked.resolved, **how))
+    job = await job_of(asked, service, on_growth=growth.on_growth, on_end=growth.on_end)
     service.batcher.submit(job)
     note.work = job
 
@@ -130,9 +139,11 @@ async def stream(
 async def once(asked: CompletionRequest, answer: dict[str, Any]) -> AsyncIterator[bytes]:
     """Yield an answer that has ended as a stream."""
     counted = answer.pop("usage")
-    yield event(answer | ({"usage": None} if asked.include_usage else {}))
+    whole = answer | ({"usage": None} if asked.include_usage else {})
+    is_long = counted["total_tokens"] > SHORT_TOKENS
+    yield event(await done_by(is_long, lambda: encoded(whole, is_long=is_long)))
     if asked.include_usage:
-        yield event(asked.envelope() | {"choices": [], "usage": counted})
+        yield event(encoded(asked.envelope() | {"choices": [], "usage": counted}))
     yield DONE
 
 
@@ -141,14 +152,17 @@ class Streaming:
 
     def __init__(self, asked: CompletionRequest, service: Service, note: Note, deadline: float) -> None:
         self.asked, self.service, self.note, self.deadline = asked, service, note, deadline
-        self.envelope = asked.envelope()
+        # An event is written around its text: to make a dictionary of it first takes longer than all else.
+        self.before = encoded(asked.envelope() | {"choices": []})[:-2]
+        self.after = b',"usage":null}' if asked.include_usage else b"}"
         self.writers: dict[tuple[int, int], Writer] = {}
-        self.ended: set[tuple[int, int]] = set()
+        self.pieces: dict[tuple[int, int], list[str]] = {}
+        """Those of each text, where its log-probabilities come with its end."""
 
     async def events(self, job: Request, growth: Growth) -> AsyncIterator[bytes]:
         """Yield the events of a request; those that come together at once. An error is the last of them."""
         try:
-            async for grown in gathered(growth):
+            async for grown in growth:
                 yield b"".join(self.grown(*event) for event in grown)
             if job.error:
                 raise job.error
@@ -166,60 +180,54 @@ class Streaming:
         written = ""
         if key not in self.writers:
             prompt, given = self.asked.prompts[text.prompt_number], self.asked.given[text.prompt_number]
-            self.writers[key] = Writer(self.asked.bundle, prompt, given, self.asked.written[text.prompt_number])
+            written_prompt, again = self.asked.written[text.prompt_number], taken_again(text, prompt)
+            self.writers[key] = Writer(self.asked.bundle, prompt, given, written_prompt, again)
             written = given if self.asked.echo else ""
-        written += "".join(self.writers[key].write(tokens))
+        pieces = self.writers[key].write(tokens)
+        written += "".join(pieces)
         if reason:
             written += self.writers[key].end(text)
+        if self.asked.logprobs is not None:
+            self.pieces.setdefault(key, []).extend(pieces)
         ends = bool(reason) and self.asked.logprobs is None  # log-probabilities come with the end
         if ends:
-            self.ended.add(key)
+            del self.writers[key]
         return self.chunk(key, written, reason if ends else "") if written or ends else b""
 
-    def chunk(self, key: tuple[int, int], written: str, reason: str, logprobs: Any = None) -> bytes:
+    def chunk(self, key: tuple[int, int], written: str, reason: str, logprobs: bytes = b"null") -> bytes:
         """Return an event with more of a text."""
         index = key[0] * self.asked.n + key[1]
-        found = {"text": written, "index": index, "logprobs": logprobs, "finish_reason": finish_reason(reason)}
-        return event(self.envelope | {"choices": [found]} | ({"usage": None} if self.asked.include_usage else {}))
+        text, finished = encode_basestring(written).encode(), encoded(finish_reason(reason))
+        choice = b'{"text":%b,"index":%d,"logprobs":%b,"finish_reason":%b}]' % (text, index, logprobs, finished)
+        return event(self.before + choice + self.after)
 
     async def end(self, texts: Sequence[Text]) -> bytes:
         """Return the last events: of each text what was not sent before, the usage, and the mark of the end."""
         asked, events = self.asked, []
-        found = await scores_of(asked, self.service, texts, nobody, self.note, self.deadline)
-        for text, of_text in zip(texts, found, strict=True):
-            key = (text.prompt_number, text.number)
-            if key in self.ended:
-                continue
-            whole = choice(asked, text, 0, of_text)
-            # A text of a beam search has no piece before its end.
-            written = "" if key in self.writers else whole["text"]
-            events.append(self.chunk(key, written, text.finish_reason, whole["logprobs"]))
+        if asked.logprobs is not None:
+            found = await scores_of(asked, self.service, texts, nobody, self.note, self.deadline)
+            is_long = sum(len(text.prompt) + len(text.tokens) for text in texts) > SHORT_TOKENS
+            events = await done_by(is_long, lambda: [*map(self.scored, texts, found)])
         if asked.include_usage:
-            events.append(event(self.envelope | {"choices": [], "usage": usage(asked, texts)}))
+            events.append(event(encoded(asked.envelope() | {"choices": [], "usage": usage(asked, texts)})))
         return b"".join([*events, DONE])
 
-
-async def gathered(growth: Growth) -> AsyncIterator[list[Event]]:
-    """Yield the events that wait, together: all that a step of the batching thread has brought."""
-    async for first in growth:
-        found = [first]
-        while not growth.events.empty():
-            coming = growth.events.get_nowait()
-            if coming is None:
-                growth.events.put_nowait(None)
-                break
-            found.append(coming)
-        yield found
+    def scored(self, text: Text, scores: TokenScores | None) -> bytes:
+        """Return the event that ends a text with its log-probabilities."""
+        key = (text.prompt_number, text.number)
+        assert scores, "they were asked for"
+        logprobs = logprobs_object(self.asked, text, self.writers[key].before, self.pieces[key], scores)
+        return self.chunk(key, "", text.finish_reason, encoded(logprobs, is_long=len(text.tokens) > SHORT_TOKENS))
 
 
-def event(data: dict[str, Any]) -> bytes:
+def event(data: bytes) -> bytes:
     """Return an event of a stream."""
-    return b"data: %b\n\n" % json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"data: %b\n\n" % data
 
 
 def error_event(error: BaseException) -> bytes:
     """Return the event of an error, the last of a stream."""
-    return event(error_object(error, *status_and_message(error)))
+    return event(encoded(error_object(error, *status_and_message(error))))
 
 
 async def nobody() -> Message:

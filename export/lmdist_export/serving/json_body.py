@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,10 @@ MAX_DISCARDED_BYTES = 2**26
 MAX_QUOTED = 40
 """Characters of the given value in a message."""
 JSON_TYPE = re.compile(r'application/json\s*(;\s*charset\s*=\s*("utf-8"|utf-8)\s*)?', re.IGNORECASE)
+
+MAX_ITEMS = 64
+"""That are encoded at a time: half a millisecond, as between two looks at whether another thread waits (serve.py)."""
+TO_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -113,6 +117,31 @@ def parse(body: bytes, example: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise BadRequest(f"the body is {quoted(given)}; an object is expected, as {example}")
     return given
+
+
+def encoded(value: Any, *, is_long: bool = False) -> bytes:
+    """Return a value as JSON. What `is_long` is encoded a few items at a time, for meanwhile no other thread goes on."""
+    return ("".join(json_pieces(value)) if is_long else TO_JSON(value)).encode()
+
+
+def json_pieces(value: Any, depth: int = 4) -> Iterator[str]:
+    """Yield the JSON of a value in pieces of MAX_ITEMS items, as far as lists and objects are no deeper than `depth`."""
+    if depth and isinstance(value, dict) and value:
+        for place, (name, item) in enumerate(value.items()):
+            yield f"{',' if place else '{'}{TO_JSON(name)}:"
+            yield from json_pieces(item, depth - 1)
+        yield "}"
+    elif isinstance(value, list) and len(value) > MAX_ITEMS:
+        for start in range(0, len(value), MAX_ITEMS):
+            yield f"{',' if start else '['}{TO_JSON(value[start : start + MAX_ITEMS])[1:-1]}"
+        yield "]"
+    elif depth and isinstance(value, list) and value:
+        for place, item in enumerate(value):
+            yield "," if place else "["
+            yield from json_pieces(item, depth - 1)
+        yield "]"
+    else:
+        yield TO_JSON(value)
 
 
 def quoted(value: Any) -> str:

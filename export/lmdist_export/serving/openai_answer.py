@@ -17,7 +17,7 @@ from typing import Any
 from lmdist.text.vocabulary import UNKNOWN_ID
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Row, row_facts
-from lmdist_export.sampling.completion import after_text, rest_of
+from lmdist_export.sampling.completion import after_text, rest_of, taken_again
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
 from lmdist_export.sampling.prompt import Prompt
@@ -44,15 +44,19 @@ class Writer:
     The first piece has the space that separates it from the prompt, unless the prompt, as it was given, ends with one.
     """
 
-    def __init__(self, bundle: Bundle, prompt: Prompt, given: str, written: WrittenPrompt | None = None) -> None:
-        """Go on from a prompt as it was `given`; `written` it is shared by all its texts."""
+    def __init__(
+        self, bundle: Bundle, prompt: Prompt, given: str, written: WrittenPrompt | None = None, again: Sequence[int] = ()
+    ) -> None:
+        """Go on from a prompt as it was `given`; `written` it is shared by all its texts. `again` is that of `taken_again`."""
         written = written or WrittenPrompt(bundle, prompt)
         self.words: deque[str | bytes] = deque()
         self.vocabulary = bundle.vocabulary.words
         self.before = written.pieces
         has_pieces = bundle.tokenizer.settings.has_pieces  # whose texts have the spaces that they need
-        has_space = prompt.space if has_pieces else not given or given[-1].isspace()
-        self.pieces = after_text(bundle.tokenizer.pieces(self.coming(), written.place.copy()), has_space=has_space)
+        glued = prompt.space if has_pieces else not given or given[-1].isspace()
+        in_text = prompt.seam.given if prompt.seam else " " if glued else ""
+        self.pieces = after_text(bundle.tokenizer.pieces(self.coming(), written.place.copy()), in_text)
+        self.write(again)
 
     def coming(self) -> Iterator[str | bytes]:
         """Yield the words that wait."""
@@ -76,7 +80,7 @@ class Writer:
 def choice(asked: CompletionRequest, text: Text, index: int, scores: TokenScores | None) -> dict[str, Any]:
     """Return a text that has ended; its `scores` are those of the prompt's tokens too where it is echoed."""
     prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
-    writer = Writer(asked.bundle, prompt, given, asked.written[text.prompt_number])
+    writer = Writer(asked.bundle, prompt, given, asked.written[text.prompt_number], taken_again(text, prompt))
     pieces = writer.write(text.tokens)
     written = "".join([given if asked.echo else "", *pieces, writer.end(text)])
     logprobs = logprobs_object(asked, text, writer.before, pieces, scores) if scores else None
@@ -98,11 +102,11 @@ def logprobs_object(
     words = asked.bundle.vocabulary.words
     prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
     of_tokens, tops = scores
-    tokens = [*(prompt.tokens if asked.echo else []), *text.tokens]
-    names = [*(prompt.words if asked.echo else []), *(words[token] for token in text.tokens)]
+    tokens = [*(prompt.ids if asked.echo else []), *text.tokens]
+    names = [*(prompt.tokens if asked.echo else []), *(words[token] for token in text.tokens)]
     has_pieces = asked.bundle.tokenizer.settings.has_pieces
     # Pieces write the text that was given, but for a model that normalizes or lowercases it first.
-    in_text = [piece.lstrip(" ") for piece in before] if has_pieces else prompt.words
+    in_text = [piece.lstrip(" ") for piece in before] if has_pieces else prompt.tokens
     is_given = has_pieces and given.startswith("".join(before))
     written = piece_offsets(before, 0) if is_given else word_offsets(given, in_text)
     end = len(given) if asked.echo else 0
@@ -151,7 +155,7 @@ def piece_offsets(pieces: Sequence[str], start: int) -> list[int]:
 def usage(asked: CompletionRequest, texts: Sequence[Text]) -> dict[str, int]:
     """Return how many tokens were read, and generated."""
     prompt_tokens, completion_tokens = (
-        sum(len(prompt.tokens) for prompt in asked.prompts),
+        sum(len(prompt.ids) for prompt in asked.prompts),
         sum(len(text.tokens) for text in texts),
     )
     return {
@@ -181,7 +185,7 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
 
 def option_facts(row: Row, bundle: Bundle) -> dict[str, Any]:
     """Return an option as this API takes it; a bound that is infinite is null."""
-    facts = {"minimum": None, "maximum": None} | row_facts(row)
+    facts: dict[str, Any] = {"minimum": None, "maximum": None} | row_facts(row)
     default: Any = API_DEFAULTS.get(row.name, getattr(bundle.generation, row.name, row.default))
     if row.name == "temperature" and bundle.generation.greedy:
         default = 0.0

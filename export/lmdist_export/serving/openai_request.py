@@ -58,8 +58,9 @@ class WrittenPrompt:
 
     def __init__(self, bundle: Bundle, prompt: Prompt) -> None:
         self.place = Place()
+        tokens = prompt.open().tokens
         # Not to the end of the pieces, which would complete a character that the next token may complete.
-        self.pieces = list(islice(bundle.tokenizer.pieces(prompt.words, self.place), len(prompt.words)))
+        self.pieces = list(islice(bundle.tokenizer.pieces(tokens, self.place), len(tokens)))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
         limit_name = "max_tokens" if renamed else "max_new_tokens"
         resolved = service.resolve(prompts, options, limit_name=limit_name, echo=echo)
         if echo and logprobs is not None:
-            scored = n * sum(len(prompt.tokens) + resolved.config.max_new_tokens for prompt in prompts)
+            scored = n * sum(len(prompt.ids) + resolved.config.max_new_tokens for prompt in prompts)
             check_limit(f"the number of tokens in prompts and {limit_name}, scored for each text, together", scored, MAX_TOKENS)
     except UsageError as error:
         if not renamed or type(error) is not UsageError:
@@ -130,6 +131,7 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     stream, include_usage = read_stream(given)
     if stream and best_of > n:
         raise ApiError(f"best_of is {best_of}; the best texts are known at their end: without stream", param="best_of")
+    prompts = [prompt.as_asked(logprobs, resolved.config.num_beams) for prompt in prompts]
     unknown = [*filter(None, (warning_of_prompt(prompt, service.bundle) for prompt in prompts))]
     written = [WrittenPrompt(service.bundle, prompt) for prompt in prompts]
     return CompletionRequest(
@@ -169,7 +171,7 @@ def read_prompts(given: Any, service: Service, *, scores: bool) -> tuple[list[Pr
         )
     marked = [ids[:1] == [service.bundle.generation.bos_token_id] for ids in several]
     prompts = [prompt_of_ids(ids[has_mark:], service, "prompt") for ids, has_mark in zip(several, marked, strict=True)]
-    return prompts, [service.bundle.tokenizer.detokenize(prompt.words) for prompt in prompts], marked
+    return prompts, [service.bundle.tokenizer.detokenize(prompt.tokens) for prompt in prompts], marked
 
 
 def prompt_of_ids(ids: Any, service: Service, name: str) -> Prompt:

@@ -25,6 +25,7 @@ from lmdist_export.sampling.beam_search import beam_search_steps
 from lmdist_export.sampling.generation import Generation, Text, forks
 from lmdist_export.sampling.log_probabilities import TokenScores, log_probability_steps, start_steps, steps_after
 from lmdist_export.sampling.sampler import PREFILL_TOKENS, STEP_TOKENS, Sampler, fixed_bias
+from lmdist_export.sampling.seams import ANYTHING, Begin
 from lmdist_export.sampling.state import State
 from lmdist_export.sampling.steps import Pace
 from lmdist_export.sampling.stops import NO_STOPS, Stops
@@ -33,7 +34,7 @@ MAX_PHRASE_TOKENS = 4_096
 """In the stops and bad words of a request together."""
 JOINT_TOKENS = 32
 """Of the end of a prompt, which is read together with the ends of others that join the batch."""
-READING_SECONDS = 0.01
+READING_SECONDS = 0.005
 """Of a piece of a prompt or of a text to score: half the time of a call that generates."""
 
 WAIT = True
@@ -105,11 +106,13 @@ class Request(Work):
         logprobs: int | None = None,
         on_growth: Callable[[Text, list[int]], None] | None = None,
         on_end: Callable[[], None] | None = None,
+        begins: Sequence[Begin] = (),
     ) -> None:
         """Ask for `n` texts of each of `prompts`, with `logprobs` for the scores of their tokens, and of so many others.
 
         `on_growth` is called in the batching thread with a text and its new tokens, and must return at once. Raises UsageError
-        where `config` leaves no token to sample, for tokens that the model does not have, and for too many stops.
+        where `config` leaves no token to sample, for tokens that the model does not have, and for too many stops. `begins` has
+        what the texts of each prompt begin with, where not with anything.
         """
         fixed_bias(config, sampler.sizes.vocabulary_size)
         check_tokens(sampler, prompts)
@@ -119,9 +122,10 @@ class Request(Work):
         scored = 0 if logprobs is None else read + len(prompts) * n * config.max_new_tokens
         super().__init__(read + written + scored, on_end)
         self.sampler, self.prompts, self.seed, self.n = sampler, prompts, seed, n
+        self.begins = begins or [ANYTHING] * len(prompts)
         self.logprobs, self.on_growth = logprobs, on_growth
         self.generation = Generation(config, stops, ignore_end)
-        self.batch_key = repr(self.generation)
+        self.batch_key = f"{config.key} {stops} {ignore_end}"
         """Equal for requests that can share a batch."""
         self.texts: list[Text] = []
         self.row_seconds = 0.0
@@ -154,7 +158,7 @@ class Request(Work):
             keep = min(JOINT_TOKENS, paces.reading.tokens) if self.n == 1 else 1
             state = yield from sampler.prefill_steps(state, config, paces.reading, keep)
             self.has_read(len(prompt) + 1, len(prompt) + 1)
-            for text, start in forks(sampler, state, prompt, number, config, self.seed, range(self.n)):
+            for text, start in forks(sampler, state, prompt, number, config, self.seed, range(self.n), self.begins[number]):
                 self.texts.append(text)
                 self.ready.append((text, start))
                 most = offer(self)

@@ -4,7 +4,7 @@
     job = Request(..., on_growth=growth.on_growth, on_end=growth.on_end)
     await finish(service.batcher, job, growth, receive, deadline)           # or, for who wants the tokens as they come,
     service.batcher.submit(job)
-    async for text, tokens, finish_reason in growth: ...
+    async for events in growth: ...     # (text, tokens, finish_reason) of each text that has grown since
 
 This module knows no HTTP.
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from lmdist_export.sampling.generation import Text
@@ -23,10 +24,20 @@ from lmdist_export.serving.json_body import Receive, disconnect
 
 Event = tuple[Text, list[int], str]
 """A text, the tokens that were appended to it, and why it has ended, if it has."""
+T = TypeVar("T")
+
+SHORT_BYTES = 4_096
+"""Of a body, and of what is written, up to which a request is answered without a thread."""
+SHORT_TOKENS = 512
 
 
 class ClientLeft(Exception):
     """The client has disconnected: nobody waits for the answer."""
+
+
+async def done_by(thread: bool, work: Callable[[], T]) -> T:
+    """Return what `work` returns: by a thread where it is long. What is short is done at once, for a hop takes longer."""
+    return await asyncio.to_thread(work) if thread else work()
 
 
 class Mailbox:
@@ -36,51 +47,66 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self.events: deque[tuple[asyncio.Queue[Event | None], Event | None]] = deque()
+        self.events: deque[tuple[Growth, Event | None]] = deque()
         self.is_woken = False
 
-    def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Event | None], event: Event | None) -> None:
-        """Have the loop put an event into a queue."""
-        self.events.append((queue, event))
+    def put(self, growth: Growth, event: Event | None) -> None:
+        """Have the loop of a growth take an event."""
+        self.events.append((growth, event))
         if not self.is_woken:
             self.is_woken = True
             with suppress(RuntimeError):  # the loop has ended before the batching thread
-                loop.call_soon_threadsafe(self.deliver)
+                growth.loop.call_soon_threadsafe(self.deliver)
 
     def deliver(self) -> None:
-        """Put all events into their queues."""
+        """Hand over all events."""
         self.is_woken = False
         while self.events:
-            queue, event = self.events.popleft()
-            queue.put_nowait(event)
+            growth, event = self.events.popleft()
+            growth.take(event)
 
 
 MAILBOXES: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
 
 
 class Growth:
-    """What the texts of a request have grown, as an asynchronous iterator; the batching thread calls its methods."""
+    """What the texts of a request have grown, as an asynchronous iterator; the batching thread calls two of its methods."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.mailbox = MAILBOXES.setdefault(self.loop, Mailbox())
-        self.events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self.events: dict[tuple[int, int], Event] = {}
+        """Those that nobody has taken yet: what a text grows meanwhile is one."""
+        self.is_over = False
+        self.changed = asyncio.Event()
 
     def on_growth(self, text: Text, tokens: list[int]) -> None:
         """Take tokens that were appended to a text."""
-        self.put((text, tokens, text.finish_reason))
+        self.mailbox.put(self, (text, tokens, text.finish_reason))
 
     def on_end(self) -> None:
         """Take the end of all texts, or of the request."""
-        self.put(None)
+        self.mailbox.put(self, None)
 
-    def put(self, event: Event | None) -> None:
-        """Hand an event to the loop."""
-        self.mailbox.put(self.loop, self.events, event)
+    def take(self, event: Event | None) -> None:
+        """Take an event in the loop."""
+        self.changed.set()
+        if event is None:
+            self.is_over = True
+            return
+        text, tokens, reason = event
+        key = text.prompt_number, text.number
+        before = self.events.get(key)
+        self.events[key] = (text, [*before[1], *tokens], reason) if before else event
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        while (event := await self.events.get()) is not None:
-            yield event
+    async def __aiter__(self) -> AsyncIterator[list[Event]]:
+        """Yield what waits, of each text together, again and again until the end."""
+        while self.events or not self.is_over:
+            await self.changed.wait()
+            self.changed.clear()
+            events, self.events = [*self.events.values()], {}
+            if events:
+                yield events
 
 
 async def finish(
@@ -91,21 +117,17 @@ async def finish(
     Whatever ends the waiting, the request is cancelled then, which frees its rows within a step.
     """
     batcher.submit(job, completes=completes)
-    leaving, ending = asyncio.ensure_future(disconnect(receive)), asyncio.ensure_future(end_of(growth))
+    leaving = asyncio.ensure_future(disconnect(receive))
+    leaving.add_done_callback(lambda _: growth.changed.set())
     try:
         async with asyncio.timeout_at(deadline):
-            await asyncio.wait({leaving, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if not ending.done():
-            raise ClientLeft
+            while not growth.is_over:
+                if leaving.done():
+                    raise ClientLeft
+                await growth.changed.wait()
+                growth.changed.clear()
         if job.error:
             raise job.error
     finally:
         job.cancel()
         leaving.cancel()
-        ending.cancel()
-
-
-async def end_of(growth: Growth) -> None:
-    """Wait for the end."""
-    async for _ in growth:
-        pass

@@ -30,7 +30,7 @@ def tokenized(given: dict[str, Any], service: Service) -> dict[str, Any]:
     if "prompt" not in given:
         raise ApiError(f"no prompt is given; expected is {EXAMPLE}", param="prompt")
     text = string_of("prompt", given["prompt"], quoted=quoted)
-    tokens = [END_ID] if text == END else service.prompts([text], continues=False)[0].tokens
+    tokens = [END_ID] if text == END else service.prompts([text], continues=False)[0].ids
     found = {"count": len(tokens), "max_model_len": MAX_TOKENS, "tokens": tokens}
     words = service.bundle.vocabulary.words
     return found | ({"token_strs": [words[token] for token in tokens]} if given.get("return_token_strs") is True else {})
@@ -39,7 +39,7 @@ def tokenized(given: dict[str, Any], service: Service) -> dict[str, Any]:
 def detokenized(given: dict[str, Any], service: Service) -> dict[str, Any]:
     """Return the text of ids; raises UsageError for what are none of this vocabulary."""
     prompt = prompt_of_ids(given.get("tokens"), service, "tokens")
-    return {"prompt": service.bundle.tokenizer.detokenize(prompt.words)}
+    return {"prompt": service.bundle.tokenizer.detokenize(prompt.tokens)}
 
 
 ROUTES = {"/tokenize": (EXAMPLE, tokenized), "/detokenize": (EXAMPLE_OF_IDS, detokenized)}

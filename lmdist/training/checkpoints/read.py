@@ -187,12 +187,6 @@ def parameters_file(manifest: dict[str, Any]) -> str:
     return AVERAGED if is_averaged(manifest) else MODEL
 
 
-def load_model(folder: Path) -> tuple[LanguageModel, dict[str, Any]]:
-    """Return the model of a checkpoint, as `Checkpoint.model` does, and the manifest; raise MissingInputError or DataError."""
-    checkpoint = open_checkpoint(folder)
-    return checkpoint.model(), checkpoint.manifest
-
-
 def check_model(files: HeldFolder, manifest: dict[str, Any], file: str) -> None:
     """Raise DataError unless a file of parameters has the shapes of the manifest's model, which may exceed any memory."""
     settings, vocabulary_size = ModelSettings(**manifest["model"]), manifest["vocabulary_size"]

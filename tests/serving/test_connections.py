@@ -1,0 +1,120 @@
+"""A connection of lmdist-serve closes what is no request, whatever a client sends in whatever pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from lmdist_export.serving import connections
+
+REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """An application that answers with the body of a request, a moment after it has come."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body, more = body + message["body"], message["more_body"]
+    await asyncio.sleep(0.05)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def talk_to_a_server(talk: Talk) -> None:
+    async def run(listening: socket.socket) -> None:
+        server = connections.server_of(echo, 1)
+        serving = asyncio.ensure_future(server.serve([listening]))
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        try:
+            await asyncio.wait_for(talk(reader, writer), 20)
+        finally:
+            writer.close()
+            server.should_exit = True
+            await serving
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        asyncio.run(run(listening))
+
+
+async def answers(reader: asyncio.StreamReader, bodies: list[bytes]) -> None:
+    for body in bodies:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert await reader.readexactly(len(body)) == body
+
+
+def test_requests_that_come_in_pieces_or_together_are_each_answered() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for at in (1, 20, len(REQUEST) - 1):
+            writer.write(REQUEST[:at])
+            await asyncio.sleep(0.02)
+            writer.write(REQUEST[at:])
+            await answers(reader, [b"abc"])
+        writer.write(REQUEST * 3 + CHUNKED + b"2\r\nde\r\n1;x=y\r\nf\r\n0\r\nTrailer: t\r\n\r\n" + REQUEST)
+        await answers(reader, [b"abc", b"abc", b"abc", b"def", b"abc"])
+
+    talk_to_a_server(talk)
+
+
+@pytest.mark.parametrize(
+    ("begin", "sent", "status"),
+    [
+        (b"", b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 69_000, 431),
+        (b"", b"GET /" + b"y" * 69_000, 431),
+        (b"", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 11_500, 431),
+        (CHUNKED + b"2\r\nde\r\n0\r\n", b"X: y\r\n" * 11_500, 431),
+        (b"", b"\x16\x03\x01\x02", 400),
+        (b"", b"GET / HTTP/9.9\r\n\r\n", 400),
+        (b"", b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"", CHUNKED + b"zz\r\n", 400),
+    ],
+    ids="header address headers trailers tls version length chunk".split(),
+)
+def test_what_is_no_request_is_answered_and_closed(begin: bytes, sent: bytes, status: int) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """No byte follows the one that is too much: to a client that goes on sending, the answer may be lost."""
+        for piece in (begin, *(sent[start : start + 10_000] for start in range(0, len(sent), 10_000))):
+            writer.write(piece)
+            await asyncio.sleep(0.01)
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        assert json.loads(await reader.read())["error"]["type"] == "invalid_request_error"
+
+    talk_to_a_server(talk)
+
+
+def test_who_sends_line_breaks_only_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a request they are allowed, and they begin none."""
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.2)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            writer.write(b"\r\n" + REQUEST)
+            await answers(reader, [b"abc"])
+        writer.write(b"\r\n")
+        assert await reader.read() == b""
+
+    talk_to_a_server(talk)
+
+
+def test_a_request_behind_another_has_its_time_once_that_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.02)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(REQUEST + REQUEST[:20])
+        await answers(reader, [b"abc"])
+        assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+
+    talk_to_a_server(talk)
