@@ -4,8 +4,7 @@
  */
 
 import { lastCharacter } from "./characters.js";
-import { LINE_BREAK, SPACE_WORD } from "./tokenizer.js";
-import { END } from "./vocabulary.js";
+import { END, LINE_BREAK, SPACE_WORD } from "./tokenizer.js";
 
 const OPENING = new Set("([{<#@¿¡");
 const CLOSING = new Set(")]}>.,:;?!%");
@@ -51,11 +50,6 @@ export class Detokenizer {
     this.before = "";
     /** Whether the next word follows without a space. */
     this.glue = true;
-  }
-
-  /** Return what is left at the end of a text: nothing, since words are written as wholes. */
-  end() {
-    return "";
   }
 
   /**
