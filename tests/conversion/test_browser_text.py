@@ -7,17 +7,22 @@ import dataclasses
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from lmdist.settings import TextSettings
 from lmdist.text.detokenizer import is_wide, pieces
+from lmdist.text.learning import by_frequency, trained_model
+from lmdist.text.pieces import Pieces, Saved, byte_level_tokenizer, word_splitter
 from lmdist.text.tokenizer import WordTokenizer, train_punkt
 from support.javascript import Engine, needs_node
 from support.odd_texts import LETTERS, MARKS, STRANGE, TEXT, TOKENS, odd_texts
@@ -91,6 +96,35 @@ def test_words_are_pythons(engine: Engine, settings: TextSettings) -> None:
             assert engine.call("words", text, continues) == tokenizer.tokenize(text, continues=continues)
 
     compare()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_pieces_are_those_of_the_library(engine: Engine, kind: Literal["bpe", "unigram"]) -> None:
+    pytest.importorskip("tokenizers")
+    texts = [*OTHER_SCRIPTS, *TOKENS, *TEXT[:2], *map(" ".join, pairwise(TOKENS))]
+    counted = sorted(Counter(word for text in texts for word in word_splitter()(text)).items())
+    saved = Saved(library="tokenizers", model=byte_level_tokenizer(by_frequency(trained_model(kind, counted, 600), counted)))
+    python = WordTokenizer(TextSettings(kind), model=Pieces(saved))
+    assert python.model
+    engine.call("tokenizer", {"settings": {"tokenizer": kind}, "punkt": None, "pieces": saved}, python.model.words)
+
+    @given(odd_texts | st.lists(st.sampled_from([*OTHER_SCRIPTS, *TOKENS, " "]), max_size=12).map("".join), st.booleans())
+    @effort(max_examples=150, deadline=None)
+    @example("\ud83d \ude00\ud800", False)
+    @example("word" * 500, False)
+    def compare(text: str, continues: bool) -> None:
+        if all(unicodedata.category(character) != "Cn" for character in text):  # which Unicode versions disagree on
+            assert engine.call("words", text, continues) == python.tokenize(text, continues=continues)
+
+    @given(st.lists(st.sampled_from(python.model.words[1:]), max_size=30))
+    @effort(max_examples=100, deadline=None)
+    def write(words: list[str]) -> None:
+        found, expected = engine.call("written", words), list(python.pieces(words))
+        assert found[: len(words)] == expected[: len(words)]
+        assert "".join(found) == "".join(expected)
+
+    compare()
+    write()
 
 
 def test_words_are_nltks_with_parameters_that_no_text_has_taught(engine: Engine) -> None:

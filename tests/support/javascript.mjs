@@ -22,9 +22,13 @@ async function runtime(modules, name) {
 }
 
 const functions = {
-  tokenizer: (text) => void (tokenizer = new Tokenizer(text)),
+  tokenizer: (text, vocabulary) => void (tokenizer = new Tokenizer(text, vocabulary)),
   words: (text, continues) => tokenizer.words(text, { continues }),
   spans: (text) => spansOf(text, tokenizer.words(text), tokenizer),
+  written: (words) => {
+    const writer = tokenizer.pieces.writer();
+    return [...words.map((word) => writer.piece(word)), writer.end(new Uint8Array())];
+  },
   pieces: (words, name) => {
     const detokenizer = new Detokenizer(name);
     return words.map((word) => detokenizer.piece(word));

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from lmdist.errors import MissingInputError, UsageError
+from lmdist.settings import LEARNED
 from lmdist.storage.atomic import atomic_folder
 from lmdist.storage.reading import as_json
 from lmdist.text.data_folder import TEXT, VOCABULARY
@@ -43,8 +44,8 @@ MODEL_FOLDER, RUNTIME_FOLDER = "model", "onnxruntime-web"
 ABOUT = "model.json"
 STEP = "step.onnx"
 
-TOKENIZERS = ("word_tokenize", "wordpunct", "whitespace", "characters")
-"""Those that engine/tokenizer.js knows."""
+TOKENIZERS = ("word_tokenize", "wordpunct", "whitespace", "characters", *LEARNED)
+"""Those that engine/tokenizer.js and engine/pieces.js know: no pieces of a file, which may have any form."""
 LEFT_OUT = {"cache_weight", "num_beams", "length_penalty", "n", "logprobs", "echo"}
 """Options that the engine does not have: the cache, beam search, and what shapes a list of results."""
 

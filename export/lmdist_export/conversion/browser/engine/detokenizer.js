@@ -4,7 +4,8 @@
  */
 
 import { lastCharacter } from "./characters.js";
-import { END, LINE_BREAK, SPACE_WORD } from "./tokenizer.js";
+import { LINE_BREAK, SPACE_WORD } from "./tokenizer.js";
+import { END } from "./vocabulary.js";
 
 const OPENING = new Set("([{<#@¿¡");
 const CLOSING = new Set(")]}>.,:;?!%");
@@ -50,6 +51,11 @@ export class Detokenizer {
     this.before = "";
     /** Whether the next word follows without a space. */
     this.glue = true;
+  }
+
+  /** Return what is left at the end of a text: nothing, since words are written as wholes. */
+  end() {
+    return "";
   }
 
   /**

@@ -33,7 +33,7 @@ export async function createEngine(ort, read) {
     decoded("vocab.txt").then((lines) => new Vocabulary(lines)),
     read("weights.bin"),
   ]);
-  return new Engine(new Model(ort, about, weights, read), about, vocabulary, new Tokenizer(text));
+  return new Engine(new Model(ort, about, weights, read), about, vocabulary, new Tokenizer(text, vocabulary.words));
 }
 
 class Engine {
@@ -48,7 +48,7 @@ class Engine {
     this.about = about;
     this.vocabulary = vocabulary;
     this.tokenizer = tokenizer;
-    const tokens_have_spaces = tokenizer.settings.tokenizer === "characters";
+    const tokens_have_spaces = tokenizer.pieces !== null || tokenizer.settings.tokenizer === "characters";
     this.model = { name: about.name, ...about.sizes, tokens_have_spaces, options: about.options };
     /** @type {{seen: number[], state: import("./model.js").State}[]} the last token of a state is to be read; the newest last */
     this.states = [];
@@ -61,12 +61,16 @@ class Engine {
   async *generate({ prompt, options = {}, signal }) {
     const resolved = resolve(options, this.about, this.vocabulary, this.tokenizer);
     const words = this.tokenizer.words(prompt, { continues: true });
-    const detokenizer = new Detokenizer(this.tokenizer.settings.tokenizer);
-    for (const word of words) detokenizer.piece(word);
+    const writer = this.tokenizer.pieces?.writer() ?? new Detokenizer(this.tokenizer.settings.tokenizer);
+    for (const word of words) writer.piece(word);
+    let hasSpace = this.tokenizer.pieces !== null && prompt.endsWith(" "); // the first piece brings it along
     const text = new Text(this.vocabulary.encode(words), resolved);
     for await (const tokens of grow(this.network, text, resolved.seed)) {
       signal?.throwIfAborted();
-      const pieces = tokens.map((token) => detokenizer.piece(this.vocabulary.words[token]));
+      const pieces = tokens.map((token) => writer.piece(this.vocabulary.words[token]));
+      if (text.finishReason) pieces.push(writer.end(text.rest));
+      if (hasSpace && pieces.length) pieces[0] = pieces[0].replace(/^ /, "");
+      hasSpace &&= !pieces.length;
       yield { text: pieces.join(""), finish_reason: text.finishReason || null };
       await paused();
     }

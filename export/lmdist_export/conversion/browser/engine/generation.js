@@ -28,6 +28,8 @@ export class Text {
     this.end = ignoresEnd ? [] : [config.eos_token_id];
     /** @type {number[]} without the end mark or the stop that ended the text */
     this.tokens = [];
+    /** The bytes that a text of pieces has of the token in which a stop began. */
+    this.rest = new Uint8Array();
     /** stop, length, exhausted, or "" while it grows */
     this.finishReason = "";
     /** @type {Map<string, number[]>} the tokens that followed each sequence of n - 1 tokens */
@@ -40,31 +42,20 @@ export class Text {
    * @param {number[]} tokens
    */
   append(tokens) {
-    const shown = this.tokens.length - this.numHeldBack();
+    const shown = this.tokens.length - this.stops.numHeldBack(this.tokens);
     for (const token of tokens) {
       if (this.end.includes(token)) this.finishReason = "stop";
       else this.tokens.push(token);
-      const stop = !this.finishReason && this.stops.find((sequence) => this.endsWith(sequence));
+      const stop = this.finishReason ? null : this.stops.ending(this.tokens);
       if (stop) {
-        this.tokens.splice(-stop.length);
+        this.tokens.splice(-stop.count);
+        this.rest = stop.rest;
         this.finishReason = "stop";
       } else if (!this.finishReason && this.tokens.length === this.config.max_new_tokens) this.finishReason = "length";
       if (this.finishReason) break;
     }
-    const until = this.finishReason ? this.tokens.length : this.tokens.length - this.numHeldBack();
-    return this.tokens.slice(shown, until);
-  }
-
-  /** Return how many of the last tokens are the beginning of a stop. */
-  numHeldBack() {
-    const beginnings = this.stops.flatMap((stop) => stop.slice(1).map((_, place) => stop.slice(0, place + 1)));
-    return Math.max(0, ...beginnings.filter((beginning) => this.endsWith(beginning)).map((beginning) => beginning.length));
-  }
-
-  /** @param {number[]} sequence */
-  endsWith(sequence) {
-    const start = this.tokens.length - sequence.length;
-    return start >= 0 && sequence.every((token, place) => this.tokens[start + place] === token);
+    const heldBack = this.finishReason ? 0 : this.stops.numHeldBack(this.tokens);
+    return this.tokens.slice(shown, this.tokens.length - heldBack);
   }
 
   /** @param {number} count the last tokens, those of the prompt included */
@@ -126,7 +117,7 @@ export async function* grow(model, text, seed) {
   const random = new RandomNumbers(seed, [0, ...prompt]);
   const inPrompt = new Uint8Array(model.padded);
   for (const token of prompt) inPrompt[token] = 1;
-  const extras = { stops: [...end, ...text.stops.filter((stop) => stop.length === 1).flat()], bias, inPrompt };
+  const extras = { stops: [...end, ...text.stops.tokens], bias, inPrompt };
   let state = model.start([config.bos_token_id, ...prompt]);
   if (state.tokens.length > PREFILL_TOKENS + 1) {
     const whole = state;

@@ -4,6 +4,8 @@
  * lmdist-export has written from the table of options.
  */
 
+import { ByteStops, Stops } from "./stops.js";
+
 /** @typedef {import("./vocabulary.js").Vocabulary} Vocabulary */
 /** @typedef {import("./tokenizer.js").Tokenizer} Tokenizer */
 
@@ -23,7 +25,7 @@
 /**
  * @typedef {object} Resolved
  * @property {Record<string, any>} config the options of generation_config.json
- * @property {number[][]} stops sequences of ids that end a text and are not part of it
+ * @property {Stops | ByteStops} stops what ends a text and is not part of it
  * @property {boolean} ignoresEnd whether the end mark is a token as any other
  * @property {bigint} seed
  */
@@ -55,16 +57,19 @@ export function resolve(options, model, vocabulary, tokenizer) {
   const config = { ...model.generation, ...values };
   if ("temperature" in values) config.do_sample = values.temperature > 0;
   if (allow_unk) config.suppress_tokens = config.suppress_tokens.filter((token) => token !== UNKNOWN_ID);
-  const sequences = (name, texts) => texts.flatMap((text) => known(wordsOf(name, text, tokenizer), vocabulary));
+  const sequences = (name, texts) =>
+    texts.flatMap((text) => spellingsOf(name, text, tokenizer).flatMap((words) => known(words, vocabulary)));
   config.bad_words_ids = [...config.bad_words_ids, ...sequences("bad_words", badWords)];
-  config.sequence_bias = [...config.sequence_bias, ...biases.flatMap((text) => biasOf(text, vocabulary))];
+  config.sequence_bias = [...config.sequence_bias, ...biases.flatMap((text) => biasOf(text, vocabulary, tokenizer))];
   if ("min_new_tokens" in values && !("max_new_tokens" in values)) {
     config.max_new_tokens = Math.max(config.min_new_tokens, config.max_new_tokens);
   }
   if (config.min_new_tokens > config.max_new_tokens) {
     throw new Error(`min_new_tokens is ${config.min_new_tokens}; it must be from 0 to max_new_tokens, ${config.max_new_tokens}`);
   }
-  return { config, stops: sequences("stop", stop), ignoresEnd: Boolean(ignore_eos), seed: seedOf(seed) };
+  const ids = sequences("stop", stop);
+  const stops = tokenizer.pieces ? byteStops(stop, vocabulary, tokenizer) : new Stops(ids);
+  return { config, stops, ignoresEnd: Boolean(ignore_eos), seed: seedOf(seed) };
 }
 
 /**
@@ -98,15 +103,30 @@ function seedOf(seed) {
 }
 
 /**
- * Return the words of an option's text; throws an Error for a text without words.
+ * Return how an option's text may be spelled; throws an Error for a text without words.
  * @param {string} name
  * @param {string} text
  * @param {Tokenizer} tokenizer
  */
-function wordsOf(name, text, tokenizer) {
-  const words = tokenizer.words(text, { continues: true });
-  if (!words.length) throw new Error(`${name} ${JSON.stringify(text)} has no words`);
-  return words;
+function spellingsOf(name, text, tokenizer) {
+  const spellings = tokenizer.spellings(text);
+  if (!spellings[0].length) throw new Error(`${name} ${JSON.stringify(text)} has no words`);
+  return spellings;
+}
+
+/**
+ * Return stops of texts, which are looked for as the model writes them.
+ * @param {string[]} texts
+ * @param {Vocabulary} vocabulary
+ * @param {Tokenizer} tokenizer
+ */
+function byteStops(texts, vocabulary, tokenizer) {
+  const written = (/** @type {Uint8Array} */ bytes) => Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+  const contents = tokenizer.pieces?.contents;
+  return new ByteStops(
+    texts.map((text) => written(new TextEncoder().encode(tokenizer.cleaned(text)))),
+    (token) => written(contents?.get(vocabulary.words[token]) ?? new Uint8Array()),
+  );
 }
 
 /**
@@ -119,11 +139,12 @@ function known(words, vocabulary) {
 }
 
 /**
- * Return the id and the bias of WORD=X, in a list, or nothing for a word that is not in the vocabulary.
+ * Return the ids, each in a list, and the bias of WORD=X, of a word in each of its spellings; none is of an unknown word.
  * @param {string} text
  * @param {Vocabulary} vocabulary
+ * @param {Tokenizer} tokenizer
  */
-function biasOf(text, vocabulary) {
+function biasOf(text, vocabulary, tokenizer) {
   const [, word, number] = /^(.+)=\s*(-inf|[-+\d.e]+)\s*$/isu.exec(text) ?? [];
   const bias = number?.toLowerCase() === "-inf" ? -Infinity : Number(number);
   if (!word || !(bias === -Infinity || Math.abs(bias) <= MAX_BIAS)) {
@@ -131,5 +152,7 @@ function biasOf(text, vocabulary) {
       `logit_bias is ${JSON.stringify(text)}; WORD=X is expected with X from -1,000,000 to 1,000,000, or -inf, as in the=-2.5`,
     );
   }
-  return vocabulary.has(word) ? [[vocabulary.encode([word]), bias]] : [];
+  const words = vocabulary.has(word) || !tokenizer.pieces ? [[word]] : tokenizer.spellings(word);
+  const known = words.filter((spelled) => spelled.length === 1 && vocabulary.has(spelled[0]));
+  return known.map((spelled) => [vocabulary.encode(spelled), bias]);
 }

@@ -13,6 +13,7 @@ const CLUSTER = /\P{M}?\p{M}*/gsu;
  * @returns {[number, number][]}
  */
 export function spansOf(text, words, tokenizer) {
+  if (tokenizer.pieces) return spansOfPieces(words, tokenizer.pieces);
   const { cleaned, starts, ends } = cleanedWithPlaces(text, tokenizer);
   let place = 0;
   return words.map((word) => {
@@ -23,6 +24,24 @@ export function spansOf(text, words, tokenizer) {
     if (!found) return [ends[place - 1] ?? 0, ends[place - 1] ?? 0];
     place = found.start + found.length;
     return [starts[found.start], ends[place - 1]];
+  });
+}
+
+/**
+ * Return [start, end] of each piece, which write the text as it is: the space before it aside, and nothing of one that ends inside
+ * of a character.
+ * @param {string[]} words
+ * @param {import("./pieces.js").Pieces} pieces
+ * @returns {[number, number][]}
+ */
+function spansOfPieces(words, pieces) {
+  const writer = pieces.writer();
+  let end = 0;
+  return words.map((word) => {
+    const piece = writer.piece(word);
+    const start = end + piece.length - piece.replace(/^ +/, "").length;
+    end += piece.length;
+    return [start, end];
   });
 }
 

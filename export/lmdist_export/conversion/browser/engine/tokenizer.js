@@ -4,13 +4,13 @@
  */
 
 import { LETTER, MARK, SPACE, split, stripped } from "./characters.js";
+import { Pieces } from "./pieces.js";
+import { END } from "./vocabulary.js";
 import { WordFinder } from "./word_tokenize.js";
 
 /** @typedef {{tokenizer: string, clean: string, lowercase: boolean, rules?: number, line_breaks?: boolean}} Settings */
-/** @typedef {{settings: Settings, punkt: object | null}} TextSettings */
+/** @typedef {{settings: Settings, punkt: object | null, pieces?: {model: any}}} TextSettings */
 
-/** The end of a text. */
-export const END = "<eos>";
 /** The word of `characters` that is a space. */
 export const SPACE_WORD = "\u2581";
 /** The word that is a line break, where these are tokens. */
@@ -26,8 +26,12 @@ const ASCII_PUNCTUATION = /[!-,./:-@[-`{-~]/g; // but the hyphen
 
 /** Splits texts into words. */
 export class Tokenizer {
-  /** @param {TextSettings} text the content of text.json */
-  constructor({ settings, punkt }) {
+  /**
+   * @param {TextSettings} text the content of text.json
+   * @param {string[]} vocabulary the words of vocab.txt, which are needed for pieces of words
+   */
+  constructor({ settings, punkt, pieces }, vocabulary = []) {
+    this.pieces = pieces ? new Pieces(pieces, vocabulary) : null;
     this.settings = { rules: 1, ...settings };
     this.hasSentences = settings.tokenizer === "word_tokenize" && settings.clean !== "tutorial";
     this.split = this.splitter(punkt);
@@ -40,6 +44,7 @@ export class Tokenizer {
    */
   words(text, { continues = false } = {}) {
     const cleaned = this.cleaned(text);
+    if (this.pieces) return this.pieces.words(continues ? cleaned.replace(/ $/, "") : cleaned);
     if (!this.settings.line_breaks) return this.wordsOf(cleaned, continues);
     const lines = (continues ? cleaned : stripped(cleaned)).split(/\r\n?|\n/);
     return lines.flatMap((line, number) => {
@@ -47,6 +52,16 @@ export class Tokenizer {
       const words = stripped(line) ? this.wordsOf(line, continues || !isLast) : [];
       return isLast ? words : [...words, LINE_BREAK];
     });
+  }
+
+  /**
+   * Return how a text may stand in another one: as words, or as pieces with and without a space before it.
+   * @param {string} text
+   */
+  spellings(text) {
+    if (!this.pieces) return [this.words(text, { continues: true })];
+    const [alone, after] = [this.words(text), this.words(` ${text}`)];
+    return alone.join("\n") === after.join("\n") ? [alone] : [alone, after];
   }
 
   /**
@@ -64,7 +79,8 @@ export class Tokenizer {
    * @param {string} text
    */
   cleaned(text) {
-    const { tokenizer, clean, rules } = this.settings;
+    const { tokenizer, clean, rules, lowercase } = this.settings;
+    if (this.pieces) return lowercase ? text.toLowerCase() : text;
     if (rules > 1) {
       if (tokenizer !== "whitespace") text = text.replaceAll("\u200b", " ").replace(INVISIBLE, "");
       text = text.normalize("NFC");

@@ -1,5 +1,7 @@
 /** Words and their ids: vocab.txt has one word a line, and the number of the line, from 0, is its id. */
 
+/** The end of a text. */
+export const END = "<eos>";
 const UNKNOWN_ID = 0;
 
 export class Vocabulary {
