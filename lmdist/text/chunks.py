@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from lmdist.errors import UsageError, one_line
+from lmdist.text.columns import places
 from lmdist.text.rows import FILTERED, MALFORMED, MISSING, NOT_TEXT, Cells, Document, Row, Skipped
 from lmdist.text.sources import ReadOptions, Source
 from lmdist.text.where import Condition
@@ -56,13 +57,13 @@ def documents_of(chunk: Sequence[Cells | Row], options: ReadOptions) -> Iterator
 
 def document_rows(frame: DataFrame, options: ReadOptions) -> Iterator[Row]:
     """Yield the document of each row of a DataFrame, whose columns are those of `wanted_columns` and whose index are lines."""
-    texts = options.num_text_columns
-    wanted = holds(options.condition, frame.iloc[:, texts + bool(options.group_by) :]) if options.condition else None
+    texts, groups, conditions = places(options)
+    wanted = holds(options.condition, frame.iloc[:, conditions]) if options.condition else None
     for number, (line, *cells) in enumerate(frame.itertuples(name=None)):
         if wanted is not None and not wanted[number]:
             yield Skipped(FILTERED)
         else:
-            yield document_of(cells[:texts], cells[texts] if options.group_by else None, line)
+            yield document_of(cells[texts], next(iter(cells[groups]), None), line)
 
 
 def document_of(cells: Sequence[Any], group: Any, line: int) -> Row:

@@ -29,8 +29,24 @@ class Wanted(NamedTuple):
     """Of the command line."""
 
 
+class Places(NamedTuple):
+    """Where those of a kind are among the columns that are wanted, and so in `Cells.values`."""
+
+    texts: slice
+    groups: slice
+    """One at most."""
+    conditions: slice
+
+
+def places(options: ReadOptions) -> Places:
+    """Return where the columns of each kind are."""
+    texts = len(options.text_columns) or 1
+    groups = texts + bool(options.group_by)
+    return Places(slice(texts), slice(texts, groups), slice(groups, None))
+
+
 def wanted_columns(options: ReadOptions) -> list[Wanted]:
-    """Return the columns to look for, in the order of `Cells.values`: those of the text, of the groups, of the condition."""
+    """Return the columns to look for, in the order of `Places`."""
     texts = [Wanted([name], "--text-column") for name in options.text_columns] or [Wanted(TEXT_COLUMNS, "--text-column")]
     groups = [Wanted([options.group_by], "--group-by")] if options.group_by else []
     conditions = [Wanted([name], "--where") for name in options.condition.kinds] if options.condition else []
@@ -50,7 +66,7 @@ def name_of(names: Iterable[str], wanted: Iterable[str]) -> str | None:
 
 def has_text(names: Iterable[str], options: ReadOptions) -> bool:
     """Return whether all columns of the text are among these names."""
-    return all(name_of(names, column.names) is not None for column in wanted_columns(options)[: options.num_text_columns])
+    return all(name_of(names, column.names) is not None for column in wanted_columns(options)[places(options).texts])
 
 
 def find_columns(names: Sequence[str], source: Source) -> list[int]:

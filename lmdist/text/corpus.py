@@ -1,20 +1,22 @@
-"""`merge` and `encode`, the last two of three steps: shards become one corpus, and its token files.
+"""The documents of all shards as one corpus: what comes twice is left out, and each document gets its split.
 
-    count    a shard, 1 of N ---> temporary ids, a hash of each text        (counting.py)
-    merge    all shards --------> what comes twice is left out, the splits, the words of the train split by falling frequency
-    encode   a shard, 1 of N ---> its part of train.bin, valid.bin and test.bin
+    corpus = Corpus(shards, keep_empty=False)
+    splits = corpus.split(0.05, 0.05)
+    vocabulary = vocabulary_of(corpus.counts(splits, run), min_count=2)     # the words of the train split
 
 Shards lie in the order of the input, so the first of two equal texts is the one that one process would have met first. What is
 decided here depends on the documents and on their order alone: neither on the number of shards nor on who has counted them,
-and the same text gives the same bytes. Memory holds the distinct words, 40 bytes a document, and blocks of a fixed size. This
-module does not know file formats, nor how text is tokenized.
+and the same text gives the same bytes. Memory holds the distinct words, 42 bytes a document (80 for the moment in which
+duplicates are looked for), the words of the shards that are at work, and blocks of a fixed size. This module does not know file
+formats, nor how text is tokenized.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, repeat
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,16 @@ import numpy as np
 
 from lmdist.counted import counted
 from lmdist.errors import CONTROLS, DataError
-from lmdist.settings import SPLITS
-from lmdist.text.counting import DOCUMENT, DOCUMENTS, GAVE_UP, TO_CHOOSE, TOKENS, UNTOKENIZABLE, WORDS
-from lmdist.text.data_folder import Dtype, SplitFacts, dtype_of, token_file
+from lmdist.text.counting import UNTOKENIZABLE
 from lmdist.text.documents import DUPLICATE, EMPTY
-from lmdist.text.vocabulary import END, END_ID, UNKNOWN, UNKNOWN_ID, Vocabulary
-
-BLOCK_TOKENS = 1 << 20
-"""What is counted and given its ids at a time: some 20 MB."""
+from lmdist.text.shard_files import DOCUMENT, DOCUMENTS, GAVE_UP, TO_CHOOSE, WORDS, blocks, words_of
+from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
 NO_SPLIT = 255
 """In place of an index in SPLITS: the document is left out."""
 
-Run = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], list[Any]]
-"""Calls a function with each of several tuples of arguments, here or in worker processes; returns the results in order."""
+Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+"""Calls a function with each of several tuples of arguments, here or in worker processes; yields the results in order."""
 
 
 class Corpus:
@@ -44,11 +42,12 @@ class Corpus:
     def __init__(self, shards: Sequence[Path], *, keep_empty: bool) -> None:
         """`keep_empty` holds for documents without a word."""
         self.shards = shards
-        tables = [np.fromfile(shard / DOCUMENTS, DOCUMENT) for shard in shards]
-        self.documents = np.concatenate(tables)
-        ends = np.cumsum([len(table) for table in tables])
-        self.slices = [slice(end - len(table), end) for end, table in zip(ends.tolist(), tables, strict=True)]
+        sizes = [(shard / DOCUMENTS).stat().st_size // DOCUMENT.itemsize for shard in shards]
+        self.slices = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         """Where the documents of each shard lie."""
+        self.documents = np.empty(sum(sizes), DOCUMENT)
+        for shard, of_shard in zip(shards, self.slices, strict=True):
+            self.documents[of_shard] = np.fromfile(shard / DOCUMENTS, DOCUMENT)
         lengths = self.documents["length"]
         is_new = first_ones(self.documents)
         gave_up = is_new & (lengths == GAVE_UP)
@@ -59,13 +58,6 @@ class Corpus:
         self.skipped = Counter({reason: int(np.count_nonzero(mask)) for reason, mask in counts.items() if mask.any()})
         """Documents that are left out, by reason."""
         self.tokens = int(lengths[self.is_kept].sum())
-        self.ids: dict[str, int] = {}
-        """Each word, in order of first occurrence."""
-        self.ids_of_shard = []
-        """The ids of the words of each shard."""
-        for shard in shards:
-            words = (shard / WORDS).read_bytes().decode().split("\n")[:-1]
-            self.ids_of_shard.append(np.array([self.ids.setdefault(word, len(self.ids)) for word in words], dtype=np.int64))
 
     def split(self, valid_fraction: float, test_fraction: float, advice: str = "") -> np.ndarray:
         """Return the split of each document: its index in SPLITS, or NO_SPLIT, (documents,) uint8.
@@ -89,63 +81,32 @@ class Corpus:
         chosen = np.where(place < valid, 1, np.where(place < valid + test, 2, 0))
         return np.where(self.is_kept, chosen, NO_SPLIT).astype(np.uint8)
 
-    def counts(self, splits: np.ndarray, run: Run) -> np.ndarray:
-        """Return how often each word stands in the train split, (words,) int64."""
-        tasks = [(shard, splits[of_shard] == 0) for shard, of_shard in zip(self.shards, self.slices, strict=True)]
-        counts = np.zeros(len(self.ids), dtype=np.int64)
-        for ids, found in zip(self.ids_of_shard, run(count_words, tasks), strict=True):
-            counts[ids] += found
+    def counts(self, splits: np.ndarray, run: Run) -> dict[str, int]:
+        """Return how often each word stands in the train split, 0 for one of the others, in order of first occurrence."""
+        counts: dict[str, int] = {}
+        tasks = ((shard, splits[of_shard] == 0) for shard, of_shard in zip(self.shards, self.slices, strict=True))
+        for shard, found in zip(self.shards, run(count_words, tasks), strict=True):
+            words = words_of(shard)
+            counts.update(zip(words, map(add, map(counts.get, words, repeat(0)), found.tolist()), strict=True))
         return counts
-
-    def vocabulary(self, counts: np.ndarray, min_count: int, size: int, *, own_unknown: bool) -> Vocabulary:
-        """Return the words of the train split by falling frequency, those of the same frequency in alphabetical order.
-
-        `counts` are those of `Corpus.counts`. `own_unknown`: the text marks its unknown words as <unk> itself; raise DataError
-        where it does not.
-        """
-        if own_unknown and not (UNKNOWN in self.ids and counts[self.ids[UNKNOWN]]):
-            raise DataError(f"unknown is file, and the text to train on has no {UNKNOWN}: leave it out, or take text with it")
-        kept = [(-int(counts[number]), word) for word, number in self.ids.items() if counts[number] >= min_count]
-        words = [word for _, word in sorted(kept) if word not in (UNKNOWN, END) and not CONTROLS.search(word)]
-        return Vocabulary([UNKNOWN, END, *(words[: size - 2] if size else words)])
 
     def sum(self, name: str, mask: np.ndarray) -> int:
         """Return the sum of a field of DOCUMENT over the documents of a `mask` (documents,)."""
         return int(self.documents[name][mask].sum(dtype=np.int64))
 
-    def write(self, folder: Path, splits: np.ndarray, vocabulary: Vocabulary, run: Run) -> dict[str, SplitFacts]:
-        """Write the token file of each split that has documents, <eos> after each; return the facts of each."""
-        name = dtype_of(len(vocabulary))
-        final = np.fromiter((vocabulary.ids.get(word, UNKNOWN_ID) for word in self.ids), dtype=name, count=len(self.ids))
-        sizes = {}
-        facts: dict[str, SplitFacts] = {}
-        for index, split in enumerate(SPLITS):
-            in_split = splits == index
-            tokens, documents = int((self.documents["length"] + 1)[in_split].sum()), int(np.count_nonzero(in_split))
-            if documents:
-                sizes[split] = 0
-                facts[split] = {
-                    "tokens": tokens,
-                    "documents": documents,
-                    "original_words": self.sum("original_words", in_split),
-                    "bytes": self.sum("bytes", in_split),
-                    "unknown_tokens": 0,
-                    "unknown_rate": 0.0,
-                }
-                with (folder / token_file(split)).open("wb") as file:
-                    file.truncate(tokens * np.dtype(name).itemsize)
-        tasks = []
-        for shard, of_shard, ids in zip(self.shards, self.slices, self.ids_of_shard, strict=True):
-            tasks.append((shard, final[ids], name, splits[of_shard], folder, dict(sizes)))
-            for split in sizes:
-                in_split = splits[of_shard] == SPLITS.index(split)
-                sizes[split] += int((self.documents["length"][of_shard] + 1)[in_split].sum())
-        for unknown in run(encode, tasks):
-            for split, number in unknown.items():
-                facts[split]["unknown_tokens"] += number
-        for found in facts.values():
-            found["unknown_rate"] = found["unknown_tokens"] / max(1, found["tokens"])
-        return facts
+
+def vocabulary_of(counts: Mapping[str, int], min_count: int, size: int = 0, *, own_unknown: bool = False) -> Vocabulary:
+    """Return the words of the train split by falling frequency, those of the same frequency in alphabetical order.
+
+    `counts` are those of `Corpus.counts`. `own_unknown`: the text marks its unknown words as <unk> itself; raise DataError
+    where it does not.
+    """
+    if own_unknown and not counts.get(UNKNOWN):
+        raise DataError(f"unknown is file, and the text to train on has no {UNKNOWN}: leave it out, or take text with it")
+    words = sorted(word for word, count in counts.items() if count >= min_count and word not in (UNKNOWN, END))
+    words.sort(key=counts.__getitem__, reverse=True)  # stable, also in reverse
+    words = [word for word in words if not CONTROLS.search(word)]
+    return Vocabulary([UNKNOWN, END, *(words[: size - 2] if size else words)])
 
 
 def first_ones(documents: np.ndarray) -> np.ndarray:
@@ -158,54 +119,9 @@ def first_ones(documents: np.ndarray) -> np.ndarray:
     return is_first
 
 
-# --- what is done shard by shard -----------------------------------------------------------------------------------
-
-
-def blocks(shard: Path) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yield some documents of a shard at a time: which, their lengths, and their temporary ids."""
-    lengths = np.maximum(np.fromfile(shard / DOCUMENTS, DOCUMENT)["length"], 0)
-    ends = np.cumsum(lengths)
-    first = 0
-    with (shard / TOKENS).open("rb") as file:
-        while first < len(lengths):
-            before = int(ends[first - 1]) if first else 0
-            last = max(first + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
-            # The number of documents is limited too: blank lines have no tokens.
-            last = min(last, first + BLOCK_TOKENS)
-            yield slice(first, last), lengths[first:last], np.fromfile(file, "<u4", int(ends[last - 1]) - before)
-            first = last
-
-
 def count_words(shard: Path, is_counted: np.ndarray) -> np.ndarray:
     """Return how often each word of a shard stands in the documents of a mask, (words,) int64."""
     counts = np.zeros((shard / WORDS).read_bytes().count(b"\n"), dtype=np.int64)
     for documents, lengths, tokens in blocks(shard):
         counts += np.bincount(tokens[np.repeat(is_counted[documents], lengths)], minlength=len(counts))
     return counts
-
-
-def encode(
-    shard: Path, final_ids: np.ndarray, dtype: Dtype, splits: np.ndarray, folder: Path, begins: dict[str, int]
-) -> dict[str, int]:
-    """Write a shard's part of each token file, which begins at a token; return the number of unknown words in each.
-
-    `final_ids` are those of the shard's words, (words,); `splits` those of its documents, (documents,). The files must exist.
-    """
-    stored = np.dtype(dtype).newbyteorder("<")
-    unknown = dict.fromkeys(begins, 0)
-    with ExitStack() as stack:
-        files = {split: stack.enter_context((folder / token_file(split)).open("r+b")) for split in begins}
-        for split, begin in begins.items():
-            files[split].seek(begin * stored.itemsize)
-        for documents, lengths, tokens in blocks(shard):
-            for split, file in files.items():
-                wanted = splits[documents] == SPLITS.index(split)
-                ends = np.cumsum(lengths[wanted] + 1) - 1
-                block = np.empty(int(ends[-1]) + 1 if len(ends) else 0, dtype=stored)
-                is_word = np.ones(len(block), dtype=bool)
-                is_word[ends] = False
-                block[is_word] = final_ids[tokens[np.repeat(wanted, lengths)]]
-                block[ends] = END_ID
-                file.write(block.tobytes())
-                unknown[split] += int(np.count_nonzero(block == UNKNOWN_ID))
-    return unknown

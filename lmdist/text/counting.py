@@ -2,12 +2,6 @@
 
     count(folder, cut(sources, 3, 16), seed, lambda: tokenizer)     # the fourth of sixteen shards, into an empty folder
 
-    tokens.bin      the words of its documents as temporary ids, little-endian uint32
-    words.txt       its words, one a line; the line number, from 0, is the temporary id: the order of first occurrence
-    documents.bin   a DOCUMENT for each: how long it is, by what it is split, and how a duplicate in another shard is recognized
-    text.json       the tokenizer
-    read.json       of each split: lines, notes, losses, rows that were skipped and why
-
 The text is read once. What grows with it lies on the disk; memory holds the distinct words and the hash of each text. A text
 that comes twice in a shard is counted once; corpus.py merges the shards and finds those that come in two. This module does not
 know file formats, nor how text is tokenized, nor who else counts.
@@ -17,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
 from itertools import count as count_from
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +28,8 @@ from lmdist.storage.reading import write_json
 from lmdist.text.data_folder import TEXT
 from lmdist.text.documents import EMPTY, Documents
 from lmdist.text.rows import Document
+from lmdist.text.shard_files import DOCUMENTS, GAVE_UP, PACK_DOCUMENT, READ, TO_CHOOSE, TOKENS, WORDS
+from lmdist.text.sources import size_of
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END_ID, Vocabulary
 
@@ -39,26 +37,11 @@ Sources = Mapping[str, Documents]
 """The documents of each given split, or of the inputs under the name ""."""
 
 UNTOKENIZABLE = "untokenizable"
-GAVE_UP = -1
-"""In place of the length of such a document."""
-
-TOKENS, WORDS, DOCUMENTS, READ = "tokens.bin", "words.txt", "documents.bin", "read.json"
-DOCUMENT = np.dtype(
-    [
-        ("digest", "<u8"),
-        ("key", "<u8"),
-        ("length", "<i8"),
-        ("original_words", "<u8"),
-        ("bytes", "<u8"),
-        ("split", "u1"),
-        ("is_new", "?"),
-    ]
-)
-"""What a shard has of a document: the hash of its text; that of its group; its tokens, or GAVE_UP; its TextSize; the split that
-it is given for, an index in SPLITS, or TO_CHOOSE; whether it is new whatever was read before it, since its format keeps
-duplicates."""
-TO_CHOOSE = 255
-
+"""Why a document is left out that the tokenizer gives up."""
+SKIPPING = 0.1
+"""What it costs to skip a byte, beside counting it."""
+BYTES_OF_START = 5_000_000
+"""So many are counted while one process learns where sentences end, and the others skip what is not theirs."""
 CHUNK_CHARACTERS = 200_000
 """Characters between two reports: a tenth of a second."""
 BUFFERED_TOKENS = 1 << 17
@@ -72,7 +55,31 @@ def cut(sources: Sources, index: int, number: int) -> Sources:
     if number == 1:
         return sources
     total = sum(documents.bytes for documents in sources.values())
-    start, stop = total * index // number, total * (index + 1) // number if index + 1 < number else total + 1
+    return between(sources, total * index // number, total * (index + 1) // number if index + 1 < number else total + 1)
+
+
+def cut_evenly(sources: Sources, number: int) -> list[Sources]:
+    """Return what each of `number` processes reads that begin at the same time, so that they end at the same time."""
+    if number == 1:
+        return [sources]
+    sizes = [size_of(file) for documents in sources.values() for file in documents.files]
+    begins, total = [0, *accumulate(sizes)], sum(sizes)
+
+    def ends(time: int) -> list[int]:
+        """Return where each part ends if each process has so much time, in bytes that it would count in it."""
+        found = [0]
+        for _ in range(number):
+            skipped = found[-1] - begins[bisect_right(begins, found[-1]) - 1]
+            found.append(found[-1] + max(0, time - max(BYTES_OF_START, int(SKIPPING * skipped))))
+        return found
+
+    time = bisect_left(range(2 * total + BYTES_OF_START * number), total, key=lambda time: ends(time)[-1])
+    cuts = [*ends(time)[:-1], total + 1]
+    return [between(sources, start, stop) for start, stop in pairwise(cuts)]
+
+
+def between(sources: Sources, start: int, stop: int) -> Sources:
+    """Return the part of the sources between two bytes of all of them together."""
     before = 0
     parts = {}
     for split, documents in sources.items():
@@ -91,28 +98,28 @@ def count(
     tokenizer = None
     ids: defaultdict[str, int] = defaultdict(count_from().__next__)  # a new word gets the next id
     salt = seed.to_bytes(16, "little", signed=True)
-    buffered: list[int] = []
+    buffered = array("I")
     num_documents = num_tokens = characters = bytes_before = 0
     read = {}
     with (folder / TOKENS).open("wb") as tokens, (folder / DOCUMENTS).open("wb") as table:
         for split, documents in sources.items():
             start = max(0, documents.part.start)
-            for document in documents:
+            for document, digest in documents.with_digests():
                 tokenizer = tokenizer or learned()
                 words = words_of(document.text, tokenizer)
                 buffered.extend(map(ids.__getitem__, words or ()))
                 if len(buffered) >= BUFFERED_TOKENS:
                     tokens.write(np.array(buffered, "<u4").tobytes())
-                    buffered.clear()
-                row = (
-                    documents.digest or 0,
+                    buffered = array("I")
+                row = PACK_DOCUMENT(
+                    digest or 0,
                     key_of(document, salt),
                     GAVE_UP if words is None else len(words),
                     *TextSize.of(document.text),
                     SPLITS.index(split) if split else TO_CHOOSE,
-                    documents.digest is None,
+                    digest is None,
                 )
-                table.write(np.array(row, DOCUMENT).tobytes())
+                table.write(row)
                 num_documents += 1
                 num_tokens += len(words or ())
                 characters += len(document.text) + 1

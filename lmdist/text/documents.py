@@ -90,8 +90,6 @@ class Documents:
         """Rows read so far."""
         self.rows: dict[int, tuple[int, int]] = {}
         """The first row of the part and the one after its last, by the number of the file."""
-        self.digest: int | None = None
-        """A hash of the text that was yielded last; None where a text that comes twice is meant to."""
 
     def part_of(self, start: int, stop: int) -> Documents:
         """Return a part of these documents."""
@@ -125,6 +123,10 @@ class Documents:
             )
 
     def __iter__(self) -> Iterator[Document]:
+        return (document for document, _ in self.with_digests())
+
+    def with_digests(self) -> Iterator[tuple[Document, int | None]]:
+        """Yield each document and a hash of its text, by which duplicates are found; None where they are meant."""
         self.forget()
         self.bytes_read = self.num_rows = 0
         seen: set[int] = set()
@@ -142,10 +144,10 @@ class Documents:
                     if position < self.part.start:
                         first = end
                     elif isinstance(row, Document):
-                        document = Document(well_formed(row.text), row.group and well_formed(row.group))
-                        if keeps_duplicates or self._is_new(document.text, seen):
-                            self.digest = None if keeps_duplicates else self.digest
-                            yield document
+                        text, group = well_formed(row.text), row.group and well_formed(row.group)
+                        digest = None if keeps_duplicates else digest_of(text)
+                        if digest is None or self._is_new(text, digest, seen):
+                            yield Document(text, group), digest
                     self.num_rows += 1
                     if self.num_rows == self.options.rows:
                         self._note_unread(number)
@@ -200,12 +202,11 @@ class Documents:
         if others:
             self.notes.append(f"--rows {self.options.rows:,} ended in {self.files[number]}; not read were {shortened(others)}")
 
-    def _is_new(self, text: str, seen: set[int]) -> bool:
+    def _is_new(self, text: str, digest: int, seen: set[int]) -> bool:
         """Return whether a text is neither empty nor a duplicate; count the reason if it is."""
-        self.digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-        reason = EMPTY if not text or text.isspace() else DUPLICATE if self.digest in seen else None
+        reason = EMPTY if not text or text.isspace() else DUPLICATE if digest in seen else None
         if reason is None:
-            seen.add(self.digest)
+            seen.add(digest)
             return True
         self.skipped[reason] += 1
         return False
@@ -247,6 +248,11 @@ class Documents:
                     f"at row {first:,}; was the file changed? Count the shards again"
                 )
             self.rows[number] = 0, end
+
+
+def digest_of(text: str) -> int:
+    """Return a hash of a text, below 2**64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def find_files(patterns: Iterable[str]) -> list[File]:

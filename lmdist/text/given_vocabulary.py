@@ -76,8 +76,11 @@ class GivenVocabulary:
         model = read_pieces(Path(settings.tokenizer_file))
         return cls(settings.tokenizer_file, Vocabulary(model.words), WordTokenizer(settings.text, model=model))
 
-    def settings(self, asked: PrepareSettings) -> PrepareSettings:
-        """Return the settings with those of the tokenizer in place of the defaults; raise UsageError for others."""
+    def settings(self, asked: PrepareSettings, given: Mapping[str, Any]) -> PrepareSettings:
+        """Return the settings with those of the tokenizer in place of the defaults; raise UsageError for others.
+
+        `given` are those that were given by hand, which may be a default.
+        """
         if self.tokenizer is None:
             if asked.tokenizer in LEARNED:
                 raise UsageError(
@@ -88,7 +91,7 @@ class GivenVocabulary:
         defaults = PrepareSettings()
         if asked.extend and self.tokenizer.settings.has_pieces:
             raise UsageError(f"extend adds words, and {self.name} has pieces, which write every text: leave it out")
-        self.check({name: value for name in CHOICES if (value := getattr(asked, name)) != getattr(defaults, name)})
+        self.check({name: value for name in CHOICES if (value := getattr(asked, name)) != getattr(defaults, name)} | {**given})
         return dataclasses.replace(asked, **{name: getattr(self.tokenizer.settings, name) for name in CHOICES})
 
     def check(self, given: Mapping[str, Any]) -> None:

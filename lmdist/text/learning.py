@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -24,9 +24,8 @@ from zlib import crc32
 import numpy as np
 
 from lmdist.errors import DataError
-from lmdist.text.corpus import Corpus, blocks
-from lmdist.text.counting import DOCUMENT, DOCUMENTS, TOKENS, WORDS
 from lmdist.text.pieces import BYTE_OF, Pieces, Saved, byte_level_tokenizer
+from lmdist.text.shard_files import DOCUMENT, DOCUMENTS, TOKENS, WORDS, blocks, words_of
 from lmdist.text.vocabulary import END, UNKNOWN
 
 MAX_CHARACTERS = 200_000_000
@@ -40,12 +39,12 @@ BYTE_STEP = 0.0001
 """Between the scores of two bytes that no text has, by the trainer."""
 
 
-def learn(kind: str, corpus: Corpus, counts: np.ndarray, size: int) -> Saved:
+def learn(kind: str, counts: Mapping[str, int], size: int) -> Saved:
     """Return a model of `size` pieces, `<unk>` and `<eos>` included, fewer where the words have no more.
 
     `counts` are those of `Corpus.counts`. Raises DataError where no word is in the train split.
     """
-    frequencies = sorted((word, int(counts[number])) for word, number in corpus.ids.items() if counts[number])
+    frequencies = sorted((word, number) for word, number in counts.items() if number)
     if not frequencies:
         raise DataError("there is no text to train on, so no pieces are learned from it: take more text")
     model = trained_model(kind, frequencies, size - 2)
@@ -153,7 +152,7 @@ def respell(shard: Path, target: Path, saved: Saved) -> None:
     split = splitter(saved["model"])
     ids: dict[str, int] = {}
     num_pieces, of_words = array("q"), array("I")  # of each word, and the ids of all one after the other
-    for word in words_of_shard(shard):
+    for word in words_of(shard):
         before = len(of_words)
         of_words.extend(ids.setdefault(piece, len(ids)) for piece in split(word))
         num_pieces.append(len(of_words) - before)
@@ -174,8 +173,3 @@ def respell(shard: Path, target: Path, saved: Saved) -> None:
             rows["length"] = np.where(rows["length"] > 0, found, rows["length"])
     documents.tofile(target / DOCUMENTS)
     (target / WORDS).write_text("".join(f"{spelling[piece]}\n" for piece in ids), encoding="utf-8", newline="\n")
-
-
-def words_of_shard(shard: Path) -> list[str]:
-    """Return the words of a shard, by their temporary ids."""
-    return (shard / WORDS).read_bytes().decode().split("\n")[:-1]

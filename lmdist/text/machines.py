@@ -11,7 +11,10 @@ what the steps do.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lmdist.console import log
 from lmdist.counted import counted
@@ -19,43 +22,43 @@ from lmdist.errors import UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.storage.atomic import atomic_folder, check_output_folder, recover, refuse_to_replace_link
 from lmdist.text.counting import Sources, cut
-from lmdist.text.engines import Workers, count_on_cluster, dask_cluster
+from lmdist.text.dask_cluster import count_on_cluster, dask_cluster
 from lmdist.text.given_vocabulary import GivenVocabulary
+from lmdist.text.inputs import NOTHING, find_sources, learn_tokenizer, num_processes, with_given_words
 from lmdist.text.merging import merge
-from lmdist.text.preparation import (
-    announce,
-    errors_of_writing,
-    find_sources,
-    finish,
-    learn_tokenizer,
-    num_processes,
-    reading_progress,
-    summary,
-    with_given_words,
-)
+from lmdist.text.outputs import errors_of_writing, finish
+from lmdist.text.reports import announce, reading_progress, summary
 from lmdist.text.shards import (
     NAME,
     begun,
     description,
     find_shards,
     is_of,
+    learned_once,
     shard_folder,
     shards_folder,
     write_missing_shard,
     write_shard,
 )
+from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.workers import Workers
 
 SHARDS_PER_THREAD = 2
 """Of a cluster: a worker that is done early takes another one."""
 
 
-def prepare_shard(settings: PrepareSettings, output: Path, index: int, number: int) -> None:
-    """Count shard `index` of `number` of a data folder `output`, which may exist already, unless the shard is done."""
+def prepare_shard(
+    settings: PrepareSettings, output: Path, index: int, number: int, *, given: Mapping[str, Any] = NOTHING
+) -> None:
+    """Count shard `index` of `number` of a data folder `output`, which may exist already, unless the shard is done.
+
+    Here and below `given` are the settings that were given by hand.
+    """
     refuse_to_replace_link(output)
     folder = shards_folder(output)
     check_output_folder("-o", folder)
     with errors_of_writing(folder):
-        settings, base = with_given_words(settings)
+        settings, base = with_given_words(settings, given)
         sources = several_sources(settings, output)
         of, shard = description(sources, settings, base), shard_folder(folder, index, number)
         if is_of(shard, of):
@@ -65,27 +68,33 @@ def prepare_shard(settings: PrepareSettings, output: Path, index: int, number: i
         part = cut(sources, index, number)
         for documents in part.values():
             documents.check()
-        tokenizer = learn_tokenizer(settings, sources, base)
+        tokenizer = tokenizer_of(folder, of, settings, sources, base)
         size = sum(documents.bytes for documents in sources.values())
         with reading_progress(size // number) as progress:
             num_documents, num_tokens = write_shard(shard, part, tokenizer, settings.seed, of, progress.show)
     sys.stdout.write(f"{counted(num_documents, 'document')}, {counted(num_tokens, 'token')}; written to {shard}\n")
 
 
-def merge_shards(settings: PrepareSettings, output: Path, *, overwrite: bool) -> None:
+def merge_shards(settings: PrepareSettings, output: Path, *, overwrite: bool, given: Mapping[str, Any] = NOTHING) -> None:
     """Write the data folder `output` from its shards."""
     with errors_of_writing(output):
-        settings, base = with_given_words(settings)
+        settings, base = with_given_words(settings, given)
         merge_all(settings, output, several_sources(settings, output), base, overwrite=overwrite)
 
 
 def prepare_on_cluster(
-    settings: PrepareSettings, output: Path, address: str, number: int | None = None, *, overwrite: bool
+    settings: PrepareSettings,
+    output: Path,
+    address: str,
+    number: int | None = None,
+    *,
+    overwrite: bool,
+    given: Mapping[str, Any] = NOTHING,
 ) -> None:
     """Write the data folder `output` from `number` shards, or as many as suit it, that the workers of a Dask cluster count."""
     folder = shards_folder(output)
     with errors_of_writing(output):
-        settings, base = with_given_words(settings)
+        settings, base = with_given_words(settings, given)
         sources = several_sources(settings, output)
         for documents in sources.values():
             documents.check()
@@ -94,7 +103,7 @@ def prepare_on_cluster(
             number = number or begun(folder, of) or SHARDS_PER_THREAD * num_threads
             announce(sources, folder)
             log(f"counting {counted(number, 'shard')} on {counted(num_threads, 'thread')} of {address}")
-            tokenizer = learn_tokenizer(settings, sources, base)
+            tokenizer = tokenizer_of(folder, of, settings, sources, base)
             tasks = []
             for index in range(number):
                 # The workers may have been started in another folder.
@@ -108,6 +117,15 @@ def prepare_on_cluster(
                 "give an -o in a folder that they share with this machine"
             )
         merge_all(settings, output, sources, base, overwrite=overwrite)
+
+
+def tokenizer_of(
+    folder: Path, of: Mapping[str, Any], settings: PrepareSettings, sources: Sources, base: GivenVocabulary | None
+) -> WordTokenizer:
+    """Return the tokenizer of the shards in a folder; where sentences end is learned by the first of them."""
+    given = base and base.tokenizer
+    learn = partial(learn_tokenizer, settings.text, sources, given)
+    return learn() if given or not settings.text.needs_sentences else learned_once(folder, of, learn)
 
 
 def several_sources(settings: PrepareSettings, output: Path) -> Sources:

@@ -1,4 +1,4 @@
-"""What lmdist-prepare does with shards that are counted: it merges them, decides, says what it found, and writes the files.
+"""`merge`, the second of three steps, and what leads to the third: shards that are counted become the files of a data folder.
 
     merged = merge(folder, shards, settings, sources, run)      # text.json, vocab.txt, train.bin, valid.bin, test.bin
 
@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from lmdist.console import log
 from lmdist.counted import counted
 from lmdist.errors import DataError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.reading import read_json
-from lmdist.text.corpus import Corpus, Run
-from lmdist.text.counting import READ, Sources
+from lmdist.text.corpus import Corpus, Run, vocabulary_of
+from lmdist.text.counting import Sources
 from lmdist.text.data_folder import TEXT, VOCABULARY, SplitFacts
 from lmdist.text.given_vocabulary import GivenVocabulary
 from lmdist.text.learning import learn, respell
 from lmdist.text.pieces import Pieces
+from lmdist.text.shard_files import READ
+from lmdist.text.token_writer import write_token_files
 from lmdist.text.tokenizer import WordTokenizer, lacks_spaces
 from lmdist.text.vocabulary import Vocabulary
 
@@ -77,9 +77,9 @@ def merge(
     if base is None and tokenizer.settings.has_pieces:
         corpus, vocabulary = learn_pieces(folder, corpus, counts, settings, run)
     elif base is None:
-        vocabulary = own_vocabulary(settings, corpus, counts)
+        vocabulary = own_vocabulary(settings, counts)
     else:
-        all_words, frequent = (corpus.vocabulary(counts, least, 0, own_unknown=False) for least in (1, settings.min_count))
+        all_words, frequent = (vocabulary_of(counts, least) for least in (1, settings.min_count))
         vocabulary, more["vocabulary"] = base.applied(
             all_words, frequent if settings.extend else None, settings.vocabulary_size
         )
@@ -87,7 +87,7 @@ def merge(
         if split and not (splits == SPLITS.index(split)).any():
             raise DataError(f"{', '.join(settings.files(split))} has no text for {split}")
     vocabulary.save(folder / VOCABULARY)
-    facts = corpus.write(folder, splits, vocabulary, run)
+    facts = write_token_files(folder, corpus, splits, len(vocabulary), run)
     shutil.rmtree(folder / RESPELLED, ignore_errors=True)
     return Merged(len(vocabulary), facts, skipped, more)
 
@@ -119,25 +119,26 @@ def take_tokenizer(shards: Sequence[Path], folder: Path) -> WordTokenizer:
 
 
 def learn_pieces(
-    folder: Path, corpus: Corpus, counts: np.ndarray, settings: PrepareSettings, run: Run
+    folder: Path, corpus: Corpus, counts: Mapping[str, int], settings: PrepareSettings, run: Run
 ) -> tuple[Corpus, Vocabulary]:
     """Learn pieces from the words of the train split, for text.json; return the corpus in pieces, and these."""
     log("learning pieces of words")
-    model = Pieces(learn(settings.tokenizer, corpus, counts, settings.vocabulary_size or NUM_PIECES))
+    model = Pieces(learn(settings.tokenizer, counts, settings.vocabulary_size or NUM_PIECES))
     WordTokenizer(settings.text, model=model).save(folder / TEXT)
     shards = [folder / RESPELLED / str(number) for number in range(len(corpus.shards))]
     for shard in shards:
         shard.mkdir(parents=True)
-    run(respell, [(*pair, model.saved) for pair in zip(corpus.shards, shards, strict=True)])
+    for _ in run(respell, ((*pair, model.saved) for pair in zip(corpus.shards, shards, strict=True))):
+        pass
     return Corpus(shards, keep_empty=settings.text.line_by_line), Vocabulary(model.words)
 
 
-def own_vocabulary(settings: PrepareSettings, corpus: Corpus, counts: np.ndarray) -> Vocabulary:
+def own_vocabulary(settings: PrepareSettings, counts: Mapping[str, int]) -> Vocabulary:
     """Return the words of the train split that the settings keep; raise DataError where there are none."""
     own_unknown = settings.unknown == "file"
     min_count = 1 if own_unknown else settings.min_count
-    vocabulary = corpus.vocabulary(counts, min_count, settings.vocabulary_size, own_unknown=own_unknown)
-    advice = advice_on(settings, corpus.ids, vocabulary)
+    vocabulary = vocabulary_of(counts, min_count, settings.vocabulary_size, own_unknown=own_unknown)
+    advice = advice_on(settings, counts, vocabulary)
     if len(vocabulary) < 3:
         advice = advice or "take more text, or a lower --min-count"
         raise DataError(f"no word occurs {counted(min_count, 'time')} in the text to train on: {advice}")

@@ -1,9 +1,9 @@
 """From text to a data folder: `lmdist-prepare articles1.csv [MORE ...] -o data/news`.
 
-    documents.py           counting.py            corpus.py, merging.py          corpus.py
+    documents.py           counting.py            merging.py, corpus.py          token_writer.py
     the text, in parts --> count: a shard each -> merge: splits, vocabulary ---> encode: token files
 
-One process has one shard, worker processes one each (engines.py), and on several machines they lie in a folder that is shared
+One process has one shard, worker processes one each (workers.py), and on several machines they lie in a folder that is shared
 (machines.py). The data folder is the same, byte for byte. Here are the command, and the order of the work on one machine. This
 module does not know about models. Its imports are light, for worker processes import it.
 """
@@ -25,65 +25,77 @@ from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.atomic import atomic_folder
 from lmdist.text.data_folder import TEXT
-from lmdist.text.given_vocabulary import GivenVocabulary
-from lmdist.text.preparation import (
-    announce,
-    check_output,
-    errors_of_writing,
-    find_sources,
-    finish,
-    learn_tokenizer,
-    num_processes,
-    reading_progress,
-    summary,
-    with_given_words,
-)
+from lmdist.text.inputs import NOTHING, find_sources, imports_of, learn_tokenizer, num_processes, with_given_words
+from lmdist.text.outputs import check_output, errors_of_writing, finish
+from lmdist.text.reports import announce, reading_progress, summary
 
 if TYPE_CHECKING:
     from lmdist.text.counting import Sources
+    from lmdist.text.given_vocabulary import GivenVocabulary
+    from lmdist.text.workers import Workers
 
 COMMAND = "lmdist-prepare"
 
 
-def prepare(settings: PrepareSettings, output: Path, *, overwrite: bool = False, flag: str = "-o") -> None:
-    """Write the data folder `output`, which `flag` names, atomically."""
+def prepare(
+    settings: PrepareSettings,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    flag: str = "-o",
+    given: Mapping[str, Any] = NOTHING,
+) -> None:
+    """Write the data folder `output`, which `flag` names, atomically; `given` are the settings that were given by hand."""
     check_output(output, flag, overwrite=overwrite)
-    meta = write(settings, output, overwrite=overwrite)
+    meta = write(settings, output, overwrite=overwrite, given=given)
     sys.stdout.write(summary(meta, output))
     sys.stdout.flush()
 
 
-def write(settings: PrepareSettings, output: Path, sources: Sources | None = None, *, overwrite: bool) -> dict[str, Any]:
-    """Write a data folder of the sources, by default those that the settings name; return the content of meta.json."""
-    settings, base = with_given_words(settings)
+def write(
+    settings: PrepareSettings,
+    output: Path,
+    sources: Sources | None = None,
+    *,
+    overwrite: bool,
+    given: Mapping[str, Any] = NOTHING,
+    is_own: bool = True,
+) -> dict[str, Any]:
+    """Write a data folder of the sources, by default those that the settings name; return the content of meta.json.
+
+    `is_own`: the process runs nothing else, so that light_nltk.py may be imported.
+    """
+    from lmdist.text.workers import Workers
+
+    settings, base = with_given_words(settings, given)
     with errors_of_writing(output):
         sources = sources or find_sources(settings, output)
         announce(sources, output)
-        for documents in sources.values():
-            documents.check()
-        with atomic_folder(output, replace=overwrite) as folder:
-            return write_data_folder(folder, settings, sources, base)
+        number = num_processes(settings, sources)
+        with Workers(number, imports_of(settings, sources) if is_own or number > 1 else ()) as workers:
+            for documents in sources.values():  # while the workers' modules are imported
+                documents.check()
+            with atomic_folder(output, replace=overwrite) as folder:
+                return write_data_folder(folder, settings, sources, base, workers)
 
 
 def write_data_folder(
-    folder: Path, settings: PrepareSettings, sources: Sources, base: GivenVocabulary | None
+    folder: Path, settings: PrepareSettings, sources: Sources, base: GivenVocabulary | None, workers: Workers
 ) -> dict[str, Any]:
     """Write the files of a data folder, its words those of the `base` if there is one; return the content of meta.json."""
-    from lmdist.text.counting import cut
-    from lmdist.text.engines import Workers
+    from lmdist.text.counting import cut_evenly
     from lmdist.text.merging import merge
 
-    number = num_processes(settings, sources)
     place = folder / "shards"
-    tasks = [(place / str(index), cut(sources, index, number), settings.seed) for index in range(number)]
+    parts = cut_evenly(sources, workers.number)
+    tasks = [(place / str(index), part, settings.seed) for index, part in enumerate(parts)]
     for shard, *_ in tasks:
         shard.mkdir(parents=True)
     size = sum(documents.bytes for documents in sources.values())
-    with Workers(number) as workers:
-        with reading_progress(size) as progress:
-            learn = partial(learn_tokenizer, settings, sources, base)
-            workers.count(tasks, settings.text, learn, place / TEXT, progress.show)
-        merged = merge(folder, [shard for shard, *_ in tasks], settings, sources, workers.run, base)
+    learn = partial(learn_tokenizer, settings.text, sources, base and base.tokenizer)
+    with reading_progress(size) as progress:
+        workers.count(tasks, learn, place / TEXT, progress.show)
+    merged = merge(folder, [shard for shard, *_ in tasks], settings, sources, workers.run, base)
     shutil.rmtree(place)
     return finish(folder, merged, settings, sources)
 
@@ -166,10 +178,8 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
     values |= flags
     if values.get("unknown") == "file" and values.get("min_count", 1) > 1:
         raise UsageError("min_count creates unknown words, and unknown is file: give one or the other")
-    if values.get("vocabulary"):
-        if "min_count" in values and not values.get("extend"):
-            raise UsageError("min_count is of new words, and vocabulary takes none without extend: give extend as well")
-        GivenVocabulary.load(Path(values["vocabulary"])).check(values)
+    if values.get("vocabulary") and "min_count" in values and not values.get("extend"):
+        raise UsageError("min_count is of new words, and vocabulary takes none without extend: give extend as well")
     settings = PrepareSettings(**values)
     settings.check_min_count(flags if "tokenizer" in flags else values)  # a recipe's own min_count is of its own tokenizer
     return settings
@@ -187,20 +197,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError("--shards is of --scheduler: elsewhere give --shard I/N, or --workers")
         if not flags.get("inputs"):
             flags.pop("inputs", None)
-        settings = resolve(read_section(recipe, "prepare", PrepareSettings) if recipe is not None else {}, flags)
+        of_recipe = read_section(recipe, "prepare", PrepareSettings) if recipe is not None else {}
+        settings, given = resolve(of_recipe, flags), {**of_recipe, **flags}
         if shard or merge or scheduler:
             from lmdist.text import machines
 
             if shard:
-                machines.prepare_shard(settings, output, *shard)
+                machines.prepare_shard(settings, output, *shard, given=given)
                 return
             check_output(output, "-o", overwrite=overwrite)
             if scheduler:
-                machines.prepare_on_cluster(settings, output, scheduler, number, overwrite=overwrite)
+                machines.prepare_on_cluster(settings, output, scheduler, number, overwrite=overwrite, given=given)
             else:
-                machines.merge_shards(settings, output, overwrite=overwrite)
+                machines.merge_shards(settings, output, overwrite=overwrite, given=given)
         else:
-            prepare(settings, output, overwrite=overwrite)
+            prepare(settings, output, overwrite=overwrite, given=given)
         name = output.resolve().name
         train = ["lmdist-train", *(["--config", recipe] if recipe else []), "--data.folder", output]
         sys.stdout.write(f"{next_line([*train, '--run_folder', unused_path(Path('runs') / name)])}\n")

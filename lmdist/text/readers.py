@@ -22,7 +22,16 @@ from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError, one_line, require
 from lmdist.text.arrow_files import feather, orc, parquet, read_batches
 from lmdist.text.chunks import documents_in, sheets_of
-from lmdist.text.columns import cells_of, find_columns, find_separator, has_text, name_of, numbered_columns, wanted_columns
+from lmdist.text.columns import (
+    cells_of,
+    find_columns,
+    find_separator,
+    has_text,
+    name_of,
+    numbered_columns,
+    places,
+    wanted_columns,
+)
 from lmdist.text.decoding import LONGEST_ROW, lines_of
 from lmdist.text.rows import FEWER_CELLS, MALFORMED, MISSING, MORE_CELLS, NOT_JSON, OPEN_QUOTE, Cells, Document, Row, Skipped
 from lmdist.text.sources import PACKED_EXTENSIONS, ZIP, Source, errors_of, shortened, spreadsheet_engine
@@ -164,7 +173,7 @@ def read_table(source: Source, separators: Sequence[str]) -> Iterator[Cells | Sk
         header = next(rows)
         table.width = len(header)
     columns = (find_columns if options.header else numbered_columns)(header, source)
-    last_text = max(columns[: options.num_text_columns])
+    last_text = max(columns[places(options).texts])
     open_quotes = OpenQuotes(source)
     for row in rows:
         if table.has_open_quote:
@@ -227,7 +236,7 @@ def read_jsonl(source: Source) -> Iterator[Cells | Skipped]:
         if None in found:
             names |= dict.fromkeys(row)
             found = [name or name_of(row, column.names) for name, column in zip(found, wanted, strict=True)]
-            if num_rows >= ROWS_CHECKED and None in found and None not in found[: source.options.num_text_columns]:
+            if num_rows >= ROWS_CHECKED and None in found and None not in found[places(source.options).texts]:
                 find_columns(list(names), source)  # raises DataError
         yield Cells(number, [None if name is None else row.get(name) for name in found])
     if names and None in found:

@@ -52,7 +52,7 @@ def find_remote(pattern: str) -> list[RemoteFile]:
         try:
             found = filesystem.glob(path, detail=True) if is_glob else {path: filesystem.info(path)}
         except FileNotFoundError as error:
-            if error.__cause__ is not None and getattr(error.__cause__, "status", None) != 404:
+            if WEB.match(pattern) and error.__cause__ is not None and getattr(error.__cause__, "status", None) != 404:
                 raise error.__cause__ from None  # a web server that refuses, or that does not answer
             raise MissingInputError(f"{shown} does not exist") from None
     if not is_glob and found[path]["type"] == "directory":

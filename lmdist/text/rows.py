@@ -40,7 +40,7 @@ Row = Document | Skipped
 
 
 class Cells(NamedTuple):
-    """The cells of a row in the columns that are wanted, in the order of `wanted_columns`; None is a cell that is missing."""
+    """The cells of a row in the columns that are wanted, in the order of `columns.Places`; None is a cell that is missing."""
 
     line: int
     """Number of the row's first line."""

@@ -1,6 +1,7 @@
 """Shards that several machines count: the folder `data/news.shards`, which they share, beside the data folder to be.
 
-    data/news.shards/00003-of-00016/     a shard of counting.py, and shard.json: of what it is
+    data/news.shards/00003-of-00016/     a shard (shard_files.py), and shard.json: of what it is
+    data/news.shards/text-SHA256.json    what all of them learned from the beginning of the text
 
 A shard is atomic. It knows its inputs (names, order, sizes, times of their last change) and the settings that it depends on:
 one that is done is not done again, and one of other inputs is neither taken nor kept. What is decided after the counting is no
@@ -14,18 +15,18 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lmdist.errors import DataError, MissingInputError, Stopped
 from lmdist.settings import PrepareSettings
-from lmdist.storage.atomic import atomic_folder
+from lmdist.storage.atomic import atomic_folder, atomic_path
 from lmdist.storage.reading import read_json, write_json
 from lmdist.text.counting import Report, Sources, count
 from lmdist.text.given_vocabulary import GivenVocabulary
 from lmdist.text.sources import File, errors_of, size_of
-from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.tokenizer import WordTokenizer, installed_nltk
 
 SHARD = "shard.json"
 NAME = re.compile(r"(\d{5,})-of-(\d{5,})")
@@ -61,6 +62,21 @@ def stamp(file: File) -> list[int | str]:
     """Return the size of a file, and when it was changed last; of a file elsewhere, what its server says of its content."""
     with errors_of(str(file)):
         return [size_of(file), file.stat().st_mtime_ns if isinstance(file, Path) else file.version]
+
+
+def learned_once(folder: Path, of: Mapping[str, Any], learn: Callable[[], WordTokenizer]) -> WordTokenizer:
+    """Return the tokenizer that another shard of what `of` describes has learned by the same NLTK, or learn it and leave it.
+
+    Until one is done with it all learn, and the same.
+    """
+    name = hashlib.sha256(json.dumps([of, installed_nltk()]).encode()).hexdigest()[:16]
+    path = folder / f"text-{name}.json"
+    if not path.exists():
+        tokenizer = learn()
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            tokenizer.save(temporary)
+    return WordTokenizer.load(path)
 
 
 def write_shard(

@@ -55,11 +55,6 @@ class ReadOptions(ReadSettings):
         """The condition on the columns of a row, if any."""
         return Condition(self.where) if self.where else None
 
-    @property
-    def num_text_columns(self) -> int:
-        """Return the number of columns whose texts make a document."""
-        return len(self.text_columns) or 1
-
     @classmethod
     def of(cls, settings: ReadSettings, text: TextSettings, group_by: str = "") -> ReadOptions:
         """Return the options of a command that reads files as the settings say, for a tokenizer with these settings."""

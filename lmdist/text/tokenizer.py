@@ -215,11 +215,9 @@ def installed_nltk() -> str:
     return version("nltk")
 
 
-def import_early(settings: TextSettings) -> None:
-    """Import NLTK where words may need it, in a process that waits for something else; it takes a second."""
-    if settings.tokenizer == "word_tokenize":
-        import nltk.tokenize.destructive
-        import nltk.tokenize.punkt  # noqa: F401
+def imported_late(settings: TextSettings) -> list[str]:
+    """Return the modules that are imported when words need them, for processes of lmdist's own."""
+    return ["lmdist.text.light_nltk", "lmdist.text.words"] if settings.tokenizer == "word_tokenize" else []
 
 
 def cleaned(document: str, settings: TextSettings) -> str:
@@ -307,31 +305,46 @@ def split_lines(document: str) -> list[str]:
 
 # --- Punkt: the ends of sentences -----------------------------------------------------------------------------------
 
+FLAGS = re.VERBOSE | re.MULTILINE | re.DOTALL | re.IGNORECASE
+"""Of a regular expression, with the same meaning and number in the package `regex`."""
+
 
 def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
     """Return the parameters that Punkt learns from the first PUNKT_CHARACTERS of the documents, in a fixed order."""
-    from nltk.tokenize.punkt import PunktToken, PunktTrainer
+    from nltk.tokenize.punkt import PunktLanguageVars, PunktToken, PunktTrainer
 
-    matches_ellipsis, matches_initial = cache(PunktToken._RE_ELLIPSIS.match), cache(PunktToken._RE_INITIAL.match)
+    find_words = ascii_first(PunktLanguageVars()._word_tokenizer_re(), "findall")
+    matches_ellipsis = cache(ascii_first(PunktToken._RE_ELLIPSIS, "match"))
+    matches_initial = cache(ascii_first(PunktToken._RE_INITIAL, "match"))
+    matches_letters = cache(ascii_first(PunktToken._RE_ALPHA, "match"))
+    is_number = ascii_first(PunktToken._RE_NUMERIC, "match")  # the whole word, or nothing of it
+    type_of = cache(lambda word: "##number##" if is_number(word.lower()) else word.lower())
+    case_of = cache(lambda letter: "lower" if letter.islower() else "upper" if letter.isupper() else "none")
 
     class Token(PunktToken):
-        """A token for which NLTK's regular expressions are asked once for each spelling; they would take most of the time."""
+        """A token for which NLTK's properties are found once for each spelling; they would take most of the time."""
 
         __slots__ = ()
         is_ellipsis = property(lambda self: matches_ellipsis(self.tok))  # pyright: ignore[reportIncompatibleMethodOverride]
         is_initial = property(lambda self: matches_initial(self.tok))  # pyright: ignore[reportIncompatibleMethodOverride]
+        is_alpha = property(lambda self: matches_letters(self.tok))  # pyright: ignore[reportIncompatibleMethodOverride]
+        first_case = property(lambda self: case_of(self.tok[0]))  # pyright: ignore[reportIncompatibleMethodOverride]
 
-        @staticmethod
-        @cache
-        def _get_type(tok: str) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return PunktToken._RE_NUMERIC.sub("##number##", tok.lower())
+        def __init__(self, tok: str, parastart: Any = None, linestart: Any = None) -> None:
+            self.tok, self.type, self.period_final = tok, type_of(tok), tok.endswith(".")
+            self.parastart, self.linestart = parastart, linestart
+            self.sentbreak = self.abbr = self.ellipsis = None
+
+    class LanguageVars(PunktLanguageVars):
+        def word_tokenize(self, s: str) -> list[str]:
+            return find_words(s)
 
     class Trainer(PunktTrainer):
         def _unique_types(self, tokens: Any) -> Any:
             # A set has a different order in every process, and an abbreviation may depend on those before it.
             return sorted(super()._unique_types(tokens))
 
-    trainer = Trainer(token_cls=Token)
+    trainer = Trainer(lang_vars=LanguageVars(), token_cls=Token)
     chunk: list[str] = []
     read = characters = 0
     for document in documents:
@@ -354,3 +367,14 @@ def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
         "sentence_starters": sorted(parameters.sent_starters),
         "contexts": dict(sorted(parameters.ortho_context.items())),
     }
+
+
+def ascii_first(pattern: Any, method: str) -> Callable[[str], Any]:
+    """Return a method of a pattern of NLTK's, which for ASCII is that of Python's `re`.
+
+    NLTK's package `regex` takes three times as long. Both find the same in ASCII, but for some SEPARATORs.
+    """
+    from lmdist.text.words import SEPARATOR
+
+    own, other = getattr(re.compile(pattern.pattern, pattern.flags & FLAGS), method), getattr(pattern, method)
+    return lambda text: own(text) if text.isascii() and not SEPARATOR.search(text) else other(text)

@@ -12,9 +12,10 @@ import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from lmdist.storage.atomic import is_running
 from lmdist.tracking.address import configuration, sqlite_file, store_address
@@ -176,13 +177,18 @@ def silence() -> Iterator[None]:
     """Discard all output of MLflow and the libraries below it, inside; afterwards a program logs as before."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    devnull = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - loggers that are made inside keep it
     try:
-        with warnings.catch_warnings(), redirect_stdout(devnull), redirect_stderr(devnull):
+        with warnings.catch_warnings(), redirect_stdout(nowhere()), redirect_stderr(nowhere()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+
+
+@cache
+def nowhere() -> TextIO:
+    """Return a file that discards what is written, open for as long as the process: loggers keep it."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def download_artifacts(uri: str, folder: Path) -> Path:

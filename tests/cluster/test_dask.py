@@ -90,7 +90,7 @@ def test_a_scheduler_that_is_lost_is_no_defect(cluster: tuple[str, list[subproce
     address, (scheduler, *_) = cluster
     text = "\n".join(json.dumps({"content": f"w{number} " * 200}) for number in range(8_000))
     (tmp_path / "a.jsonl").write_text(text)
-    code = "from lmdist.text import engines, prepare; engines.SECONDS_TO_CONNECT = 10; prepare.main()"
+    code = "from lmdist.text import dask_cluster, prepare; dask_cluster.SECONDS_TO_CONNECT = 10; prepare.main()"
     line = [sys.executable, "-c", code, "a.jsonl", "-o", "data", "--tokenizer=wordpunct", f"--scheduler={address}"]
     process = subprocess.Popen(line, cwd=tmp_path, env=installed(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
@@ -116,7 +116,7 @@ def test_workers_that_do_not_share_the_folder(tmp_path: Path, monkeypatch: pytes
 def test_nobody_at_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one two\n\none two three\n\nthree\n")
     for address in ("tcp://127.0.0.1:9", "nowhere"):
-        code = "from lmdist.text import engines, prepare; engines.SECONDS_TO_CONNECT = 1; prepare.main()"
+        code = "from lmdist.text import dask_cluster, prepare; dask_cluster.SECONDS_TO_CONNECT = 1; prepare.main()"
         line = [sys.executable, "-c", code, "a.txt", "-o", "data", "--tokenizer=wordpunct", f"--scheduler={address}"]
         done = subprocess.run(line, cwd=tmp_path, env=installed(), capture_output=True, text=True, timeout=60)
         assert done.returncode == EXIT_USAGE, done.stderr

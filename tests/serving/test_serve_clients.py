@@ -229,7 +229,7 @@ def test_lm_evaluation_harness_sums_what_lmdist_score_sums(served: Serving, mode
     ]
     (tmp_path / "documents.jsonl").write_text("".join(f"{json.dumps(document)}\n" for document in documents))
     for name, kind, text, target, metric in (
-        ("pairs", "loglikelihood", "{{context}}", "{{target}}", "acc"),
+        ("pairs", "loglikelihood", "{{context}}", " {{target}}", "acc"),
         ("texts", "loglikelihood_rolling", "", "{{context}} {{target}}", "word_perplexity"),
     ):
         task = {

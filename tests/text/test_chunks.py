@@ -248,8 +248,8 @@ def test_mistakes_with_data_frames_leave_nothing(tmp_path, frames, values, messa
 def test_a_script_without_a_guard_needs_one_for_workers_only(tmp_path):
     program = """
 import sys, pandas, lmdist
-from lmdist.text import preparation
-preparation.ONE_PROCESS_BYTES = {"wordpunct": 0}
+from lmdist.text import inputs
+inputs.ONE_PROCESS_BYTES = {"wordpunct": 0}
 frame = pandas.DataFrame({"content": [f"The council met {number} times." for number in range(40)]})
 lmdist.prepare(frame, sys.argv[1], tokenizer="wordpunct", overwrite=True)
 print("written")

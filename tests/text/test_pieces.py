@@ -163,7 +163,7 @@ def test_shards_workers_and_another_process_write_the_same_bytes(folder: Path, m
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "3"}
     subprocess.run([sys.executable, "-m", *map(str, line)], check=True, capture_output=True, env=environment)
     if kind == "bpe":
-        monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {kind: 0})
+        monkeypatch.setattr("lmdist.text.inputs.ONE_PROCESS_BYTES", {kind: 0})
         prepare(dataclasses.replace(asked, workers=2), folder.parent / "workers")
     for name in ("merged", "other", *(["workers"] if kind == "bpe" else [])):
         assert content(folder.parent / name) == expected, name

@@ -12,17 +12,18 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmdist.config import descriptions, read_section, recipe_names
-from lmdist.errors import DataError, UsageError
+from lmdist.errors import UsageError
 from lmdist.settings import SPLITS, PrepareSettings
 from lmdist.storage.checksums import verify_checksums
 from lmdist.storage.held import HeldFolder
-from lmdist.text.counting import DOCUMENT
 from lmdist.text.prepare import main, parser, prepare, resolve
+from lmdist.text.shard_files import DOCUMENT
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
@@ -372,11 +373,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
 
 
+SMALL_IS_MUCH = "from lmdist.text import inputs, prepare; inputs.ONE_PROCESS_BYTES = {'wordpunct': 0}; prepare.main()"
+TWO_WORKERS = [sys.executable, "-c", SMALL_IS_MUCH, "--tokenizer", "wordpunct", "--workers", "2"]
+
+
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_stopped_on_request_it_leaves_nothing(tmp_path, number, workers):
     news(tmp_path / "a.csv", [f"{article} {number}" for number in range(20_000) for article in ARTICLES[:10]])
-    program = "from lmdist.text import preparation, prepare; preparation.ONE_PROCESS_BYTES = {'wordpunct': 0}; prepare.main()"
-    command = [sys.executable, "-c", program, "a.csv", "-o", "out", "--tokenizer", "wordpunct", "--workers", str(workers)]
+    command = [*TWO_WORKERS, "a.csv", "-o", "out", "--workers", str(workers)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not list(tmp_path.glob(".out.*/shards/0/tokens.bin")):
@@ -435,10 +439,37 @@ def test_importing_prepare_is_light():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_killed_worker_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {"wordpunct": 0})
-    path = news(tmp_path / "a.csv", ARTICLES)
-    monkeypatch.setattr("lmdist.text.engines.start_worker", os._exit)
-    with pytest.raises(DataError, match="worker process"):
-        quietly(tmp_path / "out", inputs=[str(path)], workers=2)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("temporary", ["temporary", "t" * 100])  # too long for the name of a socket
+def test_workers_import_nothing_from_the_folder_where_they_run(tmp_path, temporary):
+    for name in ("bin", temporary):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin" / "prepare").write_text(f"if __name__ == '__main__':\n    {SMALL_IS_MUCH}")
+    news(tmp_path / "a.csv", ARTICLES)
+    (tmp_path / "pandas.py").write_text("import os; os._exit(1)")
+    command = [sys.executable, "bin/prepare", "a.csv", "-o", "out", "--tokenizer=wordpunct", "--workers=2"]
+    environment = os.environ | {"TMPDIR": str(tmp_path / temporary)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("killed", ["a worker", "the command"])
+def test_a_process_that_is_killed_takes_the_others_along(tmp_path, killed):
+    news(tmp_path / "a.csv", [f"{article} {number}" for number in range(20_000) for article in ARTICLES[:10]])
+    process = subprocess.Popen([*TWO_WORKERS, "a.csv", "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.*/shards/1/tokens.bin")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    others = psutil.Process(process.pid).children(recursive=True)
+    worker = next(worker for server in psutil.Process(process.pid).children() for worker in server.children())
+    (worker if killed == "a worker" else process).kill()
+    _, stderr = process.communicate(timeout=60)
+    assert not psutil.wait_procs(others, timeout=60)[1]
+    if killed == "a worker":
+        assert process.returncode == 65
+        assert stderr.splitlines()[-1] == (
+            "lmdist-prepare: error: one of 2 worker processes was killed, most likely because the memory was full: "
+            "take fewer (--workers 1), or more memory"
+        )
+        assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]

@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from pyarrow import parquet as pq
 from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.settings import PrepareSettings
 from lmdist.text import prepare as command
+from lmdist.text.counting import cut_evenly
 from lmdist.text.documents import Documents
 from lmdist.text.machines import merge_shards, prepare_shard
-from lmdist.text.preparation import errors_of_writing
+from lmdist.text.outputs import errors_of_writing
 from lmdist.text.prepare import prepare
 from lmdist.text.shards import stamp
+from lmdist.text.sources import File
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +59,7 @@ def small_steps() -> Iterator[None]:
         patch.setattr("lmdist.text.sources.SAMPLE_BYTES", 512)
         patch.setattr("lmdist.text.decoding.PROGRESS_CHARACTERS", 100)
         patch.setattr("lmdist.text.chunks.CHUNK_CHARACTERS", 500)
-        patch.setattr("lmdist.text.corpus.BLOCK_TOKENS", 50)
+        patch.setattr("lmdist.text.shard_files.BLOCK_TOKENS", 50)
         patch.setattr("lmdist.text.counting.BUFFERED_TOKENS", 100)
         yield
 
@@ -144,6 +147,26 @@ def test_any_number_of_shards_gives_the_same_folder(
     assert outcome(in_shards, folder / "merged") == whole
 
 
+@given(sizes=st.lists(st.integers(0, 40_000), min_size=1, max_size=5), number=st.integers(1, 6), start=st.integers(0, 9_000))
+def test_the_parts_of_several_processes_are_all_of_the_text(tmp_path_factory, sizes, number, start):
+    folder = tmp_path_factory.mktemp("parts")
+    paths: list[File] = [folder / str(index) for index in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        with Path(str(path)).open("wb") as file:
+            file.truncate(size)
+    sources = {"train": Documents(paths[:2]), "valid": Documents(paths[2:])}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lmdist.text.counting.BYTES_OF_START", start)
+        parts = [part["train"].part for part in cut_evenly(sources, number)]
+    if number > 1:
+        assert (parts[0].start, parts[-1].stop) == (0, sum(sizes) + 1)
+        assert all(before.stop == after.start for before, after in pairwise(parts))
+        lengths = [part.stop - part.start for part in parts]
+        assert min(lengths) >= 0
+        if sum(sizes) > 10 * number * (start + 1):
+            assert max(lengths[1:]) <= lengths[0] + 1, "the first skips nothing"
+
+
 def articles(path: Path, size: int, seed: int = 1) -> Path:
     """A CSV of some MB, with quoted line breaks, duplicates, quotes that are never closed and bytes that are not UTF-8."""
     chosen = random.Random(seed)
@@ -167,7 +190,7 @@ def test_worker_processes_give_the_same_folder_and_notes(tmp_path, monkeypatch, 
     for workers in (1, 2, 3):
         prepare(PrepareSettings(**values, workers=workers), tmp_path / str(workers))
         notes.append([line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")])
-        monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {"wordpunct": 0})
+        monkeypatch.setattr("lmdist.text.inputs.ONE_PROCESS_BYTES", {"wordpunct": 0})
     assert any("were read as Windows-1252" in note for note in notes[0])
     assert any("a quote is opened" in note for note in notes[0])
     assert notes[0] == notes[1] == notes[2]
@@ -185,9 +208,15 @@ def test_where_sentences_end_is_learned_from_the_same_text_or_not_at_all(tmp_pat
     for name, chosen in (("a", of_text), ("b", of_other)):
         prepare(chosen, tmp_path / f"whole-{name}")
         for index in range(3):
-            prepare_shard(chosen, tmp_path / name, index, 3)
+            with pytest.MonkeyPatch.context() as patch:
+                if index:  # the first has left what it learned
+                    patch.setattr("lmdist.text.tokenizer.train_punkt", None)
+                prepare_shard(chosen, tmp_path / name, index, 3)
         merge_shards(chosen, tmp_path / name, overwrite=False)
         assert files(tmp_path / name) == files(tmp_path / f"whole-{name}")
+    (learned,) = (tmp_path / "a.shards").glob("text-*.json")
+    assert learned.read_bytes() == (tmp_path / "a" / "text.json").read_bytes()
+    assert not [*(tmp_path / "b.shards").glob("text-*.json")], "nothing was learned"
     assert json.loads((tmp_path / "b" / "meta.json").read_text())["vocabulary"]["new"] > 0
     with pytest.raises(Stopped, match=r"something else than is given here \(tokenizer\)"):
         merge_shards(PrepareSettings(inputs=of_other.inputs), tmp_path / "b", overwrite=True)
@@ -334,7 +363,7 @@ def test_bad_input_in_one_shard_names_file_and_line_and_leaves_nothing(tmp_path,
     lines[3000:3100] = ["no object"] * 100
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {"wordpunct": 0})
+    monkeypatch.setattr("lmdist.text.inputs.ONE_PROCESS_BYTES", {"wordpunct": 0})
     arguments = ["a.jsonl", "-o", "data", "--tokenizer", "wordpunct", "--workers", "2"]
     with pytest.raises(SystemExit) as wrong:
         command.main(arguments)
@@ -357,7 +386,7 @@ def test_a_file_that_ends_too_early_in_one_shard_leaves_no_shard(tmp_path, monke
     data = gzip.compress(f"id,content\n{rows}\n".encode())
     (tmp_path / "a.csv.gz").write_bytes(data[:-1000])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lmdist.text.preparation.ONE_PROCESS_BYTES", {"wordpunct": 0})
+    monkeypatch.setattr("lmdist.text.inputs.ONE_PROCESS_BYTES", {"wordpunct": 0})
     arguments = ["a.csv.gz", "-o", "data", "--tokenizer", "wordpunct"]
     for more in (["--workers", "2"], ["--shard", "1/2"]):
         with pytest.raises(SystemExit) as wrong:

@@ -67,7 +67,8 @@ def test_windows_that_vary_cut_the_text_in_other_places_in_each_epoch_and_scale_
 
     assert lengths(0) == lengths(0)
     assert len({tuple(order) for order in (lengths(0), lengths(1), lengths(0, seed=2))}) == 3
-    assert np.array_equal(*(np.bincount(lengths(number)[:-1], minlength=29)[[12, 20, 28]] for number in (0, 1)))
+    first, second = (np.bincount(lengths(number)[:-1], minlength=29)[[12, 20, 28]] for number in (0, 1))
+    assert np.array_equal(first, second)
     for before, batch in pairwise(windows(1)):
         assert torch.equal(batch.inputs[:, 0], before.targets[:, -1])
         assert batch.rate_share == batch.inputs.shape[1] / 20

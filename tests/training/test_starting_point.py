@@ -43,7 +43,7 @@ def started(base: Path, data: Path, settings: ModelSettings, seed: int = 1, embe
     torch.manual_seed(seed)
     model = LanguageModel(settings, folder.vocabulary_size)
     init_from = str(base) if base.name else ""
-    start(model, Recipe(init_from=init_from, model=settings, seed=seed, init=InitSettings(embeddings)), folder)
+    start(model, Recipe(init_from=init_from, model=settings, seed=seed, init=InitSettings(embeddings=embeddings)), folder)
     return model
 
 

@@ -287,13 +287,16 @@ class Sampler:
         rows = len(state)
         assert len(state.generators) == rows or not num_tokens, "a state must be seeded before its texts are continued"
         options = option_feed(config, features, self.sizes.vocabulary_size)
+        if bias is None:  # without new tokens it does nothing
+            size = self.sizes.vocabulary_size
+            bias = fixed_bias(config, size) if num_tokens else np.zeros(size, np.float32)
         feed: dict[str, Any] = options | {
             "prompt": state.tokens,
             "lengths": state.lengths,
             **by_part(state.model),
             "stops": np.array([*stops, -1], np.int64),  # no token is -1
             "going": np.ones(rows, np.bool_),
-            "bias": self.padded(fixed_bias(config, self.sizes.vocabulary_size) if bias is None else bias),
+            "bias": self.padded(bias),
         }
         if features.cached:
             if len(state.model) < len(PARTS):
@@ -378,10 +381,11 @@ class Sampler:
                     raise UsageError(
                         f"the state is not this model's: {name} is {number}; one from {lowest} to {highest} is expected"
                     )
-        with np.errstate(all="ignore"):
-            finite = not memory or np.isfinite(memory[0].sum())  # a sum is fast: a call may generate but one token
-        if not finite:
-            raise UsageError(f"the state is not this model's: {hidden} holds numbers that are not finite")
+        if memory:
+            with np.errstate(all="ignore"):
+                finite = np.isfinite(memory[0].sum())  # a sum is fast: a call may generate but one token
+            if not finite:
+                raise UsageError(f"the state is not this model's: {hidden} holds numbers that are not finite")
 
     def padded(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return (..., V) as (..., V')."""

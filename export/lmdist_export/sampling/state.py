@@ -115,10 +115,14 @@ def concatenate(states: Sequence[State]) -> State:
     if len(states) == 1:
         return states[0]
     longest = max(state.tokens.shape[1] for state in states)
-    padded = [np.pad(state.tokens, ((0, 0), (0, longest - state.tokens.shape[1]))) for state in states]
+    tokens = np.zeros((sum(map(len, states)), longest), np.int64)
+    row = 0
+    for state in states:
+        tokens[row : row + len(state), : state.tokens.shape[1]] = state.tokens
+        row += len(state)
     counted = next((state.counts for state in states if state.counts is not None), None)
     return State(
-        np.concatenate(padded),
+        tokens,
         np.concatenate([state.lengths for state in states]),
         joined([state.model for state in states]),
         tuple(generator for state in states for generator in state.generators),

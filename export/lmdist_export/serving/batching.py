@@ -5,7 +5,7 @@
     batcher.submit(request)     # or at once, with callbacks; raises QueueFull
 
 Requests of equal settings (those that hold for all rows of an inference call) share a batch: a text joins it after the current
-call, which takes 20 ms at most or one token, and leaves it when it ends (shared_batch.py). Everything else is work in steps as
+call, which takes 10 ms at most or one token, and leaves it when it ends (shared_batch.py). Everything else is work in steps as
 short (requests.py): prompts that are long are read in pieces, and so is what is scored; a search goes token by token.
 
 A call of a batch and other work for as long take turns. The batch goes first whose requests have had the least so far, and so
@@ -29,9 +29,8 @@ from itertools import count
 from lmdist_export.options import Features
 from lmdist_export.sampling.generation import BATCH_SIZE, Text
 from lmdist_export.sampling.sampler import Sampler
-from lmdist_export.sampling.steps import STEP_SECONDS
 from lmdist_export.serving.requests import Paces, Request, Scoring, Work, WorkSteps
-from lmdist_export.serving.shared_batch import SharedBatch
+from lmdist_export.serving.shared_batch import CALL_SECONDS, SharedBatch
 
 __all__ = ["Batcher", "Figures", "QueueFull", "Request", "RequestTimeout", "Scoring"]
 
@@ -176,7 +175,7 @@ class Batcher:
                 self.end(work)
         if self.batches:
             self.step_batch(*min(reversed(self.batches.items()), key=lambda item: item[1].seconds))
-            self.credit = min(self.credit + time.perf_counter() - began, STEP_SECONDS)
+            self.credit = min(self.credit + time.perf_counter() - began, CALL_SECONDS)
         self.step_works()
 
     def wait_for_work(self) -> bool:
@@ -195,7 +194,7 @@ class Batcher:
     def step_works(self) -> None:
         """Give work steps for about as long as a call of a batch takes."""
         if not self.batches:
-            self.credit = STEP_SECONDS
+            self.credit = CALL_SECONDS
         while self.turns and self.credit > 0:
             self.least_seconds, _, work = heapq.heappop(self.turns)
             began = time.perf_counter()

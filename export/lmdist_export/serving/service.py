@@ -11,9 +11,11 @@ one request from holding up the others. This module knows neither HTTP nor MLflo
 
 from __future__ import annotations
 
+import secrets
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 from lmdist.errors import UsageError
 from lmdist_export.options import Options
@@ -31,6 +33,8 @@ MAX_CHARACTERS = 10 * MAX_TOKENS
 MAX_REPEATED_CHARACTERS = 10 * MAX_CHARACTERS
 """Of the prompts and their warnings in all texts of an answer, which is in memory several times."""
 FIRST_PROMPT = "Mr. Smith (No. 7) said: ``It's A.M. -- isn't it?'' Yes. No"
+MAX_KNOWN = 256
+"""Options that are remembered as resolved."""
 MAX_REQUEST_BEAMS = 64
 MAX_LOGPROBS = 20
 MAX_PHRASES = 1_000
@@ -46,6 +50,8 @@ class Service:
         self.sampler = sampler
         self.bundle = sampler.bundle
         self.batcher = Batcher(sampler, batch_size)
+        self.known: dict[tuple[Hashable, ...], ResolvedOptions] = {}
+        """Options of requests, by all of them but the seed."""
         self.reads_at_once = False
         """Whether a short prompt is read in no time: the first one may have NLTK imported, which takes seconds."""
         weakref.finalize(self, close, self.batcher).atexit = False
@@ -93,7 +99,7 @@ class Service:
         characters = sum(len(phrase) for name in ("stop", "bad_words") for phrase in phrases[name])
         check_limit("the number of characters in stop, bad_words together", characters, MAX_PHRASE_CHARACTERS)
         check_limit("logprobs", options.logprobs or 0, MAX_LOGPROBS)
-        resolved = resolve(options, self.bundle)
+        resolved = self.resolved(options)
         config = resolved.config
         check_limit("num_beams", config.num_beams, MAX_REQUEST_BEAMS)
         texts = max(options.n, config.num_beams)
@@ -101,6 +107,20 @@ class Service:
         check_limit(f"the number of tokens in prompts, and {limit_name} for each text or beam, together", tokens, MAX_TOKENS)
         self.check_repeated(prompts, options.n, echo=options.echo if echo is None else echo)
         return resolved
+
+    def resolved(self, options: Options) -> ResolvedOptions:
+        """Return options, resolved for the bundle: most requests have those of one before, but for the seed."""
+        if options.stop or options.bad_words or options.logit_bias:  # which may be large
+            return resolve(options, self.bundle)
+        own = options.n, options.logprobs, options.ignore_eos, options.allow_unk, options.echo, options.as_flags
+        key = (*options.given.items(), options.seed is None, *own)
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) >= MAX_KNOWN:
+                self.known.clear()
+            found = self.known[key] = resolve(options, self.bundle)
+        seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+        return replace(found, options=options, seed=None if found.seed is None else seed)
 
     def check_repeated(self, prompts: Sequence[Prompt], n: int, *, echo: bool) -> None:
         """Raise UsageError where `n` texts of each prompt repeat it, or what it is warned of, too often for an answer."""

@@ -16,6 +16,9 @@ from lmdist_export.sampling.generation import Batch, Text
 from lmdist_export.sampling.state import State
 from lmdist_export.serving.requests import Request
 
+CALL_SECONDS = 0.01
+"""Of an inference call: a text that has ended waits for its end, and one that has come waits to join; each call takes half a
+millisecond beside its tokens."""
 TURN_SECONDS = 0.5
 """How long a text keeps its place in a batch while others wait for one."""
 
@@ -29,6 +32,7 @@ class SharedBatch:
         self.least_row_seconds = 0.0
         """Of the request whose text was the last to join: there new requests begin, so that they do not go first for long."""
         self.batch = Batch(like.sampler, like.generation, stream=True)
+        self.batch.pace.seconds = CALL_SECONDS
         self.batch_size = batch_size
         self.queue: dict[Request, None] = {}
         """Requests with texts that are ready, in their order."""
