@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from lmdist.errors import UsageError
 from lmdist.text import detokenizer
 from lmdist_export.bundle import Bundle
+from lmdist_export.options import Options
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving import application, connections, requests
@@ -24,7 +26,7 @@ from lmdist_export.serving.json_body import encoded
 from lmdist_export.serving.observing import Note
 from lmdist_export.serving.openai_request import CompletionRequest, read_request
 from lmdist_export.serving.running import Growth
-from lmdist_export.serving.service import Service
+from lmdist_export.serving.service import MAX_KNOWN, Service
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +205,23 @@ def test_what_a_text_grows_while_nobody_takes_it_is_one_event() -> None:
         assert [event async for event in taken] == []
 
     asyncio.run(grow())
+
+
+def test_options_that_were_resolved_before_have_a_seed_of_their_own(service: Service) -> None:
+    def resolved(**values: Any) -> tuple[Any, int | None]:
+        prompts = service.prompts(["the"])
+        found = service.resolve(prompts, Options.from_values({"top_k": 3} | values))
+        assert found.options.seed == values.get("seed")
+        return found.config, found.seed
+
+    first, again, other = resolved(seed=1), resolved(seed=2), resolved(seed=1, top_k=4)
+    assert (first[0] is again[0], first[1], again[1]) == (True, 1, 2)
+    assert (other[0].top_k, first[0].top_k) == (4, 3)
+    assert resolved()[1] != resolved()[1]  # none is given, so each has a random one
+    for _ in range(2):
+        with pytest.raises(UsageError, match="num_beams is for beam search, and top_k for sampling"):
+            resolved(num_beams=2)
+        assert service.resolve(service.prompts([""]), Options.from_values({"num_beams": 2})).seed is None
+    for number in range(2 * MAX_KNOWN):
+        resolved(max_new_tokens=1 + number)
+    assert len(service.known) <= MAX_KNOWN

@@ -58,7 +58,7 @@ async def job_of(asked: CompletionRequest, service: Service, **callbacks: Any) -
     def make() -> Request:
         return service.request(asked.prompts, asked.resolved, logprobs=own_logprobs(asked), **callbacks)
 
-    return await done_by(sum(len(prompt.tokens) for prompt in asked.prompts) > SHORT_TOKENS, make)
+    return await done_by(sum(len(prompt.ids) for prompt in asked.prompts) > SHORT_TOKENS, make)
 
 
 def own_logprobs(asked: CompletionRequest) -> int | None:
