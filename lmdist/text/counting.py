@@ -38,7 +38,7 @@ Sources = Mapping[str, Documents]
 
 UNTOKENIZABLE = "untokenizable"
 """Why a document is left out that the tokenizer gives up."""
-SKIPPING = 0.1
+SKIPPING = 0.075
 """What it costs to skip a byte, beside counting it."""
 BYTES_OF_START = 5_000_000
 """So many are counted while one process learns where sentences end, and the others skip what is not theirs."""

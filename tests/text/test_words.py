@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import regex
@@ -120,7 +121,7 @@ def test_punkt_learns_what_nltk_learns(texts, regular):
     from nltk.tokenize.punkt import PunktTrainer
 
     class InOrder(PunktTrainer):
-        def _unique_types(self, tokens):
+        def _unique_types(self, tokens: Any) -> Any:
             return sorted(super()._unique_types(tokens))
 
     texts = [f"{text} {regular}" for text in texts]
