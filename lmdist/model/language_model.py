@@ -52,6 +52,7 @@ class LanguageModel(nn.Module):
     def initialize_layers(self, settings: InitSettings) -> None:
         """Replace some of the random parameters of the layers."""
         for layer in self.layers:
+            assert isinstance(layer, Layer), type(layer)
             layer.initialize(settings)
 
     @property

@@ -98,14 +98,14 @@ class Pieces:
 
     @cached_property
     def sorted_ids(self) -> list[int]:
-        """Return the ids of the pieces in the order of their bytes."""
-        return sorted(range(len(self.entries.contents)), key=self.entries.contents.__getitem__)
+        """Return the ids of the pieces, without the two marks, in the order of their bytes."""
+        return sorted(range(END_ID + 1, len(self.entries.contents)), key=self.entries.contents.__getitem__)
 
     def beginning_with(self, content: bytes) -> tuple[int, ...]:
         """Return the ids of the pieces whose bytes begin with these, one at least."""
         ids, contents = self.sorted_ids, self.entries.contents
         first = bisect_left(ids, content, key=contents.__getitem__)
-        return tuple(takewhile(lambda token: contents[token].startswith(content), islice(ids, first, None)))
+        return tuple(sorted(takewhile(lambda token: contents[token].startswith(content), islice(ids, first, None))))
 
     def texts(self, words: Iterable[str | bytes], place: Place | None = None) -> Iterator[str]:
         """Yield what each piece adds to the text, "" while a character is incomplete; at the end what is left, if anything.

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,12 +60,7 @@ class Workers:
                 with suppress(ImportError):  # what needs it will say so
                     import_module(name)
         else:
-            # Not fork: the caller may be a training process with torch's threads in it. The server of forks has none, but for
-            # those that macOS's libraries start.
-            context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-            if sys.platform == "linux":
-                context.set_forkserver_preload([__name__, *preload])
-                forkserver.ensure_running()
+            context = started_context(preload)
             self.progress = context.Array("q", 3 * number, lock=False)
             """Bytes, documents and tokens of each shard."""
             ours, self.lifeline = context.Pipe(duplex=False)
@@ -115,6 +111,35 @@ class Workers:
                     yield futures.popleft().result()
             while futures:
                 yield futures.popleft().result()
+
+
+def started_context(preload: Sequence[str]) -> BaseContext:
+    """Return how processes are started: as copies of one that has begun to import the modules to `preload`, if that can be.
+
+    Not by fork: the caller may be a training process with torch's threads in it. The server of forks has none, but for those
+    that macOS's libraries start.
+    """
+    if sys.platform == "linux":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, *preload])
+        with suppress(OSError), safe_path():  # the name of its socket is too long where that of TMPDIR is long
+            forkserver.ensure_running()
+            return context
+    return multiprocessing.get_context("spawn")
+
+
+@contextmanager
+def safe_path() -> Iterator[None]:
+    """Have Python processes that are started here import nothing from the folder in which the command runs."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextmanager

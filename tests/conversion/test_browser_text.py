@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_words_are_pythons(engine: Engine, settings: TextSettings) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_pieces_are_those_of_the_library(engine: Engine, kind: str) -> None:
+def test_pieces_are_those_of_the_library(engine: Engine, kind: Literal["bpe", "unigram"]) -> None:
     pytest.importorskip("tokenizers")
     texts = [*OTHER_SCRIPTS, *TOKENS, *TEXT[:2], *map(" ".join, pairwise(TOKENS))]
     counted = sorted(Counter(word for text in texts for word in word_splitter()(text)).items())

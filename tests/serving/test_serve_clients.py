@@ -162,7 +162,7 @@ def test_a_stream_has_whole_characters(of_pieces: tuple[Any, lmdist.Model]) -> N
     assert len(ids) > 2
     asked: dict[str, Any] = {"prompt": ids[:-1], "max_tokens": 1, "logit_bias": {str(ids[-1]): 100}}
     assert streamed(client, **asked) == client.completions.create(model="pieces", **asked).choices[0].text == "🚀"
-    bias = {str(token): 6 for token in {*ids, *model.prompt(" 🙂 日本語").tokens}}
+    bias = {str(token): 6 for token in {*ids, *model.prompt(" 🙂 日本語").ids}}
     for seed in range(4):
         asked = {"prompt": "🚀 ", "max_tokens": 100, "seed": seed, "logit_bias": bias}
         assert streamed(client, **asked) == client.completions.create(model="pieces", **asked).choices[0].text
@@ -184,6 +184,32 @@ def test_curl_sees_a_text_grow(served: Serving) -> None:
         rest = events.read()
     assert rest.endswith(b"data: [DONE]\n\n")
     assert curl.wait() == 0
+
+
+# --- LiteLLM -------------------------------------------------------------------------------------------------------
+
+BY_LITELLM = """
+import json, sys
+import litellm
+asked = {"model": "text-completion-openai/news", "api_base": sys.argv[1], "api_key": "none", "prompt": "the cat"}
+asked |= {"max_tokens": 12, "seed": 7, "temperature": 0.9}
+plain = litellm.text_completion(**asked)
+pieces = [event.choices[0].text or "" for event in litellm.text_completion(**asked, stream=True)]
+print(json.dumps([plain.choices[0].text, plain.usage.total_tokens, "".join(pieces)]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("litellm") is None, reason="litellm is not installed: pip install litellm, where you like")
+def test_litellm(served: Serving, model: lmdist.Model) -> None:
+    expected = model.generate("the cat", max_new_tokens=12, seed=7, temperature=0.9)
+    python = Path(str(shutil.which("litellm"))).with_name("python")
+    command = [str(python), "-c", BY_LITELLM, f"http://127.0.0.1:{served.port}/v1"]
+    own = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own, check=False)
+    assert done.returncode == 0, done.stderr
+    text, total, streamed = json.loads(done.stdout.splitlines()[-1])
+    assert "the cat" + text == "the cat" + streamed == expected.text
+    assert total == 2 + len(expected.tokens)
 
 
 # --- MLflow's gateway ----------------------------------------------------------------------------------------------
@@ -249,7 +275,7 @@ def test_lm_evaluation_harness_sums_what_lmdist_score_sums(served: Serving, mode
         str(tmp_path / "found"),
         "--log_samples",
     ]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    offline = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     for name in ("pairs", "texts"):

@@ -439,6 +439,19 @@ def test_importing_prepare_is_light():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.parametrize("temporary", ["temporary", "t" * 100])  # too long for the name of a socket
+def test_workers_import_nothing_from_the_folder_where_they_run(tmp_path, temporary):
+    for name in ("bin", temporary):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin" / "prepare").write_text(f"if __name__ == '__main__':\n    {SMALL_IS_MUCH}")
+    news(tmp_path / "a.csv", ARTICLES)
+    (tmp_path / "pandas.py").write_text("import os; os._exit(1)")
+    command = [sys.executable, "bin/prepare", "a.csv", "-o", "out", "--tokenizer=wordpunct", "--workers=2"]
+    environment = os.environ | {"TMPDIR": str(tmp_path / temporary)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("killed", ["a worker", "the command"])
 def test_a_process_that_is_killed_takes_the_others_along(tmp_path, killed):
     news(tmp_path / "a.csv", [f"{article} {number}" for number in range(20_000) for article in ARTICLES[:10]])

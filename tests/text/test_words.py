@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import regex
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmdist.text import words
-from lmdist.text.tokenizer import train_punkt
+from lmdist.text.tokenizer import ABBREVIATIONS, train_punkt
 from lmdist.text.words import WordFinder, punkt_parameters
 from support.odd_texts import STRANGE, TEXT, TOKENS, odd_texts
 
@@ -111,3 +112,23 @@ def test_it_finds_what_nltk_finds_in_real_text(nltk, finder):
         pytest.skip(f"{DATA} is not here")
     for document in real_texts():
         same(finder, nltk, document)
+
+
+@given(st.lists(odd_texts, min_size=1, max_size=5), st.sampled_from(["", *TEXT[:1]]))
+@settings(max_examples=40, deadline=None)
+def test_punkt_learns_what_nltk_learns(texts, regular):
+    from nltk.tokenize.punkt import PunktTrainer
+
+    class InOrder(PunktTrainer):
+        def _unique_types(self, tokens):
+            return sorted(super()._unique_types(tokens))
+
+    texts = [f"{text} {regular}" for text in texts]
+    trainer = InOrder()
+    trainer.train("\n\n".join(texts), finalize=False)
+    expected = trainer.get_params()
+    found = train_punkt(texts)
+    assert {*found["abbreviations"]} == {*expected.abbrev_types, *ABBREVIATIONS}
+    assert [*map(tuple, found["collocations"])] == sorted(expected.collocations)
+    assert found["sentence_starters"] == sorted(expected.sent_starters)
+    assert found["contexts"] == dict(expected.ortho_context)

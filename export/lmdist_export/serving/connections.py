@@ -48,7 +48,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Accept a connection, or close it where there are too many."""
         super().connection_made(transport)
-        assert self.parser
+        assert self.parser is not None
         self.parser.set_dangerous_leniencies(lenient_chunked_length=True)  # json_body.py refuses two lengths by a sentence
         transport.set_write_buffer_limits(high=0)  # a client that does not read a short answer has to be seen too
         if len(self.connections) > MAX_CONNECTIONS:

@@ -9,7 +9,7 @@
  */
 
 import { Detokenizer } from "./detokenizer.js";
-import { Text, grow } from "./generation.js";
+import { ANYTHING, Text, grow } from "./generation.js";
 import { Model } from "./model.js";
 import { resolve } from "./options.js";
 import { spansOf } from "./spans.js";
@@ -62,18 +62,37 @@ class Engine {
     const resolved = resolve(options, this.about, this.vocabulary, this.tokenizer);
     const words = this.tokenizer.words(prompt, { continues: true });
     const writer = this.tokenizer.pieces?.writer() ?? new Detokenizer(this.tokenizer.settings.tokenizer);
-    for (const word of words) writer.piece(word);
-    let hasSpace = this.tokenizer.pieces !== null && prompt.endsWith(" "); // the first piece brings it along
-    const text = new Text(this.vocabulary.encode(words), resolved);
+    const seam = this.tokenizer.pieces?.seamOf(words, prompt.endsWith(" ")) ?? null;
+    const kept = seam?.again ? words.slice(0, -1) : words; // a piece that may go on is taken back
+    for (const word of kept) writer.piece(word);
+    let given = seam?.given ?? ""; // of the first piece
+    const text = new Text(this.vocabulary.encode(kept), resolved, this.beginOf(seam));
     for await (const tokens of grow(this.network, text, resolved.seed)) {
       signal?.throwIfAborted();
+      if (given && text.prompt.length > kept.length) {
+        writer.piece(words[kept.length]); // it has come again
+        given = "";
+      }
       const pieces = tokens.map((token) => writer.piece(this.vocabulary.words[token]));
+      if (tokens.length) {
+        if (pieces[0].startsWith(given)) pieces[0] = pieces[0].slice(given.length);
+        given = "";
+      }
       if (text.finishReason) pieces.push(writer.end(text.rest));
-      if (hasSpace && pieces.length) pieces[0] = pieces[0].replace(/^ /, "");
-      hasSpace &&= !pieces.length;
       yield { text: pieces.join(""), finish_reason: text.finishReason || null };
       await paused();
     }
+  }
+
+  /**
+   * Return what a text begins with, in ids.
+   * @param {ReturnType<import("./pieces.js").Pieces["seamOf"]>} seam
+   * @returns {import("./generation.js").Begin}
+   */
+  beginOf(seam) {
+    if (!seam) return ANYTHING;
+    const again = seam.again === null ? null : this.vocabulary.encode([seam.again])[0];
+    return { tokens: this.vocabulary.encode(seam.words), overlap: seam.overlap, again };
   }
 
   /**

@@ -11,6 +11,16 @@ import { RandomNumbers } from "./random.js";
 /** @typedef {import("./model.js").Model} Model */
 /** @typedef {import("./options.js").Resolved} Resolved */
 
+/**
+ * @typedef {object} Begin what a text begins with, as lmdist_export/sampling/seams.py has it
+ * @property {number[]} tokens the first one is one of these; of none, any
+ * @property {number} overlap the bytes of it that the prompt has already
+ * @property {number | null} again the one that was taken back from the prompt: where it comes again it is no part of the text
+ */
+
+/** @type {Begin} */
+export const ANYTHING = { tokens: [], overlap: 0, again: null };
+
 const TOKENS_PER_CALL = 32;
 const STREAM_MILLISECONDS = 20; // tokens of so short a time are shown together
 
@@ -19,9 +29,11 @@ export class Text {
   /**
    * @param {number[]} prompt
    * @param {Resolved} resolved
+   * @param {Begin} [begin]
    */
-  constructor(prompt, { config, stops, ignoresEnd }) {
+  constructor(prompt, { config, stops, ignoresEnd }, begin = ANYTHING) {
     this.prompt = prompt;
+    this.begin = begin;
     this.config = config;
     this.stops = stops;
     /** The tokens that end a text by themselves. */
@@ -42,11 +54,16 @@ export class Text {
    * @param {number[]} tokens
    */
   append(tokens) {
-    const shown = this.tokens.length - this.stops.numHeldBack(this.tokens);
+    if (!this.tokens.length && tokens.length && tokens[0] === this.begin.again) {
+      this.prompt = [...this.prompt, tokens[0]];
+      this.begin = ANYTHING;
+      tokens = tokens.slice(1);
+    }
+    const shown = this.tokens.length - this.stops.numHeldBack(this.tokens, this.begin.overlap);
     for (const token of tokens) {
       if (this.end.includes(token)) this.finishReason = "stop";
       else this.tokens.push(token);
-      const stop = this.finishReason ? null : this.stops.ending(this.tokens);
+      const stop = this.finishReason ? null : this.stops.ending(this.tokens, this.begin.overlap);
       if (stop) {
         this.tokens.splice(-stop.count);
         this.rest = stop.rest;
@@ -54,7 +71,7 @@ export class Text {
       } else if (!this.finishReason && this.tokens.length === this.config.max_new_tokens) this.finishReason = "length";
       if (this.finishReason) break;
     }
-    const heldBack = this.finishReason ? 0 : this.stops.numHeldBack(this.tokens);
+    const heldBack = this.finishReason ? 0 : this.stops.numHeldBack(this.tokens, this.begin.overlap);
     return this.tokens.slice(shown, this.tokens.length - heldBack);
   }
 
@@ -124,24 +141,32 @@ export async function* grow(model, text, seed) {
     state = await model.inTurn(() => model.prefill(whole, config));
   }
   let perCall = 1;
+  let isFirst = text.begin.tokens.length > 0;
   while (!text.finishReason) {
     const started = performance.now();
     const rowBias = hasRowBias ? maskOf(text.banned(), model.padded) : undefined;
-    if (rowBias && isExhausted(bias, rowBias, model.size)) {
+    const allowed = isFirst ? only(text.begin.tokens, bias, model.size) : bias;
+    if ((rowBias || isFirst) && isExhausted(allowed, rowBias ?? allowed, model.size)) {
       text.finishReason = "exhausted";
       yield text.append([]);
       return;
     }
     const uniform = random.next(Math.min(perCall, text.mostTokens()) * attempts);
     const before = state;
-    const found = await model.inTurn(() => model.generate(before, config, uniform, { ...extras, rowBias }));
+    const found = await model.inTurn(() => model.generate(before, config, uniform, { ...extras, bias: allowed, rowBias }));
     random.giveBack(uniform.slice(found.tokens.length * attempts));
     state = found.state;
     if (!isByToken) {
       const fitting = Math.floor((STREAM_MILLISECONDS / (performance.now() - started)) * found.tokens.length);
       perCall = Math.max(1, Math.min(TOKENS_PER_CALL, fitting));
     }
-    yield text.append(found.tokens);
+    const added = text.append(found.tokens);
+    if (text.prompt.length > prompt.length && isFirst) {
+      inPrompt[text.prompt[prompt.length]] = 1;
+      state = { ...state, counts: undefined }; // what came again was in the prompt
+    }
+    isFirst = false;
+    yield added;
   }
 }
 
@@ -159,6 +184,18 @@ function fixedBias(config, model) {
     throw new Error("no token is left to sample: suppress_tokens, bad words and logit bias mask all of them");
   }
   return bias;
+}
+
+/**
+ * Return a bias (V') with which no other of the first `size` tokens can be sampled.
+ * @param {number[]} tokens
+ * @param {Float32Array} bias
+ * @param {number} size
+ */
+function only(tokens, bias, size) {
+  const found = bias.slice().fill(-Infinity, 0, size);
+  for (const token of tokens) found[token] = bias[token];
+  return found;
 }
 
 /**

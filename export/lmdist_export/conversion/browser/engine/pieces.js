@@ -39,10 +39,10 @@ function signs() {
 /** Splits texts into pieces, and writes pieces as texts. */
 export class Pieces {
   /**
-   * @param {{model: Bpe | Unigram}} saved the content of a tokenizer.json
+   * @param {{model: {model: Bpe | Unigram}}} saved what text.json has: the content of a tokenizer.json
    * @param {string[]} words of vocab.txt, which spells the pieces
    */
-  constructor({ model }, words) {
+  constructor({ model: { model } }, words) {
     const isBpe = model.type === "BPE";
     this.split = isBpe ? bpe(model) : unigram(model);
     const names = isBpe ? Object.entries(model.vocab).sort(([, one], [, other]) => one - other) : model.vocab;
@@ -72,6 +72,22 @@ export class Pieces {
       this.known.set(word, found);
     }
     return found;
+  }
+
+  /**
+   * Return the bytes of the space that a prompt ends with, or those of its last piece, where these are whole characters and more
+   * pieces begin so; and the pieces that do. See lmdist_export/sampling/seams.py.
+   * @param {string[]} words of a prompt
+   * @param {boolean} hasSpace
+   */
+  seamOf(words, hasSpace) {
+    const last = words.at(-1) ?? END;
+    if (!hasSpace && last === END) return null;
+    const content = hasSpace ? Uint8Array.of(0x20) : /** @type {Uint8Array} */ (this.contents.get(last));
+    const given = new TextDecoder("utf-8", { ignoreBOM: true }).decode(content);
+    const begins = [...this.contents].slice(2).filter(([, other]) => content.every((byte, place) => byte === other[place]));
+    if (!hasSpace && (begins.length < 2 || given.includes("\ufffd"))) return null;
+    return { given, overlap: content.length, words: begins.map(([word]) => word), again: hasSpace ? null : last };
   }
 
   /** Return what writes pieces one after the other. */

@@ -20,9 +20,10 @@ export class Stops {
   /**
    * Return how a text ends with a stop, or null.
    * @param {number[]} tokens
+   * @param {number} [_overlap] bytes, of which words have none
    * @returns {Ending | null}
    */
-  ending(tokens) {
+  ending(tokens, _overlap) {
     const stop = this.sequences.find((sequence) => endsWith(tokens, sequence));
     return stop ? { count: stop.length, rest: NOTHING } : null;
   }
@@ -30,8 +31,9 @@ export class Stops {
   /**
    * Return how many of the last tokens are the beginning of a stop.
    * @param {number[]} tokens
+   * @param {number} [_overlap]
    */
-  numHeldBack(tokens) {
+  numHeldBack(tokens, _overlap) {
     return Math.max(0, ...this.beginnings.filter((beginning) => endsWith(tokens, beginning)).map(({ length }) => length));
   }
 }
@@ -51,13 +53,14 @@ export class ByteStops {
   }
 
   /**
-   * Return how a text ends with a stop, the first that ends in its last token, or null.
+   * Return how a text ends with a stop, the first that ends in its last token, or null; `overlap` bytes of its first token are none of it.
    * @param {number[]} tokens
+   * @param {number} [overlap]
    * @returns {Ending | null}
    */
-  ending(tokens) {
+  ending(tokens, overlap = 0) {
     const last = this.spell(tokens.at(-1) ?? 0).length;
-    const written = this.written(tokens, this.longest + last);
+    const written = this.written(tokens, this.longest + last, overlap);
     const found = this.stops
       .map((stop) => ({ stop, begin: written.indexOf(stop, Math.max(0, written.length - last - stop.length + 1)) }))
       .filter(({ begin }) => begin >= 0)
@@ -65,15 +68,16 @@ export class ByteStops {
     if (!found) return null;
     let [count, start] = [0, written.length];
     while (start > found.begin) start -= this.spell(tokens[tokens.length - ++count]).length;
-    return { count, rest: Uint8Array.from(written.slice(start, found.begin), (byte) => byte.charCodeAt(0)) };
+    return { count, rest: Uint8Array.from(written.slice(Math.max(0, start), found.begin), (byte) => byte.charCodeAt(0)) };
   }
 
   /**
    * Return how many of the last tokens may become a stop.
    * @param {number[]} tokens
+   * @param {number} [overlap]
    */
-  numHeldBack(tokens) {
-    const written = this.written(tokens, this.longest);
+  numHeldBack(tokens, overlap = 0) {
+    const written = this.written(tokens, this.longest, overlap);
     let length = Math.min(written.length, this.longest - 1);
     while (length > 0 && !this.stops.some((stop) => stop.startsWith(written.slice(-length)))) length--;
     let count = 0;
@@ -85,11 +89,13 @@ export class ByteStops {
    * Return the end of a text, whole tokens of at least so many bytes, where it has them.
    * @param {number[]} tokens
    * @param {number} length
+   * @param {number} overlap
    */
-  written(tokens, length) {
+  written(tokens, length, overlap) {
     let written = "";
-    for (let place = tokens.length - 1; place >= 0 && written.length < length; place--) written = this.spell(tokens[place]) + written;
-    return written;
+    let place = tokens.length;
+    while (place > 0 && written.length < length) written = this.spell(tokens[--place]) + written;
+    return place === 0 ? written.slice(overlap) : written;
   }
 }
 
