@@ -162,7 +162,7 @@ def test_a_stream_has_whole_characters(of_pieces: tuple[Any, lmdist.Model]) -> N
     assert len(ids) > 2
     asked: dict[str, Any] = {"prompt": ids[:-1], "max_tokens": 1, "logit_bias": {str(ids[-1]): 100}}
     assert streamed(client, **asked) == client.completions.create(model="pieces", **asked).choices[0].text == "🚀"
-    bias = {str(token): 6 for token in {*ids, *model.prompt(" 🙂 日本語").tokens}}
+    bias = {str(token): 6 for token in {*ids, *model.prompt(" 🙂 日本語").ids}}
     for seed in range(4):
         asked = {"prompt": "🚀 ", "max_tokens": 100, "seed": seed, "logit_bias": bias}
         assert streamed(client, **asked) == client.completions.create(model="pieces", **asked).choices[0].text
