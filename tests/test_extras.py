@@ -88,7 +88,7 @@ NEEDS = {
     "lmdist_export.export run -o bundle --register=news": "mlflow sqlalchemy alembic",
     "lmdist_export.generate models:/news@champion": "mlflow sqlalchemy alembic",
     "lmdist_export.score models:/news@champion": "mlflow",
-    "lmdist_export.serve bundle": "starlette uvicorn prometheus_client",
+    "lmdist_export.serve bundle": "starlette uvicorn httptools prometheus_client",
 }
 
 

@@ -143,6 +143,7 @@ def merge_all(
     shards = find_shards(folder, description(sources, settings, base))
     recover(folder, NAME.pattern)  # what this machine's killed processes left; another machine's may be running
     log(f"merging {counted(len(shards), 'shard')}")
-    with atomic_folder(output, replace=overwrite) as temporary, Workers(num_processes(settings, sources)) as workers:
+    number = num_processes(settings, sources)
+    with atomic_folder(output, replace=overwrite) as temporary, Workers(number, is_own=True) as workers:
         meta = finish(temporary, merge(temporary, shards, settings, sources, workers.run, base), settings, sources)
     sys.stdout.write(f"{summary(meta, output)}{folder} is needed no more, unless for other splits or another vocabulary\n")

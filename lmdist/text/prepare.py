@@ -63,7 +63,7 @@ def write(
 ) -> dict[str, Any]:
     """Write a data folder of the sources, by default those that the settings name; return the content of meta.json.
 
-    `is_own`: the process runs nothing else, so that light_nltk.py may be imported.
+    `is_own`: the process is lmdist's and runs nothing else, so that light_nltk.py may be imported.
     """
     from lmdist.text.workers import Workers
 
@@ -72,7 +72,7 @@ def write(
         sources = sources or find_sources(settings, output)
         announce(sources, output)
         number = num_processes(settings, sources)
-        with Workers(number, imports_of(settings, sources) if is_own or number > 1 else ()) as workers:
+        with Workers(number, imports_of(settings, sources), is_own=is_own) as workers:
             for documents in sources.values():  # while the workers' modules are imported
                 documents.check()
             with atomic_folder(output, replace=overwrite) as folder:

@@ -1,6 +1,6 @@
 """Who runs the steps of lmdist-prepare on one machine: this process, or worker processes.
 
-    with Workers(2, preload=["pandas"]) as workers:
+    with Workers(2, ["pandas"], is_own=True) as workers:
         workers.count(tasks, learn, folder / "text.json", progress.show)        # counting.count(*task, ...)
         for found in workers.run(encode, tasks):                                # encode(*task), ...
             ...
@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -51,30 +51,37 @@ CALLS_AHEAD = 2
 class Workers:
     """Worker processes of this machine, or this process alone; on any error they end with the context."""
 
-    def __init__(self, number: int, preload: Sequence[str] = ()) -> None:
-        """The modules to `preload` are imported at once, here or in a process of which the workers are copies."""
+    def __init__(self, number: int, preload: Sequence[str] = (), *, is_own: bool) -> None:
+        """Where this process `is_own`, running nothing else, the modules to `preload` are imported at once.
+
+        They are imported here, or in a process of which the workers are copies. A user's program is left as it is.
+        """
         self.number = number
         self.pool: ProcessPoolExecutor | None = None
-        if number == 1:
-            for name in preload:
-                with suppress(ImportError):  # what needs it will say so
-                    import_module(name)
-        else:
-            context = started_context(preload)
+        self.ending = ExitStack()
+        if number > 1:
+            context = self.ending.enter_context(own_context(preload)) if is_own else multiprocessing.get_context("spawn")
             self.progress = context.Array("q", 3 * number, lock=False)
             """Bytes, documents and tokens of each shard."""
             ours, self.lifeline = context.Pipe(duplex=False)
             self.pool = ProcessPoolExecutor(number, context, start_worker, (ours, self.progress))
+        elif is_own:
+            for name in preload:
+                with suppress(ImportError):  # what needs it will say so
+                    import_module(name)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.pool is not None:
-            if error is not None:
-                self.lifeline.close()
-            self.pool.shutdown(cancel_futures=True)
-            self.lifeline.close()
+        with self.ending:
+            if self.pool is not None:
+                if error is not None:
+                    self.lifeline.close()
+                try:
+                    self.pool.shutdown(cancel_futures=True)
+                finally:
+                    self.lifeline.close()
 
     def count(self, tasks: Sequence[CountTask], learn: Learn, text_json: Path, show: Report) -> None:
         """Count a shard for each of as many tasks as there are processes; tell `show` how far they are together.
@@ -87,7 +94,7 @@ class Workers:
             for task in tasks:
                 count(*task, lambda: tokenizer, show)
             return
-        with worker_errors(self.number):
+        with worker_errors(self.pool, self.number):
             calls = [(index, learn if index == 0 else None, text_json, task) for index, task in enumerate(tasks)]
             pending = {self.pool.submit(count_in_worker, *call) for call in calls}
             while pending:
@@ -103,7 +110,7 @@ class Workers:
         if self.pool is None:
             yield from (function(*task) for task in tasks)
             return
-        with worker_errors(self.number):
+        with worker_errors(self.pool, self.number):
             futures: deque[Future[Any]] = deque()
             for task in tasks:
                 futures.append(self.pool.submit(function, *task))
@@ -113,45 +120,64 @@ class Workers:
                 yield futures.popleft().result()
 
 
-def started_context(preload: Sequence[str]) -> BaseContext:
-    """Return how processes are started: as copies of one that has begun to import the modules to `preload`, if that can be.
+@contextmanager
+def own_context(preload: Sequence[str]) -> Iterator[BaseContext]:
+    """Have processes start as copies of one that has begun to import the modules to `preload`, if that can be.
 
     Not by fork: the caller may be a training process with torch's threads in it. The server of forks has none, but for those
-    that macOS's libraries start.
+    that macOS's libraries start. It ends with the context. A process has one at most, and one that runs already is another's.
     """
-    if sys.platform == "linux":
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, *preload])
-        with suppress(OSError), safe_path():  # the name of its socket is too long where that of TMPDIR is long
-            forkserver.ensure_running()
-            return context
-    return multiprocessing.get_context("spawn")
+    forks, server = multiprocessing.get_context("forkserver"), forkserver._forkserver
+    can_start = sys.platform == "linux" and server._forkserver_pid is None  # pyright: ignore[reportAttributeAccessIssue]
+    context: BaseContext = multiprocessing.get_context("spawn")
+    with safe_path():
+        if can_start:
+            forks.set_forkserver_preload([__name__, *preload])
+            with suppress(OSError):  # the name of its socket is too long where that of TMPDIR is long
+                forkserver.ensure_running()
+                context = forks
+        try:
+            yield context
+        finally:
+            if can_start:
+                server._stop()  # pyright: ignore[reportAttributeAccessIssue] - there is no public way
+                forks.set_forkserver_preload(["__main__"])
 
 
 @contextmanager
 def safe_path() -> Iterator[None]:
-    """Have Python processes that are started here import nothing from the folder in which the command runs."""
+    """Have Python processes that are started here import nothing from the folder in which the command runs.
+
+    It is for processes that run nothing else: the environment is that of all their threads.
+    """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
         yield
     finally:
         if before is None:
-            del os.environ["PYTHONSAFEPATH"]
+            os.environ.pop("PYTHONSAFEPATH", None)
         else:
             os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextmanager
-def worker_errors(number: int) -> Iterator[None]:
-    """Raise DataError where one of `number` worker processes was killed."""
+def worker_errors(pool: ProcessPoolExecutor, number: int) -> Iterator[None]:
+    """Raise DataError where one of the pool's `number` worker processes was killed, or ended by itself."""
     try:
         yield
     except BrokenProcessPool:
-        raise DataError(
-            f"one of {number} worker processes was killed, most likely because the memory was full: "
-            f"take fewer (--workers {max(1, number // 2)}), or more memory"
-        ) from None
+        processes = [*(pool._processes or {}).values()]
+        pool.shutdown(cancel_futures=True)  # it ends the others, and then all have an exit code
+        codes = [process.exitcode for process in processes if process.exitcode is not None]
+        if -signal.SIGKILL in codes:
+            raise DataError(
+                f"one of {number} worker processes was killed, most likely because the memory was full: "
+                f"take fewer (--workers {max(1, number // 2)}), or more memory"
+            ) from None
+        code = next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM)
+        how = f"with code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+        raise DataError(f"one of {number} worker processes ended {how}: --workers 1 does without them") from None
 
 
 shared_progress: Any

@@ -40,7 +40,6 @@ DROPOUT = (
 ).split()
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["support.shortcuts"])
 
 SMALL = (
     "--model.embedding_size=16 --model.hidden_size=24 --optimizer.learning_rate=0.02 --data.global_batch=8 --data.window=7 "
@@ -92,6 +91,7 @@ def start(ranks: int, *flags: str, cwd: Path, outputs: list[Path], beside: int |
     variables = environment()
     if ranks > 1:  # as torchrun sets them
         variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    FORKS.set_forkserver_preload(["support.shortcuts"])  # at each start: lmdist-prepare sets its own, and then none
     started = []
     for number in range(ranks):
         own = variables | ({"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {})

@@ -263,6 +263,35 @@ lmdist.prepare(frame, sys.argv[1], tokenizer="wordpunct", overwrite=True, worker
     subprocess.run([sys.executable, tmp_path / "script.py", tmp_path / "out"], check=True)
 
 
+def test_workers_change_nothing_in_the_program_that_has_them(tmp_path):
+    """Its own processes have NLTK with scipy, the modules that it preloads, and the environment that it was given."""
+    (tmp_path / "scipy").mkdir()
+    (tmp_path / "scipy" / "__init__.py").touch()
+    (tmp_path / "scipy" / "stats.py").write_text("def fisher_exact(table):\n    return 'exact'\n")
+    (tmp_path / "preloaded.py").write_text("import os\nprocess = os.getpid()\n")
+    (tmp_path / "script.py").write_text("""
+import os, sys, multiprocessing, pandas, lmdist
+from lmdist.text import inputs
+
+def seen():
+    import preloaded
+    from nltk.metrics.association import fisher_exact
+    return fisher_exact([]), preloaded.process != os.getpid(), os.environ.get("PYTHONSAFEPATH")
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    inputs.ONE_PROCESS_BYTES = {"word_tokenize": 0}
+    frame = pandas.DataFrame({"content": [f"The council met {number} times." for number in range(40)]})
+    for workers in (1, 2):
+        lmdist.prepare(frame, "out", overwrite=True, workers=workers)
+    with context.Pool(1) as pool:
+        print(*seen(), *pool.apply(seen))
+""")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["exact", "False", "None", "exact", "True", "None"], done.stderr
+
+
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     lmdist.prepare(frame_of(20), tmp_path / "out", tokenizer="wordpunct")
     with pytest.raises(UsageError, match="out exists"):

@@ -445,15 +445,41 @@ def test_workers_import_nothing_from_the_folder_where_they_run(tmp_path, tempora
         (tmp_path / name).mkdir()
     (tmp_path / "bin" / "prepare").write_text(f"if __name__ == '__main__':\n    {SMALL_IS_MUCH}")
     news(tmp_path / "a.csv", ARTICLES)
-    (tmp_path / "pandas.py").write_text("import os; os._exit(1)")
+    for trap in ("pandas", "selectors"):  # of what counting imports, and of what a process imports as it starts
+        (tmp_path / f"{trap}.py").write_text("import os; os._exit(1)")
     command = [sys.executable, "bin/prepare", "a.csv", "-o", "out", "--tokenizer=wordpunct", "--workers=2"]
     environment = os.environ | {"TMPDIR": str(tmp_path / temporary)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("killed", ["a worker", "the command"])
-def test_a_process_that_is_killed_takes_the_others_along(tmp_path, killed):
+def test_workers_leave_nothing_in_the_process_that_had_them(tmp_path):
+    """A training goes on after it: without a server of forks, and with the environment that its user gave it."""
+    news(tmp_path / "a.csv", ARTICLES)
+    program = (
+        "import os, sys; from multiprocessing import forkserver; import psutil; before = {**os.environ}; "
+        f"{SMALL_IS_MUCH}; assert os.environ == before; forkserver.ensure_running(); "
+        "[server] = [each for each in psutil.Process().children() if 'forkserver' in str(each.cmdline())]; "
+        "assert 'lmdist' not in str(server.cmdline()), server.cmdline()"
+    )
+    command = [sys.executable, "-c", program, "a.csv", "-o", "out", "--tokenizer=wordpunct", "--workers=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("killed", "by", "why"),
+    [
+        (
+            "a worker",
+            signal.SIGKILL,
+            "was killed, most likely because the memory was full: take fewer (--workers 1), or more memory",
+        ),
+        ("a worker", signal.SIGABRT, "ended by SIGABRT: --workers 1 does without them"),
+        ("the command", signal.SIGKILL, ""),
+    ],
+)
+def test_a_process_that_is_killed_takes_the_others_along(tmp_path, killed, by, why):
     news(tmp_path / "a.csv", [f"{article} {number}" for number in range(20_000) for article in ARTICLES[:10]])
     process = subprocess.Popen([*TWO_WORKERS, "a.csv", "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
@@ -463,13 +489,10 @@ def test_a_process_that_is_killed_takes_the_others_along(tmp_path, killed):
         time.sleep(0.02)
     others = psutil.Process(process.pid).children(recursive=True)
     worker = next(worker for server in psutil.Process(process.pid).children() for worker in server.children())
-    (worker if killed == "a worker" else process).kill()
+    (worker if killed == "a worker" else process).send_signal(by)
     _, stderr = process.communicate(timeout=60)
     assert not psutil.wait_procs(others, timeout=60)[1]
     if killed == "a worker":
         assert process.returncode == 65
-        assert stderr.splitlines()[-1] == (
-            "lmdist-prepare: error: one of 2 worker processes was killed, most likely because the memory was full: "
-            "take fewer (--workers 1), or more memory"
-        )
+        assert stderr.splitlines()[-1] == f"lmdist-prepare: error: one of 2 worker processes {why}"
         assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -20,18 +19,12 @@ import pytest
 from lmdist.settings import PrepareSettings
 from lmdist.text.machines import merge_shards, prepare_shard
 from lmdist.text.prepare import main, prepare
+from servers import free_port
 from support.failures import last_line
 
 CSV = "id,content\n" + "".join(f"{number},The council met {number} times.\n" for number in range(60))
 FLAGS = ("--tokenizer", "wordpunct")
 SAME = ("train.bin", "valid.bin", "test.bin", "vocab.txt")
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture
