@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -24,7 +24,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from lmdist.command_line import CommandParser, did_you_mean, respelled
 from lmdist.errors import EXIT_USAGE, MissingInputError, UsageError, escaped
-from lmdist.settings import Recipe
+from lmdist.settings import PrepareSettings, Recipe
 
 IN_WHEEL, IN_CHECKOUT = Path(__file__).parent / "recipes", Path(__file__).parents[1] / "launch"
 RECIPES = IN_WHEEL if IN_WHEEL.is_dir() else IN_CHECKOUT
@@ -99,18 +99,23 @@ def load(argv: Sequence[str] | None = None, *, quiet: bool = False, other_option
         redirect_stdout(nowhere if quiet else sys.stdout),
         redirect_stderr(nowhere if quiet else sys.stderr),
     ):
-        recipes = CommandParser(prog="lmdist.train", add_help=False, allow_abbrev=False)
-        recipes.add_argument("--config", action="append", default=[])
-        found, flags = recipes.parse_known_args(argv)
-        files = [find_recipe(name) for name in found.config]
+        files, flags = recipes_and_flags(argv)
         for file in files:
             check_keys(file)
         built = parser()
         built.other_options = other_options
         # The last argument wins with jsonargparse, so recipes come first.
-        words = [*(f"--config={file}" for file in files), *respelled(flags, "-", "_")]
+        words = [*(f"--config={file}" for file in files), *flags]
         values = built.instantiate(built.parse_args(words))
     return Recipe(**{key: value for key, value in vars(values).items() if key != "config"})
+
+
+def recipes_and_flags(argv: Sequence[str] | None) -> tuple[list[Path], list[str]]:
+    """Return the recipes that a command line names, and its other words, as the settings are spelled."""
+    recipes = CommandParser(prog="lmdist.train", add_help=False, allow_abbrev=False)
+    recipes.add_argument("--config", action="append", default=[])
+    found, flags = recipes.parse_known_args(argv)
+    return [find_recipe(name) for name in found.config], respelled(flags, "-", "_")
 
 
 def check_keys(file: Path) -> None:
@@ -189,6 +194,20 @@ def read_section(recipe: str, name: str, section: type) -> dict[str, Any]:
         return dict(vars(built.parse_object(values, defaults=False)))
     except ArgumentError as error:
         raise UsageError(f"{path}: {name}.{readable(str(error))}") from None
+
+
+def by_hand(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a recipe's [prepare] sets by hand: nothing in one that was saved with a run, for it has every setting."""
+    return {} if values.keys() >= PrepareSettings().stored().keys() else values
+
+
+def prepare_by_hand(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return what the command line of a training sets in `prepare`, which may be a default, by its recipes and flags."""
+    files, flags = recipes_and_flags(argv)
+    given: dict[str, Any] = {}
+    for file in files:
+        given |= by_hand(read_section(str(file), "prepare", PrepareSettings))
+    return given | vars(parser().parse_args(flags, defaults=False).get("prepare", argparse.Namespace()))
 
 
 # --- the resolved recipe -------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = config.load(argv, quiet=not is_main)
         require_packages(recipe)
         check_run_folder(Path(recipe.run_folder), writes=os.environ.get("GROUP_RANK", "0") == "0")
-        prepare_if_absent(recipe, is_main=is_main)
+        prepare_if_absent(recipe, argv, is_main=is_main)
 
         from lmdist.training import distributed, loop
 
@@ -128,8 +128,11 @@ def is_first_failure(code: int) -> bool:
     return True
 
 
-def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
-    """Prepare the data folder on rank 0 if it is absent and the recipe names its text; other ranks wait until it exists."""
+def prepare_if_absent(recipe: Recipe, argv: Sequence[str] | None, *, is_main: bool) -> None:
+    """Prepare the data folder on rank 0 if it is absent and the recipe names its text; other ranks wait until it exists.
+
+    The command line says which settings were given by hand.
+    """
     folder = Path(recipe.data.folder)
     settings = recipe.prepare
     if folder == Path(DataSettings.folder) and not (settings.inputs or settings.train):
@@ -138,9 +141,11 @@ def prepare_if_absent(recipe: Recipe, *, is_main: bool) -> None:
     if folder.exists() or not (settings.inputs or settings.train):
         return
     if is_main:
+        from lmdist.config import prepare_by_hand
+
         try:
             with redirect_stdout(sys.stderr):  # a job has no results on stdout
-                prepare(settings, folder, flag="--data.folder")
+                prepare(settings, folder, flag="--data.folder", given=prepare_by_hand(argv))
         except TakenError:
             log(f"{folder} was prepared by another job meanwhile, and is used as it is")
     while not folder.exists():

@@ -79,7 +79,8 @@ def prepare(
                 f"{file.path} cannot be written: {error.strerror}; the variable TMPDIR names another folder"
             ) from None
         options = ReadOptions.of(dataclasses.replace(values, separator=SEPARATOR), values.text, values.group_by)
-        return write(values, Path(folder), {"": Documents([file], options)}, overwrite=overwrite, is_own=False)
+        sources = {"": Documents([file], options)}
+        return write(values, Path(folder), sources, overwrite=overwrite, given=settings, is_own=False)
 
 
 def several(frames: DataFrame | Iterable[DataFrame]) -> Iterator[DataFrame]:

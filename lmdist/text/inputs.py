@@ -74,9 +74,7 @@ def num_processes(settings: PrepareSettings, sources: Sources) -> int:
     return settings.workers or min(available_cpus(), 2 * size // alone)
 
 
-def with_given_words(
-    settings: PrepareSettings, given: Mapping[str, Any] = NOTHING
-) -> tuple[PrepareSettings, GivenVocabulary | None]:
+def with_given_words(settings: PrepareSettings, given: Mapping[str, Any]) -> tuple[PrepareSettings, GivenVocabulary | None]:
     """Return the settings with those of the vocabulary that they name, and this vocabulary, if there is one.
 
     The pieces of a file are a vocabulary too. `given` are the settings that were given by hand, by which no text may be

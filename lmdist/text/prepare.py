@@ -58,7 +58,7 @@ def write(
     sources: Sources | None = None,
     *,
     overwrite: bool,
-    given: Mapping[str, Any] = NOTHING,
+    given: Mapping[str, Any],
     is_own: bool = True,
 ) -> dict[str, Any]:
     """Write a data folder of the sources, by default those that the settings name; return the content of meta.json.
@@ -170,25 +170,27 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
     Flags that name inputs replace the splits of the recipe, and the other way round. A min_count that was given contradicts
     unknown = file; the default does not.
     """
-    values = dict(recipe)
+    from lmdist.config import by_hand
+
+    values, given = dict(recipe), {**by_hand(recipe), **flags}
     if "inputs" in flags:
         values = {key: value for key, value in values.items() if key not in SPLITS}
     elif "train" in flags:
         values.pop("inputs", None)
     values |= flags
-    if values.get("unknown") == "file" and values.get("min_count", 1) > 1:
+    if values.get("unknown") == "file" and given.get("min_count", 1) > 1:
         raise UsageError("min_count creates unknown words, and unknown is file: give one or the other")
-    if values.get("vocabulary") and "min_count" in values and not values.get("extend"):
+    if values.get("vocabulary") and "min_count" in given and not values.get("extend"):
         raise UsageError("min_count is of new words, and vocabulary takes none without extend: give extend as well")
     settings = PrepareSettings(**values)
-    settings.check_min_count(flags if "tokenizer" in flags else values)  # a recipe's own min_count is of its own tokenizer
+    settings.check_min_count(flags if "tokenizer" in flags else given)  # a recipe's own min_count is of its own tokenizer
     return settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a data folder, or a shard of one."""
     with exit_on_error(COMMAND):
-        from lmdist.config import read_section
+        from lmdist.config import by_hand, read_section
 
         flags = vars(parser().parse_args(argv))
         output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
@@ -198,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not flags.get("inputs"):
             flags.pop("inputs", None)
         of_recipe = read_section(recipe, "prepare", PrepareSettings) if recipe is not None else {}
-        settings, given = resolve(of_recipe, flags), {**of_recipe, **flags}
+        settings, given = resolve(of_recipe, flags), {**by_hand(of_recipe), **flags}
         if shard or merge or scheduler:
             from lmdist.text import machines
 

@@ -245,6 +245,14 @@ def test_mistakes_with_data_frames_leave_nothing(tmp_path, frames, values, messa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_that_is_not_that_of_the_given_words_is_refused(tmp_path):
+    lmdist.prepare(frame_of(20), tmp_path / "a", tokenizer="wordpunct")
+    meta = lmdist.prepare(frame_of(20), tmp_path / "b", vocabulary=str(tmp_path / "a"))
+    assert meta["text"]["tokenizer"] == "wordpunct"
+    with pytest.raises(UsageError, match=r"tokenizer is word_tokenize, and the text of .*a was read with wordpunct"):
+        lmdist.prepare(frame_of(20), tmp_path / "c", vocabulary=str(tmp_path / "a"), tokenizer="word_tokenize")
+
+
 def test_a_script_without_a_guard_needs_one_for_workers_only(tmp_path):
     program = """
 import sys, pandas, lmdist

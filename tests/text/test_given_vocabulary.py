@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lmdist import config
 from lmdist.errors import UsageError
-from lmdist.settings import PrepareSettings
+from lmdist.settings import PrepareSettings, Recipe
 from lmdist.text import prepare
 from lmdist.text.vocabulary import Vocabulary
+from lmdist.train import prepare_if_absent
 from lmdist.training.data import DataFolder
 from support.failures import last_line
 from support.small_bundles import TIED, make_bundle
@@ -87,6 +89,21 @@ def test_new_words_come_behind_the_known_ones_by_frequency(bases, text, flags, n
         "new": len(new),
         "dropped": 6 - len(new),
     }
+
+
+def test_a_training_is_refused_a_default_that_was_given_and_is_not_that_of_its_base(bases, text):
+    folder = text.parent
+    recipe = Recipe(prepare=PrepareSettings(train=str(text), vocabulary=str(bases["run"])))
+    recipe.data.folder = str(folder / "data")
+    (folder / "hand.toml").write_text("[prepare]\ntokenizer = 'word_tokenize'\n")
+    for words in (["--config", str(folder / "hand.toml")], ["--prepare.tokenizer", "word_tokenize"]):
+        with pytest.raises(UsageError, match=r"tokenizer is word_tokenize, and the text of .* was read with whitespace"):
+            prepare_if_absent(recipe, words, is_main=True)
+    saved = folder / "recipe.toml"
+    saved.write_text(config.as_toml(recipe))  # as with a run: it has all defaults, and does the same again
+    prepare_if_absent(config.load(["--config", str(saved)]), ["--config", str(saved)], is_main=True)
+    prepare.main(["--recipe", str(saved), "-o", str(folder / "again")])
+    assert DataFolder(folder / "again").meta["text"] == DataFolder(folder / "data").meta["text"]
 
 
 def test_a_training_prepares_its_text_with_the_words_of_its_base(bases, text):

@@ -413,7 +413,7 @@ def test_training_without_a_text_prepares_the_demo(tmp_path, monkeypatch, given,
     (tmp_path / "data").mkdir()
     articles = "".join(f"Address {n},The cat said {n} times that the cat is a cat.\n" for n in range(9))
     (tmp_path / "data/demo.csv").write_text(f"title,content\n{articles}")  # taken for the demo corpus, which is longer
-    prepare_if_absent(Recipe(prepare=given), is_main=True)
+    prepare_if_absent(Recipe(prepare=given), [], is_main=True)
     found = read_json(tmp_path / "data/demo/meta.json")["prepare"]
     assert found | {"workers": expected.workers} == config.as_dict(Recipe(prepare=expected))["prepare"]
 
@@ -421,7 +421,7 @@ def test_training_without_a_text_prepares_the_demo(tmp_path, monkeypatch, given,
 def test_text_to_train_on_is_taken_in_place_of_the_demo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.txt").write_text("the cat and the dog and the cat\n" * 3)
-    prepare_if_absent(Recipe(prepare=PrepareSettings(train="own.txt", tokenizer="whitespace")), is_main=True)
+    prepare_if_absent(Recipe(prepare=PrepareSettings(train="own.txt", tokenizer="whitespace")), [], is_main=True)
     assert (tmp_path / "data/demo/vocab.txt").read_text().split() == ["<unk>", "<eos>", "the", "and", "cat", "dog"]
 
 
