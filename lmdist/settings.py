@@ -271,9 +271,6 @@ class DataSettings:
     """Batch size of a step over all ranks; the number of ranks must divide it, and changes no result."""
     window: Annotated[int, between(1, 1_000_000)] = 35
     """Sequence length of a step in tokens. streams predicts all of them, windows all but the first."""
-    window_spread: Annotated[int, between(0, 1_000_000)] = 0
-    """streams: a third of the steps have window - window_spread tokens and a third window + window_spread, in an order that is
-    shuffled anew in each epoch, and the learning rate of a step is in proportion; 0: all have the same."""
     stride: Annotated[int, at_least(0)] = 0
     """windows: tokens from the start of one window to the next; 0 is window - 1, so that each token is predicted once."""
     valid_batch: Annotated[int, between(1, 1_000_000)] = 10
@@ -284,10 +281,6 @@ class DataSettings:
         check_name("data.folder", self.folder)
         if self.batching == "windows" and self.window < 2:
             raise UsageError("data.window is 1; windows need at least 2 tokens, of which the first is not predicted")
-        if self.window_spread and self.batching == "windows":
-            raise UsageError("data.window_spread is of streams, and data.batching is windows: leave one out")
-        if self.window_spread >= self.window:
-            raise UsageError(f"data.window_spread is {self.window_spread}; it must be below data.window, {self.window}")
 
     @property
     def sequence_length(self) -> int:
@@ -358,13 +351,6 @@ class ModelSettings:
 class InitSettings:
     """What a run starts from beside init_from, and what of it is kept still."""
 
-    recurrent: Literal["uniform", "orthogonal"] = "uniform"
-    """Without init_from, the recurrent weights of the layers: uniform, as torch begins; orthogonal: of each gate a random
-    orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120)."""
-    forget_gate_bias: Annotated[float | None, between(-100, 100)] = None
-    """Without init_from, the bias of the layers' forget gates (Jozefowicz et al. 2015 take 1); by default random and near 0, as
-    torch begins."""
-
     embeddings: str = ""
     """A file of word vectors (word2vec's text format, GloVe's or fastText's .vec; also packed by gzip), which become the
     embeddings of its words; with init_from, of those that the base does not have."""
@@ -394,8 +380,6 @@ class OptimizerSettings:
     """sgd: momentum."""
     weight_decay: Annotated[float, at_least(0)] = 0.01
     """Weight decay; decoupled from the gradient with adamw and nadam."""
-    weight_decay_of: Literal["all", "matrices"] = "all"
-    """all: of all parameters; matrices: neither of biases nor of the embedding, which with tied weights is the projection."""
     clip: Annotated[float, at_least(0)] = 0.5
     """Largest norm of the gradient of a step; 0 does not clip."""
     activation_penalty: Annotated[float, at_least(0)] = 0.0

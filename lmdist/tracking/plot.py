@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MARKED = [step * 10**power for power in range(7) for step in (1, 2, 5)]
 """The perplexities that an axis may name."""
-BESIDE = 1.14
+BESIDE = 1.2
 """Where the second axis of perplexity stands, in widths of the picture: right of the numbers of the first."""
 NO_DIFFERENCE = 0.005
 """Between tokens and words of a text, below which their perplexities need no axis each."""
