@@ -127,21 +127,24 @@ def own_context(preload: Sequence[str]) -> Iterator[BaseContext]:
     Not by fork: the caller may be a training process with torch's threads in it. The server of forks has none, but for those
     that macOS's libraries start. It ends with the context. A process has one at most, and one that runs already is another's.
     """
-    forks, server = multiprocessing.get_context("forkserver"), forkserver._forkserver
-    can_start = sys.platform == "linux" and server._forkserver_pid is None  # pyright: ignore[reportAttributeAccessIssue]
     context: BaseContext = multiprocessing.get_context("spawn")
+    server: Any = forkserver._forkserver  # no public name ends it
     with safe_path():
-        if can_start:
-            forks.set_forkserver_preload([__name__, *preload])
-            with suppress(OSError):  # the name of its socket is too long where that of TMPDIR is long
-                forkserver.ensure_running()
-                context = forks
+        if sys.platform != "linux" or server._forkserver_pid is not None:
+            yield context
+            return
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload([__name__, *preload])
+        with suppress(OSError):  # the name of its socket is too long where that of TMPDIR is long
+            forkserver.ensure_running()
+            context = forks
         try:
             yield context
         finally:
-            if can_start:
-                server._stop()  # pyright: ignore[reportAttributeAccessIssue] - there is no public way
-                forks.set_forkserver_preload(["__main__"])
+            if server._forkserver_pid is not None:
+                os.kill(server._forkserver_pid, signal.SIGKILL)  # by itself it would need a tenth of a second
+            server._stop()
+            forks.set_forkserver_preload(["__main__"])
 
 
 @contextmanager

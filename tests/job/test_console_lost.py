@@ -38,7 +38,7 @@ def check_is_whole(run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("console", ["2>&1 | head -1", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("console", ["2>&1 | head -1", ">&- 2>&- <&-", ">/dev/full 2>&1"])
 def test_a_job_needs_no_console(tmp_path, console):
     small_data(tmp_path / "data")
     assert shell(f"{shlex.join([*JOB, *SHORT])} {console}", tmp_path) == 0

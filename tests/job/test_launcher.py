@@ -113,6 +113,7 @@ MISTAKES = {
         65,
         "train.bin is damaged in its block 3 of 3",
     ),
+    "more than any memory": (["--nproc-per-node=2", "--model.hidden_size=1000000"], 64, "this machine's memory is full"),
     "no such data": (["--nproc-per-node=1", "--data.folder=nowhere"], 66, "nowhere does not exist"),
     "a file for a folder": (["--run_folder=data/vocab.txt"], 64, "data/vocab.txt is not a folder"),
     "a folder for a file": (["--run_folder=odd"], 64, "odd/checkpoints/newest is no file"),
