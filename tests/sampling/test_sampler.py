@@ -543,7 +543,7 @@ class FakeRuntime(SimpleNamespace):
             assert options == {"providers": ["CUDAExecutionProvider"], "enable_fallback": 0}
             if running is None:
                 raise RuntimeError("no\n  cuDNN")
-            return SimpleNamespace(get_providers=lambda: [running])
+            return SimpleNamespace(get_providers=lambda: [running], get_inputs=lambda: [])
 
         super().__init__(
             get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -558,7 +558,7 @@ class FakeRuntime(SimpleNamespace):
 def on_cuda() -> Any:
     """A session of any graph on CUDA."""
     sizes = Sizes([8], 300, 8, tied=True)
-    bundle: Any = SimpleNamespace(folder=Path(), sizes=sizes, weights=bytes(file_length(sizes)))
+    bundle: Any = SimpleNamespace(folder=Path(), name="fake", sizes=sizes, weights=bytes(file_length(sizes)))
     return Runtime(bundle, "cuda", 1).open(step_graph)
 
 

@@ -248,7 +248,7 @@ def test_the_options_of_a_captured_session(monkeypatch: pytest.MonkeyPatch) -> N
 
     def make_session(*arguments: object, **options: Any) -> SimpleNamespace:
         given.append(options["providers"])
-        return SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"])
+        return SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"], get_inputs=lambda: [])
 
     class Options(SimpleNamespace):
         def add_session_config_entry(self, key: str, value: str) -> None: ...

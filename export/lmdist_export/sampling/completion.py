@@ -124,7 +124,7 @@ def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str | bytes],
     pieces = bundle.tokenizer.pieces(chain(opened.tokens, words))
     before = list(islice(pieces, len(opened.tokens)))
     if echo:
-        yield from [*before, given]
+        yield from [*before, given] if given else before
     added = after_text(pieces, given)
     yield from whole_words(added) if has_pieces else added
 
