@@ -165,14 +165,9 @@ class Job:
         command += [*self.flags, f"--run_folder={self.name}"]
         if (on := self.hosts[host]) is not None:
             command = on.command(*command, "--nnodes=2", f"--node-rank={host}", f"--master-addr={HOSTS[0]}")
-        log = (self.scratch / f"{self.name}-{host}.log").open("ab")
-        return subprocess.Popen(
-            command,
-            cwd=self.scratch,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (self.scratch / f"{self.name}-{host}.log").open("ab") as log:  # the launcher's own stays open
+            return subprocess.Popen(command, cwd=self.scratch, env=environment, stdout=log, stderr=log)
 
     def run(self, kills: list[tuple[int, str]]) -> None:
         """Run the job to its end through all the kills."""
