@@ -130,6 +130,7 @@ def test_pieces_are_those_of_the_library(engine: Engine, kind: Literal["bpe", "u
 def test_words_are_nltks_with_parameters_that_no_text_has_taught(engine: Engine) -> None:
     tokenizer = opened(engine, TextSettings("word_tokenize"), STRANGE)
 
+    @example("wanna\x1ca ")
     @given(odd_texts)
     @effort(max_examples=100, deadline=None)
     def compare(text: str) -> None:

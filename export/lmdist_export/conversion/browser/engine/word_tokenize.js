@@ -2,10 +2,11 @@
  * The words that NLTK's word_tokenize finds, by its rules: a text's sentences by Punkt (Kiss and Strunk 2006), with the parameters
  * that it learned from the training text, then the words of each by the rules of the Penn Treebank as NLTK 3.10 has them.
  *
- * Whitespace is BLANK to NLTK's regular expressions. NLTK (https://www.nltk.org, Apache 2.0) is the definition; tests/conversion/test_browser_text.py compares the words.
+ * Whitespace is BLANK to most of NLTK's regular expressions. NLTK (https://www.nltk.org, Apache 2.0) is the definition;
+ * tests/conversion/test_browser_text.py compares the words.
  */
 
-import { BLANK, split, withoutTrailingSpace } from "./characters.js";
+import { BLANK, SPACE, split, withoutTrailingSpace } from "./characters.js";
 
 /**
  * @typedef {object} Punkt what was learned from the training text
@@ -60,7 +61,7 @@ const AFTER = [
   [/([^' ])('[sSmMdD]|') /gu, "$1 $2 "],
   [/([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) /gu, "$1 $2 "],
   ...TWO_WORDS.map((pattern) => /** @type {[RegExp, string]} */ ([pattern, " $1 $2 "])),
-  [new RegExp(`${START}(wan)(na)(?=[${BLANK}])`, "giu"), " $1 $2 "],
+  [new RegExp(`${START}(wan)(na)(?=[${SPACE}])`, "giu"), " $1 $2 "],
   [new RegExp(` ('t)(is)${STOP}`, "giu"), " $1 $2 "],
   [new RegExp(` ('t)(was)${STOP}`, "giu"), " $1 $2 "],
 ];
