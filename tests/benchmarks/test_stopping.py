@@ -44,7 +44,8 @@ with collect_rows(Path("rows.json"), ("lmdist",), "python benchmark.py") as rows
 SHORTENED = {
     "training": "measure = training.measure_on_cpu; training.cases = lambda _, cases=training.cases(True): cases[::-1]; "
     "training.measure_on_cpu = lambda case, rounds, seconds, **more: measure(case, rounds, 0.1, **more)",
-    "sampling": "sampling.MODELS = [m for m in sampling.MODELS if m.name == sampling.OPTIONS_MODEL]; sampling.OPTIONS_BATCHES = ()",
+    "sampling": "sampling.MODELS = [model for model in sampling.MODELS if model.name == sampling.OPTIONS_MODEL]; "
+    "sampling.OPTIONS_BATCHES = ()",
 }
 """How benchmarks get to their first rows sooner: the smallest model first, or one alone."""
 
