@@ -12,7 +12,7 @@ import contextlib
 import json
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -44,12 +44,14 @@ class Connection(HttpToolsProtocol):
     """Whether the headers of that one have come."""
     head_bytes = 0
     """Of what comes without a body: headers, and what follows a body in chunks."""
+    fault = "the request is not HTTP/1.1"
+    """What a client is told for what the parser does not go on with."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Accept a connection, or close it where there are too many."""
         super().connection_made(transport)
         assert self.parser is not None
-        self.parser.set_dangerous_leniencies(lenient_chunked_length=True)  # json_body.py refuses two lengths by a sentence
+        self.parser.set_dangerous_leniencies(lenient_chunked_length=True)  # `framing_fault` refuses two lengths by a sentence
         transport.set_write_buffer_limits(high=0)  # a client that does not read a short answer has to be seen too
         if len(self.connections) > MAX_CONNECTIONS:
             self.close_with(503, "this server has too many connections", unasked=True)
@@ -84,10 +86,22 @@ class Connection(HttpToolsProtocol):
         self.is_receiving, self.has_head = True, False
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; what follows a body in chunks is none, or it would pass a proxy that looks at headers."""
+        if not self.has_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        """Take the headers of a request."""
+        """Take the headers of a request; refuse those whose end may be elsewhere for a proxy."""
         self.has_head, self.head_bytes = True, 0
+        upgrades = self.parser.should_upgrade()
+        if fault := framing_fault(self.headers, upgrades=upgrades):
+            self.fault = fault
+            raise ValueError(fault)  # which ends the parser, so that nothing behind it is a request
+        begun = self.cycle
         super().on_headers_complete()
+        if upgrades and self.cycle is not begun:
+            self.cycle.keep_alive = False  # the parser drops what has come behind it
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a body."""
@@ -102,7 +116,7 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
         self.is_receiving = True
-        self.close_with(400, "the request is not HTTP/1.1")
+        self.close_with(400, self.fault)
 
     # --- time
 
@@ -155,6 +169,26 @@ class Connection(HttpToolsProtocol):
         if timer := getattr(self, name):
             timer.cancel()
             setattr(self, name, None)
+
+
+def framing_fault(headers: Sequence[tuple[bytes, bytes]], *, upgrades: bool) -> str:
+    """Return what makes the end or the host of a request ambiguous by its headers, in lowercase; "" where nothing does.
+
+    Where a proxy sees another end than this server, a client may hide a request in the body of another (request smuggling,
+    RFC 9112 sections 6.1, 6.3 and 11.2). What the parser refuses is not looked for: several Content-Length, line breaks that are
+    no CR LF, folded headers, spaces before a colon.
+    """
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
+    lengths = [value for name, value in headers if name == b"content-length"]
+    if codings and lengths:
+        return "the request has both Content-Length and Transfer-Encoding; one of them is expected"
+    if codings and [coding.strip(b" \t").lower() for coding in codings] != [b"chunked"]:
+        return "the request has a Transfer-Encoding that is not chunked; Content-Length or chunked is expected"
+    if sum(name == b"host" for name, _ in headers) > 1:
+        return "the request has several Host headers; one is expected"
+    if upgrades and (codings or lengths):  # the parser takes the body for the beginning of the other protocol
+        return "the request has Upgrade and a body; HTTP/1.1 without Upgrade is expected"
+    return ""
 
 
 class Server(uvicorn.Server):

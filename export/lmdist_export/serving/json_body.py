@@ -48,7 +48,8 @@ class BadRequest(UsageError):
 def check_headers(headers: Mapping[bytes, bytes]) -> None:
     """Raise BadRequest unless the headers of a request, in lowercase, are those of one JSON text in UTF-8.
 
-    A body with two lengths may end elsewhere for a proxy (request smuggling, RFC 9112 section 6.3).
+    A body with two lengths may end elsewhere for a proxy (request smuggling, RFC 9112 section 6.3); lmdist-serve has refused
+    it before (connections.py), MLflow's server has not.
     """
     if b"content-length" in headers and b"transfer-encoding" in headers:
         raise BadRequest("the request has both Content-Length and Transfer-Encoding; one of them is expected", closes=True)
