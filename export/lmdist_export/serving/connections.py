@@ -12,12 +12,14 @@ import contextlib
 import json
 import signal
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from http import HTTPStatus
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from lmdist_export.serving.json_body import framing_fault
 
 CANCEL_SECONDS = 2
 """For cancelled requests to say so to their clients."""
@@ -94,8 +96,11 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Take the headers of a request; refuse those whose end may be elsewhere for a proxy."""
         self.has_head, self.head_bytes = True, 0
-        upgrades = self.parser.should_upgrade()
-        if fault := framing_fault(self.headers, upgrades=upgrades):
+        assert self.parser is not None
+        upgrades, fault = self.parser.should_upgrade(), framing_fault(self.headers)
+        if upgrades and {b"content-length", b"transfer-encoding"} & dict(self.headers).keys():
+            fault = "the request has Upgrade and a body; one of them is expected"  # the parser drops its body
+        if fault:
             self.fault = fault
             raise ValueError(fault)  # which ends the parser, so that nothing behind it is a request
         begun = self.cycle
@@ -169,26 +174,6 @@ class Connection(HttpToolsProtocol):
         if timer := getattr(self, name):
             timer.cancel()
             setattr(self, name, None)
-
-
-def framing_fault(headers: Sequence[tuple[bytes, bytes]], *, upgrades: bool) -> str:
-    """Return what makes the end or the host of a request ambiguous by its headers, in lowercase; "" where nothing does.
-
-    Where a proxy sees another end than this server, a client may hide a request in the body of another (request smuggling,
-    RFC 9112 sections 6.1, 6.3 and 11.2). What the parser refuses is not looked for: several Content-Length, line breaks that are
-    no CR LF, folded headers, spaces before a colon.
-    """
-    codings = [value for name, value in headers if name == b"transfer-encoding"]
-    lengths = [value for name, value in headers if name == b"content-length"]
-    if codings and lengths:
-        return "the request has both Content-Length and Transfer-Encoding; one of them is expected"
-    if codings and [coding.strip(b" \t").lower() for coding in codings] != [b"chunked"]:
-        return "the request has a Transfer-Encoding that is not chunked; Content-Length or chunked is expected"
-    if sum(name == b"host" for name, _ in headers) > 1:
-        return "the request has several Host headers; one is expected"
-    if upgrades and (codings or lengths):  # the parser takes the body for the beginning of the other protocol
-        return "the request has Upgrade and a body; HTTP/1.1 without Upgrade is expected"
-    return ""
 
 
 class Server(uvicorn.Server):
