@@ -68,6 +68,8 @@ class Pieces:
         self.saved = saved
         with errors_of_library(f"the model of {saved['library']}"):
             self.entries = (of_tokenizers if saved["library"] == "tokenizers" else of_sentencepiece)(saved["model"])
+            self.found: dict[bytes, tuple[int, ...]] = {}
+            """What `beginning_with` has found: after a space it is half of the vocabulary, and each prompt asks."""
             self.adds_space = b"".join(self.entries.contents[token] for token in self.entries.encode("a"))[:1] == b" "
         """Whether the model puts a space before a text, which is not part of it."""
 
@@ -102,10 +104,13 @@ class Pieces:
         return sorted(range(END_ID + 1, len(self.entries.contents)), key=self.entries.contents.__getitem__)
 
     def beginning_with(self, content: bytes) -> tuple[int, ...]:
-        """Return the ids of the pieces whose bytes begin with these, one at least."""
-        ids, contents = self.sorted_ids, self.entries.contents
-        first = bisect_left(ids, content, key=contents.__getitem__)
-        return tuple(sorted(takewhile(lambda token: contents[token].startswith(content), islice(ids, first, None))))
+        """Return the ids of the pieces whose bytes begin with these, one at least; looked for once for each content."""
+        if (found := self.found.get(content)) is None:
+            ids, contents = self.sorted_ids, self.entries.contents
+            first = bisect_left(ids, content, key=contents.__getitem__)
+            found = tuple(sorted(takewhile(lambda token: contents[token].startswith(content), islice(ids, first, None))))
+            self.found[content] = found
+        return found
 
     def texts(self, words: Iterable[str | bytes], place: Place | None = None) -> Iterator[str]:
         """Yield what each piece adds to the text, "" while a character is incomplete; at the end what is left, if anything.

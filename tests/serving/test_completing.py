@@ -116,7 +116,7 @@ def test_a_body_is_not_held_while_its_request_is_answered(service: Service, monk
     async def complete_nothing(*_: object) -> dict[str, Any]:
         await asyncio.sleep(0.1)  # the thread that has read it lets go
         held.append(tracemalloc.get_traced_memory()[0])
-        return {}
+        return {"usage": {"prompt_tokens": 1, "completion_tokens": 0}}
 
     async def receive() -> dict[str, Any]:
         body = {"prompt": "the", "user": "x" * 1_000_000}
@@ -142,6 +142,41 @@ def test_a_body_is_not_held_while_its_request_is_answered(service: Service, monk
         tracemalloc.stop()
     assert held[1:] == [200, 200]
     assert held[0] < 500_000
+
+
+def test_a_long_answer_of_mlflow_is_written_by_a_thread(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long by the prompts that it repeats, too: the event loop has other clients."""
+    threads: set[str] = set()
+    write = application.to_completion
+
+    def noted(*given: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return write(*given)
+
+    monkeypatch.setattr(application, "to_completion", noted)
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers, "query_string": b""}
+    asgi = application.Application(service, "news", access_log=False).asgi
+    statuses: list[int] = []
+
+    async def ask(num_words: int, **params: Any) -> None:
+        body = {"inputs": ["the " * num_words], "params": {"n": 8, "max_new_tokens": 1, "seed": 1, **params}}
+        messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+        async def receive() -> Any:
+            return next(messages, None) or await nobody()
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status", 200))
+
+        await asgi(dict(scope), receive, send)
+
+    main = threading.current_thread().name
+    for num_words, params, in_loop in ((2, {}, True), (100, {"echo": False}, True), (100, {}, False)):
+        threads.clear()
+        asyncio.run(ask(num_words, **params))
+        assert [name == main for name in threads] == [in_loop], (num_words, params)
+    assert set(statuses) == {200}
 
 
 def test_a_client_that_does_not_read_a_short_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,12 +186,8 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
         (b'{"prompt": "\xff"}', {}, 400, "byte 13 of the body is not UTF-8"),
         (b'{"prompt": "the', {}, 400, "the body is not JSON (Unterminated string"),
         (b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}", {}, 400, " is [[[[[[[["),
-        (
-            b'{"prompt": ' + b"[" * 973 + b"]" * 973 + b"}",
-            {},
-            400,
-            "expected",
-        ),  # where the parser gives up depends on its caller
+        # Where the parser gives up depends on its caller.
+        (b'{"prompt": ' + b"[" * 973 + b"]" * 973 + b"}", {}, 400, " is [[[[[[[[ | the body is nested too deeply"),
         (b'{"prompt": ' + b"[" * 100_000, {}, 400, "the body is nested too deeply"),
         (b'{"seed": ' + b"9" * 5_000 + b"}", {}, 400, "a number of thousands of digits"),
         (b"prompt=the", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "application/json is expected"),
@@ -207,7 +203,7 @@ def test_a_body_that_is_none(
         body = body.replace(b'{"prompt"', b'{"inputs"')
     found, _, answer = limited.request("POST", path, body, HEADERS | headers)
     message = json.loads(answer)["error"]["message"] if path == PATH else json.loads(answer)["message"]
-    assert (found, sentence in message) == (status, True), message
+    assert (found, any(one in message for one in sentence.split(" | "))) == (status, True), message
     assert len(message) < 300
 
 

@@ -109,6 +109,16 @@ def test_a_space_at_the_end_of_a_prompt_waits_for_the_next_word(tokenizer: WordT
     assert tokenizer.tokenize("the people\n", continues=True)[-1] == "<0x0A>"
 
 
+def test_the_pieces_that_begin_with_bytes_are_looked_for_once(tokenizer: WordTokenizer) -> None:
+    model = tokenizer.model
+    assert model
+    contents = model.entries.contents
+    for content in (b" ", contents[-1], contents[300][:1]):
+        found = model.beginning_with(content)
+        assert found == tuple(token for token in range(2, len(contents)) if contents[token].startswith(content))
+        assert model.beginning_with(content) is found
+
+
 # --- the data folder -----------------------------------------------------------------------------------------------
 
 

@@ -188,7 +188,8 @@ class Application:
         note.prompt_tokens = sum(len(prompt.ids) for prompt in asked.prompts)
         if not asked.stream:
             answer = await complete(asked, service, request.receive, note, deadline)
-            is_long = sum(note.tokens()) > SHORT_TOKENS
+            counted = answer["usage"]
+            is_long = counted["completion_tokens"] + counted["prompt_tokens"] * asked.n * asked.echo > SHORT_TOKENS
             body = await done_by(is_long, lambda: encoded(answer, is_long=is_long))
             return Response(body, media_type="application/json")
         return EventStream(*await stream(asked, service, request.receive, note, deadline))
@@ -244,12 +245,14 @@ class Application:
         note.prompt_tokens, note.work = sum(len(prompt.ids) for prompt in prompts), job
         await finish(service.batcher, job, growth, request.receive, deadline)
 
+        texts, echo = job.texts, resolved.options.echo
+        is_long = sum(len(text.tokens) + len(text.prompt) * echo for text in texts) > SHORT_TOKENS
+
         def predictions() -> bytes:
-            found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in job.texts]
+            found = [to_completion(service.sampler, text, prompts[text.prompt_number], resolved) for text in texts]
             predicted = [text.text if as_text else invocations.answer(text) for text in found]
             return encoded({"predictions": predicted}, is_long=is_long)
 
-        is_long = note.prompt_tokens + job.num_written > SHORT_TOKENS
         return Response(await done_by(is_long, predictions), media_type="application/json")
 
     async def ping(self, request: HttpRequest) -> Response:

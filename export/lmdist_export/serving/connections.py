@@ -19,6 +19,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from lmdist_export.serving.json_body import framing_fault
+
 CANCEL_SECONDS = 2
 """For cancelled requests to say so to their clients."""
 MAX_CONNECTIONS = 1_000
@@ -44,12 +46,14 @@ class Connection(HttpToolsProtocol):
     """Whether the headers of that one have come."""
     head_bytes = 0
     """Of what comes without a body: headers, and what follows a body in chunks."""
+    fault = "the request is not HTTP/1.1"
+    """What a client is told for what the parser does not go on with."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Accept a connection, or close it where there are too many."""
         super().connection_made(transport)
         assert self.parser is not None
-        self.parser.set_dangerous_leniencies(lenient_chunked_length=True)  # json_body.py refuses two lengths by a sentence
+        self.parser.set_dangerous_leniencies(lenient_chunked_length=True)  # `framing_fault` refuses two lengths by a sentence
         transport.set_write_buffer_limits(high=0)  # a client that does not read a short answer has to be seen too
         if len(self.connections) > MAX_CONNECTIONS:
             self.close_with(503, "this server has too many connections", unasked=True)
@@ -84,10 +88,25 @@ class Connection(HttpToolsProtocol):
         self.is_receiving, self.has_head = True, False
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; what follows a body in chunks is none, or it would pass a proxy that looks at headers."""
+        if not self.has_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        """Take the headers of a request."""
+        """Take the headers of a request; refuse those whose end may be elsewhere for a proxy."""
         self.has_head, self.head_bytes = True, 0
+        assert self.parser is not None
+        upgrades, fault = self.parser.should_upgrade(), framing_fault(self.headers)
+        if upgrades and {b"content-length", b"transfer-encoding"} & dict(self.headers).keys():
+            fault = "the request has Upgrade and a body; one of them is expected"  # the parser drops its body
+        if fault:
+            self.fault = fault
+            raise ValueError(fault)  # which ends the parser, so that nothing behind it is a request
+        begun = self.cycle
         super().on_headers_complete()
+        if upgrades and self.cycle is not begun:
+            self.cycle.keep_alive = False  # the parser drops what has come behind it
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a body."""
@@ -102,7 +121,7 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
         self.is_receiving = True
-        self.close_with(400, "the request is not HTTP/1.1")
+        self.close_with(400, self.fault)
 
     # --- time
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -45,13 +45,28 @@ class BadRequest(UsageError):
         self.status, self.closes = status, closes
 
 
-def check_headers(headers: Mapping[bytes, bytes]) -> None:
-    """Raise BadRequest unless the headers of a request, in lowercase, are those of one JSON text in UTF-8.
+def framing_fault(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return what makes the end or the host of a request ambiguous, by its headers in lowercase; "" where nothing does.
 
-    A body with two lengths may end elsewhere for a proxy (request smuggling, RFC 9112 section 6.3).
+    Where a proxy sees another end than this server, a client may hide a request in the body of another (request smuggling,
+    RFC 9112 sections 6.1, 6.3 and 11.2). What httptools refuses is not looked for: several Content-Length, line breaks that
+    are not CR LF, folded headers, spaces before a colon.
     """
-    if b"content-length" in headers and b"transfer-encoding" in headers:
-        raise BadRequest("the request has both Content-Length and Transfer-Encoding; one of them is expected", closes=True)
+    found: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        found.setdefault(name, []).append(value.strip(b" \t").lower())
+    codings = found.get(b"transfer-encoding")
+    if codings and b"content-length" in found:
+        return "the request has both Content-Length and Transfer-Encoding; one of them is expected"
+    if codings and codings != [b"chunked"]:
+        return "the request has a Transfer-Encoding that is not chunked; Content-Length or chunked is expected"
+    if len(found.get(b"host", [])) > 1:
+        return "the request has several Host headers; one is expected"
+    return ""
+
+
+def check_headers(headers: Mapping[bytes, bytes]) -> None:
+    """Raise BadRequest unless the headers of a request, in lowercase, are those of one JSON text in UTF-8."""
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     if not JSON_TYPE.fullmatch(content_type.strip()):
         given = f"Content-Type is {quoted(content_type)}" if content_type else "no Content-Type is given"

@@ -22,7 +22,7 @@ from types import ModuleType
 
 from lmdist.errors import UsageError
 from lmdist_export.serving import invocations
-from lmdist_export.serving.json_body import App, Message, Receive, Send, disconnect, parse, read_body
+from lmdist_export.serving.json_body import App, BadRequest, Message, Receive, Send, disconnect, framing_fault, parse, read_body
 
 MAX_REQUESTS = 64
 """At a time; others wait in the server. Threads that wait cost little, and each can add a request to a batch."""
@@ -64,11 +64,14 @@ class RequestMiddleware:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer malformed requests to /invocations, and pass everything else on."""
+        """Answer malformed requests to /invocations, and to any path where their end is ambiguous; pass everything else on."""
         if scope["type"] == "lifespan":
             # MLflow answers each request in a thread of the loop's pool, which has six on two cores: behind six long requests
             # a short one would wait for all of one, and it would not share a batch.
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_REQUESTS))
+        if scope["type"] == "http" and (fault := framing_fault(scope["headers"])):
+            await answer(send, BadRequest(fault, closes=True))
+            return
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(invocations.PATH):
             await self.app(scope, receive, send)
             return
@@ -117,5 +120,6 @@ async def answer(send: Send, error: UsageError) -> None:
     """Send an error."""
     body = invocations.error_body("INVALID_PARAMETER_VALUE", str(error)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(b"connection", b"close")] if getattr(error, "closes", False) else []
     await send({"type": "http.response.start", "status": getattr(error, "status", 400), "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -45,7 +45,7 @@ class Note:
         """Return the time since the request began."""
         return time.perf_counter() - self.began
 
-    def tokens(self) -> tuple[int, int]:
+    def token_counts(self) -> tuple[int, int]:
         """Return how many tokens of its prompts were read, and how many were generated, however it has ended."""
         return (min(self.prompt_tokens, self.work.num_read), self.work.num_written) if self.work else (0, 0)
 
@@ -89,7 +89,7 @@ class Observed:
 
     def report(self, scope: Message, note: Note, status: int, sent: int) -> None:
         """Count a request that was answered, and log it."""
-        seconds, (prompt_tokens, generated_tokens) = note.seconds, note.tokens()
+        seconds, (prompt_tokens, generated_tokens) = note.seconds, note.token_counts()
         self.metrics.requests.labels(note.route, str(status)).inc()
         self.metrics.seconds.labels(note.route).observe(seconds)
         self.metrics.prompt_tokens.inc(prompt_tokens)
