@@ -102,13 +102,13 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
         [*filter(None, [warning_of_prompt(prompt, bundle)]), *resolved.warnings],
         text.prompt_number,
         text.number,
-        follows_all=len(text.prompt) == len(prompt.tokens),
+        follows_all=not text.tokens or len(text.prompt) == len(prompt.tokens),
     )
 
 
 def taken_again(text: Text, prompt: Prompt) -> list[int]:
     """Return the token that the prompt's seam has taken back and that has come again, or none."""
-    return text.prompt[len(prompt.open().tokens) :]
+    return text.prompt[prompt.num_kept :]
 
 
 def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str | bytes], *, echo: bool) -> Iterator[str]:
