@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -232,14 +233,15 @@ def forbidding(model: Model, prompt: str) -> list[str]:
 def test_no_option_forbids_the_end_of_a_prompt(model: Model) -> None:
     repeating = "a presid a presid"
     for prompt in (*healed(model), repeating):
-        options = {"logit_bias": forbidding(model, prompt), "seed": 1, "max_new_tokens": 3, "ignore_eos": True}
-        repeats = {"no_repeat_ngram_size": 2} if prompt == repeating else {}
-        alone = model.generate(prompt, **options, **repeats)
+        forbidden = forbidding(model, prompt)
+        options: dict[str, Any] = {"logit_bias": forbidden, "seed": 1, "max_new_tokens": 3, "ignore_eos": True}
+        options |= {"no_repeat_ngram_size": 2} if prompt == repeating else {}
+        alone = model.generate(prompt, **options)
         assert alone.follows_all
         assert alone.text.startswith(prompt)
         assert len(alone.tokens) == 3
-        assert not {f"{token}=-inf" for token in alone.tokens} & {*options["logit_bias"]}
-        assert [text.text for text in model.generate(["We must", prompt], **options, **repeats)][1] == alone.text
+        assert not {f"{token}=-inf" for token in alone.tokens} & {*forbidden}
+        assert [text.text for text in model.generate(["We must", prompt], **options)][1] == alone.text
     prompt = "The president "  # after a space the piece is a part of the text
     none = model.generate(prompt, logit_bias=forbidding(model, prompt), seed=1)
     assert (none.text, none.finish_reason) == (prompt, "exhausted")

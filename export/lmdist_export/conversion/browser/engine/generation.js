@@ -188,8 +188,8 @@ function fixedBias(config, model) {
 }
 
 /**
- * Return a bias (V') with which a text begins as it must, with one of the first `size` tokens. The one that was taken back from its
- * prompt is never forbidden: where it comes again, it is not generated.
+ * Return a bias (V') with which a text begins as it must, with one of the first `size` tokens. The one that was taken back from
+ * its prompt is never forbidden: where it comes again, it is not generated.
  * @param {Begin} begin
  * @param {Float32Array} bias
  * @param {number} size
