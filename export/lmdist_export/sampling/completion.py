@@ -249,13 +249,12 @@ class Stream(Iterator[str]):
         """Yield the pieces, each with its leading space, if any."""
         bundle = sampler.bundle
         growth = grow_texts(sampler, [prompt], resolved, 1, stream=True)
-        first = _, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
-        prompt = prompt.as_asked(resolved.options.logprobs, 1)
+        first = asked, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
 
         def words() -> Iterator[str | bytes]:
-            yield from bundle.vocabulary.decode(taken_again(text, prompt))
+            yield from bundle.vocabulary.decode(taken_again(text, asked))
             yield from (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
             yield from rest_of(text)
 
-        yield from written_pieces(bundle, prompt, words(), echo=resolved.options.echo)
-        self.completion = to_completion(sampler, text, prompt, resolved)
+        yield from written_pieces(bundle, asked, words(), echo=resolved.options.echo)
+        self.completion = to_completion(sampler, text, asked, resolved)
