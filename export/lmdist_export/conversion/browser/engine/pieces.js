@@ -98,7 +98,7 @@ export class Pieces {
 
 /**
  * Return the text of bytes, "" where they are not whole characters.
- * @param {Uint8Array<ArrayBuffer>} content
+ * @param {Uint8Array} content
  */
 function textOf(content) {
   try {
