@@ -217,8 +217,8 @@ class Model:
         from lmdist_export.sampling.prompt import prompt_of, prompt_of_words, read
 
         if isinstance(text, Completion):
-            before = after or (text.prompt if text.follows_all else text.prompt.open())
-            return read(self.sampler, prompt_of_words(self.bundle, text.tokens), self.prompt(before))
+            before = self.prompt(after or text.prompt)
+            return read(self.sampler, prompt_of_words(self.bundle, text.tokens), before if text.follows_all else before.open())
         before = self.prompt(after) if after else None
         if isinstance(text, str):
             return read(self.sampler, prompt_of(self.bundle, text, before), before and before.open())

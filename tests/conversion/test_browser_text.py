@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from lmdist.settings import TextSettings
 from lmdist.text.detokenizer import is_wide, pieces
 from lmdist.text.learning import by_frequency, trained_model
-from lmdist.text.pieces import Pieces, Saved, byte_level_tokenizer, word_splitter
+from lmdist.text.pieces import SIGN_OF, Pieces, Saved, byte_level_tokenizer, word_splitter
 from lmdist.text.tokenizer import WordTokenizer, train_punkt
+from lmdist_export.sampling.seams import seam_of
 from support.javascript import Engine, needs_node
 from support.odd_texts import LETTERS, MARKS, STRANGE, TEXT, TOKENS, odd_texts
 
@@ -96,6 +97,29 @@ def test_words_are_pythons(engine: Engine, settings: TextSettings) -> None:
             assert engine.call("words", text, continues) == tokenizer.tokenize(text, continues=continues)
 
     compare()
+
+
+def test_a_prompt_may_end_with_the_sign_of_what_is_no_character(engine: Engine) -> None:
+    pytest.importorskip("tokenizers")
+
+    def signs(content: bytes) -> str:
+        return content.decode("latin-1").translate(SIGN_OF)
+
+    longer = ["\ufffd".encode()[:2], "\ufffd".encode(), "\ufffd!".encode()]
+    names = ["<unk>", "<eos>", *map(signs, [*(bytes([byte]) for byte in range(256)), *longer])]
+    merges = [" ".join(map(signs, (whole[:-1], whole[-1:]))) for whole in longer[:2]]
+    model = {"type": "BPE", "vocab": {name: token for token, name in enumerate(names)}, "merges": merges}
+    saved = Saved(library="tokenizers", model=byte_level_tokenizer(model))
+    python = WordTokenizer(TextSettings("bpe"), model=Pieces(saved))
+    assert python.model
+    engine.call("tokenizer", {"settings": {"tokenizer": "bpe"}, "punkt": None, "pieces": saved}, python.model.words)
+    words = python.tokenize("a\ufffd", continues=True)
+    seam = seam_of(python, words, [python.model.words.index(word) for word in words], space=False)
+    found = engine.call("seam", words, False)
+    assert seam
+    assert [python.model.words[token] for token in seam.begin.tokens] == found["words"]
+    assert (seam.given, seam.begin.overlap, words[-1]) == (found["given"], found["overlap"], found["again"])
+    assert engine.call("seam", python.model.words[2 + 0xEF :][:1], False) is None  # a part of a character
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

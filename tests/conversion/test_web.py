@@ -201,6 +201,20 @@ def test_the_same_seed_gives_the_text_of_python(opened: tuple[Engine, Model], op
 
 
 @needs_package("onnxruntime-web")
+def test_no_option_forbids_the_end_of_a_prompt(opened: tuple[Engine, Model]) -> None:
+    engine, model = opened
+    beginnings = [PROMPT[:length] for length in range(len(PROMPT))]
+    inside = [prompt for prompt in [*beginnings, "presid a presid"] if (seam := model.prompt(prompt).seam) and seam.removed]
+    for prompt in inside[-3:]:
+        biases = [f"{model.bundle.vocabulary.words[token]}=-inf" for token in model.prompt(prompt).begin.tokens]
+        options = {"logit_bias": biases, "no_repeat_ngram_size": 2, "max_new_tokens": 3, "ignore_eos": True}
+        expected = model.generate(prompt, seed=5, echo=False, **options)
+        assert expected.follows_all
+        assert engine.call("generate", prompt, {"seed": "5", **options})[0] == expected.text
+        assert expected.finish_reason == "length"
+
+
+@needs_package("onnxruntime-web")
 def test_next_words_are_those_of_python(opened: tuple[Engine, Model]) -> None:
     engine, model = opened
     for prompt in ("", "We said", PROMPT, "We said that", "The", PROMPT * 70):

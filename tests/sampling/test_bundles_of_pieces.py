@@ -7,7 +7,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +20,13 @@ from lmdist.storage.checksums import OWN_CHECKSUM, own_checksum
 from lmdist.text.pieces import Pieces, Saved
 from lmdist.text.prepare import prepare
 from lmdist.text.tokenizer import WordTokenizer
+from lmdist.text.vocabulary import Vocabulary
 from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
 from lmdist_export.sampling.completion import taken_again, to_completion, whole_words
-from lmdist_export.sampling.generation import Generation, Text, append
+from lmdist_export.sampling.generation import Batch, Generation, Text, append, log_probabilities
 from lmdist_export.sampling.resolved_options import resolve
 from lmdist_export.sampling.stops import Stops
 from lmdist_export.serving.batching import Scoring
@@ -178,9 +181,8 @@ def test_a_text_goes_on_in_the_piece_at_the_end_of_its_prompt(model: Model) -> N
         assert {*whole.top_logprobs[0]} == {word for word, _ in model.next_words(prompt, k=2)}
         if found.follows_all:
             assert found.tokens == whole.tokens
-        after = model.read(found)
-        text = model.bundle.tokenizer.detokenize(after.tokens)
-        assert text == prompt + found.text
+        for after in (None, model.read(prompt)):
+            assert model.bundle.tokenizer.detokenize(model.read(found, after=after).tokens) == prompt + found.text
         assert model.bundle.tokenizer.detokenize(model.read("'s", after=model.read(prompt)).tokens) == f"{prompt}'s"
 
 
@@ -219,10 +221,97 @@ def test_a_stop_lies_behind_what_the_prompt_has(model: Model) -> None:
         cut = model.generate(prompt, stop=added[1:], **options)
         assert (cut.text, cut.tokens, cut.finish_reason) == (prompt + added[0], [], "stop")
         assert "".join(model.stream(prompt, stop=added[1:], **options)) == cut.text
-        banned = [words[token] for token in seam.begin.tokens]
-        none = model.generate(prompt, logit_bias=[f"{word}=-inf" for word in banned], seed=1)
-        assert (none.text, none.finish_reason) == (prompt, "exhausted")
+        assert model.read(cut).tokens == model.prompt(prompt).tokens
     assert tried > 3
+
+
+def forbidding(model: Model, prompt: str) -> list[str]:
+    """Biases with which no piece may begin a text after a prompt."""
+    return [f"{model.bundle.vocabulary.words[token]}=-inf" for token in model.prompt(prompt).begin.tokens]
+
+
+def test_no_option_forbids_the_end_of_a_prompt(model: Model) -> None:
+    repeating = "a presid a presid"
+    for prompt in (*healed(model), repeating):
+        forbidden = forbidding(model, prompt)
+        options: dict[str, Any] = {"logit_bias": forbidden, "seed": 1, "max_new_tokens": 3, "ignore_eos": True}
+        options |= {"no_repeat_ngram_size": 2} if prompt == repeating else {}
+        alone = model.generate(prompt, **options)
+        assert alone.follows_all
+        assert alone.text.startswith(prompt)
+        assert len(alone.tokens) == 3
+        assert not {f"{token}=-inf" for token in alone.tokens} & {*forbidden}
+        assert [text.text for text in model.generate(["We must", prompt], **options)][1] == alone.text
+    prompt = "The president "  # after a space the piece is a part of the text
+    none = model.generate(prompt, logit_bias=forbidding(model, prompt), seed=1)
+    assert (none.text, none.finish_reason) == (prompt, "exhausted")
+
+
+def test_texts_are_ranked_by_the_scores_of_what_is_generated(model: Model) -> None:
+    service = Service(model.sampler)
+    given = {"prompt": healed(model)[:8], "best_of": 4, "max_tokens": 5, "seed": 3, "ignore_eos": True}
+    asked = read_request(given, service, "pieces")
+    texts = service.batcher.generate(service.request(asked.prompts, asked.resolved, logprobs=0), 60)
+    again = [text for text in texts if taken_again(text, asked.prompts[text.prompt_number])]
+    assert 0 < len(again) < len(texts)
+    for text in texts:
+        assert text.scores
+        assert text.scores[0] == pytest.approx(log_probabilities(model.sampler, text, 0)[0])
+
+
+def test_what_came_again_is_found_without_a_copy_of_the_prompt(model: Model) -> None:
+    prompt = model.prompt("The people said " * 5_000 + "The presid")
+    text = Text([*prompt.open().ids, prompt.ids[-1]], 0, 0, begin=prompt.begin)
+    tracemalloc.start()
+    try:
+        assert taken_again(text, prompt) == [prompt.ids[-1]]
+        assert tracemalloc.get_traced_memory()[1] < 10_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_texts_of_all_seams_begin_in_one_call(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = healed(model)[:8]
+    options = {"seed": 4, "max_new_tokens": 6, "ignore_eos": True}
+    assert len({model.prompt(prompt).begin for prompt in prompts}) > 5
+    alone = [model.generate(prompt, **options).text for prompt in prompts]
+    calls: list[tuple[int, int]] = []
+    step = Batch.step
+
+    def counted(batch: Batch) -> list[tuple[Text, list[int]]]:
+        pace, before = batch.pace.tokens, len(batch)
+        growth = step(batch)
+        calls.append((before, max(len(tokens) for _, tokens in growth)))
+        assert batch.pace.tokens == pace or calls[-1][1] > 1  # a first call does not teach how fast others are
+        return growth
+
+    monkeypatch.setattr(Batch, "step", counted)
+    assert [text.text for text in model.generate(["We must", *prompts], **options)][1:] == alone
+    assert calls[0] == (1 + len(prompts), 1)
+    assert len(calls) <= 3
+
+
+def test_reading_on_keeps_the_space_of_a_model_that_puts_one_before_texts(folder: Path, tmp_path: Path) -> None:
+    learned = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    learned.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=["<unk>", "<eos>"], show_progress=False)
+    learned.train_from_iterator(TEXTS_OF_PIECES * 5, trainer=trainer)
+    pieces = Pieces(Saved(library="tokenizers", model=json.loads(learned.to_str())))
+    assert pieces.adds_space
+    other = lmdist.load(folder / "bundle")
+    unused = [f"<x{number}>" for number in range(other.bundle.sizes.vocabulary_size - len(pieces.words))]
+    vars(other.bundle)["tokenizer"] = WordTokenizer(other.bundle.tokenizer.settings, model=pieces)
+    vars(other.bundle)["vocabulary"] = Vocabulary([*pieces.words, *unused])
+    whole, read = other.prompt("The p"), other.read(" p", after=other.read("The"))
+    read.save(tmp_path / "p.npz")
+    assert read.seam == whole.seam
+    assert whole.seam
+    assert whole.seam.given == " p"
+    for seed in range(3):
+        expected = other.generate(whole, seed=seed, max_new_tokens=3)
+        assert expected.text.startswith("The p")
+        for prompt in (read, other.load_prompt(tmp_path / "p.npz")):
+            assert other.generate(prompt, seed=seed, max_new_tokens=3).text == expected.text
 
 
 def rewriting(model: Model, **changes: object) -> Bundle:

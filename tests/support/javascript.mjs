@@ -25,6 +25,7 @@ const functions = {
   tokenizer: (text, vocabulary) => void (tokenizer = new Tokenizer(text, vocabulary)),
   words: (text, continues) => tokenizer.words(text, { continues }),
   spans: (text) => spansOf(text, tokenizer.words(text), tokenizer),
+  seam: (words, hasSpace) => tokenizer.pieces.seamOf(words, hasSpace),
   written: (words) => {
     const writer = tokenizer.pieces.writer();
     return [...words.map((word) => writer.piece(word)), writer.end(new Uint8Array())];

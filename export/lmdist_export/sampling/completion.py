@@ -102,13 +102,13 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
         [*filter(None, [warning_of_prompt(prompt, bundle)]), *resolved.warnings],
         text.prompt_number,
         text.number,
-        follows_all=len(text.prompt) == len(prompt.tokens),
+        follows_all=not text.tokens or len(text.prompt) == len(prompt.tokens),
     )
 
 
 def taken_again(text: Text, prompt: Prompt) -> list[int]:
     """Return the token that the prompt's seam has taken back and that has come again, or none."""
-    return text.prompt[len(prompt.open().tokens) :]
+    return text.prompt[prompt.num_kept :]
 
 
 def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str | bytes], *, echo: bool) -> Iterator[str]:
@@ -249,13 +249,12 @@ class Stream(Iterator[str]):
         """Yield the pieces, each with its leading space, if any."""
         bundle = sampler.bundle
         growth = grow_texts(sampler, [prompt], resolved, 1, stream=True)
-        first = _, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
-        prompt = prompt.as_asked(resolved.options.logprobs, 1)
+        first = asked, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
 
         def words() -> Iterator[str | bytes]:
-            yield from bundle.vocabulary.decode(taken_again(text, prompt))
+            yield from bundle.vocabulary.decode(taken_again(text, asked))
             yield from (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
             yield from rest_of(text)
 
-        yield from written_pieces(bundle, prompt, words(), echo=resolved.options.echo)
-        self.completion = to_completion(sampler, text, prompt, resolved)
+        yield from written_pieces(bundle, asked, words(), echo=resolved.options.echo)
+        self.completion = to_completion(sampler, text, asked, resolved)

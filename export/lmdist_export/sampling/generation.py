@@ -182,28 +182,18 @@ class Batch:
     def step(self) -> list[tuple[Text, list[int]]]:
         """Call the graph once; return its texts with what it has appended to each. Those that have ended leave.
 
-        Texts that begin with certain tokens have a first call of their own, in which the others wait.
+        Where some must begin with certain tokens, each has one token.
         """
-        begins = next((found for text in self.texts if (found := first_tokens(text))), ())
-        if not begins:
-            return self.call(self.bias, self.pace.tokens)
-        waiting = self.leave([row for row, text in enumerate(self.texts) if first_tokens(text) != begins])
-        growth = self.call(only(begins, self.bias), 1)
-        if self.state and self.state.counts is not None:  # what came again was in the prompt
-            has_tokens = np.array([[bool(text.tokens)] for text in self.texts])
-            self.state = replace(self.state, counts=self.state.counts * has_tokens)
-        self.join(waiting)
-        return growth
-
-    def call(self, bias: NDArray[np.float32], most: int) -> list[tuple[Text, list[int]]]:
-        """Do so for all texts with a bias of all (V), by `most` tokens at most."""
         assert self.state, "a batch without texts"
-        texts, config, generation = self.texts, self.generation.config, self.generation
+        texts, config, generation, bias = self.texts, self.generation.config, self.generation, self.bias
         began = time.perf_counter()
         added = row_bias(texts, config, len(bias), generation.end, self.custom_bias) if self.has_row_bias else None
-        if added is not None or bias is not self.bias:
-            together = bias + (np.zeros((len(texts), 1), np.float32) if added is None else added)
-            exhausted = [text for text, row in zip(texts, together, strict=True) if all_masked(row)]
+        is_first = any(map(first_tokens, texts))
+        if is_first:
+            bias, masks = np.where(np.isneginf(bias), np.float32(0), bias), first_masks(texts, bias)
+            added = masks if added is None else masks + added
+        if added is not None:
+            exhausted = [text for text, row in zip(texts, bias + added, strict=True) if all_masked(row)]
             if exhausted:  # they end; the others continue with the next call
                 for text in exhausted:
                     text.finish_reason = "exhausted"
@@ -212,18 +202,26 @@ class Batch:
         sampled, self.state = self.sampler.generate(
             self.state,
             config,
-            tokens_of_call(texts, config, most),
+            tokens_of_call(texts, config, 1 if is_first else self.pace.tokens),
             stops=self.stops,
             bias=bias,
             row_bias=added,
             in_prompt=prompt_mask(texts, len(bias)) if config.repetition_penalty != 1 else None,
             moves_on=True,
         )  # (N, B)
-        if self.learns:
+        if self.learns and not is_first:
             self.pace.learn(len(sampled), time.perf_counter() - began)
         growth = [(text, append(text, tokens, generation)) for text, tokens in zip(texts, sampled.T.tolist(), strict=True)]
+        if is_first:
+            self.state = replace(self.state, counts=self.counts_of_generated(self.state))
         self.keep([row for row, text in enumerate(texts) if not text.finish_reason])
         return growth
+
+    def counts_of_generated(self, state: State) -> NDArray[np.float32] | None:
+        """Return the counts (B, V') of a state after a first call, for what wants them; what came again was in a prompt."""
+        if not self.features.adjusted or state.counts is None:
+            return None
+        return state.counts * np.array([[bool(text.tokens)] for text in self.texts])
 
 
 def tokens_of_call(texts: Sequence[Text], config: GenerationConfig, most: int) -> int:
@@ -342,11 +340,21 @@ def first_tokens(text: Text) -> tuple[int, ...]:
     return () if text.tokens else text.begin.tokens
 
 
-def only(tokens: Collection[int], bias: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return a bias (V) with which no other tokens can be sampled."""
-    found = np.full_like(bias, -np.inf)
-    found[list(tokens)] = bias[list(tokens)]
-    return found
+def first_masks(texts: Sequence[Text], bias: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what forbids tokens in the place of the next one of each text, (B, V): 0, or -inf.
+
+    Those that a `bias` (V) of all texts forbids, and in a text that must begin with certain tokens all others. The one that
+    was taken back from its prompt is never forbidden: where it comes again, it is not generated.
+    """
+    forbidden = np.where(np.isneginf(bias), -np.inf, 0).astype(np.float32)
+    masks = np.tile(forbidden, (len(texts), 1))
+    for row, text in zip(masks, texts, strict=True):
+        if begins := list(first_tokens(text)):
+            row[:] = -np.inf
+            row[begins] = forbidden[begins]
+            if text.begin.again is not None:
+                row[text.begin.again] = 0
+    return masks
 
 
 def banned_tokens(text: Text, config: GenerationConfig, end: Collection[int]) -> list[int]:
@@ -356,7 +364,8 @@ def banned_tokens(text: Text, config: GenerationConfig, end: Collection[int]) ->
         banned += banned_by_ngrams(text, config.no_repeat_ngram_size)
     last = text.last(1)
     likely = (bad for bad in config.bad_words_ids if list(bad[-2:-1]) == last != [])  # of many bad ones few
-    return banned + [bad[-1] for bad in likely if text.last(len(bad) - 1) == list(bad[:-1])]
+    banned += [bad[-1] for bad in likely if text.last(len(bad) - 1) == list(bad[:-1])]
+    return [token for token in banned if text.tokens or token != text.begin.again]
 
 
 def banned_by_ngrams(text: Text, size: int) -> tuple[int, ...]:

@@ -72,11 +72,16 @@ class Prompt:
         """Return what its texts begin with."""
         return self.seam.begin if self.seam else ANYTHING
 
+    @property
+    def num_kept(self) -> int:
+        """Return how many of its tokens its seam does not take back."""
+        return len(self.tokens) - (self.seam.removed if self.seam else 0)
+
     def open(self) -> Prompt:
         """Return the prompt without the tokens that its seam takes back."""
         if self.seam is None or not self.seam.removed:
             return self
-        kept, state = len(self.tokens) - self.seam.removed, self.state
+        kept, state = self.num_kept, self.state
         if state is not None:
             left = state.tokens[:, : -self.seam.removed]
             state = replace(state, tokens=left, lengths=np.array([left.size], np.int64))
@@ -135,7 +140,9 @@ def read(sampler: Sampler, prompt: Prompt, after: Prompt | None = None) -> Promp
         before = after.start(sampler, config.bos_token_id, cached=cached)
         tokens, ids = [*after.tokens, *prompt.tokens], [*after.ids, *prompt.ids]
         state = appended(before, prompt.ids)
-        prompt = replace(after, tokens=tokens, ids=ids, state=state, space=prompt.space, seam=prompt.seam)
+        joined = replace(after, tokens=tokens, ids=ids, state=state, space=prompt.space, seam=None)
+        # Of all tokens: at the beginning of a text a piece may be written without its space.
+        prompt = with_seam(sampler.bundle, joined) if prompt.seam else joined
     opened = prompt.open()
     state = sampler.prefill(opened.start(sampler, config.bos_token_id, cached=cached), config)
     return replace(prompt, state=appended(state, prompt.ids[len(opened.ids) :]))

@@ -184,7 +184,9 @@ class Request(Work):
             for text in texts:
                 while not text.finish_reason:
                     yield WAIT
-                text.scores = yield from steps_after(self.sampler, start, text.tokens, top, paces.scoring)
+                again = text.prompt[len(prompt) :]  # its scores are not asked for
+                of_tokens, tops = yield from steps_after(self.sampler, start, [*again, *text.tokens], top, paces.scoring)
+                text.scores = of_tokens[len(again) :], tops[len(again) :]
                 self.has_read(self.generation.config.max_new_tokens, len(text.tokens))
 
     def grow(self, text: Text, tokens: list[int]) -> None:

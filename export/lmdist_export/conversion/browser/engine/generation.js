@@ -89,11 +89,12 @@ export class Text {
   banned() {
     const { no_repeat_ngram_size: size, bad_words_ids: bad } = this.config;
     const completes = (sequence) => this.last(sequence.length - 1).join() === sequence.slice(0, -1).join();
-    return [
+    const banned = [
       ...(this.mayEnd ? [] : this.end),
       ...(size ? this.bannedByNgrams(size) : []),
       ...bad.filter((sequence) => sequence.length > 1 && completes(sequence)).map((sequence) => sequence.at(-1)),
     ];
+    return banned.filter((token) => this.tokens.length || token !== this.begin.again);
   }
 
   /**
@@ -145,7 +146,7 @@ export async function* grow(model, text, seed) {
   while (!text.finishReason) {
     const started = performance.now();
     const rowBias = hasRowBias ? maskOf(text.banned(), model.padded) : undefined;
-    const allowed = isFirst ? only(text.begin.tokens, bias, model.size) : bias;
+    const allowed = isFirst ? only(text.begin, bias, model.size) : bias;
     if ((rowBias || isFirst) && isExhausted(allowed, rowBias ?? allowed, model.size)) {
       text.finishReason = "exhausted";
       yield text.append([]);
@@ -187,14 +188,15 @@ function fixedBias(config, model) {
 }
 
 /**
- * Return a bias (V') with which no other of the first `size` tokens can be sampled.
- * @param {number[]} tokens
+ * Return a bias (V') with which a text begins as it must, with one of the first `size` tokens. The one that was taken back from
+ * its prompt is never forbidden: where it comes again, it is not generated.
+ * @param {Begin} begin
  * @param {Float32Array} bias
  * @param {number} size
  */
-function only(tokens, bias, size) {
+function only({ tokens, again }, bias, size) {
   const found = bias.slice().fill(-Infinity, 0, size);
-  for (const token of tokens) found[token] = bias[token];
+  for (const token of tokens) found[token] = token === again && bias[token] === -Infinity ? 0 : bias[token];
   return found;
 }
 

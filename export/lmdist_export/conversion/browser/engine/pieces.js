@@ -84,15 +84,27 @@ export class Pieces {
     const last = words.at(-1) ?? END;
     if (!hasSpace && last === END) return null;
     const content = hasSpace ? Uint8Array.of(0x20) : /** @type {Uint8Array} */ (this.contents.get(last));
-    const given = new TextDecoder("utf-8", { ignoreBOM: true }).decode(content);
+    const given = textOf(content);
     const begins = [...this.contents].slice(2).filter(([, other]) => content.every((byte, place) => byte === other[place]));
-    if (!hasSpace && (begins.length < 2 || given.includes("\ufffd"))) return null;
+    if (!given || (!hasSpace && begins.length < 2)) return null;
     return { given, overlap: content.length, words: begins.map(([word]) => word), again: hasSpace ? null : last };
   }
 
   /** Return what writes pieces one after the other. */
   writer() {
     return new PieceWriter(this.contents);
+  }
+}
+
+/**
+ * Return the text of bytes, "" where they are not whole characters.
+ * @param {Uint8Array} content
+ */
+function textOf(content) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(content);
+  } catch {
+    return "";
   }
 }
 
