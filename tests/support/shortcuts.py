@@ -1,6 +1,6 @@
 """What takes longer than to train a tiny model, once a process: importing this is done before the processes of jobs.py fork.
 
-The parser of recipes is built once, and the picture of the losses, which each run draws twice, is an empty file. A test of one
+The parser of recipes is built once, and the picture of the losses, which each run draws twice, is a line of text. A test of one
 of them takes the original, and processes that are started as by a user have both.
 """
 
@@ -21,9 +21,9 @@ config.parser = cache(config.parser)
 config.parser()
 
 
-def empty_picture(metrics: Path, picture: Path) -> None:
+def no_picture(metrics: Path, picture: Path) -> None:
     """Stand in for lmdist.tracking.plot.plot_losses."""
-    write_atomic(picture, "")
+    write_atomic(picture, "no picture\n")  # an empty file would be uploaded in chunks, which proxies of tests do not read
 
 
-report.plot_losses = empty_picture
+report.plot_losses = no_picture
