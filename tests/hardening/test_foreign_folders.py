@@ -243,7 +243,7 @@ def test_of_two_jobs_both_train_on_what_one_of_them_has_prepared(text: Path) -> 
         text,
         "from lmdist.settings import DataSettings, PrepareSettings, Recipe; from lmdist.train import prepare_if_absent\n"
         f"recipe = Recipe(data=DataSettings(folder='data'), prepare=PrepareSettings(**{settings}))\n"
-        "prepare_if_absent(recipe, is_main=True)",
+        "prepare_if_absent(recipe, [], is_main=True)",
     )
     assert [code for _, code in ends] == [0, 0], ends
     assert sorted(path.name for path in text.iterdir()) == ["a.txt", "data"]

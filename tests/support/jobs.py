@@ -40,6 +40,8 @@ DROPOUT = (
 ).split()
 
 FORKS = multiprocessing.get_context("forkserver")
+CLONE_FS = 0x200
+"""Of sched.h, for unshare(2)."""
 
 SMALL = (
     "--model.embedding_size=16 --model.hidden_size=24 --optimizer.learning_rate=0.02 --data.global_batch=8 --data.window=7 "
@@ -106,8 +108,9 @@ def run_rank(flags: tuple[str, ...], cwd: Path, outputs: list[Path], variables: 
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     if beside is not None:
-        namespace = os.open(f"/proc/{beside}/ns/mnt", os.O_RDONLY)
-        assert ctypes.CDLL(None).setns(namespace, 0) == 0, "no right to enter the namespace"
+        libc, namespace = ctypes.CDLL(None), os.open(f"/proc/{beside}/ns/mnt", os.O_RDONLY)
+        libc.unshare(CLONE_FS)  # a library's threads, if there are any, share the root folder with this one
+        assert libc.setns(namespace, 0) == 0, "no right to enter the namespace"
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
