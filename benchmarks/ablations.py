@@ -29,7 +29,7 @@ from statistics import mean
 from typing import Any
 
 from origin import Row, add_json_option, collect_rows
-from quality import PACKAGES, QUIET, SHARE_OF_STEPS, System, all_in_turns, data_folder, text_facts, trial_seconds
+from quality import PACKAGES, QUIET, System, all_in_turns, data_folder, steps_within, text_facts, trial_seconds
 
 BASE = "baseline"
 QUICK_VARIANTS = {"no dropout": {"model.dropout": 0.0}, "half the rate": {"optimizer.learning_rate": 0.0035}}
@@ -81,7 +81,7 @@ def measure(
         command = [*launch, *(f"--{setting}={value}" for setting, value in changes.items())]
         if variant not in steps:
             seconds = trial_seconds(command, scratch / "trial", quick=arguments.quick)
-            steps[variant] = max(20, round(SHARE_OF_STEPS * arguments.minutes * 60 / seconds))
+            steps[variant] = steps_within(arguments.minutes, seconds)
         folder = scratch / str(number)
         command += [f"--training.steps={steps[variant]}", f"--run_folder={folder}"]
         systems[variant, seed] = System(variant, command, folder / "metrics.jsonl", scratch / f"{number}.log")

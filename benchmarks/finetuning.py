@@ -30,13 +30,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmdist.settings import MODEL_SIZES
+from lmdist.settings import MODEL_SIZES, SPLITS
 from lmdist.storage.reading import read_json
 from origin import Row, add_json_option, collect_rows
 from quality import PACKAGES, QUIET, run, split_files, text_facts, trial_seconds
 
 SCRATCH, TUNED = "baseline", "fine-tuned"
-SPLITS = ("train", "valid", "test")
 TINY = ["--model.embedding_size=16", "--model.hidden_size=24", "--data.global_batch=8", "--training.log_every=5"]
 QUICK_STEPS = 40
 MOST_EPOCHS = 60

@@ -32,14 +32,13 @@ from origin import Row, add_json_option, collect_rows
 from quality import (
     PACKAGES,
     QUIET,
-    SHARE_OF_STEPS,
-    TRIAL_LOG_STEPS,
-    TRIAL_STEPS,
     System,
     all_in_turns,
-    read_lines,
     run,
+    seconds_of_step,
     split_files,
+    steps_within,
+    trial_flags,
 )
 
 WORDS = "baseline"
@@ -87,14 +86,13 @@ def measure(arguments: argparse.Namespace, scratch: Path, rows: list[Row]) -> No
     common += TINY if arguments.quick else []
     commands = {name: launch([*common, f"--data.folder={data}"]) for name, data in folders.items()}
 
-    steps, every = (30, 10) if arguments.quick else (TRIAL_STEPS, TRIAL_LOG_STEPS)
-    flags = [f"--training.steps={steps}", f"--training.log_every={every}"]
+    flags = trial_flags(quick=arguments.quick)
     trials = [system(name, [*command, *flags], scratch / f"trial of {name}") for name, command in commands.items()]
     all_in_turns(trials, min(10.0, arguments.turn))
     seconds = {trial.name: step_seconds(trial) for trial in trials}
 
     def training(name: str) -> System:
-        steps = max(20, round(SHARE_OF_STEPS * arguments.minutes * 60 / seconds[name]))
+        steps = steps_within(arguments.minutes, seconds[name])
         print(f"{name}: {seconds[name]:.3f} s a step, {steps:,} steps", file=sys.stderr)
         return system(name, [*commands[name], f"--training.steps={steps}"], scratch / f"run of {name}")
 
@@ -123,10 +121,8 @@ def system(name: str, command: list[str], folder: Path) -> System:
 
 
 def step_seconds(trial: System) -> float:
-    """Return the seconds of a step of a training that has run in turns, from the last two thirds of its log lines."""
-    logged = [row for row in read_lines(trial.metrics) if "train/loss" in row]
-    first, last = logged[len(logged) // 3], logged[-1]
-    return 60 * (trial.minutes_at(last["time"]) - trial.minutes_at(first["time"])) / (last["step"] - first["step"])
+    """Return the seconds of a step of a training that has run in turns."""
+    return seconds_of_step(trial.metrics, lambda moment: 60 * trial.minutes_at(moment))
 
 
 def row_of(case: str, system: System, data: Path) -> Row:

@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,7 @@ import psutil
 
 from corpora import chain, write_data_folder
 from lmdist.perplexity import perplexity
+from lmdist.settings import SPLITS
 from lmdist.signals import die_with_parent
 from lmdist.storage.reading import read_json
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
@@ -141,8 +142,8 @@ def measure(name: str, arguments: argparse.Namespace, scratch: Path, rows: list[
     flags += ["--training.validate_every=20", "--training.log_every=10"] if arguments.quick else []
     launch = [sys.executable, "-m", "lmdist.job.launcher", f"--nproc-per-node={arguments.nproc}", *flags]
     if arguments.minutes:
-        steps = SHARE_OF_STEPS * arguments.minutes * 60 / trial_seconds(launch, scratch / "trial", quick=arguments.quick)
-        launch.append(f"--training.steps={max(20, round(steps))}")
+        seconds = trial_seconds(launch, scratch / "trial", quick=arguments.quick)
+        launch.append(f"--training.steps={steps_within(arguments.minutes, seconds)}")
     ours = System(OURS, [*launch, f"--run_folder={scratch / 'run'}"], scratch / "run" / "metrics.jsonl", scratch / "run.log")
     job = {"data": str(data), "threads": arguments.nproc, "folder": str(scratch / "baseline"), "evaluate": False}
     examples = [sys.executable, __file__, "--worker", json.dumps(job)]
@@ -187,7 +188,7 @@ def data_folder(arguments: argparse.Namespace, scratch: Path) -> Path:
 
 def split_files(folder: Path) -> dict[str, Path]:
     """Return the file of each split in a folder of texts, by the beginning of its name; exit where one is missing."""
-    found = {split: next(iter(sorted(folder.glob(f"*{split[:3]}*"))), None) for split in ("train", "valid", "test")}
+    found = {split: next(iter(sorted(folder.glob(f"*{split[:3]}*"))), None) for split in SPLITS}
     if missing := [split for split, path in found.items() if path is None]:
         sys.exit(f"{folder} is neither a data folder nor has it a file for {' and '.join(missing)}")
     return {split: path for split, path in found.items() if path}
@@ -206,12 +207,31 @@ def run(command: Sequence[str]) -> str:
 
 def trial_seconds(launch: list[str], folder: Path, *, quick: bool) -> float:
     """Return the seconds of a step, from the last steps of a short run of the recipe."""
-    steps, every = (30, 10) if quick else (TRIAL_STEPS, TRIAL_LOG_STEPS)
-    run([*launch, f"--run_folder={folder}", f"--training.steps={steps}", f"--training.log_every={every}"])
-    logged = [row for row in read_lines(folder / "metrics.jsonl") if "train/loss" in row]
-    first, last = logged[len(logged) // 3], logged[-1]
+    run([*launch, f"--run_folder={folder}", *trial_flags(quick=quick)])
+    seconds = seconds_of_step(folder / "metrics.jsonl")
     shutil.rmtree(folder)
-    return (last["time"] - first["time"]) / (last["step"] - first["step"])
+    return seconds
+
+
+def trial_flags(*, quick: bool) -> list[str]:
+    """Return what makes a training a short one, whose speed is that of a longer one."""
+    steps, every = (30, 10) if quick else (TRIAL_STEPS, TRIAL_LOG_STEPS)
+    return [f"--training.steps={steps}", f"--training.log_every={every}"]
+
+
+def seconds_of_step(metrics: Path, clock: Callable[[float], float] = float) -> float:
+    """Return the seconds of a step by the last two thirds of the log lines of a training.
+
+    `clock` returns the seconds that it has run at a time of its lines, where it does not run all the time.
+    """
+    logged = [row for row in read_lines(metrics) if "train/loss" in row]
+    first, last = logged[len(logged) // 3], logged[-1]
+    return (clock(last["time"]) - clock(first["time"])) / (last["step"] - first["step"])
+
+
+def steps_within(minutes: float, seconds: float) -> int:
+    """Return how many steps of so many `seconds` a training has that takes about so many minutes with all else."""
+    return max(20, round(SHARE_OF_STEPS * minutes * 60 / seconds))
 
 
 # --- two systems in turns --------------------------------------------------------------------------------------------
