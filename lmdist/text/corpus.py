@@ -26,7 +26,7 @@ from lmdist.counted import counted
 from lmdist.errors import CONTROLS, DataError
 from lmdist.text.counting import UNTOKENIZABLE
 from lmdist.text.documents import DUPLICATE, EMPTY
-from lmdist.text.shard_files import DOCUMENT, DOCUMENTS, GAVE_UP, TO_CHOOSE, WORDS, blocks, words_of
+from lmdist.text.shard_files import DOCUMENT, DOCUMENTS, GAVE_UP, TO_CHOOSE, WORDS, blocks, words_of_shard
 from lmdist.text.vocabulary import END, UNKNOWN, Vocabulary
 
 NO_SPLIT = 255
@@ -86,7 +86,7 @@ class Corpus:
         counts: dict[str, int] = {}
         tasks = ((shard, splits[of_shard] == 0) for shard, of_shard in zip(self.shards, self.slices, strict=True))
         for shard, found in zip(self.shards, run(count_words, tasks), strict=True):
-            words = words_of(shard)
+            words = words_of_shard(shard)
             counts.update(zip(words, map(add, map(counts.get, words, repeat(0)), found.tolist()), strict=True))
         return counts
 

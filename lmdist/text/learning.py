@@ -25,7 +25,7 @@ import numpy as np
 
 from lmdist.errors import DataError
 from lmdist.text.pieces import BYTE_OF, Pieces, Saved, byte_level_tokenizer
-from lmdist.text.shard_files import DOCUMENT, DOCUMENTS, TOKENS, WORDS, blocks, words_of
+from lmdist.text.shard_files import DOCUMENT, DOCUMENTS, TOKENS, WORDS, blocks, words_of_shard
 from lmdist.text.vocabulary import END, UNKNOWN
 
 MAX_CHARACTERS = 200_000_000
@@ -152,7 +152,7 @@ def respell(shard: Path, target: Path, saved: Saved) -> None:
     split = splitter(saved["model"])
     ids: dict[str, int] = {}
     num_pieces, of_words = array("q"), array("I")  # of each word, and the ids of all one after the other
-    for word in words_of(shard):
+    for word in words_of_shard(shard):
         before = len(of_words)
         of_words.extend(ids.setdefault(piece, len(ids)) for piece in split(word))
         num_pieces.append(len(of_words) - before)

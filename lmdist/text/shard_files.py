@@ -43,7 +43,7 @@ BLOCK_TOKENS = 1 << 20
 """What is counted and given its ids at a time: some 20 MB."""
 
 
-def words_of(shard: Path) -> list[str]:
+def words_of_shard(shard: Path) -> list[str]:
     """Return the words of a shard, by their temporary ids."""
     return (shard / WORDS).read_bytes().decode().split("\n")[:-1]
 

@@ -18,7 +18,7 @@ import numpy as np
 from lmdist.settings import SPLITS
 from lmdist.text.corpus import Corpus, Run
 from lmdist.text.data_folder import VOCABULARY, Dtype, SplitFacts, dtype_of, token_file
-from lmdist.text.shard_files import blocks, words_of
+from lmdist.text.shard_files import blocks, words_of_shard
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID, Vocabulary
 
 
@@ -70,7 +70,7 @@ def encode(shard: Path, folder: Path, dtype: Dtype, splits: np.ndarray, begins: 
     `splits` are those of its documents, (documents,). The files and the vocabulary must be in the folder.
     """
     stored = np.dtype(dtype).newbyteorder("<")
-    words = words_of(shard)
+    words = words_of_shard(shard)
     known = Vocabulary.load(folder / VOCABULARY).ids
     final_ids = np.fromiter(map(known.get, words, repeat(UNKNOWN_ID)), stored, len(words))
     unknown = dict.fromkeys(begins, 0)

@@ -14,14 +14,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from json.encoder import encode_basestring
 from typing import Any
 
-from lmdist_export.sampling.completion import taken_again
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
 from lmdist_export.serving.batching import Request, Scoring
 from lmdist_export.serving.failures import error_object, status_and_message
 from lmdist_export.serving.json_body import Message, Receive, encoded
 from lmdist_export.serving.observing import Note
-from lmdist_export.serving.openai_answer import Writer, choice, finish_reason, logprobs_object, usage
+from lmdist_export.serving.openai_answer import Writer, choice, finish_reason, logprobs_object, usage, writer_of
 from lmdist_export.serving.openai_request import CompletionRequest
 from lmdist_export.serving.running import SHORT_TOKENS, Growth, done_by, finish
 from lmdist_export.serving.service import Service
@@ -179,10 +178,8 @@ class Streaming:
         key = (text.prompt_number, text.number)
         written = ""
         if key not in self.writers:
-            prompt, given = self.asked.prompts[text.prompt_number], self.asked.given[text.prompt_number]
-            written_prompt, again = self.asked.written[text.prompt_number], taken_again(text, prompt)
-            self.writers[key] = Writer(self.asked.bundle, prompt, given, written_prompt, again)
-            written = given if self.asked.echo else ""
+            self.writers[key] = writer_of(self.asked, text)
+            written = self.asked.given[text.prompt_number] if self.asked.echo else ""
         pieces = self.writers[key].write(tokens)
         written += "".join(pieces)
         if reason:

@@ -77,12 +77,19 @@ class Writer:
         return "".join(self.pieces)
 
 
+def writer_of(asked: CompletionRequest, text: Text) -> Writer:
+    """Return what writes a text of a request behind its prompt."""
+    number = text.prompt_number
+    prompt = asked.prompts[number]
+    return Writer(asked.bundle, prompt, asked.given[number], asked.written[number], taken_again(text, prompt))
+
+
 def choice(asked: CompletionRequest, text: Text, index: int, scores: TokenScores | None) -> dict[str, Any]:
     """Return a text that has ended; its `scores` are those of the prompt's tokens too where it is echoed."""
-    prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
-    writer = Writer(asked.bundle, prompt, given, asked.written[text.prompt_number], taken_again(text, prompt))
+    writer = writer_of(asked, text)
     pieces = writer.write(text.tokens)
-    written = "".join([given if asked.echo else "", *pieces, writer.end(text)])
+    echoed = asked.given[text.prompt_number] if asked.echo else ""
+    written = "".join([echoed, *pieces, writer.end(text)])
     logprobs = logprobs_object(asked, text, writer.before, pieces, scores) if scores else None
     return {"text": written, "index": index, "logprobs": logprobs, "finish_reason": finish_reason(text.finish_reason)}
 
