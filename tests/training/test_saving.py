@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from corpora import chain, write_data_folder
 from lmdist.errors import DataError, Stopped
 from lmdist.settings import ModelSettings
+from lmdist.training.checkpoints import write
 from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import newest_checkpoint, remove_old, remove_unfinished
@@ -178,6 +179,18 @@ def test_only_what_another_try_may_mend_is_a_stop(state, tmp_path, failure, kind
     saver.failure = failure
     with pytest.raises(kind, match="the newest one is none"):
         saver.close()
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_a_warning_and_the_new_one_is_saved(state, tmp_path, capsys, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    data, model, optimizer, streams, recipe = state
+    monkeypatch.setattr(write, "remove_old", forbidden)
+    saver = Saver(tmp_path / "checkpoints", recipe, DataFolder(data), keep=2)
+    saver.save(take_snapshot(Progress(7), model, optimizer, streams))
+    saver.close()
+    assert "old checkpoints could not be removed: [Errno 13]" in capsys.readouterr().err
 
 
 def test_a_link_in_the_place_of_a_checkpoint_is_no_full_disk(state, tmp_path):

@@ -145,12 +145,15 @@ class Saver:
                 os.nice(NICENESS)
         try:
             write_checkpoint(self.checkpoints, snapshot, self.recipe, self.data)
-            remove_old(self.checkpoints, self.keep)
         except Exception as error:  # a full disk has many names: OSError, SafetensorError
             self.failure = error
             log(f"warning: the checkpoint of step {snapshot.progress.step} could not be written: {error}")
-        else:
-            self.failure = None
+            return
+        self.failure = None
+        try:
+            remove_old(self.checkpoints, self.keep)
+        except Exception as error:  # costs room, and no step
+            log(f"warning: old checkpoints could not be removed: {error}")
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
