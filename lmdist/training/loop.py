@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import closing
 
 import torch
 from torch import nn
@@ -40,7 +39,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     saving = stopping = False
     stop.deferred = True  # from here on a request to stop waits for the end of a step
 
-    with report_on(run, stop) as report, closing(saver):
+    with report_on(run, stop) as report, saver:
         while True:
             # Between two steps: validate, unless the validation is in the checkpoint already; save; leave.
             if run.validation_due and progress.valid_nats is None and not stopping:

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from corpora import chain, write_data_folder
-from lmdist.errors import DataError, Stopped
+from lmdist.errors import DataError, Stopped, UsageError
 from lmdist.settings import ModelSettings
 from lmdist.training.checkpoints import write
 from lmdist.training.checkpoints.format import Progress
@@ -191,6 +191,13 @@ def test_old_checkpoints_that_cannot_be_removed_are_a_warning_and_the_new_one_is
     saver.save(take_snapshot(Progress(7), model, optimizer, streams))
     saver.close()
     assert "old checkpoints could not be removed: [Errno 13]" in capsys.readouterr().err
+
+
+def test_a_write_that_has_failed_does_not_replace_the_error_that_ends_the_training(state, tmp_path):
+    saver = Saver(tmp_path / "checkpoints", {}, DataFolder(state[0]), keep=2)
+    saver.failure = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(UsageError, match="diverged"), saver:
+        raise UsageError("the training has diverged")
 
 
 def test_a_link_in_the_place_of_a_checkpoint_is_no_full_disk(state, tmp_path):

@@ -12,7 +12,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -122,7 +122,7 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot, recipe: dict[str, An
 
 
 class Saver:
-    """Writes snapshots in a thread, one at a time, while training continues."""
+    """Writes snapshots in a thread, one at a time, while training continues; `with` waits for the last one."""
 
     def __init__(self, checkpoints: Path, recipe: dict[str, Any], data: DataFolder, keep: int) -> None:
         self.checkpoints = checkpoints
@@ -131,6 +131,13 @@ class Saver:
         self.keep = keep
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait; what `close` would raise must not replace the error that ends the training."""
+        self.wait()
 
     def save(self, snapshot: Snapshot) -> None:
         """Start to write; wait first for the snapshot before, if that is still being written."""
