@@ -267,7 +267,7 @@ class Report:
         compared = min(max(per_epoch, 1), len(progress.validations) - 1)  # validations; of two that are near neither tells
         before, last = progress.validations[-1 - compared], progress.validations[-1]
         assert progress.best_valid_nats is not None
-        fall, rise = 1 - math.exp(last - before), math.exp(last - progress.best_valid_nats) - 1
+        fall, rise = 1 - perplexity(last - before), perplexity(last - progress.best_valid_nats) - 1
         name = next((name for name in ("minutes", "steps") if getattr(training, name)), "epochs")
         longer = f"training.{name} {2 * getattr(training, name):g}"
         if fall >= SMALLEST_CHANGE:
@@ -276,8 +276,9 @@ class Report:
         if rise >= SMALLEST_CHANGE:
             dropout = self.run.recipe.model.dropout
             more = f"more dropout (--model.dropout {min(MOST_DROPOUT, dropout + 0.15):.2g}), or "
+            how_much = f"by {rise:.0%}" if math.isfinite(rise) else "beyond all numbers"
             return [
-                f"  hint     valid perplexity has risen by {rise:.0%} since its best, which is kept: "
+                f"  hint     valid perplexity has risen {how_much} since its best, which is kept: "
                 f"try {more if dropout < MOST_DROPOUT else ''}a shorter run"
             ]
         return []

@@ -13,7 +13,8 @@ import termios
 import time
 import tomllib
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -22,15 +23,19 @@ from torch.nn import functional
 
 from corpora import chain, write_data_folder
 from lmdist import config
+from lmdist.console import ProgressBar
 from lmdist.errors import EXIT_AGAIN, EXIT_USAGE
 from lmdist.model.language_model import LanguageModel
 from lmdist.model.loss import IGNORED
 from lmdist.settings import DEMO_SETTINGS, OptimizerSettings, PrepareSettings, Recipe
+from lmdist.signals import StopRequest
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import read_json
+from lmdist.tracking.logger import MetricsLogger
 from lmdist.tracking.plot import plot_losses
 from lmdist.train import prepare_if_absent
 from lmdist.training import report
+from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist.training.data import DataFolder, training_batches
@@ -371,6 +376,13 @@ def test_the_last_validation_gives_a_hint_for_the_next_run(data, capsys):
         train_here(*into_run(data, *flags, f"--model.dropout={dropout}", f"--training.steps={steps}", *epochs))
         shown = capsys.readouterr().err
         assert hint in shown if hint else "hint     valid" not in shown
+
+
+def test_a_loss_that_has_no_perplexity_any_more_is_a_hint_too():
+    run: Any = SimpleNamespace(progress=Progress(0), recipe=Recipe(), batches=SimpleNamespace(steps_per_epoch=2))
+    reporting = report.Report(run, MetricsLogger(), ProgressBar(4, "step", silent=True), StopRequest())
+    run.progress = Progress(4, validations=(8.0, 9000.0), best_valid_nats=8.0)
+    assert "valid perplexity has risen beyond all numbers since its best" in reporting.outlook()[0]
 
 
 @pytest.mark.parametrize("order", [1, -1])
