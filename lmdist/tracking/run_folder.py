@@ -6,10 +6,12 @@ The folder is the source of truth and MLflow holds a copy. This module does not 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +61,7 @@ class MetricsFile:
 
     def append(self, step: int, values: dict[str, float]) -> None:
         """Append one row."""
-        row = {"step": step, "time": round(time.time(), 3), **values}
-        self.pending += (json.dumps(row) + "\n").encode()
+        self.pending += (json.dumps(row_of(step, values)) + "\n").encode()
         self.write()
 
     def write(self) -> None:
@@ -78,6 +79,16 @@ class MetricsFile:
         """Try the pending lines once more and close the file."""
         self.write()
         self.file.close()
+
+
+def row_of(step: int, values: Mapping[str, float]) -> dict[str, Any]:
+    """Return a row of metrics.jsonl, as of now, without the values that are not finite, for JSON has no such numbers."""
+    return {"step": step, "time": round(time.time(), 3), **finite(values)}
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values that are finite."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -104,12 +115,11 @@ def append_figures(path: Path, step: int, values: dict[str, float]) -> None:
 
     Raise DataError for a link, which may lead to any file of the user.
     """
-    if any(row["step"] == step and values.items() <= row.items() for row in read_metrics(path)):
+    if any(row["step"] == step and finite(values).items() <= row.items() for row in read_metrics(path)):
         return
-    row = {"step": step, "time": round(time.time(), 3), **values}
     with path.open("ab", buffering=0) as file:  # one write, at the end, whoever else appends
         truncated = path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"  # by a kill
-        file.write((("\n" if truncated else "") + json.dumps(row) + "\n").encode())
+        file.write((("\n" if truncated else "") + json.dumps(row_of(step, values)) + "\n").encode())
 
 
 def sync_command(run: Path) -> str:

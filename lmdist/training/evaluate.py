@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit_threads()
         result, checkpoint, meta = measure(arguments)
         if arguments.json:
-            sys.stdout.write(json.dumps(result) + "\n")
+            sys.stdout.write(json.dumps(json_numbers(result)) + "\n")
         else:
             sys.stdout.write(table({key.replace("_", " "): printed(value) for key, value in result.items()}, width=22))
         sys.stdout.flush()
@@ -104,6 +104,15 @@ def printed(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{count:,} {name}" for name, count in value.items()) or "0"
     return ", ".join(map(shown, value)) if isinstance(value, list) else shown(value)
+
+
+def json_numbers(value: Any) -> Any:
+    """Return figures with null in place of a number that is not finite, for JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {name: json_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [json_numbers(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_settings(arguments: argparse.Namespace) -> ReadSettings:

@@ -198,8 +198,7 @@ class Report:
             {
                 "train/loss": nats,
                 "train/perplexity": perplexity(nats),
-                # In fp16 the step of a norm that is not finite is skipped, and JSON has no such numbers.
-                **({"train/gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}),
+                "train/gradient_norm": gradient_norm,  # in fp16 the step of a norm that is not finite is skipped
                 "train/learning_rate": learning_rate,
                 "train/tokens": progress.tokens,
                 "train/tokens_per_second": speed,

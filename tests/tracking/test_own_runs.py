@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +20,7 @@ from lmdist.settings import TrackingSettings
 from lmdist.tracking import sync
 from lmdist.tracking.logger import RunLogger
 from lmdist.tracking.metadata import is_copy, own_metadata, provenance, read_metadata
-from lmdist.tracking.run_folder import append_figures, read_metrics
+from lmdist.tracking.run_folder import MetricsFile, append_figures, read_metrics
 from lmdist.tracking.store import Store
 
 PARAMETERS = {"seed": 1}
@@ -177,6 +179,19 @@ def test_figures_are_appended_after_a_truncated_line(tmp_path):
     append_figures(path, 1, {"test/perplexity": 3.0})
     assert [row["step"] for row in read_metrics(path)] == [1, 1]
     assert path.read_text().endswith("\n")
+
+
+def test_a_number_that_json_has_not_is_left_out_of_its_row(tmp_path):
+    path, values = tmp_path / "metrics.jsonl", {"valid/loss": 701.0, "valid/perplexity": math.inf}
+    rows = MetricsFile(path, 0)
+    rows.append(1, values)
+    rows.close()
+    append_figures(path, 1, values)  # which it has
+    append_figures(path, 2, values)
+    lines = path.read_text().splitlines()
+    assert [{**json.loads(line, parse_constant=pytest.fail), "time": 0} for line in lines] == [
+        {"step": step, "time": 0, "valid/loss": 701.0} for step in (1, 2)
+    ]
 
 
 def test_who_trains_what_from_which_commit(tmp_path, monkeypatch):

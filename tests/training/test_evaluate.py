@@ -29,7 +29,7 @@ from lmdist.tracking.store import Store
 from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
-from lmdist.training.evaluate import main
+from lmdist.training.evaluate import json_numbers, main
 from lmdist.training.measuring import evaluate, unigram_nats
 from servers import free_port
 from support.jobs import losses, train_here
@@ -211,6 +211,13 @@ def test_damaged_counts_are_one_line(trained, tmp_path, command, damage):
     meta["splits"]["test"] |= damage
     (copy / "meta.json").write_text(json.dumps(meta))
     assert "meta.json" in command(run, f"--data={copy}", code=65).err
+
+
+def test_json_has_null_where_a_perplexity_is_no_number():
+    assert json_numbers({"perplexities": [math.inf, 2.0], "skipped": {"a": 1}}) == {
+        "perplexities": [None, 2.0],
+        "skipped": {"a": 1},
+    }
 
 
 def test_unigram_model():
