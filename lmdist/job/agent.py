@@ -69,7 +69,7 @@ def main() -> None:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         for rank, code in sorted(codes.items()):
             if code < 0:
-                log(f"rank {rank} was killed by {signal.Signals(-code).name}", COMMAND)
+                log(f"rank {rank} was killed by {signal_name(-code)}", COMMAND)
         sys.exit(first_failure() or exit_code(list(codes.values())))
     except (DistError, TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -147,6 +147,14 @@ def exit_with(connection: socket.socket) -> NoReturn:
     time.sleep(EXIT_GRACE_SECONDS)
     log("machine 0 has ended the attempt", COMMAND)
     os._exit(EXIT_AGAIN)  # the ranks are killed with this process
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, or its number: most real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def first_failure() -> int:

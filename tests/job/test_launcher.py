@@ -351,6 +351,10 @@ def test_the_first_rank_that_fails_says_why_and_its_code_is_the_jobs(tmp_path, m
     assert (second.value.code, agent.first_failure()) == (65, 64)
 
 
+def test_a_signal_without_a_name_has_its_number():
+    assert [agent.signal_name(number) for number in (signal.SIGKILL, 35)] == ["SIGKILL", "signal 35"]
+
+
 def test_a_defect_on_one_rank_is_not_run_again_for_ever(tmp_path, monkeypatch):
     monkeypatch.setenv(FIRST_FAILURE, str(tmp_path / "first_failure"))
     with pytest.raises(ZeroDivisionError), reported_once(is_main=False):
