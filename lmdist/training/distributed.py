@@ -10,6 +10,7 @@ Shapes: W ranks, N tokens of this rank's batch, R rows read by all ranks, E embe
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -39,7 +40,7 @@ class World:
     patient_group: dist.ProcessGroup | None = field(default=None, repr=False)
     """The same ranks with the timeout LONG_TIMEOUT, or their own where that is longer."""
     pending: tuple[dist.Work, Tensor] | None = field(default=None, repr=False)
-    """The all-reduce that `any_delayed` has started, and its tensor."""
+    """The all-reduce that `any_delayed` has started, and its tensor, a count for each value."""
 
     @property
     def is_main(self) -> bool:
@@ -93,20 +94,20 @@ class World:
         dist.all_reduce(count, group=self.patient_group)
         return bool(count.item())
 
-    def any_delayed(self, value: bool) -> bool:
-        """Return whether the `value` of the previous call was true on some rank: the same on all ranks, without a wait.
+    def any_delayed(self, *values: bool) -> Sequence[bool]:
+        """Return which of the `values` of the previous call were true on some rank: the same on all ranks, without a wait.
 
         The all-reduce of a call runs in the background until the next call. One rank has the answer at once.
         """
         if self.size == 1:
-            return value
-        flag = torch.tensor([float(value)])
-        previous, self.pending = self.pending, (dist.all_reduce(flag, async_op=True), flag)  # type: ignore[assignment]
+            return values
+        counts = torch.tensor(values, dtype=torch.float32)
+        previous, self.pending = self.pending, (dist.all_reduce(counts, async_op=True), counts)  # type: ignore[assignment]
         if previous is None:
-            return False
-        work, answer = previous
+            return [False] * len(values)
+        work, answers = previous
         work.wait()
-        return bool(answer.item())
+        return [count > 0 for count in answers.tolist()]
 
     def gather(self, part: Tensor) -> Tensor:
         """Return the parts of all ranks one below the other, (G / W, ...) -> (G, ...), on each rank."""

@@ -80,9 +80,12 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             report.show_progress(start)
 
             # Decide at the same step on every rank: stop, log, save. Only reading the loss waits for a GPU.
-            stopping = world.any_delayed(stop.requested)
+            overdue = 0 < recipe.checkpoint.every_minutes <= (time.monotonic() - last_save) / 60
+            if overdue:
+                last_save = time.monotonic()  # to ask once is enough: the answer comes after the next step
+            stopping, overdue = world.any_delayed(stop.requested, overdue and world.is_main)  # rank 0's clock decides
             logging = run.finished or run.validation_due or is_multiple(progress.step, recipe.training.log_every)
-            saving = run.finished or stopping or is_multiple(progress.step, recipe.checkpoint.every_steps)
+            saving = run.finished or stopping or overdue or is_multiple(progress.step, recipe.checkpoint.every_steps)
             if saving or logging:
                 progress.nats, progress.counted = nats.totals()
             progress.seconds += time.perf_counter() - start
@@ -95,8 +98,6 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                 if logging:
                     report.training(loss, norm.item(), rate)
                     nats, progress.nats, progress.counted = NatsTotal(world), 0.0, 0
-                    minutes = (time.monotonic() - last_save) / 60
-                    saving = saving or world.any(0 < recipe.checkpoint.every_minutes <= minutes)
 
         saver.close()
         if stopping:
