@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from lmdist import __version__
 from lmdist.console import log
 from lmdist.errors import DataError
 from lmdist.storage.atomic import write_atomic
 from lmdist.storage.reading import read_json
+from lmdist.storage.schema import check_schema
 from lmdist.tracking.run_folder import RUN_METADATA
 
 COPY_TAG = "lmdist.copy_of"
@@ -36,6 +37,36 @@ SOURCE = {"mlflow.source.name": "lmdist-train", "mlflow.source.type": "LOCAL"}
 GIT_SECONDS = 5
 LONGEST_TAG = 500
 """In characters; MLflow refuses a run with a tag of some thousands, now and at each attempt."""
+
+
+class Dataset(TypedDict):
+    """A split of a data folder, as an input of a run."""
+
+    name: str
+    context: str
+    digest: str
+    source: str
+    profile: str
+
+
+METADATA: dict[str, Any] = {
+    "run_key": str,
+    "experiment": str,
+    "name": str,
+    "start_time": int,
+    "status": Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "UNKNOWN"],
+    "parameters": {},
+    "datasets": list[Dataset],
+    "files": dict[str, str],
+}
+"""The keys of mlflow.json, and the schemas of their values."""
+OPTIONAL: dict[str, Any] = {
+    "run_id": str,
+    "experiment_id": str,
+    "tags": dict[str, str],
+    "folder": {"path": str},
+}
+"""Those that it may have beside them."""
 
 
 def new_metadata(
@@ -87,6 +118,17 @@ def run_id_of(found: Mapping[str, Any]) -> str:
     return run_id if isinstance(run_id, str) and RUN_ID.fullmatch(run_id) else ""
 
 
+def datasets_of(folder: Path) -> list[dict[str, str]]:
+    """Return `dataset_inputs` of a data folder, none where there is no such folder any more; raise DataError."""
+    path = folder / "meta.json"
+    if not path.exists():
+        return []
+    meta = read_json(path)
+    check_schema(meta, {"splits": {}}, path)
+    check_schema(meta, {"files": {f"{split}.bin": {"sha256": str} for split in meta["splits"]}}, path)
+    return dataset_inputs(folder.name, meta)
+
+
 def dataset_inputs(name: str, meta: dict[str, Any]) -> list[dict[str, str]]:
     """Return the splits of a data folder as inputs of an MLflow run; `meta` is the folder's meta.json."""
     return [
@@ -94,7 +136,7 @@ def dataset_inputs(name: str, meta: dict[str, Any]) -> list[dict[str, str]]:
             "name": name,
             "context": split,
             "digest": meta["files"][f"{split}.bin"]["sha256"][:36],
-            "source": json.dumps({"sources": meta["sources"]}),
+            "source": json.dumps({"sources": meta.get("sources", [])}),
             "profile": json.dumps(counts),
         }
         for split, counts in meta.get("splits", {}).items()
@@ -102,6 +144,12 @@ def dataset_inputs(name: str, meta: dict[str, Any]) -> list[dict[str, str]]:
 
 
 # --- the file ------------------------------------------------------------------------------------------------------
+
+
+def check_metadata(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what was read from `path`, the metadata of a run; raise DataError where that is damaged."""
+    check_schema(metadata, METADATA | {name: OPTIONAL[name] for name in OPTIONAL if name in metadata}, path)
+    return metadata
 
 
 def read_metadata(run: Path) -> dict[str, Any]:
@@ -142,7 +190,7 @@ def is_copy(run: Path, metadata: dict[str, Any]) -> bool:
     if not before or before["path"] == now["path"]:
         return False
     original = Path(before["path"])
-    return before["inode"] != now["inode"] or (
+    return before.get("inode") != now["inode"] or (
         original.is_dir()
         and not os.path.samefile(original, run)
         and read_metadata(original).get("run_key") == metadata.get("run_key")

@@ -20,6 +20,7 @@ from lmdist.errors import Stopped, UsageError
 from lmdist.storage.atomic import check_output_folder, write_atomic
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import refuse_link
+from lmdist.storage.schema import is_number
 
 if TYPE_CHECKING:
     from lmdist.settings import Recipe
@@ -41,6 +42,8 @@ RUN_METADATA = "mlflow.json"
 """What links the run to MLflow, and how it ended."""
 JOB_LOCK = ".lock"
 """Held by the job that trains in the folder."""
+MAX_TIME = 1 << 40
+"""Of a row, in seconds since 1970."""
 TEST = "test/"
 """How the names of the figures begin that lmdist-evaluate adds to metrics.jsonl."""
 UPLOAD_LOCK = ".mlflow.lock"
@@ -101,13 +104,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """Return a row of metrics.jsonl, numbers by name; None for a line that a kill has truncated, or somebody has changed."""
+    """Return a row of metrics.jsonl, finite numbers by name; None for a line that a kill has truncated, or somebody changed."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    is_row = isinstance(row, dict) and type(row.get("step")) is int and "time" in row
-    return row if is_row and all(type(value) in (int, float) for value in row.values()) else None
+    if not isinstance(row, dict) or not all(type(value) in (int, float) for value in row.values()):
+        return None
+    numbers = {name: value for name, value in row.items() if is_number(value, float)}
+    is_row = type(numbers.get("step")) is int and 0 <= numbers.get("time", -1) < MAX_TIME
+    return numbers if is_row else None
 
 
 def append_figures(path: Path, step: int, values: dict[str, float]) -> None:

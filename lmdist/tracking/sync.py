@@ -35,7 +35,8 @@ from lmdist.tracking.machines import monitor
 from lmdist.tracking.metadata import (
     SOURCE,
     as_new_run,
-    dataset_inputs,
+    check_metadata,
+    datasets_of,
     is_copy,
     new_metadata,
     own_metadata,
@@ -159,7 +160,7 @@ def load_metadata(run: Path) -> dict[str, Any]:
     refuse_link(run / METRICS)
     metadata = read_json(run / RUN_METADATA) if (run / RUN_METADATA).exists() else {}
     if "run_key" in metadata:
-        return metadata
+        return check_metadata(metadata, run / RUN_METADATA)
     try:
         refuse_link(run / RECIPE)
         recipe = tomllib.loads((run / RECIPE).read_text(encoding="utf-8"))
@@ -168,11 +169,11 @@ def load_metadata(run: Path) -> dict[str, Any]:
         raise DataError(f"{run} holds no recipe.toml: it is not the folder of a run") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{run}/recipe.toml is not the recipe of a run: {error}") from None
-    inputs = dataset_inputs(data.name, read_json(data / "meta.json")) if (data / "meta.json").exists() else []
     rows = read_metrics(run / METRICS)
     start_time = int((rows[0]["time"] if rows else time.time()) * 1000)
-    new = new_metadata(run, experiment_name(experiment), config.named_values(recipe), inputs, start_time, SOURCE)
-    return {**new, "status": "UNKNOWN", **metadata}
+    name, settings = experiment_name(experiment), config.named_values(recipe)
+    new = new_metadata(run, name, settings, datasets_of(data), start_time, SOURCE)
+    return check_metadata({**new, "status": "UNKNOWN", **metadata}, run / (RUN_METADATA if metadata else RECIPE))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from lmdist.tracking import sync as command
 from lmdist.tracking import uploader
 from lmdist.tracking.logger import MachineLogger, MetricsLogger, RunLogger, logger_of_rank
 from lmdist.tracking.metadata import read_metadata
+from lmdist.tracking.run_folder import read_metrics
 from servers import Proxy, Server
 from support.jobs import SMALL, rows, small_data, train
 
@@ -409,6 +410,9 @@ def test_lmdist_sync_leaves_a_run_to_its_uploader(here):
     assert not Path("mlflow.db").exists()
 
 
+RECIPE = '[tracking]\nexperiment = "lmdist"\n[data]\nfolder = "runs/one"'
+
+
 @pytest.mark.parametrize(
     ("files", "code", "message"),
     [
@@ -417,6 +421,9 @@ def test_lmdist_sync_leaves_a_run_to_its_uploader(here):
         ({"recipe.toml": "= 3"}, 65, "runs/one/recipe.toml is not the recipe of a run"),
         ({"recipe.toml": "seed = 1"}, 65, "runs/one/recipe.toml is not the recipe of a run"),
         ({"mlflow.json": "{"}, 65, "runs/one/mlflow.json is not JSON"),
+        ({"mlflow.json": '{"run_key": "x"}'}, 65, "runs/one/mlflow.json: experiment is missing"),
+        ({"recipe.toml": '[tracking]\nexperiment = 3\n[data]\nfolder = "."'}, 65, "runs/one/recipe.toml: experiment is 3"),
+        ({"recipe.toml": RECIPE, "meta.json": '{"splits": {"train": {}}}'}, 65, "runs/one/meta.json: files is missing"),
     ],
 )
 def test_what_is_no_run_is_reported_in_one_line(here, files, code, message):
@@ -445,6 +452,12 @@ def test_an_uploader_that_cannot_start_or_is_killed_costs_a_warning(here, monkey
         job.log_metrics(1, {"train/loss": 1.0})
     assert "lmdist-sync runs/two uploads the rest" in capfd.readouterr().err
     assert read_json(Path("runs/two/mlflow.json"))["status"] == "FINISHED"
+
+
+def test_a_row_without_a_time_is_no_row(tmp_path):
+    lines = ['{"step": 1, "time": NaN}', '{"step": 2, "time": 1e308}', '{"step": 3, "time": 5, "a": Infinity, "b": 1}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "tim']))
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 3, "time": 5, "b": 1}]
 
 
 def test_lines_that_a_full_disk_rejects_are_written_later(here, capfd):
