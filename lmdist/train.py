@@ -22,9 +22,7 @@ from lmdist.errors import (
     FULL_DISK,
     OwnDataError,
     Stopped,
-    UsageError,
     exit_code_of,
-    one_line,
     reason_of,
     require,
 )
@@ -41,6 +39,8 @@ LOCK_WAIT_SECONDS = 20.0
 PEERS_FIRST_SECONDS = 2.0
 """torchrun reports the first rank that exits. A rank that lost a peer waits so many seconds, so that it is not the first;
 so does one that fails as rank 0 does, where no launcher asks for the first failure."""
+SMALLER = "lower data.global_batch or data.window, raise training.accumulation, or take a smaller model"
+"""What to do where the memory is full."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,16 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with stopped_by_full_disk(), lock:
             settings = recipe.training
             try:
-                world = distributed.join_job(
-                    settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
-                )
-                loop.train(recipe, world, stop)
-            except (RuntimeError, MemoryError) as error:
-                if whose := distributed.full_memory(error):
-                    raise UsageError(
-                        f"{whose} memory is full: lower data.global_batch or data.window, raise training.accumulation, "
-                        f"or take a smaller model ({one_line(error)})"
-                    ) from None
+                with distributed.full_memory_reported(SMALLER):
+                    world = distributed.join_job(
+                        settings.device, recipe.data.global_batch, settings.accumulation, settings.timeout_seconds
+                    )
+                    loop.train(recipe, world, stop)
+            except RuntimeError as error:
                 if not distributed.lost_peer(error):
                     raise
                 time.sleep(PEERS_FIRST_SECONDS)

@@ -10,8 +10,8 @@ Shapes: W ranks, N tokens of this rank's batch, R rows read by all ranks, E embe
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lmdist.errors import UsageError
+from lmdist.errors import UsageError, one_line
 
 LONG_TIMEOUT = timedelta(minutes=30)
 """Between steps, where ranks wait longer than in one: some read more of a validation than others, rank 0 has a large model to
@@ -202,6 +202,17 @@ def full_memory(error: BaseException) -> str:
             return "the GPU's"
         return "this machine's" if "can't allocate memory" in str(error) else ""
     return "this machine's" if isinstance(error, MemoryError) else ""
+
+
+@contextmanager
+def full_memory_reported(advice: str) -> Iterator[None]:
+    """Raise UsageError, with an advice what to do, where memory cannot be allocated."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if whose := full_memory(error):
+            raise UsageError(f"{whose} memory is full: {advice} ({one_line(error)})") from None
+        raise
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -89,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         check("--streams", arguments.streams, between(1, 1_000_000))
         read_settings(arguments)
         limit_threads()
-        result, checkpoint, meta = measure(arguments)
+        from lmdist.training.distributed import full_memory_reported
+
+        with full_memory_reported("lower --streams or --cache"):
+            result, checkpoint, meta = measure(arguments)
         if arguments.json:
             sys.stdout.write(json.dumps(json_numbers(result)) + "\n")
         else:

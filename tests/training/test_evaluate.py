@@ -26,6 +26,7 @@ from lmdist.tracking import sync
 from lmdist.tracking.metadata import read_metadata
 from lmdist.tracking.run_folder import read_metrics
 from lmdist.tracking.store import Store
+from lmdist.training import measuring
 from lmdist.training.checkpoints.read import open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
@@ -218,6 +219,11 @@ def test_json_has_null_where_a_perplexity_is_no_number():
         "perplexities": [None, 2.0],
         "skipped": {"a": 1},
     }
+
+
+def test_a_full_memory_is_one_line(trained, command, monkeypatch):
+    monkeypatch.setattr(measuring, "evaluate", lambda *_: torch.empty(1 << 50))
+    assert "this machine's memory is full: lower --streams or --cache (" in command(trained[0], code=64).err
 
 
 def test_unigram_model():
