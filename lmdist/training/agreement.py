@@ -27,7 +27,8 @@ NOT_COMPARED = (
     "tracking.",
     "training.timeout_seconds",
 )
-"""Settings that may differ: what rank 0 alone acts on, what a machine has for itself, and the data, compared by its content.
+"""Settings that may differ between ranks: what rank 0 alone acts on, what a machine has for itself, and the data, compared by
+its content. What a resumed run may change is run.py's matter.
 
 A launcher that restarts adds `--resume auto`, and another that starts late has not: rank 0's decides.
 """

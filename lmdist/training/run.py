@@ -25,7 +25,7 @@ from lmdist.storage.checksums import own_checksum
 from lmdist.text.data_folder import VOCABULARY, token_file
 from lmdist.text.token_files import Tokens
 from lmdist.tracking.run_folder import CHECKPOINTS
-from lmdist.training.agreement import NOT_COMPARED, check_agreement
+from lmdist.training.agreement import check_agreement
 from lmdist.training.averaging import Averaging
 from lmdist.training.budget import TimeBudget
 from lmdist.training.checkpoints.format import AVERAGED, Progress
@@ -35,6 +35,10 @@ from lmdist.training.data import DataFolder, Streams, Windows, training_batches
 from lmdist.training.distributed import World
 from lmdist.training.starting_point import start
 from lmdist.training.step import TrainingStep
+
+
+ON_RANK_0 = ("init_from", "init.embeddings")
+"""Settings that cannot change and that rank 0 alone acts on: a base that only its machine may have."""
 
 
 @dataclasses.dataclass
@@ -210,12 +214,12 @@ def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, 
 def differences_from(manifest: dict[str, Any], recipe: Recipe, folder: DataFolder, *, is_main: bool) -> list[str]:
     """Return what a checkpoint was trained with that this recipe and its data folder have not: data, model, optimizer.
 
-    What rank 0 alone acts on, as on a base that only its machine may have, is compared on rank 0 alone.
+    Those of ON_RANK_0 are compared on rank 0 alone.
     """
     settings = [
         f"{name}: the run has {before}, the recipe {now}"
         for name, (before, now) in pairs_of(manifest["recipe"], recipe).items()
-        if before != now and is_fixed(name) and (is_main or not name.startswith(NOT_COMPARED))
+        if before != now and is_fixed(name) and (is_main or name not in ON_RANK_0)
     ]
     files = {VOCABULARY: manifest["files"], token_file("train"): manifest["data"]["files"]}
     data = [name for name, facts in files.items() if facts[name]["sha256"] != folder.meta["files"][name]["sha256"]]
@@ -248,7 +252,7 @@ def is_fixed(name: str) -> bool:
     """
     section, _, key = name.rpartition(".")
     return (
-        name in ("seed", "optimizer.name", "init_from", "init.embeddings")
+        name in ("seed", "optimizer.name", *ON_RANK_0)
         or (section == "data" and key not in ("folder", "valid_batch"))
         or (section == "model" and "dropout" not in key)
     )

@@ -16,9 +16,11 @@ from lmdist import config
 from lmdist.model.language_model import LanguageModel
 from lmdist.storage.held import HeldFolder
 from lmdist.training import loop, report
+from lmdist.training.agreement import NOT_COMPARED
 from lmdist.training.checkpoints import write
 from lmdist.training.checkpoints.read import read_tensors
 from lmdist.training.data import DataFolder, training_batches
+from lmdist.training.run import ON_RANK_0, is_fixed
 from support.jobs import SMALL, losses, small_data, train
 
 VOCABULARY_SIZE = 500
@@ -113,6 +115,11 @@ def test_whether_a_run_is_resumed_is_for_rank_0_to_say(data, tmp_path):
     assert "--resume auto continues it" in done.stderr
     train(2, "--config=restarts/{rank}.toml", *flags, "--training.steps=6", cwd=tmp_path)
     assert len(losses(tmp_path / "run")) == 6
+
+
+def test_what_may_differ_between_ranks_and_not_when_a_run_is_resumed_is_what_rank_0_alone_reads():
+    names = config.named_settings(config.load([]))
+    assert {name for name in names if is_fixed(name) and name.startswith(NOT_COMPARED)} == set(ON_RANK_0)
 
 
 TIMEOUT_SECONDS = 2
