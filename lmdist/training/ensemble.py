@@ -68,13 +68,15 @@ def measure_members(
         model.to(world.device)
         if valid is None:
             static, _ = token_log_probabilities(model, tokens, streams, world.device)
-            yield Member(-float(static.mean()), static, None)
-            continue
-        log(f"{checkpoint.path}: tuning a cache of {cache_size:,} tokens on valid", command)
-        cache = tune(model, valid, streams, world.device, cache_size)
-        save_tuned(checkpoint, cache, command)
-        static, cached = token_log_probabilities(model, tokens, streams, world.device, cache.size, [cache.theta])
-        yield Member(-float(static.mean()), mixed(static, cached[0], cache.weight), cache)
+            member = Member(-float(static.mean()), static, None)
+        else:
+            log(f"{checkpoint.path}: tuning a cache of {cache_size:,} tokens on valid", command)
+            cache = tune(model, valid, streams, world.device, cache_size)
+            save_tuned(checkpoint, cache, command)
+            static, cached = token_log_probabilities(model, tokens, streams, world.device, cache.size, [cache.theta])
+            member = Member(-float(static.mean()), mixed(static, cached[0], cache.weight), cache)
+        del model  # before the next one is read
+        yield member
 
 
 def combined(members: Sequence[Member]) -> tuple[float, dict[str, Any]]:

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -203,7 +202,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
     from lmdist.training.neural_cache import WINDOW
 
     checkpoints = [open_checkpoint(find_checkpoint(path)) for path in arguments.checkpoints]
-    model = checkpoints[0].model()
+    first = [checkpoints[0].model()]  # taken out where it is read: no name keeps it in memory beside the next one
     check_same_vocabulary(checkpoints)
     world = World(0, 1, choose_device(arguments.device))  # whatever WORLD_SIZE says, as in the pod of a training job
     set_fp32("ieee")  # the same figure on every device
@@ -214,10 +213,10 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
     start_time = time.perf_counter()
     figures: dict[str, Any] = {}
     if len(checkpoints) == 1 and texts.valid is None:
-        nats = evaluate(model.to(world.device), texts.tokens, arguments.streams, WINDOW, world).mean()
+        nats = evaluate(first.pop().to(world.device), texts.tokens, arguments.streams, WINDOW, world).mean()
     else:
-        models = chain([model], (checkpoint.model() for checkpoint in checkpoints[1:]))
-        pairs, how = zip(checkpoints, models, strict=True), (arguments.streams, arguments.cache, world, COMMAND)
+        pairs = ((checkpoint, first.pop() if first else checkpoint.model()) for checkpoint in checkpoints)
+        how = arguments.streams, arguments.cache, world, COMMAND
         nats, figures = combined(list(measure_members(pairs, texts.tokens, texts.valid, *how)))
     seconds = time.perf_counter() - start_time
     if not math.isfinite(nats):
@@ -225,7 +224,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
             f"{checkpoints[0].path}: the loss on {texts.name} is {nats}, so its weights are too large for a trained model"
         )
     paths = [checkpoint.path for checkpoint in checkpoints]
-    result = result_of(paths, texts, nats, figures, model.vocabulary_size, seconds)
+    result = result_of(paths, texts, nats, figures, checkpoints[0].manifest["vocabulary_size"], seconds)
     return result, checkpoints[0] if len(checkpoints) == 1 else None, texts.meta
 
 

@@ -36,7 +36,6 @@ from lmdist.training.distributed import World
 from lmdist.training.starting_point import start
 from lmdist.training.step import TrainingStep
 
-
 ON_RANK_0 = ("init_from", "init.embeddings")
 """Settings that cannot change and that rank 0 alone acts on: a base that only its machine may have."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,7 +29,7 @@ from lmdist.tracking.metadata import read_metadata
 from lmdist.tracking.run_folder import read_metrics
 from lmdist.tracking.store import Store
 from lmdist.training import measuring
-from lmdist.training.checkpoints.read import open_checkpoint
+from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint
 from lmdist.training.checkpoints.retain import find_checkpoint
 from lmdist.training.distributed import World
 from lmdist.training.evaluate import json_numbers, main
@@ -224,6 +226,20 @@ def test_json_has_null_where_a_perplexity_is_no_number():
 def test_a_full_memory_is_one_line(trained, command, monkeypatch):
     monkeypatch.setattr(measuring, "evaluate", lambda *_: torch.empty(1 << 50))
     assert "this machine's memory is full: lower --streams or --cache (" in command(trained[0], code=64).err
+
+
+def test_an_ensemble_has_one_model_in_memory_at_a_time(trained, command, monkeypatch):
+    build, built = Checkpoint.model, []
+
+    def model(checkpoint):
+        gc.collect()
+        assert not any(former() for former in built), "the model before is still there"
+        built.append(weakref.ref(found := build(checkpoint)))
+        return found
+
+    monkeypatch.setattr(Checkpoint, "model", model)
+    command(trained[0], trained[0], trained[0])
+    assert len(built) == 3
 
 
 def test_unigram_model():
