@@ -3,7 +3,7 @@
 ema is an exponential moving average from the first step on. Its decay grows with the number of steps, so that the random
 parameters of the start are forgotten. nt-asgd (non-monotonically triggered averaged SGD, Merity et al. 2018,
 arXiv:1708.02182) is the mean of all steps since validation stopped improving; before that there is no average. The rule of
-both is torch.optim.swa_utils'.
+both is torch.optim.swa_utils'. To add one, add its name to `AveragingSettings.name` and a row to `AVERAGES`.
 
 Every rank averages the same parameters, so nothing is sent. When the average began is in the progress; with the average
 itself, which a checkpoint holds beside the parameters, that is all that a resumed run needs. This module does not know
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +24,28 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import AveragingSettings
 from lmdist.training.checkpoints.format import Progress
 
-UPDATES: dict[str, Callable[[AveragingSettings, int], Callable[..., None]]] = {
-    "ema": lambda settings, count: get_ema_multi_avg_fn(min(settings.decay, (1 + count) / (10 + count))),
-    "nt-asgd": lambda settings, count: get_swa_multi_avg_fn(),
+
+class Average(NamedTuple):
+    """An average of the setting `averaging.name`."""
+
+    update: Callable[[AveragingSettings, int], Callable[..., None]]
+    """torch's function that moves an average, in place, towards the parameters, given the number of steps already in it."""
+    is_due: Callable[[AveragingSettings, Sequence[float]], bool]
+    """Whether the average begins, given the nats of the validations so far."""
+    needs_validations: bool = False
+
+
+AVERAGES: dict[str, Average] = {
+    "ema": Average(
+        lambda settings, count: get_ema_multi_avg_fn(min(settings.decay, (1 + count) / (10 + count))),
+        is_due=lambda settings, validations: True,
+    ),
+    "nt-asgd": Average(
+        lambda settings, count: get_swa_multi_avg_fn(),
+        is_due=lambda settings, validations: is_nonmonotone(validations, settings.nonmonotone_interval),
+        needs_validations=True,
+    ),
 }
-"""torch's function that moves an average, in place, towards the parameters, given the number of steps already in it."""
 
 
 class Averaging:
@@ -50,7 +68,7 @@ class Averaging:
         progress, settings = self.progress, self.settings
         if settings.name == "none" or self.averaged:
             return
-        if settings.name == "ema" or is_nonmonotone(progress.validations, settings.nonmonotone_interval):
+        if AVERAGES[settings.name].is_due(settings, progress.validations):
             progress.averaged_from = progress.step
             self.start()
 
@@ -67,7 +85,7 @@ class Averaging:
             assert self.progress.averaged_from is not None
             average: list[Tensor] = list(self.averaged.parameters())
             count = self.progress.step - self.progress.averaged_from
-            UPDATES[self.settings.name](self.settings, count)(average, list(self.source.parameters()), count)
+            AVERAGES[self.settings.name].update(self.settings, count)(average, list(self.source.parameters()), count)
 
 
 def is_nonmonotone(validations: Sequence[float], interval: int) -> bool:

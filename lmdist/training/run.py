@@ -26,13 +26,14 @@ from lmdist.text.data_folder import VOCABULARY, token_file
 from lmdist.text.token_files import Tokens
 from lmdist.tracking.run_folder import CHECKPOINTS
 from lmdist.training.agreement import check_agreement
-from lmdist.training.averaging import Averaging
+from lmdist.training.averaging import AVERAGES, Averaging
 from lmdist.training.budget import TimeBudget
 from lmdist.training.checkpoints.format import AVERAGED, Progress
 from lmdist.training.checkpoints.read import Checkpoint, open_checkpoint
 from lmdist.training.checkpoints.retain import newest_verified, remove_unfinished
 from lmdist.training.data import DataFolder, Streams, Windows, training_batches
 from lmdist.training.distributed import World
+from lmdist.training.schedule import SCHEDULES
 from lmdist.training.starting_point import start
 from lmdist.training.step import TrainingStep
 
@@ -103,7 +104,7 @@ class Run:
         progress.validations = (*progress.validations, nats)
         if progress.best_valid_nats is None or nats < progress.best_valid_nats:
             progress.best_valid_nats = nats
-        elif self.recipe.schedule.name == "plateau":
+        elif SCHEDULES[self.recipe.schedule.name].divides:
             progress.divisions += 1
         self.averaging.start_if_due()
 
@@ -193,12 +194,13 @@ def find_newest(recipe: Recipe, folder: DataFolder, world: World) -> Checkpoint 
 
 def check_needs_no_validations(recipe: Recipe, folder: DataFolder) -> None:
     """Raise UsageError if the recipe has a setting that acts on validations, which a folder without a valid split has not."""
-    for setting, is_given in (
+    averaging, schedule = recipe.averaging.name, recipe.schedule.name
+    for setting, needs_them in (
         ("training.patience", recipe.training.patience > 0),
-        ("averaging.name nt-asgd", recipe.averaging.name == "nt-asgd"),
-        ("schedule.name plateau", recipe.schedule.name == "plateau"),
+        (f"averaging.name {averaging}", averaging in AVERAGES and AVERAGES[averaging].needs_validations),
+        (f"schedule.name {schedule}", SCHEDULES[schedule].divides),
     ):
-        if is_given:
+        if needs_them:
             raise UsageError(f"{setting} needs validations, and {folder.path} has no valid split: leave it out")
 
 

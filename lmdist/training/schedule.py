@@ -1,8 +1,9 @@
 """The schedules: the learning rate of each step, and with one-cycle the momentum, as pure functions of the step.
 
-A schedule is a row of `SCHEDULES`: the factor of `optimizer.learning_rate` after the warmup, which all of them share. To add
-one, add its name to `ScheduleSettings.name` and a row. A resumed run needs nothing but its step; `plateau` also needs how
-often it has divided the rate, which a checkpoint holds. This module knows neither optimizers nor the loop.
+A schedule is a row of `SCHEDULES`: the factor of `optimizer.learning_rate` after the warmup, which all of them share, and what
+else it does. To add one, add its name to `ScheduleSettings.name` and a row. A resumed run needs nothing but its step; a
+schedule that divides the rate also needs how often it has, which a checkpoint holds. This module knows neither optimizers nor
+the loop.
 """
 
 from __future__ import annotations
@@ -25,7 +26,18 @@ class Position(NamedTuple):
     total_steps: int
     """Steps of the run."""
     divisions: int = 0
-    """How often the plateau schedule has divided the rate."""
+    """How often a schedule that divides the rate has done so."""
+
+
+class Schedule(NamedTuple):
+    """A schedule of the setting `schedule.name`."""
+
+    factor: Callable[[ScheduleSettings, Position], float]
+    """What the highest rate is multiplied by."""
+    momentum: Callable[[ScheduleSettings, Position], float] | None = None
+    """None leaves it to the optimizer."""
+    divides: bool = False
+    """Whether the rate is divided after each validation that is no better than the best, so that it needs validations."""
 
 
 def cosine(settings: ScheduleSettings, position: Position) -> float:
@@ -41,6 +53,11 @@ def one_cycle(settings: ScheduleSettings, position: Position) -> float:
     return lowest + (1 - lowest) * height
 
 
+def one_cycle_momentum(settings: ScheduleSettings, position: Position) -> float:
+    """Return the momentum, highest where the rate is lowest."""
+    return settings.momentum_high - (settings.momentum_high - settings.momentum_low) * cycle(settings, position)[1]
+
+
 def warmup_stable_decay(settings: ScheduleSettings, position: Position) -> float:
     """Return 1 until the last part of the run, in which the factor falls to 0 by a line (Hu et al. 2024, arXiv:2404.06395)."""
     steps = position.total_steps
@@ -53,13 +70,13 @@ def inverse_sqrt(settings: ScheduleSettings, position: Position) -> float:
     return math.sqrt(settings.warmup_steps / (position.step + 1))
 
 
-SCHEDULES: dict[str, Callable[[ScheduleSettings, Position], float]] = {
-    "constant": lambda settings, position: 1.0,
-    "cosine": cosine,
-    "plateau": lambda settings, position: settings.divide_by**-position.divisions,
-    "one-cycle": one_cycle,
-    "warmup-stable-decay": warmup_stable_decay,
-    "inverse-sqrt": inverse_sqrt,
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(lambda settings, position: 1.0),
+    "cosine": Schedule(cosine),
+    "plateau": Schedule(lambda settings, position: settings.divide_by**-position.divisions, divides=True),
+    "one-cycle": Schedule(one_cycle, one_cycle_momentum),
+    "warmup-stable-decay": Schedule(warmup_stable_decay),
+    "inverse-sqrt": Schedule(inverse_sqrt),
 }
 
 
@@ -68,14 +85,13 @@ def learning_rate(peak: float, settings: ScheduleSettings, position: Position) -
     assert position.step < position.total_steps, position  # beyond the end rates rise again, or are negative
     if position.step < settings.warmup_steps:
         return peak * (position.step + 1) / settings.warmup_steps
-    return peak * SCHEDULES[settings.name](settings, position)
+    return peak * SCHEDULES[settings.name].factor(settings, position)
 
 
 def momentum(settings: ScheduleSettings, position: Position) -> float | None:
-    """Return the momentum of a step, highest where the rate is lowest; None where the schedule leaves it to the optimizer."""
-    if settings.name != "one-cycle":
-        return None
-    return settings.momentum_high - (settings.momentum_high - settings.momentum_low) * cycle(settings, position)[1]
+    """Return the momentum of a step; None where the schedule leaves it to the optimizer."""
+    momentum_of = SCHEDULES[settings.name].momentum
+    return momentum_of(settings, position) if momentum_of else None
 
 
 def cycle(settings: ScheduleSettings, position: Position) -> tuple[bool, float]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from hypothesis import strategies as st
 
 from corpora import chain, write_data_folder
 from lmdist.errors import DataError, UsageError
+from lmdist.settings import AveragingSettings
 from lmdist.storage.held import HeldFolder
 from lmdist.storage.reading import read_json, write_json
-from lmdist.training import evaluate, loop, measuring
+from lmdist.training import averaging, evaluate, loop, measuring
 from lmdist.training.averaging import is_nonmonotone
 from lmdist.training.checkpoints.read import open_checkpoint, read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
@@ -38,6 +40,10 @@ AVERAGES = {
     "--schedule.name=constant".split(),
 }
 STEPS = 14
+
+
+def test_the_table_of_averages_has_every_choice_of_the_setting():
+    assert ("none", *averaging.AVERAGES) == get_args(get_type_hints(AveragingSettings)["name"])
 
 
 @pytest.fixture(scope="module")
