@@ -1,4 +1,4 @@
-"""The training loop, read top to bottom in `train`.
+"""The training loop, read top to bottom in `train`: what is between two steps, a step, what is decided after it.
 
 One step is one global batch, whatever the number of ranks. Every rank computes; rank 0 writes. run.py prepares what the loop
 works on, step.py computes a step, report.py logs. The process around it is train.py's matter.
@@ -23,7 +23,7 @@ from lmdist.training.distributed import World
 from lmdist.training.measuring import evaluate
 from lmdist.training.metrics import NatsTotal
 from lmdist.training.optimizer import optimizer_state, set_momentum
-from lmdist.training.report import mark_finished, report_on
+from lmdist.training.report import Report, mark_finished, report_on
 from lmdist.training.run import Run, set_up
 from lmdist.training.schedule import Position, learning_rate, momentum
 
@@ -35,33 +35,13 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     asked, recipe = recipe, run.recipe  # the second has the precision that was chosen
     progress, training_step = run.progress, run.training_step
     saver = Saver(run.path / CHECKPOINTS, config.as_dict(recipe), run.folder, recipe.checkpoint.keep)
-    nats, last_save = NatsTotal(world, progress.nats, progress.counted), time.monotonic()
+    nats = NatsTotal(world, progress.nats, progress.counted)
     saving = stopping = False
     stop.deferred = True  # from here on a request to stop waits for the end of a step
 
     with report_on(run, stop) as report, saver:
         while True:
-            # Between two steps: validate, unless the validation is in the checkpoint already; save; leave.
-            if run.validation_due and progress.valid_nats is None and not stopping:
-                assert run.validation is not None
-                valid = evaluate(run.averaging.model, run.validation, recipe.data.valid_batch, recipe.data.window, world, stop)
-                stopping = world.any(stop.requested)  # which has cut the validation short
-                if not stopping:
-                    run.add_validation(check_finite(valid.mean(), "validation loss", progress.step))
-                    report.validation()
-                saving = True
-            if saving:
-                world.wait_for_all()  # rank 0 has sampled meanwhile
-                progress.loss_scale = training_step.scaler.state_dict()
-                progress.elapsed_seconds = time.perf_counter() - run.began
-                streams = tuple(world.gather(part) for part in training_step.state)  # parts (G, S)
-                check_savable(run, streams)
-                if world.is_main:
-                    run.folder.check_unchanged()
-                    averaged = run.averaging.averaged
-                    saver.save(take_snapshot(progress, run.model, training_step.optimizer, streams, averaged))
-                world.wait_for_all()  # and may have waited for the checkpoint before to be written
-                last_save = time.monotonic()
+            stopping = between_steps(run, report, saver, stop, saving=saving, stopping=stopping)
             if stopping or run.finished:
                 break
 
@@ -80,10 +60,8 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             report.show_progress(start)
 
             # Decide at the same step on every rank: stop, log, save. Only reading the loss waits for a GPU.
-            overdue = 0 < recipe.checkpoint.every_minutes <= (time.monotonic() - last_save) / 60
-            if overdue:
-                last_save = time.monotonic()  # to ask once is enough: the answer comes after the next step
-            stopping, overdue = world.any_delayed(stop.requested, overdue and world.is_main)  # rank 0's clock decides
+            overdue = world.is_main and saver.is_overdue(recipe.checkpoint.every_minutes)  # rank 0's clock decides
+            stopping, overdue = world.any_delayed(stop.requested, overdue)
             logging = run.finished or run.validation_due or is_multiple(progress.step, recipe.training.log_every)
             saving = run.finished or stopping or overdue or is_multiple(progress.step, recipe.checkpoint.every_steps)
             if saving or logging:
@@ -93,7 +71,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                 report.plan()
             if saving or logging:
                 loss = check_finite(progress.nats / progress.counted, "training loss", progress.step)
-                if recipe.training.precision != "fp16":  # there the scaler skips steps whose gradients overflow
+                if not training_step.scaler.is_enabled():  # it skips steps whose gradients overflow
                     check_finite(norm.item(), "norm of the gradient", progress.step)
                 if logging:
                     report.training(loss, norm.item(), rate)
@@ -111,6 +89,35 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
     # After all is written: a rank that is lost and restarted earlier would have no peers.
     if world.close(interrupted=interrupted):
         raise Stopped("stopped on request in the last sample; the run is saved, and --resume auto samples anew")
+
+
+def between_steps(run: Run, report: Report, saver: Saver, stop: StopRequest, *, saving: bool, stopping: bool) -> bool:
+    """Validate where that is due, unless the checkpoint has it already; save; return whether to stop.
+
+    A collective call in which the ranks wait for each other longer than in a step: some read more of a validation, rank 0
+    samples and writes.
+    """
+    recipe, world, progress = run.recipe, run.world, run.progress
+    if run.validation_due and progress.valid_nats is None and not stopping:
+        assert run.validation is not None
+        valid = evaluate(run.averaging.model, run.validation, recipe.data.valid_batch, recipe.data.window, world, stop)
+        stopping = world.any(stop.requested)  # which has cut the validation short
+        if not stopping:
+            run.add_validation(check_finite(valid.mean(), "validation loss", progress.step))
+            report.validation()
+        saving = True
+    if saving:
+        world.wait_for_all()  # rank 0 has sampled meanwhile
+        progress.loss_scale = run.training_step.scaler.state_dict()
+        progress.elapsed_seconds = time.perf_counter() - run.began
+        streams = tuple(world.gather(part) for part in run.training_step.state)  # parts (G, S)
+        check_savable(run, streams)
+        if world.is_main:
+            run.folder.check_unchanged()
+            averaged = run.averaging.averaged
+            saver.save(take_snapshot(progress, run.model, run.training_step.optimizer, streams, averaged))
+        world.wait_for_all()  # and may have waited for the checkpoint before to be written
+    return stopping
 
 
 def is_multiple(step: int, every: int) -> bool:

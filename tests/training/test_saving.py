@@ -200,6 +200,12 @@ def test_a_write_that_has_failed_does_not_replace_the_error_that_ends_the_traini
         raise UsageError("the training has diverged")
 
 
+def test_a_checkpoint_is_overdue_once_after_so_many_minutes(state, tmp_path):
+    saver = Saver(tmp_path / "checkpoints", {}, DataFolder(state[0]), keep=2)
+    saver.asked -= 61
+    assert [saver.is_overdue(minutes) for minutes in (0, 2, 1, 1)] == [False, False, True, False]
+
+
 def test_a_link_in_the_place_of_a_checkpoint_is_no_full_disk(state, tmp_path):
     data, model, optimizer, streams, recipe = state
     saver = Saver(tmp_path / "checkpoints", recipe, DataFolder(data), keep=2)

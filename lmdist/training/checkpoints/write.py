@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -131,6 +132,7 @@ class Saver:
         self.keep = keep
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
+        self.asked = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -142,8 +144,16 @@ class Saver:
     def save(self, snapshot: Snapshot) -> None:
         """Start to write; wait first for the snapshot before, if that is still being written."""
         self.wait()
+        self.asked = time.monotonic()
         self.thread = threading.Thread(target=self.write, args=(snapshot,), name="checkpoint")
         self.thread.start()
+
+    def is_overdue(self, minutes: float) -> bool:
+        """Return whether so many minutes have passed since the last save, or since this was true: to ask once is enough."""
+        if not 0 < minutes <= (time.monotonic() - self.asked) / 60:
+            return False
+        self.asked = time.monotonic()
+        return True
 
     def write(self, snapshot: Snapshot) -> None:
         """Write and remove old checkpoints, in the thread; a failure is a warning, because older checkpoints remain."""
