@@ -470,8 +470,8 @@ class TrainingSettings:
     patience: Annotated[int, at_least(0)] = 0
     """End the run after so many validations without a better one; 0 trains to the last step."""
     timeout_seconds: Annotated[float, between(0.1, 10_000_000)] = 120.0
-    """Time that a rank waits in a step for the others before it takes them for dead and exits with code 75. Between steps, where
-    one may still validate, sample or write, at least 30 minutes; a rank that dies is noticed at once."""
+    """Time that a rank waits in a step for the others before it takes them for dead and exits with code 75. Between steps,
+    where one may still validate, sample or write, it is at least 30 minutes; a rank that dies is noticed at once."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "training")
