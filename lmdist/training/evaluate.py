@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.json:
             sys.stdout.write(json.dumps(json_numbers(result)) + "\n")
         else:
-            sys.stdout.write(table({key.replace("_", " "): printed(value) for key, value in result.items()}, width=22))
+            shown_once = {key.replace("_", " "): printed(value) for key, value in result.items() if key != "words"}
+            sys.stdout.write(table(shown_once, width=22))
         sys.stdout.flush()
         if checkpoint and meta:
             add_to_run(arguments, result, checkpoint, meta)
@@ -245,7 +246,8 @@ def result_of(
         **per_word_and_byte(nats * len(texts.tokens), texts.size),
         **figures,
         **texts.figures,
-        "words": len(texts.tokens),
+        "tokens": len(texts.tokens),
+        "words": len(texts.tokens),  # the name of before: with pieces they are none
         **(texts.size.as_figures() if texts.size else {}),
         "unknown_rate": float(num_unknown / len(texts.tokens)),
         "vocabulary": vocabulary_size,
@@ -268,7 +270,7 @@ def add_to_run(arguments: argparse.Namespace, result: dict[str, Any], checkpoint
         size = TextSize.read(meta["splits"]["test"])
         # A figure of many streams is a little worse than the exact one of a single stream: the row says which it is.
         figures = {"perplexity": static, "unknown_rate": result["unknown_rate"], "streams": arguments.streams, **cached}
-        figures |= per_word_and_byte(math.log(static) * result["words"], size)
+        figures |= per_word_and_byte(math.log(static) * result["tokens"], size)
         add_figures(run, manifest["progress"]["step"], figures, COMMAND)
 
 
