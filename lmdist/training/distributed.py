@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lmdist.errors import UsageError
 
 LONG_TIMEOUT = timedelta(minutes=30)
-"""At the start rank 0 may have a large model to read, at the end a large checkpoint and a long sample to write. A rank that
-dies meanwhile is noticed at once."""
+"""Between steps, where ranks wait longer than in one: some read more of a validation than others, rank 0 has a large model to
+read, samples and checkpoints to write. A rank that dies meanwhile is noticed at once."""
 
 CUBLAS_WORKSPACES = ":4096:8"
 """Eight buffers of 4,096 KiB, NVIDIA's setting for results that repeat; together as much as torch gives cuBLAS on an H100."""
@@ -37,7 +37,7 @@ class World:
     size: int
     device: torch.device
     patient_group: dist.ProcessGroup | None = field(default=None, repr=False)
-    """The same ranks with the timeout LONG_TIMEOUT."""
+    """The same ranks with the timeout LONG_TIMEOUT, or their own where that is longer."""
     pending: tuple[dist.Work, Tensor] | None = field(default=None, repr=False)
     """The all-reduce that `any_delayed` has started, and its tensor."""
 
@@ -86,8 +86,12 @@ class World:
         return tensor.tolist()
 
     def any(self, value: bool) -> bool:
-        """Return whether `value` is true on some rank."""
-        return self.sum([float(value)])[0] > 0
+        """Return whether `value` is true on some rank, which is waited for as in `wait_for_all`."""
+        if self.size == 1:
+            return value
+        count = torch.tensor([float(value)])
+        dist.all_reduce(count, group=self.patient_group)
+        return bool(count.item())
 
     def any_delayed(self, value: bool) -> bool:
         """Return whether the `value` of the previous call was true on some rank: the same on all ranks, without a wait.
@@ -120,7 +124,7 @@ class World:
         return texts[0]
 
     def wait_for_all(self) -> None:
-        """Wait until all ranks have come this far: longer than in a step, for rank 0 may have gigabytes to read."""
+        """Wait until all ranks have come this far: longer than in a step, for one may have gigabytes to read or to write."""
         if self.size > 1:
             dist.barrier(group=self.patient_group)
 
@@ -136,10 +140,9 @@ class World:
             return interrupted
         if self.pending:
             self.pending[0].wait()
-        count = torch.tensor([float(interrupted)])
-        dist.all_reduce(count, group=self.patient_group)
+        interrupted = self.any(interrupted)
         dist.destroy_process_group()
-        return bool(count.item())
+        return interrupted
 
 
 class RowAverage:
@@ -233,11 +236,12 @@ def join_job(device: str, global_batch: int, accumulation: int, timeout_seconds:
     patient_group = None
     if size > 1:
         # gloo beside NCCL: flags and figures of the job are in the CPU's memory, and wait for no GPU.
+        timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timeout,
             device_id=own_device if own_device.type == "cuda" else None,
         )
-        patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        patient_group = dist.new_group(backend="gloo", timeout=max(timeout, LONG_TIMEOUT))
         assert isinstance(patient_group, dist.ProcessGroup), patient_group  # a number on ranks outside it: none is
     return World(rank, size, own_device, patient_group)

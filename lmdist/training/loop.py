@@ -52,6 +52,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                     report.validation()
                 saving = True
             if saving:
+                world.wait_for_all()  # rank 0 has sampled meanwhile
                 progress.loss_scale = training_step.scaler.state_dict()
                 progress.elapsed_seconds = time.perf_counter() - run.began
                 streams = tuple(world.gather(part) for part in training_step.state)  # parts (G, S)
@@ -60,6 +61,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
                     run.folder.check_unchanged()
                     averaged = run.averaging.averaged
                     saver.save(take_snapshot(progress, run.model, training_step.optimizer, streams, averaged))
+                world.wait_for_all()  # and may have waited for the checkpoint before to be written
                 last_save = time.monotonic()
             if stopping or run.finished:
                 break

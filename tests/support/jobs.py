@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -74,12 +74,18 @@ def torchrun(ranks: int, *flags: str, cwd: Path) -> None:
 
 
 def train(
-    ranks: int, *flags: str, cwd: Path, code: int = 0, codes: Sequence[int] = (), beside: int | None = None
+    ranks: int,
+    *flags: str,
+    cwd: Path,
+    code: int = 0,
+    codes: Sequence[int] = (),
+    beside: int | None = None,
+    before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a job to its end by forks, and check the exit code of each rank: `code`, or each its own of `codes`."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        started = start(ranks, *flags, cwd=cwd, outputs=outputs, beside=beside)
+        started = start(ranks, *flags, cwd=cwd, outputs=outputs, beside=beside, before=before)
         for process in started:
             process.join()
         stdout, stderr = (path.read_text() for path in outputs)
@@ -87,10 +93,17 @@ def train(
     return subprocess.CompletedProcess(flags, code, stdout, stderr)
 
 
-def start(ranks: int, *flags: str, cwd: Path, outputs: list[Path], beside: int | None = None) -> list[ForkServerProcess]:
+def start(
+    ranks: int,
+    *flags: str,
+    cwd: Path,
+    outputs: list[Path],
+    beside: int | None = None,
+    before: Callable[[], None] | None = None,
+) -> list[ForkServerProcess]:
     """Start the ranks of a job, which write stdout and stderr to two files; `{rank}` in a flag becomes each rank's number.
 
-    `beside` is a process whose file systems they see.
+    `beside` is a process whose file systems they see; `before` is called in each of them first.
     """
     variables = environment()
     if ranks > 1:  # as torchrun sets them
@@ -100,7 +113,7 @@ def start(ranks: int, *flags: str, cwd: Path, outputs: list[Path], beside: int |
     for number in range(ranks):
         own = variables | ({"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {})
         own_flags = tuple(flag.replace("{rank}", str(number)) for flag in flags)
-        started.append(FORKS.Process(target=run_rank, args=(own_flags, cwd, outputs, own, beside), daemon=True))
+        started.append(FORKS.Process(target=run_rank, args=(own_flags, cwd, outputs, own, beside, before), daemon=True))
         started[-1].start()
     server: Any = forkserver._forkserver  # which has no public name
     assert "libtorch" in Path(f"/proc/{server._forkserver_pid}/maps").read_text(), "each rank imports torch anew"
@@ -117,7 +130,14 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def run_rank(flags: tuple[str, ...], cwd: Path, outputs: list[Path], variables: Mapping[str, str], beside: int | None) -> None:
+def run_rank(
+    flags: tuple[str, ...],
+    cwd: Path,
+    outputs: list[Path],
+    variables: Mapping[str, str],
+    beside: int | None,
+    before: Callable[[], None] | None,
+) -> None:
     """Run a rank in its own process."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
@@ -129,6 +149,8 @@ def run_rank(flags: tuple[str, ...], cwd: Path, outputs: list[Path], variables: 
     os.environ.clear()
     os.environ.update(variables)
     torch.set_num_threads(1)  # torch has read the variable already
+    if before is not None:
+        before()
     training.main(flags)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,9 +15,11 @@ from corpora import chain, write_data_folder
 from lmdist import config
 from lmdist.model.language_model import LanguageModel
 from lmdist.storage.held import HeldFolder
+from lmdist.training import loop, report
+from lmdist.training.checkpoints import write
 from lmdist.training.checkpoints.read import read_tensors
 from lmdist.training.data import DataFolder, training_batches
-from support.jobs import SMALL, losses, train
+from support.jobs import SMALL, losses, small_data, train
 
 VOCABULARY_SIZE = 500
 EMBEDDING_SIZE = 16
@@ -108,3 +113,34 @@ def test_whether_a_run_is_resumed_is_for_rank_0_to_say(data, tmp_path):
     assert "--resume auto continues it" in done.stderr
     train(2, "--config=restarts/{rank}.toml", *flags, "--training.steps=6", cwd=tmp_path)
     assert len(losses(tmp_path / "run")) == 6
+
+
+TIMEOUT_SECONDS = 2
+
+
+def delay(module: ModuleType, name: str) -> None:
+    """Have a function take longer than one rank waits for another in a step."""
+    function = getattr(module, name)
+
+    def delayed(*values, **options):
+        time.sleep(TIMEOUT_SECONDS + 1)
+        return function(*values, **options)
+
+    setattr(module, name, delayed)
+
+
+def delay_what_one_rank_does_alone() -> None:
+    if os.environ["RANK"] == "1":
+        delay(loop, "evaluate")  # its streams of the validation
+    else:
+        delay(report, "sample")
+        delay(write, "write_checkpoint")  # for which the next save waits
+
+
+@pytest.mark.slow
+def test_what_one_rank_does_between_steps_may_take_longer_than_the_timeout_of_a_step(tmp_path):
+    small_data(tmp_path / "data")
+    flags = [*SMALL, "--data.folder=data", "--run_folder=run", "--training.steps=3", "--checkpoint.every_steps=1"]
+    flags += [f"--training.timeout_seconds={TIMEOUT_SECONDS}", "--sample.final_words=0"]
+    train(2, *flags, cwd=tmp_path, before=delay_what_one_rank_does_alone)
+    assert len(losses(tmp_path / "run", "valid/loss")) == 1
