@@ -87,7 +87,7 @@ def measure(
     try:
         all_in_turns(systems, arguments.turn)
     finally:
-        done = [system for system in systems if system.ended]
+        done = [system for system in systems if system.ended and system.curve()]
         rows += ablation_rows(f"{name} valid", done, steps, text_facts(data, "valid"))
 
 

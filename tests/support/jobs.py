@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -106,14 +108,26 @@ def start(
     variables = environment()
     if ranks > 1:  # as torchrun sets them
         variables |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    FORKS.set_forkserver_preload(["support.shortcuts"])  # at each start: lmdist-prepare sets its own, and then none
+    start_server()
     started = []
     for number in range(ranks):
         own = variables | ({"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {})
         own_flags = tuple(flag.replace("{rank}", str(number)) for flag in flags)
         started.append(FORKS.Process(target=run_rank, args=(own_flags, cwd, outputs, own, beside, before), daemon=True))
         started[-1].start()
+    server: Any = forkserver._forkserver  # which has no public name
+    assert "libtorch" in Path(f"/proc/{server._forkserver_pid}/maps").read_text(), "each rank imports torch anew"
     return started
+
+
+def start_server() -> None:
+    """Start the process that imports torch and is forked for each rank, if it does not run: lmdist-prepare ends it.
+
+    Before 3.12.8 Python does not give it this process's `sys.path`, and then it passes over what it cannot import.
+    """
+    FORKS.set_forkserver_preload(["support.shortcuts"])
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
 
 
 def run_rank(
