@@ -1,4 +1,4 @@
-"""The training loop, read top to bottom in `train`: what is between two steps, a step, what is decided after it.
+"""The training loop, read top to bottom in `train`.
 
 One step is one global batch, whatever the number of ranks. Every rank computes; rank 0 writes. run.py prepares what the loop
 works on, step.py computes a step, report.py logs. The process around it is train.py's matter.
