@@ -47,7 +47,7 @@ def description(sources: Sources, settings: PrepareSettings, base: GivenVocabula
     tokenizer = base.tokenizer.as_json() if base and base.tokenizer else ""
     value = {
         "format": "lmdist shard",
-        "version": 4,
+        "version": 5,  # also where a row is found at another position, by which it belongs to a shard
         "seed": settings.seed,
         "text settings": settings.text.stored(),
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else "learned from the text",

@@ -3,13 +3,14 @@
     write_token_files(folder, corpus, corpus.split(0.05, 0.05), len(vocabulary), run)       # calls encode(shard, ...) for each
 
 Each part has its place in the files, so the shards are encoded in any order, and the bytes are those of one process. Memory
-holds the words of a shard and blocks of a fixed size. This module does not know who runs the functions.
+holds the vocabulary, the words of a shard and blocks of a fixed size. This module does not know who runs the functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from itertools import repeat
 from pathlib import Path
 
@@ -56,12 +57,21 @@ def write_token_files(
                 in_split = splits[of_shard] == SPLITS.index(split)
                 sizes[split] += int((lengths[of_shard] + 1)[in_split].sum())
 
-    for unknown in run(encode, tasks()):
-        for split, number in unknown.items():
-            facts[split]["unknown_tokens"] += number
+    try:
+        for unknown in run(encode, tasks()):
+            for split, number in unknown.items():
+                facts[split]["unknown_tokens"] += number
+    finally:
+        ids_in.cache_clear()  # that of this process; a worker's ends with it
     for found in facts.values():
         found["unknown_rate"] = found["unknown_tokens"] / max(1, found["tokens"])
     return facts
+
+
+@cache
+def ids_in(folder: Path) -> dict[str, int]:
+    """Return the ids of a folder's vocabulary, which a process loads once, and not for each shard."""
+    return Vocabulary.load(folder / VOCABULARY).ids
 
 
 def encode(shard: Path, folder: Path, dtype: Dtype, splits: np.ndarray, begins: dict[str, int]) -> dict[str, int]:
@@ -71,8 +81,7 @@ def encode(shard: Path, folder: Path, dtype: Dtype, splits: np.ndarray, begins: 
     """
     stored = np.dtype(dtype).newbyteorder("<")
     words = words_of_shard(shard)
-    known = Vocabulary.load(folder / VOCABULARY).ids
-    final_ids = np.fromiter(map(known.get, words, repeat(UNKNOWN_ID)), stored, len(words))
+    final_ids = np.fromiter(map(ids_in(folder).get, words, repeat(UNKNOWN_ID)), stored, len(words))
     unknown = dict.fromkeys(begins, 0)
     with ExitStack() as stack:
         files = {split: stack.enter_context((folder / token_file(split)).open("r+b")) for split in begins}
