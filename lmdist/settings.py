@@ -378,8 +378,8 @@ class OptimizerSettings:
     """The highest learning rate; the schedule says when."""
     momentum: Annotated[float, at_least(0)] = 0.0
     """sgd: momentum."""
-    weight_decay: Annotated[float, at_least(0)] = 0.01
-    """Weight decay; decoupled from the gradient with adamw and nadam."""
+    weight_decay: Annotated[float, at_least(0)] = 0.1
+    """Weight decay, decoupled from the gradient with adamw and nadam; sgd and adam, which add it to the gradient, want 1e-3 or less."""
     clip: Annotated[float, at_least(0)] = 0.5
     """Largest norm of the gradient of a step; 0 does not clip."""
     activation_penalty: Annotated[float, at_least(0)] = 0.0

@@ -31,6 +31,8 @@ class Row(NamedTuple):
     """Names of the tensors it keeps for each parameter, of the parameter's shape."""
     scalars: tuple[str, ...]
     """Names of the single numbers it keeps for each parameter."""
+    decoupled: bool
+    """Whether the weight decay is apart from the gradient (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
 
 OPTIMIZERS: dict[str, Row] = {
@@ -44,16 +46,19 @@ OPTIMIZERS: dict[str, Row] = {
         ),
         tensors=("momentum_buffer",),  # none at all without momentum
         scalars=(),
+        decoupled=False,
     ),
     "adam": Row(
         lambda groups, settings: Adam(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
+        decoupled=False,
     ),
     "adamw": Row(
         lambda groups, settings: AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
+        decoupled=True,
     ),
     "nadam": Row(
         lambda groups, settings: NAdam(
@@ -61,6 +66,7 @@ OPTIMIZERS: dict[str, Row] = {
         ),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step", "mu_product"),
+        decoupled=True,
     ),
 }
 
