@@ -379,7 +379,7 @@ class OptimizerSettings:
     momentum: Annotated[float, at_least(0)] = 0.0
     """sgd: momentum."""
     weight_decay: Annotated[float, at_least(0)] = 0.1
-    """Weight decay, decoupled from the gradient with adamw and nadam; sgd and adam, which add it to the gradient, want 1e-3 or less."""
+    """Weight decay, times the learning rate with adamw and nadam; sgd and adam add it to the gradient and want 1e-3 or less."""
     clip: Annotated[float, at_least(0)] = 0.5
     """Largest norm of the gradient of a step; 0 does not clip."""
     activation_penalty: Annotated[float, at_least(0)] = 0.0

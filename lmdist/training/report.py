@@ -129,7 +129,7 @@ def announcement(run: Run) -> list[str]:
         lines.append("  hint   --model.head adaptive --model.tied false trains several times as fast at this vocabulary size")
     if not OPTIMIZERS[recipe.optimizer.name].decoupled and recipe.optimizer.weight_decay > MOST_COUPLED_DECAY:
         lines.append(
-            f"  hint   {recipe.optimizer.name} adds optimizer.weight_decay {recipe.optimizer.weight_decay:g} to the gradient, which is "
+            f"  hint   {recipe.optimizer.name} adds optimizer.weight_decay {recipe.optimizer.weight_decay:g} to the gradient, "
             f"too much for most models: --optimizer.weight_decay 0, or up to {MOST_COUPLED_DECAY:g}"
         )
     return [*lines, *run.hints]
