@@ -63,6 +63,8 @@ def main() -> None:
             value, state = train(trial, run, flags)
             study.tell(trial, value, state)
             add_to_mlflow(study, run)
+        if not study.get_trials(states=(TrialState.COMPLETE,)):
+            raise DataError(f"none of {len(study.trials)} trials was trained to its end, so none is best: give more --trials")
         best = study.best_trial
     settings = " ".join(f"--{name} {value}" for name, value in best.params.items())
     print(f"best: trial {best.number}, valid perplexity {best.value:.2f}: {settings}")

@@ -14,8 +14,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def test_the_readme_has_the_committed_figures():
+    before = (ROOT / "README.md").stat().st_mtime_ns
     done = subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (ROOT / "README.md").stat().st_mtime_ns == before, "--check has written the page"
 
 
 def anchors(page: Path) -> set[str]:

@@ -23,7 +23,7 @@ from lmdist.text.where import Condition
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-CHUNK_CHARACTERS = 1 << 18
+CHUNK_CHARACTERS = 1 << 17
 """Of a DataFrame: more hardly make it faster, and the progress is that of chunks."""
 
 

@@ -164,8 +164,8 @@ def number_of_shards(text: str) -> int:
     return int(text)
 
 
-def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSettings:
-    """Return the settings: defaults < [prepare] of a recipe < flags.
+def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> tuple[PrepareSettings, Mapping[str, Any]]:
+    """Return the settings, defaults < [prepare] of a recipe < flags, and those that were given by hand.
 
     Flags that name inputs replace the splits of the recipe, and the other way round. A min_count that was given contradicts
     unknown = file; the default does not.
@@ -184,13 +184,13 @@ def resolve(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> PrepareSetti
         raise UsageError("min_count is of new words, and vocabulary takes none without extend: give extend as well")
     settings = PrepareSettings(**values)
     settings.check_min_count(flags if "tokenizer" in flags else given)  # a recipe's own min_count is of its own tokenizer
-    return settings
+    return settings, given
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a data folder, or a shard of one."""
     with exit_on_error(COMMAND):
-        from lmdist.config import by_hand, read_section
+        from lmdist.config import read_section
 
         flags = vars(parser().parse_args(argv))
         output, overwrite, recipe = (flags.pop(name) for name in ("output", "overwrite", "recipe"))
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not flags.get("inputs"):
             flags.pop("inputs", None)
         of_recipe = read_section(recipe, "prepare", PrepareSettings) if recipe is not None else {}
-        settings, given = resolve(of_recipe, flags), {**by_hand(of_recipe), **flags}
+        settings, given = resolve(of_recipe, flags)
         if shard or merge or scheduler:
             from lmdist.text import machines
 

@@ -168,6 +168,15 @@ def test_a_model_whose_logits_are_not_finite_is_rejected(tmp_path: Path) -> None
         verify.check_values(Sampler(dataclasses.replace(bundle, sizes=write_graphs(model, bundle.folder, "small"))), model)
 
 
+def test_a_model_whose_perplexity_is_not_finite_is_rejected(tmp_path: Path) -> None:
+    bundle, model = bare(SINGLE, tmp_path), make_model(SINGLE, VOCABULARY_SIZE)
+    with torch.no_grad():
+        model.get_parameter("projection.bias")[0] = 2000.0  # nats of each token but the first, finite
+    sampler = Sampler(dataclasses.replace(bundle, sizes=write_graphs(model, bundle.folder, "small")))
+    with pytest.raises(DataError, match="the perplexity of the model on the valid split is not finite"):
+        verify.check_perplexity(sampler, model, "valid", np.full(40, 5), 0.0)
+
+
 def test_perplexity_is_that_of_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(TIED, VOCABULARY_SIZE)
     monkeypatch.setattr(verify, "HELD_OUT_STREAMS", 1)

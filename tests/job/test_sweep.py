@@ -104,6 +104,13 @@ def test_a_mistake_in_the_flags_ends_the_sweep_with_its_code_and_the_trial_is_le
     assert [trial.state.name for trial in trials(tmp_path)] == ["RUNNING"]
 
 
+def test_a_sweep_of_which_no_trial_is_completed_says_so(tmp_path):
+    done = sweep(tmp_path, "--trials=1", path=fake(tmp_path, "validation(90.0)\nsys.exit(64)"))
+    assert done.returncode == 65, done.stderr
+    assert "sweep.py: error: none of 1 trials was trained to its end" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_data_without_a_valid_split_are_an_error_of_the_data(tmp_path):
     done = sweep(tmp_path, "--trials=2", path=fake(tmp_path, "pass"))
     assert done.returncode == 65

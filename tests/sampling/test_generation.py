@@ -19,7 +19,7 @@ from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling import generation
-from lmdist_export.sampling.beam_search import beam_search
+from lmdist_export.sampling.beam_search import beam_search, highest_score
 from lmdist_export.sampling.generation import Generation, Text, append, banned_tokens, continuations, forks, log_probabilities
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.sampling.stops import Stops
@@ -287,6 +287,15 @@ def test_a_search_wide_enough_finds_the_best_texts(sampler: Sampler, length_pena
     found = beam_search(sampler, [3, 5], config, n=6)
     assert [tuple(text.tokens) for text in found] == [words for _, words in expected]
     assert [text.number for text in found] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("best", "bias", "penalty", "expected"),
+    [(-6.0, 0.0, 1.0, -0.3), (-6.0, 0.0, -1.0, -12.0), (1.0, 0.5, 1.0, 5.0), (1.0, 0.5, -1.0, 200.0), (-6.0, -3.0, 0.0, -6.0)],
+)
+def test_a_positive_bias_may_still_raise_a_score(best: float, bias: float, penalty: float, expected: float) -> None:
+    config = GenerationConfig(max_new_tokens=20, num_beams=2, length_penalty=penalty)
+    assert highest_score(best, 2, config, np.array([bias, -np.inf], np.float32)) == pytest.approx(expected)
 
 
 def test_a_search_of_one_beam_without_an_end_is_greedy(sampler: Sampler) -> None:

@@ -250,7 +250,7 @@ def test_the_first_rows_of_all_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.csv.gz"])
 def test_progress_is_the_bytes_on_the_disk(tmp_path, name):
-    rows = [json.dumps({"content": os.urandom(500).hex()}) if "json" in name else os.urandom(500).hex() for _ in range(1000)]
+    rows = [json.dumps({"content": os.urandom(500).hex()}) if "json" in name else os.urandom(500).hex() for _ in range(2000)]
     data = "\n\n".join(["content", *rows] if "csv" in name else rows).encode()
     path = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
     documents = Documents([path, write(tmp_path / "b.csv", "content\none\n")])

@@ -470,7 +470,7 @@ def test_a_min_count_beside_pieces_is_refused_wherever_it_is_given(tmp_path: Pat
         prepare_frames(frame, tmp_path / "data", tokenizer="bpe", min_count=7)
     with pytest.raises(UsageError, match="min_count creates unknown words, and pieces have none"):
         command.resolve({"inputs": ["a.txt"], "tokenizer": "bpe", "min_count": 3}, {})
-    assert command.resolve({"inputs": ["a.txt"], "min_count": 3}, {"tokenizer": "bpe"}).tokenizer == "bpe"
+    assert command.resolve({"inputs": ["a.txt"], "min_count": 3}, {"tokenizer": "bpe"})[0].tokenizer == "bpe"
 
 
 def test_runs_of_spaces_that_a_file_adds_are_spaces(tmp_path: Path) -> None:

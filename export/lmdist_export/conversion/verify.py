@@ -97,6 +97,10 @@ def check_perplexity(
         agreed += int((found.argmax(axis=2) == expected.argmax(axis=2))[mask].sum())
         largest = max(largest, float(np.abs(found - expected)[mask].max()))
     by_us, by_torch = perplexity(our_nats / len(tokens)), perplexity(their_nats / len(tokens))
+    if not math.isfinite(by_torch):
+        raise DataError(
+            f"the perplexity of the model on the {split} split is not finite: its weights are too large for a trained model"
+        )
     precision = sampler.sizes.precision
     tolerance = TOLERANCES.get(precision, math.inf)
     max_error("perplexity on held-out text", np.array([by_us]), np.array([by_torch]), tolerance)

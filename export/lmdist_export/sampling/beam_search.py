@@ -88,9 +88,7 @@ def beam_search_steps(
         ended = sorted(ended, key=lambda found: -found[0])[: config.num_beams]
         beams = [beams[row].extended(token, place) for row, token, place, _ in kept]
         scores = np.array([score for *_, score in kept])
-        # A log-probability only falls: however a text continues, its score is at most the present one over this length.
-        longest = config.max_new_tokens if config.length_penalty > 0 else length
-        if not kept or (len(ended) == config.num_beams and ended[-1][0] >= scores[0] / longest**config.length_penalty):
+        if not kept or (len(ended) == config.num_beams and ended[-1][0] >= highest_score(scores[0], length, config, bias)):
             break
         if length < config.max_new_tokens:
             yield
@@ -106,6 +104,16 @@ def beam_search_steps(
     for number, text in enumerate(found):
         text.number = number
     return found
+
+
+def highest_score(best: float, length: int, config: GenerationConfig, bias: NDArray[np.float32]) -> float:
+    """Return a bound of the scores of all texts that continue one of `length` tokens whose sum, of these and `bias`, is `best`.
+
+    A log-probability only lowers the sum, and a token raises it by its bias at most. The quotient of the highest sum and a
+    power of the length is highest at one of the two ends.
+    """
+    highest = best + max(0.0, float(bias.max())) * (config.max_new_tokens - length)
+    return max(highest / end**config.length_penalty for end in (length, config.max_new_tokens))
 
 
 def best_first(total: NDArray[np.float64], few: int) -> Iterator[int]:
