@@ -271,6 +271,9 @@ class DataSettings:
     """Batch size of a step over all ranks; the number of ranks must divide it, and changes no result."""
     window: Annotated[int, between(1, 1_000_000)] = 35
     """Sequence length of a step in tokens. streams predicts all of them, windows all but the first."""
+    window_spread: Annotated[int, between(0, 1_000_000)] = 0
+    """streams: a third of the steps have window - window_spread tokens and a third window + window_spread, in an order that is
+    shuffled anew in each epoch, and the learning rate of a step is in proportion; 0: all have the same."""
     stride: Annotated[int, at_least(0)] = 0
     """windows: tokens from the start of one window to the next; 0 is window - 1, so that each token is predicted once."""
     valid_batch: Annotated[int, between(1, 1_000_000)] = 10
@@ -281,6 +284,10 @@ class DataSettings:
         check_name("data.folder", self.folder)
         if self.batching == "windows" and self.window < 2:
             raise UsageError("data.window is 1; windows need at least 2 tokens, of which the first is not predicted")
+        if self.window_spread and self.batching == "windows":
+            raise UsageError("data.window_spread is of streams, and data.batching is windows: leave one out")
+        if self.window_spread >= self.window:
+            raise UsageError(f"data.window_spread is {self.window_spread}; it must be below data.window, {self.window}")
 
     @property
     def sequence_length(self) -> int:

@@ -12,6 +12,8 @@ batch to batch. Each token is predicted once per epoch, the first one of the fil
     stream 2  k l m n | o p
               batch 0 | batch 1
 
+With a `spread` the windows of streams have three lengths, in an order of its own in each epoch.
+
 windows (window = 4, stride = 3): independent windows of `window` tokens every `stride` tokens, each from a zero state. The
 first `window - 1` tokens of one are read, the last `window - 1` are predicted. Shuffled anew in each epoch.
 
@@ -57,6 +59,8 @@ class Batch(NamedTuple):
     """Tokens predicted in the global batch."""
     state_reset: bool
     """Whether the state before this batch is zero."""
+    rate_share: float = 1.0
+    """The learning rate of its step, relative to that of the schedule."""
 
     def tensors_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return inputs and targets on a device; copies to a GPU run while it still computes the previous batch."""
@@ -149,23 +153,48 @@ def folder_of_model(manifest: dict[str, Any], given: Path | None, otherwise: str
 
 
 class Streams:
-    """Global batches of G contiguous streams whose state is carried on."""
+    """Global batches of G contiguous streams whose state is carried on.
 
-    def __init__(self, tokens: Tokens | np.ndarray, global_batch: int, window: int) -> None:
+    With a `spread` their windows have the lengths window, window - spread and window + spread, equally often, in an order of
+    its own in each epoch, so that the text is cut in other places. Merity et al. 2018 (arXiv:1708.02182) draw each length, and
+    scale the rate in the same way.
+    """
+
+    def __init__(self, tokens: Tokens | np.ndarray, global_batch: int, window: int, spread: int = 0, seed: int = 0) -> None:
         self.tokens = tokens
         self.window = window
+        self.spread = spread
+        self.seed = seed
         # Stream g is tokens[bounds[g]:bounds[g + 1]]; the lengths differ by one at most.
         self.bounds = np.arange(global_batch + 1) * len(tokens) // global_batch
         self.longest = int(np.diff(self.bounds).max())
-        self.steps_per_epoch = -(-self.longest // window)
+        rounds, rest = divmod(self.longest, 3 * window)
+        # Of the last round, which may not be whole, as many windows as it takes; the last of them may be shorter.
+        self.lengths = (window, window - spread, window + spread)
+        self.steps_per_epoch = 3 * rounds + sum(rest > start for start in (0, window, 2 * window - spread))
+        self.epoch_cuts = -1, np.empty(0, np.int64)
+        """An epoch, and where its windows begin in a stream, and the last one ends, (N + 1)."""
 
     def batch(self, step: int, part: slice) -> Batch:
         """Return the sequences `part` of global batch number `step`."""
-        position = step % self.steps_per_epoch
-        offset = position * self.window
+        epoch, position = divmod(step, self.steps_per_epoch)
+        offset, end = self.cuts(epoch, position)
         starts, ends = self.bounds[:-1] + offset, self.bounds[1:]
-        length = min(self.window, self.longest - offset)
-        return batch_of(self.tokens, starts, ends, length, part, state_reset=position == 0)
+        batch = batch_of(self.tokens, starts, ends, end - offset, part, state_reset=position == 0)
+        return batch._replace(rate_share=(end - offset) / self.window) if self.spread else batch
+
+    def cuts(self, epoch: int, position: int) -> tuple[int, int]:
+        """Return where a window begins in a stream, and where it ends."""
+        if not self.spread:
+            offset = position * self.window
+            return offset, min(offset + self.window, self.longest)
+        if self.epoch_cuts[0] != epoch:
+            # The last window, the only one that may be cut short, stays the last.
+            others = self.steps_per_epoch - 1
+            order = permute(np.arange(others), others, (self.seed % (1 << 64), epoch))
+            ends = np.cumsum(np.array(self.lengths)[order % 3])
+            self.epoch_cuts = epoch, np.array([0, *ends, self.longest])
+        return int(self.epoch_cuts[1][position]), int(self.epoch_cuts[1][position + 1])
 
 
 class Windows:
@@ -253,5 +282,5 @@ def training_batches(folder: DataFolder, settings: DataSettings, seed: int) -> S
             "take more text, or lower --data.window or --data.global_batch"
         )
     if settings.batching == "streams":
-        return Streams(tokens, settings.global_batch, settings.window)
+        return Streams(tokens, settings.global_batch, settings.window, settings.window_spread, seed)
     return Windows(tokens, settings.global_batch, settings.window, settings.stride, seed)

@@ -68,7 +68,7 @@ def train(recipe: Recipe, world: World, stop: StopRequest) -> None:
             start = time.perf_counter()
             batch = run.batches.batch(progress.step, world.part_of(recipe.data.global_batch))
             position = Position(progress.step, run.total_steps, progress.divisions)
-            rate = learning_rate(recipe.optimizer.learning_rate, recipe.schedule, position)
+            rate = batch.rate_share * learning_rate(recipe.optimizer.learning_rate, recipe.schedule, position)
             set_momentum(training_step.optimizer, momentum(recipe.schedule, position))
             training_step.forward_backward(batch, progress.step, nats)
             norm = training_step.clip_and_update(rate)

@@ -108,11 +108,12 @@ def announcement(run: Run) -> list[str]:
     end = f"to step {total_steps:,}" if total_steps != UNDECIDED else "to a step that the speed decides"
     if run.budget:
         end += f", in the {duration(max(0, run.budget.seconds_left))} left of {duration(60 * run.budget.minutes)}"
+    spread = f" +- {recipe.data.window_spread}" if recipe.data.window_spread else ""
     lines = [
         f"{run.path}: {start}, {end} ({run.batches.steps_per_epoch:,} per epoch)",
         f"  data   {data_line(run)}",
         f"  model  {model_line(run)}",
-        f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window} tokens "
+        f"  batch  {recipe.data.global_batch} {recipe.data.batching} x {recipe.data.window}{spread} tokens "
         f"on {counted(world.size, 'rank')}, {world.device.type}",
         f"  speed  {precision.name}{f' ({precision.reason})' if precision.reason else ''}",
     ]

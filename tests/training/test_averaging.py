@@ -104,7 +104,7 @@ def test_resumed_is_the_same_bit_for_bit(data, tmp_path, name):
 def test_resumed_is_the_same_with_a_cycle_an_average_and_patience_at_once(data, tmp_path):
     """The run ends where validation has stalled, a part of which was before the stop."""
     more = ["--schedule.name=one-cycle", "--optimizer.learning_rate=0.5", "--training.patience=2"]
-    more += ["--model.dropout=0.3", "--checkpoint.every_steps=1", "--checkpoint.keep=99"]
+    more += ["--model.dropout=0.3", "--data.window_spread=3", "--checkpoint.every_steps=1", "--checkpoint.keep=99"]
     train_here(*flags(data, tmp_path / "whole", "ema", *more, steps=60))
     validations = losses(tmp_path / "whole", "valid/loss")
     best, last = int(np.argmin(validations)), 2 * len(validations)

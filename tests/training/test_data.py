@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -35,12 +37,43 @@ def epoch(batches: Streams | Windows, global_batch: int, world: int = 1, number:
     return torch.cat(predicted), counted
 
 
-@given(length=st.integers(1, 400), batch_size=st.integers(1, 3), world=st.sampled_from([1, 2, 4]), window=st.integers(1, 50))
-def test_streams_predict_each_token_once_on_any_number_of_ranks(length, batch_size, world, window):
-    batches = Streams(POSITIONS[:length], batch_size * world, window)
-    predicted, counted = epoch(batches, batch_size * world, world)
+@given(
+    length=st.integers(1, 400),
+    batch_size=st.integers(1, 3),
+    world=st.sampled_from([1, 2, 4]),
+    window=st.integers(1, 50),
+    spread=st.integers(0, 49),
+    seed=st.integers(0, 9),
+)
+def test_streams_predict_each_token_once_on_any_number_of_ranks(length, batch_size, world, window, spread, seed):
+    spread = min(spread, window - 1)
+    batches = Streams(POSITIONS[:length], batch_size * world, window, spread, seed)
+    predicted, counted = epoch(batches, batch_size * world, world, number=seed)
     assert sorted(predicted.tolist()) == list(range(length))
     assert counted == length
+    lengths = [batches.batch(step, slice(0, 1)).inputs.shape[1] for step in range(batches.steps_per_epoch)]
+    assert {*lengths[:-1]} <= {window - spread, window, window + spread}
+    assert 0 < lengths[-1] <= window + spread
+
+
+def test_windows_that_vary_cut_the_text_in_other_places_in_each_epoch_and_scale_the_rate():
+    def windows(number, seed=1):
+        batches = Streams(POSITIONS[:10_000], 4, 20, 8, seed)
+        steps = range(number * batches.steps_per_epoch, (number + 1) * batches.steps_per_epoch)
+        return [batches.batch(step, slice(0, 4)) for step in steps]
+
+    def lengths(*arguments, **more):
+        return [batch.inputs.shape[1] for batch in windows(*arguments, **more)]
+
+    assert lengths(0) == lengths(0)
+    assert len({tuple(order) for order in (lengths(0), lengths(1), lengths(0, seed=2))}) == 3
+    first, second = (np.bincount(lengths(number)[:-1], minlength=29)[[12, 20, 28]] for number in (0, 1))
+    assert np.array_equal(first, second)
+    for before, batch in pairwise(windows(1)):
+        assert torch.equal(batch.inputs[:, 0], before.targets[:, -1])
+        assert batch.rate_share == batch.inputs.shape[1] / 20
+    all_the_same = Streams(POSITIONS[:1010], 2, 20)
+    assert {all_the_same.batch(step, slice(2)).rate_share for step in range(all_the_same.steps_per_epoch)} == {1.0}
 
 
 @given(length=st.integers(2, 400), world=st.sampled_from([1, 2, 4]), window=st.integers(2, 30), seed=st.integers(0, 9))
@@ -112,13 +145,12 @@ def test_missing_and_damaged_folders_are_named(tmp_path):
         DataFolder(path).tokens("train")
 
 
-@pytest.mark.parametrize("batching", ["streams", "windows"])
+@pytest.mark.parametrize("batching", ["streams", "streams that vary", "windows"])
 def test_the_order_of_the_data_is_the_same_file_on_1_2_and_4_ranks(tmp_path, batching):
     """One file per number of ranks, with every position read and predicted in three epochs, compared byte for byte."""
     write_data_folder(tmp_path / "data", {"train": POSITIONS[:1003]}, 1003)
-    settings = DataSettings(
-        folder="data", batching=batching, global_batch=8, window=7, stride=5 if batching == "windows" else 0
-    )
+    own = {"windows": {"batching": "windows", "stride": 5}, "streams that vary": {"window_spread": 4}}
+    settings = DataSettings(folder="data", global_batch=8, window=7, **own.get(batching, {}))
     files = []
     for world in (1, 2, 4):
         batches = training_batches(DataFolder(tmp_path / "data"), settings, seed=3)
