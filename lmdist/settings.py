@@ -387,6 +387,8 @@ class OptimizerSettings:
     """sgd: momentum."""
     weight_decay: Annotated[float, at_least(0)] = 0.01
     """Weight decay; decoupled from the gradient with adamw and nadam."""
+    weight_decay_of: Literal["all", "matrices"] = "all"
+    """all: of all parameters; matrices: neither of biases nor of the embedding, which with tied weights is the projection."""
     clip: Annotated[float, at_least(0)] = 0.5
     """Largest norm of the gradient of a step; 0 does not clip."""
     activation_penalty: Annotated[float, at_least(0)] = 0.0

@@ -18,7 +18,7 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import OptimizerSettings
 
 Groups = list[dict[str, Any]]
-"""Groups of parameters, in the order of the model's, each with its SHARE."""
+"""Groups of parameters, in the order of the model's, each with its SHARE, and with a weight decay of its own or without."""
 SHARE = "share"
 """The key of a group's learning rate relative to that of the step."""
 
@@ -67,23 +67,27 @@ OPTIMIZERS: dict[str, Row] = {
 
 def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> Optimizer:
     """Return the optimizer of `model`'s parameters."""
-    return OPTIMIZERS[settings.name].build(groups_of(model, settings.layer_decay), settings)
+    return OPTIMIZERS[settings.name].build(groups_of(model, settings), settings)
 
 
-def groups_of(model: nn.Module, layer_decay: float) -> Groups:
-    """Return all parameters as one group, or, with a `layer_decay` other than 1, as groups whose shares differ.
+def groups_of(model: nn.Module, settings: OptimizerSettings) -> Groups:
+    """Return all parameters as one group, or as groups that differ in their share of the rate, or in their weight decay.
 
-    The share is 1 of the projection, tied or not, and falls from layer to layer towards the input.
+    With a `layer_decay` the share is 1 of the projection, tied or not, and falls from layer to layer towards the input.
     """
-    if layer_decay == 1:
+    if settings.layer_decay == 1 and settings.weight_decay_of == "all":
         return [{"params": list(model.parameters()), SHARE: 1.0}]
     assert isinstance(model, LanguageModel), type(model)
-    shares: dict[nn.Parameter, float] = {}
+    own: dict[nn.Parameter, tuple[float, float]] = {}
     for depth, part in enumerate(reversed(model.parts.values())):
         for parameter in part.parameters():
-            shares.setdefault(parameter, layer_decay**depth)
-    # In the order of the parameters, by which their state is saved, whatever the shares are.
-    return [{"params": list(group), SHARE: share} for share, group in groupby(model.parameters(), shares.__getitem__)]
+            is_decayed = settings.weight_decay_of == "all" or (parameter.ndim > 1 and parameter is not model.embedding.weight)
+            own.setdefault(parameter, (settings.layer_decay**depth, settings.weight_decay if is_decayed else 0.0))
+    # In the order of the parameters, by which their state is saved, whatever is their own.
+    return [
+        {"params": list(group), SHARE: share, "weight_decay": decay}
+        for (share, decay), group in groupby(model.parameters(), own.__getitem__)
+    ]
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

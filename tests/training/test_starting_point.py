@@ -273,6 +273,24 @@ def test_a_layer_decay_scales_the_steps_of_lower_layers(tmp_path, name):
         assert whole.any(), key
 
 
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_weight_decay_may_leave_out_biases_and_the_embedding(tmp_path, name):
+    data = make_data(tmp_path / "data", "whitespace", PLAIN_WORDS)
+    plain = f"--data.folder={data} --optimizer.name=sgd --optimizer.clip=0 --optimizer.weight_decay=0.25 --training.steps=1 "
+    plain += "--schedule.name=constant --optimizer.learning_rate=1 --sample.words=0 --model.dropout=0"
+    after = {}
+    for of in ("all", "matrices"):
+        run = tmp_path / of
+        train_here(*plain.split(), *model_flags(MODELS[name]), f"--run_folder={run}", f"--optimizer.weight_decay_of={of}")
+        after[of] = parameters(run)
+    torch.manual_seed(1)
+    for key, before in LanguageModel(MODELS[name], len(PLAIN_WORDS) + 2).named_parameters():
+        if key in after["all"]:
+            kept = 0.25 * before.detach() if before.ndim == 1 or key == "embedding.weight" else torch.zeros(())
+            difference = after["matrices"][key] - after["all"][key]
+            torch.testing.assert_close(difference, kept.expand_as(before), rtol=1e-3, atol=1e-6, msg=key)
+
+
 # --- word vectors ----------------------------------------------------------------------------------------------------
 
 
