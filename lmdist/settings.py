@@ -358,6 +358,13 @@ class ModelSettings:
 class InitSettings:
     """What a run starts from beside init_from, and what of it is kept still."""
 
+    recurrent: Literal["uniform", "orthogonal"] = "uniform"
+    """Without init_from, the recurrent weights of the layers: uniform, as torch begins; orthogonal: of each gate a random
+    orthogonal matrix (Saxe et al. 2014, arXiv:1312.6120)."""
+    forget_gate_bias: Annotated[float | None, between(-100, 100)] = None
+    """Without init_from, the bias of the layers' forget gates (Jozefowicz et al. 2015 take 1); by default random and near 0, as
+    torch begins."""
+
     embeddings: str = ""
     """A file of word vectors (word2vec's text format, GloVe's or fastText's .vec; also packed by gzip), which become the
     embeddings of its words; with init_from, of those that the base does not have."""

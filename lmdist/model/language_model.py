@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lmdist.model.dropout import Dropout, Masks
 from lmdist.model.lstm import RECURRENT, STATE_PARTS, Layer, State
-from lmdist.settings import ModelSettings
+from lmdist.settings import InitSettings, ModelSettings
 
 
 class LanguageModel(nn.Module):
@@ -48,6 +48,12 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.projection.bias)
             if settings.tied:
                 self.projection.weight = self.embedding.weight
+
+    def initialize_layers(self, settings: InitSettings) -> None:
+        """Replace some of the random parameters of the layers."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer), type(layer)
+            layer.initialize(settings)
 
     @property
     def parts(self) -> dict[str, nn.Module]:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lmdist.settings import InitSettings
+
 STATE_PARTS = ("h", "c")
 """The parts of a layer's state: output and cell, each (B, H)."""
 State = tuple[Tensor, ...]
@@ -41,6 +43,16 @@ class Layer(nn.LSTM):
         super().__init__(input_size, hidden_size, batch_first=True)
         self.kernel = "onednn"
         """How it is computed under autocast on a CPU: onednn, matmul (GatedLSTM) or fp32."""
+
+    @torch.no_grad()
+    def initialize(self, settings: InitSettings) -> None:
+        """Replace some of the parameters that nn.LSTM begins with."""
+        if settings.recurrent == "orthogonal":
+            for gate in self.get_parameter(RECURRENT).chunk(4):
+                nn.init.orthogonal_(gate)
+        if settings.forget_gate_bias is not None:
+            for name, value in (("bias_ih_l0", settings.forget_gate_bias), ("bias_hh_l0", 0.0)):
+                self.get_parameter(name).chunk(4)[1].fill_(value)
 
     def forward(  # type: ignore[override]
         self, inputs: Tensor, state: State, recurrent: Tensor | None = None

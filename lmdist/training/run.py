@@ -120,7 +120,9 @@ def set_up(recipe: Recipe, world: World) -> Run:
         check_needs_no_validations(recipe, folder)
 
     torch.manual_seed(recipe.seed)
-    model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
+    model = LanguageModel(recipe.model, folder.vocabulary_size)
+    model.initialize_layers(recipe.init)
+    model = model.to(world.device)
     # Rank 0 alone reads what the run starts from: TrainingStep gives its parameters to the others.
     begun = Progress(started_from=None if newest or not world.is_main else start(model, recipe, folder))
     world.wait_for_all()
@@ -248,7 +250,7 @@ def is_fixed(name: str) -> bool:
     """
     section, _, key = name.rpartition(".")
     return (
-        name in ("seed", "optimizer.name", "init_from", "init.embeddings")
+        name in ("seed", "optimizer.name", "init_from", "init.embeddings", "init.recurrent", "init.forget_gate_bias")
         or (section == "data" and key not in ("folder", "valid_batch"))
         or (section == "model" and "dropout" not in key)
     )

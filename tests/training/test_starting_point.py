@@ -284,11 +284,31 @@ def test_weight_decay_may_leave_out_biases_and_the_embedding(tmp_path, name):
         train_here(*plain.split(), *model_flags(MODELS[name]), f"--run_folder={run}", f"--optimizer.weight_decay_of={of}")
         after[of] = parameters(run)
     torch.manual_seed(1)
-    for key, before in LanguageModel(MODELS[name], len(PLAIN_WORDS) + 2).named_parameters():
-        if key in after["all"]:
-            kept = 0.25 * before.detach() if before.ndim == 1 or key == "embedding.weight" else torch.zeros(())
-            difference = after["matrices"][key] - after["all"][key]
-            torch.testing.assert_close(difference, kept.expand_as(before), rtol=1e-3, atol=1e-6, msg=key)
+    before = dict(LanguageModel(MODELS[name], len(PLAIN_WORDS) + 2).named_parameters())
+    for key, value in after["all"].items():
+        share = 0.25 if value.ndim == 1 or key == "embedding.weight" else 0
+        torch.testing.assert_close(after["matrices"][key], value + share * before[key].detach(), rtol=1e-3, atol=1e-6, msg=key)
+
+
+# --- the layers' first parameters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_begins_with_the_parameters_that_init_names(tmp_path, ranks):
+    data = make_data(tmp_path / "data", "whitespace", PLAIN_WORDS)
+    flags = f"--data.folder={data} --optimizer.name=sgd --optimizer.learning_rate=1e-12 --training.steps=1 --sample.words=0 "
+    flags += "--data.global_batch=8 --data.window=7 --training.precision=fp32 --tracking.mlflow=false"
+    for run, more in {"plain": "", "own": " --init.recurrent=orthogonal --init.forget_gate_bias=1.5"}.items():
+        train(ranks, *f"{flags}{more}".split(), *model_flags(TIED), f"--run_folder={tmp_path / run}", cwd=tmp_path)
+    plain, own = parameters(tmp_path / "plain"), parameters(tmp_path / "own")
+    for key, value in own.items():
+        expected = plain[key].clone()
+        if key.endswith("weight_hh_l0"):
+            value = torch.stack([gate @ gate.t() for gate in value.chunk(4)])
+            expected = torch.eye(value.shape[1]).expand_as(value)
+        elif "bias" in key and key.startswith("layers."):
+            expected.chunk(4)[1].fill_(1.5 if "_ih_" in key else 0.0)
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-5, msg=key)
 
 
 # --- word vectors ----------------------------------------------------------------------------------------------------
