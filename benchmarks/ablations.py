@@ -12,7 +12,7 @@ variants.toml has a table of settings for each variant; the names of the tables 
     "schedule.name" = "cosine"
 
 The number of steps of each is set by the speed of a short trial so that it takes --minutes, so a part that slows a step down
-has to earn it. All run in turns of --turn seconds, as in quality.py, and only running time counts. The recipe itself runs
+has to earn it. All run in turns, the trials too, as in quality.py, and only running time counts. The recipe itself runs
 with three seeds; its row is their mean, and its spread, the distance between the best and the worst, says which differences
 mean something. The value is the best perplexity on valid; the test is not touched. The ratio is the recipe's perplexity
 divided by the variant's: below 1 the part helps.
@@ -29,7 +29,7 @@ from statistics import mean
 from typing import Any
 
 from origin import Row, add_json_option, collect_rows
-from quality import PACKAGES, QUIET, System, all_in_turns, data_folder, steps_within, text_facts, trial_seconds
+from quality import PACKAGES, QUIET, System, all_in_turns, data_folder, steps_within, text_facts, training, trials_in_turns
 
 BASE = "baseline"
 QUICK_VARIANTS = {"no dropout": {"model.dropout": 0.0}, "half the rate": {"optimizer.learning_rate": 0.0035}}
@@ -73,32 +73,31 @@ def measure(
     data = data_folder(arguments, scratch)
     launch = [sys.executable, "-m", "lmdist.job.launcher", f"--nproc-per-node={arguments.nproc}", f"--data.folder={data}"]
     launch += [*QUIET, *([f"--config={arguments.recipe}"] if arguments.recipe else [])]
-    settings = {(BASE, seed): {"seed": seed} for seed in range(1, arguments.seeds + 1)}
-    settings |= {(variant, 1): {**changes, "seed": 1} for variant, changes in variants.items()}
-    systems: dict[tuple[str, int], System] = {}
-    steps: dict[str, int] = {}
-    for number, ((variant, seed), changes) in enumerate(settings.items()):
-        command = [*launch, *(f"--{setting}={value}" for setting, value in changes.items())]
-        if variant not in steps:
-            seconds = trial_seconds(command, scratch / "trial", quick=arguments.quick)
-            steps[variant] = steps_within(arguments.minutes, seconds)
-        folder = scratch / str(number)
-        command += [f"--training.steps={steps[variant]}", f"--run_folder={folder}"]
-        systems[variant, seed] = System(variant, command, folder / "metrics.jsonl", scratch / f"{number}.log")
+    commands = {
+        variant: [*launch, *(f"--{setting}={value}" for setting, value in changes.items())]
+        for variant, changes in {BASE: {}, **variants}.items()
+    }
+    seconds = trials_in_turns(commands, scratch, min(3.0, arguments.turn), quick=arguments.quick)
+    steps = {variant: steps_within(arguments.minutes, value) for variant, value in seconds.items()}
+    systems = [
+        training(variant, [*command, f"--seed={seed}", f"--training.steps={steps[variant]}"], scratch / f"run {number} {seed}")
+        for number, (variant, command) in enumerate(commands.items())
+        for seed in range(1, arguments.seeds + 1 if variant == BASE else 2)
+    ]
     try:
-        all_in_turns([*systems.values()], arguments.turn)
+        all_in_turns(systems, arguments.turn)
     finally:
-        done = {key: system for key, system in systems.items() if system.ended}
+        done = [system for system in systems if system.ended]
         rows += ablation_rows(f"{name} valid", done, steps, text_facts(data, "valid"))
 
 
-def ablation_rows(case: str, systems: dict[tuple[str, int], System], steps: dict[str, int], facts: dict[str, Any]) -> list[Row]:
+def ablation_rows(case: str, systems: list[System], steps: dict[str, int], facts: dict[str, Any]) -> list[Row]:
     """Return a row for each variant that has ended: the best perplexity, the mean of it where there are several seeds."""
     best: dict[str, list[float]] = {}
     minutes: dict[str, list[float]] = {}
-    for (variant, _), system in systems.items():
-        best.setdefault(variant, []).append(min(value for _, value in system.curve()))
-        minutes.setdefault(variant, []).append(system.minutes)
+    for system in systems:
+        best.setdefault(system.name, []).append(min(value for _, value in system.curve()))
+        minutes.setdefault(system.name, []).append(system.minutes)
     base = mean(best[BASE]) if BASE in best else None
     return [
         {
@@ -108,7 +107,7 @@ def ablation_rows(case: str, systems: dict[tuple[str, int], System], steps: dict
             "unit": "perplexity",
             "spread": round(max(values) - min(values), 3) if len(values) > 1 else None,
             "ratio": round(base / mean(values), 4) if base else None,
-            "peak_mib": max(system.peak_mib for (name, _), system in systems.items() if name == variant),
+            "peak_mib": max(system.peak_mib for system in systems if system.name == variant),
             "minutes": round(mean(minutes[variant]), 2),
             "steps": steps[variant],
             "seeds": len(values),

@@ -35,10 +35,10 @@ from quality import (
     System,
     all_in_turns,
     run,
-    seconds_of_step,
     split_files,
     steps_within,
-    trial_flags,
+    training,
+    trials_in_turns,
 )
 
 WORDS = "baseline"
@@ -86,17 +86,14 @@ def measure(arguments: argparse.Namespace, scratch: Path, rows: list[Row]) -> No
     common += TINY if arguments.quick else []
     commands = {name: launch([*common, f"--data.folder={data}"]) for name, data in folders.items()}
 
-    flags = trial_flags(quick=arguments.quick)
-    trials = [system(name, [*command, *flags], scratch / f"trial of {name}") for name, command in commands.items()]
-    all_in_turns(trials, min(10.0, arguments.turn))
-    seconds = {trial.name: step_seconds(trial) for trial in trials}
+    seconds = trials_in_turns(commands, scratch, min(10.0, arguments.turn), quick=arguments.quick)
 
-    def training(name: str) -> System:
+    def system(name: str) -> System:
         steps = steps_within(arguments.minutes, seconds[name])
         print(f"{name}: {seconds[name]:.3f} s a step, {steps:,} steps", file=sys.stderr)
-        return system(name, [*commands[name], f"--training.steps={steps}"], scratch / f"run of {name}")
+        return training(name, [*commands[name], f"--training.steps={steps}"], scratch / f"run of {name}")
 
-    systems = [training(name) for name in commands]
+    systems = [system(name) for name in commands]
     all_in_turns(systems, arguments.turn)
     for ended in systems:
         rows.append(row_of(f"{text.name} test", ended, folders[ended.name]))
@@ -113,16 +110,6 @@ def prepared(text: Path, pieces: dict[str, tuple[int, ...]], scratch: Path) -> d
     for name, flags in variants.items():
         run([sys.executable, "-m", "lmdist.text.prepare", *splits, *flags, "-o", str(folders[name])])
     return folders
-
-
-def system(name: str, command: list[str], folder: Path) -> System:
-    """Return a training into a run folder, not begun yet."""
-    return System(name, [*command, f"--run_folder={folder}"], folder / "metrics.jsonl", folder.with_suffix(".log"))
-
-
-def step_seconds(trial: System) -> float:
-    """Return the seconds of a step of a training that has run in turns."""
-    return seconds_of_step(trial.metrics, lambda moment: 60 * trial.minutes_at(moment))
 
 
 def row_of(case: str, system: System, data: Path) -> Row:

@@ -6,10 +6,10 @@
 First one text is tokenized on one core: by NLTK, which is the baseline, by a WordFinder with an empty cache, and by the same
 one again, in turns; that all find the same words is asserted. The text is the demo corpus, or the CSV. Then lmdist-prepare runs
 on CSVs of growing size as in large.py: with one process, and where the text is large with one for each CPU, in shards one after
-the other, and on a Dask cluster of two workers (where Dask is installed); that all write the same bytes is asserted. Words are
-counted at whitespace. Memory is that of a command and all its child processes, or of a command and the workers of its cluster
-(USS), sampled four times a second. Core-hours are the time multiplied by the number of processes, also while only one of them
-works.
+the other, and on a Dask cluster of two workers (where Dask is installed), in turns; that all write the same bytes is asserted.
+A ratio is the median of those of the rounds, in which one process is followed at once by the others. Words are counted at
+whitespace. Memory is that of a command and all its child processes, or of a command and the workers of its cluster (USS),
+sampled four times a second. Core-hours are the time multiplied by the number of processes, also while only one of them works.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ from origin import add_json_option, collect_rows
 
 MEGABYTES = (12, 56, 250)  # 2, 9 and 40 million words
 QUICK_MEGABYTES = (3, 42)
+ROUNDS_OF_SEVERAL = 3  # where processes are compared: the speed of a machine that others share changes within a minute
 SHARDS = 4
 DASK_WORKERS = 2
+
+Way = tuple[str, int, list[list[str]]]  # a name, how many processes work at a time, and the commands one after the other
 
 
 def main() -> None:
@@ -129,40 +132,54 @@ def prepare(sizes: tuple[int, ...]) -> Iterator[dict[str, Any]]:
             words = write_csv(file, megabytes * 1_000_000)
             several = megabytes * 1_000_000 > ONE_PROCESS_BYTES["word_tokenize"] and available_cpus() > 1
             with dask_workers(DASK_WORKERS if several else 0, scratch) as (address, beside):
-                baseline, bytes_of_one = 0.0, {}
-                for variant, processes, commands in variants(str(file), several, address):
-                    seconds = peak = 0
-                    for command in commands:
-                        more_seconds, more_peak = watch(command, scratch, beside if address in command else ())
-                        seconds, peak = seconds + more_seconds, max(peak, more_peak)
-                    baseline = baseline or seconds
-                    found = {path.name: path.read_bytes() for path in (scratch / "data").iterdir() if path.name != "meta.json"}
-                    bytes_of_one = bytes_of_one or found
-                    assert found == bytes_of_one, f"{variant}: not the bytes of one process"
-                    meta = read_json(scratch / "data" / "meta.json")
-                    tokens = sum(facts["tokens"] for facts in meta["splits"].values())
-                    yield {
-                        "case": f"lmdist-prepare, {words / 1e6:.1f} million words",
-                        "variant": variant,
-                        "value": round(seconds, 1),
-                        "unit": "s",
-                        "spread": None,
-                        "ratio": round(baseline / seconds, 2),
-                        "peak_mib": peak,
-                        "words": words,
-                        "tokens": tokens,
-                        "seconds": round(seconds, 3),
-                        "megabytes": megabytes,
-                        "workers": processes,
-                        "same_bytes": True,
-                        "core_hours_per_billion_tokens": round(processes * seconds / 3600 / (tokens / 1e9), 3),
-                    }
-                    shutil.rmtree(scratch / "data.shards", ignore_errors=True)
+                ways = list(variants(str(file), several, address))
+                seconds, peaks = in_turns(ways, ROUNDS_OF_SEVERAL if several else 1, scratch, address, beside)
+            meta = read_json(scratch / "data" / "meta.json")
+            tokens = sum(facts["tokens"] for facts in meta["splits"].values())
+            for variant, processes, _ in ways:
+                middle = statistics.median(seconds[variant])
+                ratios = [one / this for one, this in zip(seconds["baseline"], seconds[variant], strict=True)]
+                yield {
+                    "case": f"lmdist-prepare, {words / 1e6:.1f} million words",
+                    "variant": variant,
+                    "value": round(middle, 1),
+                    "unit": "s",
+                    "spread": round(max(seconds[variant]) - min(seconds[variant]), 1) if several else None,
+                    "ratio": round(statistics.median(ratios), 2),
+                    "ratios": [round(ratio, 2) for ratio in ratios],
+                    "peak_mib": peaks[variant],
+                    "words": words,
+                    "tokens": tokens,
+                    "seconds": round(middle, 3),
+                    "megabytes": megabytes,
+                    "workers": processes,
+                    "same_bytes": True,
+                    "core_hours_per_billion_tokens": round(processes * middle / 3600 / (tokens / 1e9), 3),
+                }
             file.unlink()
 
 
-def variants(file: str, several: bool, address: str) -> Iterator[tuple[str, int, list[list[str]]]]:
-    """Yield the ways to prepare a file: a name, how many processes work at a time, and the commands one after the other."""
+def in_turns(
+    ways: list[Way], rounds: int, scratch: Path, address: str, beside: list[int]
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Return the seconds of each way in each round, and its peak memory in MiB; all must write the same bytes."""
+    seconds: dict[str, list[float]] = {variant: [] for variant, _, _ in ways}
+    peaks = dict.fromkeys(seconds, 0)
+    bytes_of_one: dict[str, bytes] = {}
+    for _ in range(rounds):
+        for variant, _, commands in ways:
+            measured = [watch(command, scratch, beside if address in command else ()) for command in commands]
+            seconds[variant].append(sum(took for took, _ in measured))
+            peaks[variant] = max(peaks[variant], *(peak for _, peak in measured))
+            found = {path.name: path.read_bytes() for path in (scratch / "data").iterdir() if path.name != "meta.json"}
+            bytes_of_one = bytes_of_one or found
+            assert found == bytes_of_one, f"{variant}: not the bytes of one process"
+            shutil.rmtree(scratch / "data.shards", ignore_errors=True)
+    return seconds, peaks
+
+
+def variants(file: str, several: bool, address: str) -> Iterator[Way]:
+    """Yield the ways to prepare a file, that of one process first."""
     start = ["-m", "lmdist.text.prepare", file, "-o", "data", "--overwrite"]
     yield "baseline", 1, [[*start, "--workers", "1"]]
     if several:

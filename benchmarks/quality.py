@@ -332,6 +332,27 @@ def all_in_turns(systems: Sequence[System], turn: float) -> None:
             system.end()
 
 
+def training(name: str, command: list[str], folder: Path) -> System:
+    """Return a training into a run folder, not begun yet."""
+    return System(name, [*command, f"--run_folder={folder}"], folder / "metrics.jsonl", folder.with_suffix(".log"))
+
+
+def trials_in_turns(commands: dict[str, list[str]], scratch: Path, turn: float, *, quick: bool) -> dict[str, float]:
+    """Return the seconds of a step of each training, from short trials in turns: the machine's speed is that of all of them."""
+    flags = trial_flags(quick=quick)
+    trials = [
+        training(name, [*command, *flags], scratch / f"trial {number}")
+        for number, (name, command) in enumerate(commands.items())
+    ]
+    all_in_turns(trials, turn)
+    return {trial.name: step_seconds(trial) for trial in trials}
+
+
+def step_seconds(trial: System) -> float:
+    """Return the seconds of a step of a training that has run in turns."""
+    return seconds_of_step(trial.metrics, lambda moment: 60 * trial.minutes_at(moment))
+
+
 def progress(system: System) -> str:
     """Return the minutes and the last perplexity of a system as text."""
     curve = system.curve()

@@ -19,12 +19,12 @@ def test_a_step_takes_the_time_that_its_training_ran(tmp_path):
     times = {10: 103.0, 20: 108.0, 30: 201.0, 40: 205.0, 50: 207.0, 60: 209.0}
     rows = [{"step": step, "time": time, "train/loss": 1.0} for step, time in times.items()]
     trial.metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    assert pieces.step_seconds(trial) == pytest.approx(8.0 / 30), "from step 30 to step 60"
+    assert quality.step_seconds(trial) == pytest.approx(8.0 / 30), "from step 30 to step 60"
     trial.spans = [(100.0, 110.0), (200.0, 203.0), (300.0, 306.0)]
     trial.metrics.write_text(
         "".join(f"{json.dumps(row | {'time': 302.0 if row['step'] == 60 else row['time']})}\n" for row in rows)
     )
-    assert pieces.step_seconds(trial) == pytest.approx(4.0 / 30)
+    assert quality.step_seconds(trial) == pytest.approx(4.0 / 30)
 
 
 @pytest.mark.slow
