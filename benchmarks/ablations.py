@@ -77,7 +77,7 @@ def measure(
         variant: [*launch, *(f"--{setting}={value}" for setting, value in changes.items())]
         for variant, changes in {BASE: {}, **variants}.items()
     }
-    seconds = trials_in_turns(commands, scratch, min(3.0, arguments.turn), quick=arguments.quick)
+    seconds = trials_in_turns(commands, scratch, quick=arguments.quick)
     steps = {variant: steps_within(arguments.minutes, value) for variant, value in seconds.items()}
     systems = [
         training(variant, [*command, f"--seed={seed}", f"--training.steps={steps[variant]}"], scratch / f"run {number} {seed}")

@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace, scratch: Path, rows: list[Row]) -> No
     common += TINY if arguments.quick else []
     commands = {name: launch([*common, f"--data.folder={data}"]) for name, data in folders.items()}
 
-    seconds = trials_in_turns(commands, scratch, min(10.0, arguments.turn), quick=arguments.quick)
+    seconds = trials_in_turns(commands, scratch, quick=arguments.quick)
 
     def system(name: str) -> System:
         steps = steps_within(arguments.minutes, seconds[name])

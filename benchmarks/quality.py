@@ -77,6 +77,7 @@ QUIET = [
     "--training.timeout_seconds=86400",  # a rank may be stopped for longer than the usual patience of its peers
 ]
 TRIAL_STEPS, TRIAL_LOG_STEPS = 120, 20
+TRIAL_TURN = 0.5  # seconds
 SHARE_OF_STEPS = 0.93
 """Of a run's time; the rest is the start, validations and checkpoints."""
 ORDER = 5
@@ -337,14 +338,17 @@ def training(name: str, command: list[str], folder: Path) -> System:
     return System(name, [*command, f"--run_folder={folder}"], folder / "metrics.jsonl", folder.with_suffix(".log"))
 
 
-def trials_in_turns(commands: dict[str, list[str]], scratch: Path, turn: float, *, quick: bool) -> dict[str, float]:
-    """Return the seconds of a step of each training, from short trials in turns: the machine's speed is that of all of them."""
+def trials_in_turns(commands: dict[str, list[str]], scratch: Path, *, quick: bool) -> dict[str, float]:
+    """Return the seconds of a step of each training, from short trials in many short turns.
+
+    So each is measured over all minutes of the trials: a machine that others share changes its speed by half within one.
+    """
     flags = trial_flags(quick=quick)
     trials = [
         training(name, [*command, *flags], scratch / f"trial {number}")
         for number, (name, command) in enumerate(commands.items())
     ]
-    all_in_turns(trials, turn)
+    all_in_turns(trials, TRIAL_TURN)
     return {trial.name: step_seconds(trial) for trial in trials}
 
 
