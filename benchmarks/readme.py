@@ -104,7 +104,7 @@ def ablations(machine: str) -> str:
             spread = f" ± {row['spread'] / 2:,.1f}" if row["spread"] is not None else ""
             name = f"the recipe ({row['seeds']} seeds)" if row is base else row["variant"]
             difference = "" if row is base else f"{row['value'] - base['value']:+,.1f}"
-            cells = [f"{row['minutes']:,.0f}", f"{row['steps']:,}", f"{row['value']:,.1f}{spread}", difference]
+            cells = [f"{row['minutes']:,.1f}", f"{row['steps']:,}", f"{row['value']:,.1f}{spread}", difference]
             lines.append([row["case"], name, *cells])
     table = markdown(["recipe, split", "variant", "minutes", "steps", "perplexity", "difference"], lines)
     return ABLATIONS + table if lines else ""
