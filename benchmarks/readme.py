@@ -54,6 +54,20 @@ def in_words(machine: str) -> str:
     return f"{cpu[1]} cores {'without' if cpu[2] else 'with'} AMX" if cpu else machine
 
 
+class Machine(str):
+    """The name of a machine, and the days of the rows that were asked of it."""
+
+    __slots__ = ("days",)
+
+    def __init__(self, _: str) -> None:
+        self.days: set[str] = set()
+
+    def in_words(self) -> str:
+        """Return what it is, and from when to when it was measured."""
+        first, last = min(self.days), max(self.days)
+        return f"{in_words(self)}, {first if first == last else f'{first} to {last}'}"
+
+
 def results(machine: str, benchmark: str) -> list[list[dict[str, Any]]]:
     """The rows of a benchmark's committed runs on a machine: of each kind (such as torture-two-hosts), the newest one.
 
@@ -66,6 +80,8 @@ def results(machine: str, benchmark: str) -> list[list[dict[str, Any]]]:
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not any(row.get("partial") for row in rows):
                 runs[name[1]] = rows
+                if isinstance(machine, Machine):
+                    machine.days.add(name[3])
     return list(runs.values())
 
 
@@ -280,7 +296,7 @@ def training(machine: str) -> str:
 def speed(machine: str) -> str:
     """Return the cases of training with the vocabulary of WikiText-2."""
     head, rule, *lines = training(machine).splitlines(keepends=True)
-    return "".join([head, rule, *(line for line in lines if "V 33k" in line)])
+    return "".join([head, rule, *(line for line in lines if "V 33k" in line and "per token of the corpus" not in line)])
 
 
 def speeds(rows: list[dict[str, Any]]) -> list[str]:
@@ -656,17 +672,17 @@ MEASURED = (
 
 
 def measured(table: Callable[[str], str], *, all_machines: bool) -> str:
-    """Return a table for each machine that has rows for it, or for the first such machine; its first cell names the machine.
+    """Return a table for each machine that has rows for it, or for the first such machine; its first cell names it and the days.
 
     A table that is the same on another machine, of what is counted and not measured, comes once.
     """
-    found: dict[str, str] = {}
-    for machine in machines():
+    found: dict[str, Machine] = {}
+    for machine in map(Machine, machines()):
         text = table(machine)
         if text.count("\n| ") > 1:  # more than its head
             found.setdefault(text, machine)
     texts = [
-        re.sub(r"^\| ([^|]+) \|", rf"| \1 (on {in_words(machine)}) |", text, count=1, flags=re.MULTILINE)
+        re.sub(r"^\| ([^|]+) \|", rf"| \1 (on {machine.in_words()}) |", text, count=1, flags=re.MULTILINE)
         for text, machine in found.items()
     ]
     return "\n".join(texts if all_machines else texts[:1])

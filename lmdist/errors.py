@@ -13,7 +13,7 @@ EXIT_DEFECT = 1  # what is not the user's mistake: it has a traceback
 EXIT_USAGE = 64  # a wrong flag, key or combination of settings
 EXIT_DATA = 65  # the input exists and cannot be used
 EXIT_MISSING_INPUT = 66  # the input does not exist
-EXIT_AGAIN = 75  # stopped on request: run the same command again
+EXIT_AGAIN = 75  # stopped on request: to be run again, a training with --resume auto
 
 FULL_DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG".split() if hasattr(errno, name)}
 """Reasons why nothing more can be written until somebody makes room."""

@@ -44,9 +44,9 @@ from lmdist.training.data import DataFolder
 from lmdist.training.optimizer import optimizer_state
 
 NICENESS = 10
-"""Added to the niceness of the thread that writes. Where all cores compute it takes a tenth of one of them, and writes some 4
-times longer than it would as the equal of the training; with 19, the most, it would be 12 times longer, and a kill meanwhile
-would lose the steps of all that time."""
+"""Added to the niceness of the thread that writes. Where all cores compute it takes a tenth of one of them, and a checkpoint is
+on the disk some 10 times later; with 19, the most, it would be later still, and a kill meanwhile would lose the steps of all
+that time."""
 
 
 @dataclasses.dataclass(frozen=True)
