@@ -672,7 +672,7 @@ MEASURED = (
 
 
 def measured(table: Callable[[str], str], *, all_machines: bool) -> str:
-    """Return a table for each machine that has rows for it, or for the first such machine; its first cell names it and the days.
+    """Return a table for each machine that has rows for it, or for the first such machine, which its first cell names.
 
     A table that is the same on another machine, of what is counted and not measured, comes once.
     """

@@ -111,12 +111,12 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def optimizer_state_shapes(name: str, optimizer: Optimizer) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor that the optimizer called `name` may keep, by the names of `optimizer_state`."""
-    _, tensors, scalars = OPTIMIZERS[name]
+    row = OPTIMIZERS[name]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shapes: dict[str, tuple[int, ...]] = {}
     for index, parameter in enumerate(parameters):
-        shapes |= {f"{index}.{key}": tuple(parameter.shape) for key in tensors}
-        shapes |= {f"{index}.{key}": () for key in scalars}
+        shapes |= {f"{index}.{key}": tuple(parameter.shape) for key in row.tensors}
+        shapes |= {f"{index}.{key}": () for key in row.scalars}
     return shapes
 
 

@@ -125,7 +125,7 @@ def test_a_job_resumes_with_another_number_of_ranks(data, tmp_path):
 )
 def test_the_first_losses_are_those_written_here(data, flags, golden):
     """Any change of the training arithmetic shows, and of the order in which masks are drawn."""
-    train_here(*into_run(data, "--training.steps=4", "--schedule.name=cosine", *flags))
+    train_here(*into_run(data, "--training.steps=4", "--schedule.name=cosine", "--optimizer.weight_decay=0.01", *flags))
     np.testing.assert_allclose(losses(data.parent / "run"), golden, rtol=1e-5)
 
 
