@@ -222,7 +222,12 @@ def outages(machine: str) -> str:
 def shown(row: dict[str, Any]) -> str:
     """A figure with its unit, and its ratio to the baseline."""
     ratio = f" ({row['ratio']:.2f})" if row["ratio"] and row["unit"] == "ms" else ""
-    return f"{row['value']:g} {row['unit']}{ratio}"
+    if row["unit"] == "of those expected":
+        return f"{row['value']:.0%}"
+    if row["unit"] == "runs":
+        return "yes" if row["value"] == 1 else "no"
+    digits = "z.1f" if row["unit"] in ("ms", "s") else "g"
+    return f"{row['value']:{digits}} {row['unit']}{ratio}"
 
 
 def preparing(machine: str) -> str:
@@ -270,8 +275,10 @@ def pieces(machine: str) -> str:
     return PIECES + markdown([*head, "perplexity per token", "tokens a word", "bundle"], lines) if lines else ""
 
 
-PIECES = """**Words or pieces?** The same text, settings and time, one core and one seed (`benchmarks/pieces.py`), on test.
-Perplexity per word counts an unknown word of the words' model as the `<unk>` that it predicts, which is easier than the word:
+PIECES = """**Words or pieces?** The same text and settings, four to five and a half minutes each (in the column), one core and
+one seed (`benchmarks/pieces.py`), on test. Models of pieces compare with each other by these figures. The words' model does
+not compare with them: an unknown word counts as the `<unk>` that it predicts, which is easier than the word. Take words for
+readable text from a small corpus, and pieces where no word may be lost (names, morphology, a recognizer's units):
 
 """
 

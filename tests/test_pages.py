@@ -36,7 +36,8 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_names_every_command_and_only_flags_that_exist():
     text = (ROOT / "README.md").read_text()
-    helps = {"--standalone", "--backend-store-uri", "--env-manager", "--port", "--no-deps"}  # torchrun's, mlflow's and pip's
+    # torchrun's, mlflow's and pip's
+    helps = {"--standalone", "--backend-store-uri", "--env-manager", "--port", "--no-deps", "--index-url"}
     modules = re.findall(r'^lmdist-\w+ = "([\w.]+):main"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert len(modules) == 8
     for module in modules:
