@@ -378,8 +378,8 @@ class OptimizerSettings:
     """The highest learning rate; the schedule says when."""
     momentum: Annotated[float, at_least(0)] = 0.0
     """sgd: momentum."""
-    weight_decay: Annotated[float, at_least(0)] = 0.1
-    """Weight decay, times the learning rate with adamw and nadam; sgd and adam add it to the gradient and want 1e-3 or less."""
+    weight_decay: Annotated[float | None, at_least(0)] = None
+    """Weight decay, times the rate with adamw and nadam, part of the gradient with sgd and adam; unless given 0.1 and 0."""
     clip: Annotated[float, at_least(0)] = 0.5
     """Largest norm of the gradient of a step; 0 does not clip."""
     activation_penalty: Annotated[float, at_least(0)] = 0.0

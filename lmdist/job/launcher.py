@@ -91,7 +91,8 @@ def parser() -> CommandParser:
         "[--config RECIPE.toml] [--section.key VALUE ...]",
         description="Train on all GPUs of this machine, or on its CPU: torchrun with restarts, clean stops and exit codes.",
         epilog="Options that are not given are taken from torchrun's variables, such as PET_NNODES. Exit codes: 0 done, "
-        "1 a defect, 64 wrong usage, 65 bad data, 66 a missing input, 75 stopped or a peer went away: run it again.",
+        "1 a defect, 64 wrong usage, 65 bad data, 66 a missing input, 75 stopped or a peer went away: run it again with "
+        "--resume auto.",
         add_help=False,
         allow_abbrev=False,
     )

@@ -31,8 +31,8 @@ class Row(NamedTuple):
     """Names of the tensors it keeps for each parameter, of the parameter's shape."""
     scalars: tuple[str, ...]
     """Names of the single numbers it keeps for each parameter."""
-    decoupled: bool
-    """Whether the weight decay is apart from the gradient (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+    weight_decay: float = 0.0
+    """Unless one is given. Apart from the gradient (Loshchilov and Hutter 2019, arXiv:1711.05101) it can be large."""
 
 
 OPTIMIZERS: dict[str, Row] = {
@@ -41,34 +41,37 @@ OPTIMIZERS: dict[str, Row] = {
             groups,
             settings.learning_rate,
             momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            weight_decay=weight_decay_of(settings),
             fused=True,
         ),
         tensors=("momentum_buffer",),  # none at all without momentum
         scalars=(),
-        decoupled=False,
     ),
     "adam": Row(
-        lambda groups, settings: Adam(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True),
+        lambda groups, settings: Adam(groups, settings.learning_rate, weight_decay=weight_decay_of(settings), fused=True),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
-        decoupled=False,
     ),
     "adamw": Row(
-        lambda groups, settings: AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True),
+        lambda groups, settings: AdamW(groups, settings.learning_rate, weight_decay=weight_decay_of(settings), fused=True),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
-        decoupled=True,
+        weight_decay=0.1,
     ),
     "nadam": Row(
         lambda groups, settings: NAdam(
-            groups, settings.learning_rate, weight_decay=settings.weight_decay, decoupled_weight_decay=True
+            groups, settings.learning_rate, weight_decay=weight_decay_of(settings), decoupled_weight_decay=True
         ),
         tensors=("exp_avg", "exp_avg_sq"),
         scalars=("step", "mu_product"),
-        decoupled=True,
+        weight_decay=0.1,
     ),
 }
+
+
+def weight_decay_of(settings: OptimizerSettings) -> float:
+    """Return the weight decay that is given, or that of the optimizer."""
+    return OPTIMIZERS[settings.name].weight_decay if settings.weight_decay is None else settings.weight_decay
 
 
 def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> Optimizer:

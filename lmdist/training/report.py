@@ -26,7 +26,6 @@ from lmdist.tracking.logger import MetricsLogger, RunLogger, logger_of_rank
 from lmdist.tracking.plot import plot_losses
 from lmdist.tracking.run_folder import FINISHED, METRICS, PICTURE, RECIPE, SAMPLE, SAMPLES
 from lmdist.training.budget import UNDECIDED, TimeBudget
-from lmdist.training.optimizer import OPTIMIZERS
 from lmdist.training.run import Run
 from lmdist.training.sample import sample
 from lmdist.training.starting_point import lines_of
@@ -37,8 +36,6 @@ SMALLEST_CHANGE = 0.01
 MOST_DROPOUT = 0.7
 """The most that a hint recommends."""
 LARGE_VOCABULARY = 100_000
-MOST_COUPLED_DECAY = 1e-3
-"""The largest weight decay that leaves a model to learn where it is added to the gradient."""
 SLOW_STEPS = 5
 """The first steps of a process, in which libraries are loaded and kernels chosen."""
 TIMED_STEPS = 15
@@ -127,11 +124,6 @@ def announcement(run: Run) -> list[str]:
         lines.append(f"  average of the parameters by {recipe.averaging.name}, which is validated, sampled and exported")
     if folder.vocabulary_size > LARGE_VOCABULARY and recipe.model.head == "full":
         lines.append("  hint   --model.head adaptive --model.tied false trains several times as fast at this vocabulary size")
-    if not OPTIMIZERS[recipe.optimizer.name].decoupled and recipe.optimizer.weight_decay > MOST_COUPLED_DECAY:
-        lines.append(
-            f"  hint   {recipe.optimizer.name} adds optimizer.weight_decay {recipe.optimizer.weight_decay:g} to the gradient, "
-            f"too much for most models: --optimizer.weight_decay 0, or up to {MOST_COUPLED_DECAY:g}"
-        )
     return [*lines, *run.hints]
 
 

@@ -91,7 +91,6 @@ def test_a_run_without_a_valid_split_is_not_done_with_parameters_that_are_not_fi
     flags = "--optimizer.name=sgd --optimizer.learning_rate=1e12 --optimizer.weight_decay=1e12 --optimizer.clip=0".split()
     flags += ["--data.folder=data", "--run_folder=run", "--training.steps=1", "--schedule.name=constant"]
     message = train(1, *SMALL, *flags, cwd=tmp_path, code=64).stderr
-    assert "hint   sgd adds optimizer.weight_decay 1e+12 to the gradient" in message
     assert "the training has diverged" in message.splitlines()[-1]
     assert "done:" not in message
     assert not (tmp_path / "run" / "finished.toml").exists()
