@@ -19,7 +19,7 @@ from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.settings import OptimizerSettings, ScheduleSettings
 from lmdist.training.data import DataFolder, training_batches
-from lmdist.training.optimizer import build_optimizer, set_momentum
+from lmdist.training.optimizer import build_optimizer, set_momentum, weight_decay_of
 from lmdist.training.schedule import SCHEDULES, Position, learning_rate, momentum
 from support.jobs import SMALL, losses, small_data, train_here
 
@@ -115,7 +115,7 @@ def test_a_run_with_one_cycle_is_the_plain_loop_with_torch_s_schedule(tmp_path):
     asked, folder = config.load([*SMALL, *flags]), DataFolder(data)
     torch.manual_seed(asked.seed)
     model = LanguageModel(asked.model, folder.vocabulary_size)
-    stochastic = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9, weight_decay=asked.optimizer.weight_decay)
+    stochastic = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9, weight_decay=weight_decay_of(asked.optimizer))
     schedule = OneCycleLR(stochastic, 0.5, 6, pct_start=0.3)
     batches, state, expected = training_batches(folder, asked.data, asked.seed), model.initial_state(8), []
     for step in range(6):

@@ -39,6 +39,7 @@ from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.read import read_tensors
 from lmdist.training.checkpoints.retain import find_checkpoint, newest_checkpoint
 from lmdist.training.data import DataFolder, training_batches
+from lmdist.training.optimizer import weight_decay_of
 from support.jobs import DROPOUT, SMALL, command, environment, losses, rows, start, torchrun, train, train_here
 
 OPTIMIZER_NAMES = get_args(get_type_hints(OptimizerSettings)["name"])
@@ -164,7 +165,7 @@ def test_the_loss_is_the_plain_one(data):
     folder = DataFolder(data)
     torch.manual_seed(asked.seed)
     model = LanguageModel(asked.model, folder.vocabulary_size)
-    stochastic = torch.optim.SGD(model.parameters(), 0.02, weight_decay=asked.optimizer.weight_decay)
+    stochastic = torch.optim.SGD(model.parameters(), 0.02, weight_decay=weight_decay_of(asked.optimizer))
     batches, state, expected = training_batches(folder, asked.data, asked.seed), model.initial_state(8), []
     for step, rate in enumerate(losses(data.parent / "run", "train/learning_rate")):
         stochastic.param_groups[0]["lr"] = rate
