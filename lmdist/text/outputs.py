@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdist.errors import FULL_DISK, DataError, MissingInputError, UsageError
 from lmdist.settings import PrepareSettings
-from lmdist.storage.atomic import check_output_folder, refuse_to_replace_link
+from lmdist.storage.atomic import TakenError, check_output_folder, refuse_to_replace_link
 from lmdist.text.data_folder import META, write_meta
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def check_output(output: Path, flag: str, *, overwrite: bool) -> None:
     if not output.exists():
         return
     if not overwrite:
-        raise UsageError(f"{output} exists: give --overwrite to replace it, or another -o")
+        raise TakenError(f"{output} exists: give --overwrite to replace it, or another -o")
     if not output.is_dir() or (any(output.iterdir()) and not (output / META).is_file()):
         raise UsageError(f"{output} is not a data folder, so --overwrite does not replace it: give another -o")
 
