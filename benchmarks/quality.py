@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +78,7 @@ QUIET = [
 ]
 TRIAL_STEPS, TRIAL_LOG_STEPS = 120, 20
 TRIAL_TURN = 0.5  # seconds
+ALONE = 86400.0  # seconds of a turn that nothing interrupts
 SHARE_OF_STEPS = 0.93
 """Of a run's time; the rest is the start, validations and checkpoints."""
 ORDER = 5
@@ -145,7 +146,7 @@ def measure(name: str, arguments: argparse.Namespace, scratch: Path, rows: list[
     if arguments.minutes:
         seconds = trial_seconds(launch, scratch / "trial", quick=arguments.quick)
         launch.append(f"--training.steps={steps_within(arguments.minutes, seconds)}")
-    ours = System(OURS, [*launch, f"--run_folder={scratch / 'run'}"], scratch / "run" / "metrics.jsonl", scratch / "run.log")
+    ours = training(OURS, launch, scratch / "run")
     job = {"data": str(data), "threads": arguments.nproc, "folder": str(scratch / "baseline"), "evaluate": False}
     examples = [sys.executable, __file__, "--worker", json.dumps(job)]
     baseline = System(BASELINE, examples, scratch / "baseline" / "metrics.jsonl", scratch / "baseline.log")
@@ -208,8 +209,9 @@ def run(command: Sequence[str]) -> str:
 
 def trial_seconds(launch: list[str], folder: Path, *, quick: bool) -> float:
     """Return the seconds of a step, from the last steps of a short run of the recipe."""
-    run([*launch, f"--run_folder={folder}", *trial_flags(quick=quick)])
-    seconds = seconds_of_step(folder / "metrics.jsonl")
+    trial = training("trial", [*launch, *trial_flags(quick=quick)], folder)
+    all_in_turns([trial], ALONE)
+    seconds = step_seconds(trial)
     shutil.rmtree(folder)
     return seconds
 
@@ -218,16 +220,6 @@ def trial_flags(*, quick: bool) -> list[str]:
     """Return what makes a training a short one, whose speed is that of a longer one."""
     steps, every = (30, 10) if quick else (TRIAL_STEPS, TRIAL_LOG_STEPS)
     return [f"--training.steps={steps}", f"--training.log_every={every}"]
-
-
-def seconds_of_step(metrics: Path, clock: Callable[[float], float] = float) -> float:
-    """Return the seconds of a step by the last two thirds of the log lines of a training.
-
-    `clock` returns the seconds that it has run at a time of its lines, where it does not run all the time.
-    """
-    logged = [row for row in read_lines(metrics) if "train/loss" in row]
-    first, last = logged[len(logged) // 3], logged[-1]
-    return (clock(last["time"]) - clock(first["time"])) / (last["step"] - first["step"])
 
 
 def steps_within(minutes: float, seconds: float) -> int:
@@ -353,8 +345,10 @@ def trials_in_turns(commands: dict[str, list[str]], scratch: Path, *, quick: boo
 
 
 def step_seconds(trial: System) -> float:
-    """Return the seconds of a step of a training that has run in turns."""
-    return seconds_of_step(trial.metrics, lambda moment: 60 * trial.minutes_at(moment))
+    """Return the seconds that a step of a training ran, by the last two thirds of its log lines."""
+    logged = [row for row in read_lines(trial.metrics) if "train/loss" in row]
+    first, last = logged[len(logged) // 3], logged[-1]
+    return 60 * (trial.minutes_at(last["time"]) - trial.minutes_at(first["time"])) / (last["step"] - first["step"])
 
 
 def progress(system: System) -> str:

@@ -42,20 +42,8 @@ FILE = re.compile(r"(.+?)-(cpu\d+-(?:no)?amx|[a-z0-9]+)-(\d{4}-\d\d-\d\d)\.json"
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
-def machines() -> list[str]:
-    """The machines of the committed runs: CPUs first, those with AMX before those without."""
-    found = {name[2] for path in RESULTS.glob("*.json") if (name := FILE.fullmatch(path.name))}
-    return sorted(found, key=lambda machine: (not machine.startswith("cpu"), "noamx" in machine, machine))
-
-
-def in_words(machine: str) -> str:
-    """A machine as tables name it."""
-    cpu = re.fullmatch(r"cpu(\d+)-(no)?amx", machine)
-    return f"{cpu[1]} cores {'without' if cpu[2] else 'with'} AMX" if cpu else machine
-
-
 class Machine(str):
-    """The name of a machine, and the days of the rows that were asked of it."""
+    """The name of a machine, and the days of the rows that `results` has returned of it."""
 
     __slots__ = ("days",)
 
@@ -63,12 +51,20 @@ class Machine(str):
         self.days: set[str] = set()
 
     def in_words(self) -> str:
-        """Return what it is, and from when to when it was measured."""
+        """Return it as tables name it, with the days of their rows."""
+        cpu = re.fullmatch(r"cpu(\d+)-(no)?amx", self)
+        name = f"{cpu[1]} cores {'without' if cpu[2] else 'with'} AMX" if cpu else self
         first, last = min(self.days), max(self.days)
-        return f"{in_words(self)}, {first if first == last else f'{first} to {last}'}"
+        return f"{name}, {first if first == last else f'{first} to {last}'}"
 
 
-def results(machine: str, benchmark: str) -> list[list[dict[str, Any]]]:
+def machines() -> list[Machine]:
+    """The machines of the committed runs: CPUs first, those with AMX before those without."""
+    found = {Machine(name[2]) for path in RESULTS.glob("*.json") if (name := FILE.fullmatch(path.name))}
+    return sorted(found, key=lambda machine: (not machine.startswith("cpu"), "noamx" in machine, machine))
+
+
+def results(machine: Machine, benchmark: str) -> list[list[dict[str, Any]]]:
     """The rows of a benchmark's committed runs on a machine: of each kind (such as torture-two-hosts), the newest one.
 
     Quick runs and those that were stopped do not count.
@@ -80,8 +76,7 @@ def results(machine: str, benchmark: str) -> list[list[dict[str, Any]]]:
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not any(row.get("partial") for row in rows):
                 runs[name[1]] = rows
-                if isinstance(machine, Machine):
-                    machine.days.add(name[3])
+                machine.days.add(name[3])
     return list(runs.values())
 
 
@@ -90,7 +85,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
-def quality(machine: str, split: str = "") -> str:
+def quality(machine: Machine, split: str = "") -> str:
     """Return the perplexities of each text and split: of lmdist, and of those that it is compared with where they were run."""
     rows = [row for run in results(machine, "quality") for row in run]
     shown = [name for name in COMPARED if any(row["variant"] == name for row in rows)]
@@ -106,12 +101,12 @@ def quality(machine: str, split: str = "") -> str:
     return markdown([*head, "lmdist"], lines)
 
 
-def quality_summary(machine: str) -> str:
+def quality_summary(machine: Machine) -> str:
     """Return those of the test splits."""
     return quality(machine, "test")
 
 
-def ablations(machine: str) -> str:
+def ablations(machine: Machine) -> str:
     """Return what each part of a recipe is worth at equal time."""
     lines = []
     for run in results(machine, "ablations"):
@@ -138,7 +133,7 @@ COMPARED = {"unigram": "unigram model", "KN-5": "5-gram model", "baseline": "pyt
 """The variants that lmdist is compared with, and their names in the table."""
 
 
-def reliability(machine: str) -> str:
+def reliability(machine: Machine) -> str:
     """Return a table with a row for each reliability test."""
     rows = []
     for *kills, whole in results(machine, "torture"):
@@ -181,7 +176,7 @@ def reliability(machine: str) -> str:
     return markdown(["test", "result"], rows)
 
 
-def reliability_summary(machine: str) -> str:
+def reliability_summary(machine: Machine) -> str:
     """Return the rows about kills and about MLflow."""
     head, rule, *lines = reliability(machine).splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if "kills" in line or "MLflow" in line)])
@@ -191,7 +186,7 @@ LOST = ("missing after lmdist-sync", "twice after lmdist-sync")
 STEP = "step p99 after 10 s"
 
 
-def kills(machine: str) -> str:
+def kills(machine: Machine) -> str:
     """Return a table of every kill of every torture run."""
     rows = [
         [
@@ -207,7 +202,7 @@ def kills(machine: str) -> str:
     return markdown(["run", "when", "kind", "target", "recovery"], rows)
 
 
-def outages(machine: str) -> str:
+def outages(machine: Machine) -> str:
     """Return a table of the tracking benchmark with a row for each state of the server."""
     rows = []
     cases: list[str] = []
@@ -230,7 +225,7 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['value']:{digits}} {row['unit']}{ratio}"
 
 
-def preparing(machine: str) -> str:
+def preparing(machine: Machine) -> str:
     """Words/s of tokenization, and what lmdist-prepare costs in one process and in several."""
     rows = []
     for row in (row for run in results(machine, "preparing") for row in run):
@@ -247,7 +242,7 @@ def preparing(machine: str) -> str:
     return markdown([columns[number] for number in filled], [[row[number] for number in filled] for row in rows])
 
 
-def finetuning(machine: str) -> str:
+def finetuning(machine: Machine) -> str:
     """Return the test perplexities from scratch and from a base, of each vocabulary, and of the base's own text."""
     lines = []
     for run in results(machine, "finetuning"):
@@ -259,7 +254,7 @@ def finetuning(machine: str) -> str:
     return markdown(head, lines)
 
 
-def pieces(machine: str) -> str:
+def pieces(machine: Machine) -> str:
     """Return what words and pieces of words lead to at equal time."""
     lines = [
         [
@@ -283,7 +278,7 @@ readable text from a small corpus, and pieces where no word may be lost (names, 
 """
 
 
-def training(machine: str) -> str:
+def training(machine: Machine) -> str:
     """Return speed and memory of all cases on a CPU."""
     rows = []
     for run in results(machine, "training"):
@@ -300,7 +295,7 @@ def training(machine: str) -> str:
     return markdown(head, rows)
 
 
-def speed(machine: str) -> str:
+def speed(machine: Machine) -> str:
     """Return the cases of training with the vocabulary of WikiText-2."""
     head, rule, *lines = training(machine).splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if "V 33k" in line and "per token of the corpus" not in line)])
@@ -319,7 +314,7 @@ def speeds(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def parts(machine: str) -> str:
+def parts(machine: Machine) -> str:
     """Return the share of a step that each part takes, and its distance from its floor."""
     rows = []
     for run in results(machine, "training"):
@@ -332,7 +327,7 @@ def parts(machine: str) -> str:
     return markdown(["case", "LSTM (of its floor)", "head (of its floor)", "clipping and update"], rows)
 
 
-def sampling(machine: str) -> str:
+def sampling(machine: Machine) -> str:
     """Return the speed of the baseline, and the ratios of the other ways to it."""
     ways = [name for name in SAMPLING if any(row["variant"] == name for row in sampling_speed_rows(machine))]
     rows = []
@@ -343,7 +338,7 @@ def sampling(machine: str) -> str:
     return markdown([MODEL, "batch size", *(SAMPLING[name] for name in ways)], rows)
 
 
-def sampling_summary(machine: str) -> str:
+def sampling_summary(machine: Machine) -> str:
     """The same for the model of middle size and fewer ways."""
     head, rule, *lines = sampling(machine).splitlines(keepends=True)
     return "".join([head, rule, *(line for line in lines if line.startswith("| M: "))])
@@ -367,7 +362,7 @@ def faster(row: dict[str, Any]) -> str:
     return f"**{row['ratio']:.1f}x**" if row["variant"].startswith("lmdist") else f"{row['ratio']:.1f}x"
 
 
-def sampling_speeds(machine: str) -> str:
+def sampling_speeds(machine: Machine) -> str:
     """Return speed and memory of every variant, with the spread of the rounds."""
     rows = [
         [
@@ -382,7 +377,7 @@ def sampling_speeds(machine: str) -> str:
     return markdown([MODEL, "batch size", "how", "tokens/s", "ratio", "peak memory"], rows)
 
 
-def sampling_options(machine: str) -> str:
+def sampling_options(machine: Machine) -> str:
     """Return what the options of sampling cost."""
     rows = []
     for row in sampling_speed_rows(machine):
@@ -396,7 +391,7 @@ def sampling_options(machine: str) -> str:
     return markdown([MODEL, "batch size", "", "option", "speed", "of that without"], rows)
 
 
-def sampling_shares(machine: str) -> str:
+def sampling_shares(machine: Machine) -> str:
     """Return the share of the machine's limits that is used."""
     found = [row for row in newest_sampling(machine) if row["unit"] == "share" and row["variant"] in SHARES]
     rows = []
@@ -410,7 +405,7 @@ def sampling_shares(machine: str) -> str:
 SHARES = ("baseline", "lmdist fp32", "lmdist int8", "lmdist int4")
 
 
-def sampling_limits(machine: str) -> str:
+def sampling_limits(machine: Machine) -> str:
     """Return the machine's limits, and the times of whole processes."""
     rows = [
         ["`import torch`" if row["variant"] == "baseline" else row["variant"], f"{row['value']:g} {row['unit']}"]
@@ -420,7 +415,7 @@ def sampling_limits(machine: str) -> str:
     return markdown(["what", "measured"], rows)
 
 
-def scoring(machine: str) -> str:
+def scoring(machine: Machine) -> str:
     """Return hypotheses per second, and the ratio to the baseline."""
     rows = [
         [
@@ -440,7 +435,7 @@ LATENCIES = {"p50_ms": "p50", "p99_ms": "p99", "first_p50_ms": "first words, p50
 SERVING_CPU = {"cpu_ms_per_1000_tokens": "CPU of 1,000 tokens", "client_cpu_ms_per_1000_tokens": "of the clients beside"}
 
 
-def serving(machine: str) -> str:
+def serving(machine: Machine) -> str:
     """Return throughput and latency of a server by its number of clients; that of first words where they were measured."""
     found = [row for run in results(machine, "serving") for row in run if row["unit"] == "tokens/s"]
     times = [name for name in LATENCIES if any(name in row for row in found)]
@@ -460,7 +455,7 @@ def serving(machine: str) -> str:
     return markdown(["model", "clients", "how", "tokens/s", *names, "peak memory"], rows)
 
 
-def serving_limits(machine: str) -> str:
+def serving_limits(machine: Machine) -> str:
     """Return the latency of a short request beside long ones, and a server's memory after many requests."""
     rows = [
         [row["case"], row["how"], f"{row['value']:,.0f} {row['unit']} ({row['ratio']:.1f}x)"]
@@ -505,7 +500,7 @@ def default(row: Row) -> tuple[str, str]:
     return json.dumps(row.default), str(row.bounds or "")
 
 
-def precisions(machine: str) -> str:
+def precisions(machine: Machine) -> str:
     """Return what each precision costs a trained model."""
     rows = []
     for run in results(machine, "precisions"):
@@ -523,23 +518,23 @@ def precisions(machine: str) -> str:
     return markdown(["precision", "perplexity", "top-1 agreement with torch", "max error of a logit", "MB"], rows)
 
 
-def newest_sampling(machine: str) -> list[dict[str, Any]]:
+def newest_sampling(machine: Machine) -> list[dict[str, Any]]:
     """The rows of the newest run of the benchmark of sampling on a machine."""
     return next(iter(results(machine, "sampling")), [])
 
 
-def sampling_speed_rows(machine: str) -> list[dict[str, Any]]:
+def sampling_speed_rows(machine: Machine) -> list[dict[str, Any]]:
     """Return those of its rows that are speeds."""
     return [row for row in newest_sampling(machine) if row["unit"] == "tokens/s"]
 
 
-def curves(machine: str) -> str:
+def curves(machine: Machine) -> str:
     """Return the distance of each path's losses from the plain ones."""
     rows = [[row["variant"], f"{row['loss']:.3f}", f"{row['value']:+.4f}"] for run in results(machine, "curves") for row in run]
     return markdown(["path", "loss at the end, nats per token", "mean distance in the second half"], rows)
 
 
-def scaling(machine: str) -> str:
+def scaling(machine: Machine) -> str:
     """Return the measured steps, a line for each number of ranks."""
     head = [
         "model and batch",
@@ -571,13 +566,13 @@ def overlap(row: dict[str, Any]) -> str:
     return f"{row['overlap']:.0%}" if row["exposed_spread"] / 2 < row["all_reduce_ms"] else "lost in noise"
 
 
-def scaling_fit(machine: str) -> str:
+def scaling_fit(machine: Machine) -> str:
     """Return what was fitted, and how well it fits."""
     rows = [[row["variant"], f"{row['value']:g} {row['unit']}", device(row)] for row in of_kind(machine, "fit")]
     return markdown(["fitted", "value", "to measurements on"], rows)
 
 
-def scaling_errors(machine: str) -> str:
+def scaling_errors(machine: Machine) -> str:
     """Return each measurement that the model was fitted to, beside the prediction."""
     rows = [
         [
@@ -591,7 +586,7 @@ def scaling_errors(machine: str) -> str:
     return markdown(["model and batch", "what", "measured", "predicted", "error", "on"], rows)
 
 
-def scaling_bytes(machine: str) -> str:
+def scaling_bytes(machine: Machine) -> str:
     """Return the gradients' bytes by the kind of head."""
     rows = [
         [
@@ -604,7 +599,7 @@ def scaling_bytes(machine: str) -> str:
     return markdown(["model", "head", "all gradients", "of it embedding and projection", "exchanged", "share"], rows)
 
 
-def scaling_predictions(machine: str) -> str:
+def scaling_predictions(machine: Machine) -> str:
     """Return the picture, and some points of its curves."""
     shown = (2, 8, 32, 128)
     rows = [
@@ -619,12 +614,12 @@ def scaling_predictions(machine: str) -> str:
     return picture + markdown(head, rows)
 
 
-def scaling_assumptions(machine: str) -> str:
+def scaling_assumptions(machine: Machine) -> str:
     """Return the assumptions of the predictions."""
     return markdown(["assumed", ""], [[row["variant"], row["note"]] for row in of_kind(machine, "assumption")])
 
 
-def of_kind(machine: str, kind: str) -> list[dict[str, Any]]:
+def of_kind(machine: Machine, kind: str) -> list[dict[str, Any]]:
     """The rows of a kind, of all runs of the scaling benchmark."""
     return [row for run in results(machine, "scaling") for row in run if row["kind"] == kind]
 
@@ -678,13 +673,13 @@ MEASURED = (
 """Tables of results, of one machine each."""
 
 
-def measured(table: Callable[[str], str], *, all_machines: bool) -> str:
+def measured(table: Callable[[Machine], str], *, all_machines: bool) -> str:
     """Return a table for each machine that has rows for it, or for the first such machine, which its first cell names.
 
     A table that is the same on another machine, of what is counted and not measured, comes once.
     """
     found: dict[str, Machine] = {}
-    for machine in map(Machine, machines()):
+    for machine in machines():
         text = table(machine)
         if text.count("\n| ") > 1:  # more than its head
             found.setdefault(text, machine)

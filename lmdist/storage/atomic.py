@@ -25,7 +25,7 @@ OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 class TakenError(UsageError):
-    """The name was free before a folder was written, and now another process has written one."""
+    """The name of a new folder is taken: when it was to be written, or since, by another process."""
 
 
 @contextmanager

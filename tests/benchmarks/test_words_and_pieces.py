@@ -39,4 +39,4 @@ def test_words_and_pieces_are_trained_for_the_same_time(tmp_path, monkeypatch):
         assert row["value"] == pytest.approx(row["perplexity"] ** row["tokens_per_word"], rel=1e-3)
     assert all(row["unknown_rate"] == 0 for row in others)
     monkeypatch.setattr(readme, "results", lambda machine, benchmark: [rows])
-    assert readme.pieces("cpu2-amx").count("\n| ") == 2 + len(rows)
+    assert readme.pieces(readme.Machine("cpu2-amx")).count("\n| ") == 2 + len(rows)
