@@ -63,6 +63,7 @@ class Sampler:
         self.sizes = bundle.sizes
         self.runtime = Runtime(bundle, provider, threads)
         self.generation_sessions: dict[Features, Any] = {}
+        self.continuing_sessions: dict[Features, Any] = {}
         self.token_sessions: dict[Features, TokenSession] = {}
         self.uses_token_graph = provider == "cuda"
         """Whether each token is a call of its own, with the state on the device: a Loop waits for a GPU at each token."""
@@ -99,6 +100,13 @@ class Sampler:
         if features not in self.generation_sessions:
             self.generation_sessions[features] = self.runtime.open(partial(generation_graph, features=features))
         return self.generation_sessions[features]
+
+    def continuing_session(self, features: Features) -> Any:
+        """Return the session of the generation graph that has these features, for rows that have one token to read each."""
+        if features not in self.continuing_sessions:
+            build = partial(generation_graph, features=features, reads_prompts=False)
+            self.continuing_sessions[features] = self.runtime.open(build)
+        return self.continuing_sessions[features]
 
     def token_session(self, features: Features) -> TokenSession:
         """Return the session of the token graph that has these features."""
@@ -338,7 +346,7 @@ class Sampler:
 
     def run_loop(self, features: Features, feed: dict[str, Any]) -> Generated:
         """Return what the generation graph generates in one call."""
-        session = self.generation_session(features)
+        session = self.continuing_session(features) if feed["prompt"].shape[1] == 1 and not features.cached else self.generation_session(features)
         names = ["words", "mass", *(f"next_{name}" for name in STATE), *(NEW if features.cached else ())]
         names += ["next_counts"] if features.adjusted else []
         tokens, mass, *state = session.run(names, {name: np.asarray(feed[name]) for name in session.input_names})
