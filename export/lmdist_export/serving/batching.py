@@ -244,7 +244,8 @@ class Batcher:
 
     def keep_few_graphs(self, needed: Features) -> None:
         """Close the graphs that were needed longest ago; they are built again, from what was loaded, when they are needed."""
-        for sessions in (self.sampler.generation_sessions, self.sampler.token_sessions):
+        sampler = self.sampler
+        for sessions in (sampler.generation_sessions, sampler.continuing_sessions, sampler.token_sessions):
             if needed in sessions:
                 sessions[needed] = sessions.pop(needed)
             while len(sessions) > MAX_GRAPHS:
