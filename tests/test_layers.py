@@ -97,7 +97,7 @@ WINGS = {
         "resolved_options completion"
     ),
     "lmdist_export.serving": (
-        "requests shared_batch batching json_body invocations service middleware mlflow_model registry access running "
+        "requests shared_batch batching json_body running invocations service middleware mlflow_model registry access "
         "openai_request openai_answer failures metrics observing completing event_stream tokenize_api page_files application "
         "connections watching"
     ),
