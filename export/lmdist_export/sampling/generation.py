@@ -264,8 +264,8 @@ def forks(
         # The prompt is part of the seed, so that texts of different prompts have different random numbers. A spawn key is
         # mixed in word by word, whereas entropy is padded with zeros: [w] and [w, 0] would be the same.
         entropy = np.random.SeedSequence(seed, spawn_key=(number, *prompt))
-        numbers = DrawnAhead(np.random.default_rng(entropy))
-        yield Text(tokens, prompt_number, place, begin=begin), replace(state, generators=(numbers,))
+        ahead = DrawnAhead(np.random.default_rng(entropy))
+        yield Text(tokens, prompt_number, place, begin=begin), replace(state, generators=(ahead,))
 
 
 def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:
