@@ -452,7 +452,8 @@ def fixed_bias(config: GenerationConfig, vocabulary_size: int) -> NDArray[np.flo
         bias[tokens] += np.float32(value)
     bias[list(config.suppress_tokens)] = -np.inf
     bias[[tokens[0] for tokens in config.bad_words_ids if len(tokens) == 1]] = -np.inf
-    if all_masked(bias):
+    named = len(config.sequence_bias) + len(config.suppress_tokens) + len(config.bad_words_ids)
+    if named >= vocabulary_size and all_masked(bias):  # few are named: to look at all takes longer than the rest
         raise UsageError("no token is left to sample: suppress_tokens, bad words and logit bias mask all of them")
     return bias
 
