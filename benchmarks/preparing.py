@@ -34,7 +34,8 @@ from lmdist.cpus import available_cpus
 from lmdist.extras import is_installed
 from lmdist.storage.reading import read_json
 from lmdist.text.demo import articles
-from lmdist.text.documents import Documents, find_files
+from lmdist.text.documents import Documents
+from lmdist.text.finding import find_files
 from lmdist.text.inputs import ONE_PROCESS_BYTES
 from lmdist.text.tokenizer import train_punkt
 from lmdist.text.words import WordFinder, punkt_parameters

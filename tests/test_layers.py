@@ -79,7 +79,7 @@ WINGS = {
     "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
         "light_nltk vocabulary remote data_folder token_files words markup detokenizer pieces piece_files tokenizer "
-        "given_vocabulary where rows sources vectors decoding tables columns chunks arrow_files readers documents demo "
+        "given_vocabulary where rows sources vectors decoding tables columns chunks arrow_files readers documents finding demo "
         "shard_files counting corpus learning token_writer merging workers dask_cluster inputs reports outputs shards "
         "machines prepare from_pandas"
     ),
