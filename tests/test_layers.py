@@ -94,7 +94,7 @@ WINGS = {
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": (
         "state steps stops seams runtime token_session sampler prompt log_probabilities generation beam_search scoring "
-        "resolved_options completion"
+        "resolved_options writing completion"
     ),
     "lmdist_export.serving": (
         "requests shared_batch batching json_body running invocations service middleware mlflow_model registry access "

@@ -53,7 +53,7 @@ def test_what_was_accepted_is_scored_although_the_queue_is_full_by_then(
     others = read_request(
         {"prompt": "the", "max_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}, service, "news"
     )
-    long = service.request(others.prompts, others.resolved)
+    long = service.request(others.tokenized, others.resolved)
     service.batcher.submit(long)
     submit = service.batcher.submit
 
@@ -246,7 +246,7 @@ def test_what_a_text_grows_while_nobody_takes_it_is_one_event() -> None:
 def test_options_that_were_resolved_before_have_a_seed_of_their_own(service: Service) -> None:
     def resolved(**values: Any) -> tuple[Any, int | None]:
         prompts = service.prompts(["the"])
-        found = service.resolve(prompts, Options.from_values({"top_k": 3} | values))
+        _, found = service.resolve(prompts, Options.from_values({"top_k": 3} | values))
         assert found.options.seed == values.get("seed")
         return found.config, found.seed
 
@@ -257,7 +257,7 @@ def test_options_that_were_resolved_before_have_a_seed_of_their_own(service: Ser
     for _ in range(2):
         with pytest.raises(UsageError, match="num_beams is for beam search, and top_k for sampling"):
             resolved(num_beams=2)
-        assert service.resolve(service.prompts([""]), Options.from_values({"num_beams": 2})).seed is None
+        assert service.resolve(service.prompts([""]), Options.from_values({"num_beams": 2}))[1].seed is None
     for number in range(2 * MAX_KNOWN):
         resolved(max_new_tokens=1 + number)
     assert len(service.known) <= MAX_KNOWN

@@ -185,7 +185,7 @@ class Application:
         """Answer with texts, or with a stream of them."""
         service, note, deadline = self.begun(request)
         asked = await self.read_from(request, lambda body: read_request(parse(body, EXAMPLE), service, self.name))
-        note.prompt_tokens = sum(len(prompt.ids) for prompt in asked.prompts)
+        note.prompt_tokens = asked.prompt_tokens
         if not asked.stream:
             answer = await complete(asked, service, request.receive, note, deadline)
             counted = answer["usage"]
@@ -236,8 +236,7 @@ class Application:
         def read(body: bytes) -> tuple[list[Prompt], ResolvedOptions, Request]:
             given = parse(body, invocations.EXAMPLE)
             texts, params = invocations.prompts_and_params(invocations.as_gateway(given) if as_text else given)
-            prompts = service.prompts(texts)
-            resolved = service.resolve(prompts, Options.from_values(params))
+            prompts, resolved = service.resolve(service.prompts(texts), Options.from_values(params))
             logprobs = resolved.options.logprobs
             return prompts, resolved, service.request(prompts, resolved, logprobs=logprobs, on_end=growth.on_end)
 

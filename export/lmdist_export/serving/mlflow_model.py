@@ -88,7 +88,7 @@ class ServedModel(PythonModel):
         try:
             service = self.service
             prompts = service.prompts(strings_of("prompt", column(model_input)))
-            resolved = service.resolve(prompts, Options.from_values(params or {}))
+            prompts, resolved = service.resolve(prompts, Options.from_values(params or {}))
             request = service.request(prompts, resolved, logprobs=resolved.options.logprobs)
             if disconnected := CLIENT_DISCONNECTED.get():
                 disconnected.add_done_callback(lambda _: request.cancel())

@@ -1,8 +1,8 @@
 """A bundle that answers requests: its sampler, the batching thread, and what one request may ask for.
 
     service = Service(sampler)
-    prompts = service.prompts(["We must"])
-    request = service.request(prompts, service.resolve(prompts, options))
+    prompts, resolved = service.resolve(service.prompts(["We must"]), options)
+    request = service.request(prompts, resolved)
     texts = service.batcher.generate(request, timeout_seconds=60)
 
 Both servers share it: mlflow_model.py, which `mlflow models serve` loads, and application.py in lmdist-serve. The limits keep
@@ -60,8 +60,7 @@ class Service:
     def warm_up(self, timeout_seconds: float) -> None:
         """Generate a token, so that a server is ready when it says so, and have a thread read a first prompt."""
         first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0})
-        prompts = self.prompts([""])
-        self.batcher.generate(self.request(prompts, self.resolve(prompts, first)), timeout_seconds)
+        self.batcher.generate(self.request(*self.resolve(self.prompts([""]), first)), timeout_seconds)
         threading.Thread(target=self.read_first, name="first reader", daemon=True).start()
 
     def read_first(self) -> None:
@@ -87,8 +86,10 @@ class Service:
         *,
         limit_name: str = "max_new_tokens",
         echo: bool | None = None,
-    ) -> ResolvedOptions:
-        """Return its options, resolved; raises UsageError where a request is too large or its options exclude each other.
+    ) -> tuple[list[Prompt], ResolvedOptions]:
+        """Return prompts as they are asked to be continued, and options, resolved.
+
+        Raise UsageError where a request is too large or its options exclude each other.
 
         `limit_name` is what the caller calls max_new_tokens, and `echo` whether its texts begin with their prompts, where the
         options do not say it.
@@ -107,7 +108,7 @@ class Service:
         tokens = sum(len(prompt.ids) + texts * config.max_new_tokens for prompt in prompts)
         check_limit(f"the number of tokens in prompts, and {limit_name} for each text or beam, together", tokens, MAX_TOKENS)
         self.check_repeated(prompts, options.n, echo=options.echo if echo is None else echo)
-        return resolved
+        return [*map(resolved.asked, prompts)], resolved
 
     def resolved(self, options: Options) -> ResolvedOptions:
         """Return options, resolved for the bundle: most requests have those of one before, but for the seed."""
@@ -139,9 +140,8 @@ class Service:
         on_growth: Callable[[Text, list[int]], None] | None = None,
         on_end: Callable[[], None] | None = None,
     ) -> Request:
-        """Return a request in ids, with the rest as batching.Request takes it."""
+        """Return a request, of what `resolve` returns, in ids; with the rest as batching.Request takes it."""
         how = resolved.options
-        prompts = [prompt.as_asked(how.logprobs, resolved.config.num_beams) for prompt in prompts]
         ids, begins = [prompt.open().ids for prompt in prompts], [prompt.begin for prompt in prompts]
         settings = resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos
         return Request(self.sampler, ids, *settings, logprobs, on_growth, on_end, begins)
