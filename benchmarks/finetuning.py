@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from lmdist.settings import MODEL_SIZES, SPLITS
 from lmdist.storage.reading import read_json
-from origin import Row, add_json_option, collect_rows
+from origin import Row, add_json_option, collect_rows, command_line
 from quality import PACKAGES, QUIET, run, split_files, text_facts, trial_seconds
 
 SCRATCH, TUNED = "baseline", "fine-tuned"
@@ -65,9 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.quick or arguments.text):
         parser.error("a folder with files for train, valid and test is missing, such as ../data/bbc-news")
-    command = f"python benchmarks/finetuning.py {arguments.text.name if arguments.text else '--quick'}"
-    command += f" --words {arguments.words} --minutes {arguments.minutes:g} --rate {arguments.rate:g}"
-    command += f" --patience {arguments.patience}" + "".join(f" --set {setting}" for setting in arguments.set)
+    command = command_line(parser, arguments)
     with (
         collect_rows(arguments.json, PACKAGES, command) as rows,
         tempfile.TemporaryDirectory(prefix="finetuning-") as scratch,

@@ -49,7 +49,7 @@ from lmdist.settings import SPLITS
 from lmdist.signals import die_with_parent
 from lmdist.storage.reading import read_json
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
-from origin import Row, add_json_option, collect_rows
+from origin import Row, add_json_option, collect_rows, command_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="plot perplexity against minutes here, a panel a text")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    command = command_line(parser, arguments)
     if arguments.worker:
         die_with_parent()
         train_baseline(**json.loads(arguments.worker))
@@ -113,7 +114,7 @@ def main() -> None:
             parser.error("a recipe is missing, such as launch/ptb.toml")
         name = arguments.recipe.stem if arguments.recipe else "generated"
         with (
-            collect_rows(arguments.json, PACKAGES, command_of(arguments), suffix=f"-{name}") as rows,
+            collect_rows(arguments.json, PACKAGES, command, suffix=f"-{name}") as rows,
             tempfile.TemporaryDirectory(prefix="quality-") as scratch,
         ):
             measure(name, arguments, Path(scratch), rows)
@@ -123,17 +124,6 @@ def main() -> None:
         print(f"{row['case']:<28}{row['variant']:<14}{row['value']:>10,.2f}{ratio}{minutes}")
     if arguments.plot:
         plot(rows, arguments.plot)
-
-
-def command_of(arguments: argparse.Namespace) -> str:
-    """Return the command, with the name of the data's folder and not its place."""
-    command = ["python benchmarks/quality.py", *([str(arguments.recipe)] if arguments.recipe else [])]
-    command += [f"--data {arguments.data.name}"] if arguments.data else []
-    command += [f"--minutes {arguments.minutes:g}"] if arguments.minutes else []
-    command += [f"--set {setting}" for setting in arguments.set]
-    command += [f"--cache {arguments.cache}"] if arguments.cache else []
-    command += [f"--nproc {arguments.nproc}", f"--turn {arguments.turn:g}", *(["--quick"] if arguments.quick else [])]
-    return " ".join(command)
 
 
 def measure(name: str, arguments: argparse.Namespace, scratch: Path, rows: list[Row]) -> None:

@@ -60,7 +60,7 @@ from lmdist_export.graph.sizes import Sizes, length_of, parameter_shapes, weight
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 from lmdist_export.sampling.sampler import Sampler
-from origin import add_json_option, collect_rows
+from origin import add_json_option, collect_rows, command_line
 from workers import Worker, pin, seconds_of
 
 BASELINE = "baseline"
@@ -578,11 +578,8 @@ def main() -> None:
         else:
             worker(next(model for model in MODELS if model.name == name), variant, batch, device, Path(place))
         return
-    options = "".join(
-        f" {flag}" for flag, given in (("--quick", arguments.quick), ("--device cuda", arguments.device == "cuda")) if given
-    )
     runtime = "onnxruntime" if arguments.device == "cpu" else "onnxruntime-gpu"
-    packages, command = ("lmdist", "torch", "numpy", runtime), f"python benchmarks/sampling.py{options}"
+    packages, command = ("lmdist", "torch", "numpy", runtime), command_line(parser, arguments)
     with collect_rows(arguments.json, packages, command, arguments.device) as rows:
         for row in measure_all(arguments.device, arguments.rounds, quick=arguments.quick):
             show(row)

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora import chain, write_data_folder
-from origin import add_json_option, collect_rows, processor
+from origin import add_json_option, collect_rows, command_line, processor
 from servers import Proxy, Server
 
 STATES = ("off", "fine", "dead", "killed", "off", "stopped", "slow", "error")
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of 120 steps")
     add_json_option(parser)
     arguments = parser.parse_args()
-    command = " ".join(["python", "benchmarks/tracking.py", *sys.argv[1:]])
+    command = command_line(parser, arguments)
     if arguments.quick:
         arguments.rounds, arguments.steps = 1, 120
     states = [state for state in STATES if not arguments.states or state in ("off", *arguments.states.split(","))]
