@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 from lmdist.settings import MODEL_SIZES, SPLITS
 from lmdist.storage.reading import read_json
+from lmdist.tracking.run_folder import METRICS, read_metrics
 from origin import Row, add_json_option, collect_rows, command_line
 from quality import PACKAGES, QUIET, run, split_files, text_facts, trial_seconds
 
@@ -211,8 +212,7 @@ def row_of(case: str, variant: str, value: float, reference: float, data: Path, 
 
 def last_training(folder: Path) -> dict[str, Any]:
     """Return the steps and the tokens of a run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = [row for row in rows if "train/tokens" in row][-1]
+    last = [row for row in read_metrics(folder / METRICS) if "train/tokens" in row][-1]
     return {"steps": last["step"], "trained_tokens": last["train/tokens"]}
 
 

@@ -49,6 +49,7 @@ from lmdist.settings import SPLITS
 from lmdist.signals import die_with_parent
 from lmdist.storage.reading import read_json
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
+from lmdist.tracking.run_folder import read_metrics
 from origin import Row, add_json_option, collect_rows, command_line
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ class System:
 
     def curve(self) -> list[tuple[float, float]]:
         """Return minutes and perplexity of each validation."""
-        rows = [row for row in read_lines(self.metrics) if "valid/perplexity" in row]
+        rows = [row for row in read_metrics(self.metrics) if "valid/perplexity" in row]
         return [(round(self.minutes_at(row["time"]), 3), round(row["valid/perplexity"], 3)) for row in rows]
 
 
@@ -336,7 +337,7 @@ def trials_in_turns(commands: dict[str, list[str]], scratch: Path, *, quick: boo
 
 def step_seconds(trial: System) -> float:
     """Return the seconds that a step of a training ran, by the last two thirds of its log lines."""
-    logged = [row for row in read_lines(trial.metrics) if "train/loss" in row]
+    logged = [row for row in read_metrics(trial.metrics) if "train/loss" in row]
     first, last = logged[len(logged) // 3], logged[-1]
     return 60 * (trial.minutes_at(last["time"]) - trial.minutes_at(first["time"])) / (last["step"] - first["step"])
 
@@ -345,17 +346,6 @@ def progress(system: System) -> str:
     """Return the minutes and the last perplexity of a system as text."""
     curve = system.curve()
     return f"{system.name} {system.minutes:.1f} minutes, perplexity {curve[-1][1] if curve else math.nan:,.1f}"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics.jsonl."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
