@@ -56,7 +56,7 @@ from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, STEP_GRAPH, VERSION,
 from lmdist_export.graph.network import Network, Target
 from lmdist_export.graph.onnx_file import FLOAT, Graph, OnnxModel, model_of
 from lmdist_export.graph.sampling_nodes import column
-from lmdist_export.graph.sizes import Sizes, length_of, parameter_shapes, weights
+from lmdist_export.graph.sizes import Sizes, parameter_shapes, weights
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 from lmdist_export.sampling.sampler import Sampler
@@ -471,11 +471,7 @@ def shares(rows: list[dict[str, Any]], limit: dict[str, float], place: Path) -> 
         precision = "fp32" if row["variant"] == BASELINE else row["variant"].removeprefix("lmdist ")
         sizes = Bundle.load(place / f"{row['model']}-{precision}").sizes
         if row["batch"] == 1:
-            read = sum(
-                length_of(weight.kind, weight.shape)
-                for name, weight in weights(sizes).items()
-                if not name.startswith("embedding")
-            )
+            read = sum(weight.length for name, weight in weights(sizes).items() if not name.startswith("embedding"))
             found.append(share(row, row["value"] * read / limit["bytes"], "reading memory"))
         else:
             # Of int4 only the projection has 4 bits.
