@@ -39,7 +39,7 @@ from lmdist.text.finding import find_files
 from lmdist.text.inputs import ONE_PROCESS_BYTES
 from lmdist.text.tokenizer import train_punkt
 from lmdist.text.words import WordFinder, punkt_parameters
-from origin import add_json_option, collect_rows
+from origin import add_json_option, collect_rows, command_line
 
 MEGABYTES = (12, 56, 250)  # 2, 9 and 40 million words
 QUICK_MEGABYTES = (3, 42)
@@ -60,10 +60,9 @@ def main() -> None:
     add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="write the picture here")
     arguments = parser.parse_args()
+    command = command_line(parser, arguments)
     if arguments.quick:
         arguments.rounds, arguments.words = 2, 40_000
-    command = f"python benchmarks/preparing.py --rounds {arguments.rounds} --words {arguments.words}"
-    command += " --csv FILE" if arguments.csv else ""
     with collect_rows(arguments.json, ("lmdist", "nltk", "regex"), command) as rows:
         rows += tokenize(arguments.csv, arguments.words, arguments.rounds)
         for row in prepare(QUICK_MEGABYTES if arguments.quick else MEGABYTES):

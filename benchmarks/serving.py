@@ -43,7 +43,7 @@ from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.generation import continuations
 from lmdist_export.sampling.prompt import prompt_of
 from lmdist_export.sampling.sampler import Sampler
-from origin import add_json_option, collect_rows
+from origin import add_json_option, collect_rows, command_line
 from random_bundle import make_bundle
 from servers import answers, free_port
 from serving_client import Load, quantile, question
@@ -67,14 +67,12 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     add_json_option(parser)
     arguments = parser.parse_args()
+    command = command_line(parser, arguments)
     if arguments.worker:
         sample(*json.loads(arguments.worker))
         return
     if arguments.quick:
         arguments.rounds, arguments.requests = 1, 128
-    command = f"python benchmarks/serving.py --rounds {arguments.rounds} --requests {arguments.requests}"
-    command += f" --words {arguments.words}" + (" --quick" if arguments.quick else "")
-    command += f" --bundle {arguments.bundle}" if arguments.bundle else ""
     packages = ("lmdist", "uvicorn", "starlette", "onnxruntime", "numpy")
     with (
         collect_rows(arguments.json, packages, command) as rows,

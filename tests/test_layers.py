@@ -51,7 +51,7 @@ HOMES = {
 # lines above its own. Inside a wing, a file imports only from files before it; a folder inside a wing has a line of its own.
 FLOORS = {
     "lmdist": """
-        users extras standard_streams credentials counted
+        users extras standard_streams stop_signals credentials counted
         errors cpus perplexity
         bounds signals storage console
         command_line

@@ -20,7 +20,7 @@ from typing import IO, Any, Literal, cast
 from urllib.parse import unquote
 
 from lmdist.credentials import without_credentials
-from lmdist.errors import DataError, MissingInputError, UsageError, one_line, require
+from lmdist.errors import DataError, MissingInputError, UsageError, missing_package, one_line, require
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://")
 WEB = re.compile(r"https?://", re.IGNORECASE)
@@ -78,7 +78,7 @@ def filesystem_of(address: str) -> tuple[Any, str]:
     try:
         return url_to_fs(address)
     except ImportError as error:
-        from lmdist.extras import missing_package, not_installed
+        from lmdist.extras import not_installed
 
         package = missing_package(error)
         raise UsageError(purpose + (not_installed(package) if package else one_line(error))) from None

@@ -89,7 +89,7 @@ class DataFolder:
         verify_sizes(files, listed, names)
         self.contents = {VOCABULARY: files.read(VOCABULARY, MAX_BYTES), TEXT: files.read(TEXT, MAX_JSON_BYTES)}
         """The vocabulary's and the tokenizer's files."""
-        verify_checksums(files, listed, names)
+        verify_checksums(files, listed)
         self.tokenizer = WordTokenizer.parse(self.contents[TEXT], self.path / TEXT)
         self.vocabulary = Vocabulary.parse(
             self.contents[VOCABULARY], self.path / VOCABULARY, self.meta["vocabulary_size"], "meta.json"
