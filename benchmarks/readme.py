@@ -108,8 +108,8 @@ def highlights() -> str:
         f"{demo['KN-5']['value']:.1f}.",
         f"**[Speed](docs/training.md#speed)** on {core}, against plain PyTorch: training {ratios(trained)} times as fast, "
         f"[sampling](docs/sampling.md#speed) {ratios(int8)} times in int8 and {ratios(fp32)} times in fp32.",
-        f"**[Reliability](docs/reliability.md)**: jobs that were killed {len(recoveries)} times (a rank, the launcher, a machine, "
-        "its network) ended with the same parameters as those that were not; training went on after "
+        f"**[Reliability](docs/reliability.md)**: jobs that were killed {len(recoveries)} times (a rank, the launcher, a "
+        "machine, its network) ended with the same parameters as those that were not; training went on after "
         f"{median(recoveries):.0f} s (median), {max(recoveries):.0f} s at most.",
     )
     return "".join(f"* {line}\n" for line in lines)
