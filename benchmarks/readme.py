@@ -439,7 +439,7 @@ def sampling_options(machine: Machine) -> str:
             )
             of_it = f"{row['value'] / without['value']:.0%}"
             rows.append([*row["case"].split(", batch "), way, option, f"{row['value']:,.0f} tokens/s", of_it])
-    return markdown([MODEL, "batch size", "", "option", "speed", "of that without"], rows)
+    return markdown([MODEL, "batch size", "how", "option", "speed", "of that without"], rows)
 
 
 def sampling_shares(machine: Machine) -> str:
