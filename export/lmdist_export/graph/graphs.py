@@ -16,7 +16,7 @@ memory in the state, of which generation_graph returns what is new; the graphs i
 Names with `word` in them (the output `words`, the axes `prompt_words`, `new_words` and `made_words`) and the names inside the
 Loop are bytes of generate.onnx. They stay as they are, so that equal checkpoints have equal files.
 
-docs/sampling.md has the reasons. This module knows no onnxruntime and reads no file.
+docs/sampling-internals.md has the reasons. This module knows no onnxruntime and reads no file.
 
 Shapes: B batch, T tokens, P tokens of a prompt, N new tokens, A uniform numbers a token, V vocabulary (V' rounded up to whole
 blocks), E embedding, H a layer's size, S the sum of the layers' sizes.
