@@ -281,7 +281,7 @@ def preparing(machine: Machine) -> str:
         speed = f"{row['words'] / row['seconds']:,.0f}"
         same = "the same" if row.get("same_bytes") and row["variant"] != "baseline" else ""
         cost = f"{row['core_hours_per_billion_tokens']:.2f}" if "core_hours_per_billion_tokens" in row else ""
-        rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.1f}x", memory, same, cost])
+        rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.2f}x", memory, same, cost])
     columns = ["what", "how", "time", "words/s", "ratio", "peak memory", "bytes", "core-hours per billion tokens"]
     filled = [number for number in range(len(columns)) if any(row[number] for row in rows)]  # not so in an older run
     return markdown([columns[number] for number in filled], [[row[number] for number in filled] for row in rows])
