@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from lmdist_export.serving.json_body import encoded
 from lmdist_export.serving.observing import Note
 from lmdist_export.serving.openai_request import CompletionRequest, read_request
 from lmdist_export.serving.running import Growth, wake_loops
-from lmdist_export.serving.service import MAX_KNOWN, Service
+from lmdist_export.serving.service import FIRST_PROMPT, MAX_KNOWN, Service
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +242,13 @@ def test_what_a_text_grows_while_nobody_takes_it_is_one_event() -> None:
         assert [event async for event in taken] == []
 
     asyncio.run(grow())
+
+
+def test_a_service_is_warm_once_it_has_read_words_too(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, prompts = [], service.prompts
+    monkeypatch.setattr(service, "prompts", lambda texts: [time.sleep(0.1), read.append(*texts), *prompts(texts)][2:])
+    service.warm_up(60, is_own=False)
+    assert sorted(read) == ["", FIRST_PROMPT]
 
 
 def test_options_that_were_resolved_before_have_a_seed_of_their_own(service: Service) -> None:

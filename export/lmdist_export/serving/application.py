@@ -173,7 +173,7 @@ class Application:
         """Return what was read from the body of a request, which goes with this call: it is counted no longer."""
         with self.counted(request) as receive:
             body = await body_of(request, receive)
-            return await done_by(len(body) > SHORT_BYTES or not self.service.reads_at_once, lambda: read(body))
+            return await done_by(len(body) > SHORT_BYTES, lambda: read(body))
 
     def begun(self, request: HttpRequest) -> tuple[Service, Note, float]:
         """Return what answers a request to its end, what is noted of it, and when its time is over, by the loop's clock."""

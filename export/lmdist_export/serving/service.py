@@ -15,9 +15,12 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import import_module
 
 from lmdist.errors import UsageError
+from lmdist.text.tokenizer import imported_late
 from lmdist_export.options import Options
 from lmdist_export.sampling.generation import BATCH_SIZE, Text
 from lmdist_export.sampling.prompt import Prompt, prompt_of, prompt_of_words
@@ -53,20 +56,24 @@ class Service:
         self.batcher = Batcher(sampler, batch_size, after_reports=wake_loops)
         self.known: dict[tuple[Hashable, ...], ResolvedOptions] = {}
         """Options of requests, by all of them but the seed."""
-        self.reads_at_once = False
-        """Whether a short prompt is read in no time: the first one may have NLTK imported, which takes seconds."""
         weakref.finalize(self, close, self.batcher).atexit = False
 
-    def warm_up(self, timeout_seconds: float) -> None:
-        """Generate a token, so that a server is ready when it says so, and have a thread read a first prompt."""
-        first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0})
-        self.batcher.generate(self.request(*self.resolve(self.prompts([""]), first)), timeout_seconds)
-        threading.Thread(target=self.read_first, name="first reader", daemon=True).start()
+    def warm_up(self, timeout_seconds: float, *, is_own: bool) -> None:
+        """Generate a token and meanwhile read a prompt, so that a server is ready when it says so.
 
-    def read_first(self) -> None:
+        `is_own`: the process is lmdist's and runs nothing else, so that light_nltk.py may be imported.
+        """
+        first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0})
+        with ThreadPoolExecutor(1, "first reader") as reader:
+            reading = reader.submit(self.read_first, is_own)
+            self.batcher.generate(self.request(*self.resolve(self.prompts([""]), first)), timeout_seconds)
+            reading.result()
+
+    def read_first(self, is_own: bool) -> None:
         """Read a prompt with words as NLTK alone finds them."""
+        for module in imported_late(self.bundle.tokenizer.settings) if is_own else []:
+            import_module(module)
         self.prompts([FIRST_PROMPT])
-        self.reads_at_once = True
 
     def prompts(self, texts: Sequence[str], *, continues: bool = True) -> list[Prompt]:
         """Return texts as prompts, of which nothing was read; raises UsageError for more than one request may have.
