@@ -489,21 +489,23 @@ SERVING_CPU = {"cpu_ms_per_1000_tokens": "CPU of 1,000 tokens", "client_cpu_ms_p
 def serving(machine: Machine) -> str:
     """Return throughput and latency of a server by its number of clients; that of first words where they were measured."""
     found = [row for run in results(machine, "serving") for row in run if row["unit"] == "tokens/s"]
-    times = [name for name in LATENCIES if any(name in row for row in found)]
-    cpu = [name for name in SERVING_CPU if any(name in row for row in found)]
+    if not found:
+        return ""
+    model = found[0]["case"].partition(" tokens per request")[0].rpartition(", ")[0]
+    assert all(row["case"].startswith(f"{model}, ") for row in found), "one model a table"
     rows = [
         [
-            *row["case"].rsplit(", clients ", 1),
-            row.get("how") or {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
+            *row["case"].removeprefix(f"{model}, ").replace(" per request", "").rsplit(", clients ", 1),
+            row["how"],
             f"{row['value']:,.0f} ({row['ratio']:.0%})",
-            *("" if row.get(name) is None else f"{row[name]:,.0f} ms" for name in times),
-            *(f"{row[name]:,.0f} ms" if row.get(name) else "" for name in cpu),
+            *("" if row[name] is None else f"{row[name]:,.0f} ms" for name in LATENCIES),
+            *(f"{row[name]:,.0f} ms" if row[name] else "" for name in SERVING_CPU),
             f"{row['peak_mib']:,} MiB",
         ]
         for row in found
     ]
-    names = [*(LATENCIES[name] for name in times), *(SERVING_CPU[name] for name in cpu)]
-    return markdown(["model", "clients", "how", "tokens/s", *names, "peak memory"], rows)
+    names = [*LATENCIES.values(), *SERVING_CPU.values()]
+    return markdown([f"a request; the model is {model}", "clients", "how", "tokens/s", *names, "peak memory"], rows)
 
 
 def serving_limits(machine: Machine) -> str:

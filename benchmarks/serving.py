@@ -5,11 +5,12 @@
 
 Throughput: 1, 8, 32 and 128 clients, whose answers are streamed or not. Each sends a request, waits for the answer and sends
 the next; all ask for 50 tokens, and 32 for 200 as well, each with a seed of its own. The baseline is the sampler without a
-server: the same prompts, as many texts at a time as there are clients, or as the server has rows in a batch, on the same CPUs.
-They take turns; a first turn is not counted. Latency is measured by the clients, which are a process of their own on the
-server's CPUs: to the end of the answer, to the first piece of a stream, and between pieces. What the clients take of the CPUs
-the server does not have: each row has the CPU time of 1,000 tokens, that of the server (or of the sampler) and that of the
-clients beside it, which know nothing of HTTP but where an answer ends.
+server: the same prompts and threads, as many texts at a time as there are clients, or as the server has rows in a batch, on the
+same CPUs. With one thread for the model a CPU is left for HTTP and for the clients. They take turns; a first turn is not
+counted. Latency is measured by the clients, which are a process of their own on the server's CPUs: to the end of the answer, to
+the first piece of a stream, and between pieces. What the clients take of the CPUs the server does not have: each row has the
+CPU time of 1,000 tokens, that of the server (or of the sampler) and that of the clients beside it, which know nothing of HTTP
+but where an answer ends.
 
 Fairness: the latency of a short request alone (the baseline), and while another client reads a prompt of 10,000 tokens, has a
 text of 10,000 tokens written, has one scored, or searches, again and again. `ratio` is that of p99.
@@ -49,8 +50,8 @@ from servers import answers, free_port
 from serving_client import Load, quantile, question
 from workers import Worker
 
-CASES = ((1, 50), (8, 50), (32, 50), (32, 200), (128, 50))
-"""How many clients ask for how many tokens."""
+CASES = ((1, 50, 0), (8, 50, 0), (32, 50, 0), (32, 200, 0), (128, 50, 0), (32, 50, 1), (32, 200, 1))
+"""How many clients ask for how many tokens of how many threads; 0: as many as there are CPUs."""
 BATCH_SIZE = 32
 PROMPTS = ["The people of the", "My fellow Americans, tonight", "We must", "In the past 5 years, the congress of the", ""]
 LONG = 10_000
@@ -85,12 +86,15 @@ def main() -> None:
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         sizes = manifest["sizes"]
         model = f"{'-'.join(map(str, sizes['layer_sizes']))}, V {sizes['vocabulary_size']:,}, {sizes['precision']}"
-        server = running.enter_context(Server(bundle))
-        offline = Worker(__file__, [str(bundle)], os.environ, pinned=False)
-        running.callback(offline.close)
-        for clients, num_tokens in CASES:
-            case = f"{model}, {num_tokens} tokens per request, clients {clients}"
-            rows += show(throughput(case, clients, server, offline, arguments.rounds, arguments.requests, num_tokens))
+        servers: dict[int, tuple[Server, Worker]] = {}
+        for threads in {threads: None for *_, threads in CASES}:
+            offline = Worker(__file__, [str(bundle), threads], os.environ, pinned=False)
+            running.callback(offline.close)
+            servers[threads] = running.enter_context(Server(bundle, threads)), offline
+        for clients, num_tokens, threads in CASES:
+            case = f"{model}, {num_tokens} tokens per request{', --threads 1' * (threads == 1)}, clients {clients}"
+            rows += show(throughput(case, clients, *servers[threads], arguments.rounds, arguments.requests, num_tokens))
+        server, _ = servers[0]
         rows += show(fairness(f"{model}, a short request", server, 30 if arguments.quick else 200))
         rows += show(memory(f"{model}, memory", server, 300 if arguments.quick else 2_000))
 
@@ -109,9 +113,9 @@ def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def sample(bundle: str) -> None:
+def sample(bundle: str, threads: int) -> None:
     """Answer each line on stdin, a batch size, a number of texts and of tokens, by the seconds that the sampler takes."""
-    sampler = Sampler(Bundle.load(bundle))
+    sampler = Sampler(Bundle.load(bundle), threads=threads)
     prompts = [prompt_of(sampler.bundle, prompt).ids for prompt in PROMPTS]
     for line in sys.stdin:
         batch_size, count, num_tokens = map(int, line.split())
@@ -127,14 +131,14 @@ def sample(bundle: str) -> None:
 class Server:
     """lmdist-serve over a bundle, and the process of its clients."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, threads: int) -> None:
         self.port = free_port()
-        self.bundle = bundle
+        self.bundle, self.threads = bundle, threads
 
     def __enter__(self) -> Server:
         began = time.perf_counter()
         parent = os.getpid()
-        options = ["--port", str(self.port), "--batch-size", str(BATCH_SIZE)]
+        options = ["--port", str(self.port), "--batch-size", str(BATCH_SIZE), "--threads", str(self.threads)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lmdist_export.serve", str(self.bundle), *options],
             stdout=subprocess.DEVNULL,
