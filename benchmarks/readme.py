@@ -495,7 +495,7 @@ def serving(machine: Machine) -> str:
         [
             *row["case"].rsplit(", clients ", 1),
             row.get("how") or {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
-            f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
+            f"{row['value']:,.0f} ({row['ratio']:.0%})",
             *("" if row.get(name) is None else f"{row[name]:,.0f} ms" for name in times),
             *(f"{row[name]:,.0f} ms" if row.get(name) else "" for name in cpu),
             f"{row['peak_mib']:,} MiB",
