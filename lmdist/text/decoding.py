@@ -52,9 +52,9 @@ def lines_of(source: Source, newline: str) -> Iterator[str]:
             source.lines += 1
             if characters - shown > PROGRESS_CHARACTERS:  # tell() is a system call: one a line would take a third of the time
                 source.bytes_read, shown = max(source.bytes_read, source.position()), characters
-                check_share(undecodable.count, characters, source.name)
+                check_share(undecodable.count, characters, str(source))
             yield line
-    check_share(undecodable.count, characters, source.name)
+    check_share(undecodable.count, characters, str(source))
 
 
 def decode(source: Source, undecodable: UndecodableBytes, newline: str) -> io.TextIOWrapper:

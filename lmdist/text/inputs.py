@@ -47,7 +47,10 @@ def find_sources(settings: PrepareSettings, output: Path, *, in_parts: bool = Fa
     files = {split: find_files(names) for split, names in patterns.items()}
     for file in (file for found in files.values() for file in found):
         if in_parts and is_pipe(file):
-            raise UsageError(f"{file} cannot be read again by each machine, nor in parts: name files, or prepare it on one")
+            why = "" if isinstance(file, Path) else ", for its server sends no ranges of bytes"
+            raise UsageError(
+                f"{file} cannot be read again by each machine, nor in parts{why}: name files, or prepare it on one"
+            )
     return {split: Documents(found, options) for split, found in files.items()}
 
 

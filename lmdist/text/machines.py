@@ -72,6 +72,9 @@ def prepare_shard(
         size = sum(documents.bytes for documents in sources.values())
         with reading_progress(size // number) as progress:
             num_documents, num_tokens = write_shard(shard, part, tokenizer, settings.seed, of, progress.show)
+    for documents in part.values():
+        for note in documents.notes:
+            log(f"note: {note}")
     sys.stdout.write(f"{counted(num_documents, 'document')}, {counted(num_tokens, 'token')}; written to {shard}\n")
 
 

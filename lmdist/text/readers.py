@@ -76,7 +76,7 @@ def read(source: Source, found: Format) -> Generator[Row]:
     ):
         if given and not fits:
             raise UsageError(f"{source.name} is {found.name}, which is no table of text: leave out {flag}")
-    with errors_of(source.name):
+    with errors_of(source):
         try:
             yield from documents_in(found.read(source), source) if found.has_columns else found.read(source)
         except UnicodeError as error:

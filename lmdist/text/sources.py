@@ -117,6 +117,10 @@ class Source:
     rows_left: int = 0
     """Rows that will be asked for; 0: all. Readers that read ahead stop there."""
 
+    def __str__(self) -> str:
+        """Return its name and how far it was read."""
+        return f"{self.name}, after line {self.lines:,}," if self.lines else self.name
+
     def head(self) -> bytes:
         """Return the first bytes of the stream, which stay in it."""
         return self.stream.peek(SAMPLE_BYTES)[:SAMPLE_BYTES]
@@ -181,8 +185,8 @@ def shortened(names: Sequence[str], most: int = 5) -> str:
 
 
 @contextmanager
-def errors_of(name: str) -> Iterator[None]:
-    """Turn the errors of reading a file into DataError, naming it."""
+def errors_of(name: object) -> Iterator[None]:
+    """Turn the errors of reading a file into DataError, naming it; the name may say how far the reading is by then."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:

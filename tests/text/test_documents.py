@@ -235,6 +235,12 @@ def test_undecodable_bytes_are_windows_1252_and_counted(tmp_path):
     assert "4 bytes are not UTF-8" in documents.notes[0]
 
 
+def test_bytes_that_are_no_text_are_found_where_they_are(tmp_path):
+    path = write(tmp_path / "a.csv", b"content\n" + b"the river rose again\n" * 20_000 + b"\xd0\xcf" * 300_000)
+    with pytest.raises(DataError, match=r"a\.csv, after line 20,002, is not UTF-8: 600,000 bytes"):
+        texts(path)
+
+
 def test_another_encoding_can_be_named(tmp_path):
     path = write(tmp_path / "a.csv", "content\n中文\n".encode("gb18030"))
     assert texts(path, encoding="gb18030") == ["中文"]

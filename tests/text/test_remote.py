@@ -196,7 +196,9 @@ def test_a_web_server_with_ranges_and_without(server, folder, tmp_path):
     )
     assert any("bytes=0-" in request for request in Handler.requests) == (folder == "ranges")
     if folder == "plain":
-        with pytest.raises(UsageError, match=r"a\.csv cannot be read again by each machine, nor in parts"):
+        with pytest.raises(
+            UsageError, match=r"a\.csv cannot be read again by each machine, nor in parts, for its server sends no ranges"
+        ):
             prepare_shard(PrepareSettings(inputs=[addresses[0]], tokenizer="wordpunct"), tmp_path / "data", 0, 2)
     with pytest.raises(MissingInputError, match=f"http://{server}/{folder}/z.csv does not exist"):
         find_files([f"http://{server}/{folder}/z.csv"])
