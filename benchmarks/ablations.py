@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from origin import Row, add_json_option, collect_rows
+from origin import Row, add_json_option, collect_rows, command_line
 from quality import PACKAGES, QUIET, System, all_in_turns, data_folder, steps_within, text_facts, training, trials_in_turns
 
 BASE = "baseline"
@@ -48,14 +48,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small generated text, two seeds, two variants")
     add_json_option(parser)
     arguments = parser.parse_args()
+    command = command_line(parser, arguments)
     if arguments.quick:
         arguments.minutes, arguments.seeds, arguments.turn = 0.1, 2, 4.0
     elif not (arguments.recipe and arguments.variants):
         parser.error("a recipe and a file of variants are missing")
     variants = tomllib.loads(arguments.variants.read_text(encoding="utf-8")) if arguments.variants else QUICK_VARIANTS
     name = arguments.recipe.stem if arguments.recipe else "generated"
-    command = f"python benchmarks/ablations.py {arguments.recipe} {arguments.variants} --minutes {arguments.minutes:g}"
-    command += f" --seeds {arguments.seeds} --nproc {arguments.nproc} --turn {arguments.turn:g}"
     with (
         collect_rows(arguments.json, PACKAGES, command, suffix=f"-{name}") as rows,
         tempfile.TemporaryDirectory(prefix="ablations-") as scratch,

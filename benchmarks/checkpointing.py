@@ -29,7 +29,7 @@ from lmdist.training.checkpoints.format import Progress
 from lmdist.training.checkpoints.retain import remove_old
 from lmdist.training.checkpoints.write import Saver, Snapshot, take_snapshot, write_checkpoint
 from lmdist.training.data import DataFolder
-from origin import add_json_option, collect_rows
+from origin import add_json_option, collect_rows, command_line
 
 CASES = {
     "demo, 128-256-128 tied, V 10k": (ModelSettings(), 10_000),
@@ -46,7 +46,8 @@ def main() -> None:
     arguments = parser.parse_args()
     cases = dict(list(CASES.items())[:1]) if arguments.quick else CASES
     rounds = 3 if arguments.quick else arguments.rounds
-    with collect_rows(arguments.json, ("lmdist", "torch", "safetensors"), "python benchmarks/checkpointing.py") as rows:
+    command = command_line(parser, arguments)
+    with collect_rows(arguments.json, ("lmdist", "torch", "safetensors"), command) as rows:
         for case, (settings, vocabulary_size) in cases.items():
             with tempfile.TemporaryDirectory() as scratch:
                 rows += measure(case, settings, vocabulary_size, Path(scratch), rounds)

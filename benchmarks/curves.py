@@ -24,7 +24,7 @@ from lmdist.model.precision import Precision
 from lmdist.settings import DEMO_SETTINGS, DataSettings, ModelSettings, OptimizerSettings
 from lmdist.text.prepare import prepare
 from lmdist.training.data import DataFolder, training_batches
-from origin import add_json_option, collect_rows
+from origin import add_json_option, collect_rows, command_line
 from training import BASELINE, Case, Job, PlainJob
 
 OTHER_SEEDS = ("baseline, seed 2", "baseline, seed 3")
@@ -43,7 +43,7 @@ def main() -> None:
     steps = 12 if arguments.quick else arguments.steps
     device = torch.device(arguments.device)
     curves: dict[str, list[float]] = {}
-    command = f"python benchmarks/curves.py --steps {steps}"
+    command = command_line(parser, arguments)
     with (
         collect_rows(arguments.json, ("lmdist", "torch"), command, arguments.device) as rows,
         tempfile.TemporaryDirectory() as scratch,

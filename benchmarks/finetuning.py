@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 
 from lmdist.settings import MODEL_SIZES, SPLITS
 from lmdist.storage.reading import read_json
-from origin import Row, add_json_option, collect_rows
+from lmdist.tracking.run_folder import METRICS, read_metrics
+from origin import Row, add_json_option, collect_rows, command_line
 from quality import PACKAGES, QUIET, run, split_files, text_facts, trial_seconds
 
 SCRATCH, TUNED = "baseline", "fine-tuned"
@@ -65,9 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.quick or arguments.text):
         parser.error("a folder with files for train, valid and test is missing, such as ../data/bbc-news")
-    command = f"python benchmarks/finetuning.py {arguments.text.name if arguments.text else '--quick'}"
-    command += f" --words {arguments.words} --minutes {arguments.minutes:g} --rate {arguments.rate:g}"
-    command += f" --patience {arguments.patience}" + "".join(f" --set {setting}" for setting in arguments.set)
+    command = command_line(parser, arguments)
     with (
         collect_rows(arguments.json, PACKAGES, command) as rows,
         tempfile.TemporaryDirectory(prefix="finetuning-") as scratch,
@@ -213,8 +212,7 @@ def row_of(case: str, variant: str, value: float, reference: float, data: Path, 
 
 def last_training(folder: Path) -> dict[str, Any]:
     """Return the steps and the tokens of a run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = [row for row in rows if "train/tokens" in row][-1]
+    last = [row for row in read_metrics(folder / METRICS) if "train/tokens" in row][-1]
     return {"steps": last["step"], "trained_tokens": last["train/tokens"]}
 
 

@@ -41,7 +41,7 @@ from lmdist.command_line import run_as_process
 from lmdist.errors import MESSAGE_CONTROLS
 from lmdist.storage.checksums import OWN_CHECKSUM, facts_of, own_checksum, sha256
 from lmdist.text.data_folder import BLOCKS
-from origin import Row, add_json_option, collect_rows
+from origin import Row, add_json_option, collect_rows, command_line
 
 SECONDS, QUICK_SECONDS, PATIENCE = 600, 100, 60
 SUBPROCESS_EVERY = 20
@@ -288,7 +288,7 @@ def main() -> None:
     arguments = parser.parse_args()
     until = time.monotonic() + (QUICK_SECONDS if arguments.quick else arguments.seconds)
     preload()
-    command = f"python benchmarks/fuzz.py --seed {arguments.seed}"
+    command = command_line(parser, arguments)
     with (
         collect_rows(arguments.json, ("lmdist", "torch", "onnxruntime"), command) as rows,
         tempfile.TemporaryDirectory(prefix="fuzz-") as scratch,

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from lmdist.text.demo import COLUMNS, articles
-from origin import Row, add_json_option, collect_rows
+from origin import Row, add_json_option, collect_rows, command_line
 
 # What is measured is memory; a validation on a twentieth of this text takes minutes.
 SPLITS = ["--valid-fraction", "0.002", "--test-fraction", "0.002"]
@@ -39,7 +39,7 @@ def main() -> None:
     add_json_option(parser)
     arguments = parser.parse_args()
     whole = 12 if arguments.quick else arguments.megabytes
-    command = f"python benchmarks/large.py --megabytes {whole} --tokenizer {arguments.tokenizer}"
+    command = command_line(parser, arguments)
     with (
         collect_rows(arguments.json, ("lmdist", "torch", "nltk"), command) as rows,
         tempfile.TemporaryDirectory() as name,

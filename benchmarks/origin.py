@@ -1,7 +1,8 @@
 """The rows of a benchmark: collected, completed with where and of what they were measured, and written however it ends.
 
     add_json_option(parser)
-    with collect_rows(arguments.json, ("lmdist", "torch"), "python benchmarks/NAME.py") as rows:
+    arguments = parser.parse_args()
+    with collect_rows(arguments.json, ("lmdist", "torch"), command_line(parser, arguments)) as rows:
         rows += measure(...)
 
 Each row gets the machine, the versions, the commit, the command and the day. A run that is stopped or fails writes the rows
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,8 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 UNNAMED = Path()
 """The value of --json without a file name."""
+OUTPUTS = ("json", "plot")
+"""Options that say where figures go, and change none."""
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +55,31 @@ def json_file(name: str) -> Path:
     if not name.endswith(".json"):
         raise argparse.ArgumentTypeError(f"the rows go to a file *.json, not to {name}")
     return Path(name)
+
+
+def command_line(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """Return the command that started a benchmark, with each option that differs from its default.
+
+    `arguments` are those that were given, before --quick changes them. A file or folder outside the current folder has its
+    name and not its place.
+    """
+    words = ["python", f"benchmarks/{parser.prog}"]
+    for action in parser._actions:
+        value = getattr(arguments, action.dest, None)
+        if action.dest in OUTPUTS or value in (None, action.default):
+            continue
+        flag = action.option_strings[:1]  # none of a positional argument
+        values = value if isinstance(value, list) else [value]
+        words += flag if action.nargs == 0 else [word for each in values for word in (*flag, shown(each))]
+    return shlex.join(words)
+
+
+def shown(value: Any) -> str:
+    """Return the value of an option as a command has it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    path = Path(str(value))
+    return path.name if path.is_absolute() or ".." in path.parts else str(value)
 
 
 @contextmanager

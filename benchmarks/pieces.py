@@ -28,7 +28,7 @@ from typing import Any
 from finetuning import TINY, generated, last_training, launch
 from lmdist.perplexity import TextSize
 from lmdist.storage.reading import read_json
-from origin import Row, add_json_option, collect_rows
+from origin import Row, add_json_option, collect_rows, command_line
 from quality import (
     PACKAGES,
     QUIET,
@@ -57,13 +57,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="generated texts, tiny models, few pieces")
     add_json_option(parser)
     arguments = parser.parse_args()
+    command = command_line(parser, arguments)
     if arguments.quick:
         arguments.minutes, arguments.turn = QUICK_MINUTES, QUICK_TURN
     elif not arguments.text:
         parser.error("a folder with files for train, valid and test is missing, such as ../data/bbc-news")
-    command = f"python benchmarks/pieces.py {arguments.text.name if arguments.text else '--quick'}"
-    command += f" --recipe {arguments.recipe}" if arguments.recipe else ""
-    command += f" --minutes {arguments.minutes:g} --turn {arguments.turn:g}"
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # and all that it starts
     with (
         collect_rows(arguments.json, PACKAGES, command) as rows,

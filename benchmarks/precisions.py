@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from lmdist_export.conversion.exporting import TrainedModel, export_bundle, held_out_text
-from origin import Row, add_json_option, collect_rows
+from origin import Row, add_json_option, collect_rows, command_line
 
 NAMES = ("fp32", "fp16", "int8", "int4")
 ANY_LOSS = 1e9
@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     trained = TrainedModel.load(arguments.run)
     held_out_tokens = held_out_text(trained, None)
-    packages, command = ("lmdist", "torch", "onnxruntime"), f"python benchmarks/precisions.py {arguments.run}"
+    packages, command = ("lmdist", "torch", "onnxruntime"), command_line(parser, arguments)
     baseline: dict[str, float] = {}
     with collect_rows(arguments.json, packages, command) as rows, tempfile.TemporaryDirectory() as folder:
         for precision in NAMES:

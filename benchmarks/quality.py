@@ -49,7 +49,8 @@ from lmdist.settings import SPLITS
 from lmdist.signals import die_with_parent
 from lmdist.storage.reading import read_json
 from lmdist.text.vocabulary import END_ID, UNKNOWN_ID
-from origin import Row, add_json_option, collect_rows
+from lmdist.tracking.run_folder import read_metrics
+from origin import Row, add_json_option, collect_rows, command_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="plot perplexity against minutes here, a panel a text")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    command = command_line(parser, arguments)
     if arguments.worker:
         die_with_parent()
         train_baseline(**json.loads(arguments.worker))
@@ -113,7 +115,7 @@ def main() -> None:
             parser.error("a recipe is missing, such as launch/ptb.toml")
         name = arguments.recipe.stem if arguments.recipe else "generated"
         with (
-            collect_rows(arguments.json, PACKAGES, command_of(arguments), suffix=f"-{name}") as rows,
+            collect_rows(arguments.json, PACKAGES, command, suffix=f"-{name}") as rows,
             tempfile.TemporaryDirectory(prefix="quality-") as scratch,
         ):
             measure(name, arguments, Path(scratch), rows)
@@ -123,17 +125,6 @@ def main() -> None:
         print(f"{row['case']:<28}{row['variant']:<14}{row['value']:>10,.2f}{ratio}{minutes}")
     if arguments.plot:
         plot(rows, arguments.plot)
-
-
-def command_of(arguments: argparse.Namespace) -> str:
-    """Return the command, with the name of the data's folder and not its place."""
-    command = ["python benchmarks/quality.py", *([str(arguments.recipe)] if arguments.recipe else [])]
-    command += [f"--data {arguments.data.name}"] if arguments.data else []
-    command += [f"--minutes {arguments.minutes:g}"] if arguments.minutes else []
-    command += [f"--set {setting}" for setting in arguments.set]
-    command += [f"--cache {arguments.cache}"] if arguments.cache else []
-    command += [f"--nproc {arguments.nproc}", f"--turn {arguments.turn:g}", *(["--quick"] if arguments.quick else [])]
-    return " ".join(command)
 
 
 def measure(name: str, arguments: argparse.Namespace, scratch: Path, rows: list[Row]) -> None:
@@ -295,7 +286,7 @@ class System:
 
     def curve(self) -> list[tuple[float, float]]:
         """Return minutes and perplexity of each validation."""
-        rows = [row for row in read_lines(self.metrics) if "valid/perplexity" in row]
+        rows = [row for row in read_metrics(self.metrics) if "valid/perplexity" in row]
         return [(round(self.minutes_at(row["time"]), 3), round(row["valid/perplexity"], 3)) for row in rows]
 
 
@@ -346,7 +337,7 @@ def trials_in_turns(commands: dict[str, list[str]], scratch: Path, *, quick: boo
 
 def step_seconds(trial: System) -> float:
     """Return the seconds that a step of a training ran, by the last two thirds of its log lines."""
-    logged = [row for row in read_lines(trial.metrics) if "train/loss" in row]
+    logged = [row for row in read_metrics(trial.metrics) if "train/loss" in row]
     first, last = logged[len(logged) // 3], logged[-1]
     return 60 * (trial.minutes_at(last["time"]) - trial.minutes_at(first["time"])) / (last["step"] - first["step"])
 
@@ -355,17 +346,6 @@ def progress(system: System) -> str:
     """Return the minutes and the last perplexity of a system as text."""
     curve = system.curve()
     return f"{system.name} {system.minutes:.1f} minutes, perplexity {curve[-1][1] if curve else math.nan:,.1f}"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics.jsonl."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------

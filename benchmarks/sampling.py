@@ -56,11 +56,11 @@ from lmdist_export.bundle import FORMAT, GENERATION_CONFIG, STEP_GRAPH, VERSION,
 from lmdist_export.graph.network import Network, Target
 from lmdist_export.graph.onnx_file import FLOAT, Graph, OnnxModel, model_of
 from lmdist_export.graph.sampling_nodes import column
-from lmdist_export.graph.sizes import Sizes, length_of, parameter_shapes, weights
+from lmdist_export.graph.sizes import Sizes, parameter_shapes, weights
 from lmdist_export.options import GenerationConfig
 from lmdist_export.sampling.runtime import Runtime, import_onnxruntime
 from lmdist_export.sampling.sampler import Sampler
-from origin import add_json_option, collect_rows
+from origin import add_json_option, collect_rows, command_line
 from workers import Worker, pin, seconds_of
 
 BASELINE = "baseline"
@@ -471,11 +471,7 @@ def shares(rows: list[dict[str, Any]], limit: dict[str, float], place: Path) -> 
         precision = "fp32" if row["variant"] == BASELINE else row["variant"].removeprefix("lmdist ")
         sizes = Bundle.load(place / f"{row['model']}-{precision}").sizes
         if row["batch"] == 1:
-            read = sum(
-                length_of(weight.kind, weight.shape)
-                for name, weight in weights(sizes).items()
-                if not name.startswith("embedding")
-            )
+            read = sum(weight.length for name, weight in weights(sizes).items() if not name.startswith("embedding"))
             found.append(share(row, row["value"] * read / limit["bytes"], "reading memory"))
         else:
             # Of int4 only the projection has 4 bits.
@@ -578,11 +574,8 @@ def main() -> None:
         else:
             worker(next(model for model in MODELS if model.name == name), variant, batch, device, Path(place))
         return
-    options = "".join(
-        f" {flag}" for flag, given in (("--quick", arguments.quick), ("--device cuda", arguments.device == "cuda")) if given
-    )
     runtime = "onnxruntime" if arguments.device == "cpu" else "onnxruntime-gpu"
-    packages, command = ("lmdist", "torch", "numpy", runtime), f"python benchmarks/sampling.py{options}"
+    packages, command = ("lmdist", "torch", "numpy", runtime), command_line(parser, arguments)
     with collect_rows(arguments.json, packages, command, arguments.device) as rows:
         for row in measure_all(arguments.device, arguments.rounds, quick=arguments.quick):
             show(row)

@@ -52,7 +52,7 @@ from lmdist.settings import DataSettings, ModelSettings, Recipe, TrainingSetting
 from lmdist.signals import die_with_parent
 from lmdist.training.distributed import World, join_job
 from lmdist.training.step import TrainingStep
-from origin import add_json_option, collect_rows
+from origin import add_json_option, collect_rows, command_line
 from scaling_model import NETWORKS, Row, bare, fit, frequencies, plot, predict
 
 
@@ -123,16 +123,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         run_as_process(lambda: work(arguments))  # the profiler's thread may still run
-    given = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    command = command_line(parser, arguments)
     arguments.rounds = arguments.rounds or (2 if arguments.quick else 3)
     arguments.seconds = arguments.seconds or (2.0 if arguments.quick else 4.0)
     networks = {"the given network": (arguments.bandwidth, arguments.latency)} if arguments.bandwidth else NETWORKS
-    flags = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for name, value in given.items()
-        if name not in ("rows", "json", "plot")
-    ]
-    command = " ".join(["python benchmarks/scaling.py", *flags])
     with collect_rows(arguments.json, ("lmdist", "torch", "numpy"), command, arguments.device) as rows:
         if arguments.rows:
             known = json.loads(arguments.rows.read_text(encoding="utf-8"))

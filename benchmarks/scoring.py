@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from origin import add_json_option, collect_rows
+from origin import add_json_option, collect_rows, command_line
 from random_bundle import make_bundle
 from workers import Worker
 
@@ -43,6 +43,7 @@ def main() -> None:
     add_json_option(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    command = command_line(parser, arguments)
     if arguments.worker:
         variant, folder = json.loads(arguments.worker)
         worker(variant, Path(folder))
@@ -55,8 +56,6 @@ def main() -> None:
         f"{case}, {arguments.hypotheses}-best lists": nbest(arguments.lists, arguments.hypotheses, vocabulary_size),
         f"{case}, unrelated sentences": nbest(arguments.lists * arguments.hypotheses, 1, vocabulary_size),
     }
-    command = f"python benchmarks/scoring.py --rounds {arguments.rounds} --lists {arguments.lists}"
-    command += f" --hypotheses {arguments.hypotheses}" + (" --quick" if arguments.quick else "")
     packages = ("lmdist", "torch", "onnxruntime", "numpy")
     with collect_rows(arguments.json, packages, command) as rows, tempfile.TemporaryDirectory() as name:
         make_bundle(Path(name), 100, hidden_size, vocabulary_size)

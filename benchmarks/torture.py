@@ -38,7 +38,7 @@ from typing import Any
 import psutil
 
 from namespaces import Host, hosts
-from origin import Row, add_json_option, collect_rows, processor
+from origin import Row, add_json_option, collect_rows, command_line, processor
 
 STEPS = 400
 JOB = (
@@ -64,11 +64,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 kills in 120 steps")
     add_json_option(parser)
     arguments = parser.parse_args()
+    command = command_line(parser, arguments)
     if arguments.quick:
         arguments.kills, arguments.steps = 2, 120
     kinds = arguments.kinds.split(",") if arguments.kinds else list(TWO_HOSTS if arguments.hosts == 2 else ONE_HOST)
 
-    command = f"python benchmarks/torture.py --hosts {arguments.hosts} --kills {arguments.kills} --seed {arguments.seed}"
     with (
         collect_rows(arguments.json, ("lmdist", "torch"), command) as rows,
         tempfile.TemporaryDirectory(prefix="torture-") as scratch,

@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from corpora import chain, write_data_folder
-from origin import add_json_option, collect_rows, processor
+from lmdist.tracking.run_folder import METRICS, read_metrics
+from origin import add_json_option, collect_rows, command_line, processor
 from servers import Proxy, Server
 
 STATES = ("off", "fine", "dead", "killed", "off", "stopped", "slow", "error")
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of 120 steps")
     add_json_option(parser)
     arguments = parser.parse_args()
-    command = " ".join(["python", "benchmarks/tracking.py", *sys.argv[1:]])
+    command = command_line(parser, arguments)
     if arguments.quick:
         arguments.rounds, arguments.steps = 1, 120
     states = [state for state in STATES if not arguments.states or state in ("off", *arguments.states.split(","))]
@@ -143,7 +144,7 @@ def measure(run: Path, state: str, server: Server, steps: int) -> dict[str, floa
             },
         )
         if state in ("killed", "stopped"):
-            while len(lines(run)) < steps / 2 and job.poll() is None:
+            while len(read_metrics(run / METRICS)) < steps / 2 and job.poll() is None:
                 time.sleep(0.1)
             if state == "killed":
                 server.kill()
@@ -206,16 +207,9 @@ def compare(run: Path, uri: str, expected: int) -> dict[str, float]:
     }
 
 
-def lines(run: Path) -> list[str]:
-    """Return the lines of a run's metrics.jsonl."""
-    path = run / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def points(run: Path) -> set[tuple[str, int]]:
     """Return the points of a run's metrics.jsonl, as pairs of key and step."""
-    rows = [json.loads(line) for line in lines(run)]
-    return {(key, row["step"]) for row in rows for key in row if key not in ("step", "time")}
+    return {(key, row["step"]) for row in read_metrics(run / METRICS) for key in row if key not in ("step", "time")}
 
 
 def table(measured: list[tuple[int, str, dict[str, float]]]) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import DataSettings, ModelSettings, OptimizerSettings, Recipe
 from lmdist.training.distributed import World
 from lmdist.training.step import TrainingStep
-from origin import add_json_option, collect_rows
+from origin import add_json_option, collect_rows, command_line
 from workers import Worker, seconds_of
 
 BASELINE = "baseline"
@@ -463,8 +463,7 @@ def main() -> None:
         case["model"], case["optimizer"] = ModelSettings(**case["model"]), OptimizerSettings(**case["optimizer"])
         worker(Case(**case), variant)
         return
-    command = "python benchmarks/training.py" + (" --device cuda" if arguments.device == "cuda" else "")
-    command += " --all" if arguments.all else ""
+    command = command_line(parser, arguments)
     with collect_rows(arguments.json, ("lmdist", "torch"), command, arguments.device) as rows:
         if arguments.device == "cuda":
             for row in gpu_rows(arguments.quick):

@@ -17,6 +17,7 @@ from pathlib import Path
 from lmdist.console import table
 from lmdist.tracking.address import LOCAL_PAGE, run_path
 from lmdist.tracking.metadata import read_metadata
+from lmdist.tracking.run_folder import METRICS, read_metrics
 
 RUN, BUNDLE, TEXT = Path("runs/demo"), Path("bundles/demo"), Path("sample.txt")
 BIN = Path(sys.executable).parent
@@ -46,8 +47,8 @@ def main() -> None:
 
     metadata = read_metadata(RUN)
     page = LOCAL_PAGE + (run_path(metadata["experiment_id"], metadata["run_id"]) if "run_id" in metadata else "")
-    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
-    speed = statistics.median(row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row)
+    speeds = [row["train/tokens_per_second"] for row in read_metrics(RUN / METRICS) if "train/tokens_per_second" in row]
+    speed = statistics.median(speeds)
     results = {
         "test perplexity": f"{figures['perplexity']:,.1f}; the unigram model has {figures['unigram_perplexity']:,.1f}",
         "training": f"{speed:,.0f} tokens/s; the whole chain took {time.monotonic() - began:.0f} s",

@@ -29,8 +29,9 @@ from lmdist.errors import (
     exit_code_of,
     reason_of,
 )
-from lmdist.signals import STOP_SIGNALS, interrupted_by
+from lmdist.signals import interrupted_by
 from lmdist.standard_streams import ResultsError, finish, guard
+from lmdist.stop_signals import STOP_SIGNALS
 from lmdist.users import ensure_user
 
 

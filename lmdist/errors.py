@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 
 EXIT_DEFECT = 1  # what is not the user's mistake: it has a traceback
 EXIT_USAGE = 64  # a wrong flag, key or combination of settings
@@ -66,13 +67,32 @@ def require(*packages: str, purpose: str = "") -> None:
             raise UsageError(purpose + not_installed(package))
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, what it was raised for, and so on."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def missing_package(error: BaseException) -> str | None:
+    """Return the package whose absence an error is about, or is caused by, if an extra brings it; else None."""
+    from lmdist.extras import EXTRAS, is_installed
+
+    for cause in causes(error):
+        package = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
+        if package in EXTRAS and not is_installed(package):
+            return package
+    return None
+
+
 def exit_code_of(error: Exception) -> int:
     """Return the exit code of a command that ends with an error."""
     if isinstance(error, OSError) and error.errno in LASTING:
         return EXIT_DATA
     if isinstance(error, ImportError):
-        from lmdist.extras import missing_package
-
         return EXIT_USAGE if missing_package(error) else EXIT_DEFECT
     return getattr(error, "exit_code", EXIT_DEFECT)
 
@@ -81,7 +101,7 @@ def reason_of(error: ImportError | OSError) -> str:
     """Return which package is missing, or which path cannot be used and why."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-    from lmdist.extras import missing_package, not_installed
+    from lmdist.extras import not_installed
 
     return not_installed(missing_package(error) or "")
 

@@ -52,16 +52,6 @@ def is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def missing_package(error: BaseException | None) -> str | None:
-    """Return the package of EXTRAS whose absence an error is about, or is caused by; None if it is about another thing."""
-    while error is not None:
-        package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-        if package in EXTRAS and not is_installed(package):
-            return package
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def not_installed(package: str) -> str:
     """Return what there is to say about a package that is missing."""
     return f"the package {package} is not installed: {remedy(package)}"

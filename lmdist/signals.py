@@ -19,13 +19,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from lmdist.errors import Stopped
-
-STOP_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)  # not on Windows
-]
-"""Requests to stop, beside Ctrl-C: of Kubernetes, of a terminal that is closed, of Slurm before a time limit."""
+from lmdist.stop_signals import STOP_SIGNALS
 
 AGENT = "LMDIST_AGENT"
 """Environment variable of the ranks that the launcher started: the process id of their parent."""
@@ -54,7 +48,7 @@ class StopRequest:
         for number in (signal.SIGINT, *STOP_SIGNALS):
             if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.handle)
-        if hasattr(signal, "pthread_sigmask"):  # job/__init__.py has held them back
+        if hasattr(signal, "pthread_sigmask"):  # job/__init__.py has blocked them
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, *STOP_SIGNALS))
         return self
 

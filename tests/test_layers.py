@@ -51,7 +51,7 @@ HOMES = {
 # lines above its own. Inside a wing, a file imports only from files before it; a folder inside a wing has a line of its own.
 FLOORS = {
     "lmdist": """
-        users extras standard_streams credentials counted
+        users extras standard_streams stop_signals credentials counted
         errors cpus perplexity
         bounds signals storage console
         command_line
@@ -79,7 +79,7 @@ WINGS = {
     "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
         "light_nltk vocabulary remote data_folder token_files words markup detokenizer pieces piece_files tokenizer "
-        "given_vocabulary where rows sources vectors decoding tables columns chunks arrow_files readers documents demo "
+        "given_vocabulary where rows sources vectors decoding tables columns chunks arrow_files readers documents finding demo "
         "shard_files counting corpus learning token_writer merging workers dask_cluster inputs reports outputs shards "
         "machines prepare from_pandas"
     ),
@@ -97,7 +97,7 @@ WINGS = {
         "resolved_options writing completion"
     ),
     "lmdist_export.serving": (
-        "requests shared_batch batching json_body invocations service middleware mlflow_model registry access running "
+        "requests shared_batch batching json_body running invocations service middleware mlflow_model registry access "
         "openai_request openai_answer failures metrics observing completing event_stream tokenize_api page_files application "
         "connections watching"
     ),

@@ -92,7 +92,7 @@ class Bundle:
         files.copy(WEIGHTS)
         words = files.read(VOCABULARY, MAX_BYTES)
         files.read(TEXT, MAX_JSON_BYTES)
-        verify_checksums(files, manifest["files"], CHECKED)
+        verify_checksums(files, manifest["files"])
         vocabulary = Vocabulary.parse(words, files.path / VOCABULARY, sizes.vocabulary_size, "the model")
         generation = read_generation_config(files, len(vocabulary))
         return cls(files, manifest, sizes, vocabulary, generation, read_cache(manifest, files.path))

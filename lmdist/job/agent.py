@@ -22,8 +22,9 @@ from typing import NoReturn
 from lmdist.command_line import exit_on_error, run_as_process
 from lmdist.console import log
 from lmdist.errors import EXIT_AGAIN, EXIT_DATA, EXIT_MISSING_INPUT, EXIT_USAGE, UsageError, one_line
-from lmdist.signals import AGENT, FIRST_FAILURE, STOP_SIGNALS, die_with_parent
+from lmdist.signals import AGENT, FIRST_FAILURE, die_with_parent
 from lmdist.standard_streams import guard
+from lmdist.stop_signals import STOP_SIGNALS
 
 COMMAND = "lmdist-train"
 DEFAULT_PORT = 29500

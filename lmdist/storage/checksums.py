@@ -60,19 +60,11 @@ def facts_of(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
-def verify_checksums(folder: HeldFolder, expected: Mapping[str, Any], needed: Iterable[str] = ()) -> None:
-    """Raise DataError unless each file named in `expected` exists, with its size and its sha256.
+def verify_sizes(folder: HeldFolder, expected: Mapping[str, Any], needed: Iterable[str] = ()) -> None:
+    """Raise DataError unless each file named in `expected` exists with its size, which takes no time for a large one.
 
     `needed` are the files that the caller reads. `expected` must name them, or they would go unchecked.
     """
-    verify_sizes(folder, expected, needed)
-    for name, facts in expected.items():
-        if folder.sha256(name) != facts["sha256"]:
-            raise DataError(f"{folder.path / name} is damaged: its sha256 is not the one recorded when it was written")
-
-
-def verify_sizes(folder: HeldFolder, expected: Mapping[str, Any], needed: Iterable[str] = ()) -> None:
-    """Raise DataError unless each file named in `expected` exists with its size, which takes no time for a large one."""
     check_names(folder.path, expected)
     for name, facts in expected.items():
         path = folder.path / name
@@ -85,6 +77,13 @@ def verify_sizes(folder: HeldFolder, expected: Mapping[str, Any], needed: Iterab
     for name in needed:
         if name not in expected:
             raise DataError(f"{folder.path} names no sha256 for its {name}, which could hold anything")
+
+
+def verify_checksums(folder: HeldFolder, expected: Mapping[str, Any]) -> None:
+    """Raise DataError unless each file named in `expected` has its sha256; `verify_sizes` has checked the names before."""
+    for name, facts in expected.items():
+        if folder.sha256(name) != facts["sha256"]:
+            raise DataError(f"{folder.path / name} is damaged: its sha256 is not the one recorded when it was written")
 
 
 def check_names(folder: Path, names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
     def load(folder: HeldFolder):
         manifest = folder.read_json("manifest.json")
+        verify_sizes(folder, manifest["files"], ["vocab.txt"])
         words = folder.read("vocab.txt", MAX_BYTES)
         verify_checksums(folder, manifest["files"])     # of the bytes that were read, and of what is open
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.settings import LEARNED, PrepareSettings
-from lmdist.storage.checksums import FileFacts, verify_checksums
+from lmdist.storage.checksums import FileFacts, verify_checksums, verify_sizes
 from lmdist.storage.held import HeldFolder, read_held
 from lmdist.storage.reading import MAX_JSON_BYTES
 from lmdist.storage.schema import check_schema
@@ -67,7 +67,9 @@ class GivenVocabulary:
         check_schema(value, {"files": dict[str, FileFacts]}, files.path / manifest)
         words, text = files.read(VOCABULARY, MAX_BYTES), files.read(TEXT, MAX_JSON_BYTES)
         names = (VOCABULARY, TEXT)
-        verify_checksums(files, {name: facts for name, facts in value["files"].items() if name in names}, names)
+        listed = {name: facts for name, facts in value["files"].items() if name in names}
+        verify_sizes(files, listed, names)
+        verify_checksums(files, listed)
         return cls(name, Vocabulary.parse(words, files.path / VOCABULARY), WordTokenizer.parse(text, files.path / TEXT))
 
     @classmethod

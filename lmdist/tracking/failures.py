@@ -9,10 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
 from urllib.parse import unquote
 
-from lmdist.errors import DataError, one_line
+from lmdist.errors import DataError, causes, one_line
 
 FINAL_CODES = {
     "BAD_REQUEST",
@@ -65,7 +64,7 @@ def is_final(error: Exception) -> bool:
         or getattr(one, "errno", None) == errno.EROFS
         or getattr(one, "error_code", "") in FINAL_CODES
         or is_damaged_database(one)
-        for one in chain(error)
+        for one in causes(error)
     )
 
 
@@ -74,7 +73,7 @@ def reason_without_secrets(error: Exception) -> str:
     if isinstance(error, UploadError):
         return str(error)
     cause: BaseException = error
-    for one in chain(error):
+    for one in causes(error):
         module = type(one).__module__
         if module == "builtins" and not isinstance(one, OSError) and one is not error:
             break  # such as the KeyError that MLflow's own message explains
@@ -85,7 +84,7 @@ def reason_without_secrets(error: Exception) -> str:
     name = f"{type(cause).__name__} {code}" if cause is error and re.fullmatch("[A-Z_]+", str(code)) else type(cause).__name__
     text = getattr(cause, "strerror", None) or cause
     message = without_secrets(one_line(Exception(text)))
-    damaged = any(is_damaged_database(one) for one in chain(error))
+    damaged = any(is_damaged_database(one) for one in causes(error))
     hint = "; the database is damaged, or of another version of MLflow: move it away" if damaged else ""
     return (f"{name}: {message}" if message else name) + hint
 
@@ -93,15 +92,6 @@ def reason_without_secrets(error: Exception) -> str:
 def is_damaged_database(error: BaseException) -> bool:
     """Return whether an error is one of a database that does not mend itself."""
     return bool(DATABASES.match(type(error).__module__) and DAMAGED.search(str(error)))
-
-
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, what it was raised for, and so on."""
-    seen: set[int] = set()
-    while error and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
 
 
 def without_secrets(text: str) -> str:

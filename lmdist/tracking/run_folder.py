@@ -133,9 +133,14 @@ def sync_command(run: Path) -> str:
     return shlex.join(["lmdist-sync", str(run)])
 
 
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """Return the folders with a checkpoint's name, damaged or not, newest first."""
+    return sorted((path for path in checkpoints.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()), reverse=True)
+
+
 def newest_name(checkpoints: Path) -> str:
-    """Return the name of the newest checkpoint, damaged or not; empty where there is none."""
-    return max((path.name for path in checkpoints.glob("step-*") if STEP.fullmatch(path.name)), default="")
+    """Return the name of the newest of these folders; empty where there is none."""
+    return next((folder.name for folder in checkpoint_folders(checkpoints)), "")
 
 
 def check_run_folder(run: Path, *, writes: bool) -> None:

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from lmdist.console import log
 from lmdist.errors import EXIT_AGAIN, Stopped
-from lmdist.signals import STOP_SIGNALS
+from lmdist.stop_signals import STOP_SIGNALS
 from lmdist.storage.locks import exclusive_lock
 from lmdist.tracking.address import is_file, store_address
 from lmdist.tracking.failures import is_final, reason_without_secrets

@@ -1,9 +1,11 @@
-"""A benchmark that is stopped ends its processes and writes the rows it has."""
+"""A benchmark that is stopped ends its processes and writes the rows it has, each with the command that was given."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -112,6 +114,29 @@ def test_a_run_that_ends_or_fails_writes_its_rows(tmp_path):
         subprocess.run([sys.executable, "-c", text], env=ENVIRONMENT, capture_output=True)
     assert "partial" not in json.loads(done.read_text())[0]
     assert json.loads(failed.read_text())[0]["partial"] is True
+
+
+def test_the_command_of_a_row_is_the_one_that_was_given_without_places(tmp_path):
+    parser = argparse.ArgumentParser(prog="name.py")
+    parser.add_argument("text", nargs="?", type=Path)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--worker")
+    origin.add_json_option(parser)
+
+    def command(line: str) -> str:
+        return origin.command_line(parser, parser.parse_args(shlex.split(line)))
+
+    assert command("--minutes 5 --rounds 3 --plot a.png --json") == "python benchmarks/name.py"
+    line = "--minutes 0.1 --only 'V 33k' --set a=1 --set b=2 --rounds 5 --quick"
+    assert command(f"{line} --json rows.json") == f"python benchmarks/name.py {line}"
+    assert command(f"{tmp_path}") == f"python benchmarks/name.py {tmp_path.name}"
+    assert command("../data/news") == "python benchmarks/name.py news"
+    assert command("runs/news") == "python benchmarks/name.py runs/news"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lmdist.signals import STOP_SIGNALS
+from lmdist.stop_signals import STOP_SIGNALS
 from lmdist.training.checkpoints.read import open_checkpoint
 from support.jobs import SMALL, environment, fingerprint, losses, rows, small_data, start, train, wait_for_steps
 

@@ -26,7 +26,7 @@ from lmdist_export.serving.completing import complete, nobody, stream
 from lmdist_export.serving.json_body import encoded
 from lmdist_export.serving.observing import Note
 from lmdist_export.serving.openai_request import CompletionRequest, read_request
-from lmdist_export.serving.running import Growth
+from lmdist_export.serving.running import Growth, wake_loops
 from lmdist_export.serving.service import FIRST_PROMPT, MAX_KNOWN, Service
 
 
@@ -231,12 +231,13 @@ def test_what_a_text_grows_while_nobody_takes_it_is_one_event() -> None:
     async def grow() -> None:
         growth, texts = Growth(), [Text([], 0, number) for number in range(2)]
         taken = aiter(growth)
-        threading.Thread(target=lambda: growth.on_growth(texts[0], [1])).start()
+        threading.Thread(target=lambda: (growth.on_growth(texts[0], [1]), wake_loops())).start()
         assert await anext(taken) == [(texts[0], [1], "")]
         for number, tokens in ((0, [2, 3]), (1, [7]), (0, [4]), (1, [])):
             texts[number].finish_reason = "length" if not tokens else ""
             growth.on_growth(texts[number], tokens)
         growth.on_end()
+        wake_loops()
         assert await anext(taken) == [(texts[0], [2, 3, 4], ""), (texts[1], [7], "length")]
         assert [event async for event in taken] == []
 

@@ -23,7 +23,7 @@ import torch
 from lmdist import __version__
 from lmdist.cache_settings import TUNED, NeuralCache, read_tuned
 from lmdist.console import log
-from lmdist.errors import DataError, UsageError
+from lmdist.errors import UsageError
 from lmdist.model.language_model import LanguageModel
 from lmdist.perplexity import TextSize
 from lmdist.storage.atomic import atomic_folder
@@ -122,10 +122,7 @@ def held_out_text(trained: TrainedModel, data: str | None) -> HeldOutText | None
     otherwise = ", or export without held-out text by --data none"
     folder = folder_of_model(trained.manifest, Path(data) if data else None, otherwise)
     split = next(name for name in ("valid", "test", "train") if folder.has(name))
-    tokens = folder.tokens(split)
-    if len(tokens) == 0:
-        raise DataError(f"the {split} split of {folder.path} is empty: export without held-out text by --data none")
-    return HeldOutText(split, tokens, folder.text_size(split))
+    return HeldOutText(split, folder.tokens(split), folder.text_size(split))
 
 
 def export_bundle(

@@ -9,7 +9,6 @@ Shapes: V vocabulary (V' rounded up to whole blocks), H a layer's size, N rows, 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.settings import ModelSettings
 from lmdist_export.bundle import WEIGHTS, Bundle
 from lmdist_export.graph.cell import torch_parameters
-from lmdist_export.graph.onnx_file import FLOAT, FLOAT16, TYPES, UINT8
+from lmdist_export.graph.onnx_file import FLOAT, FLOAT16, UINT8
 from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, parameter_shapes, weights
 
 
@@ -75,24 +74,18 @@ def float_weights(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     """Return the weights of a bundle in fp32 by the names of graph/sizes.py, matrices as (outputs, inputs)."""
     table = weights(bundle.sizes)
     file = np.frombuffer(bundle.weights, np.uint8)
-
-    def stored(name: str) -> NDArray[Any]:
-        weight = table[name]
-        kind = TYPES[weight.kind]
-        size = int(np.prod(weight.shape)) * kind.itemsize
-        return np.array(file[weight.offset : weight.offset + size]).view(kind).reshape(weight.shape)
-
+    stored = {name: weight.read(file) for name, weight in table.items()}
     found: dict[str, NDArray[np.float32]] = {}
     for name in [*parameter_shapes(bundle.sizes), "embedding"]:
-        kind, values = table[name].kind, stored(name)
+        kind, values = table[name].kind, stored[name]
         if kind in (FLOAT, FLOAT16):
             found[name] = values.astype(np.float32)
         elif kind != UINT8:
-            found[name] = values.T.astype(np.float32) * stored(f"{name}.scale")[:, None]
+            found[name] = values.T.astype(np.float32) * stored[f"{name}.scale"][:, None]
         elif name == "embedding":  # its scale is the value of 127
-            found[name] = ((values.astype(np.float32) - 128) * (stored(f"{name}.scale") / 127)).astype(np.float32)
+            found[name] = ((values.astype(np.float32) - 128) * (stored[f"{name}.scale"] / 127)).astype(np.float32)
         else:
-            found[name] = dequantized_int4(values, stored(f"{name}.scale"))[:, : bundle.sizes.layer_sizes[-1]]
+            found[name] = dequantized_int4(values, stored[f"{name}.scale"])[:, : bundle.sizes.layer_sizes[-1]]
     return found
 
 

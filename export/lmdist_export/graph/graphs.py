@@ -16,7 +16,7 @@ memory in the state, of which generation_graph returns what is new; the graphs i
 Names with `word` in them (the output `words`, the axes `prompt_words`, `new_words` and `made_words`) and the names inside the
 Loop are bytes of generate.onnx. They stay as they are, so that equal checkpoints have equal files.
 
-docs/sampling.md has the reasons. This module knows no onnxruntime and reads no file.
+docs/sampling-internals.md has the reasons. This module knows no onnxruntime and reads no file.
 
 Shapes: B batch, T tokens, P tokens of a prompt, N new tokens, A uniform numbers a token, V vocabulary (V' rounded up to whole
 blocks), E embedding, H a layer's size, S the sum of the layers' sizes.
@@ -120,12 +120,18 @@ def next_graph(sizes: Sizes, target: Target) -> OnnxModel:
     return model_of(g, metadata("lmdist next graph", sizes, ""))
 
 
-def generation_graph(sizes: Sizes, features: Features, target: Target, run: str = "") -> OnnxModel:
-    """Return the graph that reads prompts and generates N tokens after each, or fewer where all have stopped."""
+def generation_graph(
+    sizes: Sizes, features: Features, target: Target, run: str = "", *, reads_prompts: bool = True
+) -> OnnxModel:
+    """Return the graph that reads prompts and generates N tokens after each, or fewer where all have stopped.
+
+    Without `reads_prompts` each row has but one token to read, as most calls do, and there are no nodes for others.
+    """
+    assert reads_prompts or not features.cached, features
     g = Graph("lmdist_generation", doc=GENERATION_DOC, docs=DOCS)
     network = Network(sizes, g, target)
-    prompt = g.input("prompt", INT64, ["batch", "prompt_words"])
-    lengths = g.input("lengths", INT64, ["batch"])
+    prompt = g.input("prompt", INT64, ["batch", "prompt_words" if reads_prompts else 1])
+    lengths = g.input("lengths", INT64, ["batch"]) if reads_prompts else ""
     state = state_inputs(g, sizes)
     uniform = g.input("uniform", FLOAT, ["new_words", "batch", features.attempts])
     bias = g.input("bias", FLOAT, [sizes.padded])
@@ -134,40 +140,46 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     options = option_inputs(g, sizes, features)
 
     # All tokens of a prompt but its last are prefilled; the last one is the first that the loop reads.
-    last = g("Sub", lengths, g.constant(np.int64(1)))
-    before = state[-1][0]
-    with g.within("prefill"):
-        hidden, state = network.prefill(g, g("Transpose", prompt, perm=[1, 0]), state, last)
-    token = g("GatherElements", prompt, g("Unsqueeze", last, g.constant(np.array([1]))), axis=1)  # (B, 1)
+    before, hidden, last, token = state[-1][0], "", "", prompt
+    if reads_prompts:
+        last = g("Sub", lengths, g.constant(np.int64(1)))
+        with g.within("prefill"):
+            hidden, state = network.prefill(g, g("Transpose", prompt, perm=[1, 0]), state, last)
+        token = g("GatherElements", prompt, g("Unsqueeze", last, g.constant(np.array([1]))), axis=1)  # (B, 1)
     token = g("Squeeze", token, g.constant(np.array([1])))
     sampling = SamplingNodes(sizes, features, options, target.cuda)
     starts = {"word": token, "going": going, **by_name(state)} | ({"counts": options["counts"]} if features.adjusted else {})
-    shapes = {"word": (INT64, ["batch"]), "going": (BOOL, ["batch"]), **state_shapes(sizes)}
-    shapes |= {"counts": (FLOAT, ["batch", sizes.padded])} if features.adjusted else {}
     if features.cached:
         cache, memory = cache_inputs(g, sizes, options["cache_weight"])
         hidden = by_text(g, hidden, prompt, sizes.layer_sizes[-1])  # (B, P, H)
         past = cache.past(g, memory, cache.pairs(g, before, hidden, prompt), last)
         decoder = Decoder(network, sampling, bias, cache, past)
-        # The Loop carries only the pairs that it has added: a value that it carries is copied for each token.
         starts |= dict(zip(ADDED, no_pairs(g, memory), strict=True))
-        shapes |= added_shapes(sizes)
     else:
         decoder = Decoder(network, sampling, bias_after_scale(g, network, bias, options))
-    body = loop_body(g, decoder, shapes, uniform, stops)
+    tokens, mass, ends = loop(g, decoder, starts, uniform, stops)
+    g.output(tokens, "words", INT64, ["made_words", "batch"])
+    g.output(mass, "mass", FLOAT, ["made_words", "batch"])
+    g.output(ends["going"], "next_going", BOOL, ["batch"])
+    state_outputs(g, sizes, by_layer(ends, len(sizes.layer_sizes)))
+    if features.adjusted:
+        g.output(ends["counts"], "next_counts", FLOAT, ["batch", sizes.padded])
+    if decoder.past:
+        pair_outputs(g, sizes, join(g, decoder.past.parts[-1], Memory(*(ends[name] for name in ADDED))))
+    return model_of(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
+
+
+def loop(g: Graph, decoder: Decoder, starts: Mapping[str, str], uniform: str, stops: str) -> tuple[str, str, dict[str, str]]:
+    """Add the Loop over new tokens, which carries the values `starts`; return the tokens (N, B), their mass, and its ends.
+
+    Of a cache it carries only the pairs that it has added: a value that it carries is copied for each token.
+    """
+    shapes = carried_shapes(decoder.network.sizes)
+    body = loop_body(g, decoder, {name: shapes[name] for name in starts}, uniform, stops)
     num_tokens = g("Squeeze", g("Slice", g("Shape", uniform), *(g.constant(np.array([n])) for n in (0, 1))))
     always = g.constant(np.bool_(True))
     *ends, tokens, mass = g.several("Loop", len(starts) + 2, num_tokens, always, *starts.values(), body=body)
-    result = dict(zip(starts, ends, strict=True))
-    g.output(tokens, "words", INT64, ["made_words", "batch"])
-    g.output(mass, "mass", FLOAT, ["made_words", "batch"])
-    g.output(result["going"], "next_going", BOOL, ["batch"])
-    state_outputs(g, sizes, by_layer(result, len(sizes.layer_sizes)))
-    if features.adjusted:
-        g.output(result["counts"], "next_counts", FLOAT, ["batch", sizes.padded])
-    if decoder.past:
-        pair_outputs(g, sizes, join(g, decoder.past.parts[-1], Memory(*(result[name] for name in ADDED))))
-    return model_of(g, metadata("lmdist generation graph", sizes, run) | {"features": features_in_file(features)})
+    return tokens, mass, dict(zip(starts, ends, strict=True))
 
 
 def loop_body(g: Graph, decoder: Decoder, shapes: Mapping[str, tuple[int, Shape]], uniform: str, stops: str) -> Graph:
@@ -314,10 +326,17 @@ ADDED = ("added_hidden", "added_tokens")
 """The parts of the memory that the Loop has added."""
 
 
-def added_shapes(sizes: Sizes) -> dict[str, tuple[int, Shape]]:
-    """Return type and shape of ADDED; the axis `added` grows by one with each token."""
+def carried_shapes(sizes: Sizes) -> dict[str, tuple[int, Shape]]:
+    """Return type and shape of all that the Loop may carry; the axis `added` grows by one with each token."""
     hidden, tokens = ADDED
-    return {hidden: (FLOAT, ["batch", "added", sizes.layer_sizes[-1]]), tokens: (INT64, ["batch", "added"])}
+    return {
+        "word": (INT64, ["batch"]),
+        "going": (BOOL, ["batch"]),
+        **state_shapes(sizes),
+        "counts": (FLOAT, ["batch", sizes.padded]),
+        hidden: (FLOAT, ["batch", "added", sizes.layer_sizes[-1]]),
+        tokens: (INT64, ["batch", "added"]),
+    }
 
 
 def state_shapes(sizes: Sizes) -> dict[str, tuple[int, Shape]]:

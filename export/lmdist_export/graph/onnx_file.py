@@ -14,6 +14,7 @@ https://github.com/onnx/onnx; weights are external data, in a file beside the gr
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,11 @@ MICROSOFT_OPERATORS = ("MatMulIntegerToFloat", "MatMulNBits")
 
 Shape = Sequence[int | str]
 """The length of each axis, or the name of a free length."""
+
+
+def length_of(kind: int, shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor."""
+    return math.prod(shape) * TYPES[kind].itemsize
 
 
 class Graph:
@@ -100,8 +106,7 @@ class Graph:
 
     def weight(self, name: str, kind: int, shape: Sequence[int], location: str, offset: int) -> str:
         """Declare a tensor in the file `location` beside the graph and return its name."""
-        length = int(np.prod(shape, dtype=np.int64)) * TYPES[kind].itemsize
-        where = {"location": location, "offset": str(offset), "length": str(length)}
+        where = {"location": location, "offset": str(offset), "length": str(length_of(kind, shape))}
         outside = [(13, pair(key, value)) for key, value in where.items()]
         self.tensors.append(message([*((1, size) for size in shape), (2, kind), (8, name), *outside, (14, 1)]))
         self.weights.append(name)

@@ -9,12 +9,15 @@ Shapes: V vocabulary (V' rounded up to whole blocks), E embedding, H a layer's s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lmdist_export.graph.cell import layer_shapes
-from lmdist_export.graph.onnx_file import FLOAT, FLOAT16, INT8, UINT8
+from lmdist_export.graph.onnx_file import FLOAT, FLOAT16, INT8, TYPES, UINT8, length_of
 
 BLOCK = 256  # tokens whose probabilities are summed first: sampling then looks at V/256 sums and at 256 tokens
 NBITS_BLOCK = 64  # 4-bit weights that share a scale: 128 is not faster, 32 is
@@ -62,6 +65,20 @@ class Weight:
     kind: int
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def length(self) -> int:
+        """Return its bytes."""
+        return length_of(self.kind, self.shape)
+
+    @property
+    def end(self) -> int:
+        """Return the offset of the byte behind it."""
+        return self.offset + self.length
+
+    def read(self, content: NDArray[np.uint8]) -> NDArray[Any]:
+        """Return the tensor as a view of the file's bytes."""
+        return content[self.offset : self.end].view(TYPES[self.kind]).reshape(self.shape)
 
 
 def weights(sizes: Sizes) -> dict[str, Weight]:
@@ -112,11 +129,6 @@ def parameter_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def length_of(kind: int, shape: Sequence[int]) -> int:
-    """Return the bytes of a tensor."""
-    return math.prod(shape) * {FLOAT: 4, FLOAT16: 2}.get(kind, 1)
-
-
 def file_length(sizes: Sizes) -> int:
     """Return the bytes of the file of weights."""
-    return max(weight.offset + length_of(weight.kind, weight.shape) for weight in weights(sizes).values())
+    return max(weight.end for weight in weights(sizes).values())

@@ -22,8 +22,8 @@ from lmdist.cpus import available_cpus
 from lmdist.errors import DataError, UsageError, one_line
 from lmdist_export.bundle import PROVIDERS, WEIGHTS, Bundle
 from lmdist_export.graph.network import Target
-from lmdist_export.graph.onnx_file import FLOAT, TYPES, UINT8, Graph, OnnxModel, model_of
-from lmdist_export.graph.sizes import length_of, weights
+from lmdist_export.graph.onnx_file import FLOAT, UINT8, Graph, OnnxModel, model_of
+from lmdist_export.graph.sizes import weights
 from lmdist_export.options import THREADS, check_count
 
 
@@ -73,9 +73,7 @@ class Runtime:
         content, onnxruntime = np.frombuffer(self.bundle.weights, np.uint8), import_onnxruntime()
         values: dict[str, Any] = {}
         for name, weight in weights(self.sizes).items():
-            array = content[weight.offset : weight.offset + length_of(weight.kind, weight.shape)]
-            array = array.view(TYPES[weight.kind]).reshape(weight.shape)
-            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)  # not a copy
+            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(weight.read(content))  # not a copy
         return values
 
 

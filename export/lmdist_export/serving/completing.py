@@ -125,7 +125,7 @@ async def stream(
 
     def time_out() -> None:
         job.cancel()
-        growth.on_end()
+        growth.take(None)
 
     timer = growth.loop.call_at(deadline, time_out)
 
@@ -195,7 +195,7 @@ class Streaming:
     def chunk(self, key: tuple[int, int], written: str, reason: str, logprobs: bytes = b"null") -> bytes:
         """Return an event with more of a text."""
         index = key[0] * self.asked.n + key[1]
-        text, finished = encode_basestring(written).encode(), encoded(finish_reason(reason))
+        text, finished = encode_basestring(written).encode(), encoded(finish_reason(reason)) if reason else b"null"
         choice = b'{"text":%b,"index":%d,"logprobs":%b,"finish_reason":%b}]' % (text, index, logprobs, finished)
         return event(self.before + choice + self.after)
 

@@ -28,6 +28,7 @@ from lmdist_export.sampling.resolved_options import ResolvedOptions, resolve, wa
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.batching import Batcher, Request
 from lmdist_export.serving.json_body import strings_of
+from lmdist_export.serving.running import wake_loops
 
 MAX_TOKENS = 20_000
 """Read and generated for one request: no other waits long for its prompt, and it ends within the server's timeout."""
@@ -52,7 +53,7 @@ class Service:
     def __init__(self, sampler: Sampler, batch_size: int = BATCH_SIZE) -> None:
         self.sampler = sampler
         self.bundle = sampler.bundle
-        self.batcher = Batcher(sampler, batch_size)
+        self.batcher = Batcher(sampler, batch_size, after_reports=wake_loops)
         self.known: dict[tuple[Hashable, ...], ResolvedOptions] = {}
         """Options of requests, by all of them but the seed."""
         weakref.finalize(self, close, self.batcher).atexit = False

@@ -65,7 +65,7 @@ class Checkpoint:
             check_model(files, self.manifest, file)
         self.contents = {VOCABULARY: files.read(VOCABULARY, MAX_BYTES), TEXT: files.read(TEXT, MAX_JSON_BYTES)}
         """The vocabulary's and the tokenizer's files."""
-        verify_checksums(files, listed, needed)
+        verify_checksums(files, listed)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -13,7 +13,7 @@ from lmdist.console import log
 from lmdist.errors import DataError, MissingInputError
 from lmdist.storage.atomic import WRITING, recover, remove_folder
 from lmdist.storage.reading import check_folder, read_bytes, refuse_link
-from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST, STEP
+from lmdist.tracking.run_folder import CHECKPOINTS, NEWEST, STEP, checkpoint_folders
 from lmdist.training.checkpoints.format import MANIFEST
 from lmdist.training.checkpoints.read import Checkpoint, open_resumable, read_manifest
 
@@ -51,7 +51,7 @@ def newest_verified(checkpoints: Path) -> Checkpoint | None:
         if not os.path.isdir(checkpoints / last):
             log(f"warning: the checkpoint that was written last, {reprlib.repr(last)}, is missing")
     found = next((checkpoint for _, checkpoint in readable(checkpoints, open_resumable)), None)
-    if found is None and (last or numbered(checkpoints)):
+    if found is None and (last or checkpoint_folders(checkpoints)):
         raise DataError(
             f"{checkpoints} has no checkpoint that can be read, and the run had made progress: restore one from a copy; "
             "to start anew, remove the folder or name another run"
@@ -76,18 +76,13 @@ def best_of(found: list[tuple[Path, dict[str, Any]]]) -> Path | None:
 
 def readable(checkpoints: Path, read: Callable[[Path], Read]) -> Iterator[tuple[Path, Read]]:
     """Yield the checkpoints of a run and what `read` makes of them, newest first; warn of each damaged one."""
-    for folder in numbered(checkpoints):
+    refuse_link(checkpoints)
+    for folder in checkpoint_folders(checkpoints):
         try:
             refuse_link(folder)
             yield folder, read(folder)
         except (DataError, MissingInputError) as error:
             log(f"warning: skipping a damaged checkpoint: {error}")
-
-
-def numbered(checkpoints: Path) -> list[Path]:
-    """Return the folders with a checkpoint's name, newest first; a folder called `step-old` is the user's own."""
-    refuse_link(checkpoints)
-    return sorted((path for path in checkpoints.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()), reverse=True)
 
 
 def remove_old(checkpoints: Path, keep: int) -> None:
