@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import gzip
 import hashlib
 import json
 import re
@@ -144,6 +145,8 @@ def test_the_files_on_the_cdn_are_those_of_the_package(run: Path, tmp_path: Path
         assert (tmp_path / "page" / file["address"]).stat().st_size == file["bytes"]
         if json.loads((RUNTIME / "package.json").read_bytes())["version"] in web.CDN:
             assert file | {"address": ""} == getattr(web.ON_CDN, name) | {"address": ""}
+    sent = [file for file in (tmp_path / "page").rglob("*") if file.is_file() and file.parent.name != "model"]
+    assert sum(len(gzip.compress(file.read_bytes())) for file in sent) < 4_000_000, "the page and the runtime"
 
 
 # --- the engine in onnxruntime-web ---------------------------------------------------------------------------------

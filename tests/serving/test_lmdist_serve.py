@@ -207,6 +207,7 @@ def test_log_probabilities_of_a_generated_text(served: Serving, generated) -> No
     [
         ('He said, "no."', ["He", "said", ",", "``", "no", ".", "''"], [0, 3, 7, 9, 10, 12, 13]),
         ("The Cat can't", ["the", "cat", "ca", "n't"], [0, 4, 8, 10]),
+        ("The dog of the Cat", ["the", "dog", "of", "the", "cat"], [0, 4, 8, 11, 15]),
         ("a\u200bb  b ", ["a", "b", "b"], [0, 2, 5]),
         ("one", ["one", "two"], [0, 3]),
     ],
@@ -249,6 +250,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "stream": ({"stream": "yes"}, 'stream is "yes"; true or false', "stream"),
     "stream_options": ({"stream_options": {}}, "stream_options is given without stream", "stream_options"),
     "logprobs": ({"logprobs": 21}, "logprobs is 21; this server accepts at most 20", "logprobs"),
+    "logprobs below 0": ({"logprobs": -1}, "logprobs is -1; it must be from 0", "logprobs"),
     "a length penalty": ({"num_beams": 2, "length_penalty": 1e308}, "length_penalty is 1e+308; it must be", "length_penalty"),
     "beams and sampling": ({"num_beams": 2, "top_p": 0.5}, "num_beams is for beam search, and top_p for sampling", "num_beams"),
     "no token left": ({"logit_bias": [f"{word}=-inf" for word in [*PLAIN_WORDS, "<eos>"]]}, "no token is left", None),

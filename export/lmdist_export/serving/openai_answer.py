@@ -107,9 +107,9 @@ def word_offsets(text: str, words: Sequence[str]) -> list[int]:
         while end < len(text) and text[end].isspace():
             end += 1
         until = end + len(word) + MAX_SKIPPED
-        found = max(text.find(word, end, until), lowered.find(word, end, until))
-        offsets.append(end if found < 0 else found)
-        end = min(len(text), end + 1 if found < 0 else found + len(word))
+        found = [place for place in (text.find(word, end, until), lowered.find(word, end, until)) if place >= 0]
+        offsets.append(min(found, default=end))
+        end = min(len(text), min(found) + len(word) if found else end + 1)
     return offsets
 
 

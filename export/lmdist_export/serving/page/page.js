@@ -101,9 +101,10 @@ async function generate() {
       frame ||= requestAnimationFrame(() => ((frame = 0), grow(text, prompt.length))); // a fast model writes many in one
       reason = piece.finish_reason ?? reason;
     }
-    const seconds = inDecimals((performance.now() - started) / 1000);
+    const seconds = (performance.now() - started) / 1000;
     const seed = "seed" in chosen ? `, with seed ${chosen.seed}` : "";
-    say(`${ENDINGS[reason] ?? "Done"}, after ${seconds} s${seed}.`);
+    const time = seconds < 0.1 ? "less than 0.1" : inDecimals(seconds);
+    say(`${ENDINGS[reason] ?? "Done"}, after ${time} s${seed}.`);
   } catch (error) {
     say(stopping.signal.aborted ? "Stopped." : "");
     if (!stopping.signal.aborted) setError(error.message, "generating");
