@@ -7,9 +7,11 @@ First one text is tokenized on one core: by NLTK, which is the baseline, by a Wo
 one again, in turns; that all find the same words is asserted. The text is the demo corpus, or the CSV. Then lmdist-prepare runs
 on CSVs of growing size as in large.py: with one process, and where the text is large with one for each CPU, in shards one after
 the other, and on a Dask cluster of two workers (where Dask is installed), in turns; that all write the same bytes is asserted.
-A ratio is the median of those of the rounds, in which one process is followed at once by the others. Words are counted at
-whitespace. Memory is that of a command and all its child processes, or of a command and the workers of its cluster (USS),
-sampled four times a second. Core-hours are the time multiplied by the number of processes, also while only one of them works.
+What several processes can gain at most on the machine is measured beside them: commands of one process, as many at once as
+there are CPUs, each with a text of its own. A ratio is the median of those of the rounds, in which one process is followed at
+once by the others. Words are counted at whitespace. Memory is that of a command and all its child processes, or of a command
+and the workers of its cluster (USS), sampled four times a second. Core-hours are the time multiplied by the number of
+processes, also while only one of them works.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nltk.tokenize.destructive import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
@@ -34,7 +37,8 @@ from lmdist.cpus import available_cpus
 from lmdist.extras import is_installed
 from lmdist.storage.reading import read_json
 from lmdist.text.demo import articles
-from lmdist.text.documents import Documents, find_files
+from lmdist.text.documents import Documents
+from lmdist.text.finding import find_files
 from lmdist.text.inputs import ONE_PROCESS_BYTES
 from lmdist.text.tokenizer import train_punkt
 from lmdist.text.words import WordFinder, punkt_parameters
@@ -46,7 +50,17 @@ ROUNDS_OF_SEVERAL = 3  # where processes are compared: the speed of a machine th
 SHARDS = 4
 DASK_WORKERS = 2
 
-Way = tuple[str, int, list[list[str]]]  # a name, how many processes work at a time, and the commands one after the other
+
+class Way(NamedTuple):
+    """How a text is prepared."""
+
+    name: str
+    processes: int
+    """That work at a time."""
+    commands: list[list[str]]
+    """One after the other."""
+    copies: int = 1
+    """Each command runs so many times at once, for a text of its own; the seconds are those of a text."""
 
 
 def main() -> None:
@@ -69,7 +83,7 @@ def main() -> None:
     for row in rows:
         peak = f"peak {row['peak_mib']:>5,} MiB" if row["peak_mib"] else ""
         print(
-            f"{row['case']:<42}{row['variant']:<30}{row['value']:>10,} {row['unit']:<8}{row['ratio']:>7.2f}"
+            f"{row['case']:<42}{row['variant']:<36}{row['value']:>10,} {row['unit']:<8}{row['ratio']:>7.2f}"
             f"{row['words'] / row['seconds']:>12,.0f} words/s   {peak}"
         )
     if arguments.plot:
@@ -135,7 +149,7 @@ def prepare(sizes: tuple[int, ...]) -> Iterator[dict[str, Any]]:
                 seconds, peaks = in_turns(ways, ROUNDS_OF_SEVERAL if several else 1, scratch, address, beside)
             meta = read_json(scratch / "data" / "meta.json")
             tokens = sum(facts["tokens"] for facts in meta["splits"].values())
-            for variant, processes, _ in ways:
+            for variant, processes, _, copies in ways:
                 middle = statistics.median(seconds[variant])
                 ratios = [one / this for one, this in zip(seconds["baseline"], seconds[variant], strict=True)]
                 yield {
@@ -152,7 +166,7 @@ def prepare(sizes: tuple[int, ...]) -> Iterator[dict[str, Any]]:
                     "seconds": round(middle, 3),
                     "megabytes": megabytes,
                     "workers": processes,
-                    "same_bytes": True,
+                    "same_bytes": copies == 1,
                     "core_hours_per_billion_tokens": round(processes * middle / 3600 / (tokens / 1e9), 3),
                 }
             file.unlink()
@@ -162,12 +176,15 @@ def in_turns(
     ways: list[Way], rounds: int, scratch: Path, address: str, beside: list[int]
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Return the seconds of each way in each round, and its peak memory in MiB; all must write the same bytes."""
-    seconds: dict[str, list[float]] = {variant: [] for variant, _, _ in ways}
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     peaks = dict.fromkeys(seconds, 0)
     bytes_of_one: dict[str, bytes] = {}
     for _ in range(rounds):
-        for variant, _, commands in ways:
-            measured = [watch(command, scratch, beside if address in command else ()) for command in commands]
+        for variant, _, commands, copies in ways:
+            if copies > 1:
+                measured = [at_once(command, copies, scratch) for command in commands]
+            else:
+                measured = [watch(command, scratch, beside if address in command else ()) for command in commands]
             seconds[variant].append(sum(took for took, _ in measured))
             peaks[variant] = max(peaks[variant], *(peak for _, peak in measured))
             found = {path.name: path.read_bytes() for path in (scratch / "data").iterdir() if path.name != "meta.json"}
@@ -177,18 +194,32 @@ def in_turns(
     return seconds, peaks
 
 
+def at_once(command: list[str], copies: int, folder: Path) -> tuple[float, int]:
+    """Run a command several times at once, each in a folder of its own; return the seconds for each, and the peak in MiB."""
+    folders = [folder / f"copy-{number}" for number in range(copies)]
+    for one in folders:
+        one.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(copies) as threads:
+        found = [*threads.map(lambda one: watch(command, one), folders)]
+    for one in folders:
+        shutil.rmtree(one)
+    return max(seconds for seconds, _ in found) / copies, sum(peak for _, peak in found)
+
+
 def variants(file: str, several: bool, address: str) -> Iterator[Way]:
     """Yield the ways to prepare a file, that of one process first."""
     start = ["-m", "lmdist.text.prepare", file, "-o", "data", "--overwrite"]
-    yield "baseline", 1, [[*start, "--workers", "1"]]
+    alone = [*start, "--workers", "1"]
+    yield Way("baseline", 1, [alone])
     if several:
         workers = available_cpus()
-        yield f"{workers} worker processes", workers, [[*start, "--workers", str(workers)]]
+        yield Way(f"{workers} worker processes", workers, [[*start, "--workers", str(workers)]])
+        yield Way(f"{workers} commands at once, a text each", workers, [alone], copies=workers)
         shards = [[*start, "--shard", f"{index}/{SHARDS}"] for index in range(SHARDS)]
-        yield f"{SHARDS} shards, one after the other", 1, [*shards, [*start, "--merge", "--workers", "1"]]
+        yield Way(f"{SHARDS} shards, one after the other", 1, [*shards, [*start, "--merge", "--workers", "1"]])
     if address:
         name = f"{DASK_WORKERS} Dask workers, {SHARDS} shards"
-        yield name, DASK_WORKERS, [[*start, "--scheduler", address, "--shards", str(SHARDS)]]
+        yield Way(name, DASK_WORKERS, [[*start, "--scheduler", address, "--shards", str(SHARDS)]])
 
 
 @contextmanager

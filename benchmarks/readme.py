@@ -1,8 +1,9 @@
 """Write the pages' tables, of results from benchmarks/results and of options from the code: `python benchmarks/readme.py`.
 
-There is a table for each machine that has results; the README shows the first one, with AMX if there is any, and says which.
-A table stands between two comments, `<!-- NAME: ... -->` and `<!-- /NAME -->`; NAME is a function below. With --check nothing
-is written, and it fails where a page is not what it would write; a test does that.
+A page shows a table of the first machine that has results for it, with AMX if there is any; benchmarks/results/README.md shows
+one for each. A table's head names the machine and the days. A table stands between two comments, `<!-- NAME: ... -->` and
+`<!-- /NAME -->`; NAME is a function below. With --check nothing is written, and it fails where a page is not what it would
+write; a test does that.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lmdist_export.options import GENERATION, REQUEST, Row
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
+    RESULTS / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
         for name in (
@@ -27,16 +31,17 @@ PAGES = (
             "preparing",
             "reliability",
             "training",
+            "training-internals",
             "finetuning",
             "scaling",
             "sampling",
+            "sampling-internals",
             "scoring",
             "serving",
             "bundle",
         )
     ),
 )
-RESULTS = ROOT / "benchmarks" / "results"
 FILE = re.compile(r"(.+?)-(cpu\d+-(?:no)?amx|[a-z0-9]+)-(\d{4}-\d\d-\d\d)\.json")
 """The name of a run's file: benchmark, machine, day."""
 BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -53,9 +58,9 @@ class Machine(str):
     def in_words(self) -> str:
         """Return it as tables name it, with the days of their rows."""
         cpu = re.fullmatch(r"cpu(\d+)-(no)?amx", self)
-        name = f"{cpu[1]} cores {'without' if cpu[2] else 'with'} AMX" if cpu else self
+        name = f"{cpu[1]} cores, {'no ' if cpu[2] else ''}AMX" if cpu else self
         first, last = min(self.days), max(self.days)
-        return f"{name}, {first if first == last else f'{first} to {last}'}"
+        return f"machine: {name}; {first if first == last else f'{first} to {last}'}"
 
 
 def machines() -> list[Machine]:
@@ -83,6 +88,42 @@ def results(machine: Machine, benchmark: str) -> list[list[dict[str, Any]]]:
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def highlights() -> str:
+    """Return the README's lines on quality, speed and reliability: of each, the first machine that has results."""
+    quality, training, sampling, torture = map(first_results, ("quality", "training", "sampling", "torture"))
+    demo = {row["variant"]: row for row in quality if row["case"] == "demo test"}
+    trained = [row for row in training if row["variant"] == "lmdist" and row["case"].endswith("V 33k")]
+    int8, fp32 = (
+        [row for row in sampling if (row["variant"], row["unit"]) == (way, "tokens/s") and row["case"].startswith("M: ")]
+        for way in ("lmdist int8", "lmdist fp32")
+    )
+    recoveries = [row["value"] for row in torture if row["unit"] == "s"]
+    assert all(row["same"] for row in torture if row["variant"] == "all"), "a killed run has other parameters"
+    core = f"one CPU core{' with AMX' if trained[0].get('amx') else ''}"
+    lines = (
+        f"**[Quality](docs/quality.md)**: the demo has a test perplexity of {demo['lmdist']['value']:.1f} after "
+        f"{demo['lmdist']['minutes']:.1f} minutes of training on one CPU core; a 5-gram model of the same text has "
+        f"{demo['KN-5']['value']:.1f}.",
+        f"**[Speed](docs/training.md#speed)** on {core}, against plain PyTorch: training {ratios(trained)} times as fast, "
+        f"[sampling](docs/sampling.md#speed) {ratios(int8)} times in int8 and {ratios(fp32)} times in fp32.",
+        f"**[Reliability](docs/reliability.md)**: jobs that were killed {len(recoveries)} times (a rank, the launcher, a "
+        "machine, its network) ended with the same parameters as those that were not; training went on after "
+        f"{median(recoveries):.0f} s (median), {max(recoveries):.0f} s at most.",
+    )
+    return "".join(f"* {line}\n" for line in lines)
+
+
+def ratios(rows: list[dict[str, Any]]) -> str:
+    """Return the lowest and the highest ratio."""
+    values = [row["ratio"] for row in rows]
+    return f"{min(values):.1f} to {max(values):.1f}"
+
+
+def first_results(benchmark: str) -> list[dict[str, Any]]:
+    """Return all rows of a benchmark on the first machine that has some."""
+    return next(rows for machine in machines() if (rows := [row for run in results(machine, benchmark) for row in run]))
 
 
 def quality(machine: Machine, split: str = "") -> str:
@@ -134,11 +175,11 @@ COMPARED = {"unigram": "unigram model", "KN-5": "5-gram model", "baseline": "pyt
 
 
 def reliability(machine: Machine) -> str:
-    """Return a table with a row for each reliability test."""
+    """Return a row for each torture run and for the states of an MLflow server."""
     rows = []
     for *kills, whole in results(machine, "torture"):
         kinds = ", ".join(dict.fromkeys(row["variant"] for row in kills))
-        rows.append([f"{len(kills)} kills of one job ({kinds}), {whole['machine'].split(', ')[-1]}", whole["note"]])
+        rows.append([f"{len(kills)} kills of one job ({kinds}), {ranks(whole)}", whole["note"]])
     for run in results(machine, "tracking"):
         states = [row["variant"] for row in run if row["case"] == "exit delay"]
         figures = {case: [row for row in run if row["case"] == case] for case in {row["case"] for row in run}}
@@ -154,32 +195,36 @@ def reliability(machine: Machine) -> str:
                 f"{lost:.0f} points missing or duplicate after `lmdist-sync`",
             ]
         )
+    return markdown(["test", "result"], rows)
+
+
+def ranks(row: dict[str, Any]) -> str:
+    """Return the job of a torture run, from the name of its machine: "1 host x 2 ranks"."""
+    return re.sub(r"\b1 (host|rank)\(?s\)?", r"1 \1", row["machine"].split(", ")[-1]).replace("(s)", "s")
+
+
+def checkpointing(machine: Machine) -> str:
+    """Return how long a checkpoint blocks the training, and what its writing costs the steps beside it."""
+    rows = []
     for run in results(machine, "checkpointing"):
         for case in dict.fromkeys(row["case"] for row in run if row["case"].endswith("pause")):
             waiting, copied = (row for row in run if row["case"] == case)
             _, beside = (row for row in run if row["case"] == case.replace(": pause", ": a step"))
-            rows.append(
-                [
-                    f"a checkpoint of {copied['checkpoint_mib']:,.0f} MiB ({case.removesuffix(': pause')})",
-                    f"blocks the training for {copied['value']:,.0f} ms instead of {waiting['value']:,.0f} "
-                    f"({copied['ratio']:.1f}x less); a step beside the writing takes {1 / beside['ratio']:.2f} times as long",
-                ]
-            )
-    for run in results(machine, "large"):
-        for quarter, row in zip(run[:2], run[2:], strict=True):
-            rows.append(
-                [
-                    f"{row['case']}: a CSV of {row['megabytes']} MB, {row['words']:,} words",
-                    f"peak memory {row['peak_mib']:,} MiB; for a quarter of the text {quarter['peak_mib']:,} MiB",
-                ]
-            )
-    return markdown(["test", "result"], rows)
+            pauses = [f"{copied['value']:,.0f} ms", f"{waiting['value']:,.0f} ms", f"{1 / beside['ratio']:.2f}"]
+            rows.append([f"{copied['checkpoint_mib']:,.0f} MiB ({case.removesuffix(': pause')})", *pauses])
+    head = ["checkpoint", "blocks the training for", "if the ranks waited for the disk", "a step beside the writing, relative"]
+    return markdown(head, rows)
 
 
-def reliability_summary(machine: Machine) -> str:
-    """Return the rows about kills and about MLflow."""
-    head, rule, *lines = reliability(machine).splitlines(keepends=True)
-    return "".join([head, rule, *(line for line in lines if "kills" in line or "MLflow" in line)])
+def memory(machine: Machine) -> str:
+    """Return the peak memory of training on a large text, and on a quarter of it (preparing has a benchmark of its own)."""
+    rows = [
+        [f"{row['megabytes']} MB, {row['words']:,} words", f"{row['peak_mib']:,} MiB"]
+        for run in results(machine, "large")
+        for row in run
+        if row["case"] == "train"
+    ]
+    return markdown(["CSV", "peak memory of a training"], rows)
 
 
 LOST = ("missing after lmdist-sync", "twice after lmdist-sync")
@@ -190,7 +235,7 @@ def kills(machine: Machine) -> str:
     """Return a table of every kill of every torture run."""
     rows = [
         [
-            f"{whole['case']}, {whole['machine'].split(', ')[-1]}",
+            f"{whole['case']}, {ranks(whole)}",
             row["case"],
             row["variant"],
             row["note"],
@@ -236,7 +281,7 @@ def preparing(machine: Machine) -> str:
         speed = f"{row['words'] / row['seconds']:,.0f}"
         same = "the same" if row.get("same_bytes") and row["variant"] != "baseline" else ""
         cost = f"{row['core_hours_per_billion_tokens']:.2f}" if "core_hours_per_billion_tokens" in row else ""
-        rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.1f}x", memory, same, cost])
+        rows.append([row["case"], variant, f"{row['seconds']:,.1f} s", speed, f"{row['ratio']:.2f}x", memory, same, cost])
     columns = ["what", "how", "time", "words/s", "ratio", "peak memory", "bytes", "core-hours per billion tokens"]
     filled = [number for number in range(len(columns)) if any(row[number] for row in rows)]  # not so in an older run
     return markdown([columns[number] for number in filled], [[row[number] for number in filled] for row in rows])
@@ -279,7 +324,7 @@ readable text from a small corpus, and pieces where no word may be lost (names, 
 
 
 def training(machine: Machine) -> str:
-    """Return speed and memory of all cases on a CPU."""
+    """Return speed and memory of all cases on a CPU, also per token of the corpus."""
     rows = []
     for run in results(machine, "training"):
         measured = [row for row in run if row["unit"].endswith("tokens/s") and "persistent_kernel" not in row]
@@ -295,10 +340,16 @@ def training(machine: Machine) -> str:
     return markdown(head, rows)
 
 
-def speed(machine: Machine) -> str:
-    """Return the cases of training with the vocabulary of WikiText-2."""
+def training_speed(machine: Machine) -> str:
+    """Return the cases of training, each token read once."""
     head, rule, *lines = training(machine).splitlines(keepends=True)
-    return "".join([head, rule, *(line for line in lines if "V 33k" in line and "per token of the corpus" not in line)])
+    return "".join([head, rule, *(line for line in lines if "per token of the corpus" not in line)])
+
+
+def speed(machine: Machine) -> str:
+    """Return those with the vocabulary of WikiText-2."""
+    head, rule, *lines = training_speed(machine).splitlines(keepends=True)
+    return "".join([head, rule, *(line for line in lines if "V 33k" in line)])
 
 
 def speeds(rows: list[dict[str, Any]]) -> list[str]:
@@ -388,7 +439,7 @@ def sampling_options(machine: Machine) -> str:
             )
             of_it = f"{row['value'] / without['value']:.0%}"
             rows.append([*row["case"].split(", batch "), way, option, f"{row['value']:,.0f} tokens/s", of_it])
-    return markdown([MODEL, "batch size", "", "option", "speed", "of that without"], rows)
+    return markdown([MODEL, "batch size", "how", "option", "speed", "of that without"], rows)
 
 
 def sampling_shares(machine: Machine) -> str:
@@ -444,7 +495,7 @@ def serving(machine: Machine) -> str:
         [
             *row["case"].rsplit(", clients ", 1),
             row.get("how") or {"baseline": "one request at a time", "lmdist": "continuous batching"}[row["variant"]],
-            f"{row['value']:,.0f} ({row['ratio']:.1f}x)",
+            f"{row['value']:,.0f} ({row['ratio']:.0%})",
             *("" if row.get(name) is None else f"{row[name]:,.0f} ms" for name in times),
             *(f"{row[name]:,.0f} ms" if row.get(name) else "" for name in cpu),
             f"{row['peak_mib']:,} MiB",
@@ -536,27 +587,32 @@ def curves(machine: Machine) -> str:
 
 def scaling(machine: Machine) -> str:
     """Return the measured steps, a line for each number of ranks."""
-    head = [
-        "model and batch",
-        "ranks",
-        "step",
-        "efficiency",
-        "compute",
-        "of one rank's",
-        "all-reduce alone",
-        "exposed",
-        "overlap",
-    ]
-    rows = [
+    head = ["ranks", "step", "efficiency", "compute", "contention", "exposed", "all-reduce alone", "overlap"]
+    return markdown([f"model and batch, {scaling_precision(machine)}", *head], scaling_rows(machine))
+
+
+def scaling_summary(machine: Machine) -> str:
+    """Return what more ranks gain, and the two losses."""
+    head = ["ranks", "step", "efficiency", "contention", "exposed"]
+    rows = [[*row[:4], *row[5:7]] for row in scaling_rows(machine)]
+    return markdown([f"model and batch, {scaling_precision(machine)}", *head], rows)
+
+
+def scaling_rows(machine: Machine) -> list[list[str]]:
+    """Return the cells of each measured step."""
+    return [
         [
             *(row["case"], row["variant"].removeprefix("baseline: "), milliseconds(row["value"], row["spread"])),
             *(f"**{row['ratio']:.0%}**", milliseconds(row["compute_ms"], row["compute_spread"]), f"{row['contention']:.2f}"),
-            *(milliseconds(row["all_reduce_ms"]), milliseconds(row["exposed_ms"], row["exposed_spread"])),
-            *(overlap(row), row["precision"], device(row)),
+            *(milliseconds(row["exposed_ms"], row["exposed_spread"]), milliseconds(row["all_reduce_ms"]), overlap(row)),
         ]
         for row in of_kind(machine, "step")
     ]
-    return markdown([*head, "precision", "on"], rows)
+
+
+def scaling_precision(machine: Machine) -> str:
+    """Return the precision of the measured steps."""
+    return ", ".join(dict.fromkeys(row["precision"] for row in of_kind(machine, "step")))
 
 
 def overlap(row: dict[str, Any]) -> str:
@@ -568,22 +624,28 @@ def overlap(row: dict[str, Any]) -> str:
 
 def scaling_fit(machine: Machine) -> str:
     """Return what was fitted, and how well it fits."""
-    rows = [[row["variant"], f"{row['value']:g} {row['unit']}", device(row)] for row in of_kind(machine, "fit")]
-    return markdown(["fitted", "value", "to measurements on"], rows)
+    rows = [
+        [
+            row["variant"],
+            f"{row['value']:.0%} {row['unit']}" if row["unit"].startswith("of ") else f"{row['value']:g} {row['unit']}",
+        ]
+        for row in of_kind(machine, "fit")
+    ]
+    return markdown(["fitted", "value"], rows)
 
 
 def scaling_errors(machine: Machine) -> str:
     """Return each measurement that the model was fitted to, beside the prediction."""
     rows = [
         [
-            *(row["case"], f"{row['kind']}, {row['variant']}", f"{row['value']:,.4g} ms", f"{row['predicted_ms']:,.4g} ms"),
-            *(f"{row['predicted_ms'] / row['value'] - 1:+.0%}", device(row)),
+            *(row["case"], f"{row['kind']}, {row['variant']}", milliseconds(row["value"]), milliseconds(row["predicted_ms"])),
+            f"{row['predicted_ms'] / row['value'] - 1:+.0%}",
         ]
         for kind in ("step", "all-reduce")
         for row in of_kind(machine, kind)
         if "predicted_ms" in row
     ]
-    return markdown(["model and batch", "what", "measured", "predicted", "error", "on"], rows)
+    return markdown(["model and batch", "what", "measured", "predicted", "error"], rows)
 
 
 def scaling_bytes(machine: Machine) -> str:
@@ -600,18 +662,31 @@ def scaling_bytes(machine: Machine) -> str:
 
 
 def scaling_predictions(machine: Machine) -> str:
-    """Return the picture, and some points of its curves."""
-    shown = (2, 8, 32, 128)
-    rows = [
-        [
-            *(row["case"], f"{row['compute_ms']:,.4g} ms", row["network"], "all" if row["tied"] or row["all_rows"] else "read"),
-            *(" to ".join(f"{curve[row['ranks'].index(ranks)]:.0%}" for curve in row["curves"]) for ranks in shown),
-        ]
+    """Return some points of the curves, if only the rows of an embedding are reduced that were read, as lmdist does."""
+    return markdown(PREDICTED, [cells for cells, all_rows in predicted(machine) if not all_rows])
+
+
+def scaling_all_rows(machine: Machine) -> str:
+    """Return the same if all rows of an embedding that is not tied were reduced."""
+    return markdown(PREDICTED, [cells for cells, all_rows in predicted(machine) if all_rows])
+
+
+RANKS = (2, 8, 32, 128)
+PREDICTED = ["predicted for", "compute per step", "network", *(f"{ranks} GPUs" for ranks in RANKS)]
+
+
+def predicted(machine: Machine) -> list[tuple[list[str], bool]]:
+    """Return the cells of each prediction, and whether all rows of the embedding are reduced in it."""
+    return [
+        (
+            [
+                *(row["case"], milliseconds(row["compute_ms"]), row["network"]),
+                *(" to ".join(f"{curve[row['ranks'].index(ranks)]:.0%}" for curve in row["curves"]) for ranks in RANKS),
+            ],
+            row["all_rows"],
+        )
         for row in of_kind(machine, "prediction")
     ]
-    picture = "![Predicted efficiency of weak scaling to 128 GPUs](images/scaling.svg)\n\n" if rows else ""
-    head = ["predicted for", "compute per step", "network", "embedding's rows", *(f"{ranks} GPUs" for ranks in shown)]
-    return picture + markdown(head, rows)
 
 
 def scaling_assumptions(machine: Machine) -> str:
@@ -628,28 +703,30 @@ def milliseconds(value: float | None, spread: float | None = None) -> str:
     """A time, with half its spread where there is one."""
     if value is None:
         return ""
-    return f"{value:,.4g} ms" + ("" if spread is None else f" ± {spread / 2:,.2g}")
+    return f"{digits(value, 3)} ms" if spread is None else f"{digits(value, 3)} ± {digits(spread / 2, 2)} ms"
 
 
-def device(row: dict[str, Any]) -> str:
-    """The GPU, or the machine."""
-    return row["device"] if row.get("device", "CPU") != "CPU" else row["machine"]
+def digits(value: float, count: int) -> str:
+    """A number with so many significant digits, without an exponent."""
+    return f"{float(f'{value:.{count}g}'):,g}"
 
 
-OPTIONS = (options, request_options, generation_config)
-"""Tables of the code."""
+WRITTEN = (highlights, options, request_options, generation_config)
+"""Lines of several results, and tables of the code."""
 MEASURED = (
     quality,
     quality_summary,
     ablations,
     reliability,
-    reliability_summary,
+    checkpointing,
+    memory,
     kills,
     outages,
     preparing,
     finetuning,
     pieces,
     training,
+    training_speed,
     speed,
     parts,
     curves,
@@ -664,16 +741,18 @@ MEASURED = (
     sampling_shares,
     sampling_limits,
     scaling,
+    scaling_summary,
     scaling_fit,
     scaling_errors,
     scaling_bytes,
     scaling_predictions,
+    scaling_all_rows,
     scaling_assumptions,
 )
 """Tables of results, of one machine each."""
 
 
-def measured(table: Callable[[Machine], str], *, all_machines: bool) -> str:
+def measured(table: Callable[[Machine], str], *, each_machine: bool) -> str:
     """Return a table for each machine that has rows for it, or for the first such machine, which its first cell names.
 
     A table that is the same on another machine, of what is counted and not measured, comes once.
@@ -684,18 +763,18 @@ def measured(table: Callable[[Machine], str], *, all_machines: bool) -> str:
         if text.count("\n| ") > 1:  # more than its head
             found.setdefault(text, machine)
     texts = [
-        re.sub(r"^\| ([^|]+) \|", rf"| \1 (on {machine.in_words()}) |", text, count=1, flags=re.MULTILINE)
+        re.sub(r"^\| ([^|]+) \|", rf"| \1 ({machine.in_words()}) |", text, count=1, flags=re.MULTILINE)
         for text, machine in found.items()
     ]
-    return "\n".join(texts if all_machines else texts[:1])
+    return "\n".join(texts if each_machine else texts[:1])
 
 
 def main() -> None:
     """Rewrite the pages, or check them."""
     for path in PAGES:
-        tables = {function.__name__: function for function in OPTIONS}
-        everything = path.name != "README.md"
-        tables |= {function.__name__: partial(measured, function, all_machines=everything) for function in MEASURED}
+        tables = {function.__name__: function for function in WRITTEN}
+        each_machine = path.parent == RESULTS
+        tables |= {function.__name__: partial(measured, function, each_machine=each_machine) for function in MEASURED}
         before = path.read_text(encoding="utf-8")
         after = BLOCK.sub(lambda match, tables=tables: match[1] + tables[match[2]]() + match[3], before)
         if after == before:

@@ -4,12 +4,12 @@
     python benchmarks/serving.py --quick          # a small random model, and few requests
 
 Throughput: 1, 8, 32 and 128 clients, whose answers are streamed or not. Each sends a request, waits for the answer and sends
-the next; all ask for 50 tokens by default, each with a seed of its own. The baseline is the sampler without a server: the same
-prompts, as many texts at a time as there are clients, or as the server has rows in a batch, on the same CPUs. They take turns;
-a first turn is not counted. Latency is measured by the clients, which are a process of their own on the server's CPUs: to the
-end of the answer, to the first piece of a stream, and between pieces. What the clients take of the CPUs the server does not
-have: each row has the CPU time of 1,000 tokens, that of the server (or of the sampler) and that of the clients beside it, which
-know nothing of HTTP but where an answer ends.
+the next; all ask for 50 tokens, and 32 for 200 as well, each with a seed of its own. The baseline is the sampler without a
+server: the same prompts, as many texts at a time as there are clients, or as the server has rows in a batch, on the same CPUs.
+They take turns; a first turn is not counted. Latency is measured by the clients, which are a process of their own on the
+server's CPUs: to the end of the answer, to the first piece of a stream, and between pieces. What the clients take of the CPUs
+the server does not have: each row has the CPU time of 1,000 tokens, that of the server (or of the sampler) and that of the
+clients beside it, which know nothing of HTTP but where an answer ends.
 
 Fairness: the latency of a short request alone (the baseline), and while another client reads a prompt of 10,000 tokens, has a
 text of 10,000 tokens written, has one scored, or searches, again and again. `ratio` is that of p99.
@@ -49,7 +49,8 @@ from servers import answers, free_port
 from serving_client import Load, quantile, question
 from workers import Worker
 
-CLIENTS = (1, 8, 32, 128)
+CASES = ((1, 50), (8, 50), (32, 50), (32, 200), (128, 50))
+"""How many clients ask for how many tokens."""
 BATCH_SIZE = 32
 PROMPTS = ["The people of the", "My fellow Americans, tonight", "We must", "In the past 5 years, the congress of the", ""]
 LONG = 10_000
@@ -62,7 +63,6 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="(default: a model of the demo's sizes with random weights)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=256, help="per round (default: 256)")
-    parser.add_argument("--words", type=int, default=50, help="tokens per request (default: 50)")
     parser.add_argument("--quick", action="store_true", help="1 round of 128 requests, a small model, 300 requests for memory")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     add_json_option(parser)
@@ -86,11 +86,11 @@ def main() -> None:
         sizes = manifest["sizes"]
         model = f"{'-'.join(map(str, sizes['layer_sizes']))}, V {sizes['vocabulary_size']:,}, {sizes['precision']}"
         server = running.enter_context(Server(bundle))
-        offline = Worker(__file__, [str(bundle), arguments.words], os.environ, pinned=False)
+        offline = Worker(__file__, [str(bundle)], os.environ, pinned=False)
         running.callback(offline.close)
-        for clients in CLIENTS:
-            case = f"{model}, {arguments.words} tokens per request, clients {clients}"
-            rows += show(throughput(case, clients, server, offline, arguments.rounds, arguments.requests, arguments.words))
+        for clients, num_tokens in CASES:
+            case = f"{model}, {num_tokens} tokens per request, clients {clients}"
+            rows += show(throughput(case, clients, server, offline, arguments.rounds, arguments.requests, num_tokens))
         rows += show(fairness(f"{model}, a short request", server, 30 if arguments.quick else 200))
         rows += show(memory(f"{model}, memory", server, 300 if arguments.quick else 2_000))
 
@@ -109,13 +109,13 @@ def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def sample(bundle: str, num_tokens: int) -> None:
-    """Answer each line on stdin, a batch size and a number of texts, by the seconds that the sampler takes for them."""
+def sample(bundle: str) -> None:
+    """Answer each line on stdin, a batch size, a number of texts and of tokens, by the seconds that the sampler takes."""
     sampler = Sampler(Bundle.load(bundle))
     prompts = [prompt_of(sampler.bundle, prompt).ids for prompt in PROMPTS]
-    config = GenerationConfig(max_new_tokens=num_tokens, suppress_tokens=sampler.bundle.generation.suppress_tokens)
     for line in sys.stdin:
-        batch_size, count = map(int, line.split())
+        batch_size, count, num_tokens = map(int, line.split())
+        config = GenerationConfig(max_new_tokens=num_tokens, suppress_tokens=sampler.bundle.generation.suppress_tokens)
         began, cpu = time.perf_counter(), time.process_time()
         asked = (prompts[number % len(prompts)] for number in range(count))
         texts = [text for text, _ in continuations(sampler, asked, config, 1, ignore_end=True, batch_size=batch_size)]
@@ -194,7 +194,7 @@ def throughput(
     found: dict[str, list[dict[str, Any]]] = {"baseline": [], "lmdist": [], "lmdist, streamed": []}
     requests = max(requests // 4, 8) if clients == 1 else max(requests, 2 * clients)
     for turn in range(rounds + 1):
-        answers = {"baseline": offline.ask(f"{batch_size} {requests}")}
+        answers = {"baseline": offline.ask(f"{batch_size} {requests} {num_tokens}")}
         for variant, more in {"lmdist": {}, "lmdist, streamed": STREAM}.items():
             answers[variant] = server.load(
                 clients, [body(turn * requests + number, num_tokens, **more) for number in range(requests)]

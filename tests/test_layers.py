@@ -79,7 +79,7 @@ WINGS = {
     "lmdist.storage": "reading locks atomic held checksums schema",
     "lmdist.text": (
         "light_nltk vocabulary remote data_folder token_files words markup detokenizer pieces piece_files tokenizer "
-        "given_vocabulary where rows sources vectors decoding tables columns chunks arrow_files readers documents demo "
+        "given_vocabulary where rows sources vectors decoding tables columns chunks arrow_files readers documents finding demo "
         "shard_files counting corpus learning token_writer merging workers dask_cluster inputs reports outputs shards "
         "machines prepare from_pandas"
     ),
@@ -96,10 +96,10 @@ WINGS = {
     "lmdist_export.graph": "onnx_file cell sizes network cache sampling_nodes value_docs graphs",
     "lmdist_export.sampling": (
         "state steps stops seams runtime token_session sampler prompt log_probabilities generation beam_search scoring "
-        "resolved_options completion"
+        "resolved_options writing completion"
     ),
     "lmdist_export.serving": (
-        "requests shared_batch batching json_body invocations service middleware mlflow_model registry access running "
+        "requests shared_batch batching json_body running invocations service middleware mlflow_model registry access "
         "openai_request openai_answer failures metrics observing completing event_stream tokenize_api page_files application "
         "connections watching"
     ),

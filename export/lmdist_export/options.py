@@ -4,7 +4,8 @@
 
 A row has a name, a type, bounds, a default and a help text; an option that is an input of the graphs says how. From the rows
 come the keys of generation_config.json, the flags of lmdist-generate, the params of the server and their MLflow signature,
-the inputs of the graphs and what is fed to them, and the tables of docs/sampling.md, which says how to add an option.
+the inputs of the graphs and what is fed to them, and the tables of docs/sampling.md. docs/sampling-internals.md says how
+to add an option.
 
 This module needs neither numpy nor onnxruntime, so that `lmdist-generate --help` is quick.
 """
@@ -66,7 +67,7 @@ class GraphInput:
     per_temperature: bool = False
     """Whether the input is divided by the temperature, as the logits are from which it is subtracted."""
     sorts: bool = False
-    """Whether the filter needs the tokens sorted; else it rejects tokens that were sampled (docs/sampling.md)."""
+    """Whether the filter needs the tokens sorted; else it rejects tokens that were sampled (docs/sampling-internals.md)."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ This module does not know how rows are read.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,9 +16,11 @@ from lmdist.text.sources import ReadOptions, Source
 
 TEXT_COLUMNS = ("content", "text", "article", "body")
 LONGEST_NAME = 60
+"""Characters; what is longer is hardly the name of a column."""
 MOST_DIGITS = 9
 """Of the number of a column; Python refuses to read one of thousands."""
-"""Characters; what is longer is hardly the name of a column."""
+OTHER_SEPARATOR = re.compile(r"([^\w\s\"'.!?()/-])\w[^,;|\t]*\1")
+"""A sign that comes twice in what should be several cells."""
 
 
 class Wanted(NamedTuple):
@@ -78,16 +81,34 @@ def find_columns(names: Sequence[str], source: Source) -> list[int]:
             return names.index(name)
         printable = [name if name.isprintable() else repr(name) for name in names[:20]]
         existing = ", ".join(name if len(name) < 40 else f"{name[:40]}..." for name in printable)
-        setting = f"prepare.{column.flag.removeprefix('--').replace('-', '_')}"
-        advice = f"Name one {'in' if column.flag == '--where' else 'with'} {column.flag} (in a recipe {setting})"
-        if column.flag != "--text-column":
-            advice += ", or leave it out"
-        if any(len(name) > LONGEST_NAME or name.strip().isdecimal() for name in names):
-            longest = max(range(len(names)), key=lambda index: len(names[index])) + 1
-            advice += f"; if these are no names but a first row, give --no-header --text-column {longest}"
-        raise DataError(f"{source.name} has no column {' or '.join(column.names)}; it has: {existing}. {advice}")
+        what_to_do = advice(column, names, source.options)
+        raise DataError(f"{source.name} has no column {' or '.join(column.names)}; it has: {existing}. {what_to_do}")
 
     return [find(column) for column in wanted_columns(source.options)]
+
+
+def advice(column: Wanted, names: Sequence[str], options: ReadOptions) -> str:
+    """Return what can be done where a column is not among the names of a table."""
+    setting = f"prepare.{column.flag.removeprefix('--').replace('-', '_')}"
+    found = f"Name one {'in' if column.flag == '--where' else 'with'} {column.flag} (in a recipe {setting})"
+    if column.flag != "--text-column":
+        found += ", or leave it out"
+    name = column.names[0]
+    parts = [part.strip() for part in name.split(",")]
+    if column.flag == "--text-column" and len(parts) > 1 and all(name_of(names, [part]) for part in parts):
+        found += f"; several are named one by one: {' '.join(f'--text-column {part}' for part in parts)}"
+    if column.flag == "--where" and options.condition and len(options.condition.kinds) > 1:
+        found += f"; if {name} is not a column but a text, it stands in quotes: '{name}'"
+    if any(len(name) > LONGEST_NAME or name.strip().isdecimal() for name in names):
+        longest = max(range(len(names)), key=lambda index: len(names[index])) + 1
+        found += f"; if these are no names but a first row, give --no-header --text-column {longest}"
+    return found + advice_on_separator(names)
+
+
+def advice_on_separator(cells: Sequence[str]) -> str:
+    """Return the flag for a first row that was not separated, if another sign seems to separate it."""
+    match = OTHER_SEPARATOR.search(cells[0]) if len(cells) == 1 else None
+    return f"; if its cells are separated by {match[1]}, give --separator '{match[1]}'" if match else ""
 
 
 def numbered_columns(first_row: Sequence[str], source: Source) -> list[int]:
@@ -102,7 +123,7 @@ def numbered_columns(first_row: Sequence[str], source: Source) -> list[int]:
         example = " (`2` == 'sport')" if column.flag == "--where" else ""
         raise DataError(
             f"{source.name} has {counted(width, 'column')} and no header: {column.flag} is expected to be a number "
-            f"from 1 to {width}{example}; the longest cell of the first row is number {longest}"
+            f"from 1 to {width}{example}; the longest cell of the first row is number {longest}{advice_on_separator(first_row)}"
         )
 
     return [find(column) for column in wanted_columns(source.options)]

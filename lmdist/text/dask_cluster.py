@@ -22,7 +22,10 @@ SECONDS_TO_CONNECT = 60
 
 @contextmanager
 def dask_cluster(address: str) -> Iterator[tuple[Any, int]]:
-    """Yield the client of a Dask cluster, and how many threads its workers have; raise UsageError where there are none."""
+    """Yield the client of a Dask cluster, and how many threads its workers have.
+
+    Raises UsageError where there are none, Stopped where the cluster is lost before one is there.
+    """
     require("distributed", purpose="--scheduler needs Dask: ")
     from distributed import Client
 
@@ -32,10 +35,20 @@ def dask_cluster(address: str) -> Iterator[tuple[Any, int]]:
         raise UsageError(f"--scheduler {address}: {one_line(error)}; `dask scheduler` prints its address") from None
     with client:
         try:
+            if not client.nthreads():
+                log(f"waiting for a worker of {address}")
             client.wait_for_workers(1, timeout=SECONDS_TO_CONNECT)
+            num_threads = sum(client.nthreads().values())
         except TimeoutError:
             raise UsageError(f"--scheduler {address} has no workers: `dask worker {address}` starts one") from None
-        yield client, sum(client.nthreads().values())
+        except OSError as error:
+            raise lost(error) from None
+        yield client, num_threads
+
+
+def lost(error: Exception) -> Stopped:
+    """Return the error for a cluster that went away."""
+    return Stopped(f"the Dask cluster was lost ({one_line(error)}): run it again, the shards that are done stay")
 
 
 def count_on_cluster(client: Any, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> None:
@@ -58,4 +71,4 @@ def count_on_cluster(client: Any, function: Callable[..., Any], tasks: Sequence[
     except KilledWorker as error:
         raise DataError(f"workers were killed, most likely out of memory: {one_line(error)}") from None
     except (CancelledError, CommClosedError, TimeoutError) as error:
-        raise Stopped(f"the Dask cluster was lost ({one_line(error)}): run it again, the shards that are done stay") from None
+        raise lost(error) from None

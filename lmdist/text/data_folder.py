@@ -2,6 +2,7 @@
 
 data/news/
     train.bin  valid.bin  test.bin   token ids, little-endian uint16 or uint32, <eos> after each document
+    train-1.bin  train-2.bin  ...    what of a split is more than FILE_BYTES; all of it is one sequence
     vocab.txt                        the words of the train split by falling frequency: the id is the line number
     text.json                        how text was tokenized, so that prompts are tokenized the same way
     blocks.json                      a checksum of each MiB of the token files, which token_files.py looks at
@@ -11,8 +12,9 @@ data/news/
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from fnmatch import fnmatch
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -38,6 +40,8 @@ VERSION = 1
 
 META, VOCABULARY, TEXT, BLOCKS = "meta.json", "vocab.txt", "text.json", "blocks.json"
 TOKEN_FILES = "*.bin"
+FILE_BYTES = 1 << 34
+"""Of a token file at most: a larger one takes hours to copy, and from the beginning where that breaks off. A multiple of 4."""
 BLOCK_SUMS = "crc32_of_each_mebibyte"
 """The key of blocks.json: by token file, eight hexadecimal digits a block."""
 
@@ -71,9 +75,14 @@ class Meta(TypedDict):
     files: dict[str, FileFacts]
 
 
-def token_file(split: str) -> str:
-    """Return the name of a split's token file."""
-    return f"{split}.bin"
+def token_file(split: str, number: int = 0) -> str:
+    """Return the name of a split's first token file, or of that of another number."""
+    return f"{split}-{number}.bin" if number else f"{split}.bin"
+
+
+def token_files(split: str, files: Container[str]) -> list[str]:
+    """Return which of a folder's files are the token files of a split, in the order of its tokens."""
+    return [*takewhile(files.__contains__, (token_file(split, number) for number in count()))]
 
 
 def dtype_of(vocabulary_size: int) -> Dtype:
@@ -130,7 +139,7 @@ def check_meta(meta: dict[str, Any], path: Path) -> dict[str, Any]:
     check_version(meta, (FORMAT, VERSION), path)
     check_schema(meta, Meta, path)
     check_names(path.parent, meta["files"])
-    if not all(split in SPLITS and token_file(split) in meta["files"] for split in meta["splits"]):
+    if not all(split in SPLITS and token_files(split, meta["files"]) for split in meta["splits"]):
         raise DataError(f"{path} is damaged: its splits are not its files")
     for split, facts in meta["splits"].items():
         if WORDS in facts or BYTES in facts:

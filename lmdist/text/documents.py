@@ -17,13 +17,10 @@ know file formats (readers.py does), nor what a word is.
 
 from __future__ import annotations
 
-import difflib
-import glob
 import hashlib
-import os
 import sys
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -31,11 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmdist.counted import counted
-from lmdist.errors import DataError, MissingInputError, UsageError
+from lmdist.errors import DataError
 from lmdist.text.readers import ROWS_CHECKED, format_of, members_to_read, read
-from lmdist.text.remote import find_remote, is_remote
 from lmdist.text.rows import Document, Row, Skipped
-from lmdist.text.sources import File, ReadOptions, Source, is_pipe, open_sources, shortened, size_of
+from lmdist.text.sources import File, ReadOptions, Source, open_sources, shortened, size_of
 from lmdist.text.vocabulary import well_formed
 
 # Why a row has no document, beside the reasons of the readers.
@@ -253,37 +249,3 @@ class Documents:
 def digest_of(text: str) -> int:
     """Return a hash of a text, below 2**64."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def find_files(patterns: Iterable[str]) -> list[File]:
-    """Return the files that names, addresses and globs match, each once; raise MissingInputError naming what does not exist."""
-    files: dict[File, None] = {}
-    for pattern in patterns:
-        if is_remote(pattern):
-            for file in find_remote(pattern):
-                files[file] = None
-            continue
-        path = Path(pattern)
-        if os.path.isfile(path) or is_pipe(path):  # not Path.is_file(), which raises where it may not look
-            files[path] = None
-        elif os.path.isdir(path):
-            raise UsageError(f"{pattern} is a folder; name files in it, like {path / '*.csv'}")
-        elif any(mark in pattern for mark in "*?["):
-            found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
-            if not found:
-                raise MissingInputError(f"no file matches {pattern}")
-            files |= dict.fromkeys(found)
-        else:
-            raise MissingInputError(f"{pattern} does not exist{near(path)}")
-    return list(files)
-
-
-def near(path: Path) -> str:
-    """Return what else lies in the folder of a missing file, as the rest of a sentence."""
-    if not os.path.isdir(path.parent):
-        return f", nor does the folder {path.parent}"
-    if not os.access(path.parent, os.R_OK | os.X_OK):
-        return f"; {path.parent} cannot be listed"
-    names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
-    close = difflib.get_close_matches(path.name, names, 5, 0.5) or sorted(names)[:5]
-    return f"; {path.parent} has: {', '.join(close)}" if close else f"; {path.parent} has no files"

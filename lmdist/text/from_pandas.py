@@ -94,7 +94,7 @@ def several(frames: DataFrame | Iterable[DataFrame]) -> Iterator[DataFrame]:
 
 
 def write_csv(frames: Iterator[DataFrame], path: Path) -> None:
-    """Write the rows of frames with the same columns to a CSV; raise UsageError where the columns differ."""
+    """Write the rows of frames with the same columns to a CSV; raise UsageError for other columns, DataError for none."""
     columns: list[object] | None = None
     with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
         for frame in frames:
@@ -103,6 +103,8 @@ def write_csv(frames: Iterator[DataFrame], path: Path) -> None:
             # All cells in quotes: a carriage return by itself would end the row.
             frame.to_csv(file, sep=SEPARATOR, header=columns is None, index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
             columns = list(frame.columns)
+    if not columns:
+        raise DataError("there is no DataFrame in the iterator" if columns is None else "the DataFrame has no columns")
 
 
 @dataclass(frozen=True)

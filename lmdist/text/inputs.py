@@ -33,7 +33,8 @@ def find_sources(settings: PrepareSettings, output: Path, *, in_parts: bool = Fa
 
     Raises UsageError where several machines are to read them `in_parts`, and one can only be read as a whole.
     """
-    from lmdist.text.documents import Documents, find_files
+    from lmdist.text.documents import Documents
+    from lmdist.text.finding import find_files
     from lmdist.text.sources import ReadOptions, is_pipe
 
     inputs, group_by = settings.inputs, settings.group_by

@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 
 def check_output(output: Path, flag: str, *, overwrite: bool) -> None:
-    """Raise UsageError where `output` must not be written, or cannot be."""
+    """Raise UsageError where `output` must not be written, or cannot be; `flag` names it in messages."""
     refuse_to_replace_link(output)
     check_output_folder(flag, output.absolute().parent)  # where it is written under another name first
     if not output.exists():
         return
     if not overwrite:
-        raise TakenError(f"{output} exists: give --overwrite to replace it, or another -o")
+        replace = "--overwrite" if flag.startswith("-") else "overwrite=True"
+        raise TakenError(f"{output} exists: give {replace} to replace it, or another {flag}")
     if not output.is_dir() or (any(output.iterdir()) and not (output / META).is_file()):
-        raise UsageError(f"{output} is not a data folder, so --overwrite does not replace it: give another -o")
+        raise UsageError(f"{output} is not a data folder, and only one is replaced: give another {flag}")
 
 
 @contextmanager

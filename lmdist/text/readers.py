@@ -34,13 +34,14 @@ from lmdist.text.columns import (
 )
 from lmdist.text.decoding import LONGEST_ROW, lines_of
 from lmdist.text.rows import FEWER_CELLS, MALFORMED, MISSING, MORE_CELLS, NOT_JSON, OPEN_QUOTE, Cells, Document, Row, Skipped
-from lmdist.text.sources import PACKED_EXTENSIONS, ZIP, Source, errors_of, shortened, spreadsheet_engine
+from lmdist.text.sources import PACKED_EXTENSIONS, ZIP, ReadOptions, Source, errors_of, shortened, spreadsheet_engine
 from lmdist.text.tables import Table
 
 SEPARATORS = (",", ";", "\t", "|")
 
 ROWS_CHECKED = 1000
 """Of each file before the first is read: columns that are not found in so many rows are missing."""
+ARRAY_TO_LINES = "jq -c '.[]' news.json > news.jsonl makes lines of it"
 MANY_LINES = 20
 """So many lines without a blank one between them may be meant as so many documents."""
 
@@ -66,7 +67,8 @@ def read(source: Source, found: Format) -> Generator[Row]:
     options = source.options
     if not found.has_columns and (options.group_by or options.text_column or options.where):
         raise UsageError(
-            f"{source.name} is {found.name}, which has no columns: leave out --text-column, --group-by and --where"
+            f"{source.name} is {found.name}, which has no columns: leave out --text-column, --group-by and --where, "
+            "or give a table the name of one, such as news.csv"
         )
     for given, fits, flag in (
         (options.separator, found.has_separators, "--separator"),
@@ -83,38 +85,61 @@ def read(source: Source, found: Format) -> Generator[Row]:
 
 
 def format_of(source: Source) -> Format:
-    """Return the format of a source by its name; without an extension that is known, by what it holds."""
-    if source.head().startswith(ZIP):  # other archives are unpacked
+    """Return the format of a source by its name; by what it holds without an extension that is known, or with a wrong one."""
+    head = source.head()
+    if head.startswith(ZIP):  # other archives are unpacked
         return SPREADSHEET
-    return format_by_name(source.file_name) or format_by_content(source)
+    named = format_by_name(source.file_name)
+    if named is None or (head.startswith(tuple(MAGIC)) and named not in MAGIC.values()):
+        return format_by_content(source)
+    return named
 
 
 def format_by_name(name: PurePath) -> Format | None:
     """Return the format that an extension stands for, if it is known."""
-    suffixes = [suffix.lower() for suffix in name.suffixes]
-    if suffixes and suffixes[-1] in PACKED_EXTENSIONS:
-        suffixes.pop()
-    return next((row for row in (*FORMATS, PLAIN_TEXT) if suffixes and suffixes[-1] in row.extensions), None)
+    extension, _ = extensions_of(name)
+    return next((row for row in (*FORMATS, PLAIN_TEXT) if extension.lower() in row.extensions), None)
+
+
+def extensions_of(name: PurePath) -> tuple[str, str]:
+    """Return the last extension that says nothing of packing, and the one behind it that does, or "" for each."""
+    *before, last = ["", "", *name.suffixes]
+    return (before[-1], last) if last.lower() in PACKED_EXTENSIONS else (last, "")
+
+
+def extension_of(name: PurePath) -> str:
+    """Return the extension by which a name says that its file is read: .csv, .csv.gz, .zip; else ""."""
+    extension, packed = extensions_of(name)
+    known = (row.extensions for row in (*FORMATS, SPREADSHEET, PLAIN_TEXT))
+    return (extension if any(extension.lower() in extensions for extensions in known) else "") + packed
 
 
 def format_by_content(source: Source) -> Format:
     """Return the format of a stream without a name: a table has a column that is wanted, and what else there is, is text."""
     head, options = source.head(), source.options
-    first_line = next(iter(head.decode(options.encoding or "utf-8-sig", "replace").lstrip("\r\n").splitlines()), "")
+    line = first_line(source)
     found = PLAIN_TEXT
     if magic := [magic for magic in MAGIC if head.startswith(magic)]:
         found = MAGIC[magic[0]]
-    elif re.match(r'\{\s*"[^"]*"\s*:', first_line):  # it may be longer than what is known of it
+    elif re.match(r'\{\s*"[^"]*"\s*:', line):  # it may be longer than what is known of it
         found = JSON_LINES
-    elif options.separator or not options.header:
+    elif options.separator or not options.header or names_columns(line, options):
         found = CSV
-    else:
-        tables = (cells_of([first_line], separator) for separator in SEPARATORS)
-        if any(len(names) > 1 and has_text(names, options) for names in tables):
-            found = CSV
     if found is not PLAIN_TEXT:
         source.notes.append(f"{source.name} was read as {found.name}")
     return found
+
+
+def first_line(source: Source) -> str:
+    """Return the first line that is not empty, or what of it is in the head."""
+    head = source.head().decode(source.options.encoding or "utf-8-sig", "replace")
+    return next(iter(head.lstrip("\r\n").splitlines()), "")
+
+
+def names_columns(line: str, options: ReadOptions) -> bool:
+    """Return whether a line is the first one of a table with the text's columns."""
+    tables = (cells_of([line], separator) for separator in SEPARATORS)
+    return any(len(names) > 1 and has_text(names, options) for names in tables)
 
 
 def members_to_read(names: Sequence[str]) -> list[str]:
@@ -128,6 +153,7 @@ def members_to_read(names: Sequence[str]) -> list[str]:
 
 def read_text(source: Source) -> Iterator[Row]:
     """Yield the paragraphs that blank lines separate, or each line where the options say so."""
+    is_table = names_columns(first_line(source), source.options)
     paragraph: list[str] = []
     length = num_documents = 0
     for line in lines_of(source, newline="\n"):
@@ -146,7 +172,12 @@ def read_text(source: Source) -> Iterator[Row]:
             yield Document("\n".join(paragraph), None)
             paragraph = []
             num_documents += 1
-    if len(paragraph) >= MANY_LINES and not num_documents:
+    if is_table:
+        source.notes.append(
+            f"{source.name} was read as plain text, and its first line names columns; if it is a table, "
+            "give it the name of one, such as news.csv"
+        )
+    elif len(paragraph) >= MANY_LINES and not num_documents:
         source.notes.append(
             f"{source.name} has {len(paragraph):,} lines and no blank line, so it is one document; "
             "--lines reads each line as a document"
@@ -230,7 +261,8 @@ def read_jsonl(source: Source) -> Iterator[Cells | Skipped]:
             row = None
         if not isinstance(row, dict):
             if num_rows == 1:
-                raise DataError(f"{source.name}, line {number}: JSON Lines are expected, one object of columns a line")
+                expected = f"{source.name}, line {number}: JSON Lines are expected, one object of columns a line"
+                raise DataError(f"{expected}, and it is one array: {ARRAY_TO_LINES}" if line.lstrip()[:1] == "[" else expected)
             yield Skipped(MALFORMED, NOT_JSON, number)
             continue
         if None in found:
@@ -279,7 +311,7 @@ PARQUET = Format("Parquet", (".parquet", ".pq"), partial(read_batches, open_file
 FEATHER = Format("Feather", (".feather", ".arrow"), partial(read_batches, open_file=feather))
 ORC = Format("ORC", (".orc",), partial(read_batches, open_file=orc))
 FORMATS = (CSV, TSV, JSON_LINES, PARQUET, FEATHER, ORC)
-SPREADSHEET = Format("a spreadsheet", (), read_spreadsheet, has_header=True)
+SPREADSHEET = Format("a spreadsheet", (".xlsx", ".ods"), read_spreadsheet, has_header=True)
 PLAIN_TEXT = Format("plain text", (".txt", ".text"), read_text, has_columns=False, keeps_duplicates=True)
 MAGIC = {b"PAR1": PARQUET, b"ARROW1\x00\x00": FEATHER}
 """The first bytes of formats that are known by them."""

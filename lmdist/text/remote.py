@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from lmdist.errors import DataError, MissingInputError, UsageError, missing_pack
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[^/]*)?://")
 WEB = re.compile(r"https?://", re.IGNORECASE)
+OTHER_CERTIFICATES = "SSL_CERT_FILE, or of s3:// AWS_CA_BUNDLE, names a file of the certificates to trust"
 VERSIONS = (
     *("etag", "md5hash", "content-md5", "digest", "sha", "crc32c"),  # of the content
     *("mtime", "lastmodified", "last-modified", "last_modified", "last_write_time", "modificationtime", "modify", "updated"),
@@ -37,8 +38,11 @@ def is_remote(name: str) -> bool:
     return ADDRESS.match(name) is not None
 
 
-def find_remote(pattern: str) -> list[RemoteFile]:
-    """Return the files that an address or a glob of addresses matches; raise MissingInputError where there are none."""
+def find_remote(pattern: str, files_to_name: Callable[[str, Sequence[str]], str]) -> list[RemoteFile]:
+    """Return the files that an address or a glob of addresses matches; raise MissingInputError where there are none.
+
+    `files_to_name` returns what to name in a folder with such files, for the error of one that is given.
+    """
     shown = without_credentials(pattern)
     if "::" in pattern:
         raise UsageError(f"{shown} is a chain of addresses, which is not read: name the file itself, which may be packed")
@@ -55,8 +59,10 @@ def find_remote(pattern: str) -> list[RemoteFile]:
             if WEB.match(pattern) and error.__cause__ is not None and getattr(error.__cause__, "status", None) != 404:
                 raise error.__cause__ from None  # a web server that refuses, or that does not answer
             raise MissingInputError(f"{shown} does not exist") from None
-    if not is_glob and found[path]["type"] == "directory":
-        raise UsageError(f"{shown} is a folder; name files in it, like {shown.rstrip('/')}/*.csv")
+        if not is_glob and found[path]["type"] == "directory":
+            entries = filesystem.ls(path, detail=True)
+            names = [PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file"]
+            raise UsageError(f"{shown} is a folder; {files_to_name(shown.rstrip('/'), names)}")
     files = [filesystem.unstrip_protocol(name) for name, info in sorted(found.items()) if info["type"] == "file"]
     if not files:
         raise MissingInputError(f"no file matches {shown}")
@@ -193,4 +199,5 @@ def errors_of_any_kind(name: str) -> Iterator[None]:
 
 def described(error: Exception) -> str:
     """Return the message of an error without credentials, or its kind where it has none."""
-    return one_line(OSError(without_credentials(str(error)))) or type(error).__name__
+    message = one_line(OSError(without_credentials(str(error)))) or type(error).__name__
+    return f"{message}; {OTHER_CERTIFICATES}" if "CERTIFICATE_VERIFY_FAILED" in message else message

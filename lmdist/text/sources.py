@@ -288,6 +288,7 @@ class Refused(NamedTuple):
 
 REFUSED: dict[bytes, Refused] = {
     rb"%PDF-": Refused("a PDF", "save its text as plain text, with pdftotext for example"),
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a": Refused("an image", "name files of text"),
     rb"\{\\rtf": Refused("a document in Rich Text Format", "save it as plain text"),
     rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": Refused("a document or a spreadsheet", "save it as CSV or as plain text"),
     rb"(?s).{257}ustar": Refused("a tar archive", "unpack it, and name the files in it"),

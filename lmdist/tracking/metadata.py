@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -125,7 +125,9 @@ def datasets_of(folder: Path) -> list[dict[str, str]]:
         return []
     meta = read_json(path)
     check_schema(meta, {"splits": {}}, path)
-    check_schema(meta, {"files": {f"{split}.bin": {"sha256": str} for split in meta["splits"]}}, path)
+    check_schema(meta, {"files": {}}, path)
+    names = [name for split in meta["splits"] for name in token_files(split, meta["files"])]
+    check_schema(meta, {"files": {name: {"sha256": str} for name in names}}, path)
     return dataset_inputs(folder.name, meta)
 
 
@@ -135,12 +137,22 @@ def dataset_inputs(name: str, meta: dict[str, Any]) -> list[dict[str, str]]:
         {
             "name": name,
             "context": split,
-            "digest": meta["files"][f"{split}.bin"]["sha256"][:36],
+            "digest": digest_of([meta["files"][name]["sha256"] for name in token_files(split, meta["files"])]),
             "source": json.dumps({"sources": meta.get("sources", [])}),
             "profile": json.dumps(counts),
         }
         for split, counts in meta.get("splits", {}).items()
     ]
+
+
+def token_files(split: str, names: Iterable[str]) -> list[str]:
+    """Return the names of a split's token files: the first, and of a large split the others (text/data_folder.py)."""
+    return [f"{split}.bin", *sorted(name for name in names if re.fullmatch(rf"{re.escape(split)}-\d+\.bin", name))]
+
+
+def digest_of(sums: Sequence[str]) -> str:
+    """Return what tells a split from others: the sha256 of its token file, or of those of several; MLflow has room for 36."""
+    return (sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest())[:36]
 
 
 # --- the file ------------------------------------------------------------------------------------------------------

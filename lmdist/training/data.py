@@ -40,7 +40,7 @@ from lmdist.settings import DataSettings
 from lmdist.storage.checksums import verify_checksums, verify_sizes
 from lmdist.storage.held import HeldFolder, read_held
 from lmdist.storage.reading import MAX_JSON_BYTES
-from lmdist.text.data_folder import META, TEXT, VOCABULARY, check_meta, read_block_sums, token_file
+from lmdist.text.data_folder import META, TEXT, VOCABULARY, check_meta, read_block_sums, token_files
 from lmdist.text.token_files import TokenFile, Tokens
 from lmdist.text.tokenizer import WordTokenizer
 from lmdist.text.vocabulary import END_ID, MAX_BYTES, Vocabulary
@@ -114,13 +114,16 @@ class DataFolder:
         """Return the tokens of a split; raise MissingInputError, or DataError where it cannot be read."""
         if not self.has(split):
             raise MissingInputError(f"{self.path} has no {split} split; it has {', '.join(self.meta['splits'])}")
-        name, count = token_file(split), self.meta["splits"][split]["tokens"]
-        if not count:
-            raise DataError(f"{self.path / name} is empty: prepare the folder anew from more text")
-        sums = self.block_sums.get(name)
-        file = TokenFile(self.files, name, self.meta["dtype"], count, self.vocabulary_size, sums)
-        self.in_use.append(file)
-        return Tokens([file])
+        names, left, dtype = token_files(split, self.meta["files"]), self.meta["splits"][split]["tokens"], self.meta["dtype"]
+        if not left:
+            raise DataError(f"{self.path / names[0]} is empty: prepare the folder anew from more text")
+        files = []
+        for name in names:
+            count = self.meta["files"][name]["bytes"] // np.dtype(dtype).itemsize if name != names[-1] else left
+            files.append(TokenFile(self.files, name, dtype, count, self.vocabulary_size, self.block_sums.get(name)))
+            left -= count
+        self.in_use += files
+        return Tokens(files)
 
     def text_size(self, split: str) -> TextSize | None:
         """Return the size of a split's original text, if the folder has counted it."""

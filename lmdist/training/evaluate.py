@@ -132,7 +132,8 @@ def read_settings(arguments: argparse.Namespace) -> ReadSettings:
 def read_file(checkpoint: Checkpoint, file: str, settings: ReadSettings) -> FoundIds:
     """Return what lmdist-prepare would make of a file, with the tokenizer and the vocabulary of a checkpoint."""
     from lmdist.text.counting import find_ids
-    from lmdist.text.documents import Documents, find_files
+    from lmdist.text.documents import Documents
+    from lmdist.text.finding import find_files
     from lmdist.text.sources import ReadOptions
 
     documents = Documents(find_files([file]), ReadOptions.of(settings, checkpoint.tokenizer.settings))

@@ -22,7 +22,7 @@ from lmdist.model.language_model import LanguageModel
 from lmdist.model.precision import Precision, choose, configure_precision
 from lmdist.settings import Recipe
 from lmdist.storage.checksums import own_checksum
-from lmdist.text.data_folder import VOCABULARY, token_file
+from lmdist.text.data_folder import VOCABULARY, token_files
 from lmdist.text.token_files import Tokens
 from lmdist.tracking.run_folder import CHECKPOINTS
 from lmdist.training.agreement import check_agreement
@@ -222,8 +222,9 @@ def differences_from(manifest: dict[str, Any], recipe: Recipe, folder: DataFolde
         for name, (before, now) in pairs_of(manifest["recipe"], recipe).items()
         if before != now and is_fixed(name) and (is_main or name not in ON_RANK_0)
     ]
-    files = {VOCABULARY: manifest["files"], token_file("train"): manifest["data"]["files"]}
-    data = [name for name, facts in files.items() if facts[name]["sha256"] != folder.meta["files"][name]["sha256"]]
+    files, files_now = {**manifest["data"]["files"], **manifest["files"]}, folder.meta["files"]
+    names = [VOCABULARY, *dict.fromkeys(token_files("train", files) + token_files("train", files_now))]
+    data = [name for name in names if files.get(name) != files_now.get(name)]
     if data:
         before = manifest["recipe"]["data"]["folder"]
         was = "when the run began" if before == str(folder.path) else f"{before}, which the run began with"

@@ -86,15 +86,25 @@ def test_a_worker_that_is_killed_costs_its_shard_only(
 
 
 @pytest.mark.slow
-def test_a_scheduler_that_is_lost_is_no_defect(cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path) -> None:
-    address, (scheduler, *_) = cluster
+@pytest.mark.parametrize("has_workers", [True, False])
+def test_a_scheduler_that_is_lost_is_no_defect(
+    cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path, has_workers: bool
+) -> None:
+    address, (scheduler, *workers) = cluster
+    for worker in workers if not has_workers else ():
+        worker.kill()
+        worker.wait()
     text = "\n".join(json.dumps({"content": f"w{number} " * 200}) for number in range(8_000))
     (tmp_path / "a.jsonl").write_text(text)
-    code = "from lmdist.text import dask_cluster, prepare; dask_cluster.SECONDS_TO_CONNECT = 10; prepare.main()"
+    code = "from lmdist.text import dask_cluster, prepare; dask_cluster.SECONDS_TO_CONNECT = 4; prepare.main()"
     line = [sys.executable, "-c", code, "a.jsonl", "-o", "data", "--tokenizer=wordpunct", f"--scheduler={address}"]
     process = subprocess.Popen(line, cwd=tmp_path, env=installed(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
-    while not list(tmp_path.glob("data.shards/.*.writing-*")):
+    assert process.stderr
+    if not has_workers:
+        assert "waiting for a worker of tcp://" in process.stderr.readline()
+        time.sleep(1)  # it is asked for them
+    while has_workers and not list(tmp_path.glob("data.shards/.*.writing-*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.002)

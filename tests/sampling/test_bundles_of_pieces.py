@@ -25,12 +25,13 @@ from lmdist_export import export
 from lmdist_export.api import Model
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import Options
-from lmdist_export.sampling.completion import taken_again, to_completion, whole_words
+from lmdist_export.sampling.completion import to_completion
 from lmdist_export.sampling.generation import Batch, Generation, Text, append, log_probabilities
 from lmdist_export.sampling.resolved_options import resolve
 from lmdist_export.sampling.stops import Stops
+from lmdist_export.sampling.writing import taken_again, whole_words
 from lmdist_export.serving.batching import Scoring
-from lmdist_export.serving.openai_answer import Writer, choice
+from lmdist_export.serving.openai_answer import choice, writer_of
 from lmdist_export.serving.openai_request import read_request
 from lmdist_export.serving.service import Service
 from support.small_bundles import TEXTS_OF_PIECES, UNTIED, in_fresh_process, make_run_of_pieces, neutral
@@ -74,16 +75,16 @@ def test_a_server_writes_the_same_text(model: Model, prompt: str) -> None:
     for stop in ([], ["es", "日"]):
         given = {"prompt": prompt, "seed": 3, "max_tokens": 30, "ignore_eos": True, "stop": stop}
         asked = read_request(given, service, "pieces")
-        (text,) = service.batcher.generate(service.request(asked.prompts, asked.resolved), 60)
+        (text,) = service.batcher.generate(service.request(asked.tokenized, asked.resolved), 60)
         expected = model.generate(prompt, seed=3, max_new_tokens=30, ignore_eos=True, stop=stop, echo=False).text
         assert choice(asked, text, 0, None)["text"] == expected
-        writer = Writer(model.bundle, asked.prompts[0], prompt, again=taken_again(text, asked.prompts[0]))
+        writer = writer_of(asked, text)
         assert "".join([*(piece for token in text.tokens for piece in writer.write([token])), writer.end(text)]) == expected
     asked = read_request({"prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    scoring = Scoring(model.sampler, [asked.prompts[0].ids], 0)
+    scoring = Scoring(model.sampler, [asked.tokenized[0].ids], 0)
     service.batcher.submit(scoring)
     assert scoring.finished.wait(60)
-    found = choice(asked, Text(asked.prompts[0].ids, 0, 0, finish_reason="length"), 0, scoring.scores[0])
+    found = choice(asked, Text(asked.tokenized[0].ids, 0, 0, finish_reason="length"), 0, scoring.scores[0])
     offsets = [*found["logprobs"]["text_offset"], len(prompt)]
     assert found["text"] == prompt
     assert offsets == sorted(offsets)
@@ -123,11 +124,11 @@ def test_a_stop_inside_of_a_piece_keeps_the_character_before_it(model: Model) ->
     service = Service(model.sampler)
     for prompt, generated, whole in (("", tokens, "日"), ("a ", tokens, "a 日"), (tokens[:1], tokens[1:], "日")):
         asked = read_request({"prompt": prompt, "max_tokens": 9}, service, "pieces")
-        text = Text(asked.prompts[0].ids, 0, 0)
+        text = Text(asked.tokenized[0].ids, 0, 0)
         append(text, generated, Generation(asked.resolved.config, Stops([b"."], contents)))
         assert (text.tokens, text.rest, text.finish_reason) == (generated[:-1], third, "stop")
         assert choice(asked, text, 0, None)["text"] == "日"
-        assert to_completion(model.sampler, text, asked.prompts[0], asked.resolved).text == whole
+        assert to_completion(model.sampler, text, asked.tokenized[0], asked.resolved).text == whole
 
 
 def test_the_space_of_a_prompt_is_there_once(model: Model) -> None:
@@ -141,7 +142,7 @@ def test_the_space_of_a_prompt_is_there_once(model: Model) -> None:
         assert "".join(model.stream("The president ", echo=False, **options)) == expected
         service = Service(model.sampler)
         asked = read_request({**options, "prompt": "The president "}, service, "pieces")
-        (text,) = service.batcher.generate(service.request(asked.prompts, asked.resolved), 60)
+        (text,) = service.batcher.generate(service.request(asked.tokenized, asked.resolved), 60)
         assert choice(asked, text, 0, None)["text"] == expected
 
 
@@ -190,7 +191,7 @@ def test_the_same_seed_gives_the_same_text_after_a_seam_everywhere(model: Model,
     prompts, options = healed(model)[:6], {"seed": 11, "max_new_tokens": 12, "ignore_eos": True, "presence_penalty": 0.5}
     service = Service(model.sampler)
     asked = read_request({"prompt": prompts, "n": 3, "echo": True, **options}, service, "pieces")
-    served = service.batcher.generate(service.request(asked.prompts, asked.resolved), 60)
+    served = service.batcher.generate(service.request(asked.tokenized, asked.resolved), 60)
     written = {(text.prompt_number, text.number): choice(asked, text, 0, None)["text"] for text in served}
     assert len({*written.values()}) > 10
     for number, prompt in enumerate(prompts):
@@ -251,8 +252,8 @@ def test_texts_are_ranked_by_the_scores_of_what_is_generated(model: Model) -> No
     service = Service(model.sampler)
     given = {"prompt": healed(model)[:8], "best_of": 4, "max_tokens": 5, "seed": 3, "ignore_eos": True}
     asked = read_request(given, service, "pieces")
-    texts = service.batcher.generate(service.request(asked.prompts, asked.resolved, logprobs=0), 60)
-    again = [text for text in texts if taken_again(text, asked.prompts[text.prompt_number])]
+    texts = service.batcher.generate(service.request(asked.tokenized, asked.resolved, logprobs=0), 60)
+    again = [text for text in texts if taken_again(text, asked.tokenized[text.prompt_number])]
     assert 0 < len(again) < len(texts)
     for text in texts:
         assert text.scores
@@ -345,7 +346,7 @@ def test_offsets_lie_in_the_text_that_was_given(model: Model, changes: dict[str,
     service.bundle = rewriting(model, **changes)
     given = "İİİİİİİİ the… ﬁﬁﬁ… people"
     asked = read_request({"prompt": given, "echo": True, "max_tokens": 0, "logprobs": 0}, service, "pieces")
-    tokens = asked.prompts[0].ids
+    tokens = asked.tokenized[0].ids
     scores = [0.0] * len(tokens), [[] for _ in tokens]
     offsets = choice(asked, Text(tokens, 0, 0, finish_reason="length"), 0, scores)["logprobs"]["text_offset"]
     assert offsets == sorted(offsets)

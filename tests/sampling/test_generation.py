@@ -201,7 +201,7 @@ def test_a_prompt_with_unknown_words_at_its_end_has_random_numbers_of_its_own(sa
     prompts, drawn = ([5], [5, UNKNOWN_ID], [5, UNKNOWN_ID, UNKNOWN_ID]), set()
     for prompt in prompts:
         ((_, state),) = forks(sampler, sampler.start([[END_ID, *prompt]]), prompt, 0, GenerationConfig(), 1, [0])
-        drawn.add(state.generators[0].random())
+        drawn.add(float(state.generators[0].random((1,), np.float32)[0]))
     assert len(drawn) == len(prompts)
 
 

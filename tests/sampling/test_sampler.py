@@ -16,6 +16,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lmdist.errors import DataError, MissingInputError, UsageError
@@ -25,9 +27,10 @@ from lmdist_export.graph.graphs import step_graph
 from lmdist_export.graph.sizes import Sizes, file_length
 from lmdist_export.options import EVERY_FEATURE, GenerationConfig, features_of
 from lmdist_export.sampling import runtime
+from lmdist_export.sampling import sampler as sampler_module
 from lmdist_export.sampling.runtime import Runtime
 from lmdist_export.sampling.sampler import STEP_TOKENS, Sampler, fixed_bias
-from lmdist_export.sampling.state import State, concatenate, restored, uniform_numbers
+from lmdist_export.sampling.state import DrawnAhead, State, concatenate, restored, uniform_numbers
 from support.mutations import damaged
 from support.sampling_reference import NEAR, Past, check_frequencies, expected, scores_of
 from support.small_bundles import ADAPTIVE, TIED, UNTIED, bare_bundle, make_model
@@ -93,13 +96,23 @@ def same(first: State, second: State) -> bool:
     )
 
 
+@given(st.lists(st.tuples(st.integers(1, 33), st.sampled_from((1, 24))), max_size=9), st.integers(0, 9))
+def test_numbers_that_are_drawn_ahead_are_those_of_the_generator(shapes: list[tuple[int, int]], seed: int) -> None:
+    """Whatever is asked for at a time; and what continues it is where the generator is."""
+    generator, ahead = np.random.default_rng(seed), DrawnAhead(np.random.default_rng(seed))
+    for shape in shapes:
+        assert np.array_equal(ahead.random(shape, np.float32), generator.random(shape, np.float32))
+        assert ahead.bit_generator.state == generator.bit_generator.state
+
+
 # --- generating tokens ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_do_not_depend_on_the_lengths_of_calls(kind: str, opened: Opened) -> None:
-    """All in one call, one per call, or texts one by one: the tokens are the same."""
+def test_tokens_do_not_depend_on_the_lengths_of_calls(kind: str, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one call, one per call, or texts one by one: the tokens are the same, by the graph that reads no prompts too."""
     sampler = opened(kind)
+    monkeypatch.setattr(sampler_module, "MANY_CALLS", 10)
     random = np.random.default_rng(0)
     bias = np.where(random.random(V) < 0.1, -np.inf, 0).astype(np.float32)
     of_rows: list[tuple[NDArray[np.float32] | None, NDArray[np.bool_] | None]] = [(None, None)] * len(CONFIGS)
@@ -124,6 +137,7 @@ def test_tokens_do_not_depend_on_the_lengths_of_calls(kind: str, opened: Opened)
             }
             alone, _ = sampler.generate(start.rows([row]), config, 20, bias=bias, **of_row)
             assert np.array_equal(alone[:, 0], tokens[:, row]), (config, row)
+    assert bool(sampler.continuing_sessions) is sampler.runtime.as_is
 
 
 @pytest.mark.parametrize("kind", ["fp32", "adaptive"])

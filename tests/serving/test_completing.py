@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,8 @@ from lmdist_export.serving.completing import complete, nobody, stream
 from lmdist_export.serving.json_body import encoded
 from lmdist_export.serving.observing import Note
 from lmdist_export.serving.openai_request import CompletionRequest, read_request
-from lmdist_export.serving.running import Growth
-from lmdist_export.serving.service import MAX_KNOWN, Service
+from lmdist_export.serving.running import Growth, wake_loops
+from lmdist_export.serving.service import FIRST_PROMPT, MAX_KNOWN, Service
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_what_was_accepted_is_scored_although_the_queue_is_full_by_then(
     others = read_request(
         {"prompt": "the", "max_tokens": 19_000, "ignore_eos": True, "no_repeat_ngram_size": 9}, service, "news"
     )
-    long = service.request(others.prompts, others.resolved)
+    long = service.request(others.tokenized, others.resolved)
     service.batcher.submit(long)
     submit = service.batcher.submit
 
@@ -230,22 +231,30 @@ def test_what_a_text_grows_while_nobody_takes_it_is_one_event() -> None:
     async def grow() -> None:
         growth, texts = Growth(), [Text([], 0, number) for number in range(2)]
         taken = aiter(growth)
-        threading.Thread(target=lambda: growth.on_growth(texts[0], [1])).start()
+        threading.Thread(target=lambda: (growth.on_growth(texts[0], [1]), wake_loops())).start()
         assert await anext(taken) == [(texts[0], [1], "")]
         for number, tokens in ((0, [2, 3]), (1, [7]), (0, [4]), (1, [])):
             texts[number].finish_reason = "length" if not tokens else ""
             growth.on_growth(texts[number], tokens)
         growth.on_end()
+        wake_loops()
         assert await anext(taken) == [(texts[0], [2, 3, 4], ""), (texts[1], [7], "length")]
         assert [event async for event in taken] == []
 
     asyncio.run(grow())
 
 
+def test_a_service_is_warm_once_it_has_read_words_too(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, prompts = [], service.prompts
+    monkeypatch.setattr(service, "prompts", lambda texts: [time.sleep(0.1), read.append(*texts), *prompts(texts)][2:])
+    service.warm_up(60, is_own=False)
+    assert sorted(read) == ["", FIRST_PROMPT]
+
+
 def test_options_that_were_resolved_before_have_a_seed_of_their_own(service: Service) -> None:
     def resolved(**values: Any) -> tuple[Any, int | None]:
         prompts = service.prompts(["the"])
-        found = service.resolve(prompts, Options.from_values({"top_k": 3} | values))
+        _, found = service.resolve(prompts, Options.from_values({"top_k": 3} | values))
         assert found.options.seed == values.get("seed")
         return found.config, found.seed
 
@@ -256,7 +265,7 @@ def test_options_that_were_resolved_before_have_a_seed_of_their_own(service: Ser
     for _ in range(2):
         with pytest.raises(UsageError, match="num_beams is for beam search, and top_k for sampling"):
             resolved(num_beams=2)
-        assert service.resolve(service.prompts([""]), Options.from_values({"num_beams": 2})).seed is None
+        assert service.resolve(service.prompts([""]), Options.from_values({"num_beams": 2}))[1].seed is None
     for number in range(2 * MAX_KNOWN):
         resolved(max_new_tokens=1 + number)
     assert len(service.known) <= MAX_KNOWN

@@ -235,7 +235,8 @@ def test_the_bytes_of_an_ordinary_csv_too(tmp_path):
         ([1], {}, "is of int"),
         (frame_of(20)["Text"], {}, "is of Series"),
         ("a.csv", {}, "is of str"),
-        ([], {}, "the DataFrame has no first line"),
+        ([], {}, "there is no DataFrame in the iterator"),
+        (pd.DataFrame(), {}, "the DataFrame has no columns"),
     ],
 )
 def test_mistakes_with_data_frames_leave_nothing(tmp_path, frames, values, message):
@@ -302,7 +303,7 @@ if __name__ == "__main__":
 
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     lmdist.prepare(frame_of(20), tmp_path / "out", tokenizer="wordpunct")
-    with pytest.raises(UsageError, match="out exists"):
+    with pytest.raises(UsageError, match="out exists: give overwrite=True to replace it, or another folder"):
         lmdist.prepare(iter([]), tmp_path / "out", tokenizer="wordpunct")
     assert lmdist.prepare(frame_of(30), tmp_path / "out", tokenizer="wordpunct", overwrite=True)["splits"]["train"]
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from lmdist.errors import DataError, MissingInputError, UsageError
 from lmdist.text import readers
 from lmdist.text.decoding import lines_of
-from lmdist.text.documents import Documents, find_files
+from lmdist.text.documents import Documents
+from lmdist.text.finding import find_files
 from lmdist.text.readers import FORMATS, Document, Format, Row
 from lmdist.text.sources import ReadOptions, Source
 
@@ -275,14 +276,32 @@ def test_globs_and_missing_files(tmp_path, monkeypatch):
     assert [path.name for path in found] == ["articles1.csv", "articles2.csv"]
     with pytest.raises(MissingInputError, match=r"article1\.csv does not exist; .* has: articles"):
         find_files([str(tmp_path / "article1.csv")])
-    with pytest.raises(MissingInputError, match="no file matches"):
+    with pytest.raises(MissingInputError, match=r"no file matches .*/\*\.parquet; .* has: articles1\.csv, "):
         find_files([str(tmp_path / "*.parquet")])
-    with pytest.raises(MissingInputError, match="nor does the folder"):
-        find_files([str(tmp_path / "no" / "a.csv")])
-    with pytest.raises(UsageError, match="is a folder"):
-        find_files([str(tmp_path)])
+    for name in ("a.csv", "*.csv"):
+        with pytest.raises(MissingInputError, match=r"; there is no folder .*/no$"):
+            find_files([str(tmp_path / "no" / name)])
     write(tmp_path / "odd[1].csv", "content\n")
     assert find_files([str(tmp_path / "odd[1].csv")])
+
+
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        (["a.txt", "b.txt", "c.csv", "d.jpg", "e.jpg", "f.jpg"], "; name files in it, like '{}/*.txt'"),
+        (["a.csv.gz", "b.JSON.gz", "c.csv.gz"], "; name files in it, like '{}/*.csv.gz'"),
+        (["sub/a.txt", ".git/b.csv", ".c.csv"], "; name files in it, like '{}/**/*.txt'"),
+        (["sub/wiki.train.tokens", "notes.md"], "; name files in it; it has: notes.md, sub/wiki.train.tokens"),
+        ([".hidden"], "; it has no files"),
+    ],
+)
+def test_of_a_folder_those_files_are_suggested_that_it_has(tmp_path, names, advice):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "")
+    with pytest.raises(UsageError) as caught:
+        find_files([str(tmp_path)])
+    assert str(caught.value) == f"{tmp_path} is a folder{advice.format(tmp_path)}"
 
 
 @pytest.mark.parametrize(

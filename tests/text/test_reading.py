@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from lmdist.counted import counted
 from lmdist.errors import DataError, UsageError
 from lmdist.settings import PrepareSettings, ReadSettings
-from lmdist.text.documents import Documents, find_files
+from lmdist.text.documents import Documents
+from lmdist.text.finding import find_files
 from lmdist.text.prepare import prepare
 from lmdist.text.sources import ReadOptions
 from lmdist.text.tables import Table
@@ -261,6 +262,9 @@ def test_parquet_in_an_archive_and_without_a_name(tmp_path):
 
     parquet.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "table")
     data = (tmp_path / "table").read_bytes()
+    found, documents = read(write(tmp_path / "a.csv", data))
+    assert (found, documents.notes) == (["one", "two"], [f"{tmp_path / 'a.csv'} was read as Parquet"])
+    assert read(write(tmp_path / "a.parquet", data))[1].notes == []
     assert read(tmp_path / "table")[0] == read(write(tmp_path / "a.zip", zip_of({"a.parquet": data})))[0] == ["one", "two"]
 
 
@@ -279,6 +283,7 @@ def test_files_without_an_extension_are_read_as_what_they_hold(tmp_path):
     [
         (b"%PDF-1.4\n" + random.Random(1).randbytes(5000), "is not text but a PDF: save its text"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(100), "a 7z archive"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "is not text but an image: name files of text"),
         (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar  " + bytes(900), mtime=0), "a tar archive: unpack it"),
         (random.Random(2).randbytes(5000), "is not text: "),
         (bytes(range(128, 256)) * 50, "is not UTF-8: "),
@@ -290,6 +295,21 @@ def test_files_without_an_extension_are_read_as_what_they_hold(tmp_path):
 )
 def test_what_is_not_text_is_refused(tmp_path, data, message):
     assert message in fails(write(tmp_path / "report.txt", data))
+
+
+def test_what_seems_to_be_meant_otherwise_is_said(tmp_path):
+    table = csv_of(SENTENCES)
+    assert "names columns; if it is a table, give it the name of one" in read(write(tmp_path / "a.txt", table))[1].notes[0]
+    assert "give a table the name of one, such as news.csv" in fails(tmp_path / "a.txt", text_column="content")
+    array = write(tmp_path / "a.json", json.dumps([{"content": text} for text in SENTENCES]))
+    assert "it is one array: jq -c '.[]' news.json > news.jsonl" in fails(array)
+    carets = write(tmp_path / "carets.csv", "id^title^content\n1^The river^It rose.\n")
+    for options in ({}, {"header": False, "text_column": "3"}):
+        assert "if its cells are separated by ^, give --separator '^'" in fails(carets, **options)
+    assert "--separator" not in fails(write(tmp_path / "prose.csv", "It was a well-known, twenty-one-page book.\n"))
+    csv = write(tmp_path / "a.csv", table)
+    assert "one by one: --text-column id --text-column content" in fails(csv, text_column="id, content")
+    assert "if Vox is not a column but a text, it stands in quotes: 'Vox'" in fails(csv, where="content == Vox")
 
 
 @pytest.mark.parametrize("encoding", ["utf-32", "utf-16"])

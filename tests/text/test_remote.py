@@ -19,7 +19,8 @@ import pytest
 from lmdist.credentials import without_credentials
 from lmdist.errors import DataError, MissingInputError, Stopped, UsageError
 from lmdist.settings import PrepareSettings
-from lmdist.text.documents import Documents, find_files
+from lmdist.text.documents import Documents
+from lmdist.text.finding import find_files
 from lmdist.text.machines import merge_shards, prepare_shard
 from lmdist.text.prepare import main, prepare
 from lmdist.text.shards import stamp
@@ -85,7 +86,7 @@ def test_addresses_are_read_as_files_are(memory, tmp_path):
         find_files([f"{memory}/z.csv"])
     with pytest.raises(MissingInputError, match="no file matches memory://news/z\\*"):
         find_files([f"{memory}/z*"])
-    with pytest.raises(UsageError, match=r"memory://news is a folder; name files in it, like memory://news/\*\.csv"):
+    with pytest.raises(UsageError, match=r"memory://news is a folder; name files in it, like 'memory://news/\*\.csv'"):
         find_files([memory])
     with pytest.raises(UsageError, match=r"nowhere://a\.csv cannot be read: Protocol not known: nowhere"):
         find_files(["nowhere://a.csv"])

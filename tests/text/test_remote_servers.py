@@ -97,7 +97,7 @@ def test_what_fails_at_s3_is_one_line(
     assert failure("s3://bucket/news/z*.csv") == (66, "lmdist-prepare: error: no file matches s3://bucket/news/z*.csv")
     assert failure("s3://nowhere/a.csv") == (66, "lmdist-prepare: error: s3://nowhere/a.csv does not exist")
     code, line = failure("s3://bucket/news")
-    assert (code, "is a folder; name files in it, like s3://bucket/news/*.csv" in line) == (64, True), line
+    assert (code, "is a folder; name files in it, like 's3://bucket/news/*.csv'" in line) == (64, True), line
     post(f"{s3}/moto-api/reset-auth", b"0")  # from now on the key is looked at
     code, line = failure("s3://bucket/news/a.csv")
     assert code == 65
@@ -212,3 +212,4 @@ def test_a_certificate_that_nobody_vouches_for(
     assert code == 65
     assert "cannot be read: " in line
     assert "CERTIFICATE_VERIFY_FAILED" in line
+    assert "; SSL_CERT_FILE, " in line

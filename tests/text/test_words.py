@@ -1,6 +1,7 @@
 """words.py against NLTK itself: token for token, on adversarial texts and on real ones."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmdist.settings import TextSettings
 from lmdist.text import words
-from lmdist.text.tokenizer import ABBREVIATIONS, train_punkt
+from lmdist.text.tokenizer import ABBREVIATIONS, WordTokenizer, train_punkt
 from lmdist.text.words import WordFinder, punkt_parameters
 from support.odd_texts import STRANGE, TEXT, TOKENS, odd_texts
 
@@ -49,6 +51,23 @@ def same(finder: WordFinder, nltk: NLTK, document: str) -> None:
 @settings(max_examples=800, deadline=None)
 def test_it_finds_what_nltk_finds(finder, nltk, document):
     same(finder, nltk, document)
+
+
+def test_two_modules_of_nltk_alone_find_the_same(tmp_path):
+    """A process of lmdist's own has no others of NLTK, and none of what these import."""
+    tokenizer = WordTokenizer.train(TextSettings(tokenizer="word_tokenize"), TEXT)
+    tokenizer.save(tmp_path / "text.json")
+    code = """if True:
+        import json, sys
+        from pathlib import Path
+        import lmdist.text.light_nltk
+        from lmdist.text.tokenizer import WordTokenizer, train_punkt
+        folder, *texts = sys.argv[1:]
+        found = WordTokenizer.load(Path(folder, "text.json"))
+        print(json.dumps([[*map(found.tokenize, texts)], train_punkt(texts), "scipy" in sys.modules]))"""
+    texts = [*TEXT, " ".join(TOKENS).replace("\0", "")]
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, *texts], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[*map(tokenizer.tokenize, texts)], train_punkt(texts), False]
 
 
 def test_what_it_has_kept_is_forgotten_in_time(finder, nltk, monkeypatch):

@@ -16,7 +16,7 @@ memory in the state, of which generation_graph returns what is new; the graphs i
 Names with `word` in them (the output `words`, the axes `prompt_words`, `new_words` and `made_words`) and the names inside the
 Loop are bytes of generate.onnx. They stay as they are, so that equal checkpoints have equal files.
 
-docs/sampling.md has the reasons. This module knows no onnxruntime and reads no file.
+docs/sampling-internals.md has the reasons. This module knows no onnxruntime and reads no file.
 
 Shapes: B batch, T tokens, P tokens of a prompt, N new tokens, A uniform numbers a token, V vocabulary (V' rounded up to whole
 blocks), E embedding, H a layer's size, S the sum of the layers' sizes.
@@ -120,12 +120,18 @@ def next_graph(sizes: Sizes, target: Target) -> OnnxModel:
     return model_of(g, metadata("lmdist next graph", sizes, ""))
 
 
-def generation_graph(sizes: Sizes, features: Features, target: Target, run: str = "") -> OnnxModel:
-    """Return the graph that reads prompts and generates N tokens after each, or fewer where all have stopped."""
+def generation_graph(
+    sizes: Sizes, features: Features, target: Target, run: str = "", *, reads_prompts: bool = True
+) -> OnnxModel:
+    """Return the graph that reads prompts and generates N tokens after each, or fewer where all have stopped.
+
+    Without `reads_prompts` each row has but one token to read, as most calls do, and there are no nodes for others.
+    """
+    assert reads_prompts or not features.cached, features
     g = Graph("lmdist_generation", doc=GENERATION_DOC, docs=DOCS)
     network = Network(sizes, g, target)
-    prompt = g.input("prompt", INT64, ["batch", "prompt_words"])
-    lengths = g.input("lengths", INT64, ["batch"])
+    prompt = g.input("prompt", INT64, ["batch", "prompt_words" if reads_prompts else 1])
+    lengths = g.input("lengths", INT64, ["batch"]) if reads_prompts else ""
     state = state_inputs(g, sizes)
     uniform = g.input("uniform", FLOAT, ["new_words", "batch", features.attempts])
     bias = g.input("bias", FLOAT, [sizes.padded])
@@ -134,11 +140,12 @@ def generation_graph(sizes: Sizes, features: Features, target: Target, run: str 
     options = option_inputs(g, sizes, features)
 
     # All tokens of a prompt but its last are prefilled; the last one is the first that the loop reads.
-    last = g("Sub", lengths, g.constant(np.int64(1)))
-    before = state[-1][0]
-    with g.within("prefill"):
-        hidden, state = network.prefill(g, g("Transpose", prompt, perm=[1, 0]), state, last)
-    token = g("GatherElements", prompt, g("Unsqueeze", last, g.constant(np.array([1]))), axis=1)  # (B, 1)
+    before, hidden, last, token = state[-1][0], "", "", prompt
+    if reads_prompts:
+        last = g("Sub", lengths, g.constant(np.int64(1)))
+        with g.within("prefill"):
+            hidden, state = network.prefill(g, g("Transpose", prompt, perm=[1, 0]), state, last)
+        token = g("GatherElements", prompt, g("Unsqueeze", last, g.constant(np.array([1]))), axis=1)  # (B, 1)
     token = g("Squeeze", token, g.constant(np.array([1])))
     sampling = SamplingNodes(sizes, features, options, target.cuda)
     starts = {"word": token, "going": going, **by_name(state)} | ({"counts": options["counts"]} if features.adjusted else {})

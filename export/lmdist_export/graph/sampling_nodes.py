@@ -5,7 +5,8 @@
     token, mass = sampling.sample(g, logits, uniform)
 
 Random numbers are inputs, so a graph is a function: the same numbers sample the same tokens. Without top-k and typical-p
-nothing is sorted. docs/sampling.md has the order of the options and the reasons. This module knows no model.
+nothing is sorted. docs/sampling.md has the order of the options, docs/sampling-internals.md the reasons. This module knows no
+model.
 
 Shapes: B batch, A uniform numbers a token, V vocabulary (V' rounded up to whole blocks), K candidates.
 """

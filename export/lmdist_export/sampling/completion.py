@@ -15,16 +15,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lmdist_export.sampling.resolved_options import ResolvedOptions, warning_of_prompt
-
-GOING_ON = r"(?V1)[ ]?[[\p{L}\p{M}\p{N}'’_-]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]{1,60}\Z"
-"""The end of a text that may be the beginning of a longer word."""
+from lmdist_export.sampling.writing import Writer, WrittenPrompt, taken_again, whole_words
 
 if TYPE_CHECKING:
-    from lmdist_export.bundle import Bundle
     from lmdist_export.sampling.generation import Text
     from lmdist_export.sampling.prompt import Prompt
     from lmdist_export.sampling.sampler import Sampler
@@ -79,12 +76,11 @@ class Completion:
 
 
 def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: ResolvedOptions) -> Completion:
-    """Return a text of ids that has ended as people read it."""
+    """Return a text of ids that has ended as people read it; its prompt is as `ResolvedOptions.asked` returns it."""
     bundle, options = sampler.bundle, resolved.options
-    prompt = prompt.as_asked(options.logprobs, resolved.config.num_beams)
-    words = bundle.vocabulary.decode(text.tokens)
-    again = bundle.vocabulary.decode(taken_again(text, prompt))
-    written = "".join(written_pieces(bundle, prompt, [*again, *words, *rest_of(text)], echo=options.echo))
+    written = WrittenPrompt(bundle, prompt, has_space=not options.echo)
+    writer = Writer(written, taken_again(text, prompt))
+    pieces = [*(written.shown if options.echo else []), *writer.write(text.tokens), writer.end(text)]
     token_logprobs = top_logprobs = None
     if options.logprobs is not None:
         from lmdist_export.sampling.generation import log_probabilities
@@ -92,8 +88,8 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
         token_logprobs, tops = text.scores or log_probabilities(sampler, text, options.logprobs)
         top_logprobs = [{bundle.vocabulary.words[token]: value for token, value in top} for top in tops]
     return Completion(
-        written,
-        words,
+        "".join(pieces),
+        bundle.vocabulary.decode(text.tokens),
         text.finish_reason,
         prompt,
         resolved.seed,
@@ -104,59 +100,6 @@ def to_completion(sampler: Sampler, text: Text, prompt: Prompt, resolved: Resolv
         text.number,
         follows_all=not text.tokens or len(text.prompt) == len(prompt.tokens),
     )
-
-
-def taken_again(text: Text, prompt: Prompt) -> list[int]:
-    """Return the token that the prompt's seam has taken back and that has come again, or none."""
-    return text.prompt[prompt.num_kept :]
-
-
-def written_pieces(bundle: Bundle, prompt: Prompt, words: Iterable[str | bytes], *, echo: bool) -> Iterator[str]:
-    """Yield the text of a prompt if it is an `echo`, then what `words` add to it, each as soon as it is known.
-
-    They follow the prompt as far as its seam leaves it.
-
-    Alone, what they add begins without the space that separates two words. Pieces have one only if the text has, and no other:
-    where the prompt ends with it, it stays there, also before a piece that has none.
-    """
-    opened, has_pieces = prompt.open(), bundle.tokenizer.settings.has_pieces
-    given = prompt.seam.given if prompt.seam else " " if prompt.space or not (echo or has_pieces) else ""
-    pieces = bundle.tokenizer.pieces(chain(opened.tokens, words))
-    before = list(islice(pieces, len(opened.tokens)))
-    if echo:
-        yield from [*before, given] if given else before
-    added = after_text(pieces, given)
-    yield from whole_words(added) if has_pieces else added
-
-
-def after_text(pieces: Iterator[str], given: str) -> Iterator[str]:
-    """Yield pieces that go on from a text; the first one without what the text was `given` of it already."""
-    yield from (piece.removeprefix(given) for piece in islice(pieces, 1))
-    yield from pieces
-
-
-def rest_of(text: Text) -> list[bytes]:
-    """Return what is written after the tokens of a text that has ended: of the piece in which a stop began, what is before."""
-    return [text.rest] if text.rest else []
-
-
-def whole_words(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the same text with each word as a whole: its end is known from what comes after it.
-
-    Scripts without spaces between words are not held back, nor is what is too long for a word.
-    """
-    from lmdist.text.tokenizer import pattern
-
-    held = ""
-    for piece in pieces:
-        held += piece
-        match = pattern(GOING_ON).search(held)
-        known = match.start() if match else len(held)
-        if known:
-            yield held[:known]
-        held = held[known:]
-    if held:
-        yield held
 
 
 def completions(
@@ -182,7 +125,7 @@ def grow_texts(
     from lmdist_export.sampling.generation import Generation, forks, grow
 
     options, config, n = resolved.options, resolved.config, resolved.options.n
-    prompts = (prompt.as_asked(options.logprobs, config.num_beams) for prompt in prompts)
+    prompts = map(resolved.asked, prompts)
     cached = config.cache_weight > 0 and config.num_beams == 1
     growing: dict[int, Prompt] = {}
     """The prompts, by number, whose texts have not all ended."""
@@ -247,14 +190,19 @@ class Stream(Iterator[str]):
 
     def run(self, sampler: Sampler, prompt: Prompt, resolved: ResolvedOptions) -> Iterator[str]:
         """Yield the pieces, each with its leading space, if any."""
-        bundle = sampler.bundle
         growth = grow_texts(sampler, [prompt], resolved, 1, stream=True)
         first = asked, text, _ = next(growth)  # what cannot be generated is an error before the prompt is written
+        echo, has_pieces = resolved.options.echo, sampler.bundle.tokenizer.settings.has_pieces
+        written = WrittenPrompt(sampler.bundle, asked, has_space=not echo)
+        writer = Writer(written, taken_again(text, asked))
 
-        def words() -> Iterator[str | bytes]:
-            yield from bundle.vocabulary.decode(taken_again(text, asked))
-            yield from (bundle.vocabulary.words[token] for *_, new in chain([first], growth) for token in new)
-            yield from rest_of(text)
+        def pieces() -> Iterator[str]:
+            for *_, tokens in chain([first], growth):
+                yield from writer.write(tokens)
+            if end := writer.end(text):
+                yield end
 
-        yield from written_pieces(bundle, asked, words(), echo=resolved.options.echo)
+        if echo:
+            yield from written.shown
+        yield from whole_words(pieces()) if has_pieces else pieces()
         self.completion = to_completion(sampler, text, asked, resolved)

@@ -24,7 +24,7 @@ from lmdist_export.options import GenerationConfig, features_of
 from lmdist_export.sampling.log_probabilities import TokenScores, log_probability_steps
 from lmdist_export.sampling.sampler import PREFILL_TOKENS, Sampler, all_masked, fixed_bias
 from lmdist_export.sampling.seams import ANYTHING, Begin
-from lmdist_export.sampling.state import State, concatenate
+from lmdist_export.sampling.state import DrawnAhead, State, concatenate
 from lmdist_export.sampling.steps import Pace, result_of
 from lmdist_export.sampling.stops import NO_STOPS, Stops
 
@@ -264,7 +264,8 @@ def forks(
         # The prompt is part of the seed, so that texts of different prompts have different random numbers. A spawn key is
         # mixed in word by word, whereas entropy is padded with zeros: [w] and [w, 0] would be the same.
         entropy = np.random.SeedSequence(seed, spawn_key=(number, *prompt))
-        yield Text(tokens, prompt_number, place, begin=begin), replace(state, generators=(np.random.default_rng(entropy),))
+        ahead = DrawnAhead(np.random.default_rng(entropy))
+        yield Text(tokens, prompt_number, place, begin=begin), replace(state, generators=(ahead,))
 
 
 def append(text: Text, tokens: list[int], generation: Generation) -> list[int]:

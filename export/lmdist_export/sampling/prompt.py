@@ -63,10 +63,6 @@ class Prompt:
         check_count("n", n, at_least(1))
         return [replace(self, number=number) for number in self.numbers(n)]
 
-    def as_asked(self, logprobs: int | None, num_beams: int) -> Prompt:
-        """Return the prompt, without its seam where a search or log-probabilities want what follows its own tokens."""
-        return self if logprobs is None and num_beams == 1 else replace(self, seam=None)
-
     @property
     def begin(self) -> Begin:
         """Return what its texts begin with."""

@@ -39,6 +39,11 @@ class ResolvedOptions:
     warnings: list[str]
     """A sentence for each option that names words which are not in the vocabulary: a list may serve many bundles."""
 
+    def asked(self, prompt: Prompt) -> Prompt:
+        """Return a prompt as it is continued: without its seam where a search, or log-probabilities, follow its own tokens."""
+        follows_all = self.options.logprobs is not None or self.config.num_beams > 1
+        return dataclasses.replace(prompt, seam=None) if follows_all and prompt.seam else prompt
+
 
 def resolve(options: Options, bundle: Bundle, *, stream: bool = False) -> ResolvedOptions:
     """Return options, resolved for a bundle; raises UsageError for those that exclude each other, or a `stream`."""

@@ -17,6 +17,7 @@ layers' sizes.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -48,6 +49,7 @@ from lmdist_export.sampling.token_session import Generated, TokenSession
 
 STEP_TOKENS = 64  # in one call where only the last logits count: those of all are (1, 64, V)
 PREFILL_TOKENS = 512  # in one call without logits: their gates are (512, B, 4H)
+MANY_CALLS = 50  # save as much time by a graph that reads no prompts as it takes to open it
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one call: 32 MiB
 NO_MEMORY = (
     "the state has no memory for the neural cache: it was not started by Sampler.start(..., cached=True), "
@@ -63,6 +65,9 @@ class Sampler:
         self.sizes = bundle.sizes
         self.runtime = Runtime(bundle, provider, threads)
         self.generation_sessions: dict[Features, Any] = {}
+        self.continuing_sessions: dict[Features, Any] = {}
+        """Of graphs that read no prompts."""
+        self.calls_that_continue: Counter[Features] = Counter()
         self.token_sessions: dict[Features, TokenSession] = {}
         self.uses_token_graph = provider == "cuda"
         """Whether each token is a call of its own, with the state on the device: a Loop waits for a GPU at each token."""
@@ -94,11 +99,22 @@ class Sampler:
         """Return the session of the graph of embeddings."""
         return self.runtime.open(embedding_graph)
 
-    def generation_session(self, features: Features) -> Any:
-        """Return the session of the generation graph that has these features."""
-        if features not in self.generation_sessions:
-            self.generation_sessions[features] = self.runtime.open(partial(generation_graph, features=features))
-        return self.generation_sessions[features]
+    def generation_session(self, features: Features, num_read: int) -> Any:
+        """Return the session of the generation graph that has these features, for rows with so many tokens to read at most.
+
+        Most calls have but one to read: for them a graph without the nodes that read prompts is opened once it is worth it.
+        """
+        if num_read == 1 and self.runtime.as_is and not features.cached:
+            self.calls_that_continue[features] += 1
+            if self.calls_that_continue[features] > MANY_CALLS:
+                return self.opened(self.continuing_sessions, features, reads_prompts=False)
+        return self.opened(self.generation_sessions, features)
+
+    def opened(self, sessions: dict[Features, Any], features: Features, **how: bool) -> Any:
+        """Return the session of the generation graph that has these features, one of `sessions`."""
+        if features not in sessions:
+            sessions[features] = self.runtime.open(partial(generation_graph, features=features, **how))
+        return sessions[features]
 
     def token_session(self, features: Features) -> TokenSession:
         """Return the session of the token graph that has these features."""
@@ -338,7 +354,7 @@ class Sampler:
 
     def run_loop(self, features: Features, feed: dict[str, Any]) -> Generated:
         """Return what the generation graph generates in one call."""
-        session = self.generation_session(features)
+        session = self.generation_session(features, feed["prompt"].shape[1])
         names = ["words", "mass", *(f"next_{name}" for name in STATE), *(NEW if features.cached else ())]
         names += ["next_counts"] if features.adjusted else []
         tokens, mass, *state = session.run(names, {name: np.asarray(feed[name]) for name in session.input_names})
@@ -436,7 +452,8 @@ def fixed_bias(config: GenerationConfig, vocabulary_size: int) -> NDArray[np.flo
         bias[tokens] += np.float32(value)
     bias[list(config.suppress_tokens)] = -np.inf
     bias[[tokens[0] for tokens in config.bad_words_ids if len(tokens) == 1]] = -np.inf
-    if all_masked(bias):
+    named = len(config.sequence_bias) + len(config.suppress_tokens) + len(config.bad_words_ids)
+    if named >= vocabulary_size and all_masked(bias):  # few are named: to look at all takes longer than the rest
         raise UsageError("no token is left to sample: suppress_tokens, bad words and logit bias mask all of them")
     return bias
 

@@ -9,6 +9,7 @@ the sum of the layers' sizes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ ModelState = tuple[NDArray[Any], ...]
 The parts of cell.STATE are (B, S): the layers side by side. Row b is all that the model knows of text b.
 """
 PARTS = (*STATE, *CACHE)
+BLOCK = 1_024
+"""Numbers that are drawn at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class State:
     """(B)"""
     model: ModelState
     """The model's state before `tokens`."""
-    generators: tuple[np.random.Generator, ...] = ()
+    generators: tuple[np.random.Generator | DrawnAhead, ...] = ()
     """A generator for each row; none before the state is seeded. States share them, so `Sampler.generate` copies them."""
     counts: NDArray[np.float32] | None = None
     """(B, V'): how often each token was generated; None if nothing asked for it."""
@@ -171,7 +174,7 @@ def select(state: ModelState, rows: Sequence[int] | NDArray[np.integer]) -> Mode
     return tuple(part[rows] for part in state)
 
 
-def copy_generator(generator: np.random.Generator) -> np.random.Generator:
+def copy_generator(generator: np.random.Generator | DrawnAhead) -> np.random.Generator:
     """Return a generator of the same numbers."""
     return restored(generator.bit_generator.state)
 
@@ -194,7 +197,38 @@ class NoSeed(ISeedSequence):
 NO_SEED: Any = NoSeed()  # numpy's own types know no ISeedSequence
 
 
-def uniform_numbers(generators: Sequence[np.random.Generator], num_tokens: int, attempts: int) -> NDArray[np.float32]:
+class DrawnAhead:
+    """The numbers of a generator, of which a block is drawn before they are needed.
+
+    While numpy draws, another thread may take the interpreter's lock; a call of the graph needs numbers for each of its rows.
+    """
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self.first = generator.bit_generator.state
+        """Of the generator, before the block."""
+        self.numbers = np.empty(0, np.float32)
+        self.num_used = 0
+
+    @property
+    def bit_generator(self) -> Any:
+        """Return that of a generator that comes next to the number that is next here."""
+        generator = restored(self.first)
+        generator.random(self.num_used, np.float32)
+        return generator.bit_generator
+
+    def random(self, shape: tuple[int, ...], kind: type[np.float32]) -> NDArray[np.float32]:
+        """Return the next numbers, as a generator does."""
+        count = math.prod(shape)
+        if self.num_used + count > len(self.numbers):
+            self.first = self.bit_generator.state
+            self.numbers, self.num_used = restored(self.first).random(max(count, BLOCK), kind), 0
+        self.num_used += count
+        return self.numbers[self.num_used - count : self.num_used].reshape(shape)
+
+
+def uniform_numbers(
+    generators: Sequence[np.random.Generator | DrawnAhead], num_tokens: int, attempts: int
+) -> NDArray[np.float32]:
     """Return the next uniform numbers of each row, (N, B, A), which advances the generators."""
     rows = [generator.random((num_tokens, attempts), np.float32) for generator in generators]
     return np.ascontiguousarray(np.stack(rows, axis=1))

@@ -173,7 +173,7 @@ class Application:
         """Return what was read from the body of a request, which goes with this call: it is counted no longer."""
         with self.counted(request) as receive:
             body = await body_of(request, receive)
-            return await done_by(len(body) > SHORT_BYTES or not self.service.reads_at_once, lambda: read(body))
+            return await done_by(len(body) > SHORT_BYTES, lambda: read(body))
 
     def begun(self, request: HttpRequest) -> tuple[Service, Note, float]:
         """Return what answers a request to its end, what is noted of it, and when its time is over, by the loop's clock."""
@@ -185,7 +185,7 @@ class Application:
         """Answer with texts, or with a stream of them."""
         service, note, deadline = self.begun(request)
         asked = await self.read_from(request, lambda body: read_request(parse(body, EXAMPLE), service, self.name))
-        note.prompt_tokens = sum(len(prompt.ids) for prompt in asked.prompts)
+        note.prompt_tokens = asked.prompt_tokens
         if not asked.stream:
             answer = await complete(asked, service, request.receive, note, deadline)
             counted = answer["usage"]
@@ -236,8 +236,7 @@ class Application:
         def read(body: bytes) -> tuple[list[Prompt], ResolvedOptions, Request]:
             given = parse(body, invocations.EXAMPLE)
             texts, params = invocations.prompts_and_params(invocations.as_gateway(given) if as_text else given)
-            prompts = service.prompts(texts)
-            resolved = service.resolve(prompts, Options.from_values(params))
+            prompts, resolved = service.resolve(service.prompts(texts), Options.from_values(params))
             logprobs = resolved.options.logprobs
             return prompts, resolved, service.request(prompts, resolved, logprobs=logprobs, on_end=growth.on_end)
 

@@ -23,6 +23,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -74,8 +75,18 @@ class Figures:
 class Batcher:
     """Does the work of many clients in one thread."""
 
-    def __init__(self, sampler: Sampler, batch_size: int = BATCH_SIZE, max_queued_tokens: int = MAX_QUEUED_TOKENS) -> None:
-        self.sampler = sampler
+    def __init__(
+        self,
+        sampler: Sampler,
+        batch_size: int = BATCH_SIZE,
+        max_queued_tokens: int = MAX_QUEUED_TOKENS,
+        after_reports: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin to wait for work; `after_reports` is called in the batching thread when it has reported what a call brought.
+
+        Whoever is woken by that contends with it for the interpreter's lock: so it is done just before it computes, or waits.
+        """
+        self.sampler, self.after_reports = sampler, after_reports
         self.batch_size = batch_size
         self.max_queued_tokens = max_queued_tokens
         self.changed = threading.Condition()
@@ -180,6 +191,7 @@ class Batcher:
 
     def wait_for_work(self) -> bool:
         """Wait for something to do; return False where there will be nothing more."""
+        self.after_reports()
         with self.changed:
             self.changed.wait_for(lambda: self.arrived or self.turns or self.batches or self.is_closing)
             return bool(self.works or not self.is_closing)
@@ -195,6 +207,8 @@ class Batcher:
         """Give work steps for about as long as a call of a batch takes."""
         if not self.batches:
             self.credit = CALL_SECONDS
+        if self.turns and self.credit > 0:
+            self.after_reports()
         while self.turns and self.credit > 0:
             self.least_seconds, _, work = heapq.heappop(self.turns)
             began = time.perf_counter()
@@ -244,7 +258,8 @@ class Batcher:
 
     def keep_few_graphs(self, needed: Features) -> None:
         """Close the graphs that were needed longest ago; they are built again, from what was loaded, when they are needed."""
-        for sessions in (self.sampler.generation_sessions, self.sampler.token_sessions):
+        sampler = self.sampler
+        for sessions in (sampler.generation_sessions, sampler.continuing_sessions, sampler.token_sessions):
             if needed in sessions:
                 sessions[needed] = sessions.pop(needed)
             while len(sessions) > MAX_GRAPHS:

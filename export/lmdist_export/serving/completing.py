@@ -16,11 +16,12 @@ from typing import Any
 
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
+from lmdist_export.sampling.writing import Writer
 from lmdist_export.serving.batching import Request, Scoring
 from lmdist_export.serving.failures import error_object, status_and_message
 from lmdist_export.serving.json_body import Message, Receive, encoded
 from lmdist_export.serving.observing import Note
-from lmdist_export.serving.openai_answer import Writer, choice, finish_reason, logprobs_object, usage, writer_of
+from lmdist_export.serving.openai_answer import choice, echoed, finish_reason, logprobs_object, usage, writer_of
 from lmdist_export.serving.openai_request import CompletionRequest
 from lmdist_export.serving.running import SHORT_TOKENS, Growth, done_by, finish
 from lmdist_export.serving.service import Service
@@ -31,7 +32,7 @@ DONE = b"data: [DONE]\n\n"
 async def complete(asked: CompletionRequest, service: Service, receive: Receive, note: Note, deadline: float) -> dict[str, Any]:
     """Return the answer to a request; raises as `finish`."""
     if asked.only_scores:
-        texts = [Text(prompt.ids, number, 0, finish_reason="length") for number, prompt in enumerate(asked.prompts)]
+        texts = [Text(prompt.ids, number, 0, finish_reason="length") for number, prompt in enumerate(asked.tokenized)]
     else:
         growth = Growth()
         job = await job_of(asked, service, on_end=growth.on_end)
@@ -55,9 +56,9 @@ async def job_of(asked: CompletionRequest, service: Service, **callbacks: Any) -
     """Return what the batching thread does for a request that generates."""
 
     def make() -> Request:
-        return service.request(asked.prompts, asked.resolved, logprobs=own_logprobs(asked), **callbacks)
+        return service.request(asked.tokenized, asked.resolved, logprobs=own_logprobs(asked), **callbacks)
 
-    return await done_by(sum(len(prompt.ids) for prompt in asked.prompts) > SHORT_TOKENS, make)
+    return await done_by(asked.prompt_tokens > SHORT_TOKENS, make)
 
 
 def own_logprobs(asked: CompletionRequest) -> int | None:
@@ -124,7 +125,7 @@ async def stream(
 
     def time_out() -> None:
         job.cancel()
-        growth.on_end()
+        growth.take(None)
 
     timer = growth.loop.call_at(deadline, time_out)
 
@@ -179,7 +180,7 @@ class Streaming:
         written = ""
         if key not in self.writers:
             self.writers[key] = writer_of(self.asked, text)
-            written = self.asked.given[text.prompt_number] if self.asked.echo else ""
+            written = echoed(self.asked, text)
         pieces = self.writers[key].write(tokens)
         written += "".join(pieces)
         if reason:
@@ -194,7 +195,7 @@ class Streaming:
     def chunk(self, key: tuple[int, int], written: str, reason: str, logprobs: bytes = b"null") -> bytes:
         """Return an event with more of a text."""
         index = key[0] * self.asked.n + key[1]
-        text, finished = encode_basestring(written).encode(), encoded(finish_reason(reason))
+        text, finished = encode_basestring(written).encode(), encoded(finish_reason(reason)) if reason else b"null"
         choice = b'{"text":%b,"index":%d,"logprobs":%b,"finish_reason":%b}]' % (text, index, logprobs, finished)
         return event(self.before + choice + self.after)
 
@@ -213,7 +214,7 @@ class Streaming:
         """Return the event that ends a text with its log-probabilities."""
         key = (text.prompt_number, text.number)
         assert scores, "they were asked for"
-        logprobs = logprobs_object(self.asked, text, self.writers[key].before, self.pieces[key], scores)
+        logprobs = logprobs_object(self.asked, text, self.pieces[key], scores)
         return self.chunk(key, "", text.finish_reason, encoded(logprobs, is_long=len(text.tokens) > SHORT_TOKENS))
 
 

@@ -79,7 +79,7 @@ class ServedModel(PythonModel):
         sampler = Sampler(Bundle.load(Path(context.artifacts["bundle"])), config["provider"], config["threads"])
         self.service = Service(sampler, config["batch_size"])
         self.timeout_seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
-        self.service.warm_up(self.timeout_seconds)
+        self.service.warm_up(self.timeout_seconds, is_own=SERVER in sys.modules)
         install(sys.modules.get(SERVER), strings_of("cors_origins", config["cors_origins"]))
 
     # Not list[str]: for such an annotation MLflow derives a signature of its own, which drops the params.
@@ -88,7 +88,7 @@ class ServedModel(PythonModel):
         try:
             service = self.service
             prompts = service.prompts(strings_of("prompt", column(model_input)))
-            resolved = service.resolve(prompts, Options.from_values(params or {}))
+            prompts, resolved = service.resolve(prompts, Options.from_values(params or {}))
             request = service.request(prompts, resolved, logprobs=resolved.options.logprobs)
             if disconnected := CLIENT_DISCONNECTED.get():
                 disconnected.add_done_callback(lambda _: request.cancel())

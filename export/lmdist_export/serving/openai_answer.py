@@ -1,7 +1,7 @@
 """OpenAI's completions API: the form of its answers, and of the list of models.
 
     choice(asked, text, index, scores)                  # an element of `choices`, for a text that has ended
-    Writer(bundle, prompt, given).write(tokens)         # the text of a stream, as it grows
+    writer_of(asked, text).write(tokens)                # the text of a stream, as it grows
     model_facts(bundle)                                 # what a page shows of the model
 
 This module knows no HTTP.
@@ -9,19 +9,17 @@ This module knows no HTTP.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 from lmdist.text.vocabulary import UNKNOWN_ID
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Row, row_facts
-from lmdist_export.sampling.completion import after_text, rest_of, taken_again
 from lmdist_export.sampling.generation import Text
 from lmdist_export.sampling.log_probabilities import TokenScores
-from lmdist_export.sampling.prompt import Prompt
-from lmdist_export.serving.openai_request import CompletionRequest, WrittenPrompt
+from lmdist_export.sampling.writing import Writer, taken_again
+from lmdist_export.serving.openai_request import CompletionRequest
 from lmdist_export.serving.service import MAX_LOGPROBS, MAX_REQUEST_BEAMS, MAX_TOKENS
 
 FINISH_REASONS = {"exhausted": "stop"}
@@ -38,60 +36,24 @@ MAX_SKIPPED = 20
 # --- texts ---------------------------------------------------------------------------------------------------------
 
 
-class Writer:
-    """Writes the words of a text as they come: the prompt and what follows it read as one text.
-
-    The first piece has the space that separates it from the prompt, unless the prompt, as it was given, ends with one.
-    """
-
-    def __init__(
-        self, bundle: Bundle, prompt: Prompt, given: str, written: WrittenPrompt | None = None, again: Sequence[int] = ()
-    ) -> None:
-        """Go on from a prompt as it was `given`; `written` it is shared by all its texts. `again` is that of `taken_again`."""
-        written = written or WrittenPrompt(bundle, prompt)
-        self.words: deque[str | bytes] = deque()
-        self.vocabulary = bundle.vocabulary.words
-        self.before = written.pieces
-        has_pieces = bundle.tokenizer.settings.has_pieces  # whose texts have the spaces that they need
-        glued = prompt.space if has_pieces else not given or given[-1].isspace()
-        in_text = prompt.seam.given if prompt.seam else " " if glued else ""
-        self.pieces = after_text(bundle.tokenizer.pieces(self.coming(), written.place.copy()), in_text)
-        self.write(again)
-
-    def coming(self) -> Iterator[str | bytes]:
-        """Yield the words that wait."""
-        while self.words:
-            yield self.words.popleft()
-
-    def write(self, tokens: Sequence[int]) -> list[str]:
-        """Return the pieces of the next tokens."""
-        pieces = []
-        for token in tokens:
-            self.words.append(self.vocabulary[token])
-            pieces.append(next(self.pieces))
-        return pieces
-
-    def end(self, text: Text) -> str:
-        """Return the end of a text that is no token: what is left of a character, or of a piece before a stop."""
-        self.words.extend(rest_of(text))
-        return "".join(self.pieces)
-
-
 def writer_of(asked: CompletionRequest, text: Text) -> Writer:
     """Return what writes a text of a request behind its prompt."""
-    number = text.prompt_number
-    prompt = asked.prompts[number]
-    return Writer(asked.bundle, prompt, asked.given[number], asked.written[number], taken_again(text, prompt))
+    prompt = asked.prompts[text.prompt_number]
+    return Writer(prompt.written, taken_again(text, prompt.prompt))
 
 
 def choice(asked: CompletionRequest, text: Text, index: int, scores: TokenScores | None) -> dict[str, Any]:
     """Return a text that has ended; its `scores` are those of the prompt's tokens too where it is echoed."""
     writer = writer_of(asked, text)
     pieces = writer.write(text.tokens)
-    echoed = asked.given[text.prompt_number] if asked.echo else ""
-    written = "".join([echoed, *pieces, writer.end(text)])
-    logprobs = logprobs_object(asked, text, writer.before, pieces, scores) if scores else None
+    written = "".join([echoed(asked, text), *pieces, writer.end(text)])
+    logprobs = logprobs_object(asked, text, pieces, scores) if scores else None
     return {"text": written, "index": index, "logprobs": logprobs, "finish_reason": finish_reason(text.finish_reason)}
+
+
+def echoed(asked: CompletionRequest, text: Text) -> str:
+    """Return what an answer has before a text: its prompt, or nothing."""
+    return asked.prompts[text.prompt_number].text if asked.echo else ""
 
 
 def finish_reason(reason: str) -> str | None:
@@ -99,23 +61,21 @@ def finish_reason(reason: str) -> str | None:
     return FINISH_REASONS.get(reason, reason) or None
 
 
-def logprobs_object(
-    asked: CompletionRequest, text: Text, before: Sequence[str], pieces: Sequence[str], scores: TokenScores
-) -> dict[str, Any]:
+def logprobs_object(asked: CompletionRequest, text: Text, pieces: Sequence[str], scores: TokenScores) -> dict[str, Any]:
     """Return the log-probabilities of a text's tokens in OpenAI's form, and as `unknown` which ones are read as `<unk>`.
 
     Not even the first is null: a text begins after the end of another. `text_offset` counts characters of the choice's text.
     """
     words = asked.bundle.vocabulary.words
-    prompt, given = asked.prompts[text.prompt_number], asked.given[text.prompt_number]
+    prompt, given, has_mark, before = asked.prompts[text.prompt_number]
     of_tokens, tops = scores
     tokens = [*(prompt.ids if asked.echo else []), *text.tokens]
     names = [*(prompt.tokens if asked.echo else []), *(words[token] for token in text.tokens)]
     has_pieces = asked.bundle.tokenizer.settings.has_pieces
     # Pieces write the text that was given, but for a model that normalizes or lowercases it first.
-    in_text = [piece.lstrip(" ") for piece in before] if has_pieces else prompt.tokens
-    is_given = has_pieces and given.startswith("".join(before))
-    written = piece_offsets(before, 0) if is_given else word_offsets(given, in_text)
+    in_text = [piece.lstrip(" ") for piece in before.pieces] if has_pieces else prompt.tokens
+    is_given = has_pieces and given.startswith("".join(before.pieces))
+    written = piece_offsets(before.pieces, 0) if is_given else word_offsets(given, in_text)
     end = len(given) if asked.echo else 0
     offsets = [*(written if asked.echo else []), *piece_offsets(pieces, end)]
     if len(of_tokens) > len(tokens):  # the end mark that ended the text, which is not in it
@@ -126,7 +86,7 @@ def logprobs_object(
         for token, of_token, top in zip(tokens, of_tokens, tops, strict=True)
     ]
     token_logprobs: list[float | None] = [*of_tokens]
-    if asked.echo and asked.marked[text.prompt_number]:  # nothing is before it, so it has no log-probability
+    if asked.echo and has_mark:  # nothing is before it, so it has no log-probability
         mark = asked.resolved.config.bos_token_id
         tokens, names, offsets = [mark, *tokens], [words[mark], *names], [0, *offsets]
         token_logprobs, top_logprobs = [None, *token_logprobs], [None, *top_logprobs]
@@ -161,10 +121,7 @@ def piece_offsets(pieces: Sequence[str], start: int) -> list[int]:
 
 def usage(asked: CompletionRequest, texts: Sequence[Text]) -> dict[str, int]:
     """Return how many tokens were read, and generated."""
-    prompt_tokens, completion_tokens = (
-        sum(len(prompt.ids) for prompt in asked.prompts),
-        sum(len(text.tokens) for text in texts),
-    )
+    prompt_tokens, completion_tokens = asked.prompt_tokens, sum(len(text.tokens) for text in texts)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

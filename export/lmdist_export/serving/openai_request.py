@@ -16,19 +16,18 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmdist.bounds import check
 from lmdist.command_line import did_you_mean
 from lmdist.errors import UsageError
-from lmdist.text.detokenizer import Place
 from lmdist_export.bundle import Bundle
 from lmdist_export.options import PARAMS, Options, string_of, typed
 from lmdist_export.sampling.prompt import Prompt, prompt_of_words
 from lmdist_export.sampling.resolved_options import ResolvedOptions, warning_of_prompt
+from lmdist_export.sampling.writing import WrittenPrompt
 from lmdist_export.serving.json_body import BadRequest, quoted
-from lmdist_export.serving.service import MAX_LOGPROBS, MAX_TOKENS, Service, check_limit
+from lmdist_export.serving.service import MAX_TOKENS, Service, check_limit
 
 EXAMPLE = '{"prompt": "We must", "max_tokens": 20}'
 OPENAI_NAMES = ("model", "prompt", "max_tokens", "best_of", "stream", "stream_options", "suffix", "user")
@@ -53,14 +52,15 @@ def no_model(asked: Any, model: str) -> ApiError:
 # --- a request -----------------------------------------------------------------------------------------------------
 
 
-class WrittenPrompt:
-    """A prompt as it is written, once for all the texts that go on from there."""
+class AskedPrompt(NamedTuple):
+    """A prompt of a request."""
 
-    def __init__(self, bundle: Bundle, prompt: Prompt) -> None:
-        self.place = Place()
-        tokens = prompt.open().tokens
-        # Not to the end of the pieces, which would complete a character that the next token may complete.
-        self.pieces = list(islice(bundle.tokenizer.pieces(tokens, self.place), len(tokens)))
+    prompt: Prompt
+    text: str
+    """As it was given; ids as they are written."""
+    has_mark: bool
+    """Whether its ids had the mark in front that a text begins after: it is read once."""
+    written: WrittenPrompt
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,13 @@ class CompletionRequest:
 
     model: str
     bundle: Bundle
-    prompts: list[Prompt]
-    given: list[str]
-    """The prompts as they were given; ids as they are written."""
-    written: list[WrittenPrompt]
-    marked: list[bool]
-    """Whether the ids of each prompt had the mark in front that a text begins after: it is read once."""
+    prompts: list[AskedPrompt]
     resolved: ResolvedOptions
     """Its `n` is the number of texts that are generated for a prompt, of which the best are returned."""
     n: int
     only_scores: bool
     """Whether nothing is generated: the answer is the prompt and its log-probabilities."""
     echo: bool
-    logprobs: int | None
     stream: bool
     include_usage: bool
     warnings: list[str]
@@ -89,9 +83,24 @@ class CompletionRequest:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
+    def logprobs(self) -> int | None:
+        """Return how many likely tokens come with the log-probability of each, where these are asked for."""
+        return self.resolved.options.logprobs
+
+    @property
     def ranks(self) -> bool:
         """Return whether more texts are generated than are returned."""
         return not self.only_scores and self.resolved.options.n > self.n
+
+    @property
+    def tokenized(self) -> list[Prompt]:
+        """Return the prompts, as tokens."""
+        return [asked.prompt for asked in self.prompts]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return how many tokens the prompts have."""
+        return sum(len(asked.prompt.ids) for asked in self.prompts)
 
     def envelope(self) -> dict[str, Any]:
         """Return what each answer, and each event of a stream, has beside its choices."""
@@ -104,24 +113,23 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     """Return what a request asks for; raises UsageError where it cannot be answered."""
     given = {name: value for name, value in given.items() if value is not None}
     check_names(given, model)
-    prompts, texts, marked = read_prompts(given.get("prompt", ""), service, scores=given.get("max_tokens") == 0)
+    prompts, texts, marks = read_prompts(given.get("prompt", ""), service, scores=given.get("max_tokens") == 0)
     renamed = "max_tokens" in given
     try:
         values = table_values(given, service.bundle)
         n, best_of = read_counts(given, values)
-        echo, logprobs = values.pop("echo", False), values.pop("logprobs", None)
+        echo = values.pop("echo", False)
         scores = given.get("max_tokens") == 0
         if scores and not echo:
             raise ApiError("max_tokens is 0, which is for the log-probabilities of a prompt: give echo and logprobs as well")
-        check_limit("logprobs", logprobs or 0, MAX_LOGPROBS)
         values["n"] = best_of
         if scores:
             values["max_new_tokens"] = 1  # the table has no 0; none is generated
         stops, silent = spoken(values.pop("stop", []), service.bundle)
         options = Options.from_values({**values, "stop": stops})
         limit_name = "max_tokens" if renamed else "max_new_tokens"
-        resolved = service.resolve(prompts, options, limit_name=limit_name, echo=echo)
-        if echo and logprobs is not None:
+        prompts, resolved = service.resolve(prompts, options, limit_name=limit_name, echo=echo)
+        if echo and options.logprobs is not None:
             scored = n * sum(len(prompt.ids) + resolved.config.max_new_tokens for prompt in prompts)
             check_limit(f"the number of tokens in prompts and {limit_name}, scored for each text, together", scored, MAX_TOKENS)
     except UsageError as error:
@@ -131,13 +139,13 @@ def read_request(given: dict[str, Any], service: Service, model: str) -> Complet
     stream, include_usage = read_stream(given)
     if stream and best_of > n:
         raise ApiError(f"best_of is {best_of}; the best texts are known at their end: without stream", param="best_of")
-    prompts = [prompt.as_asked(logprobs, resolved.config.num_beams) for prompt in prompts]
     unknown = [*filter(None, (warning_of_prompt(prompt, service.bundle) for prompt in prompts))]
-    written = [WrittenPrompt(service.bundle, prompt) for prompt in prompts]
-    return CompletionRequest(
-        model, service.bundle, prompts, texts, written, marked, resolved, n, scores, echo, logprobs, stream, include_usage,
-        [*unknown, *silent, *resolved.warnings],
-    )  # fmt: skip
+    asked = [
+        AskedPrompt(prompt, text, has_mark, WrittenPrompt(service.bundle, prompt, has_space=not text or text[-1].isspace()))
+        for prompt, text, has_mark in zip(prompts, texts, marks, strict=True)
+    ]
+    warnings = [*unknown, *silent, *resolved.warnings]
+    return CompletionRequest(model, service.bundle, asked, resolved, n, scores, echo, stream, include_usage, warnings)
 
 
 def check_names(given: dict[str, Any], model: str) -> None:

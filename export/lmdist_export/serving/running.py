@@ -48,22 +48,34 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.events: deque[tuple[Growth, Event | None]] = deque()
-        self.is_woken = False
+        self.is_waiting = False
+        """Whether the loop is to be woken, or was."""
 
     def put(self, growth: Growth, event: Event | None) -> None:
-        """Have the loop of a growth take an event."""
+        """Have the loop of a growth take an event, once `wake_loops` is called."""
         self.events.append((growth, event))
-        if not self.is_woken:
-            self.is_woken = True
-            with suppress(RuntimeError):  # the loop has ended before the batching thread
-                growth.loop.call_soon_threadsafe(self.deliver)
+        if not self.is_waiting:
+            self.is_waiting = True
+            NEWS.append(growth)
 
     def deliver(self) -> None:
         """Hand over all events."""
-        self.is_woken = False
+        self.is_waiting = False
         while self.events:
             growth, event = self.events.popleft()
             growth.take(event)
+
+
+NEWS: deque[Growth] = deque()
+"""One of each loop that is to be woken."""
+
+
+def wake_loops() -> None:
+    """Have the loops take their events. The batching thread does so once a round, when its own work in Python is done."""
+    while NEWS:
+        growth = NEWS.popleft()
+        with suppress(RuntimeError):  # the loop has ended before the batching thread
+            growth.loop.call_soon_threadsafe(growth.mailbox.deliver)
 
 
 MAILBOXES: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()

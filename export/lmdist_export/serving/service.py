@@ -1,8 +1,8 @@
 """A bundle that answers requests: its sampler, the batching thread, and what one request may ask for.
 
     service = Service(sampler)
-    prompts = service.prompts(["We must"])
-    request = service.request(prompts, service.resolve(prompts, options))
+    prompts, resolved = service.resolve(service.prompts(["We must"]), options)
+    request = service.request(prompts, resolved)
     texts = service.batcher.generate(request, timeout_seconds=60)
 
 Both servers share it: mlflow_model.py, which `mlflow models serve` loads, and application.py in lmdist-serve. The limits keep
@@ -15,9 +15,12 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import import_module
 
 from lmdist.errors import UsageError
+from lmdist.text.tokenizer import imported_late
 from lmdist_export.options import Options
 from lmdist_export.sampling.generation import BATCH_SIZE, Text
 from lmdist_export.sampling.prompt import Prompt, prompt_of, prompt_of_words
@@ -25,6 +28,7 @@ from lmdist_export.sampling.resolved_options import ResolvedOptions, resolve, wa
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.batching import Batcher, Request
 from lmdist_export.serving.json_body import strings_of
+from lmdist_export.serving.running import wake_loops
 
 MAX_TOKENS = 20_000
 """Read and generated for one request: no other waits long for its prompt, and it ends within the server's timeout."""
@@ -49,24 +53,27 @@ class Service:
     def __init__(self, sampler: Sampler, batch_size: int = BATCH_SIZE) -> None:
         self.sampler = sampler
         self.bundle = sampler.bundle
-        self.batcher = Batcher(sampler, batch_size)
+        self.batcher = Batcher(sampler, batch_size, after_reports=wake_loops)
         self.known: dict[tuple[Hashable, ...], ResolvedOptions] = {}
         """Options of requests, by all of them but the seed."""
-        self.reads_at_once = False
-        """Whether a short prompt is read in no time: the first one may have NLTK imported, which takes seconds."""
         weakref.finalize(self, close, self.batcher).atexit = False
 
-    def warm_up(self, timeout_seconds: float) -> None:
-        """Generate a token, so that a server is ready when it says so, and have a thread read a first prompt."""
-        first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0})
-        prompts = self.prompts([""])
-        self.batcher.generate(self.request(prompts, self.resolve(prompts, first)), timeout_seconds)
-        threading.Thread(target=self.read_first, name="first reader", daemon=True).start()
+    def warm_up(self, timeout_seconds: float, *, is_own: bool) -> None:
+        """Generate a token and meanwhile read a prompt, so that a server is ready when it says so.
 
-    def read_first(self) -> None:
+        `is_own`: the process is lmdist's and runs nothing else, so that light_nltk.py may be imported.
+        """
+        first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0})
+        with ThreadPoolExecutor(1, "first reader") as reader:
+            reading = reader.submit(self.read_first, is_own)
+            self.batcher.generate(self.request(*self.resolve(self.prompts([""]), first)), timeout_seconds)
+            reading.result()
+
+    def read_first(self, is_own: bool) -> None:
         """Read a prompt with words as NLTK alone finds them."""
+        for module in imported_late(self.bundle.tokenizer.settings) if is_own else []:
+            import_module(module)
         self.prompts([FIRST_PROMPT])
-        self.reads_at_once = True
 
     def prompts(self, texts: Sequence[str], *, continues: bool = True) -> list[Prompt]:
         """Return texts as prompts, of which nothing was read; raises UsageError for more than one request may have.
@@ -86,8 +93,10 @@ class Service:
         *,
         limit_name: str = "max_new_tokens",
         echo: bool | None = None,
-    ) -> ResolvedOptions:
-        """Return its options, resolved; raises UsageError where a request is too large or its options exclude each other.
+    ) -> tuple[list[Prompt], ResolvedOptions]:
+        """Return prompts as they are asked to be continued, and options, resolved.
+
+        Raise UsageError where a request is too large or its options exclude each other.
 
         `limit_name` is what the caller calls max_new_tokens, and `echo` whether its texts begin with their prompts, where the
         options do not say it.
@@ -106,7 +115,7 @@ class Service:
         tokens = sum(len(prompt.ids) + texts * config.max_new_tokens for prompt in prompts)
         check_limit(f"the number of tokens in prompts, and {limit_name} for each text or beam, together", tokens, MAX_TOKENS)
         self.check_repeated(prompts, options.n, echo=options.echo if echo is None else echo)
-        return resolved
+        return [*map(resolved.asked, prompts)], resolved
 
     def resolved(self, options: Options) -> ResolvedOptions:
         """Return options, resolved for the bundle: most requests have those of one before, but for the seed."""
@@ -138,9 +147,8 @@ class Service:
         on_growth: Callable[[Text, list[int]], None] | None = None,
         on_end: Callable[[], None] | None = None,
     ) -> Request:
-        """Return a request in ids, with the rest as batching.Request takes it."""
+        """Return a request, of what `resolve` returns, in ids; with the rest as batching.Request takes it."""
         how = resolved.options
-        prompts = [prompt.as_asked(how.logprobs, resolved.config.num_beams) for prompt in prompts]
         ids, begins = [prompt.open().ids for prompt in prompts], [prompt.begin for prompt in prompts]
         settings = resolved.config, resolved.seed or 0, how.n, resolved.stops, how.ignore_eos
         return Request(self.sampler, ids, *settings, logprobs, on_growth, on_end, begins)
