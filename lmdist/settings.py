@@ -37,21 +37,16 @@ ADAPTIVE_HIDDEN_SIZE = 16
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How a document is tokenized."""
+    """How a document is tokenized, as text.json has it: settings of `PrepareSettings`, which describes them, and the rules."""
 
     tokenizer: Tokenizer = "word_tokenize"
-    """word_tokenize (NLTK's), wordpunct (runs of letters and digits, runs of punctuation), whitespace or characters; pieces of
-    words that were learned, bpe or unigram; or of a file, tokenizers or sentencepiece."""
+    """For a file with pieces, which `PrepareSettings` names: the package that reads it, tokenizers or sentencepiece."""
     clean: Cleaning = "none"
-    """none; tutorial: hyphens become spaces, all other ASCII punctuation is removed, letters become lowercase; html: tags are
-    dropped, entities decoded."""
     lowercase: bool = False
-    """Lowercase all words."""
     rules: Literal[1, 2] = 2
     """2: text is put into Unicode's normal form C, invisible characters are dropped, and in wordpunct combining marks stay with
     their letters; 1: none of it, as in folders that were made before there was a choice."""
     line_breaks: bool = False
-    """Each line break is a token; by default it is whitespace."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

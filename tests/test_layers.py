@@ -84,7 +84,9 @@ WINGS = {
         "machines prepare from_pandas"
     ),
     "lmdist.model": "lstm loss dropout language_model precision cuda_graph",
-    "lmdist.tracking": ("address failures run_folder metadata store machines replay uploader logger sync figures plot"),
+    "lmdist.tracking": (
+        "address failures run_folder metadata store companion machines replay uploader logger sync figures plot"
+    ),
     "lmdist.training": (
         "distributed metrics data agreement optimizer schedule sample checkpoints budget starting_point averaging neural_cache "
         "measuring ensemble evaluate step run report loop"

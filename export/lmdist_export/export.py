@@ -106,19 +106,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 def export(arguments: argparse.Namespace) -> None:
     """Write what is asked for of a trained model, and print a table of it."""
     limit_threads()
+    from lmdist.training.distributed import full_memory_reported
     from lmdist_export.conversion.exporting import TrainedModel
     from lmdist_export.conversion.verify import MismatchError
 
-    trained = TrainedModel.load(arguments.checkpoint)
-    if arguments.vectors:
-        show(write_embeddings(trained, arguments.vectors))
-    if not arguments.output:
-        return
-    try:
-        show(LAYOUTS[arguments.layout].write(trained, arguments))
-    except MismatchError as error:
-        log(f"the graph differs from torch, nothing was written: {error}", EXPORT_COMMAND)
-        sys.exit(EXIT_DEFECT)
+    with full_memory_reported("end what else uses it, or export on a machine with more"):
+        trained = TrainedModel.load(arguments.checkpoint)
+        if arguments.vectors:
+            show(write_embeddings(trained, arguments.vectors))
+        if not arguments.output:
+            return
+        try:
+            show(LAYOUTS[arguments.layout].write(trained, arguments))
+        except MismatchError as error:
+            log(f"the graph differs from torch, nothing was written: {error}", EXPORT_COMMAND)
+            sys.exit(EXIT_DEFECT)
 
 
 def show(rows: dict[str, str]) -> None:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         recipe = config.load(["--help"] if arguments.help else flags, other_options=own.options)
         check_run_folder(Path(recipe.run_folder), writes=(arguments.node_rank or os.environ.get("PET_NODE_RANK", "0")) == "0")
-        if (arguments.nnodes or os.environ.get("PET_NNODES", "1")) == "1":
+        if num_machines(arguments) == "1":
             check_loopback()
         require("psutil")
         require_packages(recipe)
@@ -112,7 +112,8 @@ def parser() -> CommandParser:
 
 def run_attempts(arguments: argparse.Namespace, flags: list[str], recipe: Recipe, stop: StopRequest) -> int:
     """Run attempts until the job is done, is asked to stop, or has failed too often; return the exit code."""
-    ranks = arguments.nproc_per_node or os.environ.get("PET_NPROC_PER_NODE") or str(default_ranks(recipe, arguments.nnodes))
+    ranks = arguments.nproc_per_node or os.environ.get("PET_NPROC_PER_NODE")
+    ranks = ranks or str(default_ranks(recipe, num_machines(arguments)))
     count = parsed_count(ranks)
     if ranks.isdecimal() and (count is None or count > recipe.data.global_batch):  # before so many processes are started
         raise UsageError(
@@ -229,12 +230,16 @@ def check_loopback() -> None:
         ) from None
 
 
-def default_ranks(recipe: Recipe, nnodes: str | None) -> int:
+def num_machines(arguments: argparse.Namespace) -> str:
+    """Return how many machines the job has, as it was given: a number, or a range of torchrun's such as 1:4."""
+    return arguments.nnodes or os.environ.get("PET_NNODES", "1")
+
+
+def default_ranks(recipe: Recipe, nnodes: str) -> int:
     """Return the most ranks that this machine's GPUs, or its CPUs, can run and that divide the global batch evenly."""
     most = min(available_cpus(), MAX_CPU_RANKS)
     if recipe.training.device != "cpu":
         most = num_gpus() or most
-    nnodes = nnodes or os.environ.get("PET_NNODES", "1")
     if not (count := parsed_count(nnodes)):
         raise UsageError(
             f"--nnodes is {reprlib.repr(nnodes)[1:-1]}; a number from 1 on is expected, for the global batch is divided evenly"

@@ -22,7 +22,7 @@ from lmdist.settings import TrackingSettings
 from lmdist.storage.atomic import write_atomic
 from lmdist.storage.locks import exclusive_lock
 from lmdist.tracking.address import experiment_name, pages
-from lmdist.tracking.machines import MachineMonitor, is_first_of_another_machine
+from lmdist.tracking.machines import is_first_of_another_machine, machine_monitor
 from lmdist.tracking.metadata import (
     dataset_inputs,
     new_metadata,
@@ -139,11 +139,11 @@ class MachineLogger(MetricsLogger):
 
     def __init__(self, run: Path, run_key: str) -> None:
         """Start the process that logs it, to the run with this key in the folder `run`."""
-        self.monitor = MachineMonitor(run, run_key)
+        self.monitor = machine_monitor(run, run_key)
 
     def close(self, status: str) -> None:
         """End the process."""
-        self.monitor.close()
+        self.monitor.end()
 
 
 def logger_of_rank(run: Path, run_key: str) -> MetricsLogger:

@@ -18,6 +18,7 @@ from typing import Any
 
 from lmdist.command_line import CommandParser, exit_on_error
 from lmdist.console import log
+from lmdist.counted import counted
 from lmdist.errors import EXIT_AGAIN, DataError, MissingInputError, Stopped, require
 from lmdist.storage.locks import exclusive_lock
 from lmdist.storage.reading import read_json, refuse_link
@@ -145,7 +146,7 @@ def upload(run: Path, *, new_run: bool = False) -> str:
     except Exception as error:  # any exception of MLflow and the libraries below it
         raise upload_error(error) from None
     counts = [(replay.num_points, "point"), (replay.num_files, "file")]
-    uploaded = [f"{count:,} {thing}{'s' if count > 1 else ''}" for count, thing in counts if count]
+    uploaded = [counted(count, thing) for count, thing in counts if count]
     if uploaded:
         return f"{' and '.join(uploaded)} uploaded, {status}"
     return f"only the status was missing, {status}" if changed else f"nothing was missing, {status}"

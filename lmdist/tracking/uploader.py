@@ -1,8 +1,8 @@
 """The uploader: a process beside rank 0 that replays the run's folder into MLflow while the job runs.
 
-`Uploader` is its handle in rank 0: it starts the process and, at the end, sends it the status of the run through a pipe.
-`follow` is what the process does. It uploads every PERIOD_SECONDS, retries with back-off while MLflow does not answer, and
-exits at most ORPHAN_SECONDS after its job, however that ended. It does not know how a run is uploaded (replay.py).
+`Uploader` is its handle in rank 0: it starts the process and, at the end, sends it the status of the run. `follow` is what the
+process does. It uploads every PERIOD_SECONDS, retries with back-off while MLflow does not answer, and exits at most
+ORPHAN_SECONDS after its job, however that ended. It does not know how a run is uploaded (replay.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from threading import Event, Thread
 from typing import IO, Any
 
 from lmdist.console import log
@@ -23,8 +22,8 @@ from lmdist.errors import EXIT_AGAIN, Stopped
 from lmdist.stop_signals import STOP_SIGNALS
 from lmdist.storage.locks import exclusive_lock
 from lmdist.tracking.address import is_file, store_address
+from lmdist.tracking.companion import Companion, Job
 from lmdist.tracking.failures import is_final, reason_without_secrets
-from lmdist.tracking.machines import ONE_THREAD
 from lmdist.tracking.metadata import update_metadata
 from lmdist.tracking.replay import Replay
 from lmdist.tracking.run_folder import METRICS, UPLOAD_LOCK, sync_command
@@ -54,36 +53,23 @@ class Uploader:
     def __init__(self, run: Path) -> None:
         """Start the process for the folder `run`."""
         self.wait_seconds = FILE_WAIT_SECONDS if is_file(store_address()) else SERVER_WAIT_SECONDS
-        self.child: subprocess.Popen[bytes] | None = None
-        with suppress(OSError):  # no memory or no process left: the end of the job reports that points are missing
-            self.child = subprocess.Popen(
-                [sys.executable, *COMMAND, str(run)],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, **ONE_THREAD},
-                process_group=0,  # Ctrl-C and signals to a process group are for the job, which informs the uploader
-            )
+        self.process = Companion(*COMMAND, str(run))
 
     def finish(self, status: str) -> bool:
         """Send the run's status and wait for the process to exit; return whether MLflow has all of the run."""
-        if self.child is None:
+        child = self.process.child
+        if child is None:  # the end of the job reports that points are missing
             return False
-        assert self.child.stdin
         try:
-            with suppress(OSError):  # it has exited already
-                self.child.stdin.write(f"{status}\n".encode())
+            self.process.send(status)
             with suppress(subprocess.TimeoutExpired):
-                return self.child.wait(QUIET_SECONDS) == 0
+                return child.wait(QUIET_SECONDS) == 0
             log(f"waiting for MLflow, at most {self.wait_seconds:.0f} s")
-            return self.child.wait(max(0.0, self.wait_seconds - QUIET_SECONDS)) == 0
+            return child.wait(max(0.0, self.wait_seconds - QUIET_SECONDS)) == 0
         except subprocess.TimeoutExpired:
             return False
         finally:
-            self.child.kill()
-            with suppress(subprocess.TimeoutExpired):  # a process that hangs in a file system cannot be killed
-                self.child.wait(1)
-            self.child.stdin.close()
+            self.process.end()
 
 
 def follow(run: Path, stderr: IO[str]) -> int:
@@ -91,7 +77,7 @@ def follow(run: Path, stderr: IO[str]) -> int:
     for number in (signal.SIGINT, *STOP_SIGNALS):
         signal.signal(number, signal.SIG_IGN)  # a job is often ended by a signal to all its processes; uploads remain
     os.nice(19)  # at 10 it still takes a tenth of a core from a training that uses them all
-    job = JobStatus(sys.stdin)
+    job = Job(sys.stdin, ORPHAN_SECONDS)
     with silence(), ExitStack() as stack:
         while True:
             with suppress(Stopped):  # held by the uploader of a job that was just killed, or by lmdist-sync
@@ -116,27 +102,6 @@ def follow(run: Path, stderr: IO[str]) -> int:
             lambda: replay.upload_files(ended=True)
         )
         return 0 if complete else EXIT_AGAIN
-
-
-class JobStatus:
-    """The status of the job, received through a pipe by a thread."""
-
-    def __init__(self, pipe: IO[str]) -> None:
-        self.pipe = pipe
-        self.ended = Event()
-        self.status = "RUNNING"
-        Thread(target=self.listen, name="job", daemon=True).start()
-
-    def listen(self) -> None:
-        """Read the line with the status, then end this process soon after the pipe is closed: the job's process is gone."""
-        for line in iter(self.pipe.readline, ""):
-            self.status = line.strip()
-            self.ended.set()
-        if not self.ended.is_set():
-            self.status = "KILLED"
-            self.ended.set()
-        time.sleep(ORPHAN_SECONDS)
-        os._exit(EXIT_AGAIN)
 
 
 class Retry:

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.file is not None and (arguments.split or (arguments.data and not arguments.cache)):
             raise UsageError("--file takes the place of --split and --data: give one or the other")
         check("--streams", arguments.streams, between(1, 1_000_000))
-        read_settings(arguments)
+        read_settings(arguments)  # a mistake in its flags is reported before anything is read
         limit_threads()
         from lmdist.training.distributed import full_memory_reported
 
@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.json:
             sys.stdout.write(json.dumps(json_numbers(result)) + "\n")
         else:
-            shown_once = {key.replace("_", " "): printed(value) for key, value in result.items() if key != "words"}
-            sys.stdout.write(table(shown_once, width=22))
+            rows = {key.replace("_", " "): printed(value) for key, value in result.items() if key != "words"}
+            sys.stdout.write(table(rows, width=22))
         sys.stdout.flush()
         if checkpoint and meta:
             add_to_run(arguments, result, checkpoint, meta)
@@ -112,14 +112,14 @@ def printed(value: Any) -> str:
 def json_numbers(value: Any) -> Any:
     """Return figures with null in place of a number that is not finite, for JSON has no such numbers."""
     if isinstance(value, dict):
-        return {name: json_numbers(one) for name, one in value.items()}
+        return {name: json_numbers(figure) for name, figure in value.items()}
     if isinstance(value, list):
-        return [json_numbers(one) for one in value]
+        return [json_numbers(figure) for figure in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_settings(arguments: argparse.Namespace) -> ReadSettings:
-    """Return how --file is read; raise UsageError for a flag of it without it."""
+    """Return how --file is read; raise UsageError for a flag that says so where no file is given."""
     from lmdist.settings import ReadSettings
 
     names = [setting.name for setting in fields(ReadSettings)]
@@ -167,21 +167,19 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Texts:
     """Return the texts that the command line names, as ids of the checkpoint's vocabulary."""
     from lmdist.training.data import folder_of_model
 
-    figures: dict[str, Any] = {}
-    tokens, name_of_file, size = None, "", None
+    of_file = None
     if arguments.file is not None:
-        name_of_file = without_credentials(arguments.file)
         found = read_file(checkpoint, arguments.file, read_settings(arguments))
-        tokens, size = found.tokens, found.size
         figures = {"documents": found.documents, "skipped": found.skipped}
+        of_file = Texts(without_credentials(arguments.file), found.tokens, None, None, figures, None, found.size)
         if not arguments.cache:
-            return Texts(name_of_file, tokens, None, None, figures, None, size)
+            return of_file
     folder = folder_of_model(checkpoint.manifest, arguments.data, "" if arguments.cache else ", or a text by --file")
     if arguments.cache and not folder.has("valid"):
         raise UsageError(f"--cache is tuned on the valid split, and {folder.path} has none: name a folder with one by --data")
     valid = folder.tokens("valid")[:TUNING_TOKENS] if arguments.cache else None
-    if tokens is not None:
-        return Texts(name_of_file, tokens, valid, None, figures, None, size)
+    if of_file:
+        return of_file._replace(valid=valid)
     name = arguments.split or "test"
     if not folder.has(name):
         raise MissingInputError(
@@ -204,7 +202,6 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
     from lmdist.training.neural_cache import WINDOW
 
     checkpoints = [open_checkpoint(find_checkpoint(path)) for path in arguments.checkpoints]
-    first = [checkpoints[0].model()]  # taken out where it is read: no name keeps it in memory beside the next one
     check_same_vocabulary(checkpoints)
     world = World(0, 1, choose_device(arguments.device))  # whatever WORLD_SIZE says, as in the pod of a training job
     set_fp32("ieee")  # the same figure on every device
@@ -212,14 +209,15 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
     for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
         if tokens is not None and len(tokens) < arguments.streams:
             raise DataError(f"{name} has {counted(len(tokens), 'token')}; at least {arguments.streams} are needed")
-    start_time = time.perf_counter()
-    figures: dict[str, Any] = {}
     if len(checkpoints) == 1 and texts.valid is None:
-        nats = evaluate(first.pop().to(world.device), texts.tokens, arguments.streams, WINDOW, world).mean()
+        model = checkpoints[0].model().to(world.device)
+        start_time = time.perf_counter()
+        nats, figures = evaluate(model, texts.tokens, arguments.streams, WINDOW, world).mean(), {}
     else:
-        pairs = ((checkpoint, first.pop() if first else checkpoint.model()) for checkpoint in checkpoints)
+        start_time = time.perf_counter()
+        models = ((checkpoint, checkpoint.model()) for checkpoint in checkpoints)  # one in memory at a time
         how = arguments.streams, arguments.cache, world, COMMAND
-        nats, figures = combined(list(measure_members(pairs, texts.tokens, texts.valid, *how)))
+        nats, figures = combined(list(measure_members(models, texts.tokens, texts.valid, *how)))
     seconds = time.perf_counter() - start_time
     if not math.isfinite(nats):
         raise DataError(
@@ -248,7 +246,7 @@ def result_of(
         **figures,
         **texts.figures,
         "tokens": len(texts.tokens),
-        "words": len(texts.tokens),  # the name of before: with pieces they are none
+        "words": len(texts.tokens),  # the former name of the tokens, which may be pieces of words
         **(texts.size.as_figures() if texts.size else {}),
         "unknown_rate": float(num_unknown / len(texts.tokens)),
         "vocabulary": vocabulary_size,

@@ -262,8 +262,9 @@ class Report:
         progress, training = self.run.progress, self.run.recipe.training
         if len(progress.validations) < 2 or progress.step == self.first_step:  # nothing was trained: an old validation's
             return []
+        # Over an epoch: two validations that are closer to each other differ by chance.
         per_epoch = self.run.batches.steps_per_epoch // (training.validate_every or self.run.batches.steps_per_epoch)
-        compared = min(max(per_epoch, 1), len(progress.validations) - 1)  # validations; of two that are near neither tells
+        compared = min(max(per_epoch, 1), len(progress.validations) - 1)
         before, last = progress.validations[-1 - compared], progress.validations[-1]
         assert progress.best_valid_nats is not None
         fall, rise = 1 - perplexity(last - before), perplexity(last - progress.best_valid_nats) - 1

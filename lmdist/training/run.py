@@ -126,12 +126,12 @@ def set_up(recipe: Recipe, world: World) -> Run:
     torch.manual_seed(recipe.seed)
     model = LanguageModel(recipe.model, folder.vocabulary_size).to(world.device)
     # Rank 0 alone reads what the run starts from: TrainingStep gives its parameters to the others.
-    begun = Progress(started_from=None if newest or not world.is_main else start(model, recipe, folder))
+    started_from = start(model, recipe, folder) if world.is_main and newest is None else None
     world.wait_for_all()
     training_step = TrainingStep(recipe, model, precision, world)
     hints = changed_settings(newest, recipe) if newest else []
     hints += configure_precision(precision, model, world.device, part_size, recipe.data.sequence_length)
-    progress = begun if newest is None else restore(newest, recipe, training_step)
+    progress = restore(newest, recipe, training_step) if newest else Progress(started_from=started_from)
     averaging = Averaging(recipe.averaging, model, progress)
     if newest:
         restore_average(newest, averaging)
@@ -213,7 +213,7 @@ def agree_on_precision(recipe: Recipe, world: World, newest: Checkpoint | None, 
 
 
 def differences_from(manifest: dict[str, Any], recipe: Recipe, folder: DataFolder, *, is_main: bool) -> list[str]:
-    """Return what a checkpoint was trained with that this recipe and its data folder have not: data, model, optimizer.
+    """Return where a checkpoint's recipe and data differ from these, of what a resumed run cannot change.
 
     Those of ON_RANK_0 are compared on rank 0 alone.
     """
@@ -246,6 +246,14 @@ def restore(newest: Checkpoint, recipe: Recipe, training_step: TrainingStep) -> 
     return progress
 
 
+def restore_average(newest: Checkpoint, averaging: Averaging) -> None:
+    """Restore the average of a checkpoint; another `averaging.name` than the checkpoint's begins anew."""
+    if newest.manifest["recipe"]["averaging"]["name"] != averaging.settings.name:
+        averaging.progress.averaged_from = None
+    if averaging.progress.averaged_from is not None:
+        newest.load_parameters(averaging.start(), AVERAGED)
+
+
 def is_fixed(name: str) -> bool:
     """Return whether a setting cannot change when a run is resumed.
 
@@ -261,7 +269,7 @@ def is_fixed(name: str) -> bool:
 
 
 def changed_settings(newest: Checkpoint, recipe: Recipe) -> list[str]:
-    """Return a line with the settings of the training that are others than the checkpoint's; none where there are none."""
+    """Return a line with the settings of the training that differ from the checkpoint's; none where all are the same."""
     changed = [
         f"{name} {reprlib.repr(before)} -> {now!r}"
         for name, (before, now) in pairs_of(newest.manifest["recipe"], recipe).items()
@@ -271,14 +279,6 @@ def changed_settings(newest: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def pairs_of(before: dict[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Return the value of each setting in a checkpoint's recipe, the default of one that is younger, and in `recipe`."""
+    """Return each setting's value in a checkpoint's recipe, or its default if it is newer than that, and in `recipe`."""
     values = config.named_settings(Recipe()) | config.named_values(before)
     return {name: (values[name], now) for name, now in config.named_settings(recipe).items()}
-
-
-def restore_average(newest: Checkpoint, averaging: Averaging) -> None:
-    """Restore the average of a checkpoint; another `averaging.name` than the checkpoint's begins anew."""
-    if newest.manifest["recipe"]["averaging"]["name"] != averaging.settings.name:
-        averaging.progress.averaged_from = None
-    if averaging.progress.averaged_from is not None:
-        newest.load_parameters(averaging.start(), AVERAGED)

@@ -46,7 +46,7 @@ class TrainingStep:
         self.clip = recipe.optimizer.clip or math.inf
         self.frozen = frozen_parameters(model, recipe.init.freeze)
         self.freeze_steps = recipe.init.freeze_steps or math.inf
-        # If it is tied, its gradient is the projection's as well, which has all rows.
+        # The gradient of a tied embedding is the projection's as well, and has all rows.
         embedding = None if recipe.model.tied else model.embedding.get_parameter("weight")
         self.network = world.wrap(model, recipe.training.gradient_compression, embedding)
         self.embedding_rows = RowAverage(world, embedding, recipe.training.gradient_compression)
@@ -81,7 +81,7 @@ class TrainingStep:
         return self.draw_masks(step).to(self.world.device)
 
     def draw(self, step: int) -> Masks:
-        """Draw the same on the CPU."""
+        """Return the same masks on the CPU, where they are drawn."""
         return self.model.dropout.draw(self.seed, step, self.global_batch, self.world.part_of(self.global_batch))
 
     def forward_backward(self, batch: Batch, step: int, nats: NatsTotal) -> None:

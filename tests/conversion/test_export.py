@@ -305,6 +305,16 @@ def test_a_wrong_graph_leaves_the_existing_bundle(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_a_full_memory_is_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exporting, "check_values", lambda *_: np.empty(1 << 50))
+    code, message = failure([run, "-o", tmp_path / "bundle", "--data", "none"], capsys)
+    assert code == 64
+    assert "this machine's memory is full: end what else uses it" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_is_light() -> None:
     result = in_fresh_process("export", ["--help"], {"torch", "onnx", "numpy", "onnxruntime", "nltk"})
     assert result.stderr == "set()\n"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from lmdist.errors import DataError, UsageError
+from lmdist.model import lstm
 from lmdist.model.language_model import LanguageModel
 from lmdist.perplexity import TextSize
 from lmdist.settings import ModelSettings
@@ -24,6 +25,7 @@ from lmdist_export.bundle import WEIGHTS, Bundle
 from lmdist_export.conversion import verify
 from lmdist_export.conversion.verify import torch_step
 from lmdist_export.conversion.weights import quantize_int4, quantize_int8, write_graphs
+from lmdist_export.graph import cell
 from lmdist_export.graph.sizes import NBITS_BLOCK, Sizes, weights
 from lmdist_export.sampling.sampler import Sampler
 from support.small_bundles import (
@@ -78,6 +80,10 @@ ANSWERS = [
     *((settings, "int4", 0.02) for settings in (UNTIED, WIDE)),
 ]
 NAMES = {id(TIED): "tied", id(UNTIED): "untied", id(SINGLE): "single", id(ADAPTIVE): "adaptive", id(WIDE): "wide"}
+
+
+def test_the_graphs_have_the_parts_of_torchs_state_in_its_order() -> None:
+    assert cell.STATE == lstm.STATE_PARTS
 
 
 @pytest.mark.parametrize(("settings", "precision", "allowed"), ANSWERS, ids=lambda value: NAMES.get(id(value), str(value)))

@@ -364,11 +364,11 @@ def test_a_defect_on_one_rank_is_not_run_again_for_ever(tmp_path, monkeypatch):
 
 def test_the_default_number_of_ranks_divides_the_batch(monkeypatch):
     monkeypatch.setattr(launcher, "num_gpus", lambda: 8)
-    assert launcher.default_ranks(load(["--data.global_batch=20"]), None) == 5
+    assert launcher.default_ranks(load(["--data.global_batch=20"]), "1") == 5
     assert launcher.default_ranks(load(["--data.global_batch=20"]), "2") == 5
     assert launcher.default_ranks(load(["--data.global_batch=20", "--training.accumulation=4"]), "1") == 5
     monkeypatch.setattr(launcher, "available_cpus", lambda: 64)
-    assert launcher.default_ranks(load(["--data.global_batch=20", "--training.device=cpu"]), None) == 4
+    assert launcher.default_ranks(load(["--data.global_batch=20", "--training.device=cpu"]), "1") == 4
 
 
 def test_a_users_mistake_precedes_a_killed_rank_and_that_its_peers():

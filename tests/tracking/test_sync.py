@@ -92,8 +92,8 @@ class Job(RunLogger):
     def close(self, status: str) -> None:
         """End as a job does, and wait for an uploader that it killed: a real job exits before the uploader is dead."""
         super().close(status)
-        if self.uploader and self.uploader.child:
-            self.uploader.child.wait(60)
+        if self.uploader and self.uploader.process.child:
+            self.uploader.process.child.wait(60)
 
     def until_found(self) -> None:
         """Wait until MLflow has the run."""
@@ -446,9 +446,9 @@ def test_an_uploader_that_cannot_start_or_is_killed_costs_a_warning(here, monkey
     monkeypatch.chdir(here)
     with Job("two") as job:
         assert job.uploader
-        assert job.uploader.child
-        job.uploader.child.kill()
-        job.uploader.child.wait()
+        assert job.uploader.process.child
+        job.uploader.process.child.kill()
+        job.uploader.process.child.wait()
         job.log_metrics(1, {"train/loss": 1.0})
     assert "lmdist-sync runs/two uploads the rest" in capfd.readouterr().err
     assert read_json(Path("runs/two/mlflow.json"))["status"] == "FINISHED"
