@@ -28,7 +28,7 @@ HOMES = {
     "pandas": {"lmdist/text/chunks.py", "lmdist/text/from_pandas.py", "export/lmdist_export/serving/mlflow_model.py"},
     "pyarrow": {"lmdist/text/arrow_files.py"},
     "fsspec": {"lmdist/text/remote.py"},
-    "nltk": {"lmdist/text/light_nltk.py", "lmdist/text/tokenizer.py", "lmdist/text/words.py"},
+    "nltk": {"lmdist/text/light_nltk.py", "lmdist/text/words.py"},
     "regex": {"lmdist/text/tokenizer.py", "lmdist/text/pieces.py"},
     "jsonargparse": {"lmdist/config.py"},
     "matplotlib": {"lmdist/tracking/plot.py"},

@@ -215,7 +215,7 @@ def opened(address: str, arguments: argparse.Namespace) -> Service:
     model = load(address, provider=arguments.provider, threads=arguments.threads)
     service = Service(model.sampler, arguments.batch_size)
     try:
-        service.warm_up(arguments.timeout, is_own=True)
+        service.warm_up(arguments.timeout)
     except RequestTimeout:
         raise Stopped(f"the model generated no token within --timeout, {arguments.timeout:g} seconds") from None
     log(f"loaded {model!r}", COMMAND)

@@ -1,8 +1,10 @@
 """The two modules of NLTK that words need, without the others: a twentieth of a second in place of two.
 
-NLTK's packages import all of their modules, and scipy and scikit-learn where these are there. In a process that has imported
-this module first, a later `import nltk` imports them, but does not name these two as its own: it is for the processes of
-lmdist's own commands, and not for a user's program.
+    from lmdist.text.light_nltk import destructive, punkt
+
+NLTK's packages import all of their modules, and scipy and scikit-learn where these are there. Here the packages are empty while
+the two modules are imported, and then all of it is out of sys.modules again, so that a program that imports NLTK itself gets it
+whole. Where it has done so before, these are its modules.
 """
 
 from __future__ import annotations
@@ -10,15 +12,29 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
+from typing import TYPE_CHECKING, Any
 
-bare = [name for name in ("nltk", "nltk.tokenize") if name not in sys.modules]
-for name in bare:
-    found = find_spec(name)
-    assert found, f"{name} is not installed"
-    sys.modules[name] = module_from_spec(found)  # whose own code does not run
-try:
-    for name in ("nltk.tokenize.destructive", "nltk.tokenize.punkt"):
-        import_module(name)
-finally:
-    for name in bare:
-        del sys.modules[name]
+if TYPE_CHECKING:
+    from nltk.tokenize import destructive, punkt
+
+__all__ = ["destructive", "punkt"]
+
+NAMES = ("nltk.tokenize.destructive", "nltk.tokenize.punkt")
+
+
+def imported_alone() -> list[Any]:
+    """Return the modules of NAMES, imported without what their packages import."""
+    if "nltk" in sys.modules:
+        return [*map(import_module, NAMES)]
+    try:
+        for name in ("nltk", "nltk.tokenize"):
+            if found := find_spec(name):
+                sys.modules[name] = module_from_spec(found)  # whose own code does not run
+        return [*map(import_module, NAMES)]
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "nltk"]:
+            del sys.modules[name]
+
+
+if not TYPE_CHECKING:
+    destructive, punkt = imported_alone()

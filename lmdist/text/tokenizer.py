@@ -311,8 +311,9 @@ FLAGS = re.VERBOSE | re.MULTILINE | re.DOTALL | re.IGNORECASE
 
 def train_punkt(documents: Iterable[str]) -> dict[str, Any]:
     """Return the parameters that Punkt learns from the first PUNKT_CHARACTERS of the documents, in a fixed order."""
-    from nltk.tokenize.punkt import PunktLanguageVars, PunktToken, PunktTrainer
+    from lmdist.text.light_nltk import punkt
 
+    PunktLanguageVars, PunktToken, PunktTrainer = punkt.PunktLanguageVars, punkt.PunktToken, punkt.PunktTrainer
     find_words = ascii_first(PunktLanguageVars()._word_tokenizer_re(), "findall")
     matches_ellipsis = cache(ascii_first(PunktToken._RE_ELLIPSIS, "match"))
     matches_initial = cache(ascii_first(PunktToken._RE_INITIAL, "match"))

@@ -9,8 +9,8 @@ NLTK is called once for each context and each chunk, and its result is cached; a
 sentence that NLTK's rules do not treat chunk by chunk goes to NLTK as it is. tests/text/test_words.py compares all of it with
 NLTK, word for word.
 
-This holds for the rules of NLTK 3.10; with any other NLTK all words come from NLTK. Importing it takes 1.5 seconds, and is
-delayed to the first call. This module does not know about settings, nor how Punkt learns.
+This holds for the rules of NLTK 3.10; with any other NLTK all words come from NLTK. It is imported when it is first called. This
+module does not know about settings, nor how Punkt learns.
 """
 
 from __future__ import annotations
@@ -169,17 +169,17 @@ class WordFinder:
     @cached_property
     def nltk_punkt(self) -> PunktSentenceTokenizer:
         """Return NLTK's sentence splitter."""
-        from nltk.tokenize.punkt import PunktSentenceTokenizer
+        from lmdist.text import light_nltk
 
         assert self.punkt is not None
-        return PunktSentenceTokenizer(punkt_parameters(self.punkt))
+        return light_nltk.punkt.PunktSentenceTokenizer(punkt_parameters(self.punkt))
 
     @cached_property
     def nltk_words(self) -> Callable[[str], list[str]]:
         """Return NLTK's function that splits a sentence into words."""
-        from nltk.tokenize.destructive import NLTKWordTokenizer
+        from lmdist.text import light_nltk
 
-        return NLTKWordTokenizer().tokenize
+        return light_nltk.destructive.NLTKWordTokenizer().tokenize
 
 
 def plain(chunk: str) -> tuple[str, ...]:
@@ -194,9 +194,9 @@ def plain(chunk: str) -> tuple[str, ...]:
 
 def punkt_parameters(punkt: dict[str, Any]) -> PunktParameters:
     """Return NLTK's PunktParameters from the JSON of `tokenizer.train_punkt`."""
-    from nltk.tokenize.punkt import PunktParameters
+    from lmdist.text import light_nltk
 
-    parameters = PunktParameters()
+    parameters = light_nltk.punkt.PunktParameters()
     parameters.abbrev_types = set(punkt["abbreviations"])
     parameters.collocations = set(map(tuple, punkt["collocations"]))
     parameters.sent_starters = set(punkt["sentence_starters"])

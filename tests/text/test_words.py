@@ -54,20 +54,24 @@ def test_it_finds_what_nltk_finds(finder, nltk, document):
 
 
 def test_two_modules_of_nltk_alone_find_the_same(tmp_path):
-    """A process of lmdist's own has no others of NLTK, and none of what these import."""
+    """Without its others, and what these import; a program that imports NLTK afterwards gets it whole."""
     tokenizer = WordTokenizer.train(TextSettings(tokenizer="word_tokenize"), TEXT)
     tokenizer.save(tmp_path / "text.json")
     code = """if True:
         import json, sys
         from pathlib import Path
-        import lmdist.text.light_nltk
         from lmdist.text.tokenizer import WordTokenizer, train_punkt
         folder, *texts = sys.argv[1:]
-        found = WordTokenizer.load(Path(folder, "text.json"))
-        print(json.dumps([[*map(found.tokenize, texts)], train_punkt(texts), "scipy" in sys.modules]))"""
+        tokenizer = WordTokenizer.load(Path(folder, "text.json"))
+        found = [[*map(tokenizer.tokenize, texts)], train_punkt(texts)]
+        assert not {"nltk", "scipy"} & {*sys.modules}
+        import nltk
+        assert nltk.tokenize.punkt.PunktSentenceTokenizer and nltk.tokenize.destructive is not None
+        assert found[0] == [*map(tokenizer.tokenize, texts)]
+        print(json.dumps(found))"""
     texts = [*TEXT, " ".join(TOKENS).replace("\0", "")]
     done = subprocess.run([sys.executable, "-c", code, tmp_path, *texts], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [[*map(tokenizer.tokenize, texts)], train_punkt(texts), False]
+    assert json.loads(done.stdout) == [[*map(tokenizer.tokenize, texts)], train_punkt(texts)]
 
 
 def test_what_it_has_kept_is_forgotten_in_time(finder, nltk, monkeypatch):
@@ -105,8 +109,8 @@ def test_ordinary_text_needs_no_import_of_nltk():
         "import sys; from lmdist.text.words import WordFinder; "
         "find = WordFinder({'abbreviations': ['mr'], 'collocations': [], 'sentence_starters': [], 'contexts': {}}); "
         "print(find('\"Well,\" said the man (he didn\\'t know), \"it\\'s 1,000 years. Is it so?\" He left.')); "
-        "assert 'nltk' not in sys.modules; "
-        "assert find('Mr. Smith')[0] == 'Mr.' and 'nltk' in sys.modules"
+        "assert 'lmdist.text.light_nltk' not in sys.modules; "
+        "assert find('Mr. Smith')[0] == 'Mr.' and 'lmdist.text.light_nltk' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     expected = "`` Well , '' said the man ( he did n't know ) , `` it 's 1,000 years . Is it so ? '' He left ."

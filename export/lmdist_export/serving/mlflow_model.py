@@ -79,7 +79,7 @@ class ServedModel(PythonModel):
         sampler = Sampler(Bundle.load(Path(context.artifacts["bundle"])), config["provider"], config["threads"])
         self.service = Service(sampler, config["batch_size"])
         self.timeout_seconds = MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT.get()
-        self.service.warm_up(self.timeout_seconds, is_own=SERVER in sys.modules)
+        self.service.warm_up(self.timeout_seconds)
         install(sys.modules.get(SERVER), strings_of("cors_origins", config["cors_origins"]))
 
     # Not list[str]: for such an annotation MLflow derives a signature of its own, which drops the params.

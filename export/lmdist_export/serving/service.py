@@ -17,10 +17,8 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib import import_module
 
 from lmdist.errors import UsageError
-from lmdist.text.tokenizer import imported_late
 from lmdist_export.options import Options
 from lmdist_export.sampling.generation import BATCH_SIZE, Text
 from lmdist_export.sampling.prompt import Prompt, prompt_of, prompt_of_words
@@ -37,6 +35,7 @@ MAX_CHARACTERS = 10 * MAX_TOKENS
 MAX_REPEATED_CHARACTERS = 10 * MAX_CHARACTERS
 """Of the prompts and their warnings in all texts of an answer, which is in memory several times."""
 FIRST_PROMPT = "Mr. Smith (No. 7) said: ``It's A.M. -- isn't it?'' Yes. No"
+"""It has words as NLTK alone finds them."""
 MAX_KNOWN = 256
 """Options that are remembered as resolved."""
 MAX_REQUEST_BEAMS = 64
@@ -58,22 +57,13 @@ class Service:
         """Options of requests, by all of them but the seed."""
         weakref.finalize(self, close, self.batcher).atexit = False
 
-    def warm_up(self, timeout_seconds: float, *, is_own: bool) -> None:
-        """Generate a token and meanwhile read a prompt, so that a server is ready when it says so.
-
-        `is_own`: the process is lmdist's and runs nothing else, so that light_nltk.py may be imported.
-        """
+    def warm_up(self, timeout_seconds: float) -> None:
+        """Generate a token and meanwhile read a prompt, so that a server is ready when it says so."""
         first = Options.from_values({"max_new_tokens": 1, "min_new_tokens": 0})
         with ThreadPoolExecutor(1, "first reader") as reader:
-            reading = reader.submit(self.read_first, is_own)
+            reading = reader.submit(self.prompts, [FIRST_PROMPT])
             self.batcher.generate(self.request(*self.resolve(self.prompts([""]), first)), timeout_seconds)
             reading.result()
-
-    def read_first(self, is_own: bool) -> None:
-        """Read a prompt with words as NLTK alone finds them."""
-        for module in imported_late(self.bundle.tokenizer.settings) if is_own else []:
-            import_module(module)
-        self.prompts([FIRST_PROMPT])
 
     def prompts(self, texts: Sequence[str], *, continues: bool = True) -> list[Prompt]:
         """Return texts as prompts, of which nothing was read; raises UsageError for more than one request may have.
