@@ -9,8 +9,8 @@ NLTK is called once for each context and each chunk, and its result is cached; a
 sentence that NLTK's rules do not treat chunk by chunk goes to NLTK as it is. tests/text/test_words.py compares all of it with
 NLTK, word for word.
 
-This holds for the rules of NLTK 3.10; with any other NLTK all words come from NLTK. It is imported when it is first called. This
-module does not know about settings, nor how Punkt learns.
+This holds for the rules of NLTK 3.10; with any other NLTK all words come from NLTK. It is imported when it is first called.
+This module does not know about settings, nor how Punkt learns.
 """
 
 from __future__ import annotations
