@@ -247,7 +247,7 @@ def test_what_a_text_grows_while_nobody_takes_it_is_one_event() -> None:
 def test_a_service_is_warm_once_it_has_read_words_too(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     read, prompts = [], service.prompts
     monkeypatch.setattr(service, "prompts", lambda texts: [time.sleep(0.1), read.append(*texts), *prompts(texts)][2:])
-    service.warm_up(60, is_own=False)
+    service.warm_up(60)
     assert sorted(read) == ["", FIRST_PROMPT]
 
 
