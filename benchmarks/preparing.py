@@ -256,17 +256,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
     prepared = [row for row in rows if "workers" in row]
     for variant in dict.fromkeys(row["variant"] for row in prepared):
         of_these = [row for row in prepared if row["variant"] == variant]
         millions = [row["words"] / 1e6 for row in of_these]
         label = "1 process" if variant == "baseline" else variant
-        speed.plot(millions, [row["words"] / row["seconds"] for row in of_these], "o-", label=label)
-        memory.plot(millions, [row["peak_mib"] for row in of_these], "o-", label=label)
-    for axes, title in ((speed, "lmdist-prepare: words/s"), (memory, "peak memory, MiB")):
+        speed.plot(millions, [row["words"] / row["seconds"] / 1e6 for row in of_these], "o-", label=label)
+        memory.plot(millions, [row["peak_mib"] for row in of_these], "o-")
+    for axes, title in ((speed, "lmdist-prepare: million words/s"), (memory, "peak memory, MiB")):
         axes.set(title=title, xlabel="million words", xlim=0, ylim=0)
-        axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
