@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ def advice(column: Wanted, names: Sequence[str], options: ReadOptions) -> str:
     name = column.names[0]
     parts = [part.strip() for part in name.split(",")]
     if column.flag == "--text-column" and len(parts) > 1 and all(name_of(names, [part]) for part in parts):
-        found += f"; several are named one by one: {' '.join(f'--text-column {part}' for part in parts)}"
+        found += f"; several are named one by one: {' '.join(f'--text-column {shlex.quote(part)}' for part in parts)}"
     if column.flag == "--where" and options.condition and len(options.condition.kinds) > 1:
         found += f"; if {name} is not a column but a text, it stands in quotes: '{name}'"
     if any(len(name) > LONGEST_NAME or name.strip().isdecimal() for name in names):

@@ -12,7 +12,7 @@ import glob
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path, PurePath
 
@@ -37,7 +37,7 @@ def find_files(patterns: Iterable[str]) -> list[File]:
         if os.path.isfile(path) or is_pipe(path):  # not Path.is_file(), which raises where it may not look
             files[path] = None
         elif os.path.isdir(path):
-            raise UsageError(f"{pattern} is a folder; {files_to_name(str(path), list(islice(names_in(path), MOST_NAMES)))}")
+            raise UsageError(f"{pattern} is a folder; {files_to_name(glob.escape(str(path)), names_in(path))}")
         elif is_glob(pattern):
             found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
             if not found:
@@ -71,12 +71,12 @@ def names_in(folder: Path) -> Iterator[str]:
         yield from (os.path.relpath(os.path.join(place, name), folder) for name in names if not name.startswith("."))
 
 
-def files_to_name(folder: str, names: Sequence[str]) -> str:
+def files_to_name(folder: str, files: Iterable[str]) -> str:
     """Return which files to name in a folder that has these, as the rest of a sentence: those of the most frequent format."""
-    here = [name for name in names if os.sep not in name]
-    for found, below in ((here, ""), (names, "**/")):
-        extensions = Counter(extension for name in found if (extension := extension_of(PurePath(name))))
-        if extensions:
-            most = min(extensions, key=lambda extension: (-extensions[extension], extension))
-            return f"name files in it, like {shlex.quote(f'{folder}/{below}*{most}')}"
+    names = [*islice(files, MOST_NAMES)]
+    extensions = Counter(extension for name in names if (extension := extension_of(PurePath(name))))
+    if extensions:
+        most = min(extensions, key=lambda extension: (-extensions[extension], extension))
+        below = "**/" if any("/" in name for name in names if extension_of(PurePath(name)) == most) else ""
+        return f"name files in it, like {shlex.quote(f'{folder}/{below}*{most}')}"
     return f"name files in it; it has: {shortened(sorted(names))}" if names else "it has no files"

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,11 +31,24 @@ def imported_alone() -> list[Any]:
     try:
         for name in ("nltk", "nltk.tokenize"):
             if found := find_spec(name):
-                sys.modules[name] = module_from_spec(found)  # whose own code does not run
+                sys.modules[name] = empty_package(found)
         return [*map(import_module, NAMES)]
     finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "nltk"]:
+        for name in [name for name in list(sys.modules) if name.partition(".")[0] == "nltk"]:
             del sys.modules[name]
+
+
+def empty_package(found: ModuleSpec) -> ModuleType:
+    """Return a package whose own code does not run. A thread that imports it meanwhile has the whole one through it later."""
+    package = module_from_spec(found)
+
+    def of_whole(name: str) -> Any:
+        if name.startswith("__") or sys.modules.get(found.name) is package:
+            raise AttributeError(f"module {found.name} has no attribute {name}")
+        return getattr(import_module(found.name), name)
+
+    package.__getattr__ = of_whole  # PEP 562
+    return package
 
 
 if not TYPE_CHECKING:

@@ -63,7 +63,7 @@ def write(
 ) -> dict[str, Any]:
     """Write a data folder of the sources, by default those that the settings name; return the content of meta.json.
 
-    `is_own`: the process is lmdist's and runs nothing else, so that what words need is imported for all workers at once.
+    `is_own`: the process is lmdist's and runs nothing else (workers.py).
     """
     from lmdist.text.workers import Workers
 

@@ -177,7 +177,7 @@ def read_text(source: Source) -> Iterator[Row]:
             f"{source.name} was read as plain text, and its first line names columns; if it is a table, "
             "give it the name of one, such as news.csv"
         )
-    elif len(paragraph) >= MANY_LINES and not num_documents:
+    if len(paragraph) >= MANY_LINES and not num_documents:
         source.notes.append(
             f"{source.name} has {len(paragraph):,} lines and no blank line, so it is one document; "
             "--lines reads each line as a document"
@@ -262,7 +262,9 @@ def read_jsonl(source: Source) -> Iterator[Cells | Skipped]:
         if not isinstance(row, dict):
             if num_rows == 1:
                 expected = f"{source.name}, line {number}: JSON Lines are expected, one object of columns a line"
-                raise DataError(f"{expected}, and it is one array: {ARRAY_TO_LINES}" if line.lstrip()[:1] == "[" else expected)
+                is_first = isinstance(row, list) and len(row) > 0 and isinstance(row[0], dict)
+                is_array = line.lstrip().startswith("[") and (row is None or is_first)
+                raise DataError(f"{expected}, and it is one array: {ARRAY_TO_LINES}" if is_array else expected)
             yield Skipped(MALFORMED, NOT_JSON, number)
             continue
         if None in found:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +38,7 @@ def is_remote(name: str) -> bool:
     return ADDRESS.match(name) is not None
 
 
-def find_remote(pattern: str, files_to_name: Callable[[str, Sequence[str]], str]) -> list[RemoteFile]:
+def find_remote(pattern: str, files_to_name: Callable[[str, Iterable[str]], str]) -> list[RemoteFile]:
     """Return the files that an address or a glob of addresses matches; raise MissingInputError where there are none.
 
     `files_to_name` returns what to name in a folder with such files, for the error of one that is given.
@@ -60,13 +60,18 @@ def find_remote(pattern: str, files_to_name: Callable[[str, Sequence[str]], str]
                 raise error.__cause__ from None  # a web server that refuses, or that does not answer
             raise MissingInputError(f"{shown} does not exist") from None
         if not is_glob and found[path]["type"] == "directory":
-            entries = filesystem.ls(path, detail=True)
-            names = [PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file"]
-            raise UsageError(f"{shown} is a folder; {files_to_name(shown.rstrip('/'), names)}")
+            raise UsageError(f"{shown} is a folder; {files_to_name(shown.rstrip('/'), names_below(filesystem, path))}")
     files = [filesystem.unstrip_protocol(name) for name, info in sorted(found.items()) if info["type"] == "file"]
     if not files:
         raise MissingInputError(f"no file matches {shown}")
     return [RemoteFile(file) for file in files] if is_glob else [RemoteFile(pattern)]
+
+
+def names_below(filesystem: Any, path: str) -> Iterator[str]:
+    """Yield the names of the files in a folder, and then those of the folders in it."""
+    start = len(path.rstrip("/"))
+    for folder, _, names in filesystem.walk(path, maxdepth=4):
+        yield from (f"{folder[start:].strip('/')}/{name}".lstrip("/") for name in names)
 
 
 def filesystem_of(address: str) -> tuple[Any, str]:

@@ -124,8 +124,7 @@ def datasets_of(folder: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     meta = read_json(path)
-    check_schema(meta, {"splits": {}}, path)
-    check_schema(meta, {"files": {}}, path)
+    check_schema(meta, {"splits": {}, "files": {}}, path)
     names = [name for split in meta["splits"] for name in token_files(split, meta["files"])]
     check_schema(meta, {"files": {name: {"sha256": str} for name in names}}, path)
     return dataset_inputs(folder.name, meta)
@@ -147,7 +146,8 @@ def dataset_inputs(name: str, meta: dict[str, Any]) -> list[dict[str, str]]:
 
 def token_files(split: str, names: Iterable[str]) -> list[str]:
     """Return the names of a split's token files: the first, and of a large split the others (text/data_folder.py)."""
-    return [f"{split}.bin", *sorted(name for name in names if re.fullmatch(rf"{re.escape(split)}-\d+\.bin", name))]
+    others = [name for name in names if re.fullmatch(rf"{re.escape(split)}-\d+\.bin", name)]
+    return [f"{split}.bin", *sorted(others, key=lambda name: (len(name), name))]
 
 
 def digest_of(sums: Sequence[str]) -> str:

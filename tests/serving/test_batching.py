@@ -21,6 +21,7 @@ from lmdist.text.vocabulary import Vocabulary
 from lmdist_export.bundle import Bundle
 from lmdist_export.conversion.weights import write_graphs
 from lmdist_export.options import GenerationConfig
+from lmdist_export.sampling import sampler as sampler_module
 from lmdist_export.sampling.beam_search import beam_search
 from lmdist_export.sampling.generation import Text, continuations, log_probabilities
 from lmdist_export.sampling.sampler import Sampler
@@ -438,6 +439,7 @@ def test_graphs_are_kept_for_a_few_kinds_of_options_and_opened_again_from_what_w
 ) -> None:
     """Whatever becomes of the folder: another model lies in it, and then nothing."""
     monkeypatch.setattr(batching, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(sampler_module, "MANY_CALLS", 1)
     bundle = bare_bundle(tmp_path / "bundle", vocabulary_size=SIZE)
     assert bundle.weights  # as Bundle.load reads them
     sampler, kept = Sampler(bundle, threads=1), Sampler(bare_bundle(tmp_path / "kept", vocabulary_size=SIZE), threads=1)
@@ -451,4 +453,25 @@ def test_graphs_are_kept_for_a_few_kinds_of_options_and_opened_again_from_what_w
         request = Request(sampler, [[3]], replace(CONFIG, **options), 1)
         assert words_of(batcher.generate(request, 300)) == alone(kept, request)
     assert len(sampler.generation_sessions) <= 3
+    assert set(sampler.calls_that_continue) >= set(sampler.continuing_sessions)
+    assert 0 < len(sampler.continuing_sessions) <= 3
+    batcher.close()
+
+
+def test_a_graph_that_reads_no_prompts_and_cannot_be_opened_is_not_missed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sampler = Sampler(bare_bundle(tmp_path / "bundle", vocabulary_size=SIZE), threads=1)
+    monkeypatch.setattr(sampler_module, "MANY_CALLS", 0)
+    request = Request(sampler, [[3]], CONFIG, 1)
+    expected, opened = alone(sampler, request), sampler.opened
+
+    def no_memory(sessions: Any, features: Any, **how: bool) -> Any:
+        if how:
+            raise DataError("bad_alloc")
+        return opened(sessions, features)
+
+    monkeypatch.setattr(sampler, "opened", no_memory)
+    batcher = Batcher(sampler)
+    assert words_of(batcher.generate(Request(sampler, [[3]], CONFIG, 1), 300)) == expected
     batcher.close()

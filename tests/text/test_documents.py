@@ -297,6 +297,7 @@ def test_globs_and_missing_files(tmp_path, monkeypatch):
         (["a.txt", "b.txt", "c.csv", "d.jpg", "e.jpg", "f.jpg"], "; name files in it, like '{}/*.txt'"),
         (["a.csv.gz", "b.JSON.gz", "c.csv.gz"], "; name files in it, like '{}/*.csv.gz'"),
         (["sub/a.txt", ".git/b.csv", ".c.csv"], "; name files in it, like '{}/**/*.txt'"),
+        (["README.md.txt", "NOTES.csv", "sub/a.txt", "sub/b.txt"], "; name files in it, like '{}/**/*.txt'"),
         (["sub/wiki.train.tokens", "notes.md"], "; name files in it; it has: notes.md, sub/wiki.train.tokens"),
         ([".hidden"], "; it has no files"),
     ],

@@ -303,6 +303,7 @@ def test_what_seems_to_be_meant_otherwise_is_said(tmp_path):
     assert "give a table the name of one, such as news.csv" in fails(tmp_path / "a.txt", text_column="content")
     array = write(tmp_path / "a.json", json.dumps([{"content": text} for text in SENTENCES]))
     assert "it is one array: jq -c '.[]' news.json > news.jsonl" in fails(array)
+    assert "it is one array" not in fails(write(tmp_path / "b.jsonl", '["a", "b"]\n["c", "d"]\n'))
     carets = write(tmp_path / "carets.csv", "id^title^content\n1^The river^It rose.\n")
     for options in ({}, {"header": False, "text_column": "3"}):
         assert "if its cells are separated by ^, give --separator '^'" in fails(carets, **options)

@@ -88,6 +88,10 @@ def test_addresses_are_read_as_files_are(memory, tmp_path):
         find_files([f"{memory}/z*"])
     with pytest.raises(UsageError, match=r"memory://news is a folder; name files in it, like 'memory://news/\*\.csv'"):
         find_files([memory])
+    fsspec.filesystem("memory").pipe("/years/2017/a.csv", b"content\nx\n")
+    with pytest.raises(UsageError, match=r"name files in it, like 'memory://years/\*\*/\*\.csv'"):
+        find_files(["memory://years"])
+    fsspec.filesystem("memory").rm("/years", recursive=True)
     with pytest.raises(UsageError, match=r"nowhere://a\.csv cannot be read: Protocol not known: nowhere"):
         find_files(["nowhere://a.csv"])
     with pytest.raises(UsageError, match=r"zip://a\.csv::file:///c\.zip is a chain of addresses, which is not read"):

@@ -50,6 +50,7 @@ from lmdist_export.sampling.token_session import Generated, TokenSession
 STEP_TOKENS = 64  # in one call where only the last logits count: those of all are (1, 64, V)
 PREFILL_TOKENS = 512  # in one call without logits: their gates are (512, B, 4H)
 MANY_CALLS = 50  # save as much time by a graph that reads no prompts as it takes to open it
+SMALL_WEIGHTS = 2**25  # bytes: a session may hold weights again, and of a larger model a call costs little beside its tokens
 LOGITS_AT_ONCE = 2**23  # numbers in the logits of one call: 32 MiB
 NO_MEMORY = (
     "the state has no memory for the neural cache: it was not started by Sampler.start(..., cached=True), "
@@ -68,6 +69,7 @@ class Sampler:
         self.continuing_sessions: dict[Features, Any] = {}
         """Of graphs that read no prompts."""
         self.calls_that_continue: Counter[Features] = Counter()
+        self.continues_apart = self.runtime.as_is and len(bundle.weights) <= SMALL_WEIGHTS
         self.token_sessions: dict[Features, TokenSession] = {}
         self.uses_token_graph = provider == "cuda"
         """Whether each token is a call of its own, with the state on the device: a Loop waits for a GPU at each token."""
@@ -104,10 +106,13 @@ class Sampler:
 
         Most calls have but one to read: for them a graph without the nodes that read prompts is opened once it is worth it.
         """
-        if num_read == 1 and self.runtime.as_is and not features.cached:
+        if num_read == 1 and self.continues_apart and not features.cached:
             self.calls_that_continue[features] += 1
             if self.calls_that_continue[features] > MANY_CALLS:
-                return self.opened(self.continuing_sessions, features, reads_prompts=False)
+                try:
+                    return self.opened(self.continuing_sessions, features, reads_prompts=False)
+                except DataError:  # as where memory is short; the other graph does the same
+                    del self.calls_that_continue[features]
         return self.opened(self.generation_sessions, features)
 
     def opened(self, sessions: dict[Features, Any], features: Features, **how: bool) -> Any:
@@ -115,6 +120,17 @@ class Sampler:
         if features not in sessions:
             sessions[features] = self.runtime.open(partial(generation_graph, features=features, **how))
         return sessions[features]
+
+    def keep_graphs(self, needed: Features, most: int) -> None:
+        """Close the graphs that were needed longest ago, of each kind all but `most`; they are opened again when needed."""
+        for sessions in (self.generation_sessions, self.continuing_sessions, self.token_sessions):
+            if needed in sessions:
+                sessions[needed] = sessions.pop(needed)
+            while len(sessions) > most:
+                features = next(iter(sessions))
+                del sessions[features]
+                if sessions is self.continuing_sessions:
+                    del self.calls_that_continue[features]
 
     def token_session(self, features: Features) -> TokenSession:
         """Return the session of the token graph that has these features."""
@@ -163,7 +179,7 @@ class Sampler:
     def prefill(self, state: State, config: GenerationConfig | None = None) -> State:
         """Read all tokens of each row but the last, and return the state that has only that one to read.
 
-        No logits are computed. The graph is the one that generates with `config`, so a session for it is opened only once. A
+        No logits are computed. The graph is the one that generates with `config`, so that no session of its own is opened. A
         memory is carried on in any case.
         """
         return result_of(self.prefill_steps(state, config))

@@ -204,14 +204,14 @@ class DrawnAhead:
     """
 
     def __init__(self, generator: np.random.Generator) -> None:
+        self.generator = generator
         self.first = generator.bit_generator.state
-        """Of the generator, before the block."""
-        self.numbers = np.empty(0, np.float32)
         self.num_used = 0
+        self.ahead = np.empty(0, np.float32)
 
     @property
     def bit_generator(self) -> Any:
-        """Return that of a generator that comes next to the number that is next here."""
+        """Return that of a generator whose next number is the next one here."""
         generator = restored(self.first)
         generator.random(self.num_used, np.float32)
         return generator.bit_generator
@@ -219,11 +219,11 @@ class DrawnAhead:
     def random(self, shape: tuple[int, ...], kind: type[np.float32]) -> NDArray[np.float32]:
         """Return the next numbers, as a generator does."""
         count = math.prod(shape)
-        if self.num_used + count > len(self.numbers):
-            self.first = self.bit_generator.state
-            self.numbers, self.num_used = restored(self.first).random(max(count, BLOCK), kind), 0
+        if count > len(self.ahead):
+            self.ahead = np.concatenate([self.ahead, self.generator.random(max(count, BLOCK), kind)])
+        found, self.ahead = self.ahead[:count], self.ahead[count:]
         self.num_used += count
-        return self.numbers[self.num_used - count : self.num_used].reshape(shape)
+        return found.reshape(shape)
 
 
 def uniform_numbers(

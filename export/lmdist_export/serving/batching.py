@@ -27,7 +27,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from lmdist_export.options import Features
 from lmdist_export.sampling.generation import BATCH_SIZE, Text
 from lmdist_export.sampling.sampler import Sampler
 from lmdist_export.serving.requests import Paces, Request, Scoring, Work, WorkSteps
@@ -237,7 +236,7 @@ class Batcher:
 
     def step_batch(self, key: str, batch: SharedBatch) -> None:
         """Make an inference call of a batch, and report what it has generated."""
-        self.keep_few_graphs(batch.batch.features)
+        self.sampler.keep_graphs(batch.batch.features, MAX_GRAPHS)
         self.least_batch_seconds = batch.seconds
         try:
             joined, growth = batch.step()
@@ -255,15 +254,6 @@ class Batcher:
             if request.is_waiting:
                 self.advance(request)
         self.drop_if_empty(key)
-
-    def keep_few_graphs(self, needed: Features) -> None:
-        """Close the graphs that were needed longest ago; they are built again, from what was loaded, when they are needed."""
-        sampler = self.sampler
-        for sessions in (sampler.generation_sessions, sampler.continuing_sessions, sampler.token_sessions):
-            if needed in sessions:
-                sessions[needed] = sessions.pop(needed)
-            while len(sessions) > MAX_GRAPHS:
-                del sessions[next(iter(sessions))]
 
     def drop_if_empty(self, key: str) -> None:
         """Forget a batch without texts."""

@@ -67,15 +67,16 @@ class Mailbox:
 
 
 NEWS: deque[Growth] = deque()
-"""One of each loop that is to be woken."""
+"""A growth of each loop that is to be woken."""
 
 
 def wake_loops() -> None:
     """Have the loops take their events. The batching thread does so once a round, when its own work in Python is done."""
-    while NEWS:
-        growth = NEWS.popleft()
-        with suppress(RuntimeError):  # the loop has ended before the batching thread
-            growth.loop.call_soon_threadsafe(growth.mailbox.deliver)
+    with suppress(IndexError):  # none is left; while a bundle replaces another, two threads take them
+        while True:
+            growth = NEWS.popleft()
+            with suppress(RuntimeError):  # the loop has ended before the batching thread
+                growth.loop.call_soon_threadsafe(growth.mailbox.deliver)
 
 
 MAILBOXES: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
