@@ -57,7 +57,8 @@ FLOORS = {
         command_line
         settings cache_settings
         config
-        text model tracking
+        text model
+        tracking
         training
         train
         job

@@ -45,14 +45,16 @@ def shard_folder(folder: Path, index: int, number: int) -> Path:
 def description(sources: Sources, settings: PrepareSettings, base: GivenVocabulary | None) -> dict[str, Any]:
     """Return what the shards of these inputs depend on, as JSON has it; of a base, which tokenizer it brings."""
     tokenizer = base.tokenizer.as_json() if base and base.tokenizer else ""
-    options = {split: dataclasses.replace(documents.options, allow_losses=False) for split, documents in sources.items()}
     value = {
         "format": "lmdist shard",
         "version": 5,  # also where a row is found at another position, by which it belongs to a shard
         "seed": settings.seed,
         "text settings": settings.text.stored(),
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest() if tokenizer else "learned from the text",
-        "read settings": {split: dataclasses.asdict(chosen) for split, chosen in options.items()},  # losses are merge's affair
+        "read settings": {
+            split: dataclasses.asdict(documents.options) | {"allow_losses": False}  # that is merge's affair
+            for split, documents in sources.items()
+        },
         # In their order, on which it depends what a shard reads.
         "files": {split: [[str(file), *stamp(file)] for file in documents.files] for split, documents in sources.items()},
     }

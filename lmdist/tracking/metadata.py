@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -24,6 +24,7 @@ from lmdist.errors import DataError
 from lmdist.storage.atomic import write_atomic
 from lmdist.storage.reading import read_json
 from lmdist.storage.schema import check_schema
+from lmdist.text.data_folder import META, token_file, token_files
 from lmdist.tracking.run_folder import RUN_METADATA
 
 COPY_TAG = "lmdist.copy_of"
@@ -120,12 +121,12 @@ def run_id_of(found: Mapping[str, Any]) -> str:
 
 def datasets_of(folder: Path) -> list[dict[str, str]]:
     """Return `dataset_inputs` of a data folder, none where there is no such folder any more; raise DataError."""
-    path = folder / "meta.json"
+    path = folder / META
     if not path.exists():
         return []
     meta = read_json(path)
     check_schema(meta, {"splits": {}, "files": {}}, path)
-    names = [name for split in meta["splits"] for name in token_files(split, meta["files"])]
+    names = [name for split in meta["splits"] for name in (token_files(split, meta["files"]) or [token_file(split)])]
     check_schema(meta, {"files": {name: {"sha256": str} for name in names}}, path)
     return dataset_inputs(folder.name, meta)
 
@@ -142,12 +143,6 @@ def dataset_inputs(name: str, meta: dict[str, Any]) -> list[dict[str, str]]:
         }
         for split, counts in meta.get("splits", {}).items()
     ]
-
-
-def token_files(split: str, names: Iterable[str]) -> list[str]:
-    """Return the names of a split's token files: the first, and of a large split the others (text/data_folder.py)."""
-    others = [name for name in names if re.fullmatch(rf"{re.escape(split)}-\d+\.bin", name)]
-    return [f"{split}.bin", *sorted(others, key=lambda name: (len(name), name))]
 
 
 def digest_of(sums: Sequence[str]) -> str:

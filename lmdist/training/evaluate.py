@@ -194,7 +194,7 @@ def read_texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Texts:
 def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint | None, dict[str, Any] | None]:
     """Return the figures of a model, or of an ensemble, on a text; the checkpoint, of one model; and `Texts.meta`."""
     from lmdist.model.precision import set_fp32
-    from lmdist.training.checkpoints.read import open_checkpoint, parameters_file, tensors_of
+    from lmdist.training.checkpoints.read import check_numbers, open_checkpoint, parameters_file
     from lmdist.training.checkpoints.retain import find_checkpoint
     from lmdist.training.distributed import World, choose_device
     from lmdist.training.ensemble import check_same_vocabulary, combined, measure_members
@@ -206,8 +206,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], Checkpoint |
     world = World(0, 1, choose_device(arguments.device))  # whatever WORLD_SIZE says, as in the pod of a training job
     set_fp32("ieee")  # the same figure on every device
     for checkpoint in checkpoints:
-        for _ in tensors_of(checkpoint.files, parameters_file(checkpoint.manifest)):
-            pass  # numbers that are not finite are found before a long text is read
+        check_numbers(checkpoint.files, parameters_file(checkpoint.manifest))  # before a long text is read
     texts = read_texts(arguments, checkpoints[0])
     for name, tokens in ((texts.name, texts.tokens), ("valid", texts.valid)):
         if tokens is not None and len(tokens) < arguments.streams:

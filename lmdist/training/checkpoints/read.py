@@ -128,8 +128,7 @@ def open_resumable(path: Path) -> Checkpoint:
     checkpoint = open_checkpoint(path)
     for name in (MODEL, TRAINING, AVERAGED):
         if name in checkpoint.manifest["files"]:
-            for _ in tensors_of(checkpoint.files, name):
-                pass
+            check_numbers(checkpoint.files, name)
     return checkpoint
 
 
@@ -220,6 +219,12 @@ def tensors_of(files: HeldFolder, name: str) -> Iterator[tuple[str, Tensor]]:
                 raise DataError(f"{files.path / name}: {reprlib.repr(tensor)} holds numbers that are not finite")
             yield tensor, value
     files.check_unchanged(name)
+
+
+def check_numbers(files: HeldFolder, name: str) -> None:
+    """Look at each number of a safetensors file, one tensor in memory at a time, and raise as `read_tensors`."""
+    for _ in tensors_of(files, name):
+        pass
 
 
 def read_shapes(files: HeldFolder, name: str) -> dict[str, tuple[int, ...]]:
